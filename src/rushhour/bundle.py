@@ -1,0 +1,285 @@
+"""A bundle: one model on disk, in open formats only. ONNX + safetensors + JSON; never a pickle.
+
+    NAME/
+        bundle.json           signature, task, preprocessing, lineage, metrics, files with their SHA-256, content hash
+        model.onnx            the whole graph, preprocessing included, dynamic batch
+        weights.safetensors   the torch module's parameters, where there is one
+        samples.safetensors   a few real inputs, for warm-up, load and checks
+
+The wire carries what the sensor gives (uint8 pixels); scaling, mean and layout are part of the graph, so a client
+cannot get them wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.errors import BundleError
+from rushhour.measurement import Accuracy
+from rushhour.plan import Precision
+from rushhour.storage import building, explained, write_whole
+from rushhour.task import Task
+
+SCHEMA = 1
+MODEL: Final = "model.onnx"
+WEIGHTS: Final = "weights.safetensors"
+SAMPLES: Final = "samples.safetensors"
+_MANIFEST = "bundle.json"
+
+FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors"]
+DType = Literal[
+    "bool",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+]
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """A named tensor of a model.
+
+    Attributes:
+        shape: of one sample, without the batch dimension.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """What goes in and what comes out; every tensor has a batch dimension in front."""
+
+    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
+
+
+class Preprocessing(msgspec.Struct, frozen=True):
+    """What the graph does to a sample first: `(x * scale - mean) / std` per channel, then `layout`.
+
+    Attributes:
+        scale: 1/255 for pixels.
+        mean: one value per channel, or empty for none.
+        std: one value per channel, or empty for none.
+        layout: `NHWC->NCHW` for images, `none` otherwise.
+    """
+
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    layout: Literal["NHWC->NCHW", "none"] = "none"
+
+
+class Source(msgspec.Struct, frozen=True):
+    """The torch module that the weights belong to: `module:factory` and its keyword arguments."""
+
+    factory: str
+    arguments: dict[str, int | float | str | bool] = {}
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One step of a bundle's lineage: what was done (`train`, `quantize`), and with what."""
+
+    what: str
+    settings: dict[str, int | float | str | bool] = {}
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """A file's size and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """All that `bundle.json` says. It holds no times, so equal work gives an equal hash.
+
+    Attributes:
+        precision: `int8` where the graph is quantised, `f32` otherwise (an engine may still compute it in bf16).
+        parameters: number of weights of the network.
+        metrics: split -> accuracy, as measured on the compiled artefact.
+        hash: SHA-256 over this manifest (with an empty `hash`), and by its file records over all content.
+    """
+
+    name: str
+    signature: Signature
+    task: Task
+    preprocessing: Preprocessing = Preprocessing()
+    source: Source | None = None
+    precision: Precision = "f32"
+    parameters: int = 0
+    lineage: tuple[Step, ...] = ()
+    metrics: dict[str, Accuracy] = {}
+    files: dict[FileName, FileRecord] = {}
+    hash: str = ""
+    schema: int = SCHEMA
+
+
+class Bundle:
+    """An opened bundle: its folder and its manifest. Open with `Bundle.open`, make with `Bundle.create`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Open the bundle in the folder `path`, and check every byte of it against its hashes.
+
+        Raises:
+            BundleError: if it is missing, damaged, or of a newer schema.
+        """
+        file = path / _MANIFEST
+        if not file.is_file():
+            raise BundleError(
+                f"there is no bundle at {path}",
+                f"it has no {_MANIFEST}",
+                "name a folder made by `rushhour train`, `compress` or `demo`",
+            )
+        with explained(f"read {file}"):
+            content = file.read_bytes()
+        try:
+            schema = msgspec.json.decode(content, type=_SchemaOnly).schema
+            if schema > SCHEMA:
+                raise BundleError(
+                    f"the bundle {path} has schema {schema}",
+                    f"this Rushhour reads schemas up to {SCHEMA}",
+                    "upgrade Rushhour, or make the bundle anew",
+                )
+            manifest = msgspec.json.decode(content, type=Manifest)
+        except msgspec.DecodeError as error:
+            raise _damaged(path, f"{_MANIFEST} cannot be read: {error}") from error
+        if _hash(manifest) != manifest.hash:
+            raise _damaged(path, f"{_MANIFEST} does not match its own hash")
+        if MODEL not in manifest.files:
+            raise _damaged(path, f"{_MANIFEST} names no {MODEL}")
+        for name, record in manifest.files.items():
+            if not (path / name).is_file():
+                raise _damaged(path, f"{name} is missing")
+            if _record(path / name) != record:
+                raise _damaged(path, f"{name} does not match its hash")
+        return cls(path, manifest)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        manifest: Manifest,
+        model: Callable[[Path], None],
+        weights: Callable[[Path], None] | None = None,
+        samples: Mapping[str, NDArray[Any]] | None = None,
+    ) -> Bundle:
+        """Write a bundle to the folder `path`, whole or not at all; an older one there is replaced.
+
+        Args:
+            path: the folder.
+            manifest: what is to be said; `files` and `hash` are filled in here.
+            model: writes the ONNX graph to the path it is given, in one file.
+            weights: writes the safetensors file to the path it is given.
+            samples: input name -> array of shape `(k, *shape)`.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        from safetensors.numpy import save_file
+
+        with building(path) as folder:
+            model(folder / MODEL)
+            if weights is not None:
+                weights(folder / WEIGHTS)
+            if samples is not None:
+                arrays = {name: np.ascontiguousarray(array) for name, array in samples.items()}
+                save_file(arrays, folder / SAMPLES)
+            names: tuple[FileName, ...] = (MODEL, WEIGHTS, SAMPLES)
+            files = {name: _record(folder / name) for name in names if (folder / name).exists()}
+            unsealed = msgspec.structs.replace(manifest, files=files, hash="")
+            sealed = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
+            (folder / _MANIFEST).write_bytes(_encode(sealed))
+        return cls(path, sealed)
+
+    def with_metrics(self, metrics: Mapping[str, Accuracy]) -> Bundle:
+        """The same bundle with these metrics added to its manifest, on disk too. Its hash changes with them.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        merged = {**self.manifest.metrics, **metrics}
+        unsealed = msgspec.structs.replace(self.manifest, metrics=merged, hash="")
+        sealed = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
+        write_whole(self.path / _MANIFEST, _encode(sealed))
+        return Bundle(self.path, sealed)
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file."""
+        return self.path / MODEL
+
+    @property
+    def weights(self) -> Path | None:
+        """The safetensors file of the torch module, where there is one."""
+        return self.path / WEIGHTS if WEIGHTS in self.manifest.files else None
+
+    @property
+    def model_bytes(self) -> int:
+        """Size on disk of what is served: the ONNX file."""
+        return self.manifest.files[MODEL].bytes
+
+    def samples(self) -> dict[str, NDArray[Any]]:
+        """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle carries none."""
+        if SAMPLES not in self.manifest.files:
+            random = np.random.default_rng(0)
+            return {
+                spec.name: (random.random((8, *spec.shape)) * (255 if spec.dtype == "uint8" else 1)).astype(spec.dtype)
+                for spec in self.manifest.signature.inputs
+            }
+        from safetensors.numpy import load_file
+
+        with explained(f"read {self.path / SAMPLES}"):
+            return dict(load_file(self.path / SAMPLES))
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int
+
+
+def _encode(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
+
+
+def _hash(manifest: Manifest) -> str:
+    unsealed = msgspec.structs.replace(manifest, hash="")
+    return hashlib.sha256(msgspec.json.encode(unsealed, order="deterministic")).hexdigest()
+
+
+def _record(file: Path) -> FileRecord:
+    with explained(f"read {file}"), file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileRecord(bytes=stream.tell(), sha256=digest.hexdigest())
+
+
+def _damaged(path: Path, why: str) -> BundleError:
+    return BundleError(
+        f"the bundle {path} is damaged",
+        why,
+        "restore it from its source, or delete the folder and make it anew",
+    )

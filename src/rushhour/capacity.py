@@ -1,0 +1,80 @@
+"""What a server can carry, predicted from service times: one model for the offline tuner and the online controller.
+
+The server is a queue before `streams` equal streams; a free stream takes all that waits, up to `max_batch`.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.goal import SLO
+from rushhour.measurement import ServiceTimes
+
+
+class ServiceProfile:
+    """Seconds that one stream takes for a batch of n, from the sizes that were timed, linear in between.
+
+    Args:
+        times: what was timed; beyond the largest size the last slope goes on.
+    """
+
+    def __init__(self, times: ServiceTimes) -> None:
+        sizes = np.asarray(times.batch_sizes, dtype=np.float64)
+        seconds = np.maximum.accumulate(np.asarray(times.seconds, dtype=np.float64))
+        self.largest = int(sizes[-1])
+        self._table: list[float] = [0.0, *np.interp(np.arange(1, self.largest + 1), sizes, seconds).tolist()]
+
+    def seconds(self, n: int) -> float:
+        """Seconds for a batch of `n` samples (1 or more)."""
+        if n <= self.largest:
+            return self._table[n]
+        return self._table[-1] * n / self.largest
+
+    def throughput(self, streams: int, max_batch: int) -> float:
+        """The most samples per second of `streams` streams with batches of up to `max_batch`: an upper bound."""
+        return streams * max(n / self.seconds(n) for n in range(1, max_batch + 1))
+
+
+def simulate(
+    profile: ServiceProfile, *, streams: int, max_batch: int, rate_rps: float, n: int, seed: int
+) -> NDArray[np.float64]:
+    """Latencies of `n` Poisson arrivals at `rate_rps` through the batching server, in seconds, shape `(n,)`."""
+    arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate_rps, n)).tolist()
+    latencies = np.empty(n)
+    free = [0.0] * streams
+    position = 0
+    while position < n:
+        start = max(heapq.heappop(free), arrivals[position])
+        end = position + 1
+        while end < n and end - position < max_batch and arrivals[end] <= start:
+            end += 1
+        finish = start + profile.seconds(end - position)
+        for index in range(position, end):
+            latencies[index] = finish - arrivals[index]
+        heapq.heappush(free, finish)
+        position = end
+    return latencies
+
+
+def predicted_capacity(
+    profile: ServiceProfile, *, streams: int, max_batch: int, slo: SLO, n: int = 3000, seed: int = 0
+) -> float:
+    """The highest rate whose simulated percentile meets the SLO, to 2%, in requests per second; 0 if none does."""
+
+    def holds(rate: float) -> bool:
+        latencies = simulate(profile, streams=streams, max_batch=max_batch, rate_rps=rate, n=n, seed=seed)
+        return bool(np.quantile(latencies, slo.percentile / 100) <= slo.limit_s)
+
+    high = profile.throughput(streams, max_batch)
+    low = high / 64
+    if not holds(low):
+        return 0.0
+    if holds(high):
+        return high
+    while high / low > 1.02:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

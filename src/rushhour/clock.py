@@ -1,0 +1,47 @@
+"""Time, injected: decisions are made on a clock that is handed in, so that they can be replayed without sleeping."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Where decisions read the time. Seconds, monotonic, from an arbitrary zero."""
+
+    def now(self) -> float:
+        """The time in seconds."""
+        ...
+
+
+class WallClock:
+    """The machine's monotonic clock. On Linux its zero is shared by all processes of one boot."""
+
+    def now(self) -> float:
+        """The time in seconds."""
+        return time.monotonic()
+
+
+class VirtualClock:
+    """A clock that moves only when told to: for simulation and for tests.
+
+    Args:
+        start: the first reading, in seconds.
+    """
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = start
+
+    def now(self) -> float:
+        """The time in seconds."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Move forward by `seconds`.
+
+        Raises:
+            ValueError: if `seconds` is negative.
+        """
+        if seconds < 0:
+            raise ValueError(f"time does not run backwards, but got advance({seconds})")
+        self._now += seconds

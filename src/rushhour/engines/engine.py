@@ -1,0 +1,153 @@
+"""What runs a compiled graph, behind one Protocol.
+
+An engine has a fixed number of streams; each stream is a `Slot` with its own input buffers. Whoever fills a slot
+writes the batch once, in place, and starts it; the slot calls back when the answers are there. Nothing is
+concatenated and nothing waits for a future.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Annotated, Any, Protocol
+
+import msgspec
+from numpy.typing import NDArray
+
+from rushhour.bundle import Signature
+from rushhour.plan import EngineName, Precision
+
+Done = Callable[[BaseException | None], None]
+"""Called once per started batch, on a thread of the engine: None if the answers are there, else what went wrong."""
+
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """How a bundle is to be run. An engine that cannot do exactly this refuses; it never does something else.
+
+    Attributes:
+        engine: which one.
+        precision: what it computes in; explicit, because engines choose bf16 by themselves where they can.
+        streams: batches at the same time.
+        threads: CPU threads of each stream.
+        max_batch: samples in one batch, at most.
+    """
+
+    engine: EngineName
+    precision: Precision = "f32"
+    streams: _Positive = 1
+    threads: _Positive = 1
+    max_batch: _Positive = 1
+
+
+class Slot(Protocol):
+    """One stream of an engine, and the buffers of its batch. Used by one caller at a time."""
+
+    @property
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        """Input name -> C-contiguous array of shape `(max_batch, *shape)`, to be filled in place before `start`."""
+        ...
+
+    def start(self, rows: int, done: Done) -> None:
+        """Run the first `rows` samples of the buffers; return at once. `done` is called on an engine thread.
+
+        The buffers must not be touched until then.
+
+        Raises:
+            EngineError: if the engine is closed, or `rows` is not in 1..max_batch. `done` is then not called.
+        """
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[Any]]:
+        """Output name -> C-contiguous array `(rows, *shape)` of the last batch; valid until the next `start`."""
+        ...
+
+
+class Engine(Protocol):
+    """A bundle, compiled and ready. `slots` run independently of each other."""
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        ...
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was asked for."""
+        ...
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """What is in force, as the engine itself reports it: precision, streams, threads, version."""
+        ...
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """One per stream."""
+        ...
+
+    def close(self) -> None:
+        """Finish the batches that run, call their `done`, then free all memory and threads. May be called again."""
+        ...
+
+
+class Runner:
+    """Whole arrays through an engine, batch by batch over all its streams: for accuracy, checks and timing.
+
+    Thread-safe; callers share the slots and wait for a free one.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        for slot in engine.slots:
+            self._free.put(slot)
+
+    def submit(self, inputs: Mapping[str, NDArray[Any]]) -> Future[dict[str, NDArray[Any]]]:
+        """Run one batch; waits only for a free slot, not for the answer.
+
+        Args:
+            inputs: name -> array of shape `(n, *shape)` with n in 1..max_batch.
+
+        Raises:
+            EngineError: as `Slot.start`.
+        """
+        future: Future[dict[str, NDArray[Any]]] = Future()
+        rows = len(next(iter(inputs.values())))
+        slot = self._free.get()
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                answers = {name: array.copy() for name, array in slot.outputs.items()}
+            self._free.put(slot)
+            if error is None:
+                future.set_result(answers)
+            else:
+                future.set_exception(error)
+
+        try:
+            for name, buffer in slot.inputs.items():
+                buffer[: min(rows, len(buffer))] = inputs[name][: len(buffer)]
+            slot.start(rows, done)
+        except BaseException:
+            self._free.put(slot)
+            raise
+        return future
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Answers to any number of samples: name -> array of shape `(n, *shape)`, in order.
+
+        Args:
+            inputs: name -> array of shape `(n, *shape)`.
+        """
+        import numpy as np
+
+        total, step = len(next(iter(inputs.values()))), self._engine.config.max_batch
+        futures = [
+            self.submit({name: array[at : at + step] for name, array in inputs.items()}) for at in range(0, total, step)
+        ]
+        parts = [future.result() for future in futures]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

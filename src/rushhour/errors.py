@@ -1,0 +1,95 @@
+"""What can go wrong, and what the person in front of the screen can do about it.
+
+Every error a user can cause says three things in one line: what happened, why, and what to do.
+
+    RushhourError
+    ├── GoalError        an SLO, accuracy budget or workload that cannot be read or cannot be asked
+    ├── DataError        missing, damaged or unusable data
+    ├── TaskError        a model and a task that do not fit each other
+    ├── BundleError      a bundle that is missing, damaged or of an unknown form
+    ├── PlanError        a plan that is missing, damaged or newer than this program
+    ├── ModelError       a model that cannot be built, exported or trained
+    ├── EngineError      an engine that is not there, or cannot run what it was asked to run
+    ├── WireError        a request or an answer that is not valid Open Inference Protocol (has an HTTP status)
+    ├── ServeError       a server that cannot start (port in use, no permission, ...)
+    ├── LoadError        a load test that cannot be run or trusted
+    └── StorageError     a disk that is full, read-only or gone
+"""
+
+from __future__ import annotations
+
+
+class RushhourError(Exception):
+    """An error with its reason and its remedy, printed by the command line as one line with exit code 2.
+
+    Args:
+        what: what happened, naming the value at fault.
+        why: the reason, or the rule that was broken.
+        fix: what the reader can do now.
+    """
+
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        self.what = what
+        self.why = why
+        self.fix = fix
+        super().__init__(what, why, fix)
+
+    def __str__(self) -> str:
+        line = self.what
+        if self.why:
+            line += f": {self.why}"
+        if self.fix:
+            line += f"; {self.fix}"
+        return " ".join(line.split())
+
+
+class GoalError(RushhourError):
+    """An SLO, accuracy budget or workload that cannot be read or cannot be asked."""
+
+
+class DataError(RushhourError):
+    """Missing, damaged or unusable data."""
+
+
+class TaskError(RushhourError):
+    """A model and a task that do not fit each other."""
+
+
+class BundleError(RushhourError):
+    """A bundle that is missing, damaged or of an unknown form."""
+
+
+class PlanError(RushhourError):
+    """A plan that is missing, damaged or newer than this program."""
+
+
+class ModelError(RushhourError):
+    """A model that cannot be built, exported or trained."""
+
+
+class EngineError(RushhourError):
+    """An engine that is not installed, or cannot run what it was asked to run."""
+
+
+class WireError(RushhourError):
+    """A request or an answer that is not valid Open Inference Protocol.
+
+    Args:
+        status: the HTTP status a server answers with.
+    """
+
+    def __init__(self, what: str, why: str = "", fix: str = "", *, status: int = 400) -> None:
+        super().__init__(what, why, fix)
+        self.status = status
+
+
+class ServeError(RushhourError):
+    """A server that cannot start or keep running."""
+
+
+class LoadError(RushhourError):
+    """A load test that cannot be run or trusted."""
+
+
+class StorageError(RushhourError):
+    """A disk that is full, read-only or gone."""

@@ -1,0 +1,112 @@
+"""`measurements.jsonl`: every measurement, on disk before the next one starts, so that a killed run goes on.
+
+A measurement has a key that says what was asked. Asking again for a key that is there returns what was measured;
+nothing is repeated, nothing is lost.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from rushhour.errors import StorageError
+from rushhour.machine import Machine, describe
+from rushhour.measurement import Accuracy, Measurement, Reading, ServiceTimes
+from rushhour.storage import explained
+
+R = TypeVar("R", Measurement, ServiceTimes, Accuracy)
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One line: what was asked (`key`), what came out, when and on what machine."""
+
+    key: str
+    reading: Reading
+    at: str
+    machine: Machine
+
+
+class Journal:
+    """Append-only file of measurements, one JSON object a line, each on disk before `measure` returns.
+
+    A last line that a kill cut short is dropped when the file is opened; its measurement never counted.
+
+    Args:
+        path: the file; made with its folder at the first measurement.
+
+    Raises:
+        StorageError: if the file cannot be read, or holds a damaged line that is not the last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, Entry] = {}
+        if not path.exists():
+            return
+        with explained(f"read {path}"):
+            content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                entry = msgspec.json.decode(line, type=Entry)
+            except msgspec.DecodeError as error:
+                raise StorageError(
+                    f"cannot read line {number} of {path}",
+                    str(error),
+                    "move the file away to measure anew, or remove that line",
+                ) from error
+            self._entries[entry.key] = entry
+        if whole != len(content):
+            with explained(f"repair {path}"), path.open("r+b") as file:
+                file.truncate(whole)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __getitem__(self, key: str) -> Entry:
+        return self._entries[key]
+
+    def measure(self, key: str, kind: type[R], take: Callable[[], R]) -> R:
+        """The measurement asked for by `key`: the one on file, or the one `take` makes now, put on file first.
+
+        Args:
+            key: names everything that decides the result: candidate, rate, seed, attempt.
+            kind: the type that `take` returns.
+            take: makes the measurement.
+
+        Raises:
+            StorageError: if the disk does not take the new line.
+        """
+        known = self._entries.get(key)
+        if known is not None and isinstance(known.reading, kind):
+            return known.reading
+        reading = take()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        entry = Entry(key=key, reading=reading, at=now, machine=describe())
+        self._append(entry)
+        return reading
+
+    def _append(self, entry: Entry) -> None:
+        with explained(f"write {self.path}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                start = file.tell()
+                try:
+                    file.write(msgspec.json.encode(entry) + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, start)
+                    raise
+        self._entries[entry.key] = entry

@@ -1,0 +1,104 @@
+"""What this machine really offers: cores under affinity and quota, and the facts a measurement must carry."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import msgspec
+
+_VERSIONS = ("rushhour", "numpy", "openvino", "onnxruntime", "torch", "nncf", "onnx", "uvloop", "httptools")
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """The machine and the software a measurement was made on.
+
+    Attributes:
+        cpu: the processor's own name.
+        cores: cores this process may use (affinity and cgroup quota, not the host's count).
+        features: the vector extensions that decide precision: avx512_vnni, avx512_bf16, amx_int8, ...
+        memory_gb: total memory, in GiB.
+        versions: package -> version.
+    """
+
+    cpu: str
+    cores: int
+    features: tuple[str, ...]
+    memory_gb: float
+    system: str
+    python: str
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.cpu}, {self.cores} cores, {self.memory_gb:g} GiB"
+
+
+def cores() -> int:
+    """Cores this process may use: the smaller of its CPU affinity and its cgroup CPU quota, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    return max(1, min(allowed, int(quota)) if quota is not None else allowed)
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """CPUs granted by the cgroup (v2 `cpu.max`, v1 `cpu.cfs_quota_us`), or None where there is no limit."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        limit = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+        period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        return None if int(limit) <= 0 else int(limit) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+@functools.cache
+def describe() -> Machine:
+    """The machine this process runs on. Reads only files and package metadata; imports nothing heavy."""
+    cpu, flags = platform.processor() or platform.machine(), set[str]()
+    memory_kb = 0
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                cpu = value.strip()
+            elif name.strip() == "flags":
+                flags = set(value.split())
+                break
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                memory_kb = int(line.split()[1])
+    except OSError:
+        pass
+    versions = {}
+    for package in _VERSIONS:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    wanted = (
+        "avx2",
+        "avx512f",
+        "avx512_vnni",
+        "avx_vnni",
+        "avx512_bf16",
+        "amx_bf16",
+        "amx_int8",
+        "neon",
+        "sve",
+    )
+    return Machine(
+        cpu=cpu,
+        cores=cores(),
+        features=tuple(feature for feature in wanted if feature in flags),
+        memory_gb=round(memory_kb / 2**20, 1),
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        versions=versions,
+    )

@@ -1,0 +1,144 @@
+"""What was measured: latencies under load, service times of an engine alone, accuracy on held-out data.
+
+Latencies are kept as HdrHistogram (3 significant digits, 1 µs to 1 hour), in its own base64 form, so that any tool
+of that family can read a line of `measurements.jsonl` again.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from hdrh.histogram import HdrHistogram
+from numpy.typing import NDArray
+
+from rushhour.goal import SLO
+
+_LOWEST_US, _HIGHEST_US, _DIGITS = 1, 3_600_000_000, 3
+
+
+class Outcome(enum.StrEnum):
+    """The verdict on one load: does the SLO hold at this rate?
+
+    Only `PASS` is a proof. `FAIL` also covers "could not be proven with this many requests".
+    """
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNSTABLE = "unstable"
+    """The server fell behind: the queue grew, so no percentile describes it."""
+    GENERATOR_LIMITED = "generator_limited"
+    """The load generator could not keep its schedule, so the server was not tested at this rate."""
+    VOID = "void"
+    """The machine was disturbed during the window, so nothing can be concluded."""
+
+
+Interval = tuple[float, float]
+"""A two-sided 95% confidence interval, low and high."""
+
+
+class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
+    """One window of open-loop load against a server: what was asked, what came back, and the verdict.
+
+    Attributes:
+        slo: what the verdict was about.
+        rate_rps: scheduled requests per second (Poisson).
+        seed: of the arrival schedule.
+        duration_s: length of the schedule.
+        n: scheduled requests.
+        late: of these, answered over the limit, with an error, shed, or not at all.
+        errors: of these, refused connections, time-outs, malformed answers, statuses other than 200, 429 and 503.
+        shed: of these, turned away by the server (429 or 503).
+        p50_ms: median latency from the scheduled arrival, over all requests answered.
+        p99_ms: its 99th percentile over all scheduled requests, unanswered ones counted as infinitely late; None
+            where there are too few samples, the server was unstable, or it falls among the unanswered.
+        p99_interval_ms: the 95% interval of `p99_ms` from order statistics; None where `p99_ms` is.
+        goodput_rps: answers per second that met the limit.
+        generator_cpu: the generator's CPU time over the wall time, 1.0 = one core.
+        send_delay_p99_ms: how late the generator itself was.
+        outcome: the verdict; `reason` says it in words.
+        latencies: HdrHistogram of the answered requests in microseconds, base64.
+    """
+
+    slo: SLO
+    rate_rps: float
+    seed: int
+    duration_s: float
+    n: int
+    late: int
+    errors: int
+    shed: int
+    p50_ms: float | None
+    p99_ms: float | None
+    p99_interval_ms: Interval | None
+    goodput_rps: float
+    generator_cpu: float
+    send_delay_p99_ms: float
+    outcome: Outcome
+    reason: str
+    latencies: str
+
+
+class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):
+    """How long an engine alone takes for a batch, all its streams busy.
+
+    Attributes:
+        batch_sizes: ascending, from 1 to the largest batch.
+        seconds: median seconds of one batch on one stream while all streams are busy, same order.
+        throughput: inferences per second over all streams, same order.
+    """
+
+    batch_sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    throughput: tuple[float, ...]
+
+
+class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
+    """The task's metric of a compiled artefact on held-out data, and how far it fell below the reference.
+
+    Attributes:
+        metric: name of the metric; higher is better.
+        value: the metric.
+        interval: its 95% interval.
+        n: samples.
+        split: which held-out part of the data.
+        drop: reference minus this one on the same samples (0 for the reference itself).
+        drop_interval: its paired 95% interval.
+    """
+
+    metric: str
+    value: float
+    interval: Interval
+    n: Annotated[int, msgspec.Meta(ge=1)]
+    split: str
+    drop: float = 0.0
+    drop_interval: Interval = (0.0, 0.0)
+
+
+Reading = Measurement | ServiceTimes | Accuracy
+"""Anything that `measurements.jsonl` holds."""
+
+
+def pack_latencies(seconds: NDArray[np.float64]) -> str:
+    """The histogram of these latencies as HdrHistogram's compressed base64.
+
+    Args:
+        seconds: latencies, shape `(n,)`; values beyond the histogram's range are clipped to its ends.
+    """
+    histogram = HdrHistogram(_LOWEST_US, _HIGHEST_US, _DIGITS)
+    micros = np.clip(np.rint(seconds * 1e6), _LOWEST_US, _HIGHEST_US).astype(np.int64)
+    values, counts = np.unique(micros, return_counts=True)
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        histogram.record_value(value, count)
+    encoded: bytes = histogram.encode()
+    return encoded.decode("ascii")
+
+
+def latency_curve(latencies: str, percentiles: tuple[float, ...]) -> list[float]:
+    """Latencies in milliseconds at `percentiles` (0 to 100) of a histogram made by `pack_latencies`."""
+    histogram = HdrHistogram.decode(latencies.encode("ascii"))
+    if histogram.get_total_count() == 0:
+        return [0.0 for _ in percentiles]
+    return [histogram.get_value_at_percentile(percentile) / 1e3 for percentile in percentiles]

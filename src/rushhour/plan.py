@@ -1,0 +1,149 @@
+"""The Plan: the frozen answer of a tuning run, and the only noun that crosses from `tune` to `serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from rushhour.errors import PlanError
+from rushhour.goal import Goal
+from rushhour.machine import Machine
+from rushhour.measurement import Interval
+from rushhour.storage import explained, write_whole
+
+SCHEMA = 1
+
+EngineName = Literal["openvino", "onnxruntime", "torch"]
+Precision = Literal["f32", "bf16", "int8"]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One thing that can answer requests: a bundle on an engine at a precision.
+
+    Attributes:
+        name: unique within a plan; people read it.
+        bundle: the bundle's folder, relative to the plan's.
+        bundle_hash: what that bundle's content hash must be.
+        precision: what the engine computes in. `int8` means that the bundle is quantised.
+    """
+
+    name: str
+    bundle: str
+    bundle_hash: str
+    engine: EngineName
+    precision: Precision
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """How requests are put on the engine.
+
+    Attributes:
+        streams: batches that run at the same time.
+        threads: CPU threads of each stream.
+        max_batch: samples in one batch, at most.
+        queue_bound: samples that may wait, at most; further requests are shed.
+    """
+
+    streams: Positive = 1
+    threads: Positive = 1
+    max_batch: Positive = 1
+    queue_bound: Positive = 1024
+
+
+class OperatingPoint(msgspec.Struct, frozen=True):
+    """One measured point: at this rate, this latency."""
+
+    rate_rps: float
+    p50_ms: float | None
+    p99_ms: float | None
+    outcome: str
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """What was measured, in the numbers people ask for. The measurements themselves lie in `measurements.jsonl`.
+
+    Attributes:
+        capacity_rps: the highest rate whose verdict was a confirmed pass on fresh seeds.
+        lowest_failing_rps: the lowest rate that did not pass, if one was tried.
+        p99_ms: at `capacity_rps`.
+        accuracy: of the compiled artefact on the untouched test set.
+        accuracy_drop: reference minus plan, paired on the same samples.
+        baseline_capacity_rps: of the untouched baseline (torch eager, one sample at a time), in the same run.
+    """
+
+    capacity_rps: float
+    lowest_failing_rps: float | None
+    p99_ms: float | None
+    p99_interval_ms: Interval | None
+    metric: str
+    accuracy: float
+    accuracy_interval: Interval
+    accuracy_drop: float
+    accuracy_drop_interval: Interval
+    reference_accuracy: float
+    reference_accuracy_interval: Interval
+    baseline_capacity_rps: float
+    baseline_p99_ms: float | None
+    machine: Machine
+    at: str
+    measurements: int
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How to serve: variants, policy and operating points that meet the goal, with the evidence."""
+
+    goal: Goal
+    variants: Annotated[tuple[Variant, ...], msgspec.Meta(min_length=1)]
+    policy: Policy
+    operating_points: tuple[OperatingPoint, ...] = ()
+    evidence: Evidence | None = None
+    feasible: bool = True
+    """False for the nearest miss: nothing met the goal, and this came closest."""
+    schema: int = SCHEMA
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan and check every field.
+
+        Raises:
+            PlanError: if it is missing, damaged, or of a newer schema than this program knows.
+        """
+        if not path.is_file():
+            raise PlanError(
+                f"there is no plan at {path}",
+                "the file does not exist",
+                "make one with `rushhour tune` or `rushhour demo`",
+            )
+        with explained(f"read {path}"):
+            content = path.read_bytes()
+        try:
+            schema = msgspec.json.decode(content, type=_SchemaOnly).schema
+            if schema > SCHEMA:
+                raise PlanError(
+                    f"the plan {path} has schema {schema}",
+                    f"this Rushhour reads schemas up to {SCHEMA}",
+                    "upgrade Rushhour, or make the plan anew with `rushhour tune`",
+                )
+            return msgspec.json.decode(content, type=cls)
+        except msgspec.DecodeError as error:
+            raise PlanError(
+                f"the plan {path} cannot be read",
+                str(error),
+                "restore it, or make it anew with `rushhour tune`",
+            ) from error
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int

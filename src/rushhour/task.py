@@ -1,0 +1,163 @@
+"""What a model is for: what its output must look like, how good it is (numpy, higher is better), how it is read.
+
+The loss lives in `train/`; everything here runs without torch, on the outputs of any engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.errors import TaskError
+from rushhour.measurement import Interval
+
+_Z = 1.959963984540054  # two-sided 95% of the normal distribution
+
+
+class Task(msgspec.Struct, frozen=True):
+    """Classification (one label of `classes`) or regression (`outputs` numbers).
+
+    Attributes:
+        kind: classification is measured by accuracy, regression by R² (coefficient of determination).
+        classes: the labels' names, in the order of the output; empty for regression.
+        outputs: the length of one answer: the number of classes, or of regressed values.
+    """
+
+    kind: Literal["classification", "regression"]
+    classes: tuple[str, ...] = ()
+    outputs: int = 1
+
+    @classmethod
+    def classification(cls, classes: tuple[str, ...]) -> Task:
+        """A task with one right label among `classes`.
+
+        Raises:
+            TaskError: if there are fewer than two classes.
+        """
+        if len(classes) < 2:
+            raise TaskError(
+                f"cannot classify into {len(classes)} class{'' if len(classes) == 1 else 'es'}",
+                "there is nothing to tell apart",
+                "give data with at least two classes",
+            )
+        return cls(kind="classification", classes=classes, outputs=len(classes))
+
+    @property
+    def metric(self) -> str:
+        """The metric's name; higher is better."""
+        return "accuracy" if self.kind == "classification" else "r2"
+
+    @property
+    def output_name(self) -> str:
+        """The name of the model's output on the wire."""
+        return "probabilities" if self.kind == "classification" else "values"
+
+    def check_output(self, shape: tuple[int, ...], model: str) -> None:
+        """Raise unless a model whose answer to one sample has `shape` fits this task.
+
+        Args:
+            shape: without the batch dimension.
+            model: its name, for the message.
+
+        Raises:
+            TaskError: if it does not fit.
+        """
+        if shape != (self.outputs,):
+            wanted = f"{self.outputs} {'classes' if self.kind == 'classification' else 'values'}"
+            raise TaskError(
+                f"the output of {model} does not fit the task",
+                f"the task has {wanted}, so one answer must have shape ({self.outputs},), but it has {shape}",
+                f"change the model's last layer to {self.outputs} outputs, or give the data it was made for",
+            )
+
+    def evaluate(self, outputs: NDArray[Any], targets: NDArray[Any]) -> tuple[float, Interval]:
+        """The metric and its 95% interval.
+
+        Accuracy has Wilson's interval (Wilson 1927); R² a bootstrap over samples with a fixed seed.
+
+        Args:
+            outputs: shape `(n, outputs)`.
+            targets: shape `(n,)` of labels, or `(n, outputs)` of values.
+        """
+        if self.kind == "classification":
+            right = _right(outputs, targets)
+            return float(right.mean()), wilson(int(right.sum()), len(right))
+        errors, variances = _squares(outputs, targets)
+        return _r2(errors, variances), _bootstrap(lambda rows: _r2(errors[rows], variances[rows]), len(errors))
+
+    def compare(
+        self, reference: NDArray[Any], candidate: NDArray[Any], targets: NDArray[Any]
+    ) -> tuple[float, Interval]:
+        """How far `candidate` falls below `reference` on the same samples: the drop and its paired 95% interval.
+
+        A difference of paired proportions takes Agresti and Min's adjusted interval (Statistics in Medicine 2005),
+        which holds its level also where few answers differ; R² takes a paired bootstrap.
+
+        Args:
+            reference: outputs of the reference model, shape `(n, outputs)`.
+            candidate: outputs of the candidate, same shape and samples.
+            targets: as in `evaluate`.
+        """
+        if self.kind == "classification":
+            before, after = _right(reference, targets), _right(candidate, targets)
+            lost, won, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
+            lost_, won_, n_ = lost + 0.5, won + 0.5, n + 2
+            middle = (lost_ - won_) / n_
+            half = _Z * math.sqrt(max(0.0, lost_ + won_ - (lost_ - won_) ** 2 / n_)) / n_
+            return (lost - won) / n, (middle - half, middle + half)
+        errors_before, variances = _squares(reference, targets)
+        errors_after, _ = _squares(candidate, targets)
+
+        def drop(rows: NDArray[np.intp]) -> float:
+            return _r2(errors_before[rows], variances[rows]) - _r2(errors_after[rows], variances[rows])
+
+        return drop(np.arange(len(variances))), _bootstrap(drop, len(variances))
+
+    def read(self, output: NDArray[Any]) -> Mapping[str, float]:
+        """One answer in words: label -> probability, most likely first; or the regressed values by position.
+
+        Args:
+            output: shape `(outputs,)`.
+        """
+        if self.kind == "classification":
+            return {self.classes[index]: float(output[index]) for index in np.argsort(-output)}
+        return {str(index): float(value) for index, value in enumerate(output)}
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Wilson's 95% score interval of a proportion."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = successes / n, _Z * _Z
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _right(outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.bool_]:
+    right: NDArray[np.bool_] = outputs.argmax(axis=1) == targets
+    return right
+
+
+def _squares(outputs: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Squared errors, and squared distances from the mean, per sample; shape `(n,)` each."""
+    values = np.asarray(targets, dtype=np.float64).reshape(len(targets), -1)
+    errors = ((np.asarray(outputs, dtype=np.float64).reshape(values.shape) - values) ** 2).sum(axis=1)
+    return errors, ((values - values.mean(axis=0)) ** 2).sum(axis=1)
+
+
+def _r2(errors: NDArray[np.float64], variances: NDArray[np.float64]) -> float:
+    total = float(variances.sum())
+    return 1.0 - float(errors.sum()) / total if total > 0 else 0.0
+
+
+def _bootstrap(statistic: Any, n: int, rounds: int = 1000) -> Interval:
+    random = np.random.default_rng(0)
+    values = [statistic(random.integers(0, n, n)) for _ in range(rounds)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
