@@ -13,6 +13,7 @@ cannot get them wrong.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -228,6 +229,17 @@ class Bundle:
         sealed = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
         write_whole(self.path / _MANIFEST, _encode(sealed))
         return Bundle(self.path, sealed)
+
+    def copy_to(self, path: Path) -> Bundle:
+        """A copy of the whole bundle in the folder `path`; an older one there is replaced.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        with building(path) as folder:
+            for name in (*self.manifest.files, _MANIFEST):
+                shutil.copyfile(self.path / name, folder / name)
+        return Bundle(path, self.manifest)
 
     @property
     def model(self) -> Path:

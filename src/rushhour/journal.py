@@ -1,7 +1,7 @@
 """`measurements.jsonl`: every measurement, on disk before the next one starts, so that a killed run goes on.
 
-A measurement has a key that says what was asked. Asking again for a key that is there returns what was measured;
-nothing is repeated, nothing is lost.
+Asking again for what was measured, on the same machine and versions, returns what is on file; nothing is repeated,
+nothing is lost. What another machine measured stays on file but is no answer here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ R = TypeVar("R", Measurement, ServiceTimes, Accuracy)
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line: what was asked (`key`), what came out, when and on what machine."""
+    """One line: what was asked, what came out, when and on what machine.
 
-    key: str
+    Attributes:
+        phase: what it was for: `service`, `accuracy`, `search`, `confirm`, ...
+        subject: what was measured: a candidate, or a bundle on an engine.
+        detail: what else decides the result: rate and seed, the split; empty where nothing does.
+    """
+
+    phase: str
+    subject: str
+    detail: str
     reading: Reading
     at: str
     machine: Machine
@@ -45,7 +53,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._entries: dict[str, Entry] = {}
+        self._all: list[Entry] = []
+        self._here: dict[tuple[str, str, str], Entry] = {}
         if not path.exists():
             return
         with explained(f"read {path}"):
@@ -60,40 +69,36 @@ class Journal:
                     str(error),
                     "move the file away to measure anew, or remove that line",
                 ) from error
-            self._entries[entry.key] = entry
+            self._remember(entry)
         if whole != len(content):
             with explained(f"repair {path}"), path.open("r+b") as file:
                 file.truncate(whole)
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        return iter(self._all)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._all)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
-
-    def __getitem__(self, key: str) -> Entry:
-        return self._entries[key]
-
-    def measure(self, key: str, kind: type[R], take: Callable[[], R]) -> R:
-        """The measurement asked for by `key`: the one on file, or the one `take` makes now, put on file first.
+    def measure(self, phase: str, subject: str, detail: str, kind: type[R], take: Callable[[], R]) -> R:
+        """The measurement asked for: the one on file, or the one `take` makes now, put on file before it returns.
 
         Args:
-            key: names everything that decides the result: candidate, rate, seed, attempt.
+            phase: as in `Entry`; with `subject` and `detail` it names everything that decides the result.
+            subject: as in `Entry`.
+            detail: as in `Entry`.
             kind: the type that `take` returns.
             take: makes the measurement.
 
         Raises:
             StorageError: if the disk does not take the new line.
         """
-        known = self._entries.get(key)
+        known = self._here.get((phase, subject, detail))
         if known is not None and isinstance(known.reading, kind):
             return known.reading
         reading = take()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = Entry(key=key, reading=reading, at=now, machine=describe())
+        entry = Entry(phase=phase, subject=subject, detail=detail, reading=reading, at=now, machine=describe())
         self._append(entry)
         return reading
 
@@ -109,4 +114,9 @@ class Journal:
                 except OSError:
                     os.truncate(self.path, start)
                     raise
-        self._entries[entry.key] = entry
+        self._remember(entry)
+
+    def _remember(self, entry: Entry) -> None:
+        self._all.append(entry)
+        if entry.machine == describe():
+            self._here[entry.phase, entry.subject, entry.detail] = entry

@@ -63,6 +63,50 @@ class OperatingPoint(msgspec.Struct, frozen=True):
     outcome: str
 
 
+class Trial(msgspec.Struct, frozen=True):
+    """One candidate, how far it got, and why it went no further.
+
+    Attributes:
+        candidate: names it in `measurements.jsonl` (`Entry.subject`): `int8/openvino/int8/s2t1b32`.
+        bundle: which bundle it serves: `reference`, `int8`.
+        accuracy: on the validation part, of the compiled artefact; None where it never came to that.
+        predicted_rps: from its service times alone, by simulation, before any load.
+        capacity_rps: under real load; None where it was dropped before its capacity was searched.
+        fate: `won`; `baseline` (the untouched model); `beaten` under load; `dominated` by prediction; `over budget`;
+            `failed` (its engine cannot run it).
+        why: in words, with the numbers.
+    """
+
+    candidate: str
+    bundle: str
+    engine: EngineName
+    precision: Precision
+    policy: Policy
+    accuracy: float | None
+    accuracy_drop: float | None
+    accuracy_drop_interval: Interval | None
+    predicted_rps: float | None
+    capacity_rps: float | None
+    p99_ms: float | None
+    fate: Literal["won", "baseline", "beaten", "dominated", "over budget", "failed"]
+    why: str
+
+
+class Rung(msgspec.Struct, frozen=True):
+    """What one more step bought: the capacity with all steps up to this one, measured under load.
+
+    Attributes:
+        step: `as it is`, `compiled`, `batched`, `quantised`: in words for people.
+        candidate: what was measured, as in `Trial`.
+    """
+
+    step: str
+    candidate: str
+    capacity_rps: float
+    p99_ms: float | None
+    accuracy: float | None
+
+
 class Evidence(msgspec.Struct, frozen=True):
     """What was measured, in the numbers people ask for. The measurements themselves lie in `measurements.jsonl`.
 
@@ -72,7 +116,12 @@ class Evidence(msgspec.Struct, frozen=True):
         p99_ms: at `capacity_rps`.
         accuracy: of the compiled artefact on the untouched test set.
         accuracy_drop: reference minus plan, paired on the same samples.
+        accuracy_interval: 95%, as every interval here.
         baseline_capacity_rps: of the untouched baseline (torch eager, one sample at a time), in the same run.
+        model_bytes: size on disk of the graph that is served.
+        at: when the plan was made, ISO 8601.
+        trials: every candidate and its fate.
+        ladder: what each step bought, in order.
     """
 
     capacity_rps: float
@@ -88,9 +137,14 @@ class Evidence(msgspec.Struct, frozen=True):
     reference_accuracy_interval: Interval
     baseline_capacity_rps: float
     baseline_p99_ms: float | None
+    parameters: int
+    model_bytes: int
+    reference_parameters: int
+    reference_model_bytes: int
     machine: Machine
     at: str
-    measurements: int
+    trials: tuple[Trial, ...] = ()
+    ladder: tuple[Rung, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -1,0 +1,476 @@
+"""The command line. Every command: --json FILE for machines, progress for people, exit 0 only on success.
+
+Exit codes: 0 success; 1 an honest "no" (an SLO that does not hold, nothing inside the budget); 2 an error, in one
+line that says what, why and what to do; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from rushhour.errors import GoalError, RushhourError
+from rushhour.goal import SLO, AccuracyBudget, Goal
+from rushhour.measurement import Measurement, Outcome
+from rushhour.storage import write_whole
+from rushhour.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from rushhour.bundle import Bundle, Source
+    from rushhour.data import Dataset
+    from rushhour.load import Search
+
+# Only what every command needs is imported here: `rushhour serve` must not pay for what `rushhour train` uses.
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+_SEED = 20_260_101
+
+
+def _slo(command: C) -> C:
+    return click.option(
+        "--slo", default="p99<50ms", show_default=True, help="The latency limit. Quote it: the shell reads '<'."
+    )(command)
+
+
+def _drop(command: C) -> C:
+    return click.option(
+        "--max-accuracy-drop",
+        default="1%",
+        show_default=True,
+        help="The accuracy budget in percentage points: with 1%, 90% may become 89%.",
+    )(command)
+
+
+def _data(command: C) -> C:
+    return click.option(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="fashion-mnist, a folder with one folder per class, a .npz file, or module:factory.",
+    )(command)
+
+
+def _json(command: C) -> C:
+    return click.option(
+        "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON."
+    )(command)
+
+
+def _training(command: C) -> C:
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Of the weights and the order of the data."),
+        click.option("--batch", default=128, show_default=True, help="Samples in one training step."),
+        click.option("--lr", default=2e-3, show_default=True, help="The largest learning rate (one-cycle schedule)."),
+        click.option("--epochs", default=3, show_default=True, help="Passes over the training data."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="rushhour")
+def cli() -> None:
+    """Find, prove and run the fastest way to serve a deep-learning model to a crowd.
+
+    \b
+    First time here?
+        rushhour demo                                   everything, on real data, in a few minutes
+    Your own model:
+        rushhour tune article --data photos/ --slo 'p99<50ms' --max-accuracy-drop 1% --out runs/photos
+        rushhour serve runs/photos
+        rushhour load http://127.0.0.1:8000 --slo 'p99<50ms'
+    """
+
+
+@cli.command()
+@click.option(
+    "--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="The run's folder."
+)
+@_slo
+@_drop
+@_json
+def demo(out: Path, slo: str, max_accuracy_drop: str, json_file: Path | None) -> None:
+    """The whole path on real data: train, compress, serve, load, and return the Plan.
+
+    Trains the reference network (VGG style, 28x28) on Fashion-MNIST, quantises it, tries every way to serve it, and
+    ends with reference and winner side by side. Killed? Run it again: it goes on where it was.
+    """
+    goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
+    _tune("article", "fashion-mnist", goal, out, {"epochs": 3, "lr": 2e-3, "batch": 128, "seed": 0}, json_file)
+
+
+@cli.command()
+@click.argument("model")
+@_data
+@_slo
+@_drop
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
+@_training
+@_json
+def tune(
+    model: str, data: str, slo: str, max_accuracy_drop: str, out: Path, json_file: Path | None, **training: Any
+) -> None:
+    """Find the way to serve MODEL that carries the most requests per second inside both limits.
+
+    MODEL is a bundle, the name of a reference network (article, residual, mlp) or your own module:factory, which is
+    trained first. The answer is RUN/plan.json, the proof RUN/measurements.jsonl and RUN/report.html.
+
+    \b
+    rushhour tune runs/demo/bundles/reference --data fashion-mnist --slo 'p99<20ms' --out runs/strict
+    """
+    goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
+    _tune(model, data, goal, out, training, json_file)
+
+
+def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any], json_file: Path | None) -> None:
+    from rushhour.report import summary_table, write_report
+    from rushhour.tune import TuneSettings, tune_run
+
+    console, progress = Console(), TerminalProgress()
+    try:
+        dataset = _load_data(data, progress)
+        source, trusted = _model(model, dataset)
+        plan = tune_run(
+            source,
+            dataset,
+            goal,
+            run=out,
+            training=_settings(training),
+            settings=TuneSettings(),
+            progress=progress,
+            trusted=trusted,
+        )
+        progress.start("Writing the report")
+        report = write_report(out)
+        progress.done(str(report))
+    finally:
+        progress.fail()
+    _write_json(json_file, plan)
+    console.print()
+    console.print(summary_table(plan))
+    console.print(f"\nServe it:  [bold]rushhour serve {out}[/]\nThe proof: {report}", highlight=False)
+    if not plan.feasible:
+        click.echo("nothing met the whole goal: this is the nearest miss", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("model")
+@_data
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="The bundle's folder.")
+@_training
+@_json
+def train(model: str, data: str, out: Path, json_file: Path | None, **training: Any) -> None:
+    """Train MODEL and leave a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
+
+    MODEL is article, residual, mlp, or your own module:factory (a callable that returns a torch.nn.Module).
+    Killed? Run it again: it goes on at its last checkpoint, and ends with the same weights.
+    """
+    from rushhour.bundle import Bundle
+    from rushhour.errors import ModelError
+    from rushhour.train import train as train_bundle
+
+    progress = TerminalProgress()
+    try:
+        dataset = _load_data(data, progress)
+        source, trusted = _model(model, dataset)
+        if isinstance(source, Bundle):
+            raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
+        bundle = train_bundle(
+            dataset,
+            source,
+            _settings(training),
+            out=out,
+            work=out.with_name(f".{out.name}.checkpoints"),
+            progress=progress,
+            trusted=trusted,
+        )
+    finally:
+        progress.fail()
+    _write_json(json_file, bundle.manifest)
+    click.echo(f"{bundle.path}: {bundle.manifest.parameters:,} parameters, {_size(bundle.model_bytes)}")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_data
+@_drop
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's folder.")
+@_json
+def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_file: Path | None) -> None:
+    """Make BUNDLE smaller and faster: 8-bit weights and activations, judged on the compiled artefact."""
+    from rushhour.bundle import Bundle
+    from rushhour.compress import judge, outputs_of, quantize
+    from rushhour.engines import EngineConfig
+    from rushhour.machine import cores
+
+    budget, progress = AccuracyBudget.parse(max_accuracy_drop), TerminalProgress()
+    try:
+        parent = Bundle.open(bundle)
+        dataset = _load_data(data, progress)
+        small = quantize(parent, dataset, out, progress=progress)
+        progress.start("Measuring accuracy on held-out data")
+        split = dataset.test
+        before, after = (
+            outputs_of(
+                each,
+                EngineConfig("openvino", each.manifest.precision, streams=cores(), threads=1, max_batch=64),
+                split,
+            )
+            for each in (parent, small)
+        )
+        was = judge(dataset.task, "test", split.targets, before, None)
+        accuracy = judge(dataset.task, "test", split.targets, after, before)
+        small = small.with_metrics({"test": accuracy})
+        progress.done(f"{accuracy.metric} {accuracy.value:.4f}")
+    finally:
+        progress.fail()
+    table = Table("", "before", "after", title=f"{parent.manifest.name}, compressed")
+    table.add_row("precision", parent.manifest.precision, small.manifest.precision)
+    table.add_row("size on disk", _size(parent.model_bytes), _size(small.model_bytes))
+    table.add_row(f"{accuracy.metric} (test)", f"{was.value:.4f}", f"{accuracy.value:.4f}")
+    low, high = accuracy.drop_interval
+    table.add_row("drop, points", "", f"{accuracy.drop * 100:.2f} ({low * 100:.2f} to {high * 100:.2f})")
+    Console().print(table)
+    _write_json(json_file, {"bundle": str(out), "accuracy": accuracy, "reference": was, "bytes": small.model_bytes})
+    if accuracy.drop > budget.max_drop:
+        click.echo(f"the drop is over the budget of {budget}: this is the nearest miss", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|PLAN|BUNDLE")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default: exposing is a decision.")
+@click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--model-name", default=None, help="The model's name on the wire; the bundle's by default.")
+@click.option(
+    "--trust", multiple=True, metavar="MODULE:FACTORY", help="A factory of yours that the torch engine may import."
+)
+@_json
+def serve(
+    target: Path, host: str, http_port: int, model_name: str | None, trust: tuple[str, ...], json_file: Path | None
+) -> None:
+    """Answer requests as a Plan says (Open Inference Protocol v2 over HTTP). SIGTERM or Ctrl-C drains.
+
+    \b
+    rushhour serve runs/demo
+    curl http://127.0.0.1:8000/v2/models/fashion-mnist
+    """
+    from rushhour.serve import ServeSettings, open_target
+    from rushhour.serve import serve as serve_target
+
+    opened = open_target(target)
+    policy, variant = opened.plan.policy, opened.plan.variants[0]
+
+    def ready(url: str) -> None:
+        name = model_name or opened.bundle.manifest.name
+        click.echo(
+            f"{name} is served at {url} by {variant.engine} in {variant.precision}: {policy.streams} streams of "
+            f"{policy.threads} threads, batches up to {policy.max_batch}. Ctrl-C drains and stops."
+        )
+        _write_json(json_file, {"url": url, "model": name, "policy": policy})
+
+    serve_target(opened, ServeSettings(host=host, http_port=http_port, model=model_name, trusted=trust), ready)
+
+
+@cli.command()
+@click.argument("url")
+@_slo
+@click.option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second: one window, one verdict."
+)
+@click.option("--duration", default="10s", show_default=True, help="Length of that window, such as 10s or 2m.")
+@click.option("--model", default=None, help="The model's name; not needed where the server has only one.")
+@click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Samples in one request.")
+@click.option("--seed", default=None, type=int, help="Of the arrivals; a fresh one by default.")
+@_json
+def load(
+    url: str,
+    slo: str,
+    rate: float | None,
+    duration: str,
+    model: str | None,
+    rows: int,
+    seed: int | None,
+    json_file: Path | None,
+) -> None:
+    """Does the server at URL keep the SLO? With --rate: at that rate. Without: up to which rate?
+
+    Open loop: requests come when they come (Poisson), whether or not earlier ones are answered, and latency counts
+    from the scheduled arrival. Exit code 0 only if the SLO holds.
+
+    \b
+    rushhour load http://127.0.0.1:8000 --slo 'p99<50ms' --rate 500 --duration 10s
+    rushhour load http://127.0.0.1:8000 --slo 'p99<50ms'
+    """
+    import secrets
+
+    from rushhour.load import Generator, discover, estimate_throughput, find_capacity, measure, payloads
+
+    limit, seconds = SLO.parse(slo), _seconds(duration)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    progress, console = TerminalProgress(), Console()
+    search: Search | None = None
+    try:
+        target = discover(url, model)
+        sent = payloads(target, None, rows=rows, seed=seed)
+        with Generator() as generator:
+            if rate is not None:
+                progress.start(f"Sending {rate:g} requests/s for {duration}")
+                runs = [measure(generator, target, sent, limit, rate_rps=rate, seed=seed, window_s=seconds)]
+                progress.done(f"{runs[0].outcome}: {runs[0].reason}")
+            else:
+                progress.start("Estimating the throughput in a closed loop")
+                estimate = estimate_throughput(generator, target, sent)
+                progress.done(f"{estimate:,.0f} requests/s")
+                progress.start(f"Searching the highest rate that keeps {limit}")
+
+                def probe(at: float, with_seed: int) -> Measurement:
+                    window = measure(generator, target, sent, limit, rate_rps=at, seed=with_seed, window_s=3.0)
+                    progress.advance(note=f"{at:,.0f}/s: {window.outcome}")
+                    return window
+
+                search = find_capacity(probe, start_rps=max(1.0, 0.5 * estimate), slo=limit, seed=seed)
+                runs = list(search.runs)
+                progress.done(f"{search.capacity_rps:,.0f} requests/s")
+    finally:
+        progress.fail()
+    console.print(_windows_table(limit, runs))
+    outcome = (Outcome.PASS if search.capacity_rps else runs[-1].outcome) if search else runs[0].outcome
+    result: dict[str, Any] = {"outcome": outcome, "slo": str(limit), "url": url, "model": target.model, "runs": runs}
+    if search is not None:
+        result |= {"capacity_rps": search.capacity_rps, "lowest_failing_rps": search.lowest_failing_rps}
+        failing = f"; {search.lowest_failing_rps:,.0f} fails" if search.lowest_failing_rps else ""
+        console.print(f"[bold]{search.capacity_rps:,.0f} requests/s[/] keep {limit}{failing}", highlight=False)
+    else:
+        result |= _flat(runs[0])
+        console.print(f"[bold]{outcome}[/]: {runs[0].reason}", highlight=False)
+    _write_json(json_file, result)
+    if outcome is not Outcome.PASS:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_json
+def report(run: Path, json_file: Path | None) -> None:
+    """Write RUN/report.html anew: one file, offline, from RUN's plan and measurements."""
+    from rushhour.plan import Plan
+    from rushhour.report import summary_table, write_report
+
+    file = write_report(run)
+    plan = Plan.load(run / "plan.json")
+    Console().print(summary_table(plan))
+    click.echo(file)
+    _write_json(json_file, {"report": str(file), "plan": plan})
+
+
+def main() -> None:
+    """The entry point: turns every expected error into one line and an exit code."""
+    try:
+        cli.main(prog_name="rushhour", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        usage = f"; see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
+        _fail(" ".join(error.format_message().split()).rstrip(".") + usage)
+    except RushhourError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(line: str) -> None:
+    click.echo(f"rushhour: {line}", err=True)
+    sys.exit(2)
+
+
+def _load_data(spec: str, progress: TerminalProgress) -> Dataset:
+    from rushhour.data import load as load_dataset
+
+    progress.start(f"Loading {spec}")
+    dataset = load_dataset(spec)
+    sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape))}")
+    return dataset
+
+
+def _model(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
+    """What MODEL names, and the factories that the user has thereby said may be imported."""
+    from rushhour.bundle import Bundle
+
+    if (path := Path(model)).is_dir():
+        bundle = Bundle.open(path)
+        for spec in bundle.manifest.signature.outputs[:1]:
+            dataset.task.check_output(spec.shape, model)
+        return bundle, ()
+    from rushhour.models import source_for
+
+    return source_for(model, dataset.sample_shape, dataset.task), ((model,) if ":" in model else ())
+
+
+def _settings(training: dict[str, Any]) -> Any:
+    from rushhour.train import TrainSettings
+
+    try:
+        return TrainSettings(**training)
+    except ValueError as error:
+        raise GoalError("cannot train with these settings", str(error), "see rushhour train --help") from error
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1.0, "m": 60.0}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]] if text[-1:] in units else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86_400:
+        raise GoalError(f"cannot use the duration {text!r}", "it is a time up to a day", "write for example 10s or 2m")
+    return seconds
+
+
+def _windows_table(slo: SLO, runs: list[Measurement]) -> Table:
+    table = Table(title=f"Open-loop load, {slo}", title_justify="left")
+    for name in ("rate/s", "n", "late", "p50 ms", f"p{slo.percentile:g} ms", "95% interval", "generator", "verdict"):
+        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+    for run in runs:
+        interval = "" if run.p99_interval_ms is None else "{:.1f} to {:.1f}".format(*run.p99_interval_ms)
+        table.add_row(
+            f"{run.rate_rps:,.0f}",
+            f"{run.n:,}",
+            f"{run.late:,}",
+            "" if run.p50_ms is None else f"{run.p50_ms:.1f}",
+            "" if run.p99_ms is None else f"{run.p99_ms:.1f}",
+            interval,
+            f"{run.generator_cpu:.0%}",
+            run.outcome.value,
+        )
+    return table
+
+
+def _flat(run: Measurement) -> dict[str, Any]:
+    """The fields of a single window, for those who ask for one rate."""
+    return {name: value for name, value in msgspec.to_builtins(run).items() if name not in ("slo", "latencies", "kind")}
+
+
+def _write_json(file: Path | None, result: Any) -> None:
+    if file is not None:
+        write_whole(file, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+if __name__ == "__main__":
+    main()

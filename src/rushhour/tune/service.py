@@ -1,0 +1,89 @@
+"""Service times: how long an engine alone takes for a batch while all its streams are busy. Seconds, not minutes."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+
+from rushhour.bundle import Bundle
+from rushhour.engines import Engine, Slot
+from rushhour.errors import EngineError
+from rushhour.measurement import ServiceTimes
+
+_SECONDS_PER_SIZE = 0.15
+_AT_LEAST = 3
+
+
+def time_service(engine: Engine, bundle: Bundle, limit_s: float) -> ServiceTimes:
+    """Time batches of 1, 2, 4 ... on all streams at once, up to the engine's largest.
+
+    Args:
+        engine: compiled.
+        bundle: for its samples.
+        limit_s: larger batches are not timed once one takes longer than this: nobody would wait for them.
+
+    Raises:
+        EngineError: if a batch fails.
+    """
+    samples = bundle.samples()
+    for slot in engine.slots:
+        for name, buffer in slot.inputs.items():
+            array = samples[name]
+            buffer[:] = array.repeat(-(-len(buffer) // len(array)), axis=0)[: len(buffer)]
+    sizes: list[int] = []
+    seconds: list[float] = []
+    throughput: list[float] = []
+    size = 1
+    while True:
+        _busy(engine, size, seconds=0.0)
+        times, wall = _busy(engine, size, _SECONDS_PER_SIZE)
+        sizes.append(size)
+        seconds.append(statistics.median(times))
+        throughput.append(len(times) * size / wall)
+        if size == engine.config.max_batch or seconds[-1] > limit_s:
+            return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput))
+        size = min(2 * size, engine.config.max_batch)
+
+
+def _busy(engine: Engine, rows: int, seconds: float) -> tuple[list[float], float]:
+    """Keep every slot busy for `seconds` and `_AT_LEAST` batches; the times of the batches, and the wall time."""
+    begin = time.perf_counter()
+    loops = [_Loop(slot, rows, begin + seconds) for slot in engine.slots]
+    for loop in loops:
+        loop.start()
+    for loop in loops:
+        loop.over.wait()
+        if loop.error is not None:
+            raise EngineError(f"a batch of {rows} failed on {engine.config.engine}", str(loop.error)) from loop.error
+    return [time for loop in loops for time in loop.times], time.perf_counter() - begin
+
+
+class _Loop:
+    """One slot, restarted from its own callback until the time is over."""
+
+    def __init__(self, slot: Slot, rows: int, until: float) -> None:
+        self.times: list[float] = []
+        self.error: BaseException | None = None
+        self.over = threading.Event()
+        self._slot = slot
+        self._rows = rows
+        self._until = until
+        self._started = 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+        self._slot.start(self._rows, self._done)
+
+    def _done(self, error: BaseException | None) -> None:
+        now = time.perf_counter()
+        self.times.append(now - self._started)
+        self.error = error
+        if error is not None or (now >= self._until and len(self.times) >= _AT_LEAST):
+            self.over.set()
+            return
+        try:
+            self.start()
+        except EngineError as failure:
+            self.error = failure
+            self.over.set()

@@ -1,0 +1,99 @@
+"""The candidates: every bundle on every engine that can run it, at every precision and policy worth a thought."""
+
+from __future__ import annotations
+
+import msgspec
+
+from rushhour.bundle import Bundle
+from rushhour.engines import EngineConfig
+from rushhour.plan import EngineName, Policy, Precision
+
+BATCH_BOUNDS = (1, 4, 8, 16, 32, 64)
+QUEUE_BOUND = 1024
+
+_RUNS: dict[Precision, tuple[tuple[EngineName, Precision], ...]] = {
+    "f32": (("openvino", "f32"), ("openvino", "bf16"), ("onnxruntime", "f32")),
+    "int8": (("openvino", "int8"), ("onnxruntime", "int8")),
+}
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One way to serve.
+
+    Attributes:
+        bundle: its role in the run: `reference`, `int8`. A folder of that name lies in `bundles/`.
+        content: the first digits of the bundle's graph's SHA-256: a measurement is of these bytes and no others.
+    """
+
+    bundle: str
+    content: str
+    engine: EngineName
+    precision: Precision
+    policy: Policy
+
+    @property
+    def artefact(self) -> str:
+        """The bundle as this engine compiles it: what decides accuracy."""
+        return f"{self.bundle}@{self.content}/{self.engine}/{self.precision}"
+
+    @property
+    def compiled(self) -> str:
+        """With streams and threads: what decides service times."""
+        return f"{self.artefact}/s{self.policy.streams}t{self.policy.threads}"
+
+    def __str__(self) -> str:
+        return f"{self.compiled}b{self.policy.max_batch}"
+
+    def engine_config(self) -> EngineConfig:
+        """How an engine is opened for it."""
+        return EngineConfig(
+            engine=self.engine,
+            precision=self.precision,
+            streams=self.policy.streams,
+            threads=self.policy.threads,
+            max_batch=self.policy.max_batch,
+        )
+
+    def with_batch(self, max_batch: int) -> Candidate:
+        """The same with another bound on the batch."""
+        return msgspec.structs.replace(self, policy=msgspec.structs.replace(self.policy, max_batch=max_batch))
+
+
+def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
+    """Each bundle x engine x precision x layout of the cores, at the largest batch bound; others follow by simulation.
+
+    Args:
+        bundles: role -> bundle.
+        cores: to be shared out: all cores on one batch, or one batch for each core.
+    """
+    layouts = sorted({(1, cores), (cores, 1)})
+    return [
+        Candidate(
+            bundle=role,
+            content=_content(bundle),
+            engine=engine,
+            precision=precision,
+            policy=Policy(streams=streams, threads=threads, max_batch=BATCH_BOUNDS[-1], queue_bound=QUEUE_BOUND),
+        )
+        for role, bundle in bundles.items()
+        for engine, precision in _RUNS[bundle.manifest.precision]
+        for streams, threads in layouts
+    ]
+
+
+def baseline(reference: Bundle, cores: int) -> Candidate | None:
+    """What a user has today: the torch module, eager, one sample at a time; None where there is no torch module."""
+    if reference.manifest.source is None:
+        return None
+    policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
+    return Candidate("reference", _content(reference), "torch", "f32", policy)
+
+
+def plain(reference: Bundle, cores: int) -> Candidate:
+    """The reference compiled and nothing else: one sample at a time."""
+    policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
+    return Candidate("reference", _content(reference), "openvino", "f32", policy)
+
+
+def _content(bundle: Bundle) -> str:
+    return bundle.manifest.files["model.onnx"].sha256[:8]

@@ -1,0 +1,462 @@
+"""The joint search: goal in, Plan out. The cheap steps come first, and real load decides.
+
+    time       each engine alone, batch by batch: seconds                    -> failed
+    judge      each compiled artefact on held-out data                       -> over budget
+    predict    a simulated batching server on the measured service times     -> dominated
+    race       a real server under real load, at the incumbent's rate        -> beaten
+    confirm    the winner on fresh seeds and the untouched test set          -> won
+
+The untouched baseline is always measured too. Every measurement is on file before the next one starts, and what is
+asked next depends on nothing but the measurements: a killed search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from numpy.typing import NDArray
+
+from rushhour.bundle import Bundle
+from rushhour.capacity import ServiceProfile, predicted_capacity
+from rushhour.compress import judge, outputs_of
+from rushhour.data import Dataset, Split
+from rushhour.engines import EngineConfig, open_engine
+from rushhour.errors import EngineError
+from rushhour.goal import Goal
+from rushhour.journal import Journal
+from rushhour.load import Generator, find_capacity
+from rushhour.machine import cores, describe
+from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
+from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
+from rushhour.progress import Progress
+from rushhour.tune.service import time_service
+from rushhour.tune.space import BATCH_BOUNDS, Candidate, baseline, candidates, plain
+from rushhour.tune.trial import Bench, Probe, plan_of
+
+Fate = Literal["won", "baseline", "beaten", "dominated", "over budget", "failed"]
+
+
+class TuneSettings(msgspec.Struct, frozen=True):
+    """How the search goes about it.
+
+    Attributes:
+        seed: of all arrival schedules; equal seeds ask equal questions.
+        keep: a candidate predicted below this share of the best prediction is not loaded. Predictions leave out what
+            serving costs beside the engine, which is the same for all, so they are trusted this far and no further.
+        race: candidates that are loaded, at most, beside those that the ladder needs.
+        resolution: highest passing over lowest failing rate at the end of a search, at most 1 + this.
+        window_s: length of one load window; longer where the SLO needs more requests.
+    """
+
+    seed: int = 0
+    keep: float = 0.6
+    race: int = 4
+    resolution: float = 0.05
+    window_s: float = 3.0
+
+
+@dataclasses.dataclass
+class _State:
+    """A candidate and what is known of it so far."""
+
+    candidate: Candidate
+    accuracy: Accuracy | None = None
+    predicted: float | None = None
+    capacity: float | None = None
+    p99_ms: float | None = None
+    fate: Fate | None = None
+    why: str = ""
+
+    def end(self, fate: Fate, why: str) -> None:
+        self.fate, self.why = fate, why
+
+
+def tune(
+    bundles: dict[str, Bundle],
+    dataset: Dataset,
+    goal: Goal,
+    *,
+    run: Path,
+    settings: TuneSettings,
+    progress: Progress,
+    trusted: tuple[str, ...] = (),
+) -> Plan:
+    """Find the way to serve that carries the most requests per second inside the goal, and prove it.
+
+    Args:
+        bundles: role -> bundle, each in the folder `bundles/ROLE` of the run; `reference` must be among them.
+        dataset: for accuracy: validation decides, test confirms.
+        goal: the limits.
+        run: the run's folder; `measurements.jsonl` there is used and added to.
+        settings: of the search.
+        progress: hears of every step.
+        trusted: as in `open_engine`, for the torch baseline.
+
+    Returns:
+        The plan. Where nothing met the goal it is the nearest miss, with `feasible` false. It is not saved here.
+
+    Raises:
+        EngineError: if not even the reference can be run.
+        LoadError: if load cannot be generated.
+        StorageError: if the disk does not take a measurement.
+    """
+    return _Tuner(bundles, dataset, goal, run, settings, progress, trusted).plan()
+
+
+class _Tuner:
+    def __init__(
+        self,
+        bundles: dict[str, Bundle],
+        dataset: Dataset,
+        goal: Goal,
+        run: Path,
+        settings: TuneSettings,
+        progress: Progress,
+        trusted: tuple[str, ...],
+    ) -> None:
+        self._bundles = bundles
+        self._dataset = dataset
+        self._goal = goal
+        self._run = run
+        self._settings = settings
+        self._progress = progress
+        self._trusted = trusted
+        self._journal = Journal(run / "measurements.jsonl")
+        self._reference_outputs: dict[str, NDArray[Any]] = {}
+        self._ratio = 0.6
+        """Capacity under load over prediction, as last seen: where the next search begins."""
+
+    def plan(self) -> Plan:
+        reference = self._bundles["reference"]
+        base = _State(baseline(reference, cores()) or plain(reference, cores()))
+        first_rung = _State(plain(reference, cores()))
+        states = [_State(candidate) for candidate in candidates(self._bundles, cores())]
+        self._time(states)
+        self._judge(states)
+        racing = self._rank(states)
+        with Generator() as generator:
+            self._bench = Bench(self._journal, generator, self._goal, self._run, self._trusted, self._settings.window_s)
+            winner = self._race(racing)
+            compiled = self._compiled_rung(states, winner)
+            self._load_plainly(first_rung)
+            self._load_plainly(base)
+            base.end("baseline", "the untouched model: torch eager, one sample at a time")
+            confirmed = self._confirm(winner)
+        ladder = self._ladder(base, first_rung, compiled, winner)
+        return self._answer(winner, confirmed, base, [base, first_rung, *states], ladder)
+
+    # Service times: the engine alone.
+
+    def _time(self, states: list[_State]) -> None:
+        self._progress.start("Timing each engine alone", len(states))
+        for state in states:
+            try:
+                times = self._service_times(state.candidate)
+            except EngineError as error:
+                state.end("failed", str(error))
+                self._progress.advance(note=f"{state.candidate.artefact}: {error.what}")
+                continue
+            self._predict(state, times)
+            self._progress.advance(note=f"{state.candidate.compiled}: {max(times.throughput):,.0f}/s")
+        best = max((state.predicted or 0.0 for state in states), default=0.0)
+        self._progress.done(f"best prediction {best:,.0f} requests/s")
+        if all(state.fate == "failed" for state in states):
+            raise EngineError("no engine can run the reference model", states[0].why)
+
+    def _service_times(self, candidate: Candidate) -> ServiceTimes:
+        bundle = self._bundles[candidate.bundle]
+
+        def take() -> ServiceTimes:
+            engine = open_engine(bundle, candidate.engine_config(), trusted=self._trusted)
+            try:
+                return time_service(engine, bundle, self._goal.slo.limit_s)
+            finally:
+                engine.close()
+
+        return self._journal.measure("service", candidate.compiled, "", ServiceTimes, take)
+
+    def _predict(self, state: _State, times: ServiceTimes) -> None:
+        """Choose the batch bound by simulation: the smallest that comes within 2% of the best."""
+        profile, streams = ServiceProfile(times), state.candidate.policy.streams
+        predicted = {
+            bound: predicted_capacity(profile, streams=streams, max_batch=bound, slo=self._goal.slo)
+            for bound in BATCH_BOUNDS
+            if bound <= max(times.batch_sizes)
+        }
+        best = max(predicted.values())
+        bound = min(size for size, rate in predicted.items() if rate >= 0.98 * best)
+        state.candidate = state.candidate.with_batch(bound)
+        state.predicted = predicted[bound]
+
+    # Accuracy: each compiled artefact on held-out data.
+
+    def _judge(self, states: list[_State]) -> None:
+        alive = [state for state in states if state.fate is None]
+        self._progress.start("Measuring accuracy on held-out data", len(alive))
+        budget = self._goal.budget
+        for state in alive:
+            try:
+                state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
+            except EngineError as error:
+                state.end("failed", str(error))
+                self._progress.advance()
+                continue
+            drop = state.accuracy.drop
+            if drop > budget.max_drop:
+                state.end("over budget", f"{state.accuracy.metric} falls by {drop * 100:.2f} points, allowed {budget}")
+            self._progress.advance(note=f"{state.candidate.artefact}: {state.accuracy.value:.4f}")
+        self._progress.done()
+
+    def _accuracy(self, candidate: Candidate, part: str, split: Split) -> Accuracy:
+        reference = plain(self._bundles["reference"], cores())
+
+        def take() -> Accuracy:
+            if part not in self._reference_outputs:
+                self._reference_outputs[part] = self._outputs(reference, split)
+            expected = self._reference_outputs[part]
+            if candidate.artefact == reference.artefact:
+                return judge(self._dataset.task, part, split.targets, expected, None)
+            return judge(self._dataset.task, part, split.targets, self._outputs(candidate, split), expected)
+
+        return self._journal.measure("accuracy", candidate.artefact, part, Accuracy, take)
+
+    def _outputs(self, candidate: Candidate, split: Split) -> NDArray[Any]:
+        config = EngineConfig(
+            engine=candidate.engine, precision=candidate.precision, streams=cores(), threads=1, max_batch=64
+        )
+        return outputs_of(self._bundles[candidate.bundle], config, split, trusted=self._trusted)
+
+    # The race: real servers under real load.
+
+    def _rank(self, states: list[_State]) -> list[_State]:
+        """Those worth loading, best prediction first; the others get their fate."""
+        alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
+        best = alive[0].predicted or 0.0
+        for position, state in enumerate(alive):
+            predicted = state.predicted or 0.0
+            if predicted < self._settings.keep * best or position >= self._settings.race:
+                state.end("dominated", f"predicted {predicted:,.0f}/s, the best prediction is {best:,.0f}/s")
+        return [state for state in alive if state.fate is None]
+
+    def _race(self, racing: list[_State]) -> _State:
+        incumbent: _State | None = None
+        for state in racing:
+            if incumbent is None or not incumbent.capacity:
+                self._search(state)
+                beaten = incumbent is None or (state.capacity or 0) > (incumbent.capacity or 0)
+                incumbent = state if beaten else incumbent
+            elif self._challenge(state, incumbent):
+                self._search(state)
+                if (state.capacity or 0) > (incumbent.capacity or 0):
+                    incumbent = state
+        assert incumbent is not None
+        for state in racing:
+            if state is not incumbent and state.fate is None:
+                state.end("beaten", f"by {incumbent.candidate} at {incumbent.capacity or 0:,.0f}/s")
+        return incumbent
+
+    def _challenge(self, state: _State, incumbent: _State) -> bool:
+        """Does it hold more than the incumbent does? One window at 3% above decides."""
+        rate = float(f"{(incumbent.capacity or 0) * 1.03:.4g}")
+        self._progress.start(f"Can {_short(state.candidate)} carry {rate:,.0f}/s?")
+        try:
+            with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "challenge") as probe:
+                result = probe(rate, self._settings.seed)
+        except EngineError as error:
+            state.end("failed", str(error))
+            self._progress.done(error.what)
+            return False
+        self._progress.done(f"{result.outcome}: {result.reason}")
+        if result.outcome is Outcome.PASS:
+            return True
+        state.end("beaten", f"at {rate:,.0f}/s: {result.outcome}, {result.reason}")
+        state.p99_ms = result.p99_ms
+        return False
+
+    def _search(self, state: _State) -> None:
+        """Its capacity, confirmed on a fresh seed."""
+        expected = (state.predicted or 100.0) * self._ratio
+        self._progress.start(f"Searching the capacity of {_short(state.candidate)}")
+        try:
+            with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "search") as probe:
+                search = find_capacity(
+                    self._noted(probe),
+                    start_rps=max(1.0, 0.8 * expected),
+                    slo=self._goal.slo,
+                    resolution=1 + self._settings.resolution,
+                    seed=self._settings.seed,
+                )
+        except EngineError as error:
+            state.end("failed", str(error))
+            self._progress.done(error.what)
+            return
+        state.capacity = search.capacity_rps
+        if search.confirmed is not None:
+            state.p99_ms = search.confirmed.p99_ms
+            if state.predicted:
+                self._ratio = min(1.5, max(0.1, search.capacity_rps / state.predicted))
+        self._progress.done(f"{search.capacity_rps:,.0f} requests/s inside {self._goal.slo}")
+
+    def _noted(self, probe: Probe) -> Probe:
+        def noted(rate: float, seed: int) -> Measurement:
+            result = probe(rate, seed)
+            self._progress.advance(note=f"{rate:,.0f}/s: {result.outcome}")
+            return result
+
+        return noted
+
+    def _load_plainly(self, state: _State) -> None:
+        """A candidate that is measured for comparison only: how fast is it, and how right?"""
+        profile = ServiceProfile(self._service_times(state.candidate))
+        policy = state.candidate.policy
+        state.predicted = predicted_capacity(
+            profile, streams=policy.streams, max_batch=policy.max_batch, slo=self._goal.slo
+        )
+        state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
+        self._search(state)
+        if state.fate is None:
+            state.end("beaten", "compiled, but one sample at a time: measured to show what batching buys")
+
+    def _compiled_rung(self, states: list[_State], winner: _State) -> _State | None:
+        """The best way to serve the reference in full precision, under load: what compiling and batching buy."""
+        full = [s for s in states if s.candidate.bundle == "reference" and s.candidate.precision == "f32"]
+        full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -(s.predicted or 0.0))
+        if not full or winner in full:
+            return None
+        if full[0].capacity is None:
+            self._search(full[0])
+        return full[0]
+
+    # The answer.
+
+    def _confirm(self, winner: _State) -> Measurement | None:
+        """The winner again, on fresh seeds and longer windows; each failure costs it 4% of its rate."""
+        rate = winner.capacity or 0.0
+        if not rate:
+            return None
+        self._progress.start("Confirming the winner on fresh seeds")
+        confirmed: Measurement | None = None
+        with self._bench.load(winner.candidate, self._bundles[winner.candidate.bundle], "confirm") as probe:
+            for attempt in range(6):
+                result = self._noted(probe)(float(f"{rate:.4g}"), self._settings.seed + 10_000 + attempt)
+                if result.outcome is Outcome.PASS:
+                    confirmed = result
+                    break
+                if result.outcome in (Outcome.FAIL, Outcome.UNSTABLE):
+                    rate *= 0.96
+        winner.capacity = confirmed.rate_rps if confirmed else 0.0
+        winner.p99_ms = confirmed.p99_ms if confirmed else None
+        self._progress.done(f"{winner.capacity:,.0f} requests/s" if confirmed else "nothing could be confirmed")
+        return confirmed
+
+    def _ladder(self, base: _State, first: _State, compiled: _State | None, winner: _State) -> tuple[Rung, ...]:
+        last = "quantised" if winner.candidate.precision == "int8" else f"in {winner.candidate.precision}"
+        steps = [("as it is", base), ("compiled", first)]
+        if compiled is not None:
+            steps.append(("batched", compiled))
+        steps.append((last if compiled is not None else "batched", winner))
+        return tuple(
+            Rung(
+                step=step,
+                candidate=str(state.candidate),
+                capacity_rps=state.capacity or 0.0,
+                p99_ms=state.p99_ms,
+                accuracy=state.accuracy.value if state.accuracy else None,
+            )
+            for step, state in steps
+        )
+
+    def _answer(
+        self,
+        winner: _State,
+        confirmed: Measurement | None,
+        base: _State,
+        states: list[_State],
+        ladder: tuple[Rung, ...],
+    ) -> Plan:
+        reference, bundle = self._bundles["reference"], self._bundles[winner.candidate.bundle]
+        before = self._accuracy(plain(reference, cores()), "test", self._dataset.test)
+        after = self._accuracy(winner.candidate, "test", self._dataset.test)
+        feasible = confirmed is not None and after.drop <= self._goal.budget.max_drop
+        winner.end("won", "the highest confirmed rate" if feasible else "the nearest miss: nothing met the whole goal")
+        evidence = Evidence(
+            capacity_rps=winner.capacity or 0.0,
+            lowest_failing_rps=self._lowest_failing(winner),
+            p99_ms=confirmed.p99_ms if confirmed else None,
+            p99_interval_ms=confirmed.p99_interval_ms if confirmed else None,
+            metric=after.metric,
+            accuracy=after.value,
+            accuracy_interval=after.interval,
+            accuracy_drop=after.drop,
+            accuracy_drop_interval=after.drop_interval,
+            reference_accuracy=before.value,
+            reference_accuracy_interval=before.interval,
+            baseline_capacity_rps=base.capacity or 0.0,
+            baseline_p99_ms=base.p99_ms,
+            parameters=bundle.manifest.parameters,
+            model_bytes=bundle.model_bytes,
+            reference_parameters=reference.manifest.parameters,
+            reference_model_bytes=reference.model_bytes,
+            machine=describe(),
+            at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            trials=tuple(_trial(state) for state in states),
+            ladder=ladder,
+        )
+        plan = plan_of(winner.candidate, bundle, self._goal)
+        return msgspec.structs.replace(
+            plan, operating_points=self._operating_points(winner), evidence=evidence, feasible=feasible
+        )
+
+    def _windows(self, state: _State) -> list[Measurement]:
+        subject = str(state.candidate)
+        return [
+            entry.reading
+            for entry in self._journal
+            if entry.subject == subject and isinstance(entry.reading, Measurement) and entry.machine == describe()
+        ]
+
+    def _lowest_failing(self, state: _State) -> float | None:
+        capacity = state.capacity or 0.0
+        failing = [
+            window.rate_rps
+            for window in self._windows(state)
+            if window.outcome in (Outcome.FAIL, Outcome.UNSTABLE) and window.rate_rps > capacity
+        ]
+        return min(failing, default=None)
+
+    def _operating_points(self, state: _State) -> tuple[OperatingPoint, ...]:
+        windows = sorted(self._windows(state), key=lambda window: window.rate_rps)
+        return tuple(
+            OperatingPoint(window.rate_rps, window.p50_ms, window.p99_ms, window.outcome.value) for window in windows
+        )
+
+
+def _short(candidate: Candidate) -> str:
+    policy = candidate.policy
+    return (
+        f"{candidate.bundle} on {candidate.engine} {candidate.precision}, "
+        f"{policy.streams}x{policy.threads} threads, batch <= {policy.max_batch}"
+    )
+
+
+def _trial(state: _State) -> Trial:
+    accuracy = state.accuracy
+    return Trial(
+        candidate=str(state.candidate),
+        bundle=state.candidate.bundle,
+        engine=state.candidate.engine,
+        precision=state.candidate.precision,
+        policy=state.candidate.policy,
+        accuracy=accuracy.value if accuracy else None,
+        accuracy_drop=accuracy.drop if accuracy else None,
+        accuracy_drop_interval=accuracy.drop_interval if accuracy else None,
+        predicted_rps=state.predicted,
+        capacity_rps=state.capacity,
+        p99_ms=state.p99_ms,
+        fate=state.fate or "failed",
+        why=state.why,
+    )
