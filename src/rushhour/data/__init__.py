@@ -1,0 +1,63 @@
+"""Data sets, image folders and arrays: from what a user names to three arrays with a task."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from rushhour.data.dataset import Dataset, Split
+from rushhour.errors import DataError
+
+__all__ = ["Dataset", "Split", "load"]
+
+
+def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Dataset:
+    """The data set that `spec` names.
+
+    Args:
+        spec: `fashion-mnist`; a folder of pictures with one folder for each class; a `.npz` file; or
+            `module:factory`, a callable of the user's own that returns a `Dataset`. It is imported, so it must come
+            from the person at the machine, never from a file.
+        seed: of the split, where the data is not split already.
+        size: height and width of pictures from a folder.
+
+    Raises:
+        DataError: if it is not there, or cannot be used.
+        TaskError: if it has only one class.
+    """
+    if spec == "fashion-mnist":
+        from rushhour.data.fashion import fashion_mnist
+
+        return fashion_mnist()
+    path = Path(spec)
+    if path.suffix == ".npz":
+        from rushhour.data.arrays import load_npz
+
+        return load_npz(path, seed=seed)
+    if path.is_dir():
+        from rushhour.data.folder import load_folder
+
+        return load_folder(path, size=size, seed=seed)
+    module, _, factory = spec.partition(":")
+    if module.replace(".", "").isidentifier() and factory.isidentifier():
+        return _made(module, factory)
+    raise DataError(
+        f"there is no data at {spec}",
+        "it is neither fashion-mnist, nor a folder of pictures, nor a .npz file, nor module:factory",
+        "check the path",
+    )
+
+
+def _made(module: str, factory: str) -> Dataset:
+    spec = f"{module}:{factory}"
+    try:
+        made = getattr(importlib.import_module(module), factory)()
+    except (DataError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the user's code can fail in any way
+        raise DataError(
+            f"cannot load the data {spec}", f"{type(error).__name__}: {error}", "check the name and the function"
+        ) from error
+    if not isinstance(made, Dataset):
+        raise DataError(f"{spec} gave a {type(made).__name__}", "it must give a rushhour.data.Dataset", "return one")
+    return made

@@ -1,0 +1,192 @@
+"""Arrays in a `.npz` file, and how arrays of any origin become a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.bundle import Preprocessing
+from rushhour.data.dataset import Dataset, Split
+from rushhour.errors import DataError
+from rushhour.storage import explained
+from rushhour.task import Task
+
+_KEYS = "x_train, y_train, x_test, y_test (x_validation, y_validation), or x and y to be split"
+
+
+def load_npz(file: Path, *, seed: int) -> Dataset:
+    """The data set in a `.npz` file.
+
+    Keys: `x_train`, `y_train`, `x_test`, `y_test` and, if they are there, `x_validation`, `y_validation` (else a tenth
+    of train); or `x` and `y`, split 80 / 10 / 10. Integer targets are labels from 0, others are values to regress.
+    Pictures are uint8 of shape `(n, height, width, channels)`.
+
+    Args:
+        file: the file. It is never unpickled.
+        seed: of the split.
+
+    Raises:
+        DataError: if it is missing, not such a file, or its arrays do not fit together.
+    """
+    arrays = _arrays(file)
+    if "x" in arrays and "y" in arrays:
+        parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name)
+    elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
+        train, test = Split(arrays["x_train"], arrays["y_train"]), Split(arrays["x_test"], arrays["y_test"])
+        if {"x_validation", "y_validation"} <= arrays.keys():
+            parts = (train, Split(arrays["x_validation"], arrays["y_validation"]), test)
+        else:
+            kept, validation = _two(train, seed, 0.1)
+            parts = (kept, validation, test)
+    else:
+        raise DataError(f"{file} holds {', '.join(arrays) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays")
+    return from_splits(file.stem, *parts)
+
+
+def split(x: NDArray[Any], y: NDArray[Any], *, seed: int, name: str) -> tuple[Split, Split, Split]:
+    """80 / 10 / 10 in an order given by `seed`.
+
+    Raises:
+        DataError: if samples and targets do not match, or there are too few.
+    """
+    if len(x) != len(y) or len(x) < 10:
+        raise DataError(
+            f"{name} has {len(x)} samples and {len(y)} targets",
+            "each sample needs one target, and a split needs at least 10",
+            "mend or add data",
+        )
+    rest, test = _two(Split(x, y), seed, 0.1)
+    train, validation = _two(rest, seed + 1, 1 / 9)
+    return train, validation, test
+
+
+def from_splits(
+    name: str, train: Split, validation: Split, test: Split, classes: tuple[str, ...] | None = None
+) -> Dataset:
+    """A data set of three parts; task and preprocessing are read off the arrays.
+
+    Args:
+        name: of the data set; turned into letters, digits and dashes.
+        train: integer targets mean classification, others regression.
+        validation: as train.
+        test: as train.
+        classes: the labels' names; `0`, `1`, ... by default.
+
+    Raises:
+        DataError: if the arrays do not fit each other or any task.
+        TaskError: if there is only one class.
+    """
+    targets = [np.asarray(part.targets) for part in (train, validation, test)]
+    if all(np.issubdtype(target.dtype, np.integer) and target.ndim == 1 for target in targets):
+        task = Task.classification(classes or _label_names(name, targets))
+        parts = [Split(p.inputs, t.astype(np.int64)) for p, t in zip((train, validation, test), targets, strict=True)]
+    elif all(np.issubdtype(target.dtype, np.floating) and target.ndim in (1, 2) for target in targets):
+        values = [target.reshape(len(target), -1).astype(np.float32) for target in targets]
+        if not all(np.isfinite(value).all() for value in values):
+            raise DataError(
+                f"targets of {name} hold NaN or infinity", "nothing can be learned from them", "remove them"
+            )
+        task = Task(kind="regression", outputs=values[0].shape[1])
+        parts = [Split(p.inputs, v) for p, v in zip((train, validation, test), values, strict=True)]
+    else:
+        raise DataError(
+            f"targets of {name} are {targets[0].dtype} of shape {targets[0].shape}",
+            "labels are whole numbers of shape (n,), values to regress are floats of shape (n,) or (n, outputs)",
+            "convert them",
+        )
+    parts = [Split(_wire_ready(name, part.inputs), part.targets) for part in parts]
+    return Dataset(
+        name="".join(c if c.isalnum() else "-" for c in name).strip("-").lower()[:64] or "data",
+        task=task,
+        train=parts[0],
+        validation=parts[1],
+        test=parts[2],
+        preprocessing=_preprocessing(parts[0].inputs),
+        fingerprint=_fingerprint(parts, task),
+    )
+
+
+def _arrays(file: Path) -> dict[str, NDArray[Any]]:
+    if not file.is_file():
+        raise DataError(f"there is no data at {file}", "the file does not exist", "check the path")
+    try:
+        with explained(f"read {file}"), np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
+        why = "it holds Python objects, which would have to be unpickled" if "pickle" in str(error) else str(error)
+        raise DataError(f"cannot read {file}", why, "save plain arrays with numpy.savez") from error
+
+
+def _two(whole: Split, seed: int, share: float) -> tuple[Split, Split]:
+    order = np.random.default_rng(seed).permutation(len(whole.inputs))
+    cut = len(order) - max(1, round(share * len(order)))
+    first, second = order[:cut], order[cut:]
+    return Split(whole.inputs[first], whole.targets[first]), Split(whole.inputs[second], whole.targets[second])
+
+
+def _label_names(name: str, targets: list[NDArray[Any]]) -> tuple[str, ...]:
+    known = np.unique(targets[0])
+    highest = int(known[-1]) if len(known) else -1
+    if len(known) and (known[0] < 0 or len(known) != highest + 1):
+        missing = sorted(set(range(min(highest, 10_000))) - set(known.tolist()))[:5]
+        raise DataError(
+            f"labels of {name} have gaps",
+            f"they run from {known[0]} to {highest}, but training has none of {missing}",
+            "number the classes from 0 without gaps",
+        )
+    for target in targets[1:]:
+        if len(target) and (target.min() < 0 or target.max() > highest):
+            raise DataError(
+                f"held-out labels of {name} run to {target.max()}",
+                f"training knows 0 to {highest}",
+                "hold out only classes that are trained",
+            )
+    return tuple(str(label) for label in known.tolist())
+
+
+def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
+    """Inputs in a type the protocol carries and torch reads: float64 becomes float32, others stay."""
+    if inputs.dtype == np.float64:
+        inputs = inputs.astype(np.float32)
+    if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or 0 in inputs.shape[1:]:
+        raise DataError(
+            f"samples of {name} are {inputs.dtype} of shape {inputs.shape}",
+            "samples are uint8 (pictures: (n, height, width, channels)) or floats of shape (n, ...)",
+            "convert them",
+        )
+    return np.ascontiguousarray(inputs)
+
+
+def _preprocessing(inputs: NDArray[Any]) -> Preprocessing:
+    """Pictures are scaled to 0..1 and normalised by channel; plain features by feature; other shapes stay."""
+    some = inputs[:: max(1, len(inputs) // 10_000)]
+    if inputs.dtype == np.uint8 and inputs.ndim == 4:
+        pixels = some.reshape(-1, inputs.shape[-1]).astype(np.float64) / 255
+        return Preprocessing(1 / 255, _rounded(pixels.mean(axis=0)), _spread(pixels), "NHWC->NCHW")
+    if inputs.ndim == 2:
+        features = some.astype(np.float64)
+        return Preprocessing(1.0, _rounded(features.mean(axis=0)), _spread(features))
+    return Preprocessing(scale=1 / 255 if inputs.dtype == np.uint8 else 1.0)
+
+
+def _rounded(values: NDArray[Any]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.4g}") for value in values)
+
+
+def _spread(values: NDArray[Any]) -> tuple[float, ...]:
+    """Standard deviations; 1 for what never changes, which cannot be scaled."""
+    return tuple(value if value > 0 else 1.0 for value in _rounded(values.std(axis=0)))
+
+
+def _fingerprint(parts: list[Split], task: Task) -> str:
+    digest = hashlib.sha256(repr(task).encode())
+    for part in parts:
+        for array in (part.inputs, part.targets):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

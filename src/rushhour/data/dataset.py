@@ -1,0 +1,87 @@
+"""What a data set is, wherever it came from: arrays in three parts, a task, and how samples are to be scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.bundle import Preprocessing
+from rushhour.errors import DataError
+from rushhour.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Samples and their targets.
+
+    Attributes:
+        inputs: shape `(n, *shape)` as the wire carries them: images are uint8 `(n, height, width, channels)`.
+        targets: labels, int64 of shape `(n,)`; or values, float32 of shape `(n, outputs)`.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def head(self, n: int) -> Split:
+        """The first `n` samples."""
+        return Split(self.inputs[:n], self.targets[:n])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Data with its task.
+
+    Attributes:
+        name: short, for reports and bundle names: `fashion-mnist`.
+        train: to fit on.
+        validation: to decide on: which candidate is inside the accuracy budget.
+        test: touched once, for the figures of the final plan.
+        fingerprint: SHA-256 over all content, so that results name exactly what they were made with.
+    """
+
+    name: str
+    task: Task
+    train: Split
+    validation: Split
+    test: Split
+    preprocessing: Preprocessing
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        for part in ("train", "validation", "test"):
+            split: Split = getattr(self, part)
+            if len(split) == 0:
+                raise DataError(
+                    f"the {part} part of {self.name} is empty",
+                    "training, validation and test each need samples",
+                    "give more data, or another split",
+                )
+            if len(split.inputs) != len(split.targets):
+                raise DataError(
+                    f"the {part} part of {self.name} has {len(split.inputs)} samples but {len(split.targets)} targets",
+                    "each sample needs exactly one target",
+                    "mend the data",
+                )
+            if split.inputs.shape[1:] != self.train.inputs.shape[1:]:
+                raise DataError(
+                    f"samples of {self.name} differ in shape",
+                    f"{part} has {split.inputs.shape[1:]}, train has {self.train.inputs.shape[1:]}",
+                    "bring all samples to one shape",
+                )
+            if np.issubdtype(split.inputs.dtype, np.floating) and not np.isfinite(split.inputs).all():
+                raise DataError(
+                    f"the {part} part of {self.name} holds NaN or infinity",
+                    "a model cannot learn from it",
+                    "remove or fill those samples",
+                )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample on the wire."""
+        return tuple(self.train.inputs.shape[1:])

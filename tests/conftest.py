@@ -1,0 +1,59 @@
+"""What several test files need: a served bundle in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from rushhour.bundle import Bundle
+from rushhour.serve import ServeSettings
+from rushhour.testing.bundles import tiny_bundle
+
+
+class Server:
+    """A running `python -m rushhour.serve`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
+        self.process = process
+        self.url = url
+        host, port = url.removeprefix("http://").split(":")
+        self.address = (host, int(port))
+
+
+@contextlib.contextmanager
+def serving(target: Path, settings: ServeSettings | None = None) -> Iterator[Server]:
+    settings = settings or ServeSettings(http_port=0)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rushhour.serve", str(target), msgspec.json.encode(settings).decode()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        assert "url" in said, said
+        yield Server(process, said["url"])
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Bundle) -> Iterator[Server]:
+    with serving(tiny.path) as running:
+        yield running

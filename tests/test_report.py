@@ -1,0 +1,404 @@
+"""The report's promises: one small file that loads nothing, tells everything, and never makes up a number."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rushhour.errors import PlanError, RushhourError
+from rushhour.goal import SLO, AccuracyBudget, Goal
+from rushhour.journal import Journal
+from rushhour.machine import describe
+from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
+from rushhour.plan import Evidence, Plan, Policy, Rung, Trial, Variant
+from rushhour.report import summary_table, wording, write_report
+
+SLO_50 = SLO(percentile=99, limit_s=0.05)
+HOSTILE = "<script>alert('1')</script>&\"$x^2$ 漢字\x07"
+BASELINE, WINNER = "reference/torch/f32/s1t2b1", "int8/openvino/int8/s2t1b32"
+CAPACITIES = {
+    BASELINE: 388.0,
+    "reference/onnxruntime/f32/s1t2b8": 1420.0,
+    "reference/openvino/f32/s1t2b1": 962.0,
+    "reference/openvino/bf16/s2t1b16": 3610.0,
+    WINNER: 9120.0,
+    "int8/openvino/int8/s1t2b16": 7985.0,
+}
+
+
+def load(candidate: str, rate: float, seed: int, n: int = 6000, capacity: float | None = None) -> Measurement:
+    """A window of load as a server with this capacity would answer it."""
+    capacity = capacity or CAPACITIES[candidate]
+    random = np.random.default_rng(seed)
+    busy = rate / (capacity * 1.035)
+    service = 0.0063 if candidate == BASELINE else 0.0011
+    wait = 0.0095 * busy / max(0.05, 1.045 - busy) * random.exponential(0.45, n)
+    seconds = service * random.lognormal(0, 0.18, n) + wait * (0.13 if candidate == BASELINE else 0.17)
+    late = int((seconds > SLO_50.limit_s).sum())
+    unstable, few = busy > 1.15, n < 299
+    p50, low, p99, high = (float(np.quantile(seconds, q)) * 1e3 for q in (0.5, 0.9872, 0.99, 0.9925))
+    passed = late / n < 0.009 and not unstable and not few
+    outcome = Outcome.UNSTABLE if unstable else Outcome.PASS if passed else Outcome.FAIL
+    return Measurement(
+        slo=SLO_50,
+        rate_rps=rate,
+        seed=seed,
+        duration_s=n / rate,
+        n=n,
+        late=late,
+        errors=0,
+        shed=0,
+        p50_ms=p50,
+        p99_ms=None if unstable or few else p99,
+        p99_interval_ms=None if unstable or few else (low, high),
+        goodput_rps=rate * (1 - late / n),
+        generator_cpu=0.31,
+        send_delay_p99_ms=0.4,
+        outcome=outcome,
+        reason=f"{late} of {n} late; 1% may be",
+        latencies=pack_latencies(seconds),
+    )
+
+
+def trial(candidate: str, fate: str, predicted: float | None, drop: float | None, why: str) -> Trial:
+    bundle, engine, precision, policy = candidate.split("/")[:4]
+    found = re.fullmatch(r"s(\d+)t(\d+)b(\d+)", policy)
+    assert found is not None
+    streams, threads, batch = (int(value) for value in found.groups())
+    return msgspec.convert(
+        {
+            "candidate": candidate,
+            "bundle": bundle,
+            "engine": engine,
+            "precision": precision,
+            "policy": {"streams": streams, "threads": threads, "max_batch": batch},
+            "accuracy": None if drop is None else 0.9094 - drop,
+            "accuracy_drop": drop,
+            "accuracy_drop_interval": None if drop is None else (drop - 0.0031, drop + 0.0033),
+            "predicted_rps": predicted,
+            "capacity_rps": CAPACITIES.get(candidate),
+            "p99_ms": None if candidate not in CAPACITIES else 41.0,
+            "fate": fate,
+            "why": why,
+        },
+        type=Trial,
+    )
+
+
+TRIALS = (
+    trial(BASELINE, "baseline", None, 0.0, "the untouched model, one sample at a time"),
+    trial("reference/onnxruntime/f32/s1t2b8", "beaten", 1500.0, 0.0, "1,420/s against 9,120/s"),
+    trial("reference/openvino/f32/s1t2b1", "beaten", 1010.0, 0.0, "962/s against 9,120/s"),
+    trial("reference/openvino/bf16/s2t1b16", "beaten", 3720.0, 0.0004, "3,610/s against 9,120/s"),
+    trial("int8/openvino/int8/s1t2b16", "beaten", 8420.0, 0.0042, "7,985/s against 9,120/s in 6 paired blocks"),
+    trial(WINNER, "won", 9480.0, 0.0042, "the highest confirmed rate inside both limits"),
+    trial("int8/openvino/int8/s4t1b64", "dominated", 6100.0, 0.0042, "predicted 6,100/s, below 9,480/s"),
+    trial("reference/openvino/f32/s2t1b8", "dominated", 1800.0, 0.0, "predicted 1,800/s, below 9,480/s"),
+    trial("pruned/openvino/int8/s2t1b32", "over budget", 14200.0, 0.0217, "drop 1.86 to 2.50 points, 1 allowed"),
+    trial("collapsed/openvino/int8/s2t1b32", "over budget", 15000.0, 0.81, "drop 81 points, 1 allowed"),
+    trial("int8/onnxruntime/int8/s1t2b8", "failed", None, None, "onnxruntime has no kernel for QLinearConv here"),
+)
+
+
+def make_plan(**changes: object) -> Plan:
+    evidence = Evidence(
+        capacity_rps=CAPACITIES[WINNER],
+        lowest_failing_rps=9394.0,
+        p99_ms=None,
+        p99_interval_ms=None,
+        metric="accuracy",
+        accuracy=0.9052,
+        accuracy_interval=(0.8993, 0.9108),
+        accuracy_drop=0.0042,
+        accuracy_drop_interval=(0.0011, 0.0075),
+        reference_accuracy=0.9094,
+        reference_accuracy_interval=(0.9036, 0.9149),
+        baseline_capacity_rps=CAPACITIES[BASELINE],
+        baseline_p99_ms=None,
+        parameters=2_791_754,
+        model_bytes=2_903_312,
+        reference_parameters=2_791_754,
+        reference_model_bytes=11_180_405,
+        machine=describe(),
+        at="2026-03-14T09:26:53+00:00",
+        trials=TRIALS,
+        ladder=(
+            Rung("as it is", BASELINE, 388.0, None, 0.9094),
+            Rung("compiled", "reference/openvino/f32/s1t2b1", 962.0, None, 0.9094),
+            Rung("batched", "reference/openvino/bf16/s2t1b16", 3610.0, None, 0.909),
+            Rung("quantised", WINNER, 9120.0, None, 0.9052),
+        ),
+    )
+    proofs = {name: load(name, CAPACITIES[name], 101) for name in CAPACITIES}
+    evidence = msgspec.structs.replace(
+        evidence,
+        p99_ms=proofs[WINNER].p99_ms,
+        p99_interval_ms=proofs[WINNER].p99_interval_ms,
+        baseline_p99_ms=proofs[BASELINE].p99_ms,
+        trials=tuple(
+            msgspec.structs.replace(each, p99_ms=proofs[each.candidate].p99_ms) if each.candidate in proofs else each
+            for each in evidence.trials
+        ),
+        ladder=tuple(msgspec.structs.replace(rung, p99_ms=proofs[rung.candidate].p99_ms) for rung in evidence.ladder),
+    )
+    plan = Plan(
+        goal=Goal(slo=SLO_50, budget=AccuracyBudget(max_drop=0.01)),
+        variants=(Variant("int8", "bundles/int8", "ab" * 32, "openvino", "int8"),),
+        policy=Policy(streams=2, threads=1, max_batch=32),
+        evidence=evidence,
+    )
+    fields = {key: value for key, value in changes.items() if key in Plan.__struct_fields__}
+    plan = msgspec.structs.replace(plan, **fields)
+    inner = {key: value for key, value in changes.items() if key not in fields}
+    return msgspec.structs.replace(plan, evidence=msgspec.structs.replace(evidence, **inner)) if inner else plan
+
+
+def make_run(folder: Path, plan: Plan | None = None) -> Path:
+    (plan or make_plan()).save(folder / "plan.json")
+    journal = Journal(folder / "measurements.jsonl")
+    accuracy = Accuracy("accuracy", 0.9052, (0.8993, 0.9108), 10_000, "validation", 0.0042, (0.0011, 0.0075))
+    journal.measure("accuracy", "int8/openvino/int8", "validation", Accuracy, lambda: accuracy)
+    for candidate, capacity in CAPACITIES.items():
+        for index, share in enumerate((0.5, 0.625, 0.78, 0.98, 1.22, 1.1, 1.03)):
+            window = load(candidate, round(capacity * share, 1), 11 + index)
+            detail = f"{window.rate_rps:g}/{window.seed}"
+            journal.measure("search", candidate, detail, Measurement, lambda window=window: window)
+        for seed in (101, 102, 103):
+            window = load(candidate, capacity, seed)
+            journal.measure("confirm", candidate, f"{capacity:g}/{seed}", Measurement, lambda window=window: window)
+    few = load(WINNER, 4000.0, 7, n=200)
+    journal.measure("probe", WINNER, "4000/7", Measurement, lambda: few)
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would see: the tags with their attributes, the ids and the text."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def content(run: Path) -> str:
+    path = write_report(run)
+    assert path == run / "report.html"
+    return path.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(content: str) -> Page:
+    return Page(content)
+
+
+def test_it_is_one_small_file_that_loads_nothing(content: str, page: Page) -> None:
+    assert len(content.encode()) < 400_000
+    assert re.findall(r"https?://(?!127\.0\.0\.1)", content) == []
+    assert "@import" not in content
+    assert not {"script", "iframe", "object", "embed", "img", "base", "form"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,"))
+
+
+def test_the_headline_says_the_answer(page: Page) -> None:
+    answer = (
+        "fashion-mnist: 9,120 requests/s inside p99<50ms, 24× the baseline, "
+        "accuracy 90.52% (89.93 to 91.08), drop 0.42 points"
+    )
+    assert page.text.count(answer) == 2  # the title and the first heading
+    assert "Nearest miss" not in page.text
+
+
+def test_every_candidate_and_every_window_is_there(page: Page) -> None:
+    for each in TRIALS:
+        assert each.candidate in page.text
+        assert each.why in page.text
+    assert page.text.count("search") == 7 * len(CAPACITIES)
+    assert "insufficient samples (n = 200)" in page.text
+    assert "none: unstable (n = 6,000)" in page.text
+
+
+def test_a_p99_comes_with_its_interval_and_n(page: Page) -> None:
+    proof = load(WINNER, CAPACITIES[WINNER], 101)
+    assert wording.p99(proof) in page.text
+    assert "n = 6,000" in wording.p99(proof)
+
+
+def test_all_four_charts_are_there_and_say_what_they_show(page: Page) -> None:
+    labels = [attributes.get("aria-label") or "" for tag, attributes in page.tags if tag == "svg"]
+    assert [label.split()[0] for label in labels] == ["Accuracy", "Latency", "Latency", "Capacity"]
+    assert f"winner: {WINNER}" in page.text
+    assert f"baseline: {BASELINE}" in page.text
+
+
+def test_every_reference_has_its_one_target(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.tags:
+        if tag == "use":
+            assert (attributes["href"] or "").removeprefix("#") in ids
+        if "clip-path" in attributes:
+            assert re.fullmatch(r"url\(#(.+)\)", attributes["clip-path"] or "")[1] in ids  # type: ignore[index]
+
+
+def test_the_charts_take_their_colours_from_the_page(content: str) -> None:
+    assert "var(--plan)" in content
+    assert not re.search(r"#0102\w\w", content)
+
+
+def test_the_same_run_gives_the_same_bytes(run: Path, content: str) -> None:
+    assert write_report(run).read_text("utf-8") == content
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    winner = msgspec.structs.replace(TRIALS[5], candidate=HOSTILE, why=HOSTILE)
+    plan = make_plan(
+        trials=(TRIALS[0], winner),
+        ladder=(Rung(HOSTILE, BASELINE, 388.0, None, None), Rung(HOSTILE, HOSTILE, 9120.0, 41.0, 0.9)),
+        variants=(Variant(HOSTILE, HOSTILE, HOSTILE, "openvino", "int8"),),
+    )
+    run = make_run(tmp_path / HOSTILE.replace("/", "|"), plan)
+    content = write_report(run).read_text("utf-8")
+    assert "<script" not in content
+    assert "$x^2$ 漢字" in content
+    assert "script" not in {tag for tag, _ in Page(content).tags}
+
+
+def test_a_nearest_miss_is_labelled_loudly(tmp_path: Path) -> None:
+    plan = make_plan(feasible=False, accuracy_drop=0.017, accuracy_drop_interval=(0.0131, 0.0208))
+    text = Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
+    assert text.startswith("Nearest miss")
+    assert "Nearest miss: nothing met the goal" in text
+    assert "the drop is 1.70 points (1.31 to 2.08), and its interval must stay inside 1%" in text
+    assert f"nearest miss: {WINNER}" in text
+    assert "★ winner" not in text
+
+
+def test_a_plan_with_numbers_only_still_makes_a_page(tmp_path: Path) -> None:
+    make_plan(trials=(), ladder=(), p99_ms=None, p99_interval_ms=None, capacity_rps=0.0).save(tmp_path / "plan.json")
+    (tmp_path / "measurements.jsonl").touch()
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert "svg" not in {tag for tag, _ in page.tags}
+    assert "insufficient samples" in page.text
+    assert "The plan names no candidates" in page.text
+
+
+def test_thousands_of_candidates_stay_under_two_megabytes(tmp_path: Path) -> None:
+    many = tuple(
+        msgspec.structs.replace(TRIALS[6], candidate=f"int8/openvino/int8/s4t1b{index}", predicted_rps=1000.0 + index)
+        for index in range(5000)
+    )
+    path = write_report(make_run(tmp_path, make_plan(trials=(*TRIALS, *many))))
+    assert path.stat().st_size < 2_000_000
+    text = Page(path.read_text("utf-8")).text
+    assert "5011 candidates" in text
+    assert "The first 1000 are shown; all are in plan.json" in text
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "r2"])
+def test_a_regression_speaks_of_r2(tmp_path: Path, metric: str) -> None:
+    text = Page(write_report(make_run(tmp_path, make_plan(metric=metric))).read_text("utf-8")).text
+    assert ("R2 against capacity" in text) == (metric == "r2")
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="there is no plan at"):
+        write_report(tmp_path)
+    make_plan().save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="there are no measurements at"):
+        write_report(tmp_path)
+    make_run(tmp_path, make_plan(evidence=None))
+    with pytest.raises(PlanError, match="carries no evidence"):
+        write_report(tmp_path)
+    (tmp_path / "measurements.jsonl").write_text("nonsense\n")
+    make_plan().save(tmp_path / "plan.json")
+    with pytest.raises(RushhourError, match="cannot read line 1"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def printed(plan: Plan) -> str:
+    console = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=False)
+    console.print(summary_table(plan))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_summary_fits_80_columns_without_colour() -> None:
+    text = printed(make_plan())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\x1b" not in text
+    for said in (
+        "9,120/s",
+        "388/s",
+        "24×",
+        "90.52%",
+        "0.42 points",
+        "2.79 million",
+        "2.90 MB",
+        "3.9× less",
+        "openvino",
+    ):
+        assert said in text
+
+
+def test_the_summary_of_a_nearest_miss_says_so() -> None:
+    text = printed(make_plan(feasible=False, baseline_capacity_rps=0.0, baseline_p99_ms=None))
+    assert "NEAREST MISS" in text
+    assert "nearest miss" in text
+    assert "insufficient samples" in " ".join(text.split())
+
+
+def test_the_summary_keeps_brackets_of_a_name() -> None:
+    odd = msgspec.structs.replace(make_plan().goal, slo=SLO.parse("p95<800us"))
+    assert "p95<800us" in printed(make_plan(goal=odd))
+    with pytest.raises(PlanError, match="carries no evidence"):
+        summary_table(make_plan(evidence=None))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0"), (9.996, "10.0"), (41.23, "41.2"), (1234.5, "1,230"), (-0.004, "−0.00400"), (0.0123, "0.0123")],
+)
+def test_numbers_have_three_digits(value: float, said: str) -> None:
+    assert wording.number(value) == said
+
+
+def test_words_for_numbers() -> None:
+    assert wording.rate(9120.4) == "9,120/s"
+    assert wording.rate(12.345) == "12.3/s"
+    assert wording.rate(None) == "not measured"
+    assert wording.drop(-0.0012, "accuracy") == "−0.12 points"
+    assert wording.drop(-0.00001, "accuracy") == "0.00 points"
+    assert wording.factor(10.0, 0.0) == ""
+    assert wording.factor(2.56, 1.0) == "2.6×"
+    assert wording.factor(9120.0, 388.0) == "24×"
+    assert wording.size(512) == "512 B"
+    assert wording.amount(999) == "999"
+    assert wording.milliseconds(None) == "insufficient samples"
+    assert wording.policy(Policy(streams=1, threads=2)) == "1 stream × 2 threads, one at a time"

@@ -1,0 +1,283 @@
+"""The data plane over real sockets, in real processes, with the clients of the field."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+
+from conftest import Server, serving
+from rushhour.bundle import Bundle
+from rushhour.errors import BundleError, PlanError
+from rushhour.goal import SLO, Goal
+from rushhour.plan import Plan, Policy, Variant
+from rushhour.serve import open_target
+from rushhour.serve.cell import Cell
+from rushhour.testing.bundles import tiny_answers
+from rushhour.testing.fakes import FakeEngine
+from rushhour.wire import Codec, InferRequest, encode_request
+
+
+def unique(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (rows, 4, 4, 1), dtype=np.uint8)
+
+
+def ask(client: triton.InferenceServerClient, images: np.ndarray, *, binary: bool = True) -> np.ndarray:
+    tensor = triton.InferInput("image", list(images.shape), "UINT8")
+    tensor.set_data_from_numpy(images, binary_data=binary)
+    wanted = [triton.InferRequestedOutput("probabilities", binary_data=binary)]
+    answer = client.infer("tiny", [tensor], outputs=wanted).as_numpy("probabilities")
+    assert answer is not None
+    return answer
+
+
+def request(server: Server, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, object]]:
+    connection = http.client.HTTPConnection(*server.address, timeout=10)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def raw(server: Server, sent: bytes) -> bytes:
+    """Everything the server says to `sent` until it closes the connection."""
+    with socket.create_connection(server.address, timeout=10) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+        return received
+
+
+def infer_bytes(images: np.ndarray, signature: object, extra: bytes = b"") -> bytes:
+    length, body = encode_request(signature, {"image": images})  # type: ignore[arg-type]
+    head = (
+        f"POST /v2/models/tiny/infer HTTP/1.1\r\nhost: x\r\ninference-header-content-length: {length}\r\n"
+        f"content-length: {len(body)}\r\n"
+    )
+    return head.encode() + extra + b"\r\n" + body
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_an_unmodified_triton_client_gets_the_right_answers(server: Server, rows: int, binary: bool) -> None:
+    images = unique(rows, seed=rows)
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("tiny")
+        assert client.get_model_metadata("tiny")["inputs"][0]["shape"] == [-1, 4, 4, 1]
+        assert client.get_server_metadata()["name"] == "rushhour"
+        assert client.get_model_repository_index()[0]["name"] == "tiny"
+        np.testing.assert_allclose(ask(client, images, binary=binary), tiny_answers(images), atol=1e-5)
+
+
+def test_every_one_of_many_callers_gets_its_own_answer(server: Server) -> None:
+    def caller(number: int) -> None:
+        with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+            for turn in range(10):
+                images = unique(1 + (number + turn) % 5, seed=1000 * number + turn)
+                np.testing.assert_allclose(ask(client, images), tiny_answers(images), atol=1e-5)
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(caller, range(64)))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "says"),
+    [
+        ("GET", "/v2/models/other", b"", 404, "nothing at"),
+        ("POST", "/v2/models/other/infer", b"{}", 404, "nothing at"),
+        ("GET", "/v2/models/tiny/infer", b"", 405, "POST"),
+        ("POST", "/v2/health/live", b"", 405, "takes GET"),
+        ("POST", "/v2/models/tiny/infer", b"{", 400, "JSON"),
+        ("POST", "/v2/models/tiny/infer", b"", 400, "JSON"),
+    ],
+)
+def test_wrong_requests_get_a_status_and_a_reason(
+    server: Server, method: str, path: str, body: bytes, status: int, says: str
+) -> None:
+    got, answer = request(server, method, path, body)
+    assert got == status
+    assert says in str(answer["error"])
+
+
+def test_the_effective_configuration_is_shown(server: Server) -> None:
+    status, shown = request(server, "GET", "/config")
+    assert status == 200
+    assert shown["engine"]["engine"] == "openvino"  # type: ignore[index]
+    assert shown["effective"], "the engine's own words"
+
+
+def test_a_compressed_body_is_refused_and_not_misread(server: Server) -> None:
+    status, answer = request(server, "POST", "/v2/models/tiny/infer", b"\x1f\x8b", **{"Content-Encoding": "gzip"})
+    assert status == 415
+    assert "gzip" in str(answer["error"])
+
+
+def test_pipelined_requests_are_answered_in_order(server: Server, tiny: Bundle) -> None:
+    images = [unique(1, seed) for seed in range(50)]
+    sent = b"".join(infer_bytes(image, tiny.manifest.signature) for image in images)
+    received = raw(server, sent)
+    answers = received.split(b"HTTP/1.1 200 OK")[1:]
+    assert len(answers) == 50
+    for image, answer in zip(images, answers, strict=True):
+        np.testing.assert_allclose(np.frombuffer(answer[-12:], np.float32), tiny_answers(image)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"garbage\r\n\r\n", b"400"),
+        (b"POST /v2/models/tiny/infer HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n", b"413"),
+        (b"POST /v2/models/tiny/infer HTTP/1.1\r\ncontent-length: x\r\n\r\n", b"400"),
+        (b"GET /v2 HTTP/1.1\r\nx: " + b"y" * 100_000 + b"\r\n\r\n", b"431"),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", b"431"),
+        (
+            b"POST /v2/models/tiny/infer HTTP/1.1\r\ninference-header-content-length: -5\r\ncontent-length: 0\r\n\r\n",
+            b"400",
+        ),
+        (b"GET /v2 HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", b"400"),
+    ],
+)
+def test_hostile_bytes_get_an_answer_and_harm_nobody_else(server: Server, sent: bytes, status: bytes) -> None:
+    assert raw(server, sent).startswith(b"HTTP/1.1 " + status)
+    assert request(server, "GET", "/v2/health/ready")[0] == 200
+
+
+def test_a_truncated_request_and_a_vanishing_client_harm_nobody_else(server: Server, tiny: Bundle) -> None:
+    whole = infer_bytes(unique(1, 0), tiny.manifest.signature)
+    for cut in (1, 20, len(whole) - 1):
+        assert raw(server, whole[:cut]) == b""
+    for _ in range(20):  # gone before the answer
+        with socket.create_connection(server.address) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+            connection.sendall(whole)
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        np.testing.assert_allclose(ask(client, unique(2, 5)), tiny_answers(unique(2, 5)), atol=1e-5)
+
+
+def test_sigterm_drains_without_failing_a_request(tiny: Bundle) -> None:
+    with serving(tiny.path) as server:
+        stop, answered, failures = threading.Event(), [], []
+        whole = infer_bytes(unique(1, 3), tiny.manifest.signature)
+
+        def caller() -> None:
+            with socket.create_connection(server.address, timeout=10) as connection:
+                while not stop.is_set():
+                    connection.sendall(whole)
+                    response = connection.recv(65536)
+                    if not response.startswith(b"HTTP/1.1 200"):
+                        failures.append(response)
+                        return
+                    answered.append(1)
+                    if b"connection: close" in response:
+                        return
+
+        threads = [threading.Thread(target=caller) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while len(answered) < 200:
+            time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        stop.set()
+        assert failures == []
+        assert server.process.wait(10) == 0
+
+
+def test_a_server_ends_with_whoever_started_it(tiny: Bundle) -> None:
+    with serving(tiny.path) as server:
+        assert server.process.stdin is not None
+        server.process.stdin.close()
+        assert server.process.wait(10) == 0
+
+
+def test_serving_openvino_loads_no_torch(server: Server) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "openvino" in maps
+    assert "libtorch" not in maps
+
+
+def test_import_is_cheap_and_loads_no_torch() -> None:
+    code = "import sys, rushhour; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch','openvino','onnx'}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2(server: Server, tiny: Bundle) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rushhour", "serve", str(tiny.path), "--http-port", str(server.address[1])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "another program listens there" in done.stderr
+    assert "--http-port" in done.stderr
+
+
+def test_a_plan_names_its_bundle_by_hash_and_below_itself(tiny: Bundle, tmp_path: Path) -> None:
+    bundle = tiny.copy_to(tmp_path / "run" / "bundles" / "reference")
+
+    def save(path: str, content_hash: str) -> None:
+        variant = Variant("v", path, content_hash, "openvino", "f32")
+        Plan(Goal(SLO.parse("p99<50ms")), (variant,), Policy()).save(tmp_path / "run" / "plan.json")
+
+    save("bundles/reference", bundle.manifest.hash)
+    assert open_target(tmp_path / "run").bundle.manifest.hash == bundle.manifest.hash
+    save("bundles/reference", "0" * 64)
+    with pytest.raises(BundleError, match="not the one"):
+        open_target(tmp_path / "run")
+    save("../../bundles/tiny", bundle.manifest.hash)
+    with pytest.raises(PlanError, match="below its plan"):
+        open_target(tmp_path / "run")
+    with pytest.raises(PlanError, match="nothing to serve"):
+        open_target(tmp_path)
+
+
+def test_a_model_name_that_is_no_path_segment_is_refused(tiny: Bundle) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rushhour", "serve", str(tiny.path), "--http-port", "0", "--model-name", "a/b"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "letters, digits" in done.stderr
+
+
+# The cell itself, with an engine that does what it is told.
+
+
+def collect(cell: Cell, codec: Codec, images: np.ndarray) -> asyncio.Future[bytes]:
+    length, body = encode_request(codec.signature, {"image": images})
+    request: InferRequest = codec.decode(body, length)
+    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def reply(result: Sequence[memoryview] | Exception) -> None:
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(bytes(result[0]))
+
+    if cell.submit(request, reply) is None:
+        answer.set_exception(RuntimeError("shed"))
+    return answer
