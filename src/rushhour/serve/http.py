@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import httptools
 import msgspec
@@ -22,6 +22,7 @@ from rushhour.wire import InferRequest
 MAX_BODY_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 32 * 2**10
 _MAX_PIPELINED = 32
+_LINGER_SECONDS = 1.0
 
 _REASONS = {
     200: "OK",
@@ -37,6 +38,12 @@ _REASONS = {
     501: "Not Implemented",
     503: "Service Unavailable",
 }
+
+
+_BINARY = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
+    b"%scontent-length: %d\r\n\r\n"
+)
 
 
 class Desk(Protocol):
@@ -86,19 +93,21 @@ class HttpConnection(asyncio.Protocol):
         self._running: tuple[Cell, Job, Ticket[Job]] | None = None
         self._paused = False
         self._ended = False
+        self._lingering: asyncio.TimerHandle | None = None
 
     # The transport's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is there."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         self._desk.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone: whatever runs for it is cancelled."""
         self._transport = None
         self._ready.clear()
+        if self._lingering is not None:
+            self._lingering.cancel()
         self._desk.connections.discard(self)
         if self._running is not None:
             cell, job, ticket = self._running
@@ -107,10 +116,14 @@ class HttpConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one request, of a part of one, or of several."""
+        if self._lingering is not None:
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(WireError("the request asks for another protocol", "this server speaks HTTP/1.1"))
+            # An offer that may be ignored (RFC 9110, 7.8): the request is answered, and nothing after it is read.
+            self.eof_received()
+            self.close_if_idle()
         except httptools.HttpParserError as error:
             self._refuse(self._refused or WireError("the request is not valid HTTP/1.1", str(error)))
 
@@ -189,17 +202,20 @@ class HttpConnection(asyncio.Protocol):
         return error
 
     def _refuse(self, error: WireError) -> None:
-        """Answer what cannot be read, and close: where the next request begins is unknown."""
+        """Answer what cannot be read, and close: where the next request begins is unknown.
+
+        What is still on its way is read and dropped for a moment first; a connection closed over unread bytes is
+        reset, and the client would never see the answer.
+        """
         if self._transport is None:
             return
-        if self._current is None:
-            self._current = self._message
-        self._message.keep_alive = False
         self._ready.clear()
-        if self._running is None:
-            self._send(error.status, _error_body(error), close=True)
-        else:
+        if self._running is not None:
             self._transport.close()
+            return
+        self._transport.write(_response(error.status, _error_body(error), b"connection: close\r\n"))
+        self._transport.write_eof()
+        self._lingering = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._transport.close)
 
     # The answer's side.
 
@@ -255,34 +271,24 @@ class HttpConnection(asyncio.Protocol):
         if length is None:
             self._send(200, b"".join(parts))
         else:
-            self._send_parts(b"application/octet-stream\r\ninference-header-content-length: %d" % length, parts)
+            self._send_parts(length, parts)
 
     def _send_error(self, error: Exception) -> None:
         status = error.status if isinstance(error, WireError) else 500
         self._send(status, _error_body(error))
 
-    def _send(self, status: int, body: bytes, extra: bytes = b"", close: bool = False) -> None:
-        if self._transport is None:
-            return
-        close = close or self._closing()
-        self._transport.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n%s%scontent-length: %d\r\n\r\n%s"
-            % (status, _REASONS[status].encode(), extra, b"connection: close\r\n" if close else b"", len(body), body)
-        )
-        self._next(close)
-
-    def _send_parts(self, content_type: bytes, parts: list[bytes]) -> None:
-        if self._transport is None:
-            return
+    def _send(self, status: int, body: bytes, extra: bytes = b"") -> None:
         close = self._closing()
-        size = sum(map(len, parts))
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n%scontent-length: %d\r\n\r\n" % (
-            content_type,
-            b"connection: close\r\n" if close else b"",
-            size,
-        )
-        self._transport.write(b"".join([head, *parts]))
-        self._next(close)
+        if self._transport is not None:
+            self._transport.write(_response(status, body, extra + (b"connection: close\r\n" if close else b"")))
+            self._next(close)
+
+    def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
+        close = self._closing()
+        if self._transport is not None:
+            head = _BINARY % (header_length, b"connection: close\r\n" if close else b"", sum(map(len, parts)))
+            self._transport.write(b"".join([head, *parts]))
+            self._next(close)
 
     def _closing(self) -> bool:
         return self._desk.draining or (self._current is not None and not self._current.keep_alive)
@@ -302,6 +308,16 @@ class HttpConnection(asyncio.Protocol):
             self._begin(message)
         elif self._ended and self._transport is not None:
             self._transport.close()
+
+
+def _response(status: int, body: bytes, extra: bytes = b"") -> bytes:
+    return b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n%s" % (
+        status,
+        _REASONS[status].encode(),
+        extra,
+        len(body),
+        body,
+    )
 
 
 def _header_length(value: bytes | None) -> int | None:

@@ -61,11 +61,17 @@ def serve(target: Target, settings: ServeSettings, ready: Callable[[str], None])
         try:
             _warm_up(engine, target)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_Server(target, engine, settings).run(listener, ready))
+                runner.run(_serve(target, engine, settings, listener, ready))
         finally:
             engine.close()
     finally:
         listener.close()
+
+
+async def _serve(
+    target: Target, engine: Engine, settings: ServeSettings, listener: socket.socket, ready: Callable[[str], None]
+) -> None:
+    await _Server(target, engine, settings).run(listener, ready)
 
 
 def _listen(host: str, port: int) -> socket.socket:
