@@ -296,6 +296,7 @@ def test_a_nearest_miss_is_labelled_loudly(tmp_path: Path) -> None:
     assert "Nearest miss: nothing met the goal" in text
     assert "the drop is 1.70 points (1.31 to 2.08), and its interval must stay inside 1%" in text
     assert f"nearest miss: {WINNER}" in text
+    assert text.count("Nearest miss") == 3  # the title, the first heading and the banner
     assert "★ winner" not in text
 
 

@@ -1,0 +1,541 @@
+"""The charts of the report: drawn by matplotlib, returned as inline SVG in the page's own colours and font.
+
+Drawings use marker colours; each becomes a CSS variable of the page, so that one file serves light and dark. Shape
+and line style always say the same as colour does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.style
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from rushhour.goal import SLO
+from rushhour.measurement import Measurement, Outcome, latency_curve
+from rushhour.plan import EngineName, Plan, Precision, Rung, Trial
+from rushhour.report import wording
+from rushhour.report.findings import baseline_of, evidence_of, winner_of
+
+_INK, _SOFT, _GRID, _PAPER = "#010203", "#010204", "#010205", "#010206"
+_PLAN, _BASELINE, _LIMIT = "#010207", "#010208", "#010209"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _SOFT: "var(--soft)",
+    _GRID: "var(--grid)",
+    _PAPER: "var(--paper)",
+    _PLAN: "var(--plan)",
+    _BASELINE: "var(--baseline)",
+    _LIMIT: "var(--limit)",
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _GRID,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "figure.facecolor": "none",
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _SOFT,
+    "ytick.labelcolor": _SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.8,
+}
+_LOG_FROM = 8.0  # rates that spread over more than this factor get a logarithmic axis
+_NAME = 44  # characters of a name in a chart; the tables have all of it
+_MOST_PREDICTED = 300  # points, the fastest; more would only hide each other and make the file heavy
+_DASHED, _DOTTED = (0, (5, 3)), (0, (1.5, 1.8))
+
+
+class Side(NamedTuple):
+    """Baseline or plan: its name for people, its windows of load, and the one at its capacity."""
+
+    name: str
+    is_plan: bool
+    windows: Sequence[Measurement]
+    proof: Measurement | None
+
+    @property
+    def colour(self) -> str:
+        """One of the marker colours."""
+        return _PLAN if self.is_plan else _BASELINE
+
+    @property
+    def marker(self) -> str:
+        """The shape that goes with the colour."""
+        return "o" if self.is_plan else "s"
+
+
+class Point(NamedTuple):
+    """A candidate in the plane of capacity and accuracy."""
+
+    trial: Trial
+    rps: float
+    accuracy: float
+    measured: bool
+
+
+def accuracy_against_capacity(plan: Plan) -> Markup | None:
+    """Every candidate that has both: measured under load filled, only predicted hollow; with the Pareto front.
+
+    The accuracy is that of the validation part, which candidates were chosen on.
+
+    Returns:
+        None where no candidate has both.
+    """
+    points, reference = _points(plan)
+    if not points:
+        return None
+    metric = evidence_of(plan).metric
+    measured = [point for point in points if point.measured]
+    all_predicted = sorted((point for point in points if not point.measured), key=lambda point: -point.rps)
+    predicted = all_predicted[:_MOST_PREDICTED]
+    points = [*predicted, *measured]
+    left_out = f", {len(predicted)} fastest of {len(all_predicted):,}" if len(predicted) < len(all_predicted) else ""
+    least = None if reference is None else reference - plan.goal.budget.max_drop
+    floor, ceiling = _accuracy_range([point.accuracy for point in points], reference, least)
+    margin = 0.12 * (ceiling - floor)
+    with _style("pareto"):
+        figure, axes = _canvas(9.4, 4.6)
+        _rate_axis(axes, [point.rps for point in points], "capacity, requests per second")
+        axes.set_ylim(floor - margin, ceiling + margin)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, metric)))
+        axes.set_ylabel(f"{metric}, validation")
+        if least is not None:
+            _budget(axes, least, f"budget: {plan.goal.budget} below the reference")
+        front = _front(measured)
+        if len(front) > 1:
+            rates, accuracies = [point.rps for point in front], [point.accuracy for point in front]
+            axes.step(rates, accuracies, where="pre", color=_SOFT, linewidth=1.1)
+        tips = {}
+        for index, point in enumerate(points):
+            name = f"point-{index}"
+            kind = "measured" if point.measured else "predicted"
+            accuracy = wording.metric(point.accuracy, metric)
+            tips[name] = f"{point.trial.candidate}: {wording.rate(point.rps)} {kind}, {metric} {accuracy}"
+            at_edge = point.accuracy < floor
+            place = max(point.accuracy, floor - margin / 2)
+            _point(axes, point, plan, place, "v" if at_edge else None, name)
+            interval = point.trial.accuracy_drop_interval
+            if point.measured and interval is not None and reference is not None and not at_edge:
+                low, high = reference - interval[1], reference - interval[0]
+                axes.vlines(point.rps, low, high, color=_colour(point.trial, plan), linewidth=1, alpha=0.6)
+        _legend(
+            axes,
+            [
+                *([_key("measured under load", marker="o")] if measured else []),
+                *([_key(f"predicted, not loaded{left_out}", marker="o", hollow=True)] if predicted else []),
+                *([_key("Pareto front of the measured", line="-")] if len(front) > 1 else []),
+            ],
+        )
+        label = (
+            f"{metric.capitalize()} against capacity: {len(measured)} candidates measured under load, "
+            f"{len(all_predicted)} predicted only. The numbers are in the table of candidates."
+        )
+        return _svg(figure, "pareto", label, tips)
+
+
+def latency_against_rate(sides: Sequence[Side], slo: SLO) -> Markup | None:
+    """p50 and p99 of every window of load against its rate, with the limit; windows that did not pass are crossed.
+
+    Returns:
+        None where no window has a latency.
+    """
+    windows = [window for side in sides for window in side.windows]
+    values = [ms for window in windows if window.p99_ms for ms in (window.p50_ms, window.p99_ms) if ms]
+    if not values:
+        return None
+    with _style("latency"):
+        figure, axes = _canvas(5.3, 4.5)
+        _rate_axis(axes, [window.rate_rps for window in windows], "offered rate, requests per second")
+        _latency_axis(axes, values, slo, name_at=0.5)
+        for side in sides:
+            proven = [window for window in side.windows if window.p99_ms is not None]
+            for style, at in (
+                (_DOTTED, [(w.rate_rps, w.p50_ms) for w in proven if w.p50_ms]),
+                ("-", [(w.rate_rps, w.p99_ms) for w in proven if w.p99_ms]),
+            ):
+                axes.plot(*_medians(at), color=side.colour, linestyle=style, linewidth=1.5)
+            for window in side.windows:
+                _window(axes, window, side)
+        keys = []
+        for side in sides:
+            keys.append(_key(f"{side.name} p99", side.colour, line="-", marker=side.marker))
+            keys.append(_key(f"{side.name} p50", side.colour, line=_DOTTED))
+        if any(window.p99_ms and window.outcome is not Outcome.PASS for window in windows):
+            keys.append(_key("did not pass", marker="X", hollow=True))
+        if any(window.p99_ms is None for window in windows):
+            keys.append(_key("no p99: unstable or too few", marker="^", hollow=True))
+        _legend(axes, keys, columns=2)
+        label = f"Latency against offered rate for {' and '.join(side.name for side in sides)}, with the limit {slo}"
+        return _svg(figure, "latency", f"{label}. The numbers are in the table of load windows.")
+
+
+def latency_distribution(sides: Sequence[Side], slo: SLO) -> Markup | None:
+    """The latency at each percentile from the median into the tail, for the window at each side's capacity.
+
+    Unanswered requests count as infinitely late, and a curve ends where its window has too few requests to bound
+    the percentile at 95%.
+
+    Returns:
+        None where no side has such a window.
+    """
+    curves = [(side, side.proof, _tail(side.proof)) for side in sides if side.proof is not None]
+    curves = [(side, proof, tail) for side, proof, tail in curves if tail]
+    if not curves:
+        return None
+    with _style("tail"):
+        figure, axes = _canvas(5.3, 4.5)
+        _latency_axis(axes, [ms for *_, tail in curves for _, ms in tail], slo, name_at=0.15)
+        axes.set_xscale("log")
+        most = max(100.0, *(tail[-1][0] for *_, tail in curves))
+        axes.set_xlim(2, most * 1.1)
+        shown = [p for p in (50, 75, 90, 95, 99, 99.5, 99.9, 99.99) if 100 / (100 - p) <= most * 1.001]
+        axes.set_xticks([100 / (100 - p) for p in shown], [f"p{p:g}" for p in shown])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("percentile of all scheduled requests")
+        axes.axvline(1 / slo.allowed_miss_rate, color=_LIMIT, linestyle=_DOTTED, linewidth=1)
+        keys = []
+        for side, proof, tail in curves:
+            axes.plot(*zip(*tail, strict=True), color=side.colour, linewidth=2)
+            axes.plot(*tail[-1], marker=side.marker, color=side.colour, markersize=6)
+            name = f"{side.name} at {wording.rate(proof.rate_rps)}, n = {proof.n:,}"
+            keys.append(_key(name, side.colour, line="-", marker=side.marker))
+        _legend(axes, keys, columns=1)
+        numbers = "; ".join(
+            f"{side.name} at {wording.rate(proof.rate_rps)}: p99 {wording.p99(proof)}" for side, proof, _ in curves
+        )
+        return _svg(figure, "tail", f"Latency at each percentile at capacity: {numbers}")
+
+
+def ladder(rungs: Sequence[Rung]) -> Markup | None:
+    """One bar for each step, with what it bought over the step before.
+
+    Returns:
+        None where there is no ladder.
+    """
+    if not rungs:
+        return None
+    with _style("ladder"):
+        figure, axes = _canvas(9.4, 0.8 + 0.5 * len(rungs))
+        places, rates = list(range(len(rungs))), [rung.capacity_rps for rung in rungs]
+        colours = [_BASELINE, *[_SOFT] * (len(rungs) - 2), _PLAN][-len(rungs) :]
+        axes.barh(places, rates, height=0.6, color=colours)
+        aside = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center", "color": _SOFT}
+        axes.text(1.0, -0.72, "over the step before", fontsize=9, **aside)
+        for place, rps in enumerate(rates):
+            at = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(wording.rate(rps), (rps, place), fontweight="bold", **at)
+            if place:
+                axes.text(1.0, place, wording.factor(rps, rates[place - 1]), fontsize=11, **aside)
+        axes.set_yticks(places, [_short(rung.step, 30) for rung in rungs])
+        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.set_xlim(0, 1.35 * max(*rates, 1e-9))
+        axes.set_ylim(len(rungs) - 0.5, -0.95)
+        axes.grid(visible=False)
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.spines["bottom"].set_visible(False)
+        steps = ", ".join(f"{rung.step} {wording.rate(rung.capacity_rps)}" for rung in rungs)
+        return _svg(figure, "ladder", f"Capacity after each step: {steps}")
+
+
+def _points(plan: Plan) -> tuple[list[Point], float | None]:
+    """The candidates to draw, and the reference's accuracy on the part of the data that they were chosen on.
+
+    A compiled artefact has one accuracy whatever its policy, so a candidate without its own takes its artefact's.
+    """
+    trials = evidence_of(plan).trials
+    known = {_artefact(trial): trial.accuracy for trial in trials if trial.accuracy is not None}
+    references = (
+        trial.accuracy + trial.accuracy_drop
+        for trial in trials
+        if trial.accuracy is not None and trial.accuracy_drop is not None
+    )
+    reference = next(references, None)
+    baseline = baseline_of(plan)
+    if reference is not None and baseline is not None:
+        known.setdefault(_artefact(baseline), reference)
+    points = []
+    for trial in trials:
+        rps = trial.capacity_rps or trial.predicted_rps
+        if rps and _artefact(trial) in known:
+            points.append(Point(trial, rps, known[_artefact(trial)], measured=bool(trial.capacity_rps)))
+    return points, reference
+
+
+def _artefact(trial: Trial) -> tuple[str, EngineName, Precision]:
+    return trial.bundle, trial.engine, trial.precision
+
+
+def _accuracy_range(values: Sequence[float], reference: float | None, least: float | None) -> tuple[float, float]:
+    """What the accuracy axis shows. A collapsed candidate must not squeeze all others into one line: the axis stops
+    some way below the budget, and what lies lower is drawn at the edge."""
+    low, high = min(values), max(values)
+    if reference is not None and least is not None:
+        low, high = min(low, least), max(high, reference)
+        low = max(low, least - 2 * max(reference - least, 0.005))
+    return (low, high) if high - low > 1e-4 else (low - 1e-3, high + 1e-3)
+
+
+def _point(axes: Any, point: Point, plan: Plan, place: float, marker: str | None, name: str) -> None:
+    """Draw one candidate; the plan's and the baseline's are larger, have a shape of their own, and are named."""
+    colour = _colour(point.trial, plan)
+    roles = {_PLAN: ("winner" if plan.feasible else "nearest miss", "*", 15), _BASELINE: ("baseline", "s", 8.5)}
+    role, shape, size = roles.get(colour, ("", "o", 6.5))
+    axes.plot(
+        point.rps,
+        place,
+        marker=marker or shape,
+        markersize=size,
+        color=colour,
+        markerfacecolor=colour if point.measured else "none",
+        markeredgecolor=_PAPER if point.measured else colour,
+        markeredgewidth=0.8 if point.measured else 1.1,
+        gid=name,
+        zorder=5 if role else 4 if point.measured else 3,
+    )
+    if role:
+        is_right = axes.transAxes.inverted().transform(axes.transData.transform((point.rps, place)))[0] > 0.5
+        axes.annotate(
+            f"{role}: {_short(point.trial.candidate, _NAME)}",
+            (point.rps, place),
+            xytext=(4 if is_right else -4, 11),
+            textcoords="offset points",
+            ha="right" if is_right else "left",
+            color=colour,
+            fontweight="bold",
+            zorder=6,
+        )
+
+
+def _colour(trial: Trial, plan: Plan) -> str:
+    return _PLAN if trial is winner_of(plan) else _BASELINE if trial is baseline_of(plan) else _SOFT
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both, slowest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (-point.rps, -point.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front[::-1]
+
+
+def _window(axes: Any, window: Measurement, side: Side) -> None:
+    """Draw one window of load: its p99 with its interval, crossed where it did not pass, at the top without one."""
+    if window.p99_ms is None:
+        top = axes.get_xaxis_transform()
+        marks = {"marker": "^", "markersize": 7, "color": side.colour, "markerfacecolor": "none"}
+        axes.plot(window.rate_rps, 0.975, transform=top, **marks)
+        return
+    if window.p99_interval_ms is not None:
+        axes.vlines(window.rate_rps, *window.p99_interval_ms, color=side.colour, linewidth=1, alpha=0.6)
+    passed = window.outcome is Outcome.PASS
+    axes.plot(
+        window.rate_rps,
+        window.p99_ms,
+        marker=side.marker if passed else "X",
+        markersize=6 if passed else 8,
+        markerfacecolor=side.colour if passed else _PAPER,
+        markeredgecolor=_PAPER if passed else side.colour,
+        markeredgewidth=0.6 if passed else 1.2,
+        zorder=4,
+    )
+
+
+def _medians(at: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """One value for each rate, ascending: the median over the windows of that rate."""
+    rates = sorted({rate for rate, _ in at})
+    return rates, [statistics.median(ms for rate, ms in at if rate == wanted) for wanted in rates]
+
+
+def _tail(window: Measurement) -> list[tuple[float, float]]:
+    """Latency in ms at 1 / (1 - percentile), from the median to the last percentile that n requests can bound."""
+    answered = window.n - window.errors - window.shed
+    if window.n < 2 or answered < 1:
+        return []
+    # With n samples the q-quantile has an upper 95% bound among them only where q^n <= 5%: 299 for p99.
+    last = 100 * 0.05 ** (1 / window.n)
+    steps = [100 - 50 * 0.96**step for step in range(250)]
+    wanted = [p for p in [*steps, 95, 99, 99.9] if p <= last and p * window.n / answered <= 100]
+    wanted.sort()
+    values = latency_curve(window.latencies, tuple(min(100.0, p * window.n / answered) for p in wanted))
+    return [(100 / (100 - p), ms) for p, ms in zip(wanted, values, strict=True) if ms > 0]
+
+
+def _canvas(width: float, height: float) -> tuple[Any, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _rate_axis(axes: Any, rates: Sequence[float], label: str) -> None:
+    """The x axis for rates: logarithmic where they spread far, from zero where they do not."""
+    low, high = min(rates), max(rates)
+    if low > 0 and high / low > _LOG_FROM:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.5, high * 1.5)
+        _log_ticks(axes.xaxis, high / low)
+    else:
+        axes.set_xlim(0, high * 1.12 or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_xlabel(label)
+
+
+def _latency_axis(axes: Any, values: Sequence[float], slo: SLO, name_at: float) -> None:
+    """The y axis for latencies, logarithmic, with the limit drawn, and named at this share of the width."""
+    low, high = min(*values, slo.limit_ms), max(*values, slo.limit_ms)
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.4, high * 1.9)
+    _log_ticks(axes.yaxis, high / low)
+    axes.set_ylabel("latency, ms")
+    axes.axhline(slo.limit_ms, color=_LIMIT, linestyle=_DASHED, linewidth=1.4)
+    _beside_line(axes, name_at, slo.limit_ms, f"limit {slo}", ha="center", va="bottom", xytext=(0, 4))
+
+
+def _budget(axes: Any, least: float, text: str) -> None:
+    axes.axhline(least, color=_LIMIT, linestyle=_DASHED, linewidth=1.4)
+    _beside_line(axes, 0.995, least, text, ha="right", va="top", xytext=(0, -4))
+
+
+def _beside_line(axes: Any, across: float, value: float, text: str, **place: Any) -> None:
+    """Name a horizontal line: `across` is a share of the axes' width, `xytext` an offset in points."""
+    across_and_value = axes.get_yaxis_transform()
+    axes.annotate(
+        text,
+        (across, value),
+        xycoords=across_and_value,
+        textcoords="offset points",
+        color=_LIMIT,
+        fontsize=9.5,
+        **place,
+    )
+
+
+def _log_ticks(axis: Any, spread: float) -> None:
+    """Ticks at 1, 2, 5 of each decade, or at decades where there are many, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _key(
+    label: str, colour: str = _SOFT, *, line: Any = "none", marker: str | None = None, hollow: bool = False
+) -> Line2D:
+    face = "none" if hollow else colour
+    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=6, markerfacecolor=face, label=label)
+
+
+def _legend(axes: Any, keys: Sequence[Line2D], columns: int = 3) -> None:
+    if keys:
+        axes.legend(
+            handles=keys,
+            loc="lower left",
+            bbox_to_anchor=(0, 1.01),
+            ncols=columns,
+            borderaxespad=0,
+            borderpad=0.3,
+            columnspacing=1.6,
+            handlelength=2.2,
+        )
+
+
+def _metric(value: float, name: str) -> str:
+    return f"{value * 100:.4g}%" if name == "accuracy" else f"{value:.4g}"
+
+
+def _short(name: str, most: int) -> str:
+    """A name that fits in a chart, without control characters, which SVG cannot hold."""
+    clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    return clean if len(clean) <= most else f"{clean[: most - 1]}…"
+
+
+@contextlib.contextmanager
+def _style(name: str) -> Iterator[None]:
+    """Draw in the report's style whatever the user's matplotlibrc says, with ids that are the same every time.
+
+    A glyph that matplotlib's own font lacks is no concern: the reader's browser sets the text.
+    """
+    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _svg(figure: Any, name: str, label: str, tips: Mapping[str, str] | None = None) -> Markup:
+    """The drawing as an `<svg>` that stands in a page.
+
+    Args:
+        figure: the drawing.
+        name: unique in the page; starts every id, because ids of a page share one name space.
+        label: what a reader who cannot see it is told.
+        tips: gid of an artist -> what the pointer shows over it.
+    """
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    root = ET.fromstring(drawn.getvalue())
+    referenced = {value for element in root.iter() for value in _references(element)}
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.text, element.tail = (element.text or "").strip(), None
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        tip = (tips or {}).get(element.get("id", ""))
+        if element.get("id") in referenced:
+            element.set("id", f"{name}-{element.get('id')}")
+        else:
+            element.attrib.pop("id", None)
+        for key in ("href", "clip-path"):
+            if key in element.attrib:
+                element.set(key, element.attrib[key].replace("#", f"#{name}-"))
+        if "d" in element.attrib:
+            element.set("d", " ".join(element.attrib["d"].split()))
+        if "style" in element.attrib:
+            element.set("style", _themed(element.attrib["style"]))
+        if tip is not None:
+            title = ET.Element("title")
+            title.text = _short(tip, 300)
+            element.insert(0, title)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in ("metadata", "style"):
+                parent.remove(child)
+    del root.attrib["width"], root.attrib["height"], root.attrib["version"]
+    root.set("role", "img")
+    root.set("aria-label", _short(label, 2000))
+    return Markup(ET.tostring(root, encoding="unicode"))  # ElementTree has escaped every text in it
+
+
+def _references(element: ET.Element) -> list[str]:
+    values = (value for key, value in element.attrib.items() if key.endswith(("href", "clip-path")))
+    return [value.removeprefix("url(").removesuffix(")").removeprefix("#") for value in values]
+
+
+def _themed(style: str) -> str:
+    """A style with the page's colours, and without a font, which the page decides."""
+    rules = [rule for rule in style.split("; ") if not rule.startswith("font-family:")]
+    themed = "; ".join(rules)
+    for marker, variable in _VARIABLES.items():
+        themed = themed.replace(marker, variable)
+    return themed

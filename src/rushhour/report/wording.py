@@ -1,0 +1,149 @@
+"""How a number is put in words: one way for each kind of number, and never a number where there is none."""
+
+from __future__ import annotations
+
+import datetime
+import math
+
+from rushhour.measurement import Interval, Measurement, Outcome
+from rushhour.plan import Policy
+
+NOT_MEASURED = "not measured"
+INSUFFICIENT = "insufficient samples"
+
+_FEWEST_FOR_P99 = 299  # below it no order statistic bounds the 99th percentile at 95% (shared with the load verdict)
+
+_MONTHS = (  # not by `strftime`, whose names follow the machine's language
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A plain number with `digits` significant ones, thousands separated, minus sign of its own width."""
+    if value == 0:
+        return "0"
+    value = float(f"{value:.{digits - 1}e}")  # first, because 9.996 has one decimal less once it is 10.0
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def rate(rps: float | None) -> str:
+    """Requests per second: `9,120/s`."""
+    if rps is None:
+        return NOT_MEASURED
+    return f"{number(rps, max(3, len(str(int(abs(rps))))))}/s"
+
+
+def milliseconds(value: float | None, missing: str = INSUFFICIENT) -> str:
+    """A latency: `41.2 ms`; `missing` where there is none."""
+    return missing if value is None else f"{number(value)} ms"
+
+
+def percentile(value: float | None, interval: Interval | None, n: int | None) -> str:
+    """A percentile of the latency with all that is known about it: `41.2 ms (39.8 to 43.0, n = 6,000)`."""
+    if value is None:
+        return INSUFFICIENT
+    known = [] if interval is None else [f"{number(interval[0])} to {number(interval[1])}"]
+    if n is not None:
+        known.append(f"n = {n:,}")
+    return milliseconds(value) + (f" ({', '.join(known)})" if known else "")
+
+
+def p99(window: Measurement) -> str:
+    """The 99th percentile of a window of load with its interval and sample count, or why there is none."""
+    if window.p99_ms is not None:
+        return percentile(window.p99_ms, window.p99_interval_ms, window.n)
+    if window.outcome is Outcome.UNSTABLE:
+        return f"none: unstable (n = {window.n:,})"
+    if window.n < _FEWEST_FOR_P99:
+        return f"{INSUFFICIENT} (n = {window.n:,})"
+    return f"none: among the unanswered (n = {window.n:,})"
+
+
+def p99_at(value: float | None, interval: Interval | None, proof: Measurement | None) -> str:
+    """A p99 that a plan states, with what its window of load adds where that is the one: interval and n."""
+    if proof is not None and proof.p99_ms == value:
+        return p99(proof)
+    return percentile(value, interval, None)
+
+
+def metric(value: float | None, name: str) -> str:
+    """The task's metric: accuracy as `90.62%`, any other as a plain number."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value * 100:.2f}%" if name == "accuracy" else number(value)
+
+
+def metric_with_interval(value: float, interval: Interval, name: str) -> str:
+    """The metric with its 95% interval: `90.62% (90.03 to 91.17)`."""
+    low, high = (f"{bound * 100:.2f}" if name == "accuracy" else number(bound) for bound in interval)
+    return f"{metric(value, name)} ({low} to {high})"
+
+
+def drop(value: float | None, name: str, interval: Interval | None = None) -> str:
+    """How far the metric fell: `0.42 points (0.05 to 0.80)`; below zero where it rose."""
+    if value is None:
+        return NOT_MEASURED
+    text = f"{_points(value, name)}{' points' if name == 'accuracy' else ''}"
+    if interval is None:
+        return text
+    return f"{text} ({_points(interval[0], name)} to {_points(interval[1], name)})"
+
+
+def factor(after: float | None, before: float | None) -> str:
+    """How many times `before` goes into `after`: `24×`; empty where either is missing or zero."""
+    if not after or not before:
+        return ""
+    times = after / before
+    return f"{number(times, 2 if times < 10 else len(str(int(times))))}×"
+
+
+def size(count: int) -> str:
+    """Bytes as people say them: `2.9 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{number(count / scale)} {unit}"
+    return f"{count} B"
+
+
+def amount(count: int) -> str:
+    """A large count: `2.79 million`."""
+    for unit, scale in (("billion", 1e9), ("million", 1e6)):
+        if count >= scale:
+            return f"{number(count / scale)} {unit}"
+    return f"{count:,}"
+
+
+def policy(value: Policy) -> str:
+    """`2 streams × 1 thread, batches up to 32`."""
+    streams = f"{value.streams} stream{'s' if value.streams > 1 else ''}"
+    threads = f"{value.threads} thread{'s' if value.threads > 1 else ''}"
+    batches = f"batches up to {value.max_batch}" if value.max_batch > 1 else "one at a time"
+    return f"{streams} × {threads}, {batches}"
+
+
+def when(at: str) -> str:
+    """A time in ISO 8601 as `14 March 2026, 09:26 UTC`; any other text as it is."""
+    try:
+        time = datetime.datetime.fromisoformat(at)
+    except ValueError:
+        return at
+    zone = f" {time.tzname()}" if time.tzinfo else ""
+    return f"{time.day} {_MONTHS[time.month - 1]} {time:%Y, %H:%M}{zone}"
+
+
+def _points(value: float, name: str) -> str:
+    text = f"{value * 100:.2f}" if name == "accuracy" else number(value)
+    return text.replace("-", "\N{MINUS SIGN}").replace("\N{MINUS SIGN}0.00", "0.00")
