@@ -1,4 +1,4 @@
-"""The server: opens what a plan names, warms it up, answers, and drains when it is told to stop."""
+"""The server: opens what a plan names, answers, and drains when it is told to stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from rushhour.engines import Engine, Runner, open_engine
+from rushhour.engines import Engine, open_engine
 from rushhour.errors import ServeError
 from rushhour.machine import describe
 from rushhour.serve.cell import Cell
@@ -59,7 +59,6 @@ def serve(target: Target, settings: ServeSettings, ready: Callable[[str], None])
     try:
         engine = open_engine(target.bundle, target.engine_config, trusted=settings.trusted)
         try:
-            _warm_up(engine, target)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_serve(target, engine, settings, listener, ready))
         finally:
@@ -96,16 +95,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}", why, "choose another with --http-port (0 takes a free one)"
         ) from error
     return listener
-
-
-def _warm_up(engine: Engine, target: Target) -> None:
-    """Run every stream at sizes up to the largest batch, so that no user pays for an engine's first times."""
-    samples = target.bundle.samples()
-    runner, largest = Runner(engine), engine.config.max_batch
-    for size in sorted({1, 2, max(1, largest // 2), largest}):
-        batch = {name: array.repeat(-(-size // len(array)), axis=0)[:size] for name, array in samples.items()}
-        for future in [runner.submit(batch) for _ in range(2 * engine.config.streams)]:
-            future.result()
 
 
 class _Server:
