@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,13 +21,15 @@ import tritonclient.http as triton
 
 from conftest import Server, serving
 from rushhour.bundle import Bundle
-from rushhour.errors import BundleError, PlanError
+from rushhour.engines import EngineConfig
+from rushhour.errors import BundleError, EngineError, PlanError
 from rushhour.goal import SLO, Goal
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import open_target
 from rushhour.serve.cell import Cell
 from rushhour.testing.bundles import tiny_answers
-from rushhour.wire import Codec, InferRequest, encode_request
+from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
+from rushhour.wire import Codec, encode_request
 
 
 def unique(rows: int, seed: int) -> np.ndarray:
@@ -266,17 +268,119 @@ def test_a_model_name_that_is_no_path_segment_is_refused(tiny: Bundle) -> None:
 # The cell itself, with an engine that does what it is told.
 
 
-def collect(cell: Cell, codec: Codec, images: np.ndarray) -> asyncio.Future[bytes]:
-    length, body = encode_request(codec.signature, {"image": images})
-    request: InferRequest = codec.decode(body, length)
-    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+class Held:
+    """Batches that end when the test says so."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def schedule(self, seconds: float, finish: Callable[[], None]) -> None:
+        self.waiting.append(finish)
+
+    def release(self) -> None:
+        self.waiting.pop(0)()
+
+
+def submit(cell: Cell, images: np.ndarray) -> tuple[asyncio.Future[np.ndarray], Callable[[], None]]:
+    """The answer to come, and how to cancel the request."""
+    length, body = encode_request(cell.codec.signature, {"image": images})
+    answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
 
     def reply(result: Sequence[memoryview] | Exception) -> None:
         if isinstance(result, Exception):
             answer.set_exception(result)
         else:
-            answer.set_result(bytes(result[0]))
+            answer.set_result(np.frombuffer(bytes(result[0]), np.float32).reshape(len(images), 3))
 
-    if cell.submit(request, reply) is None:
-        answer.set_exception(RuntimeError("shed"))
-    return answer
+    submitted = cell.submit(cell.codec.decode(body, length), reply)
+    if submitted is None:
+        raise LookupError("shed")
+    return answer, lambda: cell.cancel(*submitted)
+
+
+def cell_of(engine: FakeEngine, queue_bound: int = 100) -> Cell:
+    return Cell(engine, Codec("fake", engine.signature), queue_bound)
+
+
+def test_requests_of_one_turn_share_a_batch_and_later_ones_wait_for_a_stream() -> None:
+    async def scenario() -> None:
+        held = Held()
+        engine = FakeEngine(EngineConfig("openvino", max_batch=4), schedule=held.schedule)
+        cell = cell_of(engine)
+        pictures = [unique(1, seed) for seed in range(7)]
+        answers = [submit(cell, picture)[0] for picture in pictures[:3]]
+        await asyncio.sleep(0)
+        assert engine.batches == [3]
+        answers += [submit(cell, picture)[0] for picture in pictures[3:]]
+        await asyncio.sleep(0)
+        assert engine.batches == [3], "the one stream is busy"
+        held.release()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert engine.batches == [3, 4]
+        held.release()
+        for picture, answer in zip(pictures, answers, strict=True):
+            np.testing.assert_array_equal(await answer, fake_answers(picture))
+        assert cell.idle
+
+    asyncio.run(scenario())
+
+
+def test_a_split_request_comes_back_whole_and_in_order() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(EngineConfig("openvino", max_batch=4, streams=2), schedule=on_a_timer)
+        cell = cell_of(engine)
+        sizes = (1, 11, 2, 30, 1)
+        pictures = [unique(rows, seed=rows) for rows in sizes]
+        answers = [submit(cell, picture)[0] for picture in pictures]
+        for picture, answer in zip(pictures, answers, strict=True):
+            np.testing.assert_array_equal(await answer, fake_answers(picture))
+        assert sum(engine.batches) == sum(sizes)
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_batch_fails_its_own_callers_and_no_others() -> None:
+    async def scenario() -> None:
+        held = Held()
+        engine = FakeEngine(EngineConfig("openvino", max_batch=2), schedule=held.schedule)
+        engine.fail_next(EngineError("the engine stumbled"))
+        cell = cell_of(engine)
+        first = [submit(cell, unique(1, seed))[0] for seed in range(2)]
+        second, _ = submit(cell, unique(1, 9))
+        await asyncio.sleep(0)
+        held.release()
+        for answer in first:
+            with pytest.raises(EngineError, match="stumbled"):
+                await answer
+        await asyncio.sleep(0)
+        held.release()
+        np.testing.assert_array_equal(await second, fake_answers(unique(1, 9)))
+        assert (cell.counters.failed, cell.counters.answered) == (2, 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_sheds_at_once_and_a_cancelled_request_makes_room() -> None:
+    async def scenario() -> None:
+        held = Held()
+        engine = FakeEngine(EngineConfig("openvino", max_batch=1), schedule=held.schedule)
+        cell = cell_of(engine, queue_bound=2)
+        running, _ = submit(cell, unique(1, 0))
+        await asyncio.sleep(0)
+        first, cancel_first = submit(cell, unique(1, 1))
+        second, _ = submit(cell, unique(1, 2))
+        with pytest.raises(LookupError):
+            submit(cell, unique(1, 3))
+        assert cell.counters.shed == 1
+        cancel_first()
+        fourth, _ = submit(cell, unique(1, 4))
+        for _ in range(3):
+            held.release()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        assert not first.done()
+        for answer, seed in ((running, 0), (second, 2), (fourth, 4)):
+            np.testing.assert_array_equal(await answer, fake_answers(unique(1, seed)))
+
+    asyncio.run(scenario())

@@ -375,6 +375,9 @@ def report(run: Path, json_file: Path | None) -> None:
 
 def main() -> None:
     """The entry point: turns every expected error into one line and an exit code."""
+    # `module:factory` on the command line means the user's own file, most often in the folder they stand in.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
         cli.main(prog_name="rushhour", standalone_mode=False)
     except click.exceptions.Exit as stop:

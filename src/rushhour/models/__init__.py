@@ -1,0 +1,13 @@
+"""Reference networks (torch), how a network is named and built, and how it becomes a bundle.
+
+A network takes float32 in torch's layout and gives logits or values; `deployed.py` adds what turns the wire's
+samples into that and its answer into the task's.
+"""
+
+from rushhour.models.article import article
+from rushhour.models.deployed import Deployed, export, load_deployed
+from rushhour.models.mlp import mlp
+from rushhour.models.residual import residual
+from rushhour.models.source import build, source_for
+
+__all__ = ["Deployed", "article", "build", "export", "load_deployed", "mlp", "residual", "source_for"]

@@ -1,0 +1,313 @@
+"""A network as it is served: the wire's samples in, the task's answers out; and its way to a bundle and back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rushhour.bundle import Bundle, Manifest, Preprocessing, Signature, Source, Step, TensorSpec
+from rushhour.errors import ModelError
+from rushhour.machine import cores
+from rushhour.models.source import build
+from rushhour.storage import explained
+from rushhour.task import Task
+
+_LARGEST_BYTES = 1_900_000_000
+"""Of the weights in one ONNX file: protobuf ends at 2 GiB, and the graph and tools need some of it."""
+
+_VERIFIED_BATCHES = (1, 3, 32)
+
+
+class Preprocess(nn.Module):
+    """What `Preprocessing` says, in torch: any dtype in the wire's layout to float32 in the network's layout."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.pictures = preprocessing.layout == "NHWC->NCHW"
+        std = np.asarray(preprocessing.std or (1.0,), dtype=np.float64)
+        mean = np.asarray(preprocessing.mean or (0.0,), dtype=np.float64)
+        if not (np.isfinite(std) & (std != 0)).all():
+            raise ModelError(
+                f"cannot scale samples by the standard deviations {preprocessing.std}",
+                "a channel that never changes cannot be scaled",
+                "use std=1 for it, or leave that channel out",
+            )
+        trailing = (-1, 1, 1) if self.pictures else (-1,)
+        factor, offset = preprocessing.scale / std, -mean / std
+        self.plain = bool((factor == 1).all() and (offset == 0).all())
+        self.register_buffer("factor", torch.from_numpy(factor).float().reshape(trailing), persistent=False)
+        self.register_buffer("offset", torch.from_numpy(offset).float().reshape(trailing), persistent=False)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """`(n, h, w, c)` to `(n, c, h, w)` for pictures (a view: channels-last in memory), else the same shape."""
+        if self.pictures:
+            samples = samples.permute(0, 3, 1, 2)
+        samples = samples.to(torch.float32)
+        return samples if self.plain else samples * self.factor + self.offset
+
+
+class Deployed(nn.Module):
+    """Preprocessing, network and the task's head: what a bundle's ONNX graph computes, in torch.
+
+    Args:
+        network: gives logits (classification) or values (regression), `(n, outputs)`.
+        task: decides the head: softmax for classification, nothing for regression.
+        preprocessing: what happens to samples first.
+
+    Raises:
+        ModelError: if the preprocessing cannot be computed.
+    """
+
+    def __init__(self, network: nn.Module, task: Task, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocess = Preprocess(preprocessing)
+        self.network = network
+        self.head: nn.Module = nn.Softmax(dim=-1) if task.kind == "classification" else nn.Identity()
+
+    def logits(self, samples: Tensor) -> Tensor:
+        """What the loss wants: the network's own output, `(n, outputs)`."""
+        out: Tensor = self.network(self.preprocess(samples))
+        return out
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Answers `(n, outputs)` to samples `(n, *shape)` as the wire carries them."""
+        out: Tensor = self.head(self.logits(samples))
+        return out
+
+    def answer_shape(self, sample: NDArray[Any], model: str) -> tuple[int, ...]:
+        """The shape of the answer to one sample, found by asking; leaves the module in evaluation mode.
+
+        Args:
+            sample: one or more samples, `(n, *shape)`.
+            model: its name, for the message.
+
+        Raises:
+            ModelError: if the network cannot take samples of this shape.
+        """
+        self.eval()
+        try:
+            with torch.inference_mode():
+                out = self(torch.from_numpy(np.array(sample[:2])))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"the model {model} cannot take samples of shape {tuple(sample.shape[1:])}",
+                f"{type(error).__name__}: {error}",
+                "give the model arguments that fit the data, or data that fits the model",
+            ) from error
+        if not isinstance(out, Tensor):
+            raise ModelError(
+                f"the model {model} gives a {type(out).__name__}",
+                "a model gives one tensor of logits or values",
+                "return that tensor only",
+            )
+        return tuple(out.shape[1:])
+
+
+def export(
+    network: nn.Module,
+    *,
+    name: str,
+    task: Task,
+    sample_spec: TensorSpec,
+    preprocessing: Preprocessing,
+    source: Source | None,
+    lineage: tuple[Step, ...],
+    samples: NDArray[Any],
+    path: Path,
+) -> Bundle:
+    """Write `network` as a bundle whose ONNX graph answers as the torch module does, at any batch size.
+
+    Equal weights give an equal bundle: the graph is stripped of all that names this machine. The network is left in
+    evaluation mode and in torch's standard memory format.
+
+    Args:
+        network: gives logits or values, `(n, outputs)`.
+        name: of the bundle.
+        sample_spec: the input: `image` for pictures, `input` otherwise.
+        source: how to build the network again; None if it cannot be.
+        lineage: how it came to be.
+        samples: a few real inputs, `(k, *shape)` with k of 1 or more.
+        path: the bundle's folder; an older one is replaced.
+
+    Raises:
+        TaskError: if the network's output does not fit the task; nothing is written then.
+        ModelError: if it cannot be exported, or ONNX Runtime's answers differ from torch's.
+        StorageError: if the disk does not take it.
+    """
+    if samples.shape[1:] != sample_spec.shape or samples.dtype != sample_spec.dtype or len(samples) == 0:
+        raise ModelError(
+            f"cannot export {name} with samples of {samples.dtype}{samples.shape}",
+            f"the signature says one or more of {sample_spec.dtype}{sample_spec.shape}",
+            "give samples as the wire carries them",
+        )
+    weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    if weights_bytes > _LARGEST_BYTES:
+        raise ModelError(
+            f"cannot export {name}",
+            f"its weights take {weights_bytes / 1e9:.1f} GB, and one ONNX file holds {_LARGEST_BYTES / 1e9:.1f} GB",
+            "use a smaller model",
+        )
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    deployed = Deployed(network, task, preprocessing)
+    task.check_output(deployed.answer_shape(samples, name), name)
+    graph = _graph(deployed, name, samples, sample_spec.name, task.output_name)
+    manifest = Manifest(
+        name=name,
+        signature=Signature(inputs=(sample_spec,), outputs=(TensorSpec(task.output_name, "float32", (task.outputs,)),)),
+        task=task,
+        preprocessing=preprocessing,
+        source=source,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        lineage=lineage,
+    )
+
+    def model(file: Path) -> None:
+        onnx.save(graph, file)
+        _verify(file, deployed, name, samples)
+
+    def weights(file: Path) -> None:
+        from safetensors.torch import save
+
+        # clones, because safetensors refuses tensors that share their memory (tied weights)
+        state = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        file.write_bytes(save(state))
+
+    return Bundle.create(path, manifest, model, weights, {sample_spec.name: samples})
+
+
+def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
+    """The torch module of a bundle, with its weights, in evaluation mode.
+
+    Args:
+        bundle: must carry a source and weights.
+        trusted: factories that may be imported besides those of this package; see `build`.
+
+    Raises:
+        ModelError: if the bundle carries no torch module, or it cannot be built, or the weights do not fit it.
+        StorageError: if the weights cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source, file = bundle.manifest.source, bundle.weights
+    if source is None or file is None:
+        raise ModelError(
+            f"the bundle {bundle.manifest.name} has no torch module",
+            "it carries only its ONNX graph" if bundle.manifest.precision != "int8" else "it is quantised",
+            "run it on openvino or onnxruntime",
+        )
+    with torch.random.fork_rng(devices=[]):  # the fresh weights are thrown away; the caller's seed must not be
+        network = build(source, trusted)
+    try:
+        with explained(f"read {file}"):
+            state = load_file(file)
+        network.load_state_dict(state, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights of {bundle.manifest.name} do not fit its model {source.factory}",
+            str(error),
+            "make the bundle anew with the code that is installed",
+        ) from error
+    return Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing).eval()
+
+
+def _graph(deployed: Deployed, name: str, samples: NDArray[Any], input_name: str, output_name: str) -> onnx.ModelProto:
+    example = torch.from_numpy(_batch(samples, 2))  # 0 and 1 would be taken for constants
+    try:
+        with _quiet(), torch.inference_mode(False), torch.no_grad():
+            program = torch.onnx.export(
+                deployed,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[input_name],
+                output_names=[output_name],
+                verbose=False,
+            )
+    except Exception as error:  # the exporter may fail in any way on a user's model
+        reason = str(error).strip().splitlines() or [""]
+        raise ModelError(
+            f"cannot export {name} to ONNX",
+            f"{type(error).__name__}: {reason[0]}",
+            "use operations that torch.onnx can export, and nothing that depends on the batch size",
+        ) from error
+    assert program is not None
+    graph: onnx.ModelProto = program.model_proto
+    strip_origin(graph)
+    return graph
+
+
+def strip_origin(graph: onnx.ModelProto) -> None:
+    """Remove, in place, what tools note about where a graph came from: stack traces, paths, comments.
+
+    They name this machine's folders, differ from run to run, and can outweigh a small model.
+    """
+    pieces: list[Any] = [graph, graph.graph, *graph.functions]
+    while pieces:
+        piece = pieces.pop()
+        for field in ("metadata_props", "doc_string"):
+            if field in piece.DESCRIPTOR.fields_by_name:
+                piece.ClearField(field)
+        for field in ("node", "initializer", "sparse_initializer", "value_info", "input", "output", "attribute"):
+            held = getattr(piece, field, ())
+            pieces += [child for child in held if not isinstance(child, str)]  # a node's inputs are names only
+        if isinstance(piece, onnx.AttributeProto):
+            pieces += [piece.g, *piece.graphs] if piece.HasField("g") else piece.graphs
+
+
+def _verify(file: Path, deployed: Deployed, name: str, samples: NDArray[Any]) -> None:
+    """Raise unless the ONNX file answers as torch does."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (wire,) = session.get_inputs()
+    for size in _VERIFIED_BATCHES:
+        batch = _batch(samples, size)
+        with torch.inference_mode():
+            expected = deployed(torch.from_numpy(batch)).numpy()
+        (answer,) = session.run(None, {wire.name: batch})
+        tolerance = 1e-3 * max(1e-1, float(np.abs(expected).max()))
+        off = float(np.abs(answer - expected).max()) if answer.shape == expected.shape else float("inf")
+        if not off <= tolerance:
+            raise ModelError(
+                f"the ONNX graph of {name} does not answer as its torch module does",
+                f"at batch {size} they differ by {off:.2g}, and {tolerance:.2g} is allowed",
+                "check the model for random or batch-dependent operations, and its weights for NaN",
+            )
+
+
+def _batch(samples: NDArray[Any], size: int) -> NDArray[Any]:
+    """`size` of the samples, from the start again where there are too few."""
+    batch: NDArray[Any] = np.resize(samples, (size, *samples.shape[1:]))
+    return batch
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and logs, which tell the reader nothing to act on, from screen and tests."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

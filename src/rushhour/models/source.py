@@ -1,0 +1,121 @@
+"""How a network is named, and how it is built from its name: a name in a file must never be able to run any code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+
+from torch import nn
+
+from rushhour.bundle import Source
+from rushhour.errors import ModelError, RushhourError
+from rushhour.task import Task
+
+_ROOM = "rushhour.models"
+_NAMES = ("article", "residual", "mlp")
+
+
+def source_for(model: str, dataset_shape: tuple[int, ...], task: Task) -> Source:
+    """The source of a model that a user named: one of ours, fitted to the data, or `module:factory` as it is.
+
+    Args:
+        model: `article`, `residual`, `mlp`, or `module:factory`.
+        dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
+        task: decides the length of the answer.
+
+    Raises:
+        ModelError: if the name is unknown, or that network cannot take samples of this shape.
+    """
+    if ":" in model:
+        return Source(factory=model)
+    if model not in _NAMES:
+        raise ModelError(
+            f"there is no model {model!r}",
+            f"the models of Rushhour are {', '.join(_NAMES)}",
+            "use one of them, or your own as module:factory",
+        )
+    factory = f"{_ROOM}:{model}"
+    if model == "mlp":
+        return Source(factory, {"inputs": math.prod(dataset_shape), "outputs": task.outputs})
+    if len(dataset_shape) != 3:
+        raise ModelError(
+            f"the model {model} cannot take samples of shape {dataset_shape}",
+            "it needs pictures of shape (height, width, channels)",
+            "use mlp, or your own model as module:factory",
+        )
+    height, width, channels = dataset_shape
+    if model == "article" and height != width:
+        raise ModelError(
+            f"the model article cannot take pictures of {height}x{width}",
+            "its dense layer needs a square picture",
+            "use residual, or bring the pictures to equal sides",
+        )
+    return Source(factory, {"input_size": max(height, width), "channels": channels, "classes": task.outputs})
+
+
+def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
+    """The network that `source` names, with fresh weights.
+
+    Only the reference networks of this package are built on a bundle's own word; any other factory must be in
+    `trusted`, which is for the person at the machine to say.
+
+    Args:
+        source: the factory and its arguments.
+        trusted: factories (`module:factory`) that may be imported besides.
+
+    Raises:
+        ModelError: if the factory is not trusted, is not there, does not take the arguments, fails, or gives no module.
+    """
+    module_name, _, name = source.factory.partition(":")
+    ours = module_name == _ROOM and name in _NAMES
+    if not ours and source.factory not in trusted:
+        raise ModelError(
+            f"will not import the model {source.factory!r}",
+            "it is no model of Rushhour, and importing it would run its code",
+            f"if you trust it, name {source.factory} yourself",
+        )
+    if not (module_name and name):
+        raise ModelError(
+            f"cannot read the model {source.factory!r}", "a model is module:factory", "write for example nets:small"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module can fail to import in any way
+        raise ModelError(
+            f"cannot import the model {source.factory!r}",
+            f"{type(error).__name__}: {error}",
+            "check the name, and that its folder is on PYTHONPATH",
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise ModelError(
+            f"there is no model {source.factory!r}",
+            f"the module {module_name!r} has no function or class {name!r}",
+            "name a callable that returns a torch.nn.Module",
+        )
+    try:
+        inspect.signature(factory).bind(**source.arguments)
+    except TypeError as error:
+        raise ModelError(
+            f"cannot build the model {source.factory!r}",
+            f"its arguments do not fit: {error}",
+            f"it takes {inspect.signature(factory)}",
+        ) from error
+    try:
+        network = factory(**source.arguments)
+    except RushhourError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"cannot build the model {source.factory!r}",
+            f"{type(error).__name__}: {error}",
+            "mend the factory or its arguments",
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"cannot use the model {source.factory!r}",
+            f"it gave a {type(network).__name__}, not a torch.nn.Module",
+            "name a callable that returns a torch.nn.Module",
+        )
+    return network
