@@ -324,13 +324,13 @@ def load(
         sent = payloads(target, None, rows=rows, seed=seed)
         with Generator() as generator:
             if rate is not None:
-                progress.start(f"Sending {rate:g} requests/s for {duration}")
-                runs = [measure(generator, target, sent, limit, rate_rps=rate, seed=seed, window_s=seconds)]
-                progress.done(f"{runs[0].outcome}: {runs[0].reason}")
+                runs = [
+                    measure(
+                        generator, target, sent, limit, rate_rps=rate, seed=seed, window_s=seconds, progress=progress
+                    )
+                ]
             else:
-                progress.start("Estimating the throughput in a closed loop")
-                estimate = estimate_throughput(generator, target, sent)
-                progress.done(f"{estimate:,.0f} requests/s")
+                estimate = estimate_throughput(generator, target, sent, progress=progress)
                 progress.start(f"Searching the highest rate that keeps {limit}")
 
                 def probe(at: float, with_seed: int) -> Measurement:

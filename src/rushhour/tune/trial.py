@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from rushhour.bundle import Bundle
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, Payload, Target, discover, measure, payloads
+from rushhour.load import Generator, Payload, Probe, Target, discover, measure, payloads
 from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
@@ -38,10 +38,6 @@ def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal) -> Plan:
         precision=candidate.precision,
     )
     return Plan(goal=goal, variants=(variant,), policy=candidate.policy)
-
-
-Probe = Callable[[float, int], Measurement]
-"""A question about a served candidate: does the SLO hold at this rate (requests/s), with this seed?"""
 
 
 class Bench:

@@ -28,14 +28,14 @@ from rushhour.engines import EngineConfig, open_engine
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, find_capacity
+from rushhour.load import Generator, Probe, find_capacity
 from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
 from rushhour.progress import Progress
 from rushhour.tune.service import time_service
 from rushhour.tune.space import BATCH_BOUNDS, Candidate, baseline, candidates, plain
-from rushhour.tune.trial import Bench, Probe, plan_of
+from rushhour.tune.trial import Bench, plan_of
 
 Fate = Literal["won", "baseline", "beaten", "dominated", "over budget", "failed"]
 
