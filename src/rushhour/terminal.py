@@ -29,7 +29,7 @@ class TerminalProgress:
         self._close()
         self._what, self._note, self._began = what, "", time.monotonic()
         if not self._console.is_terminal:
-            self._console.print(f"{what} ...", highlight=False, markup=False)
+            self._console.print(f"{what} ...", highlight=False, markup=False, soft_wrap=True)
             return
         counted = [BarColumn(bar_width=24), MofNCompleteColumn()] if total is not None else []
         self._bar = Progress(
@@ -55,7 +55,9 @@ class TerminalProgress:
         self._close()
         took = time.monotonic() - self._began
         self._console.print(
-            f"[green]✓[/] {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]", highlight=False
+            f"[green]✓[/] {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]",
+            highlight=False,
+            soft_wrap=not self._console.is_terminal,
         )
 
     def fail(self) -> None:

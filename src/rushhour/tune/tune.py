@@ -209,7 +209,8 @@ class _Tuner:
             if drop > budget.max_drop:
                 state.end("over budget", f"{state.accuracy.metric} falls by {drop * 100:.2f} points, allowed {budget}")
             self._progress.advance(note=f"{state.candidate.artefact}: {state.accuracy.value:.4f}")
-        self._progress.done()
+        inside = sum(state.fate is None for state in alive)
+        self._progress.done(f"{inside} of {len(alive)} candidates inside {budget}")
 
     def _accuracy(self, candidate: Candidate, part: str, split: Split) -> Accuracy:
         reference = plain(self._bundles["reference"], cores())
