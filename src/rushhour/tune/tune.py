@@ -24,7 +24,7 @@ from rushhour.bundle import Bundle
 from rushhour.capacity import ServiceProfile, predicted_capacity
 from rushhour.compress import judge, outputs_of
 from rushhour.data import Dataset, Split
-from rushhour.engines import EngineConfig, open_engine
+from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
@@ -33,7 +33,6 @@ from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
 from rushhour.progress import Progress
-from rushhour.tune.service import time_service
 from rushhour.tune.space import BATCH_BOUNDS, Candidate, baseline, candidates, plain
 from rushhour.tune.trial import Bench, plan_of
 

@@ -7,21 +7,21 @@ import threading
 import time
 
 from rushhour.bundle import Bundle
-from rushhour.engines import Engine, Slot
+from rushhour.engines.engine import Engine, Slot
 from rushhour.errors import EngineError
 from rushhour.measurement import ServiceTimes
 
-_SECONDS_PER_SIZE = 0.15
 _AT_LEAST = 3
 
 
-def time_service(engine: Engine, bundle: Bundle, limit_s: float) -> ServiceTimes:
+def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_size: float = 0.15) -> ServiceTimes:
     """Time batches of 1, 2, 4 ... on all streams at once, up to the engine's largest.
 
     Args:
         engine: compiled.
         bundle: for its samples.
         limit_s: larger batches are not timed once one takes longer than this: nobody would wait for them.
+        seconds_per_size: how long each size is run, at least three batches on each stream.
 
     Raises:
         EngineError: if a batch fails.
@@ -37,7 +37,7 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float) -> ServiceTimes
     size = 1
     while True:
         _busy(engine, size, seconds=0.0)
-        times, wall = _busy(engine, size, _SECONDS_PER_SIZE)
+        times, wall = _busy(engine, size, seconds_per_size)
         sizes.append(size)
         seconds.append(statistics.median(times))
         throughput.append(len(times) * size / wall)
