@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rushhour.clock import VirtualClock
+from rushhour.measurement import ServiceTimes
+from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher
 
 
-def make(max_batch: int = 4, queue_bound: int = 8) -> Batcher[str]:
-    return Batcher(max_batch, queue_bound, VirtualClock())
+def line(a: float, b: float, largest: int = 64) -> Profile:
+    """A profile of an engine whose batches take a + b n seconds."""
+    sizes = tuple(2**k for k in range(int(math.log2(largest)) + 1))
+    seconds = tuple(a + b * n for n in sizes)
+    return Profile(ServiceTimes(sizes, seconds, tuple(n / s for n, s in zip(sizes, seconds, strict=True))))
+
+
+TIMES = line(0.010, 0.001)
+
+
+def make(max_batch: int = 4, queue_bound: int = 8, clock: VirtualClock | None = None) -> Batcher[str]:
+    return Batcher(max_batch, queue_bound, TIMES, clock or VirtualClock())
 
 
 def taken(batcher: Batcher[str]) -> list[tuple[str, int, int]]:
@@ -79,7 +95,7 @@ def test_cancelling_a_half_taken_request_drops_its_rest() -> None:
     script=st.lists(st.one_of(st.integers(1, 12), st.just("take"), st.just("cancel")), max_size=60),
 )
 def test_any_trace_keeps_every_promise(max_batch: int, bound: int, script: list[int | str]) -> None:
-    batcher: Batcher[int] = Batcher(max_batch, bound, VirtualClock())
+    batcher: Batcher[int] = Batcher(max_batch, bound, TIMES, VirtualClock())
     alive: dict[int, tuple[object, int]] = {}
     seen: list[tuple[int, int, int]] = []
     number = 0
@@ -104,3 +120,93 @@ def test_any_trace_keeps_every_promise(max_batch: int, bound: int, script: list[
     for item, (_, rows) in alive.items():
         covered = [row for at, first, n in seen if at == item for row in range(first, first + n)]
         assert covered == list(range(rows)), "every row exactly once, in order"
+
+
+def test_a_batch_is_cut_to_what_keeps_its_head_in_time() -> None:
+    clock = VirtualClock()
+    batcher = make(max_batch=8, queue_bound=100, clock=clock)
+    batcher.offer("head", 1, deadline=0.0145)  # a batch of 4 takes 14 ms
+    for _ in range(7):
+        batcher.offer("next", 1, deadline=1.0)
+    assert len(taken(batcher)) == 4
+    assert len(taken(batcher)) == 4, "the next head has time for all that wait"
+
+
+def test_a_head_that_is_late_anyway_does_not_make_batches_small() -> None:
+    clock = VirtualClock()
+    batcher = make(max_batch=8, queue_bound=100, clock=clock)
+    batcher.offer("late", 1, deadline=0.005)
+    for _ in range(7):
+        batcher.offer("next", 1, deadline=1.0)
+    clock.advance(0.1)
+    assert len(taken(batcher)) == 8
+
+
+def test_higher_priorities_are_taken_first_and_in_order_among_themselves() -> None:
+    batcher = make(max_batch=10, queue_bound=100)
+    for number, priority in enumerate([4, 1, 4, 2, 1]):
+        batcher.offer(str(number), 1, priority=priority)
+    assert batcher.waiting_before(1) == 2
+    assert batcher.waiting_before(2) == 3
+    assert batcher.waiting_before(4) == 5
+    assert [item for item, _, _ in taken(batcher)] == ["1", "4", "3", "0", "2"]
+
+
+def test_the_profile_follows_the_engine() -> None:
+    profile = line(0.002, 0.0005)
+    assert profile.seconds(10) == pytest.approx(0.007)
+    assert profile.rows_within(0.007) == 10
+    assert profile.rows_within(0.0024) == 0
+    for step in range(400):
+        rows = 1 + step % 16
+        profile.learn(rows, 0.004 + 0.001 * rows)
+    assert profile.seconds(16) == pytest.approx(0.020, rel=0.15)
+    assert profile.seconds(1) == pytest.approx(0.005, rel=0.30)
+
+
+def test_a_long_run_of_equal_batches_leaves_the_other_sizes_sensible() -> None:
+    profile = line(0.002, 0.0005)
+    for _ in range(5000):
+        profile.learn(8, 0.006)
+    assert profile.seconds(8) == pytest.approx(0.006, rel=0.05)
+    assert profile.seconds(64) == pytest.approx(0.034, rel=0.15)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-7, 10.0)), max_size=300))
+def test_whatever_the_profile_learns_it_stays_a_profile(batches: list[tuple[int, float]]) -> None:
+    profile = line(0.002, 0.0005)
+    for rows, seconds in batches:
+        profile.learn(rows, seconds)
+        assert 0 < profile.seconds(1) <= profile.seconds(64) < 1e4
+        fits = profile.rows_within(profile.seconds(32))
+        assert fits >= 31
+
+
+@given(
+    streams=st.integers(1, 4),
+    waiting=st.integers(0, 400),
+    rows=st.integers(1, 12),
+    ends=st.lists(st.floats(0.0, 0.1), max_size=4),
+)
+def test_admission_predicts_what_the_batcher_then_does(
+    streams: int, waiting: int, rows: int, ends: list[float]
+) -> None:
+    """Replayed: with only this traffic and exact service times, the prediction is the time of the answer."""
+    busy = ends[:streams]
+    predicted = Admission(TIMES, 8).finish(0.0, rows, waiting, busy, streams)
+    free = sorted([*busy, *[0.0] * (streams - len(busy))])
+    heapq.heapify(free)
+    batcher: Batcher[str] = Batcher(8, 10_000, TIMES, VirtualClock())
+    for _ in range(waiting):
+        batcher.offer("before", 1)
+    batcher.offer("asked", rows)
+    finish = 0.0
+    while parts := batcher.take():
+        start = heapq.heappop(free)
+        end = start + TIMES.seconds(sum(part.rows for part in parts))
+        heapq.heappush(free, end)
+        if parts[-1].ticket.item == "asked":
+            finish = end
+    # Where the streams' ends lie far apart, a long queue shared out evenly is off by up to one batch.
+    slack = 1e-9 if waiting + rows <= 16 * 8 else TIMES.seconds(8)
+    assert predicted == pytest.approx(finish, abs=slack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import signal
@@ -21,12 +22,15 @@ import tritonclient.http as triton
 
 from conftest import Server, serving
 from rushhour.bundle import Bundle
+from rushhour.clock import Clock, VirtualClock, WallClock
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, EngineError, PlanError
 from rushhour.goal import SLO, Goal
+from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import open_target
-from rushhour.serve.cell import Cell
+from rushhour.serve.admission import Profile
+from rushhour.serve.cell import Cell, Shed
 from rushhour.testing.bundles import tiny_answers
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, encode_request
@@ -293,13 +297,17 @@ def submit(cell: Cell, images: np.ndarray) -> tuple[asyncio.Future[np.ndarray], 
             answer.set_result(np.frombuffer(bytes(result[0]), np.float32).reshape(len(images), 3))
 
     submitted = cell.submit(cell.codec.decode(body, length), reply)
-    if submitted is None:
-        raise LookupError("shed")
-    return answer, lambda: cell.cancel(*submitted)
+    if isinstance(submitted, Shed):
+        raise LookupError(submitted.reason)
+    return answer, lambda: cell.cancel(submitted)
 
 
-def cell_of(engine: FakeEngine, queue_bound: int = 100) -> Cell:
-    return Cell(engine, Codec("fake", engine.signature), queue_bound)
+def cell_of(
+    engine: FakeEngine, queue_bound: int = 100, deadline_ms: float | None = None, clock: Clock | None = None
+) -> Cell:
+    profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))  # 10 ms + 1 ms a sample
+    policy = Policy(max_batch=engine.config.max_batch, queue_bound=queue_bound, deadline_ms=deadline_ms)
+    return Cell(engine, Codec("fake", engine.signature), policy, profile, clock or WallClock())
 
 
 def test_requests_of_one_turn_share_a_batch_and_later_ones_wait_for_a_stream() -> None:
@@ -370,9 +378,9 @@ def test_a_full_queue_sheds_at_once_and_a_cancelled_request_makes_room() -> None
         await asyncio.sleep(0)
         first, cancel_first = submit(cell, unique(1, 1))
         second, _ = submit(cell, unique(1, 2))
-        with pytest.raises(LookupError):
+        with pytest.raises(LookupError, match="queue"):
             submit(cell, unique(1, 3))
-        assert cell.counters.shed == 1
+        assert cell.counters.shed_queue == 1
         cancel_first()
         fourth, _ = submit(cell, unique(1, 4))
         for _ in range(3):
@@ -382,5 +390,46 @@ def test_a_full_queue_sheds_at_once_and_a_cancelled_request_makes_room() -> None
         assert not first.done()
         for answer, seed in ((running, 0), (second, 2), (fourth, 4)):
             np.testing.assert_array_equal(await answer, fake_answers(unique(1, seed)))
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_answered_in_time_is_turned_away_at_once() -> None:
+    async def scenario() -> None:
+        held, clock = Held(), VirtualClock()
+        engine = FakeEngine(EngineConfig("openvino", max_batch=4), schedule=held.schedule)
+        cell = cell_of(engine, deadline_ms=50, clock=clock)
+        admitted = []
+        while not cell.counters.shed_deadline:
+            with contextlib.suppress(LookupError):
+                admitted.append(submit(cell, unique(1, 0))[0])
+            await asyncio.sleep(0)
+        # 45 ms for queue and engine; a batch of four takes 14 ms: three batches of them, but the first took only one.
+        assert 9 <= len(admitted) <= 12
+        assert cell.counters.shed_deadline == 1
+        while not cell.idle:
+            clock.advance(0.014)
+            held.release()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        assert all(answer.done() for answer in admitted)
+        assert clock.now() <= 0.05 + 0.014
+
+    asyncio.run(scenario())
+
+
+def test_a_request_with_a_timeout_of_its_own_is_held_to_it() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(EngineConfig("openvino", max_batch=4), schedule=Held().schedule)
+        cell = cell_of(engine)
+        body = json.dumps(
+            {
+                "inputs": [{"name": "image", "shape": [1, 4, 4, 1], "datatype": "UINT8", "data": [0] * 16}],
+                "parameters": {"timeout": 5000},
+            }
+        ).encode()
+        shed = cell.submit(cell.codec.decode(body, None), lambda result: None)
+        assert isinstance(shed, Shed)
+        assert shed.reason == "deadline"
 
     asyncio.run(scenario())

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from rushhour.errors import PlanError
+from rushhour.errors import GoalError, PlanError
 from rushhour.goal import Goal
 from rushhour.machine import Machine
 from rushhour.measurement import Interval
@@ -46,12 +46,15 @@ class Policy(msgspec.Struct, frozen=True):
         threads: CPU threads of each stream.
         max_batch: samples in one batch, at most.
         queue_bound: samples that may wait, at most; further requests are shed.
+        deadline_ms: a request that cannot be answered within this is shed at its arrival; None sheds for a full queue
+            only. A request's own `timeout` counts whatever this says.
     """
 
     streams: Positive = 1
     threads: Positive = 1
     max_batch: Positive = 1
     queue_bound: Positive = 1024
+    deadline_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class OperatingPoint(msgspec.Struct, frozen=True):
@@ -191,7 +194,7 @@ class Plan(msgspec.Struct, frozen=True):
                     "upgrade Rushhour, or make the plan anew with `rushhour tune`",
                 )
             return msgspec.json.decode(content, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, GoalError, RecursionError) as error:
             raise PlanError(
                 f"the plan {path} cannot be read",
                 str(error),

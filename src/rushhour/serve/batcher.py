@@ -1,18 +1,35 @@
-"""Which requests go into the next batch: pure decisions on a queue and a clock, no I/O.
+"""Which requests go into the next batch: pure decisions on a queue, a service-time profile and a clock, no I/O.
 
 The rule is "batch what waits when a stream is free": nobody waits for company, and under load batches grow by
-themselves because requests arrive while the streams are busy. A request larger than a batch is split over several;
-its rows stay in order and come together again at the caller.
+themselves, because requests arrive while the streams are busy. What bounds a batch is its size, and the time that its
+first request has left: a batch that would make the head late is cut to what still keeps it. A request larger than a
+batch is split over several; its rows stay in order and come together again at the caller.
+
+Sources: the profile and the deadline queue are Clockwork's (Gujarati et al., OSDI 2020), sizing by the head's
+remaining budget Nexus's (Shen et al., SOSP 2019).
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from rushhour.clock import Clock
 
 T = TypeVar("T")
+
+
+class Times(Protocol):
+    """What the batcher must know of the engine."""
+
+    def seconds(self, rows: int) -> float:
+        """Seconds that a batch of `rows` samples takes."""
+        ...
+
+    def rows_within(self, seconds: float) -> int:
+        """The largest batch that takes no longer than `seconds`; 0 if none does."""
+        ...
 
 
 class Ticket(Generic[T]):
@@ -22,15 +39,19 @@ class Ticket(Generic[T]):
         item: what the caller handed in.
         rows: its samples.
         arrived: when, in seconds of the batcher's clock.
+        deadline: when its answer must be there, on the same clock; infinite where nobody said.
         taken: of its samples, how many are in batches already.
+        cancelled: nobody waits for it any more.
     """
 
-    __slots__ = ("arrived", "cancelled", "item", "rows", "taken")
+    __slots__ = ("arrived", "cancelled", "deadline", "item", "priority", "rows", "taken")
 
-    def __init__(self, item: T, rows: int, arrived: float) -> None:
+    def __init__(self, item: T, rows: int, arrived: float, deadline: float, priority: int) -> None:
         self.item = item
         self.rows = rows
         self.arrived = arrived
+        self.deadline = deadline
+        self.priority = priority
         self.taken = 0
         self.cancelled = False
 
@@ -47,15 +68,16 @@ class Part(Generic[T]):
 
 
 class Batcher(Generic[T]):
-    """A bounded first-come queue that gives out batches.
+    """A bounded queue, first come first served within a priority, that gives out batches.
 
     Args:
         max_batch: samples in one batch, at most.
         queue_bound: samples that may wait, at most.
+        times: how long batches take.
         clock: where arrival times are read.
     """
 
-    def __init__(self, max_batch: int, queue_bound: int, clock: Clock) -> None:
+    def __init__(self, max_batch: int, queue_bound: int, times: Times, clock: Clock) -> None:
         if max_batch < 1 or queue_bound < 1:
             raise ValueError(
                 f"max_batch and queue_bound must be at least 1, but got (max_batch={max_batch}, bound={queue_bound})"
@@ -63,18 +85,42 @@ class Batcher(Generic[T]):
         self.max_batch = max_batch
         self.queue_bound = queue_bound
         self.waiting = 0
+        self._times = times
         self._clock = clock
-        self._queue: deque[Ticket[T]] = deque()
+        self._queues: dict[int, deque[Ticket[T]]] = {}
+        self._order: list[int] = []
 
-    def offer(self, item: T, rows: int) -> Ticket[T] | None:
+    def waiting_before(self, priority: int) -> int:
+        """Samples that a request of this priority would wait for: all of its own and of higher priorities."""
+        if len(self._order) <= 1:
+            return self.waiting
+        return sum(
+            ticket.rows - ticket.taken
+            for level in self._order
+            if level <= priority
+            for ticket in self._queues[level]
+            if not ticket.cancelled
+        )
+
+    def offer(self, item: T, rows: int, *, deadline: float = math.inf, priority: int = 0) -> Ticket[T] | None:
         """Queue a request of `rows` samples; None where the queue is full and the request must be shed.
 
         A request larger than the whole queue is taken when nothing waits, so that no size is refused for ever.
+
+        Args:
+            item: handed back with the ticket.
+            rows: its samples.
+            deadline: when its answer must be there, in seconds of the batcher's clock.
+            priority: lower numbers are taken first.
         """
         if self.waiting and self.waiting + rows > self.queue_bound:
             return None
-        ticket = Ticket(item, rows, self._clock.now())
-        self._queue.append(ticket)
+        ticket = Ticket(item, rows, self._clock.now(), deadline, priority)
+        queue = self._queues.get(priority)
+        if queue is None:
+            queue = self._queues[priority] = deque()
+            self._order = sorted(self._queues)
+        queue.append(ticket)
         self.waiting += rows
         return ticket
 
@@ -85,19 +131,36 @@ class Batcher(Generic[T]):
             self.waiting -= ticket.rows - ticket.taken
 
     def take(self) -> list[Part[T]]:
-        """The next batch: what waits, first come first, up to `max_batch` samples; empty where nothing waits."""
+        """The next batch: what waits, first come first, up to the bound and the head's time; empty if nothing waits."""
         parts: list[Part[T]] = []
-        room = self.max_batch
-        while room and self._queue:
-            ticket = self._queue[0]
-            if ticket.cancelled:
-                self._queue.popleft()
-                continue
-            rows = min(room, ticket.rows - ticket.taken)
-            parts.append(Part(ticket, ticket.taken, rows))
-            ticket.taken += rows
-            room -= rows
-            self.waiting -= rows
-            if ticket.taken == ticket.rows:
-                self._queue.popleft()
+        room = 0
+        for level in self._order:
+            queue = self._queues[level]
+            while queue:
+                ticket = queue[0]
+                if ticket.cancelled:
+                    queue.popleft()
+                    continue
+                if not parts:
+                    room = self._room(ticket)
+                if not room:
+                    return parts
+                rows = min(room, ticket.rows - ticket.taken)
+                parts.append(Part(ticket, ticket.taken, rows))
+                ticket.taken += rows
+                room -= rows
+                self.waiting -= rows
+                if ticket.taken == ticket.rows:
+                    queue.popleft()
         return parts
+
+    def _room(self, head: Ticket[T]) -> int:
+        """Samples in a batch that `head` leads.
+
+        A head that is late whatever is done does not bound it: small batches would only make the next ones late too.
+        """
+        if head.deadline == math.inf:
+            return self.max_batch
+        fits = self._times.rows_within(head.deadline - self._clock.now())
+        rows = min(self.max_batch, head.rows - head.taken)
+        return min(self.max_batch, fits) if fits >= rows else self.max_batch

@@ -6,15 +6,24 @@ Everything here runs on the loop's thread but `_Stream.done`, which the engine c
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
-from rushhour.clock import WallClock
+from rushhour.clock import Clock
 from rushhour.engines import Engine, Slot
 from rushhour.errors import EngineError
+from rushhour.plan import Policy
+from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.wire import Codec, InferRequest
+
+_USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
+"""1 is the highest, as the protocol has it; a request that does not say is in the middle."""
+_SHARE_OF_DEADLINE = 0.9
+"""Of the time allowed, for queue and engine; the rest is for what the cell cannot see: sockets and the client."""
 
 Reply = Callable[[Sequence[memoryview] | Exception], None]
 """Called once, on the loop: the raw rows of each output, in the signature's order, or what went wrong.
@@ -24,30 +33,45 @@ The views are valid only during the call.
 
 
 class Job:
-    """A request on its way through the cell. `cancel` when nobody waits for the answer any more."""
+    """A request on its way through the cell."""
 
-    __slots__ = ("collected", "missing", "reply", "request")
+    __slots__ = ("collected", "missing", "reply", "request", "ticket")
 
     def __init__(self, request: InferRequest, reply: Reply) -> None:
         self.request = request
         self.reply: Reply | None = reply
         self.missing = request.rows
         self.collected: list[bytearray] | None = None
+        self.ticket: Ticket[Job] | None = None
 
-    def cancel(self) -> None:
-        """Drop the answer when it comes."""
-        self.reply = None
+
+class Shed:
+    """A request that was turned away at its arrival.
+
+    Attributes:
+        reason: `queue` (it is full) or `deadline` (the answer would come too late).
+        why: the same in words.
+        retry_after_s: when it is worth asking again.
+    """
+
+    __slots__ = ("reason", "retry_after_s", "why")
+
+    def __init__(self, reason: Literal["queue", "deadline"], why: str, retry_after_s: float) -> None:
+        self.reason = reason
+        self.why = why
+        self.retry_after_s = retry_after_s
 
 
 class Counters:
     """What the cell has done since it started."""
 
-    __slots__ = ("answered", "batches", "cancelled", "failed", "rows", "shed")
+    __slots__ = ("answered", "batches", "cancelled", "failed", "rows", "shed_deadline", "shed_queue")
 
     def __init__(self) -> None:
         self.answered = 0
         self.failed = 0
-        self.shed = 0
+        self.shed_queue = 0
+        self.shed_deadline = 0
         self.cancelled = 0
         self.batches = 0
         self.rows = 0
@@ -59,50 +83,74 @@ class Cell:
     Args:
         engine: compiled and warm.
         codec: of the model, for its name and signature.
-        queue_bound: samples that may wait, at most.
+        policy: of the plan: the bound of the queue, and the deadline.
+        profile: how long the engine's batches take; kept fresh here.
+        clock: what deadlines are read on.
     """
 
-    def __init__(self, engine: Engine, codec: Codec, queue_bound: int) -> None:
+    def __init__(self, engine: Engine, codec: Codec, policy: Policy, profile: Profile, clock: Clock) -> None:
         self.codec = codec
         self.engine = engine
         self.counters = Counters()
+        self.profile = profile
         self._loop = asyncio.get_running_loop()
-        self._batcher: Batcher[Job] = Batcher(engine.config.max_batch, queue_bound, WallClock())
+        self._clock = clock
+        self._deadline_s = math.inf if policy.deadline_ms is None else policy.deadline_ms / 1e3
+        self._admission = Admission(profile, engine.config.max_batch)
+        self._batcher: Batcher[Job] = Batcher(engine.config.max_batch, policy.queue_bound, profile, clock)
         self._row_bytes_in = tuple(spec.row_bytes for spec in engine.signature.inputs)
         self._row_bytes_out = tuple(spec.row_bytes for spec in engine.signature.outputs)
         self._output_names = tuple(spec.name for spec in engine.signature.outputs)
         self._free = [_Stream(self, slot) for slot in engine.slots]
+        self._busy: list[_Stream] = []
         self._streams = len(self._free)
         self._dispatching = False
 
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._batcher.waiting and len(self._free) == self._streams
+        return not self._batcher.waiting and not self._busy
 
     @property
     def waiting(self) -> int:
         """Samples in the queue."""
         return self._batcher.waiting
 
-    def submit(self, request: InferRequest, reply: Reply) -> tuple[Job, Ticket[Job]] | None:
-        """Queue a request; None where the queue is full. `reply` is called later, never from within this call."""
+    def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
+        """Queue a request, or turn it away. `reply` is called later, never from within this call."""
+        wanted, batcher = request.wanted, self._batcher
+        priority = min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
+        within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
+        deadline = math.inf
+        if within != math.inf:
+            now = self._clock.now()
+            deadline = now + _SHARE_OF_DEADLINE * within
+            waiting = batcher.waiting_before(priority)
+            finish = self._admission.finish(
+                now, request.rows, waiting, [stream.until for stream in self._busy], self._streams
+            )
+            if finish > deadline:
+                self.counters.shed_deadline += 1
+                why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
+                return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
         job = Job(request, reply)
-        ticket = self._batcher.offer(job, request.rows)
-        if ticket is None:
-            self.counters.shed += 1
-            return None
+        job.ticket = batcher.offer(job, request.rows, deadline=deadline, priority=priority)
+        if job.ticket is None:
+            self.counters.shed_queue += 1
+            retry = self._admission.backlog_s(batcher.waiting, self._streams)
+            return Shed("queue", "the queue is full: more requests come than can be answered", retry)
         # Not at once: the other requests that this turn of the loop reads from its sockets belong into the batch.
         if self._free and not self._dispatching:
             self._dispatching = True
             self._loop.call_soon(self._dispatch)
-        return job, ticket
+        return job
 
-    def cancel(self, job: Job, ticket: Ticket[Job]) -> None:
+    def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
         self.counters.cancelled += 1
-        job.cancel()
-        self._batcher.cancel(ticket)
+        job.reply = None
+        if job.ticket is not None:
+            self._batcher.cancel(job.ticket)
 
     def _dispatch(self) -> None:
         self._dispatching = False
@@ -111,10 +159,14 @@ class Cell:
             if not parts:
                 return
             stream = self._free.pop()
+            self._busy.append(stream)
             rows = self._fill(stream, parts)
             self.counters.batches += 1
             self.counters.rows += rows
             stream.parts = parts
+            stream.rows = rows
+            stream.started = self._clock.now()
+            stream.until = stream.started + self.profile.seconds(rows)
             try:
                 stream.slot.start(rows, stream.done)
             except Exception as error:
@@ -137,6 +189,7 @@ class Cell:
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
         parts, stream.parts = stream.parts, []
         if error is None:
+            self.profile.learn(stream.rows, self._clock.now() - stream.started)
             outputs = stream.slot.outputs
             views = [outputs[name].data.cast("B") for name in self._output_names]
             at = 0
@@ -146,6 +199,7 @@ class Cell:
         else:
             for part in parts:
                 self._fail(part.ticket.item, error)
+        self._busy.remove(stream)
         self._free.append(stream)
         if self._batcher.waiting and not self._dispatching:
             self._dispatching = True
@@ -184,12 +238,15 @@ class Cell:
 class _Stream:
     """A slot of the engine, its buffers as bytes, and the batch that runs on it."""
 
-    __slots__ = ("_cell", "_loop", "buffers", "parts", "slot")
+    __slots__ = ("_cell", "_loop", "buffers", "parts", "rows", "slot", "started", "until")
 
     def __init__(self, cell: Cell, slot: Slot) -> None:
         self.slot = slot
         self.buffers = [slot.inputs[spec.name].reshape(-1).view(np.uint8).data for spec in cell.engine.signature.inputs]
         self.parts: list[Part[Job]] = []
+        self.rows = 0
+        self.started = 0.0
+        self.until = 0.0
         self._cell = cell
         self._loop = cell._loop
 

@@ -7,6 +7,7 @@ No framework between the socket and the batcher: on one core a 3 KB request cost
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -15,8 +16,7 @@ import httptools
 import msgspec
 
 from rushhour.errors import RushhourError, WireError
-from rushhour.serve.batcher import Ticket
-from rushhour.serve.cell import Cell, Job
+from rushhour.serve.cell import Cell, Job, Shed
 from rushhour.wire import InferRequest
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -90,7 +90,7 @@ class HttpConnection(asyncio.Protocol):
         self._refused: WireError | None = None
         self._ready: deque[_Message] = deque()
         self._current: _Message | None = None
-        self._running: tuple[Cell, Job, Ticket[Job]] | None = None
+        self._running: tuple[Cell, Job] | None = None
         self._paused = False
         self._ended = False
         self._lingering: asyncio.TimerHandle | None = None
@@ -110,9 +110,9 @@ class HttpConnection(asyncio.Protocol):
             self._lingering.cancel()
         self._desk.connections.discard(self)
         if self._running is not None:
-            cell, job, ticket = self._running
+            cell, job = self._running
             self._running = None
-            cell.cancel(job, ticket)
+            cell.cancel(job)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one request, of a part of one, or of several."""
@@ -253,11 +253,11 @@ class HttpConnection(asyncio.Protocol):
             self._reply(cell, request, result)
 
         submitted = cell.submit(request, reply)
-        if submitted is None:
-            full = WireError("the queue is full", "more requests come than can be answered", "try again", status=429)
-            self._send(full.status, _error_body(full), b"retry-after: 1\r\n")
+        if isinstance(submitted, Shed):
+            retry = b"retry-after: %d\r\n" % max(1, math.ceil(submitted.retry_after_s))
+            self._send(429, _error_body(WireError(submitted.why, status=429)), retry)
         else:
-            self._running = (cell, *submitted)
+            self._running = (cell, submitted)
 
     def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview] | Exception) -> None:
         if isinstance(result, Exception):

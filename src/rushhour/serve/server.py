@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import re
 import signal
 import socket
@@ -15,15 +16,18 @@ from typing import Any
 import msgspec
 import uvloop
 
-from rushhour.engines import Engine, open_engine
+from rushhour.clock import WallClock
+from rushhour.engines import Engine, open_engine, time_service
 from rushhour.errors import ServeError
 from rushhour.machine import describe
+from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.target import Target
 from rushhour.wire import Codec, model_metadata
 
 _DRAIN_SECONDS = 30.0
+_PROFILE_SECONDS = 0.03
 _LINGER_SECONDS = 0.25
 
 
@@ -112,7 +116,10 @@ class _Server:
                 "give another with --model-name",
             )
         codec = Codec(name, engine.signature)
-        self._cell = Cell(engine, codec, queue_bound=target.plan.policy.queue_bound)
+        policy = target.plan.policy
+        limit = math.inf if policy.deadline_ms is None else policy.deadline_ms / 1e3
+        profile = Profile(time_service(engine, target.bundle, limit, _PROFILE_SECONDS))
+        self._cell = Cell(engine, codec, policy, profile, WallClock())
         self._metadata = model_metadata(codec, platform=f"rushhour_{engine.config.engine}")
         base = f"/v2/models/{name}"
         self._infer_paths = {f"{base}/infer".encode(), f"{base}/versions/{codec.version}/infer".encode()}
@@ -187,6 +194,7 @@ class _Server:
             "policy": msgspec.to_builtins(self._target.plan.policy),
             "engine": msgspec.to_builtins(engine.config),
             "effective": dict(engine.effective),
+            "service_ms": {str(n): round(1e3 * self._cell.profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
         }
 
     def _stats(self) -> dict[str, int]:

@@ -37,7 +37,8 @@ def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal) -> Plan:
         engine=candidate.engine,
         precision=candidate.precision,
     )
-    return Plan(goal=goal, variants=(variant,), policy=candidate.policy)
+    policy = msgspec.structs.replace(candidate.policy, deadline_ms=goal.slo.limit_ms)
+    return Plan(goal=goal, variants=(variant,), policy=policy)
 
 
 class Bench:
