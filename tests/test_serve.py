@@ -31,7 +31,7 @@ from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import open_target
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell, Shed
-from rushhour.testing.bundles import tiny_answers
+from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, encode_request
 
@@ -206,6 +206,54 @@ def test_sigterm_drains_without_failing_a_request(tiny: Bundle) -> None:
         stop.set()
         assert failures == []
         assert server.process.wait(10) == 0
+
+
+def test_a_reload_under_load_fails_nobody_and_mixes_no_versions(tmp_path: Path) -> None:
+    """Two bundles with other weights take turns at one path; every answer is wholly of the version it names."""
+    first, second = tiny_bundle(tmp_path / "a", seed=0), tiny_bundle(tmp_path / "b", seed=1)
+    first.copy_to(tmp_path / "served")
+    images = unique(3, 1)
+    right = {0: tiny_answers(images, seed=0), 1: tiny_answers(images, seed=1)}
+    with serving(tmp_path / "served") as server:
+        stop, seen, wrong = threading.Event(), set[str](), list[object]()
+
+        def caller() -> None:
+            tensor = triton.InferInput("image", [3, 4, 4, 1], "UINT8")
+            tensor.set_data_from_numpy(images)
+            with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+                while not stop.is_set():
+                    answer = client.infer("tiny", [tensor])
+                    version = answer.get_response()["model_version"]
+                    seen.add(version)
+                    if not np.allclose(answer.as_numpy("probabilities"), right[(int(version) - 1) % 2], atol=1e-5):
+                        wrong.append(version)
+
+        with ThreadPoolExecutor(6) as pool:
+            callers = [pool.submit(caller) for _ in range(6)]
+            try:
+                for turn in range(4):
+                    (second, first)[turn % 2].copy_to(tmp_path / "served")
+                    assert request(server, "POST", "/v2/repository/models/tiny/load")[0] == 200
+            finally:
+                stop.set()
+            for done in callers:
+                done.result()
+        assert wrong == []
+        assert seen == {"1", "2", "3", "4", "5"}
+
+
+def test_a_reload_that_fails_leaves_the_old_version_serving(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "served")
+    with serving(bundle.path) as server:
+        bundle.model.write_bytes(b"not a model")
+        status, answer = request(server, "POST", "/v2/repository/models/tiny/load")
+        assert status == 400
+        assert "does not match its hash" in str(answer["error"])
+        assert request(server, "GET", "/v2/models/tiny/versions/1/ready")[0] == 200
+        assert request(server, "POST", "/v2/repository/models/tiny/unload")[0] == 200
+        assert request(server, "GET", "/v2/health/ready")[0] == 503
+        assert request(server, "POST", "/v2/models/tiny/infer", b"{}")[0] == 404
+        assert request(server, "GET", "/v2/health/live")[0] == 200
 
 
 def test_a_server_ends_with_whoever_started_it(tiny: Bundle) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol, cast
 
 import httptools
@@ -56,8 +56,8 @@ class Desk(Protocol):
         """The cell that answers inference requests at this exact path, if there is one."""
         ...
 
-    def control(self, method: bytes, path: bytes) -> tuple[int, bytes]:
-        """The status and JSON body for any other request."""
+    def control(self, method: bytes, path: bytes, body: bytes) -> tuple[int, bytes] | Awaitable[tuple[int, bytes]]:
+        """The status and JSON body for any other request; awaitable where that takes time."""
         ...
 
 
@@ -94,6 +94,7 @@ class HttpConnection(asyncio.Protocol):
         self._paused = False
         self._ended = False
         self._lingering: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Future[None] | None = None
 
     # The transport's side.
 
@@ -224,12 +225,18 @@ class HttpConnection(asyncio.Protocol):
         path, _, _ = message.target.partition(b"?")
         cell = self._desk.cell_of(path)
         if cell is None:
-            status, body = self._desk.control(message.method, path)
-            self._send(status, body)
+            answer = self._desk.control(message.method, path, b"".join(message.body))
+            if isinstance(answer, tuple):
+                self._send(*answer)
+            else:
+                self._waiting = asyncio.ensure_future(self._send_later(answer))
         elif message.method != b"POST":
             self._send_error(WireError("inference takes POST", "the method is another", "use POST", status=405))
         else:
             self._infer(cell, message)
+
+    async def _send_later(self, answer: Awaitable[tuple[int, bytes]]) -> None:
+        self._send(*await answer)
 
     def _infer(self, cell: Cell, message: _Message) -> None:
         try:

@@ -15,8 +15,13 @@ from rushhour.plan import Plan, Policy, Variant
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A plan, and the opened bundle of its first variant."""
+    """A plan, and the opened bundle of its first variant.
 
+    Attributes:
+        path: what was pointed at, to open it again.
+    """
+
+    path: Path
     plan: Plan
     bundle: Bundle
 
@@ -44,7 +49,7 @@ def open_target(path: Path) -> Target:
     """
     if (path / "bundle.json").is_file():
         bundle = Bundle.open(path)
-        return Target(_plan_of(bundle), bundle)
+        return Target(path, _plan_of(bundle), bundle)
     file = path / "plan.json" if path.is_dir() else path
     if not file.is_file():
         raise PlanError(
@@ -68,7 +73,7 @@ def open_target(path: Path) -> Target:
             f"its hash begins {bundle.manifest.hash[:12]}, the plan's {variant.bundle_hash[:12]}",
             "restore the bundle, or tune again",
         )
-    return Target(plan, bundle)
+    return Target(path, plan, bundle)
 
 
 def _plan_of(bundle: Bundle) -> Plan:

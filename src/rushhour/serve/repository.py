@@ -1,0 +1,126 @@
+"""The model that is served, and how it is replaced while requests come.
+
+A reload opens the new version beside the old one, sends new requests to it in one step, lets the old one finish what
+it has, and closes it. A request belongs to the cell that took it, so every answer comes from exactly one version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+
+from rushhour.bundle import Bundle
+from rushhour.clock import WallClock
+from rushhour.engines import Engine, EngineConfig, open_engine, time_service
+from rushhour.errors import RushhourError, ServeError
+from rushhour.serve.admission import Profile
+from rushhour.serve.cell import Cell
+from rushhour.serve.target import Target, open_target
+from rushhour.wire import Codec
+
+_PROFILE_SECONDS = 0.03
+_LONGEST_BATCH_S = 1.0
+
+Opener = Callable[[Bundle, EngineConfig], Engine]
+"""Opens an engine; a seam for benchmarks and tests."""
+
+
+class Loaded:
+    """One version of the model, ready: what was opened, and the cell in front of it."""
+
+    def __init__(self, target: Target, engine: Engine, cell: Cell) -> None:
+        self.target = target
+        self.engine = engine
+        self.cell = cell
+
+    @property
+    def version(self) -> str:
+        """As clients see it: `1` at the start, one more with each reload."""
+        return self.cell.codec.version
+
+
+class Repository:
+    """Holds one model under one name; loads, reloads and unloads it.
+
+    Args:
+        target: what is served first; a reload opens the same path again.
+        name: on the wire; None takes the bundle's.
+        opener: opens engines.
+
+    Raises:
+        ServeError: if the name cannot be a part of a URL.
+    """
+
+    def __init__(self, target: Target, name: str | None, opener: Opener) -> None:
+        self.name = name or target.bundle.manifest.name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
+            raise ServeError(
+                f"cannot serve a model under the name {self.name!r}",
+                "a name is made of letters, digits, '.', '_' and '-'",
+                "give another with --model-name",
+            )
+        self.loaded: Loaded | None = None
+        self._path = target.path
+        self._first: Target | None = target
+        self._opener = opener
+        self._version = 0
+        self._changing = asyncio.Lock()
+        self._infer_paths: frozenset[bytes] = frozenset()
+
+    def cell_of(self, path: bytes) -> Cell | None:
+        """The cell that answers inference requests at this exact path."""
+        return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
+
+    async def load(self) -> None:
+        """Open what lies at the path now, and serve it from the next request on. The old version drains and ends.
+
+        Raises:
+            RushhourError: if it cannot be opened; then the old version goes on.
+        """
+        async with self._changing:
+            loop = asyncio.get_running_loop()
+            target, self._first = self._first, None
+            if target is None:
+                target = await loop.run_in_executor(None, open_target, self._path)
+            engine, profile = await loop.run_in_executor(None, self._open, target)
+            self._version += 1
+            codec = Codec(self.name, engine.signature, version=str(self._version))
+            cell = Cell(engine, codec, target.plan.policy, profile, WallClock())
+            old, self.loaded = self.loaded, Loaded(target, engine, cell)
+            base = f"/v2/models/{self.name}"
+            self._infer_paths = frozenset(
+                path.encode() for path in (f"{base}/infer", f"{base}/versions/{self._version}/infer")
+            )
+        if old is not None:
+            await _retire(old)
+
+    async def unload(self) -> None:
+        """Take no more requests; finish those that were taken."""
+        async with self._changing:
+            old, self.loaded, self._infer_paths = self.loaded, None, frozenset()
+        if old is not None:
+            await _retire(old)
+
+    def _open(self, target: Target) -> tuple[Engine, Profile]:
+        engine = self._opener(target.bundle, target.engine_config)
+        try:
+            return engine, Profile(time_service(engine, target.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS))
+        except RushhourError:
+            engine.close()
+            raise
+
+
+def opener(trusted: tuple[str, ...]) -> Opener:
+    """The usual way to open engines: what the plan names, with the factories that the user trusts."""
+
+    def open_trusted(bundle: Bundle, config: EngineConfig) -> Engine:
+        return open_engine(bundle, config, trusted=trusted)
+
+    return open_trusted
+
+
+async def _retire(old: Loaded) -> None:
+    while not old.cell.idle:
+        await asyncio.sleep(0.005)
+    await asyncio.get_running_loop().run_in_executor(None, old.engine.close)
