@@ -23,7 +23,7 @@ class Server:
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
         self.process = process
         self.url = url
-        host, port = url.removeprefix("http://").split(":")
+        host, port = url.partition("://")[2].split(":")
         self.address = (host, int(port))
 
 

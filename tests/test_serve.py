@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -24,13 +26,14 @@ from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.clock import Clock, VirtualClock, WallClock
 from rushhour.engines import EngineConfig
-from rushhour.errors import BundleError, EngineError, PlanError
+from rushhour.errors import BundleError, EngineError, PlanError, ServeError
 from rushhour.goal import SLO, Goal
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
-from rushhour.serve import open_target
+from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell, Shed
+from rushhour.serve.guard import tls
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, encode_request
@@ -130,10 +133,33 @@ def test_the_effective_configuration_is_shown(server: Server) -> None:
     assert shown["effective"], "the engine's own words"
 
 
-def test_a_compressed_body_is_refused_and_not_misread(server: Server) -> None:
-    status, answer = request(server, "POST", "/v2/models/tiny/infer", b"\x1f\x8b", **{"Content-Encoding": "gzip"})
-    assert status == 415
-    assert "gzip" in str(answer["error"])
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_compressed_requests_are_read(server: Server, algorithm: str) -> None:
+    images = unique(5, seed=5)
+    tensor = triton.InferInput("image", list(images.shape), "UINT8")
+    tensor.set_data_from_numpy(images)
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        answer = client.infer("tiny", [tensor], request_compression_algorithm=algorithm)
+        np.testing.assert_allclose(answer.as_numpy("probabilities"), tiny_answers(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status"),
+    [
+        (b"\x1f\x8b", "gzip", 400),
+        (gzip.compress(b"{}")[:-4], "gzip", 400),
+        (b"plain", "deflate", 400),
+        (b"plain", "br", 415),
+        (gzip.compress(b"\0" * 300_000_000), "gzip", 413),
+    ],
+)
+def test_a_bad_compressed_body_is_refused_and_never_unpacked_beyond_the_limit(
+    server: Server, body: bytes, encoding: str, status: int
+) -> None:
+    got, answer = request(server, "POST", "/v2/models/tiny/infer", body, **{"Content-Encoding": encoding})
+    assert got == status, answer
+    peak = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]
+    assert int(peak) < 700_000, "kilobytes"
 
 
 def test_pipelined_requests_are_answered_in_order(server: Server, tiny: Bundle) -> None:
@@ -254,6 +280,89 @@ def test_a_reload_that_fails_leaves_the_old_version_serving(tmp_path: Path) -> N
         assert request(server, "GET", "/v2/health/ready")[0] == 503
         assert request(server, "POST", "/v2/models/tiny/infer", b"{}")[0] == 404
         assert request(server, "GET", "/v2/health/live")[0] == 200
+
+
+def test_slow_clients_are_cut_off_and_others_are_served(tiny: Bundle) -> None:
+    settings = ServeSettings(http_port=0, limits=Limits(request_s=0.5, idle_s=1.0, connections=3))
+    with serving(tiny.path, settings) as server:
+        with socket.create_connection(server.address, timeout=10) as slow:
+            slow.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\ncontent-le")
+            assert request(server, "GET", "/v2/health/ready")[0] == 200
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(server.address, timeout=10) as silent:
+            assert silent.recv(1000) == b"", "an idle connection is closed without a word"
+        crowd = [socket.create_connection(server.address, timeout=10) for _ in range(4)]
+        assert crowd[3].recv(1000).startswith(b"HTTP/1.1 503")
+        for connection in crowd:
+            connection.close()
+        assert server.process.poll() is None
+
+
+def test_a_client_that_never_reads_does_not_fill_the_memory(server: Server) -> None:
+    def resident() -> int:
+        return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    with socket.create_connection(server.address, timeout=2) as connection:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                connection.sendall(b"GET /config HTTP/1.1\r\n\r\n" * 1000)
+        assert request(server, "GET", "/v2/health/ready")[0] == 200
+        assert resident() - before < 50_000_000
+
+
+def test_keys_keep_the_door(tiny: Bundle) -> None:
+    key = "a-key-of-some-length"
+    with serving(tiny.path, ServeSettings(http_port=0, api_keys=(key,))) as server:
+        assert request(server, "GET", "/v2/health/ready")[0] == 200
+        for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {key}"}, {"Authorization": key}):
+            assert request(server, "GET", "/v2", **wrong)[0] == 401
+            assert request(server, "POST", "/v2/models/tiny/infer", b"{}", **wrong)[0] == 401
+        assert request(server, "GET", "/v2", Authorization=f"Bearer {key}")[0] == 200
+
+
+def test_a_server_for_everybody_has_to_be_meant(tiny: Bundle) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rushhour", "serve", str(tiny.path), "--host", "0.0.0.0", "--http-port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "--api-key-file" in done.stderr
+    assert "--expose" in done.stderr
+
+
+def test_the_admin_endpoints_can_be_switched_off(tiny: Bundle) -> None:
+    with serving(tiny.path, ServeSettings(http_port=0, admin=False)) as server:
+        assert request(server, "POST", "/v2/repository/models/tiny/unload")[0] == 403
+        assert request(server, "GET", "/v2/models/tiny/ready")[0] == 200
+
+
+def test_tls(tiny: Bundle, tmp_path: Path) -> None:
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+        cwd=tmp_path,
+        capture_output=True,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("openssl is not there to make a certificate")
+    settings = ServeSettings(http_port=0, tls_certificate=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    with serving(tiny.path, settings) as server:
+        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        connection = http.client.HTTPSConnection(*server.address, context=context, timeout=10)
+        length, body = encode_request(tiny.manifest.signature, {"image": unique(2, 7)})
+        connection.request("POST", "/v2/models/tiny/infer", body, {"Inference-Header-Content-Length": str(length)})
+        response = connection.getresponse()
+        answer = response.read()
+        assert response.status == 200
+        np.testing.assert_allclose(
+            np.frombuffer(answer[-24:], np.float32).reshape(2, 3), tiny_answers(unique(2, 7)), atol=1e-5
+        )
+        connection.close()
+    with pytest.raises(ServeError, match="--tls-key"):
+        tls(tmp_path / "cert.pem", None)
 
 
 def test_a_server_ends_with_whoever_started_it(tiny: Bundle) -> None:

@@ -251,12 +251,27 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default: exposing is a decision.")
 @click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--model-name", default=None, help="The model's name on the wire; the bundle's by default.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that clients must send, one a line.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM); with --tls-key.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM).")
+@click.option("--expose", is_flag=True, help="Listen beyond loopback without keys: something else keeps the door.")
+@click.option("--admin/--no-admin", default=True, show_default=True, help="Whether clients may reload the model.")
 @click.option(
     "--trust", multiple=True, metavar="MODULE:FACTORY", help="A factory of yours that the torch engine may import."
 )
 @_json
 def serve(
-    target: Path, host: str, http_port: int, model_name: str | None, trust: tuple[str, ...], json_file: Path | None
+    target: Path,
+    host: str,
+    http_port: int,
+    model_name: str | None,
+    api_key_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    expose: bool,
+    admin: bool,
+    trust: tuple[str, ...],
+    json_file: Path | None,
 ) -> None:
     """Answer requests as a Plan says (Open Inference Protocol v2 over HTTP). SIGTERM or Ctrl-C drains.
 
@@ -264,7 +279,7 @@ def serve(
     rushhour serve runs/demo
     curl http://127.0.0.1:8000/v2/models/fashion-mnist
     """
-    from rushhour.serve import ServeSettings, open_target
+    from rushhour.serve import Keys, ServeSettings, open_target
     from rushhour.serve import serve as serve_target
 
     opened = open_target(target)
@@ -278,7 +293,18 @@ def serve(
         )
         _write_json(json_file, {"url": url, "model": name, "policy": policy})
 
-    serve_target(opened, ServeSettings(host=host, http_port=http_port, model=model_name, trusted=trust), ready)
+    settings = ServeSettings(
+        host=host,
+        http_port=http_port,
+        model=model_name,
+        trusted=trust,
+        api_keys=Keys.read(api_key_file) if api_key_file else (),
+        tls_certificate=str(tls_cert) if tls_cert else None,
+        tls_key=str(tls_key) if tls_key else None,
+        exposed=expose,
+        admin=admin,
+    )
+    serve_target(opened, settings, ready)
 
 
 @cli.command()

@@ -26,9 +26,11 @@ class Control:
     Args:
         repository: what is served.
         draining: whether the server is about to stop.
+        admin: whether clients may load and unload.
     """
 
-    def __init__(self, repository: Repository, draining: Callable[[], bool]) -> None:
+    def __init__(self, repository: Repository, draining: Callable[[], bool], *, admin: bool = True) -> None:
+        self._admin = admin
         self._repository = repository
         self._draining = draining
         name = repository.name
@@ -84,6 +86,8 @@ class Control:
         return [{"name": self._repository.name, **state, "reason": "" if loaded else "unloaded"}]
 
     async def _load(self, body: bytes) -> Answer:
+        if not self._admin:
+            return _error(403, "loading and unloading is switched off on this server")
         try:
             await self._repository.load()
         except RushhourError as error:
@@ -91,6 +95,8 @@ class Control:
         return _json({})
 
     async def _unload(self, body: bytes) -> Answer:
+        if not self._admin:
+            return _error(403, "loading and unloading is switched off on this server")
         await self._repository.unload()
         return _json({})
 

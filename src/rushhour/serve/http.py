@@ -17,18 +17,23 @@ import msgspec
 
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.cell import Cell, Job, Shed
+from rushhour.serve.guard import Keys, Limits, inflate
 from rushhour.wire import InferRequest
 
-MAX_BODY_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 32 * 2**10
+_OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
+"""Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
+_CHALLENGE = b"www-authenticate: Bearer\r\n"
 _MAX_PIPELINED = 32
 _LINGER_SECONDS = 1.0
 
 _REASONS = {
     200: "OK",
     400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
+    408: "Request Timeout",
     411: "Length Required",
     413: "Content Too Large",
     415: "Unsupported Media Type",
@@ -51,6 +56,8 @@ class Desk(Protocol):
 
     connections: set[HttpConnection]
     draining: bool
+    limits: Limits
+    keys: Keys
 
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers inference requests at this exact path, if there is one."""
@@ -62,7 +69,7 @@ class Desk(Protocol):
 
 
 class _Message:
-    __slots__ = ("body", "encoding", "header_length", "keep_alive", "method", "target")
+    __slots__ = ("authorization", "body", "encoding", "header_length", "keep_alive", "method", "target")
 
     def __init__(self) -> None:
         self.target = b""
@@ -70,6 +77,7 @@ class _Message:
         self.body: list[bytes] = []
         self.header_length: bytes | None = None
         self.encoding = b""
+        self.authorization: bytes | None = None
         self.keep_alive = True
 
 
@@ -82,6 +90,9 @@ class HttpConnection(asyncio.Protocol):
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        self._limits = desk.limits
+        self._clock = asyncio.get_running_loop().time
+        self._since = self._clock()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._message = _Message()
@@ -93,6 +104,8 @@ class HttpConnection(asyncio.Protocol):
         self._running: tuple[Cell, Job] | None = None
         self._paused = False
         self._ended = False
+        self._unread = False
+        self._reading = False
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[None] | None = None
 
@@ -102,6 +115,9 @@ class HttpConnection(asyncio.Protocol):
         """A client is there."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
         self._desk.connections.add(self)
+        if len(self._desk.connections) > self._limits.connections:
+            full = f"{self._limits.connections} connections are open"
+            self._refuse(WireError(full, "the server takes no more", "try again later", status=503))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone: whatever runs for it is cancelled."""
@@ -133,10 +149,36 @@ class HttpConnection(asyncio.Protocol):
         self._ended = self._current is not None or bool(self._ready)
         return self._ended
 
+    def pause_writing(self) -> None:
+        """The client does not read its answers: nothing more is read from it until it does."""
+        self._unread = True
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._unread = False
+        if self._transport is not None and not self._paused:
+            self._transport.resume_reading()
+
+    def expire(self, now: float) -> None:
+        """Close the connection if the client's time is over: for sending a request, or for not sending any.
+
+        Args:
+            now: in seconds of the loop's clock.
+        """
+        if self._transport is None or self._current is not None or self._lingering is not None:
+            return
+        if not self.idle and now - self._since > self._limits.request_s:
+            said = f"the request was not whole after {self._limits.request_s:g} s"
+            self._refuse(WireError(said, "it came too slowly", "send it faster", status=408))
+        elif self.idle and now - self._since > self._limits.idle_s:
+            self._transport.close()
+
     @property
     def idle(self) -> bool:
         """No request is being answered or read."""
-        return self._current is None and not self._ready and not self._header_bytes and not self._body_bytes
+        return self._current is None and not self._ready and not self._reading
 
     def close_if_idle(self) -> None:
         """Close the connection unless it has work: for draining."""
@@ -148,6 +190,8 @@ class HttpConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """A new request begins."""
         self._message = _Message()
+        self._reading = True
+        self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
         """The request's target, possibly in parts."""
@@ -162,20 +206,18 @@ class HttpConnection(asyncio.Protocol):
             self._message.header_length = value
         elif lowered == b"content-encoding":
             self._message.encoding = value.lower()
-        elif lowered == b"content-length" and int(value) > MAX_BODY_BYTES:
-            raise self._stop(
-                WireError(f"the body has {int(value)} bytes", f"the limit is {MAX_BODY_BYTES}", "split it", status=413)
-            )
+        elif lowered == b"content-length" and int(value) > self._limits.body_bytes:
+            raise self._stop(self._too_large())
+        elif lowered == b"authorization":
+            self._message.authorization = value
         elif lowered == b"expect" and value.lower() == b"100-continue" and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._body_bytes += len(body)
-        if self._body_bytes > MAX_BODY_BYTES:
-            raise self._stop(
-                WireError("the body is too large", f"the limit is {MAX_BODY_BYTES} bytes", "split it", status=413)
-            )
+        if self._body_bytes > self._limits.body_bytes:
+            raise self._stop(self._too_large())
         self._message.body.append(body)
 
     def on_message_complete(self) -> None:
@@ -184,6 +226,8 @@ class HttpConnection(asyncio.Protocol):
         message.method = self._parser.get_method()
         message.keep_alive = self._parser.should_keep_alive()
         self._header_bytes = self._body_bytes = 0
+        self._reading = False
+        self._since = self._clock()
         if self._current is None:
             self._begin(message)
             return
@@ -194,8 +238,13 @@ class HttpConnection(asyncio.Protocol):
 
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > MAX_HEADER_BYTES:
-            raise self._stop(WireError("the header is too large", f"the limit is {MAX_HEADER_BYTES} bytes", status=431))
+        if self._header_bytes > self._limits.header_bytes:
+            limit = f"the limit is {self._limits.header_bytes} bytes"
+            raise self._stop(WireError("the header is too large", limit, "send fewer or shorter fields", status=431))
+
+    def _too_large(self) -> WireError:
+        limit = f"the limit is {self._limits.body_bytes} bytes"
+        return WireError("the body is too large", limit, "split the request", status=413)
 
     def _stop(self, error: WireError) -> WireError:
         """Remember the reason: httptools wraps what its callbacks raise."""
@@ -215,7 +264,8 @@ class HttpConnection(asyncio.Protocol):
             self._transport.close()
             return
         self._transport.write(_response(error.status, _error_body(error), b"connection: close\r\n"))
-        self._transport.write_eof()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
         self._lingering = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._transport.close)
 
     # The answer's side.
@@ -223,6 +273,10 @@ class HttpConnection(asyncio.Protocol):
     def _begin(self, message: _Message) -> None:
         self._current = message
         path, _, _ = message.target.partition(b"?")
+        if self._desk.keys and path not in _OPEN_PATHS and not self._desk.keys.admit(message.authorization):
+            why = "this server takes requests with an API key only"
+            self._send(401, _error_body(WireError(why, "", "send 'Authorization: Bearer KEY'")), _CHALLENGE)
+            return
         cell = self._desk.cell_of(path)
         if cell is None:
             answer = self._desk.control(message.method, path, b"".join(message.body))
@@ -239,18 +293,26 @@ class HttpConnection(asyncio.Protocol):
         self._send(*await answer)
 
     def _infer(self, cell: Cell, message: _Message) -> None:
+        body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
+        message.body.clear()
+        if message.encoding in (b"", b"identity"):
+            self._submit(cell, message, body)
+        else:
+            self._waiting = asyncio.ensure_future(self._inflate(cell, message, body))
+
+    async def _inflate(self, cell: Cell, message: _Message, body: bytes) -> None:
+        """Unpack on a thread: a small body may unpack into a large one, and the loop has others to serve."""
         try:
-            if message.encoding not in (b"", b"identity"):
-                raise WireError(
-                    f"the body is compressed with {message.encoding.decode('latin-1')}",
-                    "this server takes bodies as they are",
-                    "send it uncompressed",
-                    status=415,
-                )
-            length = _header_length(message.header_length)
-            body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
-            message.body.clear()
-            request = cell.codec.decode(body, length)
+            plain = await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)
+        except WireError as error:
+            self._send_error(error)
+            return
+        if self._transport is not None:
+            self._submit(cell, message, plain)
+
+    def _submit(self, cell: Cell, message: _Message, body: bytes) -> None:
+        try:
+            request = cell.codec.decode(body, _header_length(message.header_length))
         except WireError as error:
             self._send_error(error)
             return
@@ -311,7 +373,8 @@ class HttpConnection(asyncio.Protocol):
             message = self._ready.popleft()
             if self._paused and self._transport is not None:
                 self._paused = False
-                self._transport.resume_reading()
+                if not self._unread:
+                    self._transport.resume_reading()
             self._begin(message)
         elif self._ended and self._transport is not None:
             self._transport.close()

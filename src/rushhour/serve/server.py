@@ -7,7 +7,9 @@ import errno
 import gc
 import signal
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 import uvloop
@@ -15,6 +17,7 @@ import uvloop
 from rushhour.errors import ServeError
 from rushhour.serve.cell import Cell
 from rushhour.serve.control import Answer, Control
+from rushhour.serve.guard import Keys, Limits, check_exposure, tls
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Opener, Repository, opener
 from rushhour.serve.target import Target
@@ -31,12 +34,23 @@ class ServeSettings(msgspec.Struct, frozen=True):
         http_port: 0 takes a free one.
         model: the model's name on the wire; None takes the bundle's.
         trusted: factories (`module:factory`) that the torch engine may import beside Rushhour's own networks.
+        limits: what one connection may cost.
+        api_keys: clients must send one of these; empty lets everybody in.
+        tls_certificate: path of the certificate chain, with `tls_key`; None serves without TLS.
+        exposed: listening for everybody, without keys, is meant.
+        admin: whether clients may load and unload the model.
     """
 
     host: str = "127.0.0.1"
     http_port: int = 8000
     model: str | None = None
     trusted: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    api_keys: tuple[str, ...] = ()
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    exposed: bool = False
+    admin: bool = True
 
 
 def serve(
@@ -54,21 +68,28 @@ def serve(
         ServeError: if the port cannot be had.
         EngineError: if the plan's engine cannot do what the plan says.
     """
+    check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
+    context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
     listener = _listen(settings.host, settings.http_port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(target, settings, open_with or opener(settings.trusted), listener, ready))
+            runner.run(_serve(target, settings, open_with or opener(settings.trusted), listener, context, ready))
     finally:
         listener.close()
 
 
 async def _serve(
-    target: Target, settings: ServeSettings, open_with: Opener, listener: socket.socket, ready: Callable[[str], None]
+    target: Target,
+    settings: ServeSettings,
+    open_with: Opener,
+    listener: socket.socket,
+    context: ssl.SSLContext | None,
+    ready: Callable[[str], None],
 ) -> None:
     repository = Repository(target, settings.model, open_with)
     try:
         await repository.load()
-        await _Server(repository).run(listener, ready)
+        await _Server(repository, settings).run(listener, context, ready)
     finally:
         await repository.unload()
 
@@ -100,27 +121,39 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Server:
     """The desk of all connections: which cell, which control answer, and whether the end has begun."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, settings: ServeSettings) -> None:
         self.connections: set[HttpConnection] = set()
         self.draining = False
+        self.limits = settings.limits
+        self.keys = Keys(settings.api_keys)
         self._repository = repository
-        self._control = Control(repository, lambda: self.draining)
+        self._control = Control(repository, lambda: self.draining, admin=settings.admin)
 
-    async def run(self, listener: socket.socket, ready: Callable[[str], None]) -> None:
+    async def run(self, listener: socket.socket, context: ssl.SSLContext | None, ready: Callable[[str], None]) -> None:
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        server = await loop.create_server(lambda: HttpConnection(self), sock=listener, backlog=4096)
+        server = await loop.create_server(lambda: HttpConnection(self), sock=listener, ssl=context, backlog=4096)
         # What is loaded now lives as long as the server: the collector need not walk it during requests.
         gc.collect()
         gc.freeze()
         host, port = listener.getsockname()[:2]
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        ready(f"http{'s' if context else ''}://{f'[{host}]' if ':' in host else host}:{port}")
+        sweeping = asyncio.ensure_future(self._sweep())
         await stop.wait()
+        sweeping.cancel()
         self.draining = True
         server.close()
         await self._drain()
+
+    async def _sweep(self) -> None:
+        """Look after slow and silent clients once a second: cheaper than a timer for each request."""
+        while True:
+            await asyncio.sleep(1.0)
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.connections):
+                connection.expire(now)
 
     async def _drain(self) -> None:
         # Idle connections live a moment longer: a request that is on its way to one is still answered.
