@@ -255,6 +255,7 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM); with --tls-key.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM).")
 @click.option("--expose", is_flag=True, help="Listen beyond loopback without keys: something else keeps the door.")
+@click.option("--cells", type=click.IntRange(1, 256), help="Processes behind the port; the plan's number by default.")
 @click.option("--admin/--no-admin", default=True, show_default=True, help="Whether clients may reload the model.")
 @click.option(
     "--trust", multiple=True, metavar="MODULE:FACTORY", help="A factory of yours that the torch engine may import."
@@ -269,6 +270,7 @@ def serve(
     tls_cert: Path | None,
     tls_key: Path | None,
     expose: bool,
+    cells: int | None,
     admin: bool,
     trust: tuple[str, ...],
     json_file: Path | None,
@@ -303,6 +305,7 @@ def serve(
         tls_key=str(tls_key) if tls_key else None,
         exposed=expose,
         admin=admin,
+        cells=cells,
     )
     serve_target(opened, settings, ready)
 

@@ -42,6 +42,7 @@ class Policy(msgspec.Struct, frozen=True):
     """How requests are put on the engine.
 
     Attributes:
+        cells: processes behind one port, each with the streams and threads below and its share of the cores.
         streams: batches that run at the same time.
         threads: CPU threads of each stream.
         max_batch: samples in one batch, at most.
@@ -50,6 +51,7 @@ class Policy(msgspec.Struct, frozen=True):
             only. A request's own `timeout` counts whatever this says.
     """
 
+    cells: Positive = 1
     streams: Positive = 1
     threads: Positive = 1
     max_batch: Positive = 1

@@ -1,40 +1,39 @@
-"""`python -m rushhour.serve TARGET [settings as JSON]`: a server for another program, such as the tuner.
+"""`python -m rushhour.serve TARGET [SETTINGS|-]`: a server for another program: a supervisor, the tuner, a test.
 
-Says `{"url": ...}` on a line of its own when requests are welcome, or `{"error": ...}` and exits with 2. It lives as
-long as its standard input is open: when the other program dies, however it dies, the server stops too.
+Settings are JSON, on the command line or, with `-`, on the first line of standard input (others can read a command
+line). It says `{"url": ...}` on a line of its own when requests are welcome, or `{"error": ...}` and exits with 2. It
+lives as long as its standard input is open: when the other program dies, however it dies, the server stops too.
+Further lines of input are a supervisor's orders.
 """
 
 from __future__ import annotations
 
-import os
-import signal
+import io
 import sys
-import threading
 from pathlib import Path
 
 import msgspec
 
 from rushhour.errors import RushhourError
 from rushhour.serve import ServeSettings, open_target, serve
+from rushhour.serve.supervisor import Said
+from rushhour.serve.tether import Tether
 
 
-def _say(**what: str) -> None:
-    print(msgspec.json.encode(what).decode(), flush=True)
-
-
-def _stop_at_end_of_input() -> None:
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
+def _say(said: Said) -> None:
+    print(msgspec.json.encode(said).decode(), flush=True)
 
 
 def _main(arguments: list[str]) -> int:
+    orders = io.FileIO(0, closefd=False)
     try:
-        settings = msgspec.json.decode(arguments[1], type=ServeSettings) if len(arguments) > 1 else ServeSettings()
-        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
-        serve(open_target(Path(arguments[0])), settings, ready=lambda url: _say(url=url))
+        text = arguments[1] if len(arguments) > 1 else "{}"
+        settings = msgspec.json.decode(orders.readline() if text == "-" else text, type=ServeSettings)
+        tether = Tether(orders, _say)
+        target = open_target(Path(arguments[0]))
+        serve(target, settings, ready=lambda url: _say(Said(url=url)), tether=tether)
     except RushhourError as error:
-        _say(error=str(error))
+        _say(Said(error=str(error)))
         return 2
     return 0
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from rushhour.errors import RushhourError
 from rushhour.machine import describe
 from rushhour.serve.repository import Loaded, Repository
+from rushhour.serve.supervisor import Change
 from rushhour.wire import model_metadata
 
 Answer = tuple[int, bytes]
@@ -86,19 +86,16 @@ class Control:
         return [{"name": self._repository.name, **state, "reason": "" if loaded else "unloaded"}]
 
     async def _load(self, body: bytes) -> Answer:
-        if not self._admin:
-            return _error(403, "loading and unloading is switched off on this server")
-        try:
-            await self._repository.load()
-        except RushhourError as error:
-            return _error(400, str(error))
-        return _json({})
+        return await self._change("load")
 
     async def _unload(self, body: bytes) -> Answer:
+        return await self._change("unload")
+
+    async def _change(self, change: Change) -> Answer:
         if not self._admin:
             return _error(403, "loading and unloading is switched off on this server")
-        await self._repository.unload()
-        return _json({})
+        wrong = await self._repository.request(change)
+        return _error(400, wrong) if wrong else _json({})
 
     @staticmethod
     def _metadata(loaded: Loaded) -> msgspec.Raw:

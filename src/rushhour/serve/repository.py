@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from rushhour.bundle import Bundle
 from rushhour.clock import WallClock
@@ -16,6 +16,7 @@ from rushhour.engines import Engine, EngineConfig, open_engine, time_service
 from rushhour.errors import RushhourError, ServeError
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
+from rushhour.serve.supervisor import Change
 from rushhour.serve.target import Target, open_target
 from rushhour.wire import Codec
 
@@ -47,12 +48,17 @@ class Repository:
         target: what is served first; a reload opens the same path again.
         name: on the wire; None takes the bundle's.
         opener: opens engines.
+        version: that the first load gets; each further one gets one more.
+
+    Attributes:
+        loaded: what answers requests now.
+        spread: where this is one cell of many, makes a change in all of them.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
     """
 
-    def __init__(self, target: Target, name: str | None, opener: Opener) -> None:
+    def __init__(self, target: Target, name: str | None, opener: Opener, version: int = 1) -> None:
         self.name = name or target.bundle.manifest.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise ServeError(
@@ -64,7 +70,8 @@ class Repository:
         self._path = target.path
         self._first: Target | None = target
         self._opener = opener
-        self._version = 0
+        self._version = version - 1
+        self.spread: Callable[[Change], Awaitable[str]] | None = None
         self._changing = asyncio.Lock()
         self._infer_paths: frozenset[bytes] = frozenset()
 
@@ -72,8 +79,23 @@ class Repository:
         """The cell that answers inference requests at this exact path."""
         return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
 
-    async def load(self) -> None:
+    async def request(self, change: Change) -> str:
+        """Make a change that a client asked for, in all cells; what went wrong, or nothing."""
+        return await (self.spread(change) if self.spread is not None else self.apply(change))
+
+    async def apply(self, change: Change, version: int | None = None) -> str:
+        """Make a change here; what went wrong, or nothing."""
+        try:
+            await (self.load(version) if change == "load" else self.unload())
+        except RushhourError as error:
+            return str(error)
+        return ""
+
+    async def load(self, version: int | None = None) -> None:
         """Open what lies at the path now, and serve it from the next request on. The old version drains and ends.
+
+        Args:
+            version: that it gets; one more than the last by default.
 
         Raises:
             RushhourError: if it cannot be opened; then the old version goes on.
@@ -84,7 +106,7 @@ class Repository:
             if target is None:
                 target = await loop.run_in_executor(None, open_target, self._path)
             engine, profile = await loop.run_in_executor(None, self._open, target)
-            self._version += 1
+            self._version = self._version + 1 if version is None else version
             codec = Codec(self.name, engine.signature, version=str(self._version))
             cell = Cell(engine, codec, target.plan.policy, profile, WallClock())
             old, self.loaded = self.loaded, Loaded(target, engine, cell)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
+import os
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,44 +19,25 @@ import uvloop
 from rushhour.errors import ServeError
 from rushhour.serve.cell import Cell
 from rushhour.serve.control import Answer, Control
-from rushhour.serve.guard import Keys, Limits, check_exposure, tls
+from rushhour.serve.guard import Keys, check_exposure, tls
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Opener, Repository, opener
+from rushhour.serve.settings import ServeSettings
+from rushhour.serve.supervisor import Supervisor, join, pins, reserve
 from rushhour.serve.target import Target
+from rushhour.serve.tether import Tether
 
 _DRAIN_SECONDS = 30.0
 _LINGER_SECONDS = 0.25
 
 
-class ServeSettings(msgspec.Struct, frozen=True):
-    """Where and how to listen.
-
-    Attributes:
-        host: loopback by default: exposing a server is a decision, not a default.
-        http_port: 0 takes a free one.
-        model: the model's name on the wire; None takes the bundle's.
-        trusted: factories (`module:factory`) that the torch engine may import beside Rushhour's own networks.
-        limits: what one connection may cost.
-        api_keys: clients must send one of these; empty lets everybody in.
-        tls_certificate: path of the certificate chain, with `tls_key`; None serves without TLS.
-        exposed: listening for everybody, without keys, is meant.
-        admin: whether clients may load and unload the model.
-    """
-
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    model: str | None = None
-    trusted: tuple[str, ...] = ()
-    limits: Limits = Limits()
-    api_keys: tuple[str, ...] = ()
-    tls_certificate: str | None = None
-    tls_key: str | None = None
-    exposed: bool = False
-    admin: bool = True
-
-
 def serve(
-    target: Target, settings: ServeSettings, ready: Callable[[str], None], *, open_with: Opener | None = None
+    target: Target,
+    settings: ServeSettings,
+    ready: Callable[[str], None],
+    *,
+    open_with: Opener | None = None,
+    tether: Tether | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then take no new connections, answer what is under way, and return.
 
@@ -62,7 +45,8 @@ def serve(
         target: what to serve.
         settings: where.
         ready: called once with the server's URL when requests are welcome.
-        open_with: opens engines; the plan's own by default.
+        open_with: opens engines; the plan's own by default. Of no use with several cells, which are other processes.
+        tether: this server's line to whoever started it.
 
     Raises:
         ServeError: if the port cannot be had.
@@ -70,52 +54,75 @@ def serve(
     """
     check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
     context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
-    listener = _listen(settings.host, settings.http_port)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(target, settings, open_with or opener(settings.trusted), listener, context, ready))
-    finally:
-        listener.close()
+    cells = settings.cells or target.plan.policy.cells
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if cells > 1 and not settings.one_of_many:
+            runner.run(_supervise(target, settings, cells, ready))
+        else:
+            opening = open_with or opener(settings.trusted)
+            runner.run(_serve(target, settings, opening, context, ready, tether))
+
+
+async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Callable[[str], None]) -> None:
+    with _explained(settings), reserve(settings.host, settings.http_port) as held:
+        shared = msgspec.structs.replace(settings, http_port=held.getsockname()[1], cells=None, one_of_many=True)
+        await Supervisor(target.path, shared, pins(cells, sorted(os.sched_getaffinity(0)))).run(ready)
 
 
 async def _serve(
     target: Target,
     settings: ServeSettings,
     open_with: Opener,
-    listener: socket.socket,
     context: ssl.SSLContext | None,
     ready: Callable[[str], None],
+    tether: Tether | None,
 ) -> None:
-    repository = Repository(target, settings.model, open_with)
-    try:
-        await repository.load()
-        await _Server(repository, settings).run(listener, context, ready)
-    finally:
-        await repository.unload()
+    # The port is taken before the model is loaded, so that one in use is said at once; it listens only when ready.
+    with _bound(settings) as listener:
+        repository = Repository(target, settings.model, open_with, version=settings.version)
+        if tether is not None:
+            tether.attach(repository.apply)
+            repository.spread = tether.ask if settings.one_of_many else None
+        try:
+            await repository.load()
+            await _Server(repository, settings).run(listener, context, ready)
+        finally:
+            await repository.unload()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket: before the model is loaded, so that a port in use is said at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+def _bound(settings: ServeSettings) -> socket.socket:
+    with _explained(settings):
+        if settings.one_of_many:
+            return join(settings.host, settings.http_port)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.http_port, type=socket.SOCK_STREAM
+        )[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServeError(f"cannot listen on {host!r}", str(error), "give an address of this machine") from error
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+
+@contextlib.contextmanager
+def _explained(settings: ServeSettings) -> Iterator[None]:
+    """Turn what the system says of an address into what the user can do about it."""
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(4096)
+        yield
     except OSError as error:
-        listener.close()
         why = {
             errno.EADDRINUSE: "another program listens there",
             errno.EACCES: "ports below 1024 need privileges",
             errno.EADDRNOTAVAIL: "that address is not one of this machine",
         }.get(error.errno or 0, str(error))
         raise ServeError(
-            f"cannot listen on {host}:{port}", why, "choose another with --http-port (0 takes a free one)"
+            f"cannot listen on {settings.host}:{settings.http_port}",
+            why,
+            "choose another with --http-port (0 takes a free one) or --host",
         ) from error
-    return listener
 
 
 class _Server:
@@ -126,6 +133,7 @@ class _Server:
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys)
+        self._settings = settings
         self._repository = repository
         self._control = Control(repository, lambda: self.draining, admin=settings.admin)
 
@@ -134,7 +142,8 @@ class _Server:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        server = await loop.create_server(lambda: HttpConnection(self), sock=listener, ssl=context, backlog=4096)
+        with _explained(self._settings):
+            server = await loop.create_server(lambda: HttpConnection(self), sock=listener, ssl=context, backlog=4096)
         # What is loaded now lives as long as the server: the collector need not walk it during requests.
         gc.collect()
         gc.freeze()

@@ -1,0 +1,167 @@
+"""Several cells behind one port: real processes, killed for real."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import Server, serving
+from rushhour.bundle import Bundle
+from rushhour.serve import ServeSettings
+from rushhour.serve.supervisor import pins, reserve
+from rushhour.testing.bundles import tiny_answers, tiny_bundle
+from rushhour.wire import encode_request
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1), dtype=np.uint8)
+
+
+def cells_of(server: Server) -> list[int]:
+    """The process ids of the cells that live."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def ask(address: tuple[str, int], body: bytes, length: int) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(*address, timeout=10)
+    try:
+        headers = {"Inference-Header-Content-Length": str(length)}
+        connection.request("POST", "/v2/models/tiny/infer", body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+class Crowd:
+    """Clients on connections of their own that ask until told to stop."""
+
+    def __init__(self, server: Server, bundle: Bundle, clients: int = 6) -> None:
+        self.right = 0
+        self.wrong: list[object] = []
+        self._stop = threading.Event()
+        length, body = encode_request(bundle.manifest.signature, {"image": IMAGES})
+        self._threads = [threading.Thread(target=self._ask, args=(server, body, length)) for _ in range(clients)]
+
+    def _ask(self, server: Server, body: bytes, length: int) -> None:
+        expected = tiny_answers(IMAGES)
+        while not self._stop.is_set():
+            try:
+                status, answer = ask(server.address, body, length)
+            except (OSError, http.client.HTTPException) as error:
+                self.wrong.append(error)
+                continue
+            if status == 200 and np.allclose(
+                np.frombuffer(answer[-24:], np.float32).reshape(2, 3), expected, atol=1e-5
+            ):
+                self.right += 1
+            else:
+                self.wrong.append((status, answer))
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join()
+
+
+def wait_until(true: object, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def two_cells(tiny: Bundle) -> Iterator[Server]:
+    with serving(tiny.path, ServeSettings(http_port=0, cells=2)) as server:
+        yield server
+
+
+def test_a_killed_cell_costs_only_what_was_in_flight_on_it_and_comes_back(two_cells: Server, tiny: Bundle) -> None:
+    first = cells_of(two_cells)
+    assert len(first) == 2
+    crowd = Crowd(two_cells, tiny)
+    with crowd.asking():
+        wait_until(lambda: crowd.right > 100)
+        os.kill(first[0], signal.SIGKILL)
+        wait_until(lambda: len(cells_of(two_cells)) == 2 and first[0] not in cells_of(two_cells))
+        answered = crowd.right
+        wait_until(lambda: crowd.right > answered + 200)
+    # Each of the six clients has one request at a time; a second can reach the dying process before its socket closes.
+    assert len(crowd.wrong) <= 12
+    assert all(isinstance(failure, OSError | http.client.HTTPException) for failure in crowd.wrong)
+
+
+def test_sigterm_drains_all_cells(tiny: Bundle) -> None:
+    with serving(tiny.path, ServeSettings(http_port=0, cells=2)) as server:
+        cells = cells_of(server)
+        crowd = Crowd(server, tiny)
+        with crowd.asking():
+            wait_until(lambda: crowd.right > 50)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+        assert not any(isinstance(failure, tuple) for failure in crowd.wrong), "refused at the door, never an error"
+        for pid in cells:
+            assert not Path(f"/proc/{pid}").exists()
+
+
+def test_cells_end_with_their_supervisor(tiny: Bundle) -> None:
+    with serving(tiny.path, ServeSettings(http_port=0, cells=2)) as server:
+        cells = cells_of(server)
+        server.process.kill()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in cells))
+
+
+def test_a_reload_reaches_every_cell_and_a_restarted_one(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "served", seed=0)
+    with serving(bundle.path, ServeSettings(http_port=0, cells=2)) as server:
+        tiny_bundle(bundle.path, seed=1)
+
+        def post(path: str) -> int:
+            connection = http.client.HTTPConnection(*server.address, timeout=30)
+            connection.request("POST", path)
+            status = connection.getresponse().status
+            connection.close()
+            return status
+
+        assert post("/v2/repository/models/tiny/load") == 200
+        first = cells_of(server)
+        os.kill(first[0], signal.SIGKILL)
+        wait_until(lambda: len(cells_of(server)) == 2 and first[0] not in cells_of(server))
+        length, body = encode_request(bundle.manifest.signature, {"image": IMAGES})
+        expected = tiny_answers(IMAGES, seed=1)
+        for _ in range(60):  # connections land on either cell
+            status, answer = ask(server.address, body, length)
+            assert status == 200
+            assert b'"model_version":"2"' in answer
+            np.testing.assert_allclose(np.frombuffer(answer[-24:], np.float32).reshape(2, 3), expected, atol=1e-5)
+
+
+def test_cores_are_shared_out() -> None:
+    assert pins(2, [0, 1]) == [{0}, {1}]
+    assert pins(2, [0, 1, 2, 5, 7]) == [{0, 1, 2}, {5, 7}]
+    assert pins(3, [4]) == [{4}] * 3
+    for cells in range(1, 9):
+        shared = pins(cells, range(8))
+        assert set().union(*shared) == set(range(8))
+        assert sum(map(len, shared)) == 8
+
+
+def test_a_port_of_another_program_is_not_joined() -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as stranger, pytest.raises(OSError, match="in use"):
+        reserve("127.0.0.1", stranger.getsockname()[1])
