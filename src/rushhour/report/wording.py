@@ -128,7 +128,8 @@ def amount(count: int) -> str:
 
 def policy(value: Policy) -> str:
     """`2 streams × 1 thread, batches up to 32`."""
-    streams = f"{value.streams} stream{'s' if value.streams > 1 else ''}"
+    cells = f"{value.cells} cells of " if value.cells > 1 else ""
+    streams = f"{cells}{value.streams} stream{'s' if value.streams > 1 else ''}"
     threads = f"{value.threads} thread{'s' if value.threads > 1 else ''}"
     batches = f"batches up to {value.max_batch}" if value.max_batch > 1 else "one at a time"
     return f"{streams} × {threads}, {batches}"

@@ -38,18 +38,24 @@ class Candidate(msgspec.Struct, frozen=True):
 
     @property
     def compiled(self) -> str:
-        """With streams and threads: what decides service times."""
-        return f"{self.artefact}/s{self.policy.streams}t{self.policy.threads}"
+        """With all streams, of however many cells, and their threads: what decides service times."""
+        return f"{self.artefact}/s{self.streams}t{self.policy.threads}"
+
+    @property
+    def streams(self) -> int:
+        """Batches at the same time, over all cells."""
+        return self.policy.cells * self.policy.streams
 
     def __str__(self) -> str:
-        return f"{self.compiled}b{self.policy.max_batch}"
+        cells = f"c{self.policy.cells}" if self.policy.cells > 1 else ""
+        return f"{self.artefact}/{cells}s{self.policy.streams}t{self.policy.threads}b{self.policy.max_batch}"
 
     def engine_config(self) -> EngineConfig:
-        """How an engine is opened for it."""
+        """How one engine is opened that does what all its cells' engines do, to time and to judge it."""
         return EngineConfig(
             engine=self.engine,
             precision=self.precision,
-            streams=self.policy.streams,
+            streams=self.streams,
             threads=self.policy.threads,
             max_batch=self.policy.max_batch,
         )
@@ -64,20 +70,20 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
 
     Args:
         bundles: role -> bundle.
-        cores: to be shared out: all cores on one batch, or one batch for each core.
+        cores: to be shared out: all cores on one batch, one batch for each core, or one cell for each core.
     """
-    layouts = sorted({(1, cores), (cores, 1)})
+    layouts = sorted({(1, 1, cores), (1, cores, 1), (cores, 1, 1)})
     return [
         Candidate(
             bundle=role,
             content=_content(bundle),
             engine=engine,
             precision=precision,
-            policy=Policy(streams=streams, threads=threads, max_batch=BATCH_BOUNDS[-1], queue_bound=QUEUE_BOUND),
+            policy=Policy(cells, streams, threads, max_batch=BATCH_BOUNDS[-1], queue_bound=QUEUE_BOUND),
         )
         for role, bundle in bundles.items()
         for engine, precision in _RUNS[bundle.manifest.precision]
-        for streams, threads in layouts
+        for cells, streams, threads in layouts
     ]
 
 

@@ -180,7 +180,7 @@ class _Tuner:
 
     def _predict(self, state: _State, times: ServiceTimes) -> None:
         """Choose the batch bound by simulation: the smallest that comes within 2% of the best."""
-        profile, streams = ServiceProfile(times), state.candidate.policy.streams
+        profile, streams = ServiceProfile(times), state.candidate.streams
         predicted = {
             bound: predicted_capacity(profile, streams=streams, max_batch=bound, slo=self._goal.slo)
             for bound in BATCH_BOUNDS
@@ -312,9 +312,9 @@ class _Tuner:
     def _load_plainly(self, state: _State) -> None:
         """A candidate that is measured for comparison only: how fast is it, and how right?"""
         profile = ServiceProfile(self._service_times(state.candidate))
-        policy = state.candidate.policy
+        bound = state.candidate.policy.max_batch
         state.predicted = predicted_capacity(
-            profile, streams=policy.streams, max_batch=policy.max_batch, slo=self._goal.slo
+            profile, streams=state.candidate.streams, max_batch=bound, slo=self._goal.slo
         )
         state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
         self._search(state)
@@ -437,9 +437,10 @@ class _Tuner:
 
 def _short(candidate: Candidate) -> str:
     policy = candidate.policy
+    cells = f"{policy.cells} cells of " if policy.cells > 1 else ""
     return (
         f"{candidate.bundle} on {candidate.engine} {candidate.precision}, "
-        f"{policy.streams}x{policy.threads} threads, batch <= {policy.max_batch}"
+        f"{cells}{policy.streams}x{policy.threads} threads, batch <= {policy.max_batch}"
     )
 
 
