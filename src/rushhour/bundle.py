@@ -168,7 +168,7 @@ class Bundle:
                     "upgrade Rushhour, or make the bundle anew",
                 )
             manifest = msgspec.json.decode(content, type=Manifest)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise _damaged(path, f"{_MANIFEST} cannot be read: {error}") from error
         if _hash(manifest) != manifest.hash:
             raise _damaged(path, f"{_MANIFEST} does not match its own hash")
@@ -202,7 +202,7 @@ class Bundle:
         Raises:
             StorageError: if the disk does not take it.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         with building(path) as folder:
             model(folder / MODEL)
@@ -210,7 +210,7 @@ class Bundle:
                 weights(folder / WEIGHTS)
             if samples is not None:
                 arrays = {name: np.ascontiguousarray(array) for name, array in samples.items()}
-                save_file(arrays, folder / SAMPLES)
+                (folder / SAMPLES).write_bytes(save(arrays))  # save_file raises no OSError when the disk is full
             names: tuple[FileName, ...] = (MODEL, WEIGHTS, SAMPLES)
             files = {name: _record(folder / name) for name in names if (folder / name).exists()}
             unsealed = msgspec.structs.replace(manifest, files=files, hash="")

@@ -18,7 +18,7 @@ class ServiceProfile:
     """Seconds that one stream takes for a batch of n, from the sizes that were timed, linear in between.
 
     Args:
-        times: what was timed; beyond the largest size the last slope goes on.
+        times: what was timed; beyond the largest size, each sample costs as much as in a batch of that size.
     """
 
     def __init__(self, times: ServiceTimes) -> None:

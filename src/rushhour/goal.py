@@ -17,6 +17,11 @@ _SLO = re.compile(r"p(?P<percentile>\d{1,2}(?:\.\d+)?)\s*<\s*(?P<limit>\d+(?:\.\
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
+def _plain(value: float) -> str:
+    """As a person writes it, and as it is read again: no exponent, no digits that binary fractions leave."""
+    return f"{value:.9f}".rstrip("0").rstrip(".")
+
+
 class SLO(msgspec.Struct, frozen=True):
     """A percentile of the latency and its limit, e.g. `p99<50ms`.
 
@@ -76,12 +81,12 @@ class SLO(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         if self.limit_s >= 1:
-            limit = f"{self.limit_s:g}s"
+            limit = f"{_plain(self.limit_s)}s"
         elif self.limit_s >= 1e-3:
-            limit = f"{self.limit_s * 1e3:g}ms"
+            limit = f"{_plain(self.limit_s * 1e3)}ms"
         else:
-            limit = f"{self.limit_s * 1e6:g}us"
-        return f"p{self.percentile:g}<{limit}"
+            limit = f"{_plain(self.limit_s * 1e6)}us"
+        return f"p{_plain(self.percentile)}<{limit}"
 
 
 class AccuracyBudget(msgspec.Struct, frozen=True):
@@ -118,7 +123,7 @@ class AccuracyBudget(msgspec.Struct, frozen=True):
         return cls(max_drop=round(float(found[1]) / 100, 9))
 
     def __str__(self) -> str:
-        return f"{self.max_drop * 100:g}%"
+        return f"{_plain(self.max_drop * 100)}%"
 
 
 class Workload(msgspec.Struct, frozen=True):

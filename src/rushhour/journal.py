@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from rushhour.errors import StorageError
+from rushhour.errors import GoalError, StorageError
 from rushhour.machine import Machine, describe
 from rushhour.measurement import Accuracy, Measurement, Reading, ServiceTimes
 from rushhour.storage import explained
@@ -63,7 +63,7 @@ class Journal:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 entry = msgspec.json.decode(line, type=Entry)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, GoalError, RecursionError) as error:
                 raise StorageError(
                     f"cannot read line {number} of {path}",
                     str(error),
@@ -105,11 +105,13 @@ class Journal:
     def _append(self, entry: Entry) -> None:
         with explained(f"write {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
+            # Unbuffered: a buffer that could not be written is tried again at the close, behind the truncation.
+            with self.path.open("ab", buffering=0) as file:
                 start = file.tell()
+                line = memoryview(msgspec.json.encode(entry) + b"\n")
                 try:
-                    file.write(msgspec.json.encode(entry) + b"\n")
-                    file.flush()
+                    while line:
+                        line = line[file.write(line) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.truncate(self.path, start)

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import DataError
+from rushhour.errors import DataError, RushhourError
 
 __all__ = ["Dataset", "Split", "load"]
 
@@ -34,7 +34,7 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
         from rushhour.data.arrays import load_npz
 
         return load_npz(path, seed=seed)
-    if path.is_dir():
+    if spec and path.is_dir():
         from rushhour.data.folder import load_folder
 
         return load_folder(path, size=size, seed=seed)
@@ -52,11 +52,13 @@ def _made(module: str, factory: str) -> Dataset:
     spec = f"{module}:{factory}"
     try:
         made = getattr(importlib.import_module(module), factory)()
-    except (DataError, KeyboardInterrupt):
+    except RushhourError:
         raise
     except Exception as error:  # the user's code can fail in any way
         raise DataError(
-            f"cannot load the data {spec}", f"{type(error).__name__}: {error}", "check the name and the function"
+            f"cannot load the data {spec}",
+            f"{type(error).__name__}: {error}",
+            "check the name, and that its folder is on PYTHONPATH",
         ) from error
     if not isinstance(made, Dataset):
         raise DataError(f"{spec} gave a {type(made).__name__}", "it must give a rushhour.data.Dataset", "return one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from rushhour.errors import DataError
 from rushhour.storage import explained
 from rushhour.task import Task
 
+_ENOUGH = 8_000_000
+"""Numbers to find means and deviations from; all of a large data set, as float64, would not fit into memory."""
+_DAMAGED = (ValueError, TypeError, EOFError, MemoryError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 _KEYS = "x_train, y_train, x_test, y_test (x_validation, y_validation), or x and y to be split"
 
 
@@ -37,11 +41,11 @@ def load_npz(file: Path, *, seed: int) -> Dataset:
     if "x" in arrays and "y" in arrays:
         parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name)
     elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
-        train, test = Split(arrays["x_train"], arrays["y_train"]), Split(arrays["x_test"], arrays["y_test"])
+        train, test = _pair(arrays, "train", file), _pair(arrays, "test", file)
         if {"x_validation", "y_validation"} <= arrays.keys():
-            parts = (train, Split(arrays["x_validation"], arrays["y_validation"]), test)
+            parts = (train, _pair(arrays, "validation", file), test)
         else:
-            kept, validation = _two(train, seed, 0.1)
+            kept, validation = held_out(train, (0.1,), seed=seed)
             parts = (kept, validation, test)
     else:
         raise DataError(f"{file} holds {', '.join(arrays) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays")
@@ -49,20 +53,45 @@ def load_npz(file: Path, *, seed: int) -> Dataset:
 
 
 def split(x: NDArray[Any], y: NDArray[Any], *, seed: int, name: str) -> tuple[Split, Split, Split]:
-    """80 / 10 / 10 in an order given by `seed`.
+    """80 / 10 / 10 in an order given by `seed`, with as much of every class in each.
 
     Raises:
         DataError: if samples and targets do not match, or there are too few.
     """
-    if len(x) != len(y) or len(x) < 10:
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) < 10:
         raise DataError(
-            f"{name} has {len(x)} samples and {len(y)} targets",
+            f"{name} has samples of shape {x.shape} and targets of shape {y.shape}",
             "each sample needs one target, and a split needs at least 10",
             "mend or add data",
         )
-    rest, test = _two(Split(x, y), seed, 0.1)
-    train, validation = _two(rest, seed + 1, 1 / 9)
+    train, validation, test = held_out(Split(x, y), (0.1, 0.1), seed=seed)
     return train, validation, test
+
+
+def held_out(whole: Split, shares: tuple[float, ...], *, seed: int) -> tuple[Split, ...]:
+    """What is left of `whole`, and parts held out of it: at random, and with whole-number labels stratified.
+
+    Args:
+        whole: two samples or more for each part.
+        shares: of the parts, each above 0; a part has one sample at least.
+        seed: of the choice.
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(whole.inputs))
+    if np.issubdtype(whole.targets.dtype, np.integer) and whole.targets.ndim == 1:
+        # Samples of a class, spread evenly over 0..1: whichever stretch is cut off has its share of every class, and
+        # the end that is kept has at least one of each.
+        _, label, count = np.unique(whole.targets[order], return_inverse=True, return_counts=True)
+        by_class = np.argsort(label, kind="stable")
+        rank = np.empty(len(order))
+        rank[by_class] = np.concatenate([[*(np.arange(1, n) - random.random()) / n, 1.0] for n in count])
+        order = order[np.argsort(rank, kind="stable")]
+    parts, at = [], 0
+    for share in shares:
+        end = at + max(1, round(share * len(order)))
+        parts.append(order[at:end])
+        at = end
+    return tuple(Split(whole.inputs[rows], whole.targets[rows]) for rows in (random.permutation(order[at:]), *parts))
 
 
 def from_splits(
@@ -82,6 +111,8 @@ def from_splits(
         TaskError: if there is only one class.
     """
     targets = [np.asarray(part.targets) for part in (train, validation, test)]
+    if not all(len(target) for target in targets):
+        raise DataError(f"a part of {name} is empty", "train, validation and test each need samples", "give more data")
     if all(np.issubdtype(target.dtype, np.integer) and target.ndim == 1 for target in targets):
         task = Task.classification(classes or _label_names(name, targets))
         parts = [Split(p.inputs, t.astype(np.int64)) for p, t in zip((train, validation, test), targets, strict=True)]
@@ -90,6 +121,12 @@ def from_splits(
         if not all(np.isfinite(value).all() for value in values):
             raise DataError(
                 f"targets of {name} hold NaN or infinity", "nothing can be learned from them", "remove them"
+            )
+        if len({value.shape[1] for value in values}) > 1:
+            raise DataError(
+                f"targets of {name} have {', '.join(str(value.shape[1]) for value in values)} values in its parts",
+                "the model gives the same number for every sample",
+                "mend the targets",
             )
         task = Task(kind="regression", outputs=values[0].shape[1])
         parts = [Split(p.inputs, v) for p, v in zip((train, validation, test), values, strict=True)]
@@ -111,22 +148,28 @@ def from_splits(
     )
 
 
+def _pair(arrays: dict[str, NDArray[Any]], part: str, file: Path) -> Split:
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise DataError(
+            f"x_{part} of {file} has the shape {x.shape}, and y_{part} {y.shape}",
+            "each sample needs exactly one target",
+            "mend the arrays",
+        )
+    return Split(x, y)
+
+
 def _arrays(file: Path) -> dict[str, NDArray[Any]]:
     if not file.is_file():
         raise DataError(f"there is no data at {file}", "the file does not exist", "check the path")
+    if not zipfile.is_zipfile(file):
+        raise DataError(f"cannot read {file}", "it is no .npz archive, or a part of it is missing", "save it anew")
     try:
         with explained(f"read {file}"), np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
-        why = "it holds Python objects, which would have to be unpickled" if "pickle" in str(error) else str(error)
+    except _DAMAGED as error:
+        why = "it holds Python objects, which would have to be unpickled" if "pickle" in str(error) else repr(error)
         raise DataError(f"cannot read {file}", why, "save plain arrays with numpy.savez") from error
-
-
-def _two(whole: Split, seed: int, share: float) -> tuple[Split, Split]:
-    order = np.random.default_rng(seed).permutation(len(whole.inputs))
-    cut = len(order) - max(1, round(share * len(order)))
-    first, second = order[:cut], order[cut:]
-    return Split(whole.inputs[first], whole.targets[first]), Split(whole.inputs[second], whole.targets[second])
 
 
 def _label_names(name: str, targets: list[NDArray[Any]]) -> tuple[str, ...]:
@@ -136,13 +179,14 @@ def _label_names(name: str, targets: list[NDArray[Any]]) -> tuple[str, ...]:
         missing = sorted(set(range(min(highest, 10_000))) - set(known.tolist()))[:5]
         raise DataError(
             f"labels of {name} have gaps",
-            f"they run from {known[0]} to {highest}, but training has none of {missing}",
+            f"they run from {known[0]} to {highest}"
+            + (f", but training has none of {', '.join(map(str, missing))}" if missing else ""),
             "number the classes from 0 without gaps",
         )
     for target in targets[1:]:
         if len(target) and (target.min() < 0 or target.max() > highest):
             raise DataError(
-                f"held-out labels of {name} run to {target.max()}",
+                f"held-out labels of {name} run from {target.min()} to {target.max()}",
                 f"training knows 0 to {highest}",
                 "hold out only classes that are trained",
             )
@@ -164,23 +208,24 @@ def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
 
 def _preprocessing(inputs: NDArray[Any]) -> Preprocessing:
     """Pictures are scaled to 0..1 and normalised by channel; plain features by feature; other shapes stay."""
-    some = inputs[:: max(1, len(inputs) // 10_000)]
+    some = inputs[:: max(1, min(len(inputs), inputs.size // _ENOUGH))]
     if inputs.dtype == np.uint8 and inputs.ndim == 4:
         pixels = some.reshape(-1, inputs.shape[-1]).astype(np.float64) / 255
-        return Preprocessing(1 / 255, _rounded(pixels.mean(axis=0)), _spread(pixels), "NHWC->NCHW")
+        return Preprocessing(1 / 255, *_normal(pixels), layout="NHWC->NCHW")
     if inputs.ndim == 2:
-        features = some.astype(np.float64)
-        return Preprocessing(1.0, _rounded(features.mean(axis=0)), _spread(features))
+        return Preprocessing(1.0, *_normal(some.astype(np.float64)))
     return Preprocessing(scale=1 / 255 if inputs.dtype == np.uint8 else 1.0)
 
 
-def _rounded(values: NDArray[Any]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.4g}") for value in values)
+def _normal(values: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and standard deviations by column, in the digits that float32 has; 1 for what never changes.
 
-
-def _spread(values: NDArray[Any]) -> tuple[float, ...]:
-    """Standard deviations; 1 for what never changes, which cannot be scaled."""
-    return tuple(value if value > 0 else 1.0 for value in _rounded(values.std(axis=0)))
+    What changes less than float32 can tell counts as never: divided by so little, its rounding would fill the scale.
+    """
+    means, spreads = values.mean(axis=0), values.std(axis=0)
+    spreads = np.where(spreads > 1e-7 * np.maximum(np.abs(means), 1e-7), spreads, 1.0)
+    mean, std = (tuple(float(f"{value:.8g}") for value in column) for column in (means, spreads))
+    return mean, std
 
 
 def _fingerprint(parts: list[Split], task: Task) -> str:

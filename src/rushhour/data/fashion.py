@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
+import io
 import os
 import shutil
 import struct
 import subprocess
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import DataError
+from rushhour.errors import DataError, StorageError
 from rushhour.storage import write_whole
 from rushhour.task import Task
 
@@ -43,8 +44,11 @@ _FILES = {
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _PACKAGE = "dataset-fashion-mnist"
 _HOME = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
+_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 _VALIDATION = 5_000
 _SECONDS = 20
+_LARGEST = 64_000_000
+"""Bytes of a file, packed or not, that anyone can make us hold; the largest real one has 47 million."""
 
 Run = Callable[[list[str], Path], None]
 """Runs a command in a folder; raises OSError or subprocess.SubprocessError if it fails."""
@@ -82,13 +86,15 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rushhour"
 
 
-def find(cached: Path, *, debian: Path = _DEBIAN, home: str = _HOME, run: Run | None = None) -> Path:
+def find(
+    cached: Path, *, debian: Path = _DEBIAN, homes: tuple[str, ...] = (_HOME, _MIRROR), run: Run | None = None
+) -> Path:
     """The folder with the four files, fetched into `cached` if they are nowhere yet.
 
     Args:
         cached: the cache's folder.
         debian: where Debian's package puts them.
-        home: the URL they are fetched from.
+        homes: the URLs they are fetched from, first come first.
         run: runs Debian's tools; a seam for tests.
 
     Raises:
@@ -99,24 +105,25 @@ def find(cached: Path, *, debian: Path = _DEBIAN, home: str = _HOME, run: Run | 
         if all((folder / name).is_file() for name in _FILES):
             return folder
     tried = [str(own), str(debian)]
-    ways = {home: partial(_download, home, own), f"apt-get download {_PACKAGE}": partial(_unpack, own, run or _run)}
+    ways = {home: partial(_download, home, own) for home in homes}
+    ways[f"apt-get download {_PACKAGE}"] = partial(_unpack, own, run or _run)
     for way, get in ways.items():
         try:
             get()
             return own
-        except (OSError, subprocess.SubprocessError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException, subprocess.SubprocessError, StorageError) as error:
             tried.append(f"{way} ({' '.join(str(error).split()) or type(error).__name__})")
     raise DataError(
         "Fashion-MNIST is nowhere to be had",
         f"tried {'; '.join(tried)}",
-        f"run `apt-get install {_PACKAGE}`, or put its four .gz files into {own}",
+        f"run `apt-get install {_PACKAGE}`, or put its four .gz files into {own} (RUSHHOUR_DATA names another place)",
     )
 
 
 def _download(home: str, folder: Path) -> None:
     for name, checksum in _FILES.items():
         with urllib.request.urlopen(f"{home}/{name}", timeout=_SECONDS) as response:
-            _keep(folder / name, response.read(), checksum, f"{home}/{name}")
+            _keep(folder / name, response.read(_LARGEST), checksum, f"{home}/{name}")
 
 
 def _unpack(folder: Path, run: Run) -> None:
@@ -130,8 +137,10 @@ def _unpack(folder: Path, run: Run) -> None:
                 raise
             run(["apt-get", "update", "-qq"], at)
             run(["apt-get", "download", "-qq", _PACKAGE], at)
-        (package,) = at.glob("*.deb")
-        run(["dpkg-deb", "-x", str(package), "unpacked"], at)
+        packages = [str(file) for file in at.glob("*.deb")]
+        if not packages:
+            raise FileNotFoundError("apt-get left no package")
+        run(["dpkg-deb", "-x", packages[0], "unpacked"], at)
         for name, checksum in _FILES.items():
             _keep(folder / name, (at / "unpacked" / _DEBIAN.relative_to("/") / name).read_bytes(), checksum, _PACKAGE)
 
@@ -145,7 +154,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 def _keep(file: Path, content: bytes, checksum: str, source: str) -> None:
     try:
-        found = hashlib.sha256(gzip.decompress(content)).hexdigest()
+        found = hashlib.sha256(gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST)).hexdigest()
     except (OSError, EOFError, zlib.error) as error:
         raise OSError(f"{source} is no gzip file: {error}") from error
     if found != checksum:
@@ -157,12 +166,13 @@ def _read(file: Path, dimensions: int) -> NDArray[Any]:
     """An IDX file of unsigned bytes (yann.lecun.com/exdb/mnist): shape from its header."""
     try:
         with gzip.open(file) as stream:
-            content = stream.read()
+            content = stream.read(_LARGEST)
         if hashlib.sha256(content).hexdigest() != _FILES[file.name]:
             raise ValueError("its content is not Fashion-MNIST's: the SHA-256 differs")
         magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
         if magic != 0x0800 + dimensions:
             raise ValueError(f"its magic number is {magic:#x}")
-        return np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+        # A copy, because what torch shares must be writable.
+        return np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(f"cannot read {file}", str(error), "delete it, and it is fetched again") from error

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from rushhour.data.arrays import from_splits, split
+from rushhour.data.arrays import from_splits, held_out, split
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError
 from rushhour.machine import cores
+from rushhour.storage import explained
+from rushhour.task import Task
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 _MAX_PIXELS = 64_000_000
@@ -46,35 +48,41 @@ def load_folder(folder: Path, *, size: tuple[int, int] | None, seed: int) -> Dat
                     f"train has {', '.join(classes)}",
                     "give every part the same classes",
                 )
+    elif (folder / "train").is_dir():
+        raise DataError(
+            f"{folder} has a folder train but no folder test",
+            "a data set that is split needs train and test, and may have validation",
+            "name its folders so, or put all classes side by side to have them split",
+        )
     else:
         listed = {"all": _classes(folder)}
         classes = tuple(listed["all"])
+    Task.classification(classes)  # one class is refused before all its pictures are read
     files = [file for by_class in listed.values() for pictures in by_class.values() for file in pictures]
-    mode, size = _form(files, size)
-    loaded = {part: _load(by_class, mode, size) for part, by_class in listed.items()}
+    with warnings.catch_warnings():
+        # Here and not in `_opened`: filters are the process's, and threads that set them undo each other.
+        warnings.simplefilter("ignore")
+        mode, size = _form(files, size)
+        loaded = {part: _load(by_class, mode, size) for part, by_class in listed.items()}
     if "all" in loaded:
         parts = split(loaded["all"].inputs, loaded["all"].targets, seed=seed, name=folder.name)
     elif "validation" in loaded:
         parts = (loaded["train"], loaded["validation"], loaded["test"])
     else:
-        order = np.random.default_rng(seed).permutation(len(loaded["train"]))
-        held = max(1, len(order) // 10)
-        whole = loaded["train"]
-        kept, validation = order[:-held], order[-held:]
-        parts = (
-            Split(whole.inputs[kept], whole.targets[kept]),
-            Split(whole.inputs[validation], whole.targets[validation]),
-            loaded["test"],
-        )
+        kept, validation = held_out(loaded["train"], (0.1,), seed=seed)
+        parts = (kept, validation, loaded["test"])
     return from_splits(folder.resolve().name, *parts, classes=classes)
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Class -> its pictures, both in order of their names."""
     found: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
-            found[entry.name] = sorted(file for file in entry.iterdir() if file.suffix.lower() in SUFFIXES)
+    with explained(f"read {folder}"):
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and not entry.name.startswith("."):
+                found[entry.name] = sorted(
+                    file for file in entry.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."
+                )
     if not found:
         raise DataError(
             f"{folder} has no classes", "it holds no folders", f"put the pictures of each class into {folder}/CLASS/"
@@ -94,7 +102,7 @@ def _form(files: list[Path], size: tuple[int, int] | None) -> tuple[str, tuple[i
     modes = set()
     for file in files[:: max(1, len(files) // 100)]:
         with _opened(file) as picture:
-            modes.add(picture.mode in ("L", "1", "I;16"))
+            modes.add(picture.mode in ("L", "1") or picture.mode.startswith("I"))
             size = size or (picture.height, picture.width)
     assert size is not None
     return ("L" if modes == {True} else "RGB"), size
@@ -104,43 +112,33 @@ def _load(by_class: dict[str, list[Path]], mode: str, size: tuple[int, int]) -> 
     files = [file for pictures in by_class.values() for file in pictures]
     labels = np.repeat(np.arange(len(by_class)), [len(pictures) for pictures in by_class.values()])
 
-    def read(file: Path) -> NDArray[Any]:
-        with _opened(file) as picture:
+    pictures = np.empty((len(files), *size, 1 if mode == "L" else 3), np.uint8)
+
+    def read(index: int) -> None:
+        with _opened(files[index]) as picture:
+            if picture.mode.startswith("I"):  # 16 bits of grey; Pillow would clip them to 8
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65_535) >> 8).astype(np.uint8))
             converted = picture.convert(mode)
             if (converted.height, converted.width) != size:
                 converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            return np.asarray(converted, dtype=np.uint8).reshape(*size, -1)
+            pictures[index] = np.asarray(converted).reshape(*size, -1)
 
     with ThreadPoolExecutor(cores()) as pool:
-        return Split(np.stack(list(pool.map(read, files))), labels.astype(np.int64))
+        for _ in pool.map(read, range(len(files))):
+            pass
+    return Split(pictures, labels.astype(np.int64))
 
 
-class _opened:
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
     """An opened picture whose pixels are loaded; what goes wrong becomes a `DataError` that names the file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> Image.Image:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                self._image = Image.open(self._file)
-                if self._image.width * self._image.height > _MAX_PIXELS:
-                    raise ValueError(f"it has {self._image.width}x{self._image.height} pixels")
-                self._image.load()
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-            Warning,
-        ) as error:
-            raise DataError(
-                f"cannot read the picture {self._file}", str(error), "mend it, or take it out of the folder"
-            ) from error
-        return self._image
-
-    def __exit__(self, *failure: object) -> None:
-        self._image.close()
+    try:
+        with Image.open(file) as picture:
+            if picture.width * picture.height > _MAX_PIXELS:
+                raise ValueError(f"it has {picture.width}x{picture.height} pixels, and {_MAX_PIXELS:,} are allowed")
+            picture.load()
+            yield picture
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"cannot read the picture {file}", str(error), "mend it, or take it out of the folder"
+        ) from error

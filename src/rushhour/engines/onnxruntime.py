@@ -1,0 +1,169 @@
+"""ONNX Runtime: a thread for each stream, on a session of its own or on one they share."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rushhour.bundle import Bundle, Signature, TensorSpec
+from rushhour.engines.engine import EngineConfig, Slot
+from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
+from rushhour.errors import EngineError
+from rushhour.telemetry import keep_home
+
+_SPINNING = "session.intra_op.allow_spinning"
+
+
+class OnnxRuntimeEngine:
+    """A bundle on ONNX Runtime's CPU provider.
+
+    With one thread a stream, all streams share a session and so its weights; with more, each has its own session,
+    because a session has one pool of threads and the streams would queue for it.
+
+    Args:
+        bundle: what to run.
+        config: how; f32, or int8 of a quantised bundle.
+
+    Raises:
+        EngineError: if ONNX Runtime is not installed, has no such precision, or cannot run the graph.
+    """
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        ort = _onnxruntime()
+        if config.precision == "bf16":
+            raise EngineError(
+                "cannot run in bf16 on onnxruntime",
+                "its CPU kernels compute in f32 or int8",
+                "ask for f32, or for bf16 on openvino",
+            )
+        check_precision(bundle, config)
+        self._signature = bundle.manifest.signature
+        self._config = config
+        shared = config.threads == 1
+        try:
+            sessions = [_session(ort, bundle, config.threads) for _ in range(1 if shared else config.streams)]
+        except Exception as error:  # its exceptions have no base of their own
+            raise EngineError(
+                f"ONNX Runtime cannot run the bundle {bundle.manifest.name}",
+                f"{type(error).__name__}: {error}",
+                "try the engine openvino",
+            ) from error
+        _check_tensors(sessions[0], self._signature, bundle)
+        self._slots: list[_Run] = []
+        atexit.register(self.close)
+        try:
+            for index in range(config.streams):
+                session = sessions[index % len(sessions)]
+                self._slots.append(_Run(session, self._signature, config.max_batch, f"onnxruntime-{index}"))
+            warm_up(bundle, self._slots, (1, config.max_batch))
+        except BaseException:
+            self.close()
+            raise
+        options = sessions[0].get_session_options()
+        self._effective = {
+            "engine": f"onnxruntime {ort.__version__}",
+            "precision": config.precision,
+            "streams": str(len(self._slots)),
+            "threads": str(options.intra_op_num_threads),
+            "max_batch": str(config.max_batch),
+            "sessions": str(len(sessions)),
+            # A pool that spins takes the cores from the event loop that fills the next batch.
+            "spinning": "off" if options.get_session_config_entry(_SPINNING) == "0" else "on",
+            "provider": ", ".join(sessions[0].get_providers()),
+        }
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        return self._signature
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was asked for."""
+        return self._config
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """What is in force, as ONNX Runtime reports it."""
+        return self._effective
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """One per stream."""
+        return self._slots
+
+    def close(self) -> None:
+        """Finish the batches that run, call their `done`, end the threads. May be called again."""
+        for slot in self._slots:
+            slot.close()
+        atexit.unregister(self.close)
+
+
+class _Run(Stream):
+    """Runs on the stream's thread, bound to the stream's own buffers: nothing is copied."""
+
+    def __init__(self, session: Any, signature: Signature, max_batch: int, name: str) -> None:
+        super().__init__(signature, max_batch, name)
+        self._session = session
+        self._bindings: dict[int, Any] = {}
+
+    def _finish(self, rows: int) -> None:
+        binding = self._bindings.get(rows)
+        if binding is None:
+            binding = self._bindings[rows] = self._bind(rows)
+        self._session.run_with_iobinding(binding)
+
+    def _bind(self, rows: int) -> Any:
+        binding = self._session.io_binding()
+        for bind, arrays in ((binding.bind_input, self._inputs), (binding.bind_output, self._answers)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, (rows, *array.shape[1:]), array.ctypes.data)
+        return binding
+
+    def close(self) -> None:
+        super().close()
+        self._bindings, self._session = {}, None
+
+
+def _onnxruntime() -> Any:
+    keep_home()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError("the engine onnxruntime is not there", str(error), INSTALL.format("onnxruntime")) from error
+    return onnxruntime
+
+
+def _session(ort: Any, bundle: Bundle, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry(_SPINNING, "0")
+    options.log_severity_level = 4  # what goes wrong is raised; a second copy on the screen helps nobody
+    return ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
+
+
+def _check_tensors(session: Any, signature: Signature, bundle: Bundle) -> None:
+    """Raise unless the graph's tensors are those that the bundle's signature says."""
+    for nodes, specs in ((session.get_inputs(), signature.inputs), (session.get_outputs(), signature.outputs)):
+        found = {node.name: node for node in nodes}
+        for spec in specs:
+            node = found.get(spec.name)
+            if node is None or not _fits(node, spec):
+                raise EngineError(
+                    f"the graph of {bundle.manifest.name} has no tensor {spec.name} of {spec.dtype}{spec.shape}",
+                    f"it has {', '.join(f'{node.name} {node.type}{node.shape}' for node in nodes)}",
+                    "make the bundle anew",
+                )
+
+
+def _fits(node: Any, spec: TensorSpec) -> bool:
+    dtype = {"float32": "float", "float64": "double"}.get(spec.dtype, spec.dtype)
+    if len(node.shape) != len(spec.shape) + 1 or node.type != f"tensor({dtype})":
+        return False
+    # A dimension that is not known before the run has a name instead of a number, and is left to the run.
+    return all(
+        not isinstance(found, int) or found == wanted for found, wanted in zip(node.shape[1:], spec.shape, strict=True)
+    )

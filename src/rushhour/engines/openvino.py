@@ -1,0 +1,322 @@
+"""OpenVINO: compiled for the batch sizes that matter, an infer request for each size on each stream."""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from rushhour.bundle import Bundle, Signature, TensorSpec
+from rushhour.engines.engine import EngineConfig, Slot
+from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
+from rushhour.errors import EngineError
+from rushhour.telemetry import keep_home
+
+_HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
+"""`INFERENCE_PRECISION_HINT`. What is not quantised in an int8 graph runs in f32, so that the accuracy that was
+measured is the same on machines with and without bf16."""
+
+_HEAVY = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
+_COPIES_BYTES = 512 * 2**20
+"""Memory for weights beyond the first copy: every compiled size has its own."""
+_WARM_UP_S = 3.0
+_SLOW_S = 0.05
+"""A batch that takes this long does not notice a tenth of a millisecond."""
+
+
+class OpenVINOEngine:
+    """A bundle on OpenVINO's CPU plugin.
+
+    A graph that is compiled for one batch size runs faster than one for any size, by 0.1 to 0.3 ms a batch: half the
+    time of a small network (docs/decisions). So 1, 2, 4 ... and `max_batch` are compiled by themselves, as far as
+    memory allows; sizes between them run on a dynamic graph, or filled up to the next size where that was measured to
+    be faster. Everything is run before the constructor returns, because first runs take milliseconds more.
+
+    Args:
+        bundle: what to run.
+        config: how; int8 needs a quantised bundle, and runs the rest of it in f32.
+
+    Raises:
+        EngineError: if OpenVINO is not installed, cannot run the graph at every batch size, or did not take an option.
+    """
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        ov = _openvino()
+        check_precision(bundle, config)
+        self._signature = bundle.manifest.signature
+        self._config = config
+        sizes = _static_sizes(config.max_batch, bundle.model_bytes)
+        between = [rows for rows in range(1, config.max_batch + 1) if rows not in sizes]
+        try:
+            graphs = {size: _compile(ov, bundle, config, ov.Dimension(size)) for size in sizes}
+            if between:
+                graphs[0] = _compile(ov, bundle, config, ov.Dimension(1, config.max_batch))
+        except RuntimeError as error:
+            raise _refused(bundle, error) from error
+        compiled = next(iter(graphs.values()))
+        layers = _layers(compiled)
+        _check_options(compiled, config)
+        if config.precision == "int8" and not any("8" in precision for precision in layers):
+            raise EngineError(
+                f"cannot run the bundle {bundle.manifest.name} in int8",
+                f"OpenVINO runs all its heavy layers in {', '.join(layers)} on this machine",
+                "serve the f32 bundle instead",
+            )
+        routes = {rows: rows if rows in sizes else 0 for rows in range(1, config.max_batch + 1)}
+        self._slots: list[_Requests] = []
+        atexit.register(self.close)
+        try:
+            for index in range(config.streams):
+                self._slots.append(
+                    _Requests(ov, graphs, routes, self._signature, config.max_batch, f"openvino-{index}")
+                )
+            warm = warm_up(bundle, self._slots, sizes) if sizes else 0
+            if sizes and between:
+                _fill_up(self._slots[0], routes, sizes, between)
+            if between:
+                warm += warm_up(bundle, self._slots, between, _WARM_UP_S)
+        except RuntimeError as error:
+            self.close()
+            raise _refused(bundle, error) from error
+        except BaseException:
+            self.close()
+            raise
+        self._effective = {
+            "engine": f"openvino {ov.__version__.partition('-')[0]}",
+            "precision": config.precision,
+            "heavy layers": ", ".join(f"{count} in {precision}" for precision, count in sorted(layers.items())),
+            "streams": str(compiled.get_property("NUM_STREAMS")),
+            "threads": str(int(compiled.get_property("INFERENCE_NUM_THREADS")) // config.streams),
+            "max_batch": str(config.max_batch),
+            "batch sizes compiled": ", ".join(map(str, sorted(sizes))) + (" and dynamic" if between else ""),
+            "batch sizes filled up": ", ".join(str(rows) for rows, size in routes.items() if size > rows) or "none",
+            "batch sizes run before the first request": str(warm),
+            # Several cells and the load generator share the machine; pinned threads would meet on the same cores.
+            "cpu pinning": "on" if compiled.get_property("ENABLE_CPU_PINNING") else "off",
+        }
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        return self._signature
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was asked for."""
+        return self._config
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """What is in force, as OpenVINO reports it."""
+        return self._effective
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """One per stream."""
+        return self._slots
+
+    def close(self) -> None:
+        """Finish the batches that run, call their `done`, end the threads. May be called again."""
+        for slot in self._slots:
+            slot.close()
+        atexit.unregister(self.close)
+
+
+class _Requests(Stream):
+    """Infer requests that read from and write to the stream's own buffers: nothing is copied.
+
+    Args:
+        graphs: size -> compiled for it; 0 for the dynamic one.
+        routes: rows of a batch -> the graph it runs on; a larger one computes what lies in the buffer behind the batch,
+            and nobody reads that.
+    """
+
+    def __init__(
+        self, ov: Any, graphs: dict[int, Any], routes: dict[int, int], signature: Signature, max_batch: int, name: str
+    ) -> None:
+        super().__init__(signature, max_batch, name)
+        self._ov = ov
+        self._routes = routes
+        self._requests = {size: graph.create_infer_request() for size, graph in graphs.items()}
+        self._bound: dict[int, list[tuple[Any, Any]]] = {}
+        self._dynamic_rows = 0
+        for size in self._requests:
+            if size:
+                self._bind(self._requests[size], size)
+
+    def _launch(self, rows: int) -> None:
+        size = self._routes[rows]
+        request = self._running = self._requests[size]
+        if not size and rows != self._dynamic_rows:
+            self._bind(request, rows)
+            self._dynamic_rows = rows
+        request.start_async()
+
+    def _finish(self, rows: int) -> None:
+        self._running.wait()
+
+    def _bind(self, request: Any, rows: int) -> None:
+        """Point a request at the first `rows` rows of the buffers."""
+        tensors = self._bound.get(rows)
+        if tensors is None:
+            arrays = {**self._inputs, **self._answers}
+            tensors = [(name, self._ov.Tensor(array[:rows], shared_memory=True)) for name, array in arrays.items()]
+            self._bound[rows] = tensors
+        for name, tensor in tensors:
+            request.set_tensor(name, tensor)
+
+    def close(self) -> None:
+        super().close()
+        self._bound, self._requests, self._running = {}, {}, None
+
+
+def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
+    """The batch sizes to compile by themselves, those that matter most first; few or none for a large model.
+
+    Under load batches are of `max_batch`, on a quiet day of 1.
+    """
+    powers = [2**power for power in range(max_batch.bit_length() - 1, 0, -1)]
+    copies = _COPIES_BYTES // max(1, model_bytes)
+    return list(dict.fromkeys((max_batch, 1, *powers)))[:copies] if copies or max_batch > 1 else [1]
+
+
+def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any) -> Any:
+    core, signature = ov.Core(), bundle.manifest.signature
+    model = core.read_model(bundle.model)
+    model.reshape({spec.name: ov.PartialShape([batch, *spec.shape]) for spec in signature.inputs})
+    compiled = core.compile_model(model, "CPU", _options(config))
+    _check_tensors(compiled, signature, bundle)
+    return compiled
+
+
+def _fill_up(slot: _Requests, routes: dict[int, int], sizes: Sequence[int], between: Sequence[int]) -> None:
+    """Route sizes that were not compiled to the next larger one where it takes no longer than the dynamic graph.
+
+    The dynamic graph is timed at the compiled sizes, each time at another than before: it prepares itself anew when
+    the size changes, and in service it mostly does.
+    """
+    ladder = sorted(sizes)
+    if _seconds(slot, ladder[-1]) > _SLOW_S:
+        return
+    static, dynamic = ([min(times) for times in zip(*rounds, strict=True)] for rounds in _timed(slot, routes, ladder))
+    for rows in between:
+        size = ladder[int(np.searchsorted(ladder, rows))]
+        if static[ladder.index(size)] <= np.interp(rows, ladder, dynamic):
+            routes[rows] = size
+
+
+def _timed(slot: _Requests, routes: dict[int, int], ladder: list[int]) -> tuple[list[list[float]], list[list[float]]]:
+    """Three rounds of times at every size of `ladder`, on the graphs compiled for them and on the dynamic one."""
+    rounds: tuple[list[list[float]], list[list[float]]] = [], []
+    for size in ladder:
+        routes[size] = 0
+    for _ in range(4):
+        rounds[1].append([_seconds(slot, size) for size in ladder])
+    for size in ladder:
+        routes[size] = size
+    for _ in range(4):
+        rounds[0].append([_seconds(slot, size) for size in ladder])
+    return rounds
+
+
+def _seconds(slot: _Requests, rows: int) -> float:
+    finished: SimpleQueue[BaseException | None] = SimpleQueue()
+    begin = time.perf_counter()
+    slot.start(rows, finished.put)
+    error = finished.get()
+    if error is not None:
+        raise error
+    return time.perf_counter() - begin
+
+
+def _openvino() -> Any:
+    keep_home()
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError("the engine openvino is not there", str(error), INSTALL.format("openvino")) from error
+    return openvino
+
+
+def _options(config: EngineConfig) -> dict[str, object]:
+    """All that decides speed or answers, said explicitly; OpenVINO's own choices depend on the machine."""
+    return {
+        "INFERENCE_PRECISION_HINT": _HINT[config.precision],
+        "NUM_STREAMS": config.streams,
+        "INFERENCE_NUM_THREADS": config.streams * config.threads,
+        "PERFORMANCE_HINT": "LATENCY" if config.streams == 1 else "THROUGHPUT",
+        "PERFORMANCE_HINT_NUM_REQUESTS": config.streams,
+        "ENABLE_CPU_PINNING": False,
+        "ENABLE_CPU_RESERVATION": False,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # answers would change with the batch they come in
+    }
+
+
+def _check_options(compiled: Any, config: EngineConfig) -> None:
+    """Raise unless what was asked for is in force: OpenVINO lowers what it cannot do without a word."""
+    names = {"f32": "float32", "bf16": "bfloat16"}
+    threads = config.streams * config.threads
+    for name, wanted in (
+        ("INFERENCE_PRECISION_HINT", names[_HINT[config.precision]]),
+        ("NUM_STREAMS", str(config.streams)),
+        ("INFERENCE_NUM_THREADS", str(threads)),
+        ("ENABLE_CPU_PINNING", "False"),
+    ):
+        value = compiled.get_property(name)
+        found = value.get_type_name() if hasattr(value, "get_type_name") else str(value)
+        if found in ("f32", "bf16"):
+            found = names[found]
+        if found != wanted:
+            raise EngineError(
+                f"OpenVINO did not take {name} = {wanted}",
+                f"it runs with {found} on this machine",
+                f"ask for fewer streams and threads ({config.streams} x {config.threads} = {threads})"
+                if "NUM" in name
+                else "ask for another precision, such as f32",
+            )
+
+
+def _check_tensors(compiled: Any, signature: Signature, bundle: Bundle) -> None:
+    """Raise unless the graph's tensors are those that the bundle's signature says."""
+    for ports, specs in ((compiled.inputs, signature.inputs), (compiled.outputs, signature.outputs)):
+        found = {port.any_name: port for port in ports}
+        for spec in specs:
+            port = found.get(spec.name)
+            if port is None or not _fits(port, spec):
+                raise EngineError(
+                    f"the graph of {bundle.manifest.name} has no tensor {spec.name} of {spec.dtype}{spec.shape}",
+                    f"it has {', '.join(str(port) for port in ports)}",
+                    "make the bundle anew",
+                )
+
+
+def _fits(port: Any, spec: TensorSpec) -> bool:
+    shape = port.partial_shape
+    if len(shape) != len(spec.shape) + 1 or np.dtype(port.element_type.to_dtype()) != np.dtype(spec.dtype):
+        return False
+    # A dimension that is not known before the run is left to the run.
+    return all(shape[axis + 1].is_dynamic or shape[axis + 1] == length for axis, length in enumerate(spec.shape))
+
+
+def _layers(compiled: Any) -> Counter[str]:
+    """The precisions that the heavy layers run in, with their number."""
+    found: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        if facts["layerType"].astype(str) in _HEAVY:
+            found[facts["runtimePrecision"].astype(str)] += 1
+    return found
+
+
+def _refused(bundle: Bundle, error: RuntimeError) -> EngineError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return EngineError(
+        f"OpenVINO cannot run the bundle {bundle.manifest.name}",
+        lines[-1] if lines else repr(error),
+        "try the engine onnxruntime",
+    )

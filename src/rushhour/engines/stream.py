@@ -1,0 +1,173 @@
+"""What the engines share: a stream's buffers, its thread, and the rules that every slot keeps."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.bundle import Bundle, Signature
+from rushhour.engines.engine import Done, EngineConfig, Slot
+from rushhour.errors import EngineError
+
+INSTALL: Final = "install it with `pip install {}`, or choose another engine"
+
+
+class Stream(abc.ABC):
+    """A `Slot` with buffers of its own, and a thread that brings the answers.
+
+    The answers are brought by a thread, not by a callback of the engine: an engine's own thread that waits for
+    Python's lock cannot compute, and what goes wrong in it is lost.
+
+    Args:
+        signature: of the model; decides the buffers.
+        max_batch: samples in one batch, at most.
+        name: of the thread.
+    """
+
+    def __init__(self, signature: Signature, max_batch: int, name: str) -> None:
+        self._max_batch = max_batch
+        self._inputs: dict[str, NDArray[Any]] = {
+            spec.name: np.zeros((max_batch, *spec.shape), spec.dtype) for spec in signature.inputs
+        }
+        self._answers: dict[str, NDArray[Any]] = {
+            spec.name: np.zeros((max_batch, *spec.shape), spec.dtype) for spec in signature.outputs
+        }
+        self._views = [{key: array[:rows] for key, array in self._answers.items()} for rows in range(max_batch + 1)]
+        self._rows = 0
+        self._closed = False
+        self._door = threading.Lock()  # a batch is either queued before the thread is told to end, or refused
+        self._started: SimpleQueue[tuple[int, Done] | None] = SimpleQueue()
+        # A daemon, so that a caller who forgets to close cannot keep the program from ending.
+        self._thread = threading.Thread(target=self._bring, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        """As `Slot.inputs`."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[Any]]:
+        """As `Slot.outputs`."""
+        return self._views[self._rows]
+
+    def start(self, rows: int, done: Done) -> None:
+        """As `Slot.start`.
+
+        Raises:
+            EngineError: if the engine is closed, or `rows` is not in 1..max_batch. `done` is then not called.
+        """
+        if not 0 < rows <= self._max_batch:
+            raise EngineError(
+                f"cannot run a batch of {rows} samples",
+                f"this engine was compiled for 1 to {self._max_batch}",
+                "split the batch, or raise max_batch",
+            )
+        with self._door:
+            if self._closed:
+                raise EngineError("cannot run a batch", "the engine is closed", "open it again")
+            try:
+                self._launch(rows)
+            except Exception as error:
+                raise _explain(error) from error
+            self._started.put((rows, done))
+
+    def close(self) -> None:
+        """Finish the batch that runs, call its `done`, end the thread. May be called again."""
+        with self._door:
+            if not self._closed:
+                self._closed = True
+                self._started.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _bring(self) -> None:
+        """The thread: one batch after another, until told to end."""
+        self._enter()
+        while (batch := self._started.get()) is not None:
+            rows, done = batch
+            failure: EngineError | None = None
+            try:
+                self._finish(rows)
+                self._rows = rows
+            except Exception as error:
+                failure = _explain(error)
+            # What a caller's `done` raises is the caller's; the stream must live to bring the next batch.
+            with contextlib.suppress(Exception):
+                done(failure)
+            del batch, done, failure  # nothing of a request outlives it while the thread waits for the next
+
+    def _enter(self) -> None:  # noqa: B027 - most engines have nothing to prepare
+        """Prepare the thread; called once, on it."""
+
+    def _launch(self, rows: int) -> None:  # noqa: B027 - most engines compute on the thread
+        """Begin to compute the first `rows` samples; called by `start` and must return at once."""
+
+    @abc.abstractmethod
+    def _finish(self, rows: int) -> None:
+        """Return when the answers to the first `rows` samples are in `_answers`; called on the thread."""
+
+
+def check_precision(bundle: Bundle, config: EngineConfig) -> None:
+    """Raise unless `bundle` can be run in the precision that `config` asks for.
+
+    Raises:
+        EngineError: for int8 of a graph that is not quantised, or anything else of one that is.
+    """
+    held, asked = bundle.manifest.precision, config.precision
+    if (held == "int8") != (asked == "int8"):
+        raise EngineError(
+            f"cannot run the bundle {bundle.manifest.name} in {asked}",
+            "its graph is quantised to int8" if held == "int8" else f"its graph is {held}, not quantised",
+            "ask for int8, or take the bundle it was made from"
+            if held == "int8"
+            else "quantise it first with `rushhour compress`, or ask for f32",
+        )
+
+
+def warm_up(bundle: Bundle, slots: Sequence[Slot], sizes: Iterable[int], seconds: float = math.inf) -> int:
+    """Run the bundle's samples in batches of `sizes` on all slots at once; how many sizes it was.
+
+    Engines prepare on first use, and a user must not be the first. Also shows whether the graph runs at all.
+
+    Args:
+        seconds: after these no further size is begun; the smallest and the largest are always run, because there a
+            graph with a fixed batch inside fails.
+
+    Raises:
+        EngineError: if a batch fails.
+    """
+    samples = bundle.samples()
+    for slot in slots:
+        for name, buffer in slot.inputs.items():
+            buffer[:] = np.resize(samples[name], buffer.shape)
+    ordered = sorted(sizes)
+    end = time.monotonic() + seconds
+    for warm, rows in enumerate(dict.fromkeys((ordered[0], ordered[-1], *ordered))):
+        if warm >= 2 and time.monotonic() > end:
+            return warm
+        finished: SimpleQueue[BaseException | None] = SimpleQueue()
+        for slot in slots:
+            slot.start(rows, finished.put)
+        for error in [finished.get() for _ in slots]:
+            if error is not None:
+                raise error
+    return len(ordered)
+
+
+def _explain(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    explained = EngineError("the engine failed on a batch", f"{type(error).__name__}: {' '.join(lines)}")
+    explained.__cause__ = error
+    return explained

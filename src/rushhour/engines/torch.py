@@ -1,0 +1,140 @@
+"""torch, eager: the baseline that a user has today."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from rushhour.bundle import Bundle, Signature
+from rushhour.engines.engine import EngineConfig, Slot
+from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
+from rushhour.errors import EngineError
+from rushhour.machine import describe
+
+
+class TorchEngine:
+    """A bundle's torch module, run as it is, a thread for each stream.
+
+    The number of threads is a setting of the process: while an engine is open, other torch code beside it runs with
+    as many; `close` puts it back.
+
+    Args:
+        bundle: must carry its torch module (source and weights).
+        config: how; f32 or bf16 (autocast).
+        trusted: factories (`module:factory`) outside `rushhour.models` that may be imported.
+
+    Raises:
+        EngineError: if torch is not installed, or has no such precision here.
+        ModelError: if the bundle carries no torch module, or it cannot be built.
+    """
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, trusted: tuple[str, ...] = ()) -> None:
+        torch = _torch()
+        if config.precision == "int8":
+            raise EngineError(
+                "cannot run in int8 on torch", "it has no int8 kernels for a quantised ONNX graph", "ask for openvino"
+            )
+        check_precision(bundle, config)
+        features = describe().features
+        if config.precision == "bf16" and "avx2" in features and not {"avx512_bf16", "amx_bf16"} & set(features):
+            raise EngineError(
+                "cannot run in bf16 on torch",
+                "this processor has no bf16 instructions, and torch would emulate them, slower than f32",
+                "ask for f32",
+            )
+        from rushhour.models.deployed import load_deployed
+
+        module = load_deployed(bundle, trusted)
+        self._signature = bundle.manifest.signature
+        self._config = config
+        self._threads_before = torch.get_num_threads()
+        self._slots: list[_Eager] = []
+        atexit.register(self.close)
+        try:
+            for index in range(config.streams):
+                self._slots.append(_Eager(torch, module, self._signature, config, f"torch-{index}"))
+            warm_up(bundle, self._slots, (1, config.max_batch))
+        except BaseException:
+            self.close()
+            raise
+        self._effective = {
+            "engine": f"torch {torch.__version__}",
+            "precision": config.precision,
+            "streams": str(len(self._slots)),
+            "threads": str(self._slots[0].threads),
+            "max_batch": str(config.max_batch),
+            "mode": "eager" if config.precision == "f32" else "eager, autocast",
+        }
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        return self._signature
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was asked for."""
+        return self._config
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """What is in force, as torch reports it."""
+        return self._effective
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """One per stream."""
+        return self._slots
+
+    def close(self) -> None:
+        """Finish the batches that run, call their `done`, end the threads. May be called again."""
+        for slot in self._slots:
+            slot.close()
+        if self._threads_before:
+            _torch().set_num_threads(self._threads_before)
+            self._threads_before = 0
+        atexit.unregister(self.close)
+
+
+class _Eager(Stream):
+    """Runs the module on the stream's thread. Its input is a view of the buffer; its answer is copied out."""
+
+    threads = 0
+    """As torch reports it on the stream's thread."""
+
+    def __init__(self, torch: Any, module: Any, signature: Signature, config: EngineConfig, name: str) -> None:
+        self._torch = torch
+        self._module = module
+        self._config = config
+        super().__init__(signature, config.max_batch, name)
+        (self._input,) = (torch.from_numpy(array) for array in self._inputs.values())
+        (self._answer,) = (torch.from_numpy(array) for array in self._answers.values())
+
+    def _enter(self) -> None:
+        self._torch.set_num_threads(self._config.threads)
+        self.threads = self._torch.get_num_threads()
+
+    def _finish(self, rows: int) -> None:
+        with self._torch.inference_mode(), self._autocast():
+            self._answer[:rows].copy_(self._module(self._input[:rows]))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        torch = self._torch
+        autocast: AbstractContextManager[Any] = torch.autocast(
+            "cpu", dtype=torch.bfloat16, enabled=self._config.precision == "bf16"
+        )
+        return autocast
+
+    def close(self) -> None:
+        super().close()
+        self._module = None
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise EngineError("the engine torch is not there", str(error), INSTALL.format("torch")) from error
+    return torch

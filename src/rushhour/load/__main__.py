@@ -1,0 +1,81 @@
+"""The generator's process: `python -m rushhour.load SOCKET LIFELINE [CORE ...]`, the first two file descriptors.
+
+It takes jobs from the socket. The lifeline is a pipe that nobody writes to: its end is the parent's, and is seen in
+the middle of a run too. (The socket itself cannot be watched by the loop, which would make it non-blocking.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+
+import msgspec
+import uvloop
+
+from rushhour.errors import LoadError
+from rushhour.load.canary import Canary
+from rushhour.load.client import run
+from rushhour.load.job import MAX_CONNECTIONS, ClosedJob, OpenJob, Refusal, Tick, pack, receive, send
+from rushhour.load.samples import Samples
+
+_SPARE_FILES = 64
+
+
+def _serve(channel: socket.socket, lifeline: int, cores: set[int]) -> None:
+    files = _allow_files(MAX_CONNECTIONS + _SPARE_FILES)
+    with Canary() as canary, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if cores:  # after the canary has started, which is to feel the machine as the server does
+            os.sched_setaffinity(0, cores)
+        while (frame := receive(channel)) is not None:
+            job = msgspec.msgpack.decode(frame[1], type=OpenJob | ClosedJob)
+            bound = max(1, min(job.max_connections, files - _SPARE_FILES))
+            try:
+                job = msgspec.structs.replace(job, max_connections=bound)
+                result = runner.run(_attended(job, canary, channel, lifeline))
+            except LoadError as error:
+                refusal = Refusal(what=error.what, why=error.why, fix=error.fix)
+                send(channel, b"e", msgspec.msgpack.encode(refusal))
+            else:
+                send(channel, b"r", pack(result))
+
+
+async def _attended(job: OpenJob | ClosedJob, canary: Canary, channel: socket.socket, lifeline: int) -> Samples:
+    """Run a job for as long as the parent lives."""
+    loop = asyncio.get_running_loop()
+    loop.add_reader(lifeline, os._exit, 0)
+    try:
+        return await run(job, canary, lambda tick: _report(channel, tick))
+    finally:
+        loop.remove_reader(lifeline)
+
+
+def _report(channel: socket.socket, tick: Tick) -> None:
+    with contextlib.suppress(OSError):  # the parent's end is seen at the lifeline
+        send(channel, b"t", msgspec.msgpack.encode(tick))
+
+
+def _allow_files(wanted: int) -> int:
+    """Raise the limit on open files as far as is needed and allowed; the limit then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def main() -> None:
+    """Take jobs until the parent closes the socket or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    with socket.socket(fileno=int(sys.argv[1])) as channel, contextlib.suppress(BrokenPipeError):
+        _serve(channel, int(sys.argv[2]), set(map(int, sys.argv[3:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""One HTTP/1.1 connection of the client: a request's bytes out, an answer's bytes in, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol, cast
+
+import httptools
+
+from rushhour.wire import HEADER_LENGTH
+
+_HEADER_LENGTH = HEADER_LENGTH.lower().encode()
+
+
+class Listener(Protocol):
+    """Whom a connection tells what happens to it. A request is named by its index in the schedule."""
+
+    def opened(self, connection: Connection) -> None:
+        """The connection stands."""
+        ...
+
+    def answered(self, index: int, body: bytes) -> None:
+        """A 200 without a fault."""
+        ...
+
+    def turned_down(self, index: int, status: int, body: bytes) -> None:
+        """Any other status."""
+        ...
+
+    def garbled(self, index: int, what: str, why: str) -> None:
+        """Bytes that are no answer."""
+        ...
+
+    def fault_of(self, body: bytes, header_length: int | None) -> str:
+        """Why the body of a 200 is not what was asked for; empty if it is."""
+        ...
+
+    def free(self, connection: Connection) -> None:
+        """The connection can carry the next request."""
+        ...
+
+    def closed(self, connection: Connection, why: str) -> None:
+        """The connection is gone, and with it the answer it still owed."""
+        ...
+
+
+class KnownHead:
+    """The head of an answer that httptools has read: status 200, a body of a known length, the connection kept.
+
+    An answer with the same head, byte for byte, says the same thing again and need not be read again. All
+    connections to one server share it; a server that dates its answers changes it once a second.
+    """
+
+    __slots__ = ("head", "total")
+
+    def __init__(self) -> None:
+        self.head = b""
+        self.total = -1
+
+
+class Connection(asyncio.Protocol):
+    """A connection and the request it carries (`index`, -1 for none)."""
+
+    __slots__ = (
+        "_body",
+        "_complete",
+        "_fresh",
+        "_header_length",
+        "_keep",
+        "_known",
+        "_listener",
+        "_parser",
+        "_transport",
+        "index",
+    )
+
+    def __init__(self, listener: Listener, known: KnownHead) -> None:
+        self._listener = listener
+        self._known = known
+        self._parser = httptools.HttpResponseParser(self)
+        self._body: list[bytes] = []
+        self._header_length: int | None = None
+        self._complete = False
+        self._keep = True
+        self._fresh = True
+        self._transport: asyncio.Transport
+        self.index = -1
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can still be written to."""
+        return not self._transport.is_closing()
+
+    def send(self, index: int, request: bytes) -> None:
+        """Write a whole request; its answer will be reported under `index`."""
+        self.index = index
+        self._transport.write(request)
+
+    def abort(self) -> None:
+        """Close at once, without a word about what it carries."""
+        self.index = -1
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which is no subclass
+        self._listener.opened(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by the loop."""
+        self._listener.closed(self, f"the server closed the connection ({error or 'end of stream'})")
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        listener, known, index = self._listener, self._known, self.index
+        if index < 0:  # bytes that nobody asked for: what follows them could not be told from an answer
+            self.abort()
+            return
+        if self._fresh and len(data) == known.total and data.startswith(known.head):
+            self.index = -1
+            listener.answered(index, data[len(known.head) :])
+            listener.free(self)
+            return
+        fresh, self._fresh = self._fresh, False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.abort()
+            listener.garbled(index, "the server does not speak HTTP", str(error))
+            return
+        if not self._complete:
+            return
+        body = b"".join(self._body)
+        status, header_length = self._parser.get_status_code(), self._header_length
+        self._body.clear()
+        self._header_length, self._complete, self._fresh, self.index = None, False, True, -1
+        if status != 200:
+            listener.turned_down(index, status, body)
+        elif fault := listener.fault_of(body, header_length):
+            listener.garbled(index, "the server answered 200 with something that is not an answer", fault)
+        else:
+            head = data[: len(data) - len(body)]
+            if fresh and self._keep and head.endswith(b"\r\n\r\n"):  # in one piece, and not in chunks
+                known.head, known.total = head, len(data)
+            listener.answered(index, body)
+        if self._keep:
+            listener.free(self)
+        else:
+            self._transport.close()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        if name.lower() == _HEADER_LENGTH and value.isdigit():
+            self._header_length = int(value)
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._complete = True
+        self._keep = self._parser.should_keep_alive()

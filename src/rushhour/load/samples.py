@@ -1,0 +1,86 @@
+"""What came back from one run of load: when each request was due, taken up, sent and answered, and how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Status(enum.IntEnum):
+    """How a request ended."""
+
+    UNANSWERED = 0
+    """Not ended yet; none is left when a run is over."""
+    OK = 1
+    """Answered with status 200 and, as far as that was asked for, the right answer."""
+    SHED = 2
+    """Turned away by the server: status 429 or 503."""
+    ERROR = 3
+    """Answered with another status, with a wrong answer, or with bytes that are no answer."""
+    LOST = 4
+    """Never answered: connection refused or closed, or no answer within the time-out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """One run of load. All times are seconds from the start of the schedule; all arrays have the shape `(n,)`.
+
+    Attributes:
+        scheduled: when the request was due.
+        taken: when the generator got round to it. `taken - scheduled` is the generator's own lag.
+        sent: when its bytes were written to a connection, NaN where they never were. Between `taken` and `sent` it
+            waited for a connection.
+        done: when the last byte of its answer arrived, NaN where none did.
+        status: a `Status` each, uint8.
+        warmup: so many requests at the front prepare the server and are not judged.
+        generator_cpu: CPU seconds of the generator per second of wall time: 1.0 is a core.
+        canary_p99_s: how much longer than asked for a sleep of 1 ms took, 99th percentile over time.
+        steal: share of the machine's CPU time that its hypervisor took away.
+        connections: the most that were open at once.
+        starved: requests that had to wait because the bound on connections was reached.
+        timeout_s: after this time from its schedule a request counts as lost.
+        first_error: what the first error was, in words; empty where there was none.
+    """
+
+    scheduled: NDArray[np.float64]
+    taken: NDArray[np.float64]
+    sent: NDArray[np.float64]
+    done: NDArray[np.float64]
+    status: NDArray[np.uint8]
+    warmup: int = 0
+    generator_cpu: float = 0.0
+    canary_p99_s: float = 0.0
+    steal: float = 0.0
+    connections: int = 0
+    starved: int = 0
+    timeout_s: float = 5.0
+    first_error: str = ""
+
+    def __len__(self) -> int:
+        return len(self.scheduled)
+
+    def measured(self) -> Samples:
+        """The samples without those of the warm-up."""
+        if self.warmup == 0:
+            return self
+        cut = slice(self.warmup, None)
+        return dataclasses.replace(
+            self,
+            scheduled=self.scheduled[cut],
+            taken=self.taken[cut],
+            sent=self.sent[cut],
+            done=self.done[cut],
+            status=self.status[cut],
+            warmup=0,
+        )
+
+    def latencies(self) -> NDArray[np.float64]:
+        """Seconds from the scheduled arrival to the last byte; infinite for all that did not end `OK`."""
+        return np.where(self.status == Status.OK, self.done - self.scheduled, np.inf)
+
+    def count(self, status: Status) -> int:
+        """How many ended so."""
+        return int(np.count_nonzero(self.status == status))

@@ -1,0 +1,357 @@
+"""The verdict: does the SLO hold at this rate, how sure is that, and can it be known from this window at all?
+
+Pure functions of samples. The order of questions, first answer wins:
+
+1. Are there enough samples for any proof? If not: fail, "insufficient samples".
+2. Is there a steady state, and does the miss rate pass? Where the machine was disturbed or the generator late, the
+   server is given the benefit of it: what the canary and the generator lost at their 99th percentiles is taken off
+   every latency first. A server that is unstable or fails even so is unstable or fails, whoever else was slow:
+   an overloaded server on shared cores disturbs the canary itself, and must not hide behind that.
+3. Was the generator the bottleneck (its CPU, its bound on connections)? Then generator_limited: the server was not
+   asked at this rate, or was asked in bunches.
+4. Was the machine disturbed? Then void. It comes before the send delay, which a disturbed machine causes too.
+5. Was the generator late? Then generator_limited.
+6. Otherwise pass or fail. So a pass needs everything to be in order; no disturbance ever turns into one.
+
+A miss rate is proven twice over. First by its count, with bursts discounted. That alone passes a queue at exactly its
+limit in about every second window: 47 to 80% of windows of 3 to 10 s, simulated with M/D/1 and batching servers. For a
+queue is slow in long waves, a short window easily misses the bad ones, and misses that did not happen cannot show it.
+So, second, the window has to hold enough independent evidence, where what is independent is learnt from what is slow
+often enough to be seen: see `_lacking`. With that, 0.4 to 8% of those windows pass at the limit and at most 1% when
+5% over it, while 10 s at 10% inside it pass in 80 to 97%.
+
+Source: the binomial test and its table of early stopping are those of MLPerf Inference's Server scenario.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.goal import SLO
+from rushhour.load.samples import Samples, Status
+from rushhour.measurement import Interval, Measurement, Outcome, pack_latencies
+
+CONFIDENCE = 0.95
+_Z = 1.959964  # two-sided 95% of the normal distribution
+
+_BLOCKS = 20
+_MIN_COMPLETED = 0.98
+_HALVES_P = 0.01
+_SLOPE_Z = 3.09  # one-sided p = .001
+_SLOPE_SHARE = 0.25
+_SLOW = 0.9
+_FLOOR = 0.05
+_WAITING_SHARE = 0.7
+_MAX_CANARY = 0.10
+_MAX_SEND_DELAY = 0.05
+_MAX_STEAL = 0.05
+_MAX_GENERATOR_CPU = 0.70
+
+
+def needed_n(slo: SLO, misses: int = 0) -> int:
+    """The fewest requests of which `misses` may be late for the SLO to be proven at 95% confidence.
+
+    For p99: 299 with none late, 473 with one, 1693 with ten.
+    """
+    high = max(1, misses)
+    while not passes(high, misses, slo.allowed_miss_rate):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle, misses, slo.allowed_miss_rate) else (middle, high)
+    return high
+
+
+def passes(n: float, late: float, allowed: float) -> bool:
+    """Whether `late` of `n` prove a miss rate below `allowed`: were it at `allowed`, so few would come in under 5%.
+
+    Args:
+        n: requests; a share of one is not counted.
+        late: of these; a share of one counts as one.
+        allowed: the miss rate, 0.01 for p99.
+    """
+    return _binomial_cdf(math.ceil(late), math.floor(n), allowed) <= 1 - CONFIDENCE
+
+
+def _binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(X <= k) of n trials. Where k is above the mean it returns 1, which is all a test for "few" has to know."""
+    if k >= n * p:
+        return 1.0
+    log_top = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
+    )
+    term = total = 1.0
+    for i in range(k, 0, -1):  # from P(X = k) down; each is smaller than the last, because k is below the mean
+        term *= i * (1 - p) / ((n - i + 1) * p)
+        total += term
+        if term < 1e-17 * total:
+            break
+    return math.exp(log_top) * total
+
+
+def variance_inflation(late: NDArray[np.bool_]) -> float:
+    """How much wider the count of misses scatters than independent ones would, at least 1.
+
+    Misses come in bursts, so n of them say less than n independent ones. From 20 blocks of neighbours: block size
+    times the variance of the blocks' miss rates, over q(1-q).
+
+    Args:
+        late: of each request, in the order of the schedule.
+    """
+    size = len(late) // _BLOCKS
+    if size == 0:
+        return 1.0
+    rates = late[len(late) - size * _BLOCKS :].reshape(_BLOCKS, size).mean(axis=1)
+    q = float(rates.mean())
+    if not 0 < q < 1:
+        return 1.0
+    return max(1.0, size * float(rates.var(ddof=1)) / (q * (1 - q)))
+
+
+def _wave_inflation(slow: NDArray[np.bool_]) -> float:
+    """`variance_inflation` for waves that may be longer than a block: then neighbouring blocks are alike, and their
+    correlation r says by how much the waves are longer, (1 + r) / (1 - r) as for a series that forgets at that rate."""
+    size = len(slow) // _BLOCKS
+    if size == 0:
+        return 1.0
+    around = slow[len(slow) - size * _BLOCKS :].reshape(_BLOCKS, size).mean(axis=1)
+    around = around - around.mean()
+    spread = float((around * around).sum())
+    if spread == 0:
+        return 1.0
+    # 1/20 is the bias of a correlation estimated from 20 blocks; beyond 0.8 the window is too short to say.
+    r = min(max(float((around[1:] * around[:-1]).sum()) / spread + 1 / _BLOCKS, 0.0), 0.8)
+    return max(1.0, variance_inflation(slow) * (1 + r) / (1 - r))
+
+
+def percentile_ranks(n: int, percentile: float, inflation: float = 1.0) -> tuple[int, int]:
+    """Ranks (1 the smallest) of the order statistics that bound a percentile with 95% confidence.
+
+    For p99: 983 to 997 of 1000. Where n is so small that no rank bounds it above, the largest is given.
+    """
+    q = percentile / 100
+    half = _Z * math.sqrt(n * q * (1 - q) * inflation)
+    return max(1, math.floor(n * q - half)), min(n, math.ceil(n * q + half))
+
+
+def judge(samples: Samples, slo: SLO, *, rate_rps: float, seed: int) -> Measurement:
+    """The verdict on one window of open-loop load.
+
+    Args:
+        samples: of the whole run; those of its warm-up are left out here.
+        slo: what is asked.
+        rate_rps: at which it was asked.
+        seed: of the schedule.
+    """
+    measured = samples.measured()
+    n = len(measured)
+    start = float(samples.scheduled[samples.warmup - 1]) if samples.warmup else 0.0
+    duration = max(float(measured.scheduled[-1]) - start, 1e-9)
+    latencies = measured.latencies()
+    late = latencies > slo.limit_s
+    outcome, reason = _decide(samples, slo, rate_rps)
+    p99, interval = (None, None) if outcome is Outcome.UNSTABLE else _p99(latencies, samples.timeout_s)
+    answered = latencies[np.isfinite(latencies)]
+    send_delay = _quantile(measured.sent - measured.scheduled, 0.99)
+    return Measurement(
+        slo=slo,
+        rate_rps=rate_rps,
+        seed=seed,
+        duration_s=duration,
+        n=n,
+        late=int(late.sum()),
+        errors=measured.count(Status.ERROR) + measured.count(Status.LOST),
+        shed=measured.count(Status.SHED),
+        p50_ms=float(np.median(answered)) * 1e3 if len(answered) else None,
+        p99_ms=p99,
+        p99_interval_ms=interval,
+        goodput_rps=(n - int(late.sum())) / duration,
+        generator_cpu=samples.generator_cpu,
+        send_delay_p99_ms=send_delay * 1e3,
+        outcome=outcome,
+        reason=reason,
+        latencies=pack_latencies(answered),
+    )
+
+
+def _decide(samples: Samples, slo: SLO, rate_rps: float) -> tuple[Outcome, str]:
+    measured = samples.measured()
+    n = len(measured)
+    fewest = needed_n(slo)
+    if n < fewest:
+        return Outcome.FAIL, f"insufficient samples: {n} requests, {slo} needs at least {fewest}{_blame(measured)}"
+    doubts = _doubts(measured, slo)
+    benefit = 0.0
+    latencies = measured.latencies()
+    if doubts:
+        benefit = samples.canary_p99_s + _quantile(measured.taken - measured.scheduled, 0.99)
+        # From the sending on: what a request waited for one of the generator's connections is not the server's.
+        latencies = np.where(measured.status == Status.OK, measured.done - measured.sent - benefit, np.inf)
+    unsteady = _unsteady(samples, latencies > slo.limit_s, slo, rate_rps, benefit)
+    if unsteady:
+        return Outcome.UNSTABLE, unsteady + _blame(measured)
+    lacking = _lacking(latencies, slo)
+    if lacking:
+        return Outcome.FAIL, lacking + _blame(measured)
+    if doubts.bound:
+        return Outcome.GENERATOR_LIMITED, doubts.bound
+    if doubts.noise:
+        return Outcome.VOID, doubts.noise
+    if doubts.delay:
+        return Outcome.GENERATOR_LIMITED, doubts.delay
+    return Outcome.PASS, f"{np.count_nonzero(latencies > slo.limit_s)} of {n} requests missed {slo}{_blame(measured)}"
+
+
+def _lacking(latencies: NDArray[np.float64], slo: SLO) -> str:
+    """What the latencies lack to prove the SLO; empty where they prove it.
+
+    The count of misses has to pass, with bursts discounted. Then the same has to hold with waves discounted, as they
+    are seen where a tenth of the requests is slower. Where that is too much to ask of the window, one more thing
+    counts as evidence: that few requests come even half the way from the quickest to the limit. The tail of a queue
+    is A e^(-t/tau), A being the share of requests that wait at all. So P(over the limit) is P(over half way)^2 / A;
+    with A = 0.7 and p99, at most 8.4% may be over half way, which far fewer requests can prove.
+    """
+    n, limit, allowed = len(latencies), slo.limit_s, slo.allowed_miss_rate
+    late = latencies > limit
+    k = int(late.sum())
+    said = f"{k} of {n} requests missed {slo}"
+    bursts = variance_inflation(late)
+    if not passes(n / bursts, k / bursts, allowed):
+        if k > n * allowed:
+            return said
+        worth = f", in bursts that make {n} worth {n / bursts:.0f}" if bursts > 1.05 else ""
+        return f"{said}{worth}: too many for a proof, a longer test may give one"
+    waves = max(_wave_inflation(late), _wave_inflation(latencies > np.quantile(latencies, _SLOW)))
+    if passes(n / waves, k / waves, allowed):
+        return ""
+    half_way = latencies > (np.quantile(latencies, _FLOOR) + limit) / 2
+    waves = max(waves, _wave_inflation(half_way))
+    if passes(n / waves, int(half_way.sum()) / waves, math.sqrt(_WAITING_SHARE * allowed)):
+        return ""
+    return f"{said}, but slow ones come in waves that make {n} worth {n / waves:.0f}: a longer test may give a proof"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Doubts:
+    """Why a window may say nothing about the server; each is empty where there is no such reason."""
+
+    bound: str
+    noise: str
+    delay: str
+
+    def __bool__(self) -> bool:
+        return bool(self.bound or self.noise or self.delay)
+
+
+def _doubts(measured: Samples, slo: SLO) -> _Doubts:
+    bound = noise = delay = ""
+    if measured.starved:
+        bound = (
+            f"{measured.starved} requests waited for a connection: the generator's bound of "
+            f"{measured.connections} was reached"
+        )
+    elif measured.generator_cpu > _MAX_GENERATOR_CPU:
+        bound = f"the generator used {measured.generator_cpu:.0%} of a core, over {_MAX_GENERATOR_CPU:.0%}"
+    if measured.canary_p99_s > _MAX_CANARY * slo.limit_s:
+        noise = (
+            f"the machine was disturbed: 1 ms sleeps took up to {measured.canary_p99_s * 1e3:.1f} ms longer (p99), "
+            f"over {_MAX_CANARY:.0%} of the limit"
+        )
+    elif measured.steal > _MAX_STEAL:
+        noise = f"the machine was disturbed: its hypervisor took {measured.steal:.0%} of the CPU time away"
+    send_delay = _quantile(measured.sent - measured.scheduled, 0.99)
+    if send_delay > _MAX_SEND_DELAY * slo.limit_s:
+        delay = (
+            f"requests were sent up to {send_delay * 1e3:.1f} ms late (p99), over {_MAX_SEND_DELAY:.0%} of the limit"
+        )
+    return _Doubts(bound, noise, delay)
+
+
+def _unsteady(samples: Samples, missed: NDArray[np.bool_], slo: SLO, rate_rps: float, benefit_s: float) -> str:
+    """Why the window shows no steady state, so that no percentile describes it; empty where it shows one."""
+    measured = samples.measured()
+    end = float(measured.scheduled[-1])
+    asked = ~(measured.sent > end)  # what was sent after the end of the schedule is the generator's delay
+    in_time = measured.done <= end + slo.limit_s + benefit_s
+    completed = float(np.count_nonzero(asked & in_time)) / max(1, int(asked.sum()))
+    if completed < _MIN_COMPLETED:
+        return f"the server fell behind: it answered {completed:.0%} of the requests in the window"
+    growth = _growth(samples)
+    if growth >= max(3.0, rate_rps * (_SLOPE_SHARE * slo.limit_s + benefit_s)):
+        return f"the server fell behind: {growth:.0f} more requests were in flight at the end than at the start"
+    inflation = variance_inflation(missed)
+    half = len(missed) // 2
+    first, second = int(missed[:half].sum()), int(missed[half:].sum())
+    if _differ(first / inflation, half / inflation, second / inflation, (len(missed) - half) / inflation):
+        return f"the load was not steady: {first} requests missed {slo} in the first half, {second} in the second"
+    return ""
+
+
+def _growth(samples: Samples) -> float:
+    """By how many the requests in flight at the server grew over the window; 0 where they show no upward trend.
+
+    The trend is Mann and Kendall's test on 20 block means, which needs no distribution; the growth is the
+    difference between the means of the last and the first quarter.
+    """
+    start, end = float(samples.scheduled[samples.warmup]), float(samples.scheduled[-1])
+    times = np.linspace(start, end, 10 * _BLOCKS)
+    sent = np.sort(samples.sent[~np.isnan(samples.sent)])
+    done = np.sort(samples.done[~np.isnan(samples.done)])
+    in_flight = np.searchsorted(sent, times, "right") - np.searchsorted(done, times, "right")
+    means = in_flight.reshape(_BLOCKS, -1).mean(axis=1)
+    score = float(np.sign(np.subtract.outer(means, means))[np.tril_indices(_BLOCKS, -1)].sum())
+    deviation = math.sqrt(_BLOCKS * (_BLOCKS - 1) * (2 * _BLOCKS + 5) / 18)
+    quarter = _BLOCKS // 4
+    return float(means[-quarter:].mean() - means[:quarter].mean()) if score > _SLOPE_Z * deviation else 0.0
+
+
+def _differ(late_a: float, n_a: float, late_b: float, n_b: float) -> bool:
+    """Fisher's exact test, two-sided at 1%: do two counts of misses come from different rates? Shares are rounded."""
+    a, b, size_a, size_b = round(late_a), round(late_b), round(n_a), round(n_b)
+    if a * size_b > b * size_a:
+        a, b, size_a, size_b = b, a, size_b, size_a
+    total = a + b
+
+    def log_choose(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+    all_ways = log_choose(size_a + size_b, total)
+    tail = sum(
+        math.exp(log_choose(size_a, i) + log_choose(size_b, total - i) - all_ways)
+        for i in range(max(0, total - size_b), a + 1)
+    )
+    return 2 * tail < _HALVES_P
+
+
+def _p99(latencies: NDArray[np.float64], timeout_s: float) -> tuple[float | None, Interval | None]:
+    """The 99th percentile and its interval in milliseconds, None where there is no telling.
+
+    An upper end among the unanswered is given as the time-out: it is at least that.
+    """
+    n = len(latencies)
+    if n < needed_n(SLO(percentile=99, limit_s=1)):
+        return None, None
+    ordered = np.sort(latencies)
+    p99 = float(ordered[math.ceil(0.99 * n) - 1])
+    if math.isinf(p99):
+        return None, None
+    low, high = percentile_ranks(n, 99, _wave_inflation(latencies > p99))
+    upper = float(ordered[high - 1])
+    return p99 * 1e3, (float(ordered[low - 1]) * 1e3, (max(p99, timeout_s) if math.isinf(upper) else upper) * 1e3)
+
+
+def _quantile(seconds: NDArray[np.float64], q: float) -> float:
+    known = seconds[~np.isnan(seconds)]
+    return float(np.quantile(known, q)) if len(known) else 0.0
+
+
+def _blame(measured: Samples) -> str:
+    """Errors and shed requests in words."""
+    errors, shed = measured.count(Status.ERROR) + measured.count(Status.LOST), measured.count(Status.SHED)
+    said = f"; {shed} were shed" if shed else ""
+    return said + (f"; {errors} ended in errors, the first: {measured.first_error}" if errors else "")

@@ -1,0 +1,163 @@
+"""An engine that computes nothing, for the tests of what stands around an engine: batchers, servers, tuners."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.bundle import Signature, TensorSpec
+from rushhour.engines.engine import Done, EngineConfig, Slot
+from rushhour.errors import EngineError
+
+Schedule = Callable[[float, Callable[[], None]], object]
+"""Calls the function after so many seconds: `at_once`, `on_a_timer`, or a loop's own `call_later`."""
+
+SIGNATURE = Signature(
+    inputs=(TensorSpec(name="image", dtype="uint8", shape=(4, 4, 1)),),
+    outputs=(TensorSpec(name="probabilities", dtype="float32", shape=(3,)),),
+)
+"""As `tiny_bundle` has it."""
+
+
+def at_once(seconds: float, finish: Callable[[], None]) -> None:
+    """Take no time: the batch is done before `start` returns."""
+    finish()
+
+
+def on_a_timer(seconds: float, finish: Callable[[], None]) -> None:
+    """Take real time, on a thread: `done` comes from another thread, as it does from a real engine."""
+    timer = threading.Timer(seconds, finish)
+    timer.daemon = True
+    timer.start()
+
+
+def fake_answers(inputs: NDArray[Any], length: int = 3) -> NDArray[np.float32]:
+    """What a `FakeEngine` answers: the sum of each sample, then that plus 1, plus 2, ...
+
+    Args:
+        inputs: shape `(n, *shape)`.
+        length: of one answer.
+
+    Returns:
+        shape `(n, length)`.
+    """
+    sums = inputs.reshape(len(inputs), -1).sum(axis=1, dtype=np.float64)
+    answers: NDArray[np.float32] = (sums[:, None] + np.arange(length)).astype(np.float32)
+    return answers
+
+
+class FakeEngine:
+    """Answers with sums of its inputs, after the time it is told to take.
+
+    Args:
+        config: its streams and max_batch are kept; the rest is only reported.
+        signature: of one input or more; answers come from the first.
+        service_s: seconds that a batch of so many samples takes.
+        schedule: who waits for them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        signature: Signature = SIGNATURE,
+        service_s: Callable[[int], float] = lambda rows: 0.0,
+        schedule: Schedule = at_once,
+    ) -> None:
+        self._config = config or EngineConfig(engine="openvino", max_batch=16)
+        self._signature = signature
+        self._slots = [_FakeSlot(self, service_s, schedule) for _ in range(self._config.streams)]
+        self._failures: list[EngineError] = []
+        self.closed = False
+        self.batches: list[int] = []
+        """Rows of every batch that was started, in order."""
+
+    @property
+    def signature(self) -> Signature:
+        """What goes in and comes out."""
+        return self._signature
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was asked for."""
+        return self._config
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """What was asked for, again."""
+        return {
+            "engine": "fake",
+            "precision": self._config.precision,
+            "streams": str(self._config.streams),
+            "threads": str(self._config.threads),
+            "max_batch": str(self._config.max_batch),
+        }
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """One per stream."""
+        return self._slots
+
+    def fail_next(self, error: EngineError) -> None:
+        """Let the next batch that ends fail with `error`. May be called several times, for several batches."""
+        self._failures.append(error)
+
+    def take_failure(self) -> EngineError | None:
+        """The error that the batch now ending fails with, if one was asked for."""
+        return self._failures.pop(0) if self._failures else None
+
+    def close(self) -> None:
+        """End the batches that run at once, calling their `done`. May be called again."""
+        self.closed = True
+        for slot in self._slots:
+            slot.finish()
+
+
+class _FakeSlot:
+    def __init__(self, engine: FakeEngine, service_s: Callable[[int], float], schedule: Schedule) -> None:
+        rows = engine.config.max_batch
+        self._engine = engine
+        self._service_s = service_s
+        self._schedule = schedule
+        self._inputs: dict[str, NDArray[Any]] = {
+            spec.name: np.zeros((rows, *spec.shape), spec.dtype) for spec in engine.signature.inputs
+        }
+        self._outputs: dict[str, NDArray[Any]] = {}
+        self._running: list[tuple[int, Done]] = []
+        # Held through `done`, so that `close` returns after it; taken again by a `done` that starts the next batch.
+        self._ending = threading.RLock()
+
+    @property
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[Any]]:
+        return self._outputs
+
+    def start(self, rows: int, done: Done) -> None:
+        if not 0 < rows <= self._engine.config.max_batch:
+            raise EngineError(f"cannot run a batch of {rows} samples", "it is out of range", "split it")
+        if self._engine.closed:
+            raise EngineError("cannot run a batch", "the engine is closed", "open it again")
+        self._engine.batches.append(rows)
+        batch = (rows, done)
+        self._running.append(batch)
+        self._schedule(self._service_s(rows), lambda: self.finish(batch))
+
+    def finish(self, batch: tuple[int, Done] | None = None) -> None:
+        """End the batch that runs: once, whoever comes first, its time or `close`."""
+        with self._ending:
+            if not self._running or (batch is not None and batch is not self._running[0]):
+                return
+            rows, done = self._running.pop()
+            first = next(iter(self._inputs.values()))[:rows]
+            self._outputs = {
+                spec.name: fake_answers(first, int(np.prod(spec.shape))).astype(spec.dtype).reshape(rows, *spec.shape)
+                for spec in self._engine.signature.outputs
+            }
+            done(self._engine.take_failure())

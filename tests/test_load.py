@@ -1,0 +1,794 @@
+"""Load: verdicts on tables and simulated queues, the client on servers that misbehave, the search replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from conftest import Server
+from rushhour.bundle import Bundle
+from rushhour.capacity import ServiceProfile, simulate
+from rushhour.errors import LoadError
+from rushhour.goal import SLO
+from rushhour.load import (
+    ClosedJob,
+    Generator,
+    OpenJob,
+    Samples,
+    Status,
+    Target,
+    discover,
+    estimate_throughput,
+    find_capacity,
+    judge,
+    measure,
+    needed_n,
+    payloads,
+    percentile_ranks,
+    poisson,
+    variance_inflation,
+    window_n,
+)
+from rushhour.load.job import pack, unpack
+from rushhour.load.verdict import passes
+from rushhour.measurement import Measurement, Outcome, ServiceTimes
+from rushhour.wire import Codec
+from servers import behaving
+
+P99 = SLO.parse("p99<50ms")
+GENEROUS = SLO.parse("p99<2s")
+
+
+# -- arrivals
+
+
+def test_a_schedule_is_made_by_its_seed_alone() -> None:
+    schedule = poisson(100, n=20_000, seed=7)
+    assert np.array_equal(schedule, poisson(100, n=20_000, seed=7))
+    assert not np.array_equal(schedule, poisson(100, n=20_000, seed=8))
+    assert np.array_equal(schedule[:500], poisson(100, n=500, seed=7))
+    gaps = np.diff(schedule)
+    assert (gaps >= 0).all()
+    assert gaps.mean() == pytest.approx(0.01, rel=0.05)
+    assert gaps.std() == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_schedule_by_duration_fills_it() -> None:
+    schedule = poisson(200, duration_s=5, seed=1)
+    assert schedule[-1] <= 5
+    assert len(schedule) == pytest.approx(1000, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"rate_rps": 0, "n": 5}, {"rate_rps": 5, "n": 0}, {"rate_rps": 5, "duration_s": -1}]
+)
+def test_a_schedule_of_nothing_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match=r"above zero|at least one"):
+        poisson(seed=0, **arguments)
+
+
+# -- the verdict's tables (shared with MLPerf)
+
+
+@pytest.mark.parametrize(
+    ("misses", "n"), [(0, 299), (1, 473), (2, 628), (3, 773), (5, 1049), (10, 1693), (20, 2902), (50, 6323)]
+)
+def test_fewest_requests_for_a_proof_at_p99(misses: int, n: int) -> None:
+    assert needed_n(P99, misses) == n
+    assert passes(n, misses, 0.01)
+    assert not passes(n - 1, misses, 0.01)
+    assert not passes(n, misses + 1, 0.01)
+
+
+@pytest.mark.parametrize(("slo", "n"), [("p50<1ms", 5), ("p95<1ms", 59), ("p99.9<1ms", 2995)])
+def test_fewest_requests_at_other_percentiles(slo: str, n: int) -> None:
+    assert needed_n(SLO.parse(slo)) == n
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(1000, (983, 997)), (2000, (1971, 1989)), (5000, (4936, 4964))])
+def test_ranks_that_bound_the_p99(n: int, ranks: tuple[int, int]) -> None:
+    assert percentile_ranks(n, 99) == ranks
+    low, high = percentile_ranks(n, 99, inflation=4)
+    assert low < ranks[0]
+    assert high > ranks[1]
+
+
+def test_ranks_stay_within_the_sample() -> None:
+    assert percentile_ranks(299, 99)[1] == 299
+    assert percentile_ranks(10, 50, inflation=100) == (1, 10)
+
+
+def test_independent_misses_are_hardly_inflated_and_bursts_are() -> None:
+    random = np.random.default_rng(0)
+    independent = [variance_inflation(random.random(2000) < 0.01) for _ in range(200)]
+    assert 1.0 <= np.mean(independent) < 1.3
+    burst = np.zeros(2000, dtype=bool)
+    burst[500:520] = True  # all in one of 20 blocks of 100: 100 * var / (q (1 - q)), with q = .01 and var = .2^2 / 20
+    assert variance_inflation(burst) == pytest.approx(100 * 0.2**2 / 20 / (0.01 * 0.99))
+    assert variance_inflation(np.zeros(2000, dtype=bool)) == 1.0
+    assert variance_inflation(np.ones(7, dtype=bool)) == 1.0
+
+
+# -- the verdict
+
+
+def samples(latencies: NDArray[np.float64], *, rate: float = 500.0, warmup: int = 0, **facts: Any) -> Samples:
+    """A run as it would be with these latencies, infinite ones being lost."""
+    scheduled = poisson(rate, n=len(latencies), seed=1)
+    lost = ~np.isfinite(latencies)
+    return Samples(
+        scheduled=scheduled,
+        taken=scheduled + 1e-5,
+        sent=scheduled + 2e-5,
+        done=np.where(lost, np.nan, scheduled + latencies),
+        status=np.where(lost, Status.LOST, Status.OK).astype(np.uint8),
+        warmup=warmup,
+        **facts,
+    )
+
+
+def verdict(run: Samples, slo: SLO = P99, rate: float = 500.0) -> Measurement:
+    return judge(run, slo, rate_rps=rate, seed=1)
+
+
+def quick(n: int = 2000, seed: int = 0) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).uniform(0.005, 0.02, n)
+
+
+def test_quick_answers_pass_with_their_figures() -> None:
+    measurement = verdict(samples(quick(2200), warmup=200))
+    assert measurement.outcome is Outcome.PASS, measurement.reason
+    assert (measurement.n, measurement.late, measurement.errors, measurement.shed) == (2000, 0, 0, 0)
+    assert measurement.p50_ms == pytest.approx(12.5, rel=0.05)
+    assert measurement.p99_ms is not None
+    assert measurement.p99_interval_ms is not None
+    low, high = measurement.p99_interval_ms
+    assert low <= measurement.p99_ms <= high <= 20
+    assert measurement.goodput_rps == pytest.approx(500, rel=0.1)
+    assert measurement.duration_s == pytest.approx(4, rel=0.1)
+
+
+def test_the_warm_up_is_not_judged() -> None:
+    latencies = np.concatenate([np.full(200, 0.4), quick()])
+    assert verdict(samples(latencies)).outcome is not Outcome.PASS
+    assert verdict(samples(latencies, warmup=200)).outcome is Outcome.PASS
+
+
+def test_too_many_misses_fail_and_too_few_to_tell_do_too() -> None:
+    latencies = quick()
+    latencies[::60] = 0.08
+    measurement = verdict(samples(latencies))
+    assert measurement.outcome is Outcome.FAIL
+    assert measurement.late == 34
+    latencies = quick()
+    latencies[::110] = 0.08
+    measurement = verdict(samples(latencies))
+    assert measurement.outcome is Outcome.FAIL
+    assert "too many for a proof" in measurement.reason
+
+
+def test_below_299_requests_there_is_no_p99() -> None:
+    measurement = verdict(samples(quick(298)))
+    assert measurement.outcome is Outcome.FAIL
+    assert measurement.p99_ms is None
+    assert measurement.p99_interval_ms is None
+    assert "insufficient samples" in measurement.reason
+
+
+def test_other_percentiles_are_judged_by_their_own_numbers() -> None:
+    latencies = quick(400)
+    latencies[::40] = 0.08  # 2.5% late
+    assert verdict(samples(latencies), SLO.parse("p95<50ms")).outcome is Outcome.PASS
+    assert verdict(samples(latencies), SLO.parse("p99<50ms")).outcome is Outcome.FAIL
+    assert "insufficient" in verdict(samples(latencies), SLO.parse("p99.9<50ms")).reason
+
+
+def test_lost_and_shed_requests_are_late_and_infinitely_so() -> None:
+    latencies = quick()
+    latencies[::50] = np.inf
+    run = samples(latencies, first_error="no answer within 5 s")
+    measurement = verdict(run)
+    assert measurement.outcome is not Outcome.PASS
+    assert measurement.errors == measurement.late == 40
+    assert "no answer within 5 s" in measurement.reason
+    assert measurement.p99_ms is None
+    shed = dataclasses.replace(run, status=np.where(run.status == Status.LOST, Status.SHED, run.status))
+    assert verdict(shed).shed == 40
+
+
+def test_an_interval_that_reaches_into_the_unanswered_ends_at_the_time_out() -> None:
+    latencies = quick(1000)
+    latencies[::125] = np.inf  # 8 of 1000; rank 997 is among them, rank 990 is not
+    measurement = verdict(samples(latencies, timeout_s=5.0))
+    assert measurement.p99_ms is not None
+    assert measurement.p99_interval_ms is not None
+    assert measurement.p99_interval_ms[1] == 5000
+
+
+def test_a_server_that_falls_behind_is_unstable() -> None:
+    behind = np.linspace(0.001, 0.4, 2000)
+    measurement = verdict(samples(behind))
+    assert measurement.outcome is Outcome.UNSTABLE
+    assert measurement.p99_ms is None
+    assert "fell behind" in measurement.reason
+
+
+def test_a_queue_that_still_grows_is_seen_before_the_limit_is() -> None:
+    growing = np.linspace(0.001, 0.045, 2000)
+    measurement = verdict(samples(growing))
+    assert measurement.late == 0
+    assert measurement.outcome is Outcome.UNSTABLE
+    assert "in flight" in measurement.reason
+
+
+def test_halves_that_differ_are_not_a_steady_state() -> None:
+    latencies = quick(4000)
+    latencies[2000::80] = 0.06
+    measurement = verdict(samples(latencies))
+    assert measurement.outcome is Outcome.UNSTABLE
+    assert "first half" in measurement.reason
+
+
+DOUBTS: list[tuple[dict[str, Any], Outcome]] = [
+    ({"canary_p99_s": 0.0051}, Outcome.VOID),
+    ({"steal": 0.06}, Outcome.VOID),
+    ({"generator_cpu": 0.71}, Outcome.GENERATOR_LIMITED),
+    ({"starved": 1, "connections": 2048}, Outcome.GENERATOR_LIMITED),
+    ({"canary_p99_s": 0.0051, "generator_cpu": 0.71}, Outcome.GENERATOR_LIMITED),
+]
+
+
+@pytest.mark.parametrize(("facts", "outcome"), DOUBTS)
+def test_a_doubt_takes_a_pass_away_and_leaves_instability(facts: dict[str, Any], outcome: Outcome) -> None:
+    assert verdict(samples(quick(), **facts)).outcome is outcome
+    assert verdict(samples(np.linspace(0.001, 0.4, 2000), **facts)).outcome is Outcome.UNSTABLE
+
+
+def test_a_generator_that_is_late_takes_a_pass_away() -> None:
+    run = samples(quick())
+    late = dataclasses.replace(run, sent=run.sent + 0.0026, taken=run.taken + 0.0026)
+    assert verdict(late).outcome is Outcome.GENERATOR_LIMITED
+
+
+def test_a_fail_that_the_disturbance_explains_is_void() -> None:
+    latencies = quick()
+    latencies[::50] = 0.06
+    assert verdict(samples(latencies)).outcome is Outcome.FAIL
+    assert verdict(samples(latencies, canary_p99_s=0.02)).outcome is Outcome.VOID
+    latencies[::50] = 0.09
+    assert verdict(samples(latencies, canary_p99_s=0.02)).outcome is Outcome.FAIL
+
+
+@given(
+    misses=st.integers(0, 60),
+    canary=st.floats(0, 0.1),
+    cpu=st.floats(0, 1.0),
+    starved=st.integers(0, 2),
+    delay=st.floats(0, 0.01),
+)
+def test_no_disturbance_ever_makes_a_pass(misses: int, canary: float, cpu: float, starved: int, delay: float) -> None:
+    latencies = quick(1000)
+    latencies[np.linspace(0, 999, misses).astype(int)] = 0.055
+    calm = samples(latencies)
+    disturbed = dataclasses.replace(
+        calm, canary_p99_s=canary, generator_cpu=cpu, starved=starved, sent=calm.sent + delay, taken=calm.taken + delay
+    )
+    if verdict(disturbed).outcome is Outcome.PASS:
+        assert verdict(calm).outcome is Outcome.PASS
+
+
+# -- the verdict on queues whose capacity is known
+
+
+def one_at_a_time(seconds: float) -> ServiceProfile:
+    return ServiceProfile(ServiceTimes(batch_sizes=(1,), seconds=(seconds,), throughput=(1 / seconds,)))
+
+
+def in_batches(fixed: float, each: float) -> ServiceProfile:
+    sizes = (1, 2, 4, 8, 16, 32)
+    seconds = tuple(fixed + each * size for size in sizes)
+    return ServiceProfile(ServiceTimes(sizes, seconds, tuple(n / s for n, s in zip(sizes, seconds, strict=True))))
+
+
+# The rates at which the p99 of these queues is 50 ms, from simulations of 6 million arrivals each.
+QUEUES = [
+    pytest.param(one_at_a_time(0.002), 1, 1, 454.0, id="M/D/1"),
+    pytest.param(in_batches(0.001, 0.0005), 1, 32, 1810.5, id="one stream, batches of 32"),
+    pytest.param(in_batches(0.005, 0.001), 2, 16, 1432.0, id="two streams, batches of 16"),
+]
+
+
+def share_of_passes(profile: ServiceProfile, streams: int, batch: int, rate: float, runs: int) -> float:
+    passed = 0
+    for seed in range(runs):
+        n, warmup = round(10 * rate), round(rate)
+        latencies = simulate(profile, streams=streams, max_batch=batch, rate_rps=rate, n=n + warmup, seed=seed)
+        scheduled = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, n + warmup))
+        run = Samples(
+            scheduled=scheduled,
+            taken=scheduled,
+            sent=scheduled,
+            done=scheduled + latencies,
+            status=np.full(n + warmup, Status.OK, np.uint8),
+            warmup=warmup,
+        )
+        passed += verdict(run, rate=rate).outcome is Outcome.PASS
+    return passed / runs
+
+
+@pytest.mark.parametrize(("profile", "streams", "batch", "limit_rate"), QUEUES)
+def test_a_queue_at_its_limit_hardly_ever_passes(
+    profile: ServiceProfile, streams: int, batch: int, limit_rate: float
+) -> None:
+    assert share_of_passes(profile, streams, batch, limit_rate, 60) <= 0.1
+    assert share_of_passes(profile, streams, batch, 1.05 * limit_rate, 20) == 0
+    assert share_of_passes(profile, streams, batch, 0.85 * limit_rate, 20) >= 0.9
+
+
+# -- the search, on servers that exist only as numbers
+
+
+class Simulated:
+    """A probe of a simulated server; counts what it is asked."""
+
+    def __init__(self, capacity_rps: float, outcomes: dict[int, Outcome] | None = None) -> None:
+        self.capacity_rps = capacity_rps
+        self.asked: list[tuple[float, int]] = []
+        self.outcomes = outcomes or {}
+
+    def __call__(self, rate_rps: float, seed: int) -> Measurement:
+        self.asked.append((rate_rps, seed))
+        outcome = Outcome.PASS if rate_rps <= self.capacity_rps else Outcome.FAIL
+        outcome = self.outcomes.get(len(self.asked), outcome)
+        late = 0 if outcome is Outcome.PASS else 100
+        return Measurement(
+            P99, rate_rps, seed, 1.0, 1000, late, 0, 0, 1.0, 2.0, (1.0, 3.0), 1.0, 0.1, 0.1, outcome, "so it is", ""
+        )
+
+
+@pytest.mark.parametrize("start", [10.0, 400.0, 777.0, 5000.0])
+def test_a_search_ends_at_the_capacity(start: float) -> None:
+    probe = Simulated(777.0)
+    search = find_capacity(probe, start_rps=start, slo=P99, resolution=1.03)
+    assert 777 / 1.03 <= search.capacity_rps <= 777
+    assert search.lowest_failing_rps is not None
+    assert search.capacity_rps < search.lowest_failing_rps <= search.capacity_rps * 1.03
+    assert search.confirmed is search.runs[-1]
+    assert search.confirmed.rate_rps == search.capacity_rps
+    assert search.confirmed.seed not in [run.seed for run in search.runs[:-1]]
+    assert (search.retries, search.reason) == (0, "")
+
+
+def test_a_search_replays_from_what_is_on_file() -> None:
+    file: dict[tuple[float, int], Measurement] = {}
+    server = Simulated(321.0, {3: Outcome.VOID, 8: Outcome.FAIL})
+
+    def remembered(rate: float, seed: int) -> Measurement:
+        if (rate, seed) not in file:
+            file[rate, seed] = server(rate, seed)
+        return file[rate, seed]
+
+    first = find_capacity(remembered, start_rps=40, slo=P99, seed=5)
+    asked = len(server.asked)
+    assert find_capacity(remembered, start_rps=40, slo=P99, seed=5) == first
+    assert len(server.asked) == asked
+    assert find_capacity(Simulated(321.0), start_rps=40, slo=P99, seed=6).runs[0].seed != first.runs[0].seed
+
+
+def test_a_disturbed_window_is_asked_again_three_times_at_most() -> None:
+    search = find_capacity(Simulated(100.0, {1: Outcome.VOID, 2: Outcome.VOID}), start_rps=50, slo=P99)
+    assert search.retries == 2
+    assert 100 / 1.05 <= search.capacity_rps <= 100
+    assert len({run.seed for run in search.runs}) == len(search.runs)
+    always = find_capacity(Simulated(100.0, dict.fromkeys(range(1000), Outcome.VOID)), start_rps=50, slo=P99)
+    assert always.capacity_rps == 0
+    assert always.lowest_failing_rps is None
+    assert always.confirmed is None
+    assert always.retries == 3 * len({run.rate_rps for run in always.runs})
+
+
+def test_a_generator_at_its_end_bounds_the_search_and_is_named() -> None:
+    class Limited(Simulated):
+        def __call__(self, rate_rps: float, seed: int) -> Measurement:
+            self.outcomes = {len(self.asked) + 1: Outcome.GENERATOR_LIMITED} if rate_rps > 1000 else {}
+            return super().__call__(rate_rps, seed)
+
+    search = find_capacity(Limited(1e9), start_rps=100, slo=P99)
+    assert 1000 / 1.05 <= search.capacity_rps <= 1000
+    assert search.lowest_failing_rps is None
+    assert "so it is" in search.reason
+
+
+def test_a_server_that_never_holds_has_no_capacity() -> None:
+    search = find_capacity(Simulated(0.0), start_rps=100, slo=P99)
+    assert search.capacity_rps == 0
+    assert search.confirmed is None
+    assert "so it is" in search.reason
+    assert len(search.runs) <= 6
+
+
+def test_an_unlucky_confirmation_steps_down() -> None:
+    probe, confirm = Simulated(100.0), Simulated(90.0)
+    search = find_capacity(probe, start_rps=100, slo=P99, confirm=confirm)
+    assert 80 <= search.capacity_rps <= 90
+    assert search.lowest_failing_rps == confirm.asked[-2][0]
+    assert len(search.runs) == len(probe.asked) + len(confirm.asked)
+
+
+def test_a_window_is_long_enough_to_tell() -> None:
+    assert window_n(P99, 1000, 3) == 3000
+    assert window_n(P99, 400, 3) == needed_n(P99, 10)
+    assert window_n(P99, 1, 3) == needed_n(P99, 1)
+    assert window_n(SLO.parse("p99<1s"), 100, 3) == 2000  # 20 times the limit
+
+
+# -- the client, against real servers
+
+
+@pytest.fixture(scope="module")
+def generator() -> Iterator[Generator]:
+    with Generator() as running:
+        yield running
+
+
+def job(target: Target, *, rate: float = 400.0, n: int = 300, **changes: Any) -> OpenJob:
+    settings: dict[str, Any] = {
+        "host": target.host,
+        "port": target.port,
+        "requests": tuple(payloads(target)),
+        "limit_s": 0.05,
+        "timeout_s": 5.0,
+        "outputs": target.outputs,
+        "schedule": poisson(rate, n=n, seed=3).tobytes(),
+    }
+    return OpenJob(**(settings | changes))
+
+
+@pytest.mark.parametrize(
+    "behaviour", [{}, {"in_pieces": True}, {"dated": True}, {"keep_alive": False}, {"service_s": 0.001}]
+)
+def test_every_request_is_answered_and_timed(generator: Generator, behaviour: dict[str, Any]) -> None:
+    with behaving(**behaviour) as url:
+        run = generator.run(job(discover(url)))
+    assert len(run) == 300
+    assert run.count(Status.OK) == 300, run.first_error
+    assert np.array_equal(run.scheduled, poisson(400, n=300, seed=3))
+    assert (run.taken >= run.scheduled).all()
+    assert (run.sent >= run.taken).all()
+    assert (run.done > run.sent).all()
+    assert run.generator_cpu > 0
+    assert run.connections >= 1
+
+
+def test_measure_reports_progress_and_a_verdict(generator: Generator) -> None:
+    said: list[str] = []
+
+    class Notes:
+        def start(self, what: str, total: float | None = None) -> None:
+            said.append(f"start {what}")
+
+        def advance(self, by: float = 1.0, note: str = "") -> None:
+            assert by >= 0
+            said.append(note)
+
+        def done(self, note: str = "") -> None:
+            said.append(f"done {note}")
+
+    with behaving() as url:
+        target = discover(url)
+        measurement = measure(
+            generator, target, payloads(target), GENEROUS, rate_rps=800, seed=1, n=400, warmup_s=0.2, progress=Notes()
+        )
+    assert (measurement.n, measurement.late, measurement.errors) == (400, 0, 0)
+    assert measurement.outcome in (Outcome.PASS, Outcome.VOID)
+    assert measurement.rate_rps == 800
+    assert said[0] == "start 800 requests/s"
+    assert any("in flight" in line for line in said)
+    assert said[-1] == f"done {measurement.outcome}: {measurement.reason}"
+
+
+def test_the_queue_behind_a_stall_is_seen_by_the_open_loop_only(generator: Generator) -> None:
+    """A server that stands still for 400 ms keeps all those waiting who come meanwhile, whether it lets us ask or not.
+
+    At 300 requests a second 120 come; a client that asks only after the last answer notices one.
+    """
+    with behaving(stall_at=150, stall_s=0.4, service_s=0.0005) as url:
+        target = discover(url)
+        crowd = generator.run(job(target, rate=300, n=450))
+    with behaving(stall_at=50, stall_s=0.4, service_s=0.0005) as url:
+        target = discover(url)
+        alone = generator.run(
+            ClosedJob(
+                host=target.host,
+                port=target.port,
+                requests=tuple(payloads(target)),
+                limit_s=0.05,
+                timeout_s=5,
+                concurrency=1,
+                duration_s=1.5,
+            )
+        )
+    assert np.count_nonzero(crowd.latencies() > 0.2) >= 40
+    assert np.count_nonzero(alone.latencies() > 0.35) == 1
+    assert len(alone) > 100
+    assert np.quantile(crowd.latencies(), 0.99) > 0.3
+    assert judge(crowd, P99, rate_rps=300, seed=3).outcome is not Outcome.PASS
+
+
+def test_shed_and_failed_requests_are_told_apart(generator: Generator) -> None:
+    with behaving(shed_every=10, fail_every=7) as url:
+        run = generator.run(job(discover(url)))
+    assert run.count(Status.SHED) == 30
+    assert run.count(Status.ERROR) == len([i for i in range(1, 301) if i % 7 == 0 and i % 10])
+    assert run.first_error == "status 500 (out of luck)"
+    assert np.isinf(run.latencies()[run.status != Status.OK]).all()
+
+
+def test_a_server_that_goes_away_leaves_what_was_measured(generator: Generator) -> None:
+    with behaving(close_from=200) as url:
+        run = generator.run(job(discover(url)))
+    assert 150 <= run.count(Status.OK) < 200
+    assert run.count(Status.OK) + run.count(Status.LOST) == 300
+    assert np.isnan(run.done[run.status == Status.LOST]).all()
+    assert "clos" in run.first_error or "connect" in run.first_error
+    measurement = judge(run, P99, rate_rps=400, seed=3)
+    assert measurement.outcome is Outcome.UNSTABLE
+    assert measurement.errors == run.count(Status.LOST)
+
+
+def test_requests_that_are_never_answered_are_lost_after_the_time_out(generator: Generator) -> None:
+    with behaving(hang_from=250) as url:
+        run = generator.run(job(discover(url), timeout_s=0.3))
+    assert run.count(Status.LOST) >= 40
+    assert run.count(Status.OK) + run.count(Status.LOST) == 300
+    assert run.first_error == "no answer within 0.3 s"
+
+
+def test_the_bound_on_connections_is_never_silent(generator: Generator) -> None:
+    with behaving(service_s=0.01) as url:
+        run = generator.run(job(discover(url), rate=400, n=320, max_connections=2))
+    assert run.connections == 2
+    assert run.starved > 100
+    assert run.count(Status.OK) == 320
+    assert judge(run, SLO.parse("p99<10s"), rate_rps=400, seed=3).outcome is Outcome.GENERATOR_LIMITED
+
+
+def test_wrong_answers_are_errors(generator: Generator) -> None:
+    with behaving() as url:
+        target = discover(url)
+        expected = tuple(b"something else" if i % 2 else _answer(target) for i in range(32))
+        run = generator.run(job(target, expected=expected))
+    assert run.count(Status.OK) == 150
+    assert run.first_error == "an answer is not the one expected"
+
+
+def _answer(target: Target) -> bytes:
+    import http.client
+
+    head, body = payloads(target)[0].split(b"\r\n\r\n", 1)
+    fields = [line.split(": ", 1) for line in head.decode().split("\r\n")[1:]]
+    connection = http.client.HTTPConnection(target.host, target.port)
+    try:
+        connection.request("POST", target.infer_path, body, dict(fields))
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ({"garbage_from": 1}, "not an answer.*check the URL"),
+        ({"wrong_output": True}, "no output 'y'"),
+        ({"reject": True}, r"status 400: shape \[1, 4, 4, 1\] is not what I take"),
+    ],
+)
+def test_a_server_that_makes_no_sense_is_one_line(
+    generator: Generator, behaviour: dict[str, Any], message: str
+) -> None:
+    with behaving(**behaviour) as url, pytest.raises(LoadError, match=message) as caught:
+        generator.run(job(discover(url)))
+    assert "\n" not in str(caught.value)
+    assert caught.value.why
+    assert caught.value.fix
+
+
+def test_garbage_in_the_middle_is_counted_not_fatal(generator: Generator) -> None:
+    with behaving(garbage_from=250) as url:
+        run = generator.run(job(discover(url)))
+    assert run.count(Status.OK) == 249
+    assert run.count(Status.ERROR) == 51
+    assert "not an answer" in run.first_error
+
+
+def test_no_server_is_said_before_anything_is_sent(generator: Generator) -> None:
+    with behaving() as url:
+        target = discover(url)
+    with pytest.raises(LoadError, match=r"cannot connect to 127\.0\.0\.1"):
+        generator.run(job(target))
+
+
+def test_the_closed_loop_finds_the_throughput(generator: Generator) -> None:
+    with behaving(service_s=0.005) as url:
+        target = discover(url)
+        estimate = estimate_throughput(generator, target, payloads(target), rung_s=0.4)
+    assert 50 < estimate <= 230
+    with behaving(fail_every=1) as url, pytest.raises(LoadError, match="answers no request: status 500"):
+        estimate_throughput(generator, discover(url), payloads(target), rung_s=0.2)
+
+
+def test_against_our_own_server(generator: Generator, server: Server, tiny: Bundle) -> None:
+    target = discover(server.url)
+    assert target.signature == tiny.manifest.signature
+    measurement = measure(
+        generator, target, payloads(target, tiny.samples()), GENEROUS, rate_rps=500, seed=1, n=400, warmup_s=0.2
+    )
+    assert (measurement.n, measurement.late, measurement.errors) == (400, 0, 0), measurement.reason
+
+
+def test_samples_survive_the_way_between_processes() -> None:
+    run = samples(quick(17), warmup=3, first_error="ä", starved=2)
+    back = unpack(pack(run))
+    for field in dataclasses.fields(Samples):
+        assert np.array_equal(getattr(back, field.name), getattr(run, field.name)), field.name
+
+
+# -- the generator's process
+
+
+def test_a_killed_generator_is_one_line() -> None:
+    with behaving(service_s=0.001) as url, Generator() as doomed:
+        target = discover(url)
+        threading.Timer(0.7, os.kill, (doomed.pid, signal.SIGKILL)).start()
+        with pytest.raises(LoadError, match=r"the load generator is gone: .*SIGKILL"):
+            doomed.run(job(target, rate=100, n=1000))
+        with pytest.raises(LoadError, match="the load generator is gone"):
+            doomed.run(job(target))
+
+
+def test_a_generator_stays_on_its_cores() -> None:
+    core = max(os.sched_getaffinity(0))
+    with behaving() as url, Generator({core}) as pinned:
+        assert pinned.run(job(discover(url))).count(Status.OK) == 300
+        assert os.sched_getaffinity(pinned.pid) == {core}
+
+
+def test_a_generator_outside_its_block_is_refused() -> None:
+    with pytest.raises(LoadError, match="was not started"):
+        _ = Generator().pid
+
+
+ORPHAN = """
+import os, sys, time
+from rushhour.load import Generator, OpenJob, poisson
+generator = Generator().__enter__()
+print(generator.pid, flush=True)
+if sys.argv[1] == "idle":
+    time.sleep(60)
+schedule = poisson(50, n=3000, seed=0).tobytes()
+generator.run(OpenJob(host="127.0.0.1", port=int(sys.argv[1]), requests=(b"GET /v2/models/tiny HTTP/1.1\\r\\n\\r\\n",),
+                      limit_s=1, timeout_s=5, schedule=schedule), lambda tick: print("ticking", flush=True))
+"""
+
+
+@pytest.mark.parametrize("doing", ["idle", "running"])
+def test_a_generator_does_not_outlive_its_parent(doing: str) -> None:
+    with behaving() as url:
+        port = url.rsplit(":", 1)[1] if doing == "running" else "idle"
+        parent = subprocess.Popen([sys.executable, "-c", ORPHAN, port], stdout=subprocess.PIPE)
+        assert parent.stdout is not None
+        try:
+            pid = int(parent.stdout.readline())
+            if doing == "running":
+                assert parent.stdout.readline() == b"ticking\n"
+        finally:
+            parent.kill()
+            parent.wait()
+            parent.stdout.close()
+        deadline = time.monotonic() + 20
+        while _alive(pid):
+            assert time.monotonic() < deadline, "the generator is still there"
+            time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # an orphan's last trace waits for whoever adopted it
+
+
+# -- whom to load, and with what
+
+
+def test_discover_finds_the_one_model() -> None:
+    with behaving() as url:
+        target = discover(url + "/")
+    assert target.model == "tiny"
+    assert target.infer_path == "/v2/models/tiny/infer"
+    assert [spec.name for spec in target.signature.inputs] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8000", "cannot use the URL .*http://host:port"),
+        ("", "cannot use the URL"),
+        ("http://", "cannot use the URL"),
+        ("http://host:port", "cannot use the URL"),
+        ("http://[::1", "cannot use the URL"),
+        ("http://host?x=1", "cannot use the URL"),
+        ("https://localhost:8000", "https is not supported"),
+        ("http://127.0.0.1:1", "cannot reach http://127.0.0.1:1"),
+        ("http://no-such-host.invalid:8000", "cannot reach"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_one_line(url: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message) as caught:
+        discover(url, timeout_s=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "model", "message"),
+    [
+        ({}, "other", "no model 'other' at .*the server has tiny; name one of these"),
+        ({"models": []}, None, "lists no model that is ready"),
+        ({"models": ["a", "b"]}, None, "has 2 models: they are a, b; name one"),
+        ({"not_http": True}, None, "does not speak HTTP"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_one_line(behaviour: dict[str, Any], model: str | None, message: str) -> None:
+    with behaving(**behaviour) as url, pytest.raises(LoadError, match=message):
+        discover(url, model)
+
+
+def _target(tiny: Bundle) -> Target:
+    return Target("http://h:1", "h", 1, "/at", "a model", tiny.manifest.signature)
+
+
+def test_payloads_are_whole_distinct_requests(tiny: Bundle) -> None:
+    target = _target(tiny)
+    made = payloads(target, tiny.samples(), rows=3, seed=1)
+    assert made == payloads(target, tiny.samples(), rows=3, seed=1)
+    assert made != payloads(target, tiny.samples(), rows=3, seed=2)
+    assert len(made) == 32
+    assert len(set(payloads(target))) == 32
+    codec = Codec("a model", target.signature)
+    for request in made:
+        head, body = request.split(b"\r\n\r\n", 1)
+        fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+        assert head.startswith(b"POST /at/v2/models/a%20model/infer HTTP/1.1\r\n")
+        assert int(fields["Content-Length"]) == len(body)
+        assert codec.decode(body, int(fields["Inference-Header-Content-Length"])).rows == 3
+
+
+def test_payloads_that_do_not_fit_are_refused(tiny: Bundle) -> None:
+    target = _target(tiny)
+    name = target.signature.inputs[0].name
+    right = tiny.samples()[name]
+    with pytest.raises(LoadError, match=f"lack the input '{name}'"):
+        payloads(target, {})
+    with pytest.raises(LoadError, match="takes uint8 of shape"):
+        payloads(target, {name: right.astype(np.float32)})
+    with pytest.raises(LoadError, match="takes uint8 of shape"):
+        payloads(target, {name: right[:, :2]})
+    with pytest.raises(LoadError, match="at least one"):
+        payloads(target, {name: right[:0]})
+    with pytest.raises(LoadError, match="0 samples"):
+        payloads(target, {name: right}, rows=0)
