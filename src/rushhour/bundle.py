@@ -254,7 +254,8 @@ class Bundle:
     @property
     def model_bytes(self) -> int:
         """Size on disk of what is served: the ONNX file."""
-        return self.manifest.files[MODEL].bytes
+        with explained(f"read {self.model}"):
+            return self.model.stat().st_size
 
     def samples(self) -> dict[str, NDArray[Any]]:
         """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle carries none."""

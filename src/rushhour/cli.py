@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -316,7 +317,12 @@ def serve(
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second: one window, one verdict."
 )
-@click.option("--duration", default="10s", show_default=True, help="Length of that window, such as 10s or 2m.")
+@click.option(
+    "--duration",
+    default="10s",
+    show_default=True,
+    help="Length of that window, such as 10s or 2m; longer where the SLO needs more requests.",
+)
 @click.option("--model", default=None, help="The model's name; not needed where the server has only one.")
 @click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Samples in one request.")
 @click.option("--seed", default=None, type=int, help="Of the arrivals; a fresh one by default.")
@@ -362,12 +368,19 @@ def load(
                 estimate = estimate_throughput(generator, target, sent, progress=progress)
                 progress.start(f"Searching the highest rate that keeps {limit}")
 
-                def probe(at: float, with_seed: int) -> Measurement:
-                    window = measure(generator, target, sent, limit, rate_rps=at, seed=with_seed, window_s=3.0)
+                def probe(window_s: float, at: float, with_seed: int) -> Measurement:
+                    window = measure(generator, target, sent, limit, rate_rps=at, seed=with_seed, window_s=window_s)
                     progress.advance(note=f"{at:,.0f}/s: {window.outcome}")
                     return window
 
-                search = find_capacity(probe, start_rps=max(1.0, 0.5 * estimate), slo=limit, seed=seed)
+                # Short windows find the way, long ones prove: a queue near its capacity is slow in long waves.
+                search = find_capacity(
+                    partial(probe, 3.0),
+                    start_rps=max(1.0, 0.5 * estimate),
+                    slo=limit,
+                    seed=seed,
+                    confirm=partial(probe, 10.0),
+                )
                 runs = list(search.runs)
                 progress.done(f"{search.capacity_rps:,.0f} requests/s")
     finally:

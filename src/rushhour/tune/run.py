@@ -61,7 +61,7 @@ def tune_run(
                 model,
                 training,
                 out=run / "bundles" / "reference",
-                work=run / "checkpoints",
+                work=run / ".checkpoints",
                 progress=progress,
                 trusted=trusted,
             )

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -50,7 +51,6 @@ class Bench:
         goal: the SLO and the workload.
         run: the run's folder, with `bundles/` in it.
         trusted: as in `open_engine`.
-        window_s: length of one window.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class Bench:
         goal: Goal,
         run: Path,
         trusted: tuple[str, ...],
-        window_s: float,
     ) -> None:
         self._journal = journal
         self._generator = generator
         self._goal = goal
         self._run = run
         self._trusted = trusted
-        self._window_s = window_s
 
     @contextlib.contextmanager
-    def load(self, candidate: Candidate, bundle: Bundle, phase: str) -> Iterator[Probe]:
-        """A probe of `candidate`. Its server starts with the first question that is not on file, and ends here.
+    def load(self, candidate: Candidate, bundle: Bundle, phase: str) -> Iterator[Callable[[float], Probe]]:
+        """Gives probes of `candidate` with windows of so many seconds.
+
+        Its server starts with the first question that is not on file, and ends here.
 
         Raises:
             EngineError: from the probe, if the server does not come up.
@@ -84,18 +84,21 @@ class Bench:
                 target = discover(url)
                 return target, payloads(target, bundle.samples(), rows=self._goal.workload.rows)
 
-            def probe(rate_rps: float, seed: int) -> Measurement:
+            def probe(window_s: float, rate_rps: float, seed: int) -> Measurement:
                 def take() -> Measurement:
                     nonlocal aimed
                     aimed = aimed or aim()
                     return measure(
-                        self._generator, *aimed, self._goal.slo, rate_rps=rate_rps, seed=seed, window_s=self._window_s
+                        self._generator, *aimed, self._goal.slo, rate_rps=rate_rps, seed=seed, window_s=window_s
                     )
 
-                detail = f"{self._goal.slo} rows {self._goal.workload.rows} rate {rate_rps:g} seed {seed}"
+                detail = (
+                    f"{self._goal.slo} rows {self._goal.workload.rows} rate {rate_rps:g} "
+                    f"window {window_s:g} s seed {seed}"
+                )
                 return self._journal.measure(phase, str(candidate), detail, Measurement, take)
 
-            yield probe
+            yield lambda window_s: partial(probe, window_s)
 
 
 class _Said(msgspec.Struct):

@@ -48,7 +48,9 @@ class TuneSettings(msgspec.Struct, frozen=True):
             serving costs beside the engine, which is the same for all, so they are trusted this far and no further.
         race: candidates that are loaded, at most, beside those that the ladder needs.
         resolution: highest passing over lowest failing rate at the end of a search, at most 1 + this.
-        window_s: length of one load window; longer where the SLO needs more requests.
+        window_s: length of one load window on the way; longer where the SLO needs more requests.
+        proof_s: length of a window that something is claimed from. A queue is slow in long waves; a short window
+            near its capacity proves little.
     """
 
     seed: int = 0
@@ -56,6 +58,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
     race: int = 4
     resolution: float = 0.05
     window_s: float = 3.0
+    proof_s: float = 10.0
 
 
 @dataclasses.dataclass
@@ -138,7 +141,7 @@ class _Tuner:
         self._judge(states)
         racing = self._rank(states)
         with Generator() as generator:
-            self._bench = Bench(self._journal, generator, self._goal, self._run, self._trusted, self._settings.window_s)
+            self._bench = Bench(self._journal, generator, self._goal, self._run, self._trusted)
             winner = self._race(racing)
             compiled = self._compiled_rung(states, winner)
             self._load_plainly(first_rung)
@@ -265,7 +268,7 @@ class _Tuner:
         self._progress.start(f"Can {_short(state.candidate)} carry {rate:,.0f}/s?")
         try:
             with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "challenge") as probe:
-                result = probe(rate, self._settings.seed)
+                result = probe(self._settings.proof_s)(rate, self._settings.seed)
         except EngineError as error:
             state.end("failed", str(error))
             self._progress.done(error.what)
@@ -284,7 +287,8 @@ class _Tuner:
         try:
             with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "search") as probe:
                 search = find_capacity(
-                    self._noted(probe),
+                    self._noted(probe(self._settings.window_s)),
+                    confirm=self._noted(probe(self._settings.proof_s)),
                     start_rps=max(1.0, 0.8 * expected),
                     slo=self._goal.slo,
                     resolution=1 + self._settings.resolution,
@@ -342,7 +346,9 @@ class _Tuner:
         confirmed: Measurement | None = None
         with self._bench.load(winner.candidate, self._bundles[winner.candidate.bundle], "confirm") as probe:
             for attempt in range(6):
-                result = self._noted(probe)(float(f"{rate:.4g}"), self._settings.seed + 10_000 + attempt)
+                result = self._noted(probe(self._settings.proof_s))(
+                    float(f"{rate:.4g}"), self._settings.seed + 10_000 + attempt
+                )
                 if result.outcome is Outcome.PASS:
                     confirmed = result
                     break
