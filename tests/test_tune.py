@@ -33,10 +33,10 @@ dataset = load(data)
 tune_run(
     source_for("article", dataset.sample_shape, dataset.task),
     dataset,
-    Goal(SLO.parse("p90<100ms"), AccuracyBudget.parse("10%")),
+    Goal(SLO.parse("p90<25ms"), AccuracyBudget.parse("10%")),
     run=Path(run),
     training=TrainSettings(epochs=1, batch=32),
-    settings=TuneSettings(window_s=0.4, proof_s=1.0, resolution=0.3, race=2),
+    settings=TuneSettings(window_s=0.4, proof_s=0.8, resolution=0.5, race=1),
     progress=Silent(),
 )
 write_report(Path(run))
