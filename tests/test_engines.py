@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rushhour.bundle import Bundle, Manifest, Signature, TensorSpec
-from rushhour.engines import Engine, EngineConfig, Runner, open_engine
+from rushhour.engines import Engine, EngineConfig, Runner, open_engine, time_service
+from rushhour.engines.openvino import _static_sizes
 from rushhour.engines.stream import Stream, warm_up
 from rushhour.errors import EngineError, ModelError
 from rushhour.machine import cores, describe
 from rushhour.task import Task
-from rushhour.testing.bundles import tiny_bundle
+from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.engines import EngineConformance
 from rushhour.testing.fakes import FakeEngine, at_once, fake_answers, on_a_timer
 
@@ -420,3 +421,40 @@ def test_a_stream_without_hooks_needs_only_its_last_step() -> None:
     assert finished.get(timeout=30) is None
     assert stream.outputs["y"].tolist() == [2, 4]
     stream.close()
+
+
+def test_the_sizes_that_matter_are_compiled_as_far_as_memory_allows() -> None:
+    assert _static_sizes(16, 1_000_000) == [16, 1, 8, 4, 2]
+    assert _static_sizes(11, 1_000_000) == [11, 1, 8, 4, 2]
+    assert _static_sizes(1, 1_000_000) == _static_sizes(1, 10**12) == [1]
+    assert _static_sizes(16, 200 * 2**20) == [16, 1]
+    assert _static_sizes(16, 10**12) == []
+
+
+@pytest.mark.parametrize("copies", [0, 1, 2, 3])
+def test_every_size_runs_where_memory_allows_few_copies(
+    tiny: Bundle, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rushhour.engines.openvino._COPIES_BYTES", copies * tiny.model_bytes)
+    engine = open_engine(tiny, EngineConfig("openvino", max_batch=6))
+    runner = Runner(engine)
+    for rows in range(1, 7):
+        images = np.random.default_rng(rows).integers(0, 256, (rows, 4, 4, 1), dtype=np.uint8)
+        np.testing.assert_allclose(runner.infer({"image": images})["probabilities"], tiny_answers(images), atol=1e-5)
+    engine.close()
+
+
+def test_service_times_of_an_engine_that_answers_within_start(tmp_path: Path) -> None:
+    """It recursed once: each batch's end starts the next."""
+    bundle = tiny_bundle(tmp_path / "tiny")
+    times = time_service(FakeEngine(EngineConfig("openvino", max_batch=4)), bundle, 1.0, 0.05)
+    assert times.batch_sizes == (1, 2, 4)
+    assert all(seconds > 0 for seconds in times.seconds)
+
+
+def test_service_times_show_a_failing_engine(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    engine = FakeEngine(EngineConfig("openvino", max_batch=4))
+    engine.fail_next(EngineError("it stumbled"))
+    with pytest.raises(EngineError, match="stumbled"):
+        time_service(engine, bundle, 1.0, 0.05)

@@ -70,10 +70,19 @@ class _Loop:
         self._rows = rows
         self._until = until
         self._started = 0.0
+        self._starting: int | None = None
+        self._again = False
 
     def start(self) -> None:
-        self._started = time.perf_counter()
-        self._slot.start(self._rows, self._done)
+        """Start a batch, and another for each that ends within its own start: a loop, where calls would pile up."""
+        self._again = True
+        while self._again:
+            self._again = False
+            self._starting = threading.get_ident()
+            self._started = time.perf_counter()
+            self._slot.start(self._rows, self._done)
+            if self._starting == threading.get_ident():
+                self._starting = None
 
     def _done(self, error: BaseException | None) -> None:
         now = time.perf_counter()
@@ -81,6 +90,9 @@ class _Loop:
         self.error = error
         if error is not None or (now >= self._until and len(self.times) >= _AT_LEAST):
             self.over.set()
+            return
+        if self._starting == threading.get_ident():
+            self._again = True
             return
         try:
             self.start()
