@@ -33,7 +33,7 @@ class OpenVINOEngine:
     """A bundle on OpenVINO's CPU plugin.
 
     A graph that is compiled for one batch size runs faster than one for any size, by 0.1 to 0.3 ms a batch: half the
-    time of a small network (docs/decisions). So 1, 2, 4 ... and `max_batch` are compiled by themselves, as far as
+    time of a small network (docs/decisions/0004). So 1, 2, 4 ... and `max_batch` are compiled by themselves, as far as
     memory allows; sizes between them run on a dynamic graph, or filled up to the next size where that was measured to
     be faster. Everything is run before the constructor returns, because first runs take milliseconds more.
 
@@ -205,6 +205,8 @@ def _fill_up(slot: _Requests, routes: dict[int, int], sizes: Sequence[int], betw
         return
     static, dynamic = ([min(times) for times in zip(*rounds, strict=True)] for rounds in _timed(slot, routes, ladder))
     for rows in between:
+        if rows < ladder[0]:
+            continue  # nothing was timed below
         size = ladder[int(np.searchsorted(ladder, rows))]
         if static[ladder.index(size)] <= np.interp(rows, ladder, dynamic):
             routes[rows] = size
