@@ -19,7 +19,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rushhour.bundle import Bundle, Manifest, Signature, TensorSpec
 from rushhour.engines import Engine, EngineConfig, Runner, open_engine, time_service
-from rushhour.engines.openvino import _static_sizes
 from rushhour.engines.stream import Stream, warm_up
 from rushhour.errors import EngineError, ModelError
 from rushhour.machine import cores, describe
@@ -423,24 +422,29 @@ def test_a_stream_without_hooks_needs_only_its_last_step() -> None:
     stream.close()
 
 
-def test_the_sizes_that_matter_are_compiled_as_far_as_memory_allows() -> None:
-    assert _static_sizes(16, 1_000_000) == [16, 1, 8, 4, 2]
-    assert _static_sizes(11, 1_000_000) == [11, 1, 8, 4, 2]
-    assert _static_sizes(1, 1_000_000) == _static_sizes(1, 10**12) == [1]
-    assert _static_sizes(16, 200 * 2**20) == [16, 1]
-    assert _static_sizes(16, 10**12) == []
-
-
-@pytest.mark.parametrize("copies", [0, 1, 2, 3])
-def test_every_size_runs_where_memory_allows_few_copies(
-    tiny: Bundle, copies: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("max_batch", [1, 2, 6])
+def test_every_size_runs_with_and_without_graphs_of_its_own(
+    tiny: Bundle, small: bool, max_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rushhour.engines.openvino._COPIES_BYTES", copies * tiny.model_bytes)
-    engine = open_engine(tiny, EngineConfig("openvino", max_batch=6))
+    monkeypatch.setattr("rushhour.engines.openvino._SMALL_BYTES", tiny.model_bytes - (not small))
+    engine = open_engine(tiny, EngineConfig("openvino", max_batch=max_batch))
+    compiled = engine.effective["batch sizes compiled"]
+    assert compiled == {1: "1", 2: "1, 2", 6: "1, 6 and dynamic"}[max_batch] if small or max_batch == 1 else "dynamic"
     runner = Runner(engine)
-    for rows in range(1, 7):
+    for rows in range(1, max_batch + 1):
         images = np.random.default_rng(rows).integers(0, 256, (rows, 4, 4, 1), dtype=np.uint8)
         np.testing.assert_allclose(runner.infer({"image": images})["probabilities"], tiny_answers(images), atol=1e-5)
+    engine.close()
+
+
+def test_rows_that_fill_a_batch_up_are_nobodys_answers(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rushhour.engines.openvino._seconds", lambda slot, rows: 0.001)  # as fast either way
+    engine = open_engine(tiny, EngineConfig("openvino", max_batch=5))
+    assert engine.effective["batch sizes filled up"] == "2, 3, 4"
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+    found = Runner(engine).infer({"image": images})["probabilities"]
+    np.testing.assert_allclose(found, tiny_answers(images), atol=1e-5)
     engine.close()
 
 

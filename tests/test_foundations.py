@@ -552,6 +552,23 @@ def test_cpu_quotas_are_read(tmp_path: Path) -> None:
     assert _cgroup_quota(tmp_path) is None
 
 
+def test_a_quota_on_any_cgroup_above_counts(tmp_path: Path) -> None:
+    """A service's quota stands on its slice, not on the root: it was missed."""
+    own = tmp_path / "own"
+    own.write_text("0::/system.slice/rushhour.service\n")
+    folder = tmp_path / "cgroup" / "system.slice" / "rushhour.service"
+    folder.mkdir(parents=True)
+    assert _cgroup_quota(tmp_path / "cgroup", own) is None
+    (folder / "cpu.max").write_text("400000 100000\n")
+    assert _cgroup_quota(tmp_path / "cgroup", own) == 4
+    (folder.parent / "cpu.max").write_text("200000 100000\n")
+    assert _cgroup_quota(tmp_path / "cgroup", own) == 2
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert _cgroup_quota(tmp_path / "cgroup", own) == 2, "what lies above the mount is none of ours"
+    own.write_text("0::/../../elsewhere\n")
+    assert _cgroup_quota(tmp_path / "cgroup", own) is None
+
+
 def test_a_quota_counts_in_whole_cores_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     for quota, wanted in ((None, 4), (0.5, 1), (1.5, 1), (2.0, 2), (64.0, 4)):

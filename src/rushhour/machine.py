@@ -43,16 +43,30 @@ def cores() -> int:
     return max(1, min(allowed, int(quota)) if quota is not None else allowed)
 
 
-def _cgroup_quota(root: Path) -> float | None:
-    """CPUs granted by the cgroup (v2 `cpu.max`, v1 `cpu.cfs_quota_us`), or None where there is no limit."""
+def _cgroup_quota(root: Path, own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """CPUs granted by the cgroups above this process (v2 `cpu.max`, v1 `cpu.cfs_quota_us`); None without a limit.
+
+    A quota binds everything below it, so the smallest on the way up counts.
+    """
     try:
-        limit, period = (root / "cpu.max").read_text().split()
+        below = next(line.partition("::")[2].strip("/") for line in own.read_text().splitlines() if "::" in line)
+    except (OSError, StopIteration):
+        below = ""
+    # Inside a container the path may name a cgroup of the host, which is not to be seen here: the root is then ours.
+    folders = [root / below, *(root / below).parents] if below and ".." not in below else [root]
+    granted = [quota for folder in folders if (quota := _quota_of(folder)) is not None and folder.is_relative_to(root)]
+    return min(granted, default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        limit, period = (folder / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError):
         pass
     try:
-        limit = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-        period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        limit = (folder / "cpu/cpu.cfs_quota_us").read_text().strip()
+        period = (folder / "cpu/cpu.cfs_period_us").read_text().strip()
         return None if int(limit) <= 0 else int(limit) / int(period)
     except (OSError, ValueError):
         return None

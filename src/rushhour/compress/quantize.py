@@ -25,6 +25,7 @@ from rushhour.errors import BundleError, ModelError
 from rushhour.models.deployed import strip_origin
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
+from rushhour.telemetry import keep_home
 
 _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 
@@ -136,6 +137,7 @@ def _quiet_nncf() -> Iterator[Any]:
     Its bars would break the one that a face draws. Its telemetry reports every use to Google Analytics unless this
     variable is set while it is imported; a person who imports it before us has made another choice.
     """
+    keep_home()
     told = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"
     logger, logger_class = logging.getLogger("nncf"), logging.getLoggerClass()

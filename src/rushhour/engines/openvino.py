@@ -1,4 +1,4 @@
-"""OpenVINO: compiled for the batch sizes that matter, an infer request for each size on each stream."""
+"""OpenVINO: compiled for any batch size, and for those that matter most; infer requests for each on each stream."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
 measured is the same on machines with and without bf16."""
 
 _HEAVY = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
-_COPIES_BYTES = 512 * 2**20
-"""Memory for weights beyond the first copy: every compiled size has its own."""
+_SMALL_BYTES = 4 * 2**20
+"""Every compiled size has its own copy of the weights. Copies of larger ones push each other out of the caches."""
 _WARM_UP_S = 3.0
 _SLOW_S = 0.05
 """A batch that takes this long does not notice a tenth of a millisecond."""
@@ -32,10 +32,10 @@ _SLOW_S = 0.05
 class OpenVINOEngine:
     """A bundle on OpenVINO's CPU plugin.
 
-    A graph that is compiled for one batch size runs faster than one for any size, by 0.1 to 0.3 ms a batch: half the
-    time of a small network (docs/decisions/0004). So 1, 2, 4 ... and `max_batch` are compiled by themselves, as far as
-    memory allows; sizes between them run on a dynamic graph, or filled up to the next size where that was measured to
-    be faster. Everything is run before the constructor returns, because first runs take milliseconds more.
+    A graph that is compiled for one batch size takes 0.1 to 0.3 ms less a batch than one for any size, which decides
+    where a network is small (docs/decisions/0004). There, 1 and `max_batch` are compiled by themselves; sizes between
+    them run on a dynamic graph, or filled up to `max_batch` where that was measured to be no slower. Everything is run
+    before the constructor returns, because first runs take milliseconds more.
 
     Args:
         bundle: what to run.
@@ -93,7 +93,9 @@ class OpenVINOEngine:
             "streams": str(compiled.get_property("NUM_STREAMS")),
             "threads": str(int(compiled.get_property("INFERENCE_NUM_THREADS")) // config.streams),
             "max_batch": str(config.max_batch),
-            "batch sizes compiled": ", ".join(map(str, sorted(sizes))) + (" and dynamic" if between else ""),
+            "batch sizes compiled": " and ".join(
+                [", ".join(map(str, sorted(sizes)))] * bool(sizes) + ["dynamic"] * bool(between)
+            ),
             "batch sizes filled up": ", ".join(str(rows) for rows, size in routes.items() if size > rows) or "none",
             "batch sizes run before the first request": str(warm),
             # Several cells and the load generator share the machine; pinned threads would meet on the same cores.
@@ -176,13 +178,10 @@ class _Requests(Stream):
 
 
 def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
-    """The batch sizes to compile by themselves, those that matter most first; few or none for a large model.
-
-    Under load batches are of `max_batch`, on a quiet day of 1.
-    """
-    powers = [2**power for power in range(max_batch.bit_length() - 1, 0, -1)]
-    copies = _COPIES_BYTES // max(1, model_bytes)
-    return list(dict.fromkeys((max_batch, 1, *powers)))[:copies] if copies or max_batch > 1 else [1]
+    """The batch sizes to compile by themselves: under load batches are of `max_batch`, on a quiet day of 1."""
+    if max_batch == 1:
+        return [1]
+    return [max_batch, 1] if model_bytes <= _SMALL_BYTES else []
 
 
 def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any) -> Any:

@@ -24,8 +24,8 @@ INSTALL: Final = "install it with `pip install {}`, or choose another engine"
 class Stream(abc.ABC):
     """A `Slot` with buffers of its own, and a thread that brings the answers.
 
-    The answers are brought by a thread, not by a callback of the engine: an engine's own thread that waits for
-    Python's lock cannot compute, and what goes wrong in it is lost.
+    The answers are brought by a thread, not by a callback of the engine: OpenVINO's bindings do not call back when a
+    batch fails, and its thread could not compute while it waits for Python's lock.
 
     Args:
         signature: of the model; decides the buffers.

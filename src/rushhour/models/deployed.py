@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from rushhour.machine import cores
 from rushhour.models.source import build
 from rushhour.storage import explained
 from rushhour.task import Task
+from rushhour.telemetry import keep_home
 
 _LARGEST_BYTES = 1_900_000_000
 """Of the weights in one ONNX file: protobuf ends at 2 GiB, and the graph and tools need some of it."""
@@ -271,6 +271,9 @@ def strip_origin(graph: onnx.ModelProto) -> None:
 
 def _verify(file: Path, deployed: Deployed, name: str, samples: NDArray[Any]) -> None:
     """Raise unless the ONNX file answers as torch does."""
+    keep_home()
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores()
     options.log_severity_level = 3
