@@ -36,6 +36,9 @@ from rushhour.progress import Progress
 from rushhour.tune.space import BATCH_BOUNDS, Candidate, baseline, candidates, plain
 from rushhour.tune.trial import Bench, plan_of
 
+_ROUGH = 2.0
+"""How much coarser and shorter the searches are that only show what a step bought."""
+
 Fate = Literal["won", "baseline", "beaten", "dominated", "over budget", "failed"]
 
 
@@ -144,7 +147,7 @@ class _Tuner:
             self._bench = Bench(self._journal, generator, self._goal, self._run, self._trusted)
             winner = self._race(racing)
             compiled = self._compiled_rung(states, winner)
-            self._load_plainly(first_rung)
+            self._load_plainly(first_rung, rough=True)
             self._load_plainly(base)
             base.end("baseline", "the untouched model: torch eager, one sample at a time")
             confirmed = self._confirm(winner)
@@ -280,18 +283,19 @@ class _Tuner:
         state.p99_ms = result.p99_ms
         return False
 
-    def _search(self, state: _State) -> None:
-        """Its capacity, confirmed on a fresh seed."""
+    def _search(self, state: _State, *, rough: bool = False) -> None:
+        """Its capacity, confirmed on a fresh seed; `rough` for a step on the ladder, which decides nothing."""
+        step = _ROUGH if rough else 1.0
         expected = (state.predicted or 100.0) * self._ratio
         self._progress.start(f"Searching the capacity of {_short(state.candidate)}")
         try:
             with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "search") as probe:
                 search = find_capacity(
                     self._noted(probe(self._settings.window_s)),
-                    confirm=self._noted(probe(self._settings.proof_s)),
+                    confirm=self._noted(probe(self._settings.proof_s / step)),
                     start_rps=max(1.0, 0.8 * expected),
                     slo=self._goal.slo,
-                    resolution=1 + self._settings.resolution,
+                    resolution=1 + step * self._settings.resolution,
                     seed=self._settings.seed,
                 )
         except EngineError as error:
@@ -313,7 +317,7 @@ class _Tuner:
 
         return noted
 
-    def _load_plainly(self, state: _State) -> None:
+    def _load_plainly(self, state: _State, *, rough: bool = False) -> None:
         """A candidate that is measured for comparison only: how fast is it, and how right?"""
         profile = ServiceProfile(self._service_times(state.candidate))
         bound = state.candidate.policy.max_batch
@@ -321,7 +325,7 @@ class _Tuner:
             profile, streams=state.candidate.streams, max_batch=bound, slo=self._goal.slo
         )
         state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
-        self._search(state)
+        self._search(state, rough=rough)
         if state.fate is None:
             state.end("beaten", "compiled, but one sample at a time: measured to show what batching buys")
 
@@ -332,7 +336,7 @@ class _Tuner:
         if not full or winner in full:
             return None
         if full[0].capacity is None:
-            self._search(full[0])
+            self._search(full[0], rough=True)
         return full[0]
 
     # The answer.
