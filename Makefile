@@ -1,13 +1,15 @@
 # make demo     the whole path on real data
 # make test     the tests
 # make check    lint, types, architecture
+# make bench-serve   our server against its peers, 15 minutes on a quiet machine (`apt-get install wrk` first)
+# make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check clean bench-serve docs
 
 setup: .venv/.ready
 
@@ -29,6 +31,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-serve: setup
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/render.py
+
+docs: setup
+	$(BIN)/python benchmarks/render.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

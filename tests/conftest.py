@@ -20,9 +20,10 @@ from rushhour.testing.bundles import tiny_bundle
 class Server:
     """A running `python -m rushhour.serve`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], url: str, grpc: str = "") -> None:
         self.process = process
         self.url = url
+        self.grpc = grpc
         host, port = url.partition("://")[2].split(":")
         self.address = (host, int(port))
 
@@ -38,8 +39,8 @@ def serving(target: Path, settings: ServeSettings | None = None) -> Iterator[Ser
     try:
         assert process.stdout is not None
         said = json.loads(process.stdout.readline())
-        assert "url" in said, said
-        yield Server(process, said["url"])
+        assert said["url"], said["error"]
+        yield Server(process, said["url"], said["grpc"])
     finally:
         process.kill()
         process.wait()

@@ -110,8 +110,8 @@ def test_every_one_of_many_callers_gets_its_own_answer(server: Server) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "says"),
     [
-        ("GET", "/v2/models/other", b"", 404, "nothing at"),
-        ("POST", "/v2/models/other/infer", b"{}", 404, "nothing at"),
+        ("GET", "/v2/models/other", b"", 404, "no model"),
+        ("POST", "/v2/models/other/infer", b"{}", 404, "no model"),
         ("GET", "/v2/models/tiny/infer", b"", 405, "POST"),
         ("POST", "/v2/health/live", b"", 405, "takes GET"),
         ("POST", "/v2/models/tiny/infer", b"{", 400, "JSON"),
@@ -170,6 +170,39 @@ def test_pipelined_requests_are_answered_in_order(server: Server, tiny: Bundle) 
     assert len(answers) == 50
     for image, answer in zip(images, answers, strict=True):
         np.testing.assert_allclose(np.frombuffer(answer[-12:], np.float32), tiny_answers(image)[0], atol=1e-5)
+
+
+def test_a_head_seen_before_means_the_same_again_and_another_one_does_not(server: Server, tiny: Bundle) -> None:
+    """Equal heads are not parsed twice; heads that look alike are."""
+
+    def speak(connection: socket.socket, sent: bytes) -> bytes:
+        connection.sendall(sent)
+        return connection.recv(65536)
+
+    with socket.create_connection(server.address, timeout=10) as connection:
+        for seed in range(5):
+            image = unique(1, seed)
+            answer = speak(connection, infer_bytes(image, tiny.manifest.signature))
+            np.testing.assert_allclose(np.frombuffer(answer[-12:], np.float32), tiny_answers(image)[0], atol=1e-5)
+        known = infer_bytes(unique(1, 0), tiny.manifest.signature)
+        assert b" 404 " in speak(connection, known.replace(b"/tiny/", b"/none/"))
+        assert b" 200 " in speak(connection, known)
+        # The same head in two reads, and two requests in one.
+        connection.sendall(known[:50])
+        time.sleep(0.05)
+        assert b" 200 " in speak(connection, known[50:])
+        answers = b""
+        connection.sendall(known + known)
+        while answers.count(b"HTTP/1.1 200 OK") < 2:
+            answers += connection.recv(65536)
+        # Right length, but garbage where the JSON should be: an error, and the connection goes on.
+        broken = known[:-16] + b"x" * 16
+        assert b" 200 " in speak(connection, broken), "pixels may be any bytes"
+        head, _, body = known.partition(b"\r\n\r\n")
+        assert b" 400 " in speak(connection, head + b"\r\n\r\n" + b"x" * len(body))
+        assert b" 200 " in speak(connection, known)
+        assert b"connection: close" in speak(connection, known.replace(b"host: x", b"connection: close"))
+        assert connection.recv(10) == b""
 
 
 @pytest.mark.parametrize(
@@ -417,7 +450,7 @@ def test_a_plan_names_its_bundle_by_hash_and_below_itself(tiny: Bundle, tmp_path
 
 def test_a_model_name_that_is_no_path_segment_is_refused(tiny: Bundle) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "rushhour", "serve", str(tiny.path), "--http-port", "0", "--model-name", "a/b"],
+        [sys.executable, "-m", "rushhour", "serve", str(tiny.path), "--no-grpc", "--http-port=0", "--model-name=a/b"],
         capture_output=True,
         text=True,
         timeout=60,

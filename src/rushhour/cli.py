@@ -251,6 +251,8 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
 @click.argument("target", type=click.Path(path_type=Path), metavar="RUN|PLAN|BUNDLE")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default: exposing is a decision.")
 @click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--grpc-port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--no-grpc", is_flag=True, help="Serve over HTTP only.")
 @click.option("--model-name", default=None, help="The model's name on the wire; the bundle's by default.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that clients must send, one a line.")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM); with --tls-key.")
@@ -259,6 +261,12 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
 @click.option("--cells", type=click.IntRange(1, 256), help="Processes behind the port; the plan's number by default.")
 @click.option("--admin/--no-admin", default=True, show_default=True, help="Whether clients may reload the model.")
 @click.option(
+    "--shared-memory/--no-shared-memory",
+    default=True,
+    show_default=True,
+    help="Whether clients may have shared memory of this machine read and written.",
+)
+@click.option(
     "--trust", multiple=True, metavar="MODULE:FACTORY", help="A factory of yours that the torch engine may import."
 )
 @_json
@@ -266,6 +274,8 @@ def serve(
     target: Path,
     host: str,
     http_port: int,
+    grpc_port: int,
+    no_grpc: bool,
     model_name: str | None,
     api_key_file: Path | None,
     tls_cert: Path | None,
@@ -273,14 +283,15 @@ def serve(
     expose: bool,
     cells: int | None,
     admin: bool,
+    shared_memory: bool,
     trust: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
-    """Answer requests as a Plan says (Open Inference Protocol v2 over HTTP). SIGTERM or Ctrl-C drains.
+    """Answer requests as a Plan says (Open Inference Protocol v2, HTTP and gRPC). SIGTERM or Ctrl-C drains.
 
     \b
     rushhour serve runs/demo
-    curl http://127.0.0.1:8000/v2/models/fashion-mnist
+    curl http://127.0.0.1:8000/v2/models/article-fashion-mnist
     """
     from rushhour.serve import Keys, ServeSettings, open_target
     from rushhour.serve import serve as serve_target
@@ -288,17 +299,19 @@ def serve(
     opened = open_target(target)
     policy, variant = opened.plan.policy, opened.plan.variants[0]
 
-    def ready(url: str) -> None:
+    def ready(url: str, grpc: str | None) -> None:
         name = model_name or opened.bundle.manifest.name
+        where = f"{url} and, over gRPC, at {grpc}" if grpc else url
         click.echo(
-            f"{name} is served at {url} by {variant.engine} in {variant.precision}: {policy.streams} streams of "
+            f"{name} is served at {where} by {variant.engine} in {variant.precision}: {policy.streams} streams of "
             f"{policy.threads} threads, batches up to {policy.max_batch}. Ctrl-C drains and stops."
         )
-        _write_json(json_file, {"url": url, "model": name, "policy": policy})
+        _write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy})
 
     settings = ServeSettings(
         host=host,
         http_port=http_port,
+        grpc_port=None if no_grpc else grpc_port,
         model=model_name,
         trusted=trust,
         api_keys=Keys.read(api_key_file) if api_key_file else (),
@@ -306,6 +319,7 @@ def serve(
         tls_key=str(tls_key) if tls_key else None,
         exposed=expose,
         admin=admin,
+        shared_memory=shared_memory,
         cells=cells,
     )
     serve_target(opened, settings, ready)

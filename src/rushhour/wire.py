@@ -1,18 +1,20 @@
-"""The Open Inference Protocol v2 over HTTP, as bytes: no I/O here.
+"""The Open Inference Protocol v2: what requests and answers mean, and their bytes over HTTP. No I/O here.
 
 A request's body is a JSON header, then the tensors it does not hold itself as raw little-endian rows; the HTTP field
 `Inference-Header-Content-Length` says where the header ends. What a server does at every request is kept cheap: a
 header seen before is looked up by its bytes, tensors stay views of the body, and the header of an answer is built
-once per shape.
+once per shape. Over gRPC the bytes are others (`serve/protocol/codec.py`) and the meaning is the same: both faces
+describe a request by a `RequestHeader` and have it read by `Codec.arrange`.
 
-Source: kserve/open-inference-protocol, specification/protocol/inference_rest.md, and its binary data extension.
+Sources: kserve/open-inference-protocol, specification/protocol/inference_rest.md; triton-inference-server/server,
+docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_classification.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import msgspec
 import numpy as np
@@ -47,7 +49,15 @@ def datatype_of(spec: TensorSpec) -> str:
     return _DATATYPES[spec.dtype]
 
 
-class _Input(msgspec.Struct):
+class InputHeader(msgspec.Struct):
+    """What a request says of one of its inputs. Nothing is checked yet.
+
+    Attributes:
+        data: the tensor's values, flat or nested; None where they lie elsewhere.
+        parameters: `binary_data_size` where its bytes follow the header, `shared_memory_region` and its companions
+            where they lie in shared memory.
+    """
+
     name: str
     datatype: str
     shape: list[int]
@@ -55,19 +65,52 @@ class _Input(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-class _Output(msgspec.Struct):
+class OutputHeader(msgspec.Struct):
+    """What a request says of an output that it asks for."""
+
     name: str
     parameters: dict[str, Any] = {}
 
 
-class _Header(msgspec.Struct):
-    inputs: list[_Input]
-    outputs: list[_Output] = []
+class RequestHeader(msgspec.Struct):
+    """What a request says of itself. Nothing is checked yet."""
+
+    inputs: list[InputHeader]
+    outputs: list[OutputHeader] = []
     id: str = ""
     parameters: dict[str, Any] = {}
 
 
-_decode_header = msgspec.json.Decoder(_Header).decode
+_decode_header = msgspec.json.Decoder(RequestHeader).decode
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a tensor's bytes lie in shared memory.
+
+    Attributes:
+        region: under which name a client has registered it.
+        offset: in bytes, from the region's beginning.
+    """
+
+    region: str
+    offset: int
+    byte_size: int
+
+
+class Regions(Protocol):
+    """The shared memory that clients have registered. Whoever does I/O hands it in."""
+
+    def check(self, place: Place) -> None:
+        """Raise a `WireError` unless the place lies in a registered region."""
+        ...
+
+    def read(self, place: Place) -> memoryview:
+        """The bytes there, as they are now."""
+        ...
+
+    def write(self, place: Place, content: memoryview | bytes) -> None:
+        """Put bytes there, from its beginning."""
+        ...
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -79,6 +122,9 @@ class Wanted(msgspec.Struct, frozen=True):
         binary: for each of them, raw bytes behind the header or numbers in the JSON.
         timeout_s: how long the caller is willing to wait; None where it does not say.
         priority: 1 is the highest, 0 where the caller does not say.
+        top: for each output, how many of the likeliest classes are wanted in words, 0 for the numbers themselves;
+            empty where no output is wanted so.
+        places: for each output, where in shared memory it is to be written; empty where none is.
     """
 
     id: str
@@ -86,6 +132,8 @@ class Wanted(msgspec.Struct, frozen=True):
     binary: tuple[bool, ...]
     timeout_s: float | None = None
     priority: int = 0
+    top: tuple[int, ...] = ()
+    places: tuple[Place | None, ...] = ()
 
 
 class InferRequest:
@@ -105,16 +153,51 @@ class InferRequest:
         self.wanted = wanted
 
 
-class _Layout:
-    """Where the tensors of a request lie behind its header, if its header says so for all of them."""
+class Layout:
+    """A header, read and checked: where the tensors of its requests lie, and what their answers are to hold.
 
-    __slots__ = ("rows", "slices", "total", "wanted")
+    Attributes:
+        rows: samples in a request.
+        wanted: what the answer is to hold.
+        slices: position of an input -> where its bytes begin and end among those that follow the header, in the order
+            in which they follow.
+        total: bytes that follow the header.
+        inline: position of an input -> its bytes, where the header itself held them.
+        places: position of an input -> its place in shared memory.
+    """
 
-    def __init__(self, rows: int, slices: tuple[tuple[int, int], ...], total: int, wanted: Wanted) -> None:
+    __slots__ = ("inline", "ordered", "places", "rows", "slices", "total", "wanted")
+
+    def __init__(self, rows: int, wanted: Wanted) -> None:
         self.rows = rows
-        self.slices = slices
-        self.total = total
         self.wanted = wanted
+        self.slices: dict[int, tuple[int, int]] = {}
+        self.total = 0
+        self.inline: dict[int, memoryview] = {}
+        self.places: dict[int, Place] = {}
+        self.ordered: tuple[tuple[int, int], ...] = ()
+        """The slices by position, where all there is to a request is slices."""
+
+    def settle(self) -> Layout:
+        """To be called when all inputs are in."""
+        if not self.inline and not self.places and not self.wanted.places:
+            self.ordered = tuple(self.slices[position] for position in range(len(self.slices)))
+        return self
+
+
+class OutputTensor(NamedTuple):
+    """One output of an answer.
+
+    Attributes:
+        words: the values of a BYTES tensor, None for one of numbers.
+        raw: its bytes; None where they have been written to shared memory.
+    """
+
+    name: str
+    datatype: str
+    shape: list[int]
+    words: list[str] | None
+    raw: memoryview | bytes | None
 
 
 class Codec:
@@ -125,16 +208,28 @@ class Codec:
         signature: what the model takes and gives.
         version: the model's version, as answers repeat it.
         max_rows: samples in one request, at most.
+        labels: the classes' names, where the model classifies.
+        regions: the shared memory of the server's clients; None where it is not to be used.
     """
 
-    def __init__(self, model: str, signature: Signature, version: str = "1", max_rows: int = 4096) -> None:
+    def __init__(
+        self,
+        model: str,
+        signature: Signature,
+        version: str = "1",
+        max_rows: int = 4096,
+        labels: tuple[str, ...] = (),
+        regions: Regions | None = None,
+    ) -> None:
         self.model = model
         self.version = version
         self.signature = signature
         self.max_rows = max_rows
+        self.labels = labels
+        self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
-        self._layouts: dict[bytes, _Layout] = {}
+        self._layouts: dict[bytes, Layout] = {}
         self._answer_headers: dict[tuple[Wanted, int], bytes] = {}
 
     def decode(self, body: bytes, header_length: int | None) -> InferRequest:
@@ -165,8 +260,29 @@ class Codec:
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
         view = memoryview(body)
-        tensors = tuple([view[header_length + start : header_length + stop] for start, stop in layout.slices])
+        if not layout.ordered:
+            return self._gather(layout, view[header_length:])
+        tensors = tuple([view[header_length + start : header_length + stop] for start, stop in layout.ordered])
         return InferRequest(layout.rows, tensors, layout.wanted)
+
+    def gather(self, layout: Layout, following: Sequence[memoryview]) -> InferRequest:
+        """Bring a request's tensors together, wherever they lie.
+
+        Args:
+            layout: of the request's header.
+            following: the tensors that follow the header, in the order of `layout.slices`.
+
+        Raises:
+            WireError: if a place in shared memory is not registered.
+        """
+        tensors = layout.inline | dict(zip(layout.slices, following, strict=True))
+        for position, place in layout.places.items():
+            tensors[position] = self._shared().read(place)
+        for wanted in layout.wanted.places:
+            if wanted is not None:
+                self._shared().check(wanted)
+        ordered = tuple(tensors[position] for position in range(len(self._inputs)))
+        return InferRequest(layout.rows, ordered, layout.wanted)
 
     def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
         """Write an answer.
@@ -180,13 +296,13 @@ class Codec:
             The length of the JSON header where raw bytes follow it (for `Inference-Header-Content-Length`), else
             None; and the parts of the body in order.
         """
-        if not all(wanted.binary):
-            return self._encode_json(wanted, rows, outputs)
+        if wanted.top or wanted.places or not all(wanted.binary):
+            return self._encode_each(wanted, rows, outputs)
         key = (wanted, rows)
         header = self._answer_headers.get(key)
         if header is None:
             described = [
-                self._describe(position, rows)
+                dict(zip(("name", "datatype", "shape"), self.describe(position, rows), strict=True))
                 | {"parameters": {"binary_data_size": rows * self.signature.outputs[position].row_bytes}}
                 for position in wanted.outputs
             ]
@@ -195,17 +311,52 @@ class Codec:
                 self._answer_headers[key] = header
         return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
 
-    def _encode_json(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
+    def outputs(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> Iterator[OutputTensor]:
+        """The outputs of an answer one by one, in the order wanted; those for shared memory are written there.
+
+        Args:
+            wanted: of the request.
+            rows: samples in the answer.
+            outputs: the raw rows of each of the signature's outputs, in its order.
+
+        Raises:
+            WireError: if a place in shared memory is no longer there, or too small.
+        """
+        for number, position in enumerate(wanted.outputs):
+            spec = self.signature.outputs[position]
+            top = wanted.top[number] if wanted.top else 0
+            place = wanted.places[number] if wanted.places else None
+            words = self._likeliest(spec, outputs[position], rows, top) if top else None
+            raw = outputs[position] if words is None else _bytes_tensor(words)
+            if place is not None:
+                self._shared().write(place, raw)
+            described = self.describe(position, rows) if words is None else (spec.name, "BYTES", [rows, top])
+            yield OutputTensor(*described, words, raw if place is None else None)
+
+    def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> list[str]:
+        """`value:index:label` of the `top` highest values of each sample, highest first."""
+        values = np.frombuffer(rows_of, dtype=spec.dtype).reshape(rows, -1)
+        order = np.argsort(-values.astype(np.float64), axis=1, kind="stable")[:, :top]
+        shown = "{}:{}:{}" if values.dtype.kind in "iu" else "{:f}:{}:{}"
+        return [
+            shown.format(values[row, index], index, self.labels[index]) for row in range(rows) for index in order[row]
+        ]
+
+    def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
         described, blobs = [], []
-        for position, binary in zip(wanted.outputs, wanted.binary, strict=True):
-            entry, spec = self._describe(position, rows), self.signature.outputs[position]
-            if binary:
-                blobs.append(bytes(outputs[position]))
+        for output, binary in zip(self.outputs(wanted, rows, outputs), wanted.binary, strict=True):
+            entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+            if output.raw is None:
+                pass  # it lies in shared memory, where the client has said
+            elif binary:
+                blobs.append(bytes(output.raw))
                 entry["parameters"] = {"binary_data_size": len(blobs[-1])}
+            elif output.words is not None:
+                entry["data"] = output.words
+            elif output.datatype == "FP16":
+                raise WireError(f"the output {output.name!r} is FP16", "JSON cannot carry it", "ask for binary data")
             else:
-                if spec.dtype == "float16":
-                    raise WireError(f"the output {spec.name!r} is FP16", "JSON cannot carry it", "ask for binary data")
-                entry["data"] = np.frombuffer(outputs[position], dtype=spec.dtype).tolist()
+                entry["data"] = np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]).tolist()
             described.append(entry)
         header = self._answer(wanted, described)
         return (len(header) if blobs else None), [header, *blobs]
@@ -216,9 +367,10 @@ class Codec:
             answer["id"] = wanted.id
         return msgspec.json.encode(answer | {"outputs": described})
 
-    def _describe(self, position: int, rows: int) -> dict[str, Any]:
+    def describe(self, position: int, rows: int) -> tuple[str, str, list[int]]:
+        """The name, datatype and shape of an output in an answer of so many samples."""
         spec = self.signature.outputs[position]
-        return {"name": spec.name, "datatype": datatype_of(spec), "shape": [rows, *spec.shape]}
+        return spec.name, datatype_of(spec), [rows, *spec.shape]
 
     def _raw(self, body: bytes) -> InferRequest:
         if len(self.signature.inputs) != 1:
@@ -244,54 +396,82 @@ class Codec:
             raise WireError(
                 "the request's JSON cannot be read", str(error), "see the Open Inference Protocol, $inference_request"
             ) from error
-        by_position = self._match_inputs(parsed.inputs)
+        layout = self.arrange(parsed)
+        if len(body) - header_length != layout.total:
+            raise _wrong_length(layout.total, len(body) - header_length)
+        if not layout.inline and len(header) <= _MAX_CACHED_HEADER_BYTES and not parsed.id:
+            if len(self._layouts) >= _MAX_CACHED_HEADERS:
+                self._layouts.clear()
+            self._layouts[header] = layout
+        return self._gather(layout, memoryview(body)[header_length:])
+
+    def _gather(self, layout: Layout, blobs: memoryview) -> InferRequest:
+        return self.gather(layout, [blobs[start:stop] for start, stop in layout.slices.values()])
+
+    def arrange(self, header: RequestHeader) -> Layout:
+        """Read and check what a request says of itself.
+
+        Raises:
+            WireError: if it is not a valid request for this model.
+        """
+        by_position = self._match_inputs(header.inputs)
         rows = self._rows_of(by_position)
-        wanted = self._wanted(parsed)
-        blobs = memoryview(body)[header_length:]
-        slices: dict[int, tuple[int, int]] = {}
-        from_json: dict[int, memoryview] = {}
-        offset = 0
-        for entry in parsed.inputs:
-            position = self._inputs[entry.name]
+        layout = Layout(rows, self._wanted(header, rows))
+        for position, entry in by_position.items():
             size = rows * self.signature.inputs[position].row_bytes
-            stated = entry.parameters.get("binary_data_size")
-            if "shared_memory_region" in entry.parameters:
+            stated, place = entry.parameters.get("binary_data_size"), self._place(entry, size)
+            given = (stated, entry.data, place).count(None)
+            if given != 2:
                 raise WireError(
-                    f"the input {entry.name!r} lies in shared memory", "this server does not open it", status=501
-                )
-            if (stated is None) == (entry.data is None):
-                raise WireError(
-                    f"the input {entry.name!r} has {'no data' if stated is None else 'data twice'}",
-                    "an input carries either 'data' or the parameter 'binary_data_size'",
+                    f"the input {entry.name!r} has {'no data' if given == 3 else 'data twice'}",
+                    "an input carries 'data', or the parameter 'binary_data_size', or 'shared_memory_region'",
                     "send exactly one of them",
                 )
-            if stated is None:
-                from_json[position] = self._from_json(entry, position, size)
-                continue
-            if not isinstance(stated, int) or isinstance(stated, bool) or stated != size:
+            if place is not None:
+                layout.places[position] = place
+            elif stated is None:
+                layout.inline[position] = self._from_values(entry, position, size)
+            elif not _is_size(stated) or stated != size:
                 raise WireError(
                     f"the input {entry.name!r} has binary_data_size {stated!r}",
                     f"shape {entry.shape} of {entry.datatype} is {size} bytes",
                     "send the tensor's exact size",
                 )
-            slices[position] = (offset, offset + size)
-            offset += size
-        if len(blobs) != offset:
-            raise _wrong_length(offset, len(blobs))
-        if not from_json and len(header) <= _MAX_CACHED_HEADER_BYTES and not wanted.id:
-            if len(self._layouts) >= _MAX_CACHED_HEADERS:
-                self._layouts.clear()
-            ordered = tuple(slices[position] for position in range(len(slices)))
-            self._layouts[header] = _Layout(rows, ordered, offset, wanted)
-        tensors = tuple(
-            from_json[position] if position in from_json else blobs[slices[position][0] : slices[position][1]]
-            for position in range(len(self._inputs))
-        )
-        return InferRequest(rows, tensors, wanted)
+            else:
+                layout.slices[position] = (layout.total, layout.total + size)
+                layout.total += size
+        return layout.settle()
 
-    def _match_inputs(self, inputs: list[_Input]) -> dict[int, _Input]:
+    def _place(self, entry: InputHeader | OutputHeader, size: int | None = None) -> Place | None:
+        """The place in shared memory that an input or output names, if it does; `size` is what it must have."""
+        region = entry.parameters.get("shared_memory_region")
+        if region is None:
+            return None
+        self._shared()
+        offset = entry.parameters.get("shared_memory_offset", 0)
+        byte_size = entry.parameters.get("shared_memory_byte_size")
+        if not (isinstance(region, str) and _is_size(offset) and _is_size(byte_size)):
+            raise WireError(
+                f"{entry.name!r} lies in shared memory, but where is not said",
+                f"region {region!r}, offset {offset!r}, byte size {byte_size!r}",
+                "send shared_memory_region, shared_memory_byte_size and, if it is not 0, shared_memory_offset",
+            )
+        if size is not None and byte_size != size:
+            raise WireError(
+                f"the input {entry.name!r} has shared_memory_byte_size {byte_size}",
+                f"a tensor of its shape and type is {size} bytes",
+                "send the tensor's exact size",
+            )
+        return Place(region, offset, byte_size)
+
+    def _shared(self) -> Regions:
+        if self._regions is None:
+            raise WireError("the request uses shared memory", "this server does not", "send the tensors", status=501)
+        return self._regions
+
+    def _match_inputs(self, inputs: list[InputHeader]) -> dict[int, InputHeader]:
         """Position -> input; every input of the model exactly once, with its type and shape."""
-        found: dict[int, _Input] = {}
+        found: dict[int, InputHeader] = {}
         for entry in inputs:
             position = self._inputs.get(entry.name)
             if position is None or position in found:
@@ -323,7 +503,7 @@ class Codec:
                 )
         return found
 
-    def _rows_of(self, inputs: Mapping[int, _Input]) -> int:
+    def _rows_of(self, inputs: Mapping[int, InputHeader]) -> int:
         counts = {entry.shape[0] for entry in inputs.values()}
         if len(counts) != 1:
             raise WireError(
@@ -341,7 +521,7 @@ class Codec:
                 f"the request has {rows} samples", f"a request has 1 to {self.max_rows}", "split it into several"
             )
 
-    def _from_json(self, entry: _Input, position: int, size: int) -> memoryview:
+    def _from_values(self, entry: InputHeader, position: int, size: int) -> memoryview:
         spec = self.signature.inputs[position]
         try:
             values = np.asarray(entry.data)
@@ -365,10 +545,12 @@ class Codec:
             ) from error
         return memoryview(array.tobytes())
 
-    def _wanted(self, header: _Header) -> Wanted:
+    def _wanted(self, header: RequestHeader, rows: int) -> Wanted:
         all_binary = header.parameters.get("binary_data_output") is True
-        asked = header.outputs or [_Output(name) for name in self._outputs]
-        positions, binary = [], []
+        asked = header.outputs or [OutputHeader(name) for name in self._outputs]
+        positions: list[int] = []
+        binary, top = [], []
+        places: list[Place | None] = []
         for output in asked:
             position = self._outputs.get(output.name)
             if position is None or position in positions:
@@ -377,17 +559,22 @@ class Codec:
                     f"{self.model} gives {', '.join(self._outputs)}",
                     f"ask GET v2/models/{self.model}",
                 )
-            for unsupported in ("classification", "shared_memory_region"):
-                if output.parameters.get(unsupported):
-                    raise WireError(
-                        f"the output {output.name!r} asks for {unsupported}", "this server does not do it", status=501
-                    )
             positions.append(position)
             binary.append(output.parameters.get("binary_data", all_binary) is True)
+            top.append(self._top(output, position))
+            size = rows * self.signature.outputs[position].row_bytes
+            place = self._place(output)
+            if place is not None and not top[-1] and size > place.byte_size:
+                raise WireError(
+                    f"the output {output.name!r} does not fit into its shared memory",
+                    f"it has {size} bytes, and shared_memory_byte_size is {place.byte_size}",
+                    "give it more room",
+                )
+            places.append(place)
         timeout, priority = header.parameters.get("timeout"), header.parameters.get("priority", 0)
-        if timeout is not None and (not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 0):
+        if timeout is not None and not _is_size(timeout):
             raise WireError(f"the timeout is {timeout!r}", "it is a whole number of microseconds", "send 0 or more")
-        if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
+        if not _is_size(priority):
             raise WireError(f"the priority is {priority!r}", "1 is the highest, larger is lower", "send 0 or more")
         return Wanted(
             id=header.id,
@@ -395,7 +582,35 @@ class Codec:
             binary=tuple(binary),
             timeout_s=timeout / 1e6 if timeout else None,
             priority=priority,
+            top=tuple(top) if any(top) else (),
+            places=tuple(places) if any(places) else (),
         )
+
+    def _top(self, output: OutputHeader, position: int) -> int:
+        """How many classes of an output are wanted in words."""
+        asked, spec = output.parameters.get("classification", 0), self.signature.outputs[position]
+        if not _is_size(asked):
+            raise WireError(
+                f"the output {output.name!r} asks for classification {asked!r}",
+                "it is a number of classes",
+                "send a whole number, 0 for the tensor itself",
+            )
+        if asked and math.prod(spec.shape) != len(self.labels):
+            raise WireError(
+                f"the output {output.name!r} asks for classification",
+                f"{self.model} does not classify with it",
+                "ask for the tensor itself",
+            )
+        return min(asked, len(self.labels))
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _bytes_tensor(words: Sequence[str]) -> bytes:
+    """A BYTES tensor as it is sent: each element's length in four bytes, then the element."""
+    return b"".join(len(word).to_bytes(4, "little") + word for word in map(str.encode, words))
 
 
 def _wrong_length(expected: int, found: int) -> WireError:
@@ -473,7 +688,7 @@ def decode_answer(body: bytes, header_length: int | None) -> dict[str, NDArray[A
 
 
 class _Answer(msgspec.Struct):
-    outputs: list[_Input]
+    outputs: list[InputHeader]
 
 
 def model_metadata(codec: Codec, platform: str) -> bytes:
@@ -511,11 +726,11 @@ def read_metadata(body: bytes) -> tuple[str, Signature]:
 
 class _Metadata(msgspec.Struct):
     name: str
-    inputs: list[_Input]
-    outputs: list[_Input]
+    inputs: list[InputHeader]
+    outputs: list[InputHeader]
 
 
-def _spec(entry: _Input) -> TensorSpec:
+def _spec(entry: InputHeader) -> TensorSpec:
     if len(entry.shape) < 1 or any(size < 1 for size in entry.shape[1:]):
         raise ValueError(f"tensor {entry.name!r} has shape {entry.shape}")
     return msgspec.convert(

@@ -1,9 +1,9 @@
 """`python -m rushhour.serve TARGET [SETTINGS|-]`: a server for another program: a supervisor, the tuner, a test.
 
 Settings are JSON, on the command line or, with `-`, on the first line of standard input (others can read a command
-line). It says `{"url": ...}` on a line of its own when requests are welcome, or `{"error": ...}` and exits with 2. It
-lives as long as its standard input is open: when the other program dies, however it dies, the server stops too.
-Further lines of input are a supervisor's orders.
+line). It says `{"url": ..., "grpc": ...}` on a line of its own when requests are welcome, or `{"error": ...}` and exits
+with 2. It lives as long as its standard input is open: when the other program dies, however it dies, the server stops
+too. Further lines of input are a supervisor's orders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _main(arguments: list[str]) -> int:
         settings = msgspec.json.decode(orders.readline() if text == "-" else text, type=ServeSettings)
         tether = Tether(orders, _say)
         target = open_target(Path(arguments[0]))
-        serve(target, settings, ready=lambda url: _say(Said(url=url)), tether=tether)
+        serve(target, settings, ready=lambda url, grpc: _say(Said(url=url, grpc=grpc or "")), tether=tether)
     except RushhourError as error:
         _say(Said(error=str(error)))
         return 2

@@ -18,6 +18,7 @@ from rushhour.errors import EngineError
 from rushhour.plan import Policy
 from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
+from rushhour.serve.statistics import Statistics
 from rushhour.wire import Codec, InferRequest
 
 _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
@@ -92,6 +93,7 @@ class Cell:
         self.codec = codec
         self.engine = engine
         self.counters = Counters()
+        self.statistics = Statistics(clock)
         self.profile = profile
         self._loop = asyncio.get_running_loop()
         self._clock = clock
@@ -131,12 +133,14 @@ class Cell:
             )
             if finish > deadline:
                 self.counters.shed_deadline += 1
+                self.statistics.fail.add(1, 0.0)
                 why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
                 return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
         job = Job(request, reply)
         job.ticket = batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
             self.counters.shed_queue += 1
+            self.statistics.fail.add(1, 0.0)
             retry = self._admission.backlog_s(batcher.waiting, self._streams)
             return Shed("queue", "the queue is full: more requests come than can be answered", retry)
         # Not at once: the other requests that this turn of the loop reads from its sockets belong into the batch.
@@ -160,6 +164,7 @@ class Cell:
                 return
             stream = self._free.pop()
             self._busy.append(stream)
+            stream.taken = self._clock.now()
             rows = self._fill(stream, parts)
             self.counters.batches += 1
             self.counters.rows += rows
@@ -196,6 +201,13 @@ class Cell:
             for part in parts:
                 self._answer(part, views, at)
                 at += part.rows
+            begun = [part.ticket.arrived for part in parts if part.first == 0]
+            answered = [
+                part.ticket.arrived
+                for part in parts
+                if part.ticket.item.missing == 0 and part.ticket.item.reply is not None
+            ]
+            self.statistics.count(stream, len(parts), begun, answered)
         else:
             for part in parts:
                 self._fail(part.ticket.item, error)
@@ -232,24 +244,29 @@ class Cell:
         if job.reply is not None:
             reply, job.reply = job.reply, None
             self.counters.failed += 1
+            if job.ticket is not None:
+                self.statistics.fail.add(1, self._clock.now() - job.ticket.arrived)
             reply(error if isinstance(error, Exception) else EngineError("the engine stopped", repr(error)))
 
 
 class _Stream:
     """A slot of the engine, its buffers as bytes, and the batch that runs on it."""
 
-    __slots__ = ("_cell", "_loop", "buffers", "parts", "rows", "slot", "started", "until")
+    __slots__ = ("_cell", "_loop", "buffers", "ended", "parts", "rows", "slot", "started", "taken", "until")
 
     def __init__(self, cell: Cell, slot: Slot) -> None:
         self.slot = slot
         self.buffers = [slot.inputs[spec.name].reshape(-1).view(np.uint8).data for spec in cell.engine.signature.inputs]
         self.parts: list[Part[Job]] = []
         self.rows = 0
+        self.taken = 0.0
         self.started = 0.0
         self.until = 0.0
+        self.ended = 0.0
         self._cell = cell
         self._loop = cell._loop
 
     def done(self, error: BaseException | None) -> None:
         """Hand the result over to the loop's thread."""
+        self.ended = self._cell._clock.now()
         self._loop.call_soon_threadsafe(self._cell._finished, self, error)

@@ -34,6 +34,7 @@ _REASONS = {
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
+    409: "Conflict",
     411: "Length Required",
     413: "Content Too Large",
     415: "Unsupported Media Type",
@@ -81,6 +82,28 @@ class _Message:
         self.keep_alive = True
 
 
+class _Known:
+    """A request head that was parsed before, and what it said: the same bytes say the same again.
+
+    A client repeats itself: most heads on a connection are equal. Only heads that frame their body by its length are
+    kept, and only a whole request in one read is taken this way; everything else goes through the parser.
+    """
+
+    __slots__ = ("_said", "head", "size")
+
+    def __init__(self, head: bytes, body_bytes: int, message: _Message) -> None:
+        self.head = head
+        self.size = len(head) + body_bytes
+        self._said = (message.target, message.method, message.header_length, message.encoding, message.authorization)
+
+    def again(self, data: bytes) -> _Message:
+        """The request that `data`, which begins with the head and has the right size, holds."""
+        message = _Message()
+        message.target, message.method, message.header_length, message.encoding, message.authorization = self._said
+        message.body.append(data[len(self.head) :])
+        return message
+
+
 class HttpConnection(asyncio.Protocol):
     """One client's connection. Pipelined requests are answered one after another, in order.
 
@@ -103,6 +126,9 @@ class HttpConnection(asyncio.Protocol):
         self._current: _Message | None = None
         self._running: tuple[Cell, Job] | None = None
         self._paused = False
+        self._known: _Known | None = None
+        self._chunk = b""
+        self._chunked = False
         self._ended = False
         self._unread = False
         self._reading = False
@@ -135,6 +161,11 @@ class HttpConnection(asyncio.Protocol):
         """Bytes of one request, of a part of one, or of several."""
         if self._lingering is not None:
             return
+        known = self._known
+        if known is not None and not self._reading and len(data) == known.size and data.startswith(known.head):
+            self._complete(known.again(data))
+            return
+        self._chunk = b"" if self._reading else data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -191,6 +222,7 @@ class HttpConnection(asyncio.Protocol):
         """A new request begins."""
         self._message = _Message()
         self._reading = True
+        self._chunked = False
         self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
@@ -210,6 +242,8 @@ class HttpConnection(asyncio.Protocol):
             raise self._stop(self._too_large())
         elif lowered == b"authorization":
             self._message.authorization = value
+        elif lowered == b"transfer-encoding":
+            self._chunked = True
         elif lowered == b"expect" and value.lower() == b"100-continue" and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -225,8 +259,21 @@ class HttpConnection(asyncio.Protocol):
         message = self._message
         message.method = self._parser.get_method()
         message.keep_alive = self._parser.should_keep_alive()
+        self._remember(message)
         self._header_bytes = self._body_bytes = 0
         self._reading = False
+        self._complete(message)
+
+    def _remember(self, message: _Message) -> None:
+        """Keep the head for the next request, if this one came whole and alone in one read."""
+        end = len(self._chunk) - self._body_bytes
+        if self._chunked or not message.keep_alive or len(message.body) != 1:
+            return
+        if self._chunk.find(b"\r\n\r\n") + 4 == end and self._chunk.endswith(message.body[0]):
+            self._known = _Known(self._chunk[:end], self._body_bytes, message)
+
+    def _complete(self, message: _Message) -> None:
+        """A request is there: answer it, or let it wait for those before it."""
         self._since = self._clock()
         if self._current is None:
             self._begin(message)

@@ -18,7 +18,7 @@ from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.supervisor import Change
 from rushhour.serve.target import Target, open_target
-from rushhour.wire import Codec
+from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03
 _LONGEST_BATCH_S = 1.0
@@ -49,6 +49,7 @@ class Repository:
         name: on the wire; None takes the bundle's.
         opener: opens engines.
         version: that the first load gets; each further one gets one more.
+        regions: the shared memory that requests may use; None where it is switched off.
 
     Attributes:
         loaded: what answers requests now.
@@ -58,7 +59,9 @@ class Repository:
         ServeError: if the name cannot be a part of a URL.
     """
 
-    def __init__(self, target: Target, name: str | None, opener: Opener, version: int = 1) -> None:
+    def __init__(
+        self, target: Target, name: str | None, opener: Opener, version: int = 1, regions: Regions | None = None
+    ) -> None:
         self.name = name or target.bundle.manifest.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise ServeError(
@@ -70,6 +73,7 @@ class Repository:
         self._path = target.path
         self._first: Target | None = target
         self._opener = opener
+        self._regions = regions
         self._version = version - 1
         self.spread: Callable[[Change], Awaitable[str]] | None = None
         self._changing = asyncio.Lock()
@@ -107,7 +111,13 @@ class Repository:
                 target = await loop.run_in_executor(None, open_target, self._path)
             engine, profile = await loop.run_in_executor(None, self._open, target)
             self._version = self._version + 1 if version is None else version
-            codec = Codec(self.name, engine.signature, version=str(self._version))
+            codec = Codec(
+                self.name,
+                engine.signature,
+                version=str(self._version),
+                labels=target.bundle.manifest.task.classes,
+                regions=self._regions,
+            )
             cell = Cell(engine, codec, target.plan.policy, profile, WallClock())
             old, self.loaded = self.loaded, Loaded(target, engine, cell)
             base = f"/v2/models/{self.name}"

@@ -12,29 +12,38 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import uvloop
 
 from rushhour.errors import ServeError
 from rushhour.serve.cell import Cell
-from rushhour.serve.control import Answer, Control
+from rushhour.serve.control import Control
 from rushhour.serve.guard import Keys, check_exposure, tls
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Opener, Repository, opener
+from rushhour.serve.routes import Answer, Routes
 from rushhour.serve.settings import ServeSettings
+from rushhour.serve.shared_memory import SharedMemory
 from rushhour.serve.supervisor import Supervisor, join, pins, reserve
 from rushhour.serve.target import Target
 from rushhour.serve.tether import Tether
 
+if TYPE_CHECKING:
+    from rushhour.serve.grpc import GrpcFace
+
 _DRAIN_SECONDS = 30.0
 _LINGER_SECONDS = 0.25
+
+Ready = Callable[[str, str | None], None]
+"""Called once when requests are welcome: with the URL, and with the address for gRPC where that is served."""
 
 
 def serve(
     target: Target,
     settings: ServeSettings,
-    ready: Callable[[str], None],
+    ready: Ready,
     *,
     open_with: Opener | None = None,
     tether: Tether | None = None,
@@ -44,7 +53,7 @@ def serve(
     Args:
         target: what to serve.
         settings: where.
-        ready: called once with the server's URL when requests are welcome.
+        ready: called once when requests are welcome.
         open_with: opens engines; the plan's own by default. Of no use with several cells, which are other processes.
         tether: this server's line to whoever started it.
 
@@ -63,10 +72,14 @@ def serve(
             runner.run(_serve(target, settings, opening, context, ready, tether))
 
 
-async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Callable[[str], None]) -> None:
-    with _explained(settings), reserve(settings.host, settings.http_port) as held:
-        shared = msgspec.structs.replace(settings, http_port=held.getsockname()[1], cells=None, one_of_many=True)
-        await Supervisor(target.path, shared, pins(cells, sorted(os.sched_getaffinity(0)))).run(ready)
+async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Ready) -> None:
+    with _explained(settings), reserve(settings.host, settings.http_port) as held, _grpc_port(settings) as grpc_port:
+        shared = msgspec.structs.replace(
+            settings, http_port=held.getsockname()[1], grpc_port=grpc_port, cells=None, one_of_many=True
+        )
+        grpc = None if grpc_port is None else _address(settings.host, grpc_port)
+        supervisor = Supervisor(target.path, shared, pins(cells, sorted(os.sched_getaffinity(0))))
+        await supervisor.run(lambda url: ready(url, grpc))
 
 
 async def _serve(
@@ -74,18 +87,21 @@ async def _serve(
     settings: ServeSettings,
     open_with: Opener,
     context: ssl.SSLContext | None,
-    ready: Callable[[str], None],
+    ready: Ready,
     tether: Tether | None,
 ) -> None:
-    # The port is taken before the model is loaded, so that one in use is said at once; it listens only when ready.
-    with _bound(settings) as listener:
-        repository = Repository(target, settings.model, open_with, version=settings.version)
+    # The ports are taken before the model is loaded, so that one in use is said at once; they listen only when ready.
+    with _bound(settings) as listener, _grpc_port(settings) as grpc_port:
+        regions = None
+        if settings.shared_memory and not settings.one_of_many:  # cells share no registrations
+            regions = SharedMemory(settings.limits.body_bytes)
+        repository = Repository(target, settings.model, open_with, version=settings.version, regions=regions)
         if tether is not None:
             tether.attach(repository.apply)
             repository.spread = tether.ask if settings.one_of_many else None
         try:
             await repository.load()
-            await _Server(repository, settings).run(listener, context, ready)
+            await _Server(repository, settings, regions).run(listener, context, grpc_port, ready)
         finally:
             await repository.unload()
 
@@ -108,7 +124,23 @@ def _bound(settings: ServeSettings) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _explained(settings: ServeSettings) -> Iterator[None]:
+def _grpc_port(settings: ServeSettings) -> Iterator[int | None]:
+    """The port for gRPC, held until the end: grpcio binds it by itself, and only when all is ready."""
+    if settings.grpc_port is None or settings.one_of_many:
+        yield settings.grpc_port
+        return
+    with _explained(settings, "grpc"):
+        held = reserve(settings.host, settings.grpc_port)
+    with held:
+        yield held.getsockname()[1]
+
+
+def _address(host: str, port: int) -> str:
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextlib.contextmanager
+def _explained(settings: ServeSettings, face: Literal["http", "grpc"] = "http") -> Iterator[None]:
     """Turn what the system says of an address into what the user can do about it."""
     try:
         yield
@@ -119,42 +151,53 @@ def _explained(settings: ServeSettings) -> Iterator[None]:
             errno.EADDRNOTAVAIL: "that address is not one of this machine",
         }.get(error.errno or 0, str(error))
         raise ServeError(
-            f"cannot listen on {settings.host}:{settings.http_port}",
+            f"cannot listen on {settings.host}:{settings.http_port if face == 'http' else settings.grpc_port}",
             why,
-            "choose another with --http-port (0 takes a free one) or --host",
+            f"choose another with --{face}-port (0 takes a free one) or --host",
         ) from error
 
 
 class _Server:
     """The desk of all connections: which cell, which control answer, and whether the end has begun."""
 
-    def __init__(self, repository: Repository, settings: ServeSettings) -> None:
+    def __init__(self, repository: Repository, settings: ServeSettings, regions: SharedMemory | None) -> None:
         self.connections: set[HttpConnection] = set()
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys)
         self._settings = settings
         self._repository = repository
-        self._control = Control(repository, lambda: self.draining, admin=settings.admin)
+        self._control = Control(repository, lambda: self.draining, admin=settings.admin, regions=regions)
+        self._routes = Routes(self._control)
 
-    async def run(self, listener: socket.socket, context: ssl.SSLContext | None, ready: Callable[[str], None]) -> None:
+    async def run(
+        self, listener: socket.socket, context: ssl.SSLContext | None, grpc_port: int | None, ready: Ready
+    ) -> None:
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        grpc = None if grpc_port is None else await self._open_grpc(listener.getsockname()[0], grpc_port)
         with _explained(self._settings):
             server = await loop.create_server(lambda: HttpConnection(self), sock=listener, ssl=context, backlog=4096)
         # What is loaded now lives as long as the server: the collector need not walk it during requests.
         gc.collect()
         gc.freeze()
         host, port = listener.getsockname()[:2]
-        ready(f"http{'s' if context else ''}://{f'[{host}]' if ':' in host else host}:{port}")
+        ready(f"http{'s' if context else ''}://{_address(host, port)}", grpc.address if grpc else None)
         sweeping = asyncio.ensure_future(self._sweep())
         await stop.wait()
         sweeping.cancel()
         self.draining = True
         server.close()
-        await self._drain()
+        await asyncio.gather(self._drain(), *([grpc.drain(_LINGER_SECONDS, _DRAIN_SECONDS)] if grpc else []))
+
+    async def _open_grpc(self, host: str, port: int) -> GrpcFace:
+        from rushhour.serve.grpc import GrpcFace  # grpcio is large: only who wants it pays for it
+
+        face = GrpcFace(self._repository, self._control, self.limits, self.keys)
+        await face.start(_address(host, port), self._settings.tls_certificate, self._settings.tls_key)
+        return face
 
     async def _sweep(self) -> None:
         """Look after slow and silent clients once a second: cheaper than a timer for each request."""
@@ -179,4 +222,4 @@ class _Server:
 
     def control(self, method: bytes, path: bytes, body: bytes) -> Answer | Awaitable[Answer]:
         """The answer to anything that is not inference."""
-        return self._control.answer(method, path, body)
+        return self._routes.answer(method, path, body)

@@ -48,6 +48,8 @@ class Said(msgspec.Struct, frozen=True):
     """What a cell tells its supervisor: it is ready at `url`, asks for a change in all cells, or has made one."""
 
     url: str = ""
+    grpc: str = ""
+    """The address for gRPC, where that is served."""
     error: str = ""
     ask: Change | None = None
     made: str | None = None

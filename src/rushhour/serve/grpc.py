@@ -1,0 +1,415 @@
+"""The Open Inference Protocol over gRPC: grpcio's asyncio server, on the loop of HTTP and before the same cells.
+
+Imported only where gRPC is switched on. Sources: kserve/open-inference-protocol,
+specification/protocol/inference_grpc.md; grpc/grpc, doc/health-checking.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import msgspec
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from rushhour.errors import RushhourError, ServeError, WireError
+from rushhour.serve.cell import Cell, Job, Shed
+from rushhour.serve.control import Control
+from rushhour.serve.guard import Keys, Limits
+from rushhour.serve.protocol import HEALTH, INFERENCE, message
+from rushhour.serve.protocol.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
+from rushhour.serve.repository import Repository
+from rushhour.wire import InferRequest
+
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.ALREADY_EXISTS,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+_OPEN_METHODS = frozenset(("ServerLive", "ServerReady"))
+"""Asked by whoever watches over the server, as is all of the health service; they carry no key."""
+_REFUSE_SECONDS = 0.1
+"""For so long at the end everybody is told that it is the end; grpcio itself would only cancel them."""
+_STREAM_WINDOW = 256
+"""Requests of one stream that are under way at the same time; further ones are read when answers have been."""
+_MAX_DETAILS = 1000
+_WATCH_SECONDS = 0.5
+_SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
+
+_HealthRequest = message("grpc.health.v1.HealthCheckRequest")
+_HealthResponse = message("grpc.health.v1.HealthCheckResponse")
+
+Context = Any
+"""`grpc.aio.ServicerContext`; grpcio has no types."""
+
+
+class GrpcFace:
+    """A gRPC server. Must be made on the running loop.
+
+    Args:
+        repository: where inference requests go.
+        control: what answers all others.
+        limits: what one client may cost.
+        keys: that clients must send; none lets everybody in.
+
+    Attributes:
+        address: where it listens.
+    """
+
+    def __init__(self, repository: Repository, control: Control, limits: Limits, keys: Keys) -> None:
+        self.address = ""
+        self._repository = repository
+        self._control = control
+        self._keys = keys
+        self._codec: GrpcCodec | None = None
+        self._ending = asyncio.Event()
+        self._stopping = False
+        self._active = 0
+        self._readers: set[asyncio.Task[None]] = set()
+        self._server = aio.server(
+            handlers=[self._inference(), self._health()],
+            maximum_concurrent_rpcs=limits.connections,
+            options=[
+                ("grpc.max_receive_message_length", limits.body_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_metadata_size", limits.header_bytes),
+                ("grpc.absolute_max_metadata_size", limits.header_bytes),
+                ("grpc.max_connection_idle_ms", math.ceil(1e3 * limits.idle_s)),
+                ("grpc.so_reuseport", 1),
+            ],
+        )
+
+    async def start(self, address: str, certificate: str | None, key: str | None) -> None:
+        """Listen, from now on.
+
+        Args:
+            address: `host:port`. Servers that share the port are joined: whether it is free is to be seen to before.
+            certificate: path of the certificate chain; None serves without TLS.
+            key: path of its private key.
+
+        Raises:
+            ServeError: if the address cannot be had.
+        """
+        self.address = address
+        try:
+            if certificate is None or key is None:
+                self._server.add_insecure_port(address)
+            else:
+                pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
+                self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            await self._server.start()
+        except (RuntimeError, OSError) as error:
+            raise ServeError(
+                f"cannot listen on {address} for gRPC", str(error), "choose another port with --grpc-port"
+            ) from error
+
+    async def drain(self, linger_s: float, within_s: float) -> None:
+        """Say that the end is near, go on for a moment, then take nothing new, finish what is under way and stop.
+
+        Args:
+            linger_s: how long new requests are still answered.
+            within_s: how long those under way may take.
+        """
+        loop = asyncio.get_running_loop()
+        self._ending.set()
+        await asyncio.sleep(linger_s)
+        self._stopping = True
+        for reader in self._readers:
+            reader.cancel()
+        began = loop.time()
+        await asyncio.sleep(_REFUSE_SECONDS)
+        while self._active and loop.time() < began + within_s:
+            await asyncio.sleep(0.02)
+        await self._server.stop(max(0.0, began + within_s - loop.time()))
+
+    # Inference.
+
+    async def _infer(self, sent: bytes, context: Context) -> bytes:
+        self._active += 1
+        try:
+            self._admit(context)
+            return await self._submit(sent, context.time_remaining()).answer()
+        except Exception as error:
+            await _refuse(context, error)
+        finally:
+            self._active -= 1
+
+    async def _stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """Answers in the order of their requests, which are computed together. One that fails does not end the rest."""
+        try:
+            self._admit(context)
+        except WireError as error:
+            await _refuse(context, error)
+        begun: asyncio.Queue[_Call | bytes | None] = asyncio.Queue()
+        room = asyncio.Semaphore(_STREAM_WINDOW)
+        reader = asyncio.create_task(self._read(messages, begun, room))
+        self._readers.add(reader)
+        self._active += 1
+        try:
+            while (call := await begun.get()) is not None:
+                yield call if isinstance(call, bytes) else await call.stream_answer()
+                room.release()
+        finally:
+            self._active -= 1
+            self._readers.discard(reader)
+            reader.cancel()
+            while not begun.empty():
+                call = begun.get_nowait()
+                if isinstance(call, _Call):
+                    call.cancel()
+        if self._stopping:
+            await _refuse(context, _stopping())
+
+    async def _read(
+        self, messages: AsyncIterator[bytes], begun: asyncio.Queue[_Call | bytes | None], room: asyncio.Semaphore
+    ) -> None:
+        try:
+            async for sent in messages:
+                await room.acquire()
+                try:
+                    begun.put_nowait(self._submit(sent, None))
+                except Exception as error:
+                    begun.put_nowait(stream_error(_text(error), identity_of(sent)))
+        finally:
+            begun.put_nowait(None)
+
+    def _submit(self, sent: bytes, within_s: float | None) -> _Call:
+        if self._stopping:
+            raise _stopping()
+        loaded = self._repository.loaded
+        if loaded is None:
+            raise WireError(f"the model {self._repository.name} is not loaded", "", "load it first", status=404)
+        codec = self._codec
+        if codec is None or codec.codec is not loaded.cell.codec:
+            codec = self._codec = GrpcCodec(loaded.cell.codec)
+        return _Call(loaded.cell, codec, codec.decode(sent), within_s)
+
+    def _admit(self, context: Context) -> None:
+        if not self._keys:
+            return
+        sent = dict(context.invocation_metadata() or ()).get("authorization")
+        if not self._keys.admit(sent.encode() if isinstance(sent, str) else sent):
+            why = "this server takes requests with an API key only"
+            raise WireError(why, "", "send the metadata 'authorization: Bearer KEY'", status=401)
+
+    def _inference(self) -> Any:
+        """The service."""
+        handlers = {
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
+        }
+        answers = self._answers()
+        for method in INFERENCE.methods:
+            if method.name not in handlers:
+                handlers[method.name] = self._answering(method, answers[method.name])
+        return grpc.method_handlers_generic_handler(INFERENCE.full_name, handlers)
+
+    # Everything else.
+
+    def _answering(self, method: Any, answer: Callable[[Any], Any]) -> Any:
+        request, response = (message(kind.full_name) for kind in (method.input_type, method.output_type))
+
+        async def answering(sent: bytes, context: Context) -> Any:
+            try:
+                if method.name not in _OPEN_METHODS:
+                    self._admit(context)
+                answered = answer(_parsed(request, sent))
+                if isinstance(answered, Awaitable):
+                    answered = await answered
+                return ParseDict(answered or {}, response()).SerializeToString()
+            except Exception as error:
+                await _refuse(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(answering)
+
+    def _answers(self) -> dict[str, Callable[[Any], Any]]:
+        """Method -> what answers it, in plain values under the names of its response."""
+        control = self._control
+        return {
+            "ServerLive": lambda asked: {"live": True},
+            "ServerReady": lambda asked: {"ready": control.ready()},
+            "ServerMetadata": lambda asked: control.server(),
+            "ModelReady": lambda asked: {"ready": control.model_ready(asked.name, asked.version)},
+            "ModelMetadata": lambda asked: control.metadata(asked.name, asked.version),
+            "ModelConfig": lambda asked: {"config": control.config(asked.name, asked.version)},
+            "ModelStatistics": lambda asked: control.statistics(asked.name, asked.version),
+            "RepositoryIndex": lambda asked: {"models": control.index(ready_only=asked.ready)},
+            "RepositoryModelLoad": lambda asked: control.change("load", asked.model_name, asked.parameters),
+            "RepositoryModelUnload": lambda asked: control.change("unload", asked.model_name, asked.parameters),
+            "SystemSharedMemoryStatus": lambda asked: {
+                "regions": {region["name"]: region for region in control.region_status(asked.name or None)}
+            },
+            "SystemSharedMemoryRegister": lambda asked: control.regions.register(
+                asked.name, asked.key, asked.offset, asked.byte_size
+            ),
+            "SystemSharedMemoryUnregister": lambda asked: control.unregister(asked.name or None),
+            "CudaSharedMemoryStatus": lambda asked: {},
+            "CudaSharedMemoryRegister": lambda asked: control.refuse_cuda(),
+            "CudaSharedMemoryUnregister": lambda asked: {},
+            "TraceSetting": self._tracing,
+            "LogSettings": self._logging,
+        }
+
+    def _tracing(self, asked: Any) -> dict[str, Any]:
+        # A setting without a value asks for the default.
+        wanted = {name: list(setting.value) or None for name, setting in asked.settings.items()}
+        settings = self._control.tracing(wanted, asked.model_name)
+        return {"settings": {name: {"value": value} for name, value in settings.items()}}
+
+    def _logging(self, asked: Any) -> dict[str, Any]:
+        wanted = {
+            name: getattr(setting, choice)
+            for name, setting in asked.settings.items()
+            if (choice := setting.WhichOneof("parameter_choice")) is not None
+        }
+        fields = {bool: "bool_param", int: "uint32_param", str: "string_param"}
+        settings = self._control.logging(wanted)
+        return {"settings": {name: {fields[type(value)]: value} for name, value in settings.items()}}
+
+    # The health service.
+
+    def _health(self) -> Any:
+        handlers = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+        return grpc.method_handlers_generic_handler(HEALTH.full_name, handlers)
+
+    async def _check(self, sent: bytes, context: Context) -> bytes:
+        try:
+            service = _parsed(_HealthRequest, sent).service
+            status = self._status(service)
+            if status == _SERVICE_UNKNOWN:
+                raise WireError(f"there is no service {service[:100]!r}", status=404)
+        except WireError as error:
+            await _refuse(context, error)
+        return _health(status)
+
+    async def _watch(self, sent: bytes, context: Context) -> AsyncIterator[bytes]:
+        try:
+            service = _parsed(_HealthRequest, sent).service
+        except WireError as error:
+            await _refuse(context, error)
+        said = None
+        while not self._ending.is_set():
+            status = self._status(service)
+            if status != said:
+                yield _health(status)
+            said = status
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), _WATCH_SECONDS)
+        yield _health(_NOT_SERVING)
+
+    def _status(self, service: str) -> int:
+        if service not in ("", INFERENCE.full_name):
+            return _SERVICE_UNKNOWN
+        return _SERVING if self._control.ready() else _NOT_SERVING
+
+
+class _Call:
+    """An inference request on its way through a cell."""
+
+    __slots__ = ("_answered", "_asked", "_cell", "_codec", "_job")
+
+    def __init__(self, cell: Cell, codec: GrpcCodec, asked: Asked, within_s: float | None) -> None:
+        self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._cell = cell
+        self._codec = codec
+        self._asked = asked
+        request = asked.request
+        if within_s is not None:  # the client's own deadline: later it would not be there any more
+            wanted = request.wanted
+            timeout = within_s if wanted.timeout_s is None else min(within_s, wanted.timeout_s)
+            request = InferRequest(
+                request.rows, request.tensors, msgspec.structs.replace(wanted, timeout_s=max(timeout, 1e-6))
+            )
+        submitted = cell.submit(request, self._reply)
+        if isinstance(submitted, Shed):
+            raise _TurnedAway(submitted)
+        self._job: Job | None = submitted
+
+    async def answer(self) -> bytes:
+        """The answer as a message; if whoever waits for it is cancelled, so is the request."""
+        try:
+            return await self._answered
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    async def stream_answer(self) -> bytes:
+        """The answer as a message of a stream, or what went wrong as one."""
+        try:
+            return stream_answer(await self.answer())
+        except Exception as error:
+            return stream_error(_text(error), self._asked.id)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        if self._job is not None:
+            self._cell.cancel(self._job)
+            self._job = None
+
+    def _reply(self, result: Sequence[memoryview] | Exception) -> None:
+        self._job = None
+        if self._answered.done():
+            return
+        if isinstance(result, Exception):
+            self._answered.set_exception(result)
+            return
+        try:
+            self._answered.set_result(self._codec.encode(self._asked, result))
+        except Exception as error:
+            self._answered.set_exception(error)
+
+
+class _TurnedAway(WireError):
+    """A request that was shed at its arrival."""
+
+    def __init__(self, shed: Shed) -> None:
+        super().__init__(shed.why, status=429)
+        self.retry_after_s = shed.retry_after_s
+
+
+def _stopping() -> WireError:
+    return WireError("the server is stopping", "", "ask another", status=503)
+
+
+async def _refuse(context: Context, error: Exception) -> NoReturn:
+    status = error.status if isinstance(error, WireError) else 500
+    code = _CODES.get(status, grpc.StatusCode.INTERNAL)
+    # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
+    metadata: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, _TurnedAway):
+        metadata = (("retry-after-ms", str(math.ceil(1e3 * error.retry_after_s))),)
+    await context.abort(code, _text(error), metadata)
+    raise AssertionError("abort does not return")
+
+
+def _text(error: Exception) -> str:
+    text = str(error) if isinstance(error, RushhourError) else f"internal error: {type(error).__name__}"
+    return text[:_MAX_DETAILS]
+
+
+def _parsed(request: Any, sent: bytes) -> Any:
+    try:
+        return request.FromString(sent)
+    except DecodeError as error:
+        what = f"the message is no {request.DESCRIPTOR.name}"
+        raise WireError(what, str(error), "see the protocol's inference.proto") from error
+
+
+def _health(status: int) -> bytes:
+    return bytes(_HealthResponse(status=status).SerializeToString())

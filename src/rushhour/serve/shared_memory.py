@@ -1,0 +1,177 @@
+"""System shared memory: tensors that a client on this machine leaves in /dev/shm instead of sending them.
+
+A region is read and written through its file, never mapped. A mapped region whose owner cuts it short kills whoever
+touches it next with SIGBUS, so any client could stop the server; a file that is too short is only a short read. It
+costs one copy, which a socket costs too.
+
+Whoever may send requests may have the server open, read and write every shared memory object that the server's user
+may. That is what the protocol asks for, and why `ServeSettings.shared_memory` can switch it off.
+
+Source: triton-inference-server/server, docs/protocol/extension_shared_memory.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import weakref
+from typing import Any
+
+from rushhour.errors import WireError
+from rushhour.wire import Place
+
+_FOLDER = "/dev/shm"
+_KEY = re.compile(r"/?(?!\.{1,2}$)[A-Za-z0-9._:+@=-]{1,255}")
+_MAX_REGIONS = 512
+_MAX_NAME = 256
+_LIMIT = 2**63
+
+
+class SharedMemory:
+    """The regions that clients have registered, by name.
+
+    Args:
+        limit: bytes of one tensor, at most: what is read is held until it is computed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._regions: dict[str, _Region] = {}
+
+    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Open a region.
+
+        Args:
+            name: under which requests speak of it.
+            key: of the POSIX shared memory object, as for `shm_open`.
+            offset: where in the object the region begins, in bytes.
+            byte_size: of the region.
+
+        Raises:
+            WireError: if it is not there, not all there, or must not be opened.
+        """
+        if not (0 < len(name) <= _MAX_NAME and name.isprintable()):
+            raise WireError("the region's name cannot be used", f"it has 1 to {_MAX_NAME} characters", "take another")
+        if name in self._regions:
+            raise WireError(f"the region {name!r} is registered", "a name is taken once", "unregister it", status=409)
+        if len(self._regions) >= _MAX_REGIONS:
+            raise WireError(f"{_MAX_REGIONS} regions are registered", "there is room for no more", "unregister some")
+        if not _KEY.fullmatch(key):
+            raise WireError(
+                f"the key {key[:100]!r} is not one of a shared memory object",
+                "it is a name without slashes, but for one in front",
+                "give the key that it was created with",
+            )
+        self._regions[name] = _Region(name, key, offset, byte_size)
+
+    def unregister(self, name: str | None) -> None:
+        """Forget a region, or with None all; requests that have read it go on. One that is not there is forgotten."""
+        if name is None:
+            self._regions.clear()
+        else:
+            self._regions.pop(name, None)
+
+    def status(self, name: str | None) -> list[dict[str, Any]]:
+        """What is registered: all regions, or the one of this name.
+
+        Raises:
+            WireError: if there is none of this name.
+        """
+        regions = self._regions.values() if name is None else [self._find(name)]
+        return [
+            {"name": region.name, "key": region.key, "offset": region.offset, "byte_size": region.byte_size}
+            for region in regions
+        ]
+
+    def check(self, place: Place) -> None:
+        """Raise a `WireError` unless the place lies in a registered region."""
+        region = self._find(place.region)
+        if place.offset + place.byte_size > region.byte_size:
+            raise WireError(
+                f"bytes {place.offset} to {place.offset + place.byte_size} are not in the region {place.region!r}",
+                f"it has {region.byte_size} bytes",
+                "stay inside, or register more",
+            )
+        if place.byte_size > self._limit:
+            raise WireError(
+                f"a tensor in shared memory has {place.byte_size} bytes",
+                f"the limit is {self._limit} bytes",
+                "split the request",
+                status=413,
+            )
+
+    def read(self, place: Place) -> memoryview:
+        """The bytes there, as they are now.
+
+        Raises:
+            WireError: if the place does not lie in a registered region, or its owner has cut it short.
+        """
+        self.check(place)
+        region = self._find(place.region)
+        return memoryview(region.read(place.offset, place.byte_size))
+
+    def write(self, place: Place, content: memoryview | bytes) -> None:
+        """Put bytes there, from its beginning.
+
+        Raises:
+            WireError: if the place does not lie in a registered region, or is too small, or its owner has cut it short.
+        """
+        self.check(place)
+        if len(content) > place.byte_size:
+            raise WireError(
+                f"an output of {len(content)} bytes does not fit into its shared memory",
+                f"it is given {place.byte_size} bytes there",
+                "give it more room",
+            )
+        self._find(place.region).write(place.offset, content)
+
+    def _find(self, name: str) -> _Region:
+        region = self._regions.get(name)
+        if region is None:
+            raise WireError(f"there is no region {name[:100]!r}", "none is registered so", "register it", status=404)
+        return region
+
+
+class _Region:
+    """A part of an open shared memory object. The file is closed when nobody speaks of it any more."""
+
+    def __init__(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        self.name = name
+        self.key = key
+        self.offset = offset
+        self.byte_size = byte_size
+        if offset < 0 or byte_size < 1 or offset + byte_size >= _LIMIT:
+            raise self._wrong(f"offset {offset} and size {byte_size} are no part of anything")
+        try:
+            # Everybody may put a link into the folder: one that leads elsewhere must not be followed.
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            self._file = os.open(os.path.join(_FOLDER, key.removeprefix("/")), flags)
+        except OSError as error:
+            raise self._wrong(error.strerror or str(error)) from error
+        weakref.finalize(self, os.close, self._file)
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._wrong("it is not a shared memory object")
+        if offset + byte_size > status.st_size:
+            raise self._wrong(f"bytes {offset} to {offset + byte_size} are wanted, and it has {status.st_size}")
+
+    def read(self, offset: int, size: int) -> bytes:
+        content = os.pread(self._file, size, self.offset + offset)
+        if len(content) != size:
+            raise self._wrong("it has become shorter since it was registered")
+        return content
+
+    def write(self, offset: int, content: memoryview | bytes) -> None:
+        # A write beyond the end would make an object longer that its owner has cut short.
+        if os.fstat(self._file).st_size < self.offset + offset + len(content):
+            raise self._wrong("it has become shorter since it was registered")
+        try:
+            written = os.pwrite(self._file, content, self.offset + offset)
+        except OSError as error:
+            raise self._wrong(error.strerror or str(error)) from error
+        if written != len(content):
+            raise self._wrong("it did not take the whole tensor")
+
+    def _wrong(self, why: str) -> WireError:
+        return WireError(f"cannot use the shared memory object {self.key!r}", why, "check its key and size")
