@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -286,7 +287,7 @@ def test_bytes_that_are_no_message_harm_nobody_else(server: Server, client: trit
     np.testing.assert_allclose(ask(client, unique(1, 1)), tiny_answers(unique(1, 1)), atol=1e-5)
 
 
-def test_keys_and_tls_hold_for_grpc_too(tiny: Bundle, tmp_path: Path) -> None:
+def test_keys_hold_for_grpc_too(tiny: Bundle) -> None:
     with serving(tiny.path, ServeSettings(http_port=0, grpc_port=0, api_keys=(KEY,))) as guarded:
         with triton.InferenceServerClient(guarded.grpc) as opened:
             assert opened.is_server_live()
@@ -307,6 +308,26 @@ def test_keys_and_tls_hold_for_grpc_too(tiny: Bundle, tmp_path: Path) -> None:
                 list(stub.ModelStreamInfer(iter([asking(unique(1, 0))])))
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
             assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+
+
+def test_tls_holds_for_grpc_too(tiny: Bundle, tmp_path: Path) -> None:
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+        cwd=tmp_path,
+        capture_output=True,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("openssl is not there to make a certificate")
+    certificate = tmp_path / "cert.pem"
+    settings = ServeSettings(
+        http_port=0, grpc_port=0, tls_certificate=str(certificate), tls_key=str(tmp_path / "key.pem")
+    )
+    with serving(tiny.path, settings) as secret:
+        with triton.InferenceServerClient(secret.grpc, ssl=True, root_certificates=str(certificate)) as opened:
+            np.testing.assert_allclose(ask(opened, unique(2, 7)), tiny_answers(unique(2, 7)), atol=1e-5)
+        with triton.InferenceServerClient(secret.grpc) as opened, pytest.raises(InferenceServerException):
+            ask(opened, unique(1, 0))
 
 
 # The server's own account of itself.

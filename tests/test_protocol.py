@@ -352,6 +352,21 @@ def place(tensor: Any, region: str, size: int, offset: int = 0) -> None:
         tensor.parameters["shared_memory_offset"].int64_param = offset
 
 
+def test_classes_in_words_into_shared_memory() -> None:
+    region = Region(100)
+    codec = GrpcCodec(Codec("m", ONE, labels=("cat", "dog", "fox"), regions=region))
+    request = asking()
+    output = request.outputs.add(name="probabilities")
+    output.parameters["classification"].int64_param = 1
+    place(output, "r", 18, offset=10)
+    answer = views(np.array([[0.25, 0.5, 0.25]], np.float32))
+    response = service_pb2.ModelInferResponse.FromString(
+        codec.encode(codec.decode(request.SerializeToString()), answer)
+    )
+    assert (response.outputs[0].datatype, list(response.raw_output_contents)) == ("BYTES", [b""])
+    assert region.content[10:28] == b"\x0e\x00\x00\x000.500000:1:dog"
+
+
 def test_tensors_in_shared_memory() -> None:
     region = Region(100)
     codec = GrpcCodec(Codec("m", TWO, regions=region))

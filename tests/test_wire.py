@@ -13,6 +13,7 @@ from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.wire import (
     Codec,
+    Place,
     decode_answer,
     encode_json_request,
     encode_request,
@@ -214,3 +215,91 @@ def test_metadata_goes_both_ways() -> None:
     assert signature == TWO
     with pytest.raises(WireError, match="metadata"):
         read_metadata(b'{"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1]}], "outputs": []}')
+
+
+LABELS = ("cat", "dog", "fox")
+
+
+def wanting(*outputs: dict[str, object], **parameters: object) -> bytes:
+    entry = {"name": "image", "shape": [2, 2, 2, 1], "datatype": "UINT8", "data": [1] * 8}
+    return json.dumps({"inputs": [entry], "outputs": list(outputs), "parameters": parameters}).encode()
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_likeliest_classes_in_words(binary: bool) -> None:
+    codec = Codec("m", ONE, labels=LABELS)
+    asked = {"classification": 2, "binary_data": binary}
+    request = codec.decode(wanting({"name": "probabilities", "parameters": asked}), None)
+    probabilities = np.array([[0.125, 0.75, 0.125], [0.5, np.nan, 0.25]], np.float32)
+    length, parts = codec.encode(request.wanted, 2, [memoryview(probabilities.tobytes())])
+    body = b"".join(parts)
+    (output,) = json.loads(body[:length])["outputs"]
+    words = ["0.750000:1:dog", "0.125000:0:cat", "0.500000:0:cat", "0.250000:2:fox"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [2, 2])
+    if binary:
+        assert length is not None
+        assert body[length:] == b"".join(len(word).to_bytes(4, "little") + word.encode() for word in words)
+        assert output["parameters"] == {"binary_data_size": len(body) - length}
+    else:
+        assert (length, output["data"]) == (None, words)
+
+
+def test_more_classes_than_there_are_is_all_of_them_and_whole_numbers_stay_whole() -> None:
+    signature = Signature(inputs=(IMAGE,), outputs=(TensorSpec("scores", "uint8", (3,)),))
+    codec = Codec("m", signature, labels=LABELS)
+    request = codec.decode(wanting({"name": "scores", "parameters": {"classification": 99}}), None)
+    _, parts = codec.encode(request.wanted, 2, [memoryview(bytes([3, 200, 5, 0, 0, 7]))])
+    (output,) = json.loads(b"".join(parts))["outputs"]
+    assert output["data"] == ["200:1:dog", "5:2:fox", "3:0:cat", "7:2:fox", "0:0:cat", "0:1:dog"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "labels", "says"),
+    [
+        ({"classification": -1}, LABELS, "number of classes"),
+        ({"classification": True}, LABELS, "number of classes"),
+        ({"classification": "2"}, LABELS, "number of classes"),
+        ({"classification": 2}, (), "does not classify"),
+        ({"classification": 2}, ("cat", "dog"), "does not classify"),
+        ({"shared_memory_region": "r", "shared_memory_byte_size": 24}, LABELS, "this server does not"),
+    ],
+)
+def test_outputs_that_cannot_be_given_are_refused(
+    parameters: dict[str, object], labels: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(WireError, match=says):
+        Codec("m", ONE, labels=labels).decode(wanting({"name": "probabilities", "parameters": parameters}), None)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"shared_memory_region": 5, "shared_memory_byte_size": 4},
+        {"shared_memory_region": "r"},
+        {"shared_memory_region": "r", "shared_memory_byte_size": "4"},
+        {"shared_memory_region": "r", "shared_memory_byte_size": -4},
+        {"shared_memory_region": "r", "shared_memory_byte_size": 5},
+        {"shared_memory_region": "r", "shared_memory_byte_size": 4, "shared_memory_offset": -1},
+        {"shared_memory_region": "r", "shared_memory_byte_size": 4, "shared_memory_offset": 2**70},
+        {"shared_memory_region": "r", "shared_memory_byte_size": 4, "binary_data_size": 4},
+    ],
+)
+def test_places_in_shared_memory_that_are_none_are_refused(parameters: dict[str, object]) -> None:
+    class Nothing:
+        def check(self, place: Place) -> None:
+            raise AssertionError(place)
+
+        def read(self, place: Place) -> memoryview:
+            raise AssertionError(place)
+
+        def write(self, place: Place, content: memoryview | bytes) -> None:
+            raise AssertionError(place)
+
+    with pytest.raises(WireError):
+        Codec("m", ONE, regions=Nothing()).decode(header(data=None, parameters=parameters), None)
+
+
+def test_numbers_beyond_all_bounds_are_refused() -> None:
+    for parameters in ({"timeout": 10**400}, {"timeout": 2**63}, {"priority": 2**63}):
+        with pytest.raises(WireError):
+            Codec("m", ONE).decode(wanting(**parameters), None)

@@ -46,6 +46,7 @@ _SLOPE_SHARE = 0.25
 _SLOW = 0.9
 _FLOOR = 0.05
 _WAITING_SHARE = 0.7
+_PARTS_OF_THE_WAY = (0.5, 0.25)
 _MAX_CANARY = 0.10
 _MAX_SEND_DELAY = 0.05
 _MAX_STEAL = 0.05
@@ -212,9 +213,10 @@ def _lacking(latencies: NDArray[np.float64], slo: SLO) -> str:
 
     The count of misses has to pass, with bursts discounted. Then the same has to hold with waves discounted, as they
     are seen where a tenth of the requests is slower. Where that is too much to ask of the window, one more thing
-    counts as evidence: that few requests come even half the way from the quickest to the limit. The tail of a queue
-    is A e^(-t/tau), A being the share of requests that wait at all. So P(over the limit) is P(over half way)^2 / A;
-    with A = 0.7 and p99, at most 8.4% may be over half way, which far fewer requests can prove.
+    counts as evidence: that few requests come even half the way from the quickest to the limit, or a quarter of it.
+    The tail of a queue is A e^(-t/tau), A being the share of requests that wait at all. So P(over a share s of the
+    way) is A (P(over the limit) / A)^s; with A = 0.7 and p99, at most 8.4% may be over half way and 24% over a
+    quarter, which far fewer requests can prove.
     """
     n, limit, allowed = len(latencies), slo.limit_s, slo.allowed_miss_rate
     late = latencies > limit
@@ -229,10 +231,12 @@ def _lacking(latencies: NDArray[np.float64], slo: SLO) -> str:
     waves = max(_wave_inflation(late), _wave_inflation(latencies > np.quantile(latencies, _SLOW)))
     if passes(n / waves, k / waves, allowed):
         return ""
-    half_way = latencies > (np.quantile(latencies, _FLOOR) + limit) / 2
-    waves = max(waves, _wave_inflation(half_way))
-    if passes(n / waves, int(half_way.sum()) / waves, math.sqrt(_WAITING_SHARE * allowed)):
-        return ""
+    floor = float(np.quantile(latencies, _FLOOR))
+    for share in _PARTS_OF_THE_WAY:
+        beyond = latencies > floor + share * (limit - floor)
+        inflation = max(waves, _wave_inflation(beyond))
+        if passes(n / inflation, int(beyond.sum()) / inflation, _WAITING_SHARE * (allowed / _WAITING_SHARE) ** share):
+            return ""
     return f"{said}, but slow ones come in waves that make {n} worth {n / waves:.0f}: a longer test may give a proof"
 
 

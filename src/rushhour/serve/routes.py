@@ -43,8 +43,7 @@ class Routes:
                 raise WireError(
                     f"the method is {asked}", f"this path takes {' or '.join(handlers)}", "use that", status=405
                 )
-            # The body of an inference request for nobody is tensors, not JSON; what is wrong with it is its path.
-            answer = handlers[asked]({} if shown.endswith("/infer") else _parsed(body))
+            answer = handlers[asked](body)
         except WireError as error:
             return _error(error)
         return self._later(answer) if isinstance(answer, Awaitable) else _json(answer)
