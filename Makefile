@@ -17,16 +17,20 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev: .venv/.ready
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
 demo: setup
 	$(BIN)/rushhour demo
 
-test: setup
+test: .venv/.dev
 	$(BIN)/pytest
 
-check: setup
+check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
