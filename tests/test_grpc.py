@@ -263,6 +263,24 @@ def test_a_message_beyond_the_limit_is_refused_packed_or_not(tiny: Bundle) -> No
         assert (int(statm.read_text().split()[1]) - before) * 4096 < 50 * 2**20
 
 
+def test_connections_are_bounded_and_silent_ones_closed(tiny: Bundle) -> None:
+    limits = Limits(connections=3, request_s=1.0)
+    with serving(tiny.path, ServeSettings(http_port=0, grpc_port=0, limits=limits)) as small:
+        host, port = small.grpc.split(":")
+        silent = [socket.create_connection((host, int(port)), timeout=10) for _ in range(4)]
+        with contextlib.ExitStack() as opened:
+            for connection in silent:
+                opened.enter_context(connection)
+            with triton.InferenceServerClient(small.grpc) as shut_out, pytest.raises(InferenceServerException):
+                shut_out.is_server_live(client_timeout=0.5)
+            for connection in silent:
+                with contextlib.suppress(ConnectionError):
+                    while connection.recv(65536):
+                        pass
+            with triton.InferenceServerClient(small.grpc) as let_in:
+                assert let_in.is_server_live()
+
+
 def test_bytes_that_are_no_message_harm_nobody_else(server: Server, client: triton.InferenceServerClient) -> None:
     with grpc.insecure_channel(server.grpc) as channel:
         for method in ("ModelInfer", "ModelMetadata", "Nothing"):

@@ -87,7 +87,9 @@ class GrpcFace:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", limits.header_bytes),
                 ("grpc.absolute_max_metadata_size", limits.header_bytes),
+                ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.max_connection_idle_ms", math.ceil(1e3 * limits.idle_s)),
+                ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * limits.request_s)),
                 ("grpc.so_reuseport", 1),
             ],
         )

@@ -1,0 +1,437 @@
+"""`make bench-serve`: our server against its peers and against the raw engine, on this machine, in one run.
+
+Servers take turns, round by round, forwards and backwards, each started anew: what disturbs the machine disturbs all,
+and a ratio is formed within a round. Results go to `benchmarks/results/serve.json`.
+
+    python benchmarks/serve.py                                         everything
+    python benchmarks/serve.py --only triton --rounds 1 --seconds 1    a look; its results go to .bench/
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+from bench.blocks import Block, Costs, machine_cpu_s, measure, raw_costs, right_answers, round_to, served
+from bench.closed_loop import Load, generator
+from bench.contestants import OURS, PEERS, Setup
+from bench.crowd import Overload, capacity_of, overload
+from bench.environments import CannotInstall, python_of, versions_of
+from bench.models import SEED, ModelName, bundle_of
+from bench.record import Check, Table, judged, mean_ratio, record, verdict
+from bench.servers import DidNotStart
+
+from rushhour.goal import SLO
+from rushhour.load import Search
+from rushhour.machine import describe
+from rushhour.plan import Precision
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / ".bench"
+RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
+
+TITLES = {
+    OURS: "Rushhour",
+    "triton": "Triton",
+    "litserve": "LitServe",
+    "bentoml": "BentoML",
+    "rayserve": "Ray Serve",
+    "fastapi": "FastAPI, no batching",
+}
+_PACKAGES = (
+    *("nvidia-pytriton", "litserve", "bentoml", "ray", "fastapi", "uvicorn", "uvloop", "httptools"),
+    *("openvino", "numpy"),
+)
+_SLO = SLO(percentile=99, limit_s=0.1)
+_ONE, _OTHER, _BOTH = frozenset({0}), frozenset({1}), frozenset({0, 1})
+_ROUNDS, _SECONDS = 5, 4.0
+_QUIET = 0.05
+_LOOK_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """A model on some cores under some load, and who takes part.
+
+    Attributes:
+        targets: contestant -> how many times its requests per second ours has to reach.
+        sizes: of the raw engine's batches.
+        cells: of ours; the peers have a worker or an instance on each core.
+    """
+
+    name: str
+    what: str
+    model: ModelName
+    cores: frozenset[int]
+    load: Load
+    max_batch: int
+    targets: dict[str, float]
+    sizes: tuple[int, ...] = ()
+    cells: int = 1
+
+    @property
+    def instances(self) -> int:
+        """One for each core of the server."""
+        return len(self.cores)
+
+
+# Of two batches that take turns on one stream each has half the connections: with that as its bound every batch of
+# ours is full, and can be compared with the raw engine's of that size.
+SCENARIOS = (
+    Scenario("noop", "no-op model", "noop", _ONE, Load(32, _OTHER), 32, {"triton": 5.0}),
+    Scenario(
+        *("cnn", "small CNN", "cnn", _ONE, Load(32, _OTHER), 16),
+        {"triton": 1.3, "litserve": 3.0, "bentoml": 3.0, "rayserve": 15.0, "fastapi": 3.0},
+        (1, 2, 4, 8, 12, 16, 24, 32),
+    ),
+    Scenario(
+        *("cnn.both", "small CNN, both cores", "cnn", _BOTH, Load(64, _BOTH), 32),
+        {"triton": 1.9},
+        (1, 2, 4, 8, 12, 16, 24, 32),
+        cells=2,
+    ),
+    Scenario("article", "article's network, int8", "article", _ONE, Load(16, _OTHER), 8, {}, (1, 2, 4, 8)),
+)
+
+
+class Bench:
+    """One run: what is served, who takes part, and all blocks measured so far."""
+
+    def __init__(self, only: set[str], scenarios: set[str], seconds: float) -> None:
+        self.seconds = seconds
+        self.scenarios = [scenario for scenario in SCENARIOS if scenario.name in scenarios]
+        self.blocks: list[Block] = []
+        self.raw: dict[tuple[str, int], dict[int, tuple[float, float]]] = {}
+        self.pythons: dict[str, Path] = {}
+        self.missing: dict[str, str] = {}
+        wanted = {peer for scenario in self.scenarios for peer in scenario.targets} & (only or set(TITLES))
+        for peer in sorted(wanted):
+            try:
+                self.pythons[peer] = python_of(PEERS / peer, BENCH)
+            except CannotInstall as error:
+                self.missing[peer] = f"it cannot be installed: {error}"
+        models = {scenario.model for scenario in self.scenarios}
+        self.bundles = {model: bundle_of(model, BENCH / "models") for model in sorted(models)}
+        self.expected = {scenario.name: right_answers(self.setup(scenario)) for scenario in self.scenarios}
+
+    def setup(self, scenario: Scenario, *, max_batch: int | None = None, deadline_ms: float | None = None) -> Setup:
+        """What is served in a scenario."""
+        return Setup(
+            model=scenario.model,
+            bundle=self.bundles[scenario.model],
+            precision=_precision(scenario.model),
+            cores=scenario.cores,
+            instances=scenario.instances,
+            max_batch=max_batch or scenario.max_batch,
+            cells=scenario.cells,
+            deadline_ms=deadline_ms,
+        )
+
+    def round(self, number: int) -> None:
+        """All scenarios once; every other round in the opposite order."""
+        for scenario in _in_turn(self.scenarios, number):
+            costs = self._raw(scenario, number)
+            names = [OURS, *(peer for peer in scenario.targets if peer in self.pythons)]
+            for name in _in_turn(names, number):
+                block = measure(
+                    scenario.name,
+                    name,
+                    self.pythons.get(name),
+                    self.setup(scenario),
+                    scenario.load,
+                    self.expected[scenario.name],
+                    round=number,
+                    seconds=self.seconds,
+                    costs=costs,
+                )
+                self.blocks.append(block)
+                _say(_line(block))
+
+    def of(self, scenario: str, server: str) -> dict[int, Block]:
+        """The blocks of one server that went well, by round."""
+        return {
+            block.round: block
+            for block in self.blocks
+            if block.scenario == scenario and block.server == server and not block.failed
+        }
+
+    def why_not(self, scenario: str, server: str) -> str:
+        """What went wrong with a server, if anything did."""
+        failed = [b.failed for b in self.blocks if b.scenario == scenario and b.server == server and b.failed]
+        some = f"failed in {len(failed)} rounds, the first time: {failed[0]}" if failed else ""
+        return self.missing.get(server, some)
+
+    def _raw(self, scenario: Scenario, number: int) -> Costs | None:
+        if not scenario.sizes:
+            return None
+        found = raw_costs(self.setup(scenario), scenario.sizes, self.seconds / 2)
+        self.raw[scenario.name, number] = found
+        best = max(size * rate for size, (_, rate) in found.items())
+        _say(f"{number}  {scenario.name:9} {'raw engine':10} {best:>10,.0f} inferences/s")
+        return {size: cpu for size, (cpu, _) in found.items()}
+
+
+def main() -> int:
+    """Run, and write the record."""
+    arguments = _arguments()
+    if len(os.sched_getaffinity(0)) < 2:
+        print("bench-serve needs two cores: one for the server, one for the load", file=sys.stderr)
+        return 1
+    busy = _busy_cores()
+    if busy > _QUIET:
+        _say(f"the machine is not quiet: {busy:.2f} cores are busy with something else; figures will be noisy")
+    only = {name for name in arguments.only.split(",") if name}
+    bench = Bench(only, set(arguments.scenarios.split(",")), arguments.seconds)
+    began = time.monotonic()
+    for number in range(arguments.rounds):
+        bench.round(number)
+    checks = [*_speed_checks(bench), *_cost_checks(bench)]
+    data: dict[str, Any] = {"busy_cores_before": round(busy, 3), "generator": generator()}
+    if not arguments.no_crowd and any(scenario.name == "article" for scenario in bench.scenarios):
+        crowd_checks, crowd = _crowd(bench, arguments.window, arguments.overload)
+        checks += crowd_checks
+        data |= crowd
+    data |= {
+        "tables": _tables(bench),
+        "blocks": bench.blocks,
+        "raw": {f"{name} {number}": costs for (name, number), costs in bench.raw.items()},
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+    versions = {"load generator": generator()} | {
+        f"peer {peer}": ", ".join(f"{name} {version}" for name, version in versions_of(python, _PACKAGES).items())
+        for peer, python in bench.pythons.items()
+    }
+    out = arguments.out or (RESULTS if arguments == _arguments([]) else BENCH / "serve-smoke.json")
+    record(checks, msgspec.to_builtins(data), {"models": SEED, "bootstrap": 0, "load": 0}, versions).save(Path(out))
+    for check in checks:
+        word = "ok  " if check.holds else "MISS"
+        _say(f"{word} {check.id:22} {_value(check):>22} {check.target:>8}  {check.why or ''}")
+    _say(f"{data['minutes']} minutes; written to {out}")
+    return 0
+
+
+def _speed_checks(bench: Bench) -> list[Check]:
+    checks = []
+    for scenario in bench.scenarios:
+        ours = bench.of(scenario.name, OURS)
+        for peer, times in scenario.targets.items():
+            theirs = bench.of(scenario.name, peer)
+            rounds = sorted(ours.keys() & theirs.keys())
+            reasons = [bench.why_not(scenario.name, OURS), bench.why_not(scenario.name, peer)]
+            ratios = [ours[number].rps / theirs[number].rps for number in rounds]
+            what = f"{scenario.what}: requests/s of Rushhour against {TITLES[peer]}"
+            if not any(reasons) and not ratios:
+                reasons.append("left out of this run")
+            why = "; ".join(filter(None, reasons))
+            checks.append(judged(f"1.{scenario.name}.{peer}", what, f">= {times:g}", ratios, why=why))
+    return checks
+
+
+def _cost_checks(bench: Bench) -> list[Check]:
+    checks = []
+    for name, target in (("article", 1.05), ("cnn", 1.2)):
+        scenario = next((scenario for scenario in bench.scenarios if scenario.name == name), None)
+        if scenario is None:
+            continue
+        ratios = [block.cpu_us / block.engine_us for block in bench.of(name, OURS).values() if block.engine_us]
+        what = f"{scenario.what}: CPU of the server per answer against the raw engine per inference, same batch sizes"
+        why = bench.why_not(name, OURS)
+        checks.append(judged(f"2.cpu.{name}", what, f"<= {target:g}", ratios, why=why))
+    return checks
+
+
+def _crowd(bench: Bench, window_s: float, overload_s: float) -> tuple[list[Check], dict[str, Any]]:
+    """Capacity of the article's network, and what becomes of it when 3 and 10 times as many come."""
+    scenario = next(scenario for scenario in bench.scenarios if scenario.name == "article")
+    best = max(size * rate for costs in _raw_of(bench, scenario.name) for size, (_, rate) in costs.items())
+    setup = bench.setup(scenario, max_batch=_crowd_batch(bench, scenario), deadline_ms=1e3 * _SLO.limit_s)
+    what = f"{scenario.what}: capacity at {_SLO} against the raw engine's best throughput"
+    try:
+        with TemporaryDirectory(prefix="bench-") as folder, served(OURS, None, setup, Path(folder)) as server:
+            found = capacity_of(server, setup, _SLO, scenario.load.cores, window_s=window_s, seed=0)
+            _say(f"capacity {found.capacity_rps:g}/s of the raw engine's {best:.0f}/s {found.reason}")
+            storms = []
+            for factor in (3.0, 10.0) if found.capacity_rps and overload_s else ():
+                storm = overload(
+                    *(server, setup, _SLO, found.capacity_rps, factor, scenario.load.cores),
+                    seconds=overload_s,
+                    seed=int(factor),
+                )
+                _say(f"{factor:g} times that: {storm}")
+                storms.append(storm)
+    except (DidNotStart, OSError) as error:
+        return [Check("2.capacity", what, "x", ">= 0.8", None, None, 0, False, str(error))], {}
+    high = found.lowest_failing_rps or found.capacity_rps
+    checks = [
+        Check(
+            *("2.capacity", what, "x", ">= 0.8"),
+            value=found.capacity_rps / best,
+            interval=(found.capacity_rps / best, high / best),
+            n=len(found.runs),
+            holds=found.capacity_rps / best >= 0.8,
+            why=found.reason or "the interval ends at the lowest rate that failed",
+        ),
+        *(check for storm in storms for check in _storm_checks(storm, found)),
+    ]
+    data = {
+        "capacity": {
+            "slo": str(_SLO),
+            "capacity_rps": found.capacity_rps,
+            "lowest_failing_rps": found.lowest_failing_rps,
+            "raw_best_rps": round_to(best, 4),
+            "max_batch": setup.max_batch,
+            "windows": [
+                {"rate_rps": run.rate_rps, "outcome": str(run.outcome), "p99_ms": run.p99_ms} for run in found.runs
+            ],
+        },
+        "overload": storms,
+    }
+    return checks, data
+
+
+def _storm_checks(storm: Overload, found: Search) -> list[Check]:
+    id, at = f"3.overload.{storm.factor:g}x", f"article's network, {storm.factor:g} times its capacity offered"
+    lag = f"the generator itself was up to {storm.generator_lag_p99_ms:.0f} ms late (p99)"
+    note = lag if storm.generator_lag_p99_ms > 5 else ""
+    figures = (
+        ("goodput", "goodput against capacity", "x", ">= 0.9", storm.goodput_rps / found.capacity_rps),
+        ("p99", "p99 of those admitted", "ms", f"<= {1e3 * _SLO.limit_s:g}", storm.admitted_p99_ms),
+        ("shed", "p99 of the answers to those shed", "ms", "< 20", storm.shed_p99_ms),
+        ("memory", "memory at the end against the beginning", "x", "<= 1.05", storm.memory),
+        ("recovery", "back to normal after", "s", "<= 2", storm.recovery_s),
+    )
+    return [
+        verdict(f"{id}.{name}", f"{at}: {what}", target, value, None, 1, unit=unit, why=note)
+        if value is not None
+        else Check(f"{id}.{name}", f"{at}: {what}", unit, target, None, None, 0, False, "there were none")
+        for name, what, unit, target, value in figures
+    ]
+
+
+def _crowd_batch(bench: Bench, scenario: Scenario) -> int:
+    """The largest batch of which two, one after the other, keep the limit: who just missed one waits for two."""
+    costs = _raw_of(bench, scenario.name)[0]
+    fitting = [size for size, (_, rate) in costs.items() if 2 / rate <= 0.8 * _SLO.limit_s]
+    return max(fitting, default=1)
+
+
+def _raw_of(bench: Bench, scenario: str) -> list[dict[int, tuple[float, float]]]:
+    return [costs for (name, _), costs in bench.raw.items() if name == scenario]
+
+
+def _tables(bench: Bench) -> list[Table]:
+    tables = []
+    for scenario in bench.scenarios:
+        rows: list[tuple[str | float | None, ...]] = []
+        for name in (OURS, *scenario.targets):
+            blocks = list(bench.of(scenario.name, name).values())
+            if not blocks:
+                why = bench.why_not(scenario.name, name) or "left out"
+                rows.append((TITLES[name], None, None, None, None, None, why))
+                continue
+            rps, _ = mean_ratio([block.rps for block in blocks])
+            cpu, _ = mean_ratio([block.cpu_us for block in blocks])
+            engine = [block.engine_us for block in blocks if block.engine_us]
+            beyond = cpu - mean_ratio(engine)[0] if engine else cpu
+            rows.append(
+                (
+                    TITLES[name],
+                    round_to(rps, 4),
+                    round_to(sum(block.p99_ms for block in blocks) / len(blocks), 3),
+                    round_to(sum(block.batch for block in blocks) / len(blocks), 3),
+                    round_to(cpu, 4),
+                    round_to(beyond, 4),
+                    _remarks(blocks),
+                )
+            )
+        columns = ("server", "requests/s", "p99, ms", "batch", "CPU, µs/request", "beyond the engine's, µs", "remarks")
+        where = (
+            "both cores, generator among them" if len(scenario.cores) > 1 else "server on core 0, generator on core 1"
+        )
+        note = f"{scenario.load.connections} connections, {where}, closed loop; means over the rounds."
+        tables.append(Table(scenario.what, columns, tuple(rows), note))
+    return tables
+
+
+def _remarks(blocks: Sequence[Block]) -> str:
+    said = []
+    if errors := sum(block.errors for block in blocks):
+        said.append(f"{errors} errors")
+    if max(block.generator_cpu for block in blocks) > 0.95:
+        said.append("the generator was at its limit: at least so many")
+    disturbed = sum(block.foreign_cpu > _QUIET or block.steal > _QUIET for block in blocks)
+    if disturbed:
+        said.append(f"{disturbed} of {len(blocks)} rounds disturbed")
+    return ", ".join(said)
+
+
+def _precision(model: ModelName) -> Precision:
+    if model == "article":
+        return "int8"
+    bf16 = {"avx512_bf16", "amx_bf16"} & set(describe().features)
+    return "bf16" if model == "cnn" and bf16 else "f32"
+
+
+def _busy_cores() -> float:
+    """Cores that are busy while we do nothing."""
+    before, _ = machine_cpu_s()
+    time.sleep(_LOOK_S)
+    return (machine_cpu_s()[0] - before) / _LOOK_S
+
+
+def _in_turn(items: Sequence[Any], number: int) -> list[Any]:
+    return list(items) if number % 2 == 0 else list(reversed(items))
+
+
+def _line(block: Block) -> str:
+    head = f"{block.round}  {block.scenario:9} {block.server:10}"
+    if block.failed:
+        return f"{head} failed: {block.failed}"
+    engine = f" (engine {block.engine_us:,.0f})" if block.engine_us else ""
+    noise = f"  others {block.foreign_cpu:.2f} cores" if block.foreign_cpu > _QUIET else ""
+    return (
+        f"{head} {block.rps:>10,.0f} requests/s  {block.cpu_us:>8,.1f} µs CPU{engine}  batch {block.batch:.1f}"
+        f"  generator {block.generator_cpu:.2f}{noise}"
+    )
+
+
+def _value(check: Check) -> str:
+    if check.value is None:
+        return "not measured"
+    interval = f" [{check.interval[0]:.3g}, {check.interval[1]:.3g}]" if check.interval else ""
+    return f"{check.value:.3g} {check.unit}{interval}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Our server against its peers and the raw engine.")
+    parser.add_argument(
+        "--only", default="", help=f"peers, of {','.join(sorted(set(TITLES) - {OURS}))}; all by default"
+    )
+    names = ",".join(scenario.name for scenario in SCENARIOS)
+    parser.add_argument("--scenarios", default=names, help="of " + names)
+    parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="of each block")
+    parser.add_argument("--window", type=float, default=5.0, help="seconds of one window of the search for capacity")
+    parser.add_argument("--overload", type=float, default=30.0, help="seconds of each overload; 0 for none")
+    parser.add_argument("--no-crowd", action="store_true", help="no capacity, no overload")
+    parser.add_argument("--out", help="the record; by default results/serve.json of a whole run, .bench/ of any other")
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

@@ -1,0 +1,183 @@
+"""The benchmarks' own harness: what it concludes, what it renders, and that it leaves no process behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import render  # noqa: E402
+from bench.blocks import _engine_s  # noqa: E402
+from bench.contestants import OURS, Batches, batches_between  # noqa: E402
+from bench.crowd import recovery_s  # noqa: E402
+from bench.keeper import descendants  # noqa: E402
+from bench.record import Check, Record, judged, mean_ratio, meets, verdict  # noqa: E402
+from bench.servers import DidNotStart, free_port, running  # noqa: E402
+
+CORES = frozenset(os.sched_getaffinity(0))
+
+
+def test_ratio_has_an_interval_from_three_rounds_on() -> None:
+    assert mean_ratio([2.0, 8.0]) == (pytest.approx(4.0), None)
+    value, interval = mean_ratio([2.0, 4.0, 8.0])
+    assert value == pytest.approx(4.0)
+    assert interval is not None
+    assert 2.0 <= interval[0] < 4.0 < interval[1] <= 8.0
+    assert mean_ratio([2.0, 4.0, 8.0]) == (value, interval)
+
+
+def test_check_holds_only_with_its_whole_interval() -> None:
+    assert judged("a", "", ">= 2", [2.1, 2.2, 2.3]).holds
+    split = judged("b", "", ">= 2", [1.8, 2.3, 2.4])
+    assert not split.holds
+    assert split.why == "the interval reaches over the target"
+    missed = judged("c", "", "<= 1.05", [1.2, 1.2, 1.2], why="others were busy")
+    assert missed.why == "the value misses the target; others were busy"
+
+
+def test_what_could_not_be_measured_stays_with_its_reason() -> None:
+    check = judged("d", "", ">= 2", [], why="it cannot be installed: no such package")
+    assert (check.holds, check.value, check.why) == (False, None, "it cannot be installed: no such package")
+    assert judged("e", "", ">= 2", []).why
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"),
+    [
+        (2.0, ">= 2", True),
+        (1.9, ">= 2", False),
+        (20.0, "< 20", False),
+        (1.0, "<= 1.05", True),
+        (math.inf, "<= 2", False),
+    ],
+)
+def test_targets(value: float, target: str, met: bool) -> None:
+    assert meets(value, target) is met
+
+
+def test_engine_cost_is_interpolated_between_sizes() -> None:
+    costs = {1: 1.0, 3: 2.0}
+    assert _engine_s(Batches({1.0: 2, 2.0: 1, 3.0: 1}), costs) == pytest.approx(2 * 1.0 + 1.5 + 2.0)
+
+
+def test_batches_of_a_window() -> None:
+    assert batches_between("triton", Batches({4.0: 1}), Batches({4.0: 3, 8.0: 2})) == {4.0: 2, 8.0: 2}
+    assert batches_between(OURS, Batches({15.5: 9}), Batches({15.9: 99})) == {15.9: 99}
+
+
+def test_recovery_is_when_misses_become_rare() -> None:
+    due = np.arange(1000) / 100
+    assert recovery_s(due, due < 1.5) == pytest.approx(1.5, abs=0.1)
+    assert recovery_s(due, np.zeros(1000, bool)) == 0.0
+    assert recovery_s(due, np.ones(1000, bool)) == math.inf
+
+
+def test_server_is_counted_and_gone_with_all_it_started(tmp_path: Path) -> None:
+    # A daemon: a child in a session of its own, whose parent has ended.
+    daemon = (
+        "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    time.sleep(60)\n  os._exit(0)\n"
+    )
+    program = f"{daemon}while True: pass"
+    command = [sys.executable, "-c", program]
+    started = time.monotonic()
+    with running(command, os.environ, 1, CORES, tmp_path / "log", lambda: time.monotonic() > started + 0.6) as server:
+        pids = server.pids
+        assert len(pids) == 2
+        assert server.cpu_s() > 0.1
+        assert server.rss_bytes() > 0
+        assert server.strays(CORES) == []
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_server_whose_main_thread_has_ended_is_gone_too(tmp_path: Path) -> None:
+    # It looks like a zombie, lives on in its other thread, and has a child.
+    program = (
+        "import ctypes, os, signal, threading, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if os.fork() == 0:\n  time.sleep(60)\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\nctypes.CDLL(None).syscall(60, 0)"
+    )
+    started = time.monotonic()
+    command = [sys.executable, "-c", program]
+    with running(command, os.environ, 1, CORES, tmp_path / "log", lambda: time.monotonic() > started + 0.6) as server:
+        pids = server.pids
+        assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no model there')"]
+    with (
+        pytest.raises(DidNotStart, match="no model there"),
+        running(command, os.environ, 1, CORES, tmp_path / "log", lambda: False),
+    ):
+        pass
+
+
+def test_killed_benchmark_leaves_no_server(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom bench.servers import running\n"
+        "with running([sys.executable, '-c', 'import time; time.sleep(60)'], os.environ, 1, {0}, "
+        "Path(sys.argv[1]), lambda: True) as server:\n"
+        "    print(server._keeper.pid, flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "log")],
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
+        stdout=subprocess.PIPE,
+    ) as bench:
+        assert bench.stdout is not None
+        keeper = int(bench.stdout.readline())
+        assert descendants(keeper)
+        bench.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{keeper}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{keeper}").exists()
+
+
+def test_ports_are_free() -> None:
+    assert free_port() != 0
+
+
+RECORD = Record(
+    machine={"cpu": "A | B", "cores": 2, "memory_gb": 23.5, "features": ["avx2"], "system": "Linux", "python": "3.11"},
+    versions={"openvino": "1"},
+    date="2026-01-01 00:00 UTC",
+    commit="abc",
+    seeds={"load": 0},
+    checks=(
+        judged("1.a", "ours against theirs", ">= 2", [2.1, 2.2, 2.3]),
+        verdict("1.b", "p99", "<= 100", 1234.5, None, 1, unit="ms"),
+        Check("1.c", "Ray", "x", ">= 15", None, None, 0, False, "it cannot be installed"),
+    ),
+    data={
+        "tables": [
+            {"title": "rates", "columns": ["server", "rps"], "rows": [["ours", 74812.3], ["Ray", None]], "note": ""}
+        ]
+    },
+)
+
+
+def test_page_shows_every_check_and_table(tmp_path: Path) -> None:
+    RECORD.save(tmp_path / "serve.json")
+    page = render.render([("serve", Record.load(tmp_path / "serve.json"))])
+    assert "| 1.a | ours against theirs | >= 2 x | 2.2 [2.1, 2.3] | 3 | yes |" in page
+    assert "| 1.b | p99 | <= 100 ms | 1,230 | 1 | **no** |" in page
+    assert "| 1.c | Ray | >= 15 x | – | 0 | **no** |" in page
+    assert "- 1.c: it cannot be installed" in page
+    assert "| ours | 74,800 |\n| Ray | – |" in page
+    assert "### Rates" in page
+
+
+def test_page_is_what_the_results_say() -> None:
+    assert subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"]).returncode == 0
