@@ -298,6 +298,23 @@ class Codec:
         """
         if wanted.top or wanted.places or not all(wanted.binary):
             return self._encode_each(wanted, rows, outputs)
+        header = self._binary_header(wanted, rows)
+        return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
+
+    def layout_of(self, header: bytes) -> Layout | None:
+        """What a JSON header says that was read before, if all of its tensors follow it as raw bytes."""
+        layout = self._layouts.get(header)
+        return layout if layout is not None and layout.ordered else None
+
+    def answer_header(self, wanted: Wanted, rows: int) -> bytes | None:
+        """The JSON header of an answer whose body is that header and the outputs' raw rows in the signature's order.
+
+        None where the answer is any other.
+        """
+        whole = wanted.outputs == tuple(range(len(self._outputs))) and all(wanted.binary)
+        return self._binary_header(wanted, rows) if whole and not (wanted.top or wanted.places) else None
+
+    def _binary_header(self, wanted: Wanted, rows: int) -> bytes:
         key = (wanted, rows)
         header = self._answer_headers.get(key)
         if header is None:
@@ -309,7 +326,7 @@ class Codec:
             header = self._answer(wanted, described)
             if not wanted.id and len(self._answer_headers) < _MAX_CACHED_HEADERS:
                 self._answer_headers[key] = header
-        return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
+        return header
 
     def outputs(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> Iterator[OutputTensor]:
         """The outputs of an answer one by one, in the order wanted; those for shared memory are written there.

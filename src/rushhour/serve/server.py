@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _DRAIN_SECONDS = 30.0
 _LINGER_SECONDS = 0.25
+_COLLECT_AFTER = (50_000, 20, 20)
+"""Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
 
 Ready = Callable[[str, str | None], None]
 """Called once when requests are welcome: with the URL, and with the address for gRPC where that is served."""
@@ -183,6 +185,7 @@ class _Server:
         # What is loaded now lives as long as the server: the collector need not walk it during requests.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_COLLECT_AFTER)
         host, port = listener.getsockname()[:2]
         ready(f"http{'s' if context else ''}://{_address(host, port)}", grpc.address if grpc else None)
         sweeping = asyncio.ensure_future(self._sweep())
