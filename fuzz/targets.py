@@ -263,10 +263,18 @@ def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
 
 
 class _Reference:
-    """How far httptools alone can read: the method of each whole request, and whether all of it could be read."""
+    """How far httptools alone can read.
+
+    Attributes:
+        methods: of each request whose header is whole.
+        whole: requests that are.
+        sound: nothing in it was beyond reading.
+        over: nothing that follows is a request.
+    """
 
     def __init__(self, sent: bytes) -> None:
         self.methods: list[bytes] = []
+        self.whole = 0
         self.sound = True
         self.over = False
         parser = self._parser = httptools.HttpRequestParser(self)
@@ -277,9 +285,13 @@ class _Reference:
         except httptools.HttpParserError:
             self.sound = False
 
-    def on_message_complete(self) -> None:
+    def on_headers_complete(self) -> None:
         if not self.over:
             self.methods.append(self._parser.get_method())
+
+    def on_message_complete(self) -> None:
+        if not self.over:
+            self.whole += 1
             self.over = not self._parser.should_keep_alive()
 
 
@@ -316,7 +328,7 @@ def http(data: bytes) -> None:
 
 
 def _check(answers: list[Answer], closed: bool, reference: _Reference, *, early: bool) -> None:
-    whole = len(reference.methods)
+    whole = reference.whole
     assert not any(answer.last for answer in answers[:-1]), "nothing follows a goodbye"
     assert not any(answer.status == 500 for answer in answers)
     if answers and answers[-1].last:

@@ -448,18 +448,17 @@ class HttpConnection(asyncio.Protocol):
         if message.encoding in (b"", b"identity"):
             self._submit(cell, message, body)
         else:
-            self._waiting = asyncio.ensure_future(self._inflate(cell, message, body))
+            self._waiting = asyncio.ensure_future(self._inflate(message, body))
 
-    async def _inflate(self, cell: Cell, message: _Message, body: bytes) -> None:
+    async def _inflate(self, message: _Message, body: bytes) -> None:
         """Unpack on a thread: a small body may unpack into a large one, and the loop has others to serve."""
         try:
-            plain = await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)
+            message.body = [await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)]
+            message.encoding = b""
+            if self._transport is not None:
+                self._take_up(message)  # anew: a reload may have retired the cell that was there before
         except WireError as error:
             self._send_error(error)
-            return
-        try:
-            if self._transport is not None:
-                self._submit(cell, message, plain)
         except Exception as error:
             self._stumble(error)
 
