@@ -13,7 +13,9 @@ docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_c
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import msgspec
@@ -42,6 +44,12 @@ _DATATYPES = {
 _DTYPES = {datatype: dtype for dtype, datatype in _DATATYPES.items()}
 _MAX_CACHED_HEADERS = 256
 _MAX_CACHED_HEADER_BYTES = 4096
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 100
+_shorten.maxlist = 12
+_shown = _shorten.repr
+"""`repr` of what a client sent, cut short: an error does not repeat megabytes."""
 
 
 def datatype_of(spec: TensorSpec) -> str:
@@ -232,6 +240,10 @@ class Codec:
         self._layouts: dict[bytes, Layout] = {}
         self._answer_headers: dict[tuple[Wanted, int], bytes] = {}
 
+    def known(self, header: bytes) -> Layout | None:
+        """What a JSON header says, if an equal one was read before; None where it must be read first."""
+        return self._layouts.get(header)
+
     def decode(self, body: bytes, header_length: int | None) -> InferRequest:
         """Read a request.
 
@@ -301,11 +313,6 @@ class Codec:
         header = self._binary_header(wanted, rows)
         return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
 
-    def layout_of(self, header: bytes) -> Layout | None:
-        """What a JSON header says that was read before, if all of its tensors follow it as raw bytes."""
-        layout = self._layouts.get(header)
-        return layout if layout is not None and layout.ordered else None
-
     def answer_header(self, wanted: Wanted, rows: int) -> bytes | None:
         """The JSON header of an answer whose body is that header and the outputs' raw rows in the signature's order.
 
@@ -324,7 +331,9 @@ class Codec:
                 for position in wanted.outputs
             ]
             header = self._answer(wanted, described)
-            if not wanted.id and len(self._answer_headers) < _MAX_CACHED_HEADERS:
+            if not wanted.id:
+                if len(self._answer_headers) >= _MAX_CACHED_HEADERS:
+                    self._answer_headers.clear()
                 self._answer_headers[key] = header
         return header
 
@@ -409,7 +418,7 @@ class Codec:
     def _decode_new(self, header: bytes, body: bytes, header_length: int) -> InferRequest:
         try:
             parsed = _decode_header(header)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise WireError(
                 "the request's JSON cannot be read", str(error), "see the Open Inference Protocol, $inference_request"
             ) from error
@@ -450,7 +459,7 @@ class Codec:
                 layout.inline[position] = self._from_values(entry, position, size)
             elif not _is_size(stated) or stated != size:
                 raise WireError(
-                    f"the input {entry.name!r} has binary_data_size {stated!r}",
+                    f"the input {entry.name!r} has binary_data_size {_shown(stated)}",
                     f"shape {entry.shape} of {entry.datatype} is {size} bytes",
                     "send the tensor's exact size",
                 )
@@ -469,8 +478,8 @@ class Codec:
         byte_size = entry.parameters.get("shared_memory_byte_size")
         if not (isinstance(region, str) and _is_size(offset) and _is_size(byte_size)):
             raise WireError(
-                f"{entry.name!r} lies in shared memory, but where is not said",
-                f"region {region!r}, offset {offset!r}, byte size {byte_size!r}",
+                f"{_shown(entry.name)} lies in shared memory, but where is not said",
+                f"region {_shown(region)}, offset {_shown(offset)}, byte size {_shown(byte_size)}",
                 "send shared_memory_region, shared_memory_byte_size and, if it is not 0, shared_memory_offset",
             )
         if size is not None and byte_size != size:
@@ -493,20 +502,20 @@ class Codec:
             position = self._inputs.get(entry.name)
             if position is None or position in found:
                 raise WireError(
-                    f"the input {entry.name!r} is {'unknown' if position is None else 'there twice'}",
+                    f"the input {_shown(entry.name)} is {'unknown' if position is None else 'there twice'}",
                     f"{self.model} takes {', '.join(self._inputs)}",
                     f"ask GET v2/models/{self.model}",
                 )
             spec = self.signature.inputs[position]
             if entry.datatype != datatype_of(spec):
                 raise WireError(
-                    f"the input {entry.name!r} has datatype {entry.datatype}",
+                    f"the input {entry.name!r} has datatype {_shown(entry.datatype)}",
                     f"{self.model} takes {datatype_of(spec)}",
                     "convert it, or send another input",
                 )
             if len(entry.shape) != len(spec.shape) + 1 or tuple(entry.shape[1:]) != spec.shape:
                 raise WireError(
-                    f"the input {entry.name!r} has shape {entry.shape}",
+                    f"the input {entry.name!r} has shape {_shown(entry.shape)}",
                     f"{self.model} takes {[-1, *spec.shape]}, the first being the number of samples",
                     "bring it to that shape",
                 )
@@ -541,20 +550,20 @@ class Codec:
     def _from_values(self, entry: InputHeader, position: int, size: int) -> memoryview:
         spec = self.signature.inputs[position]
         try:
-            values = np.asarray(entry.data)
+            values = np.asarray(_flat(entry.data))
             if values.dtype.kind not in ("biu" if np.dtype(spec.dtype).kind in "iu" else "biuf"):
                 raise ValueError(f"found values that are not {datatype_of(spec)}")
             if values.dtype.kind == "b" and spec.dtype != "bool":
                 raise ValueError("found true or false among the numbers")
-            flat = values.ravel()
-            if flat.size != math.prod(entry.shape):
-                raise ValueError(f"found {flat.size} values for shape {entry.shape}")
-            if np.dtype(spec.dtype).kind in "iu" and flat.size:
+            if values.size != math.prod(entry.shape):
+                raise ValueError(f"found {values.size} values for shape {entry.shape}")
+            if np.dtype(spec.dtype).kind in "iu" and values.size:
                 limits = np.iinfo(np.dtype(spec.dtype))
-                if int(flat.min()) < limits.min or int(flat.max()) > limits.max:
+                if int(values.min()) < limits.min or int(values.max()) > limits.max:
                     raise ValueError(f"a value lies outside {limits.min}..{limits.max}")
-            array = flat.astype(spec.dtype)
-        except (ValueError, TypeError, OverflowError) as error:
+            with np.errstate(over="raise"):
+                array = values.astype(spec.dtype)
+        except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
             raise WireError(
                 f"the data of the input {entry.name!r} cannot be read",
                 str(error),
@@ -572,7 +581,7 @@ class Codec:
             position = self._outputs.get(output.name)
             if position is None or position in positions:
                 raise WireError(
-                    f"the output {output.name!r} is {'unknown' if position is None else 'there twice'}",
+                    f"the output {_shown(output.name)} is {'unknown' if position is None else 'there twice'}",
                     f"{self.model} gives {', '.join(self._outputs)}",
                     f"ask GET v2/models/{self.model}",
                 )
@@ -590,9 +599,13 @@ class Codec:
             places.append(place)
         timeout, priority = header.parameters.get("timeout"), header.parameters.get("priority", 0)
         if timeout is not None and not _is_size(timeout):
-            raise WireError(f"the timeout is {timeout!r}", "it is a whole number of microseconds", "send 0 or more")
+            raise WireError(
+                f"the timeout is {_shown(timeout)}", "it is a whole number of microseconds", "send 0 or more"
+            )
         if not _is_size(priority):
-            raise WireError(f"the priority is {priority!r}", "1 is the highest, larger is lower", "send 0 or more")
+            raise WireError(
+                f"the priority is {_shown(priority)}", "1 is the highest, larger is lower", "send 0 or more"
+            )
         return Wanted(
             id=header.id,
             outputs=tuple(positions),
@@ -608,7 +621,7 @@ class Codec:
         asked, spec = output.parameters.get("classification", 0), self.signature.outputs[position]
         if not _is_size(asked):
             raise WireError(
-                f"the output {output.name!r} asks for classification {asked!r}",
+                f"the output {output.name!r} asks for classification {_shown(asked)}",
                 "it is a number of classes",
                 "send a whole number, 0 for the tensor itself",
             )
@@ -619,6 +632,23 @@ class Codec:
                 "ask for the tensor itself",
             )
         return min(asked, len(self.labels))
+
+
+def _flat(data: object) -> list[int | float]:
+    """The numbers of a tensor in JSON, flat or nested, as one list.
+
+    Not by numpy, which gives each element as much room as the largest needs: one text of a megabyte among as many
+    empty ones would ask for a terabyte.
+    """
+    if not isinstance(data, list):
+        raise ValueError("it is no list")
+    while (kinds := set(map(type, data))) == {list}:
+        if len(set(map(len, data))) > 1:
+            raise ValueError("its lists differ in length")
+        data = list(chain.from_iterable(data))
+    if not kinds <= {int, float, bool}:
+        raise ValueError("found something else than numbers")
+    return data
 
 
 def _is_size(value: object) -> TypeGuard[int]:

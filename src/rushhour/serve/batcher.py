@@ -92,7 +92,7 @@ class Batcher(Generic[T]):
 
     def waiting_before(self, priority: int) -> int:
         """Samples that a request of this priority would wait for: all of its own and of higher priorities."""
-        if len(self._order) <= 1:
+        if not self._order or self._order[-1] <= priority:
             return self.waiting
         return sum(
             ticket.rows - ticket.taken
@@ -101,6 +101,10 @@ class Batcher(Generic[T]):
             for ticket in self._queues[level]
             if not ticket.cancelled
         )
+
+    def full(self, rows: int) -> bool:
+        """Whether a request of `rows` samples would be shed."""
+        return self.waiting > 0 and self.waiting + rows > self.queue_bound
 
     def offer(self, item: T, rows: int, *, deadline: float = math.inf, priority: int = 0) -> Ticket[T] | None:
         """Queue a request of `rows` samples; None where the queue is full and the request must be shed.
@@ -113,7 +117,7 @@ class Batcher(Generic[T]):
             deadline: when its answer must be there, in seconds of the batcher's clock.
             priority: lower numbers are taken first.
         """
-        if self.waiting and self.waiting + rows > self.queue_bound:
+        if self.full(rows):
             return None
         ticket = Ticket(item, rows, self._clock.now(), deadline, priority)
         queue = self._queues.get(priority)

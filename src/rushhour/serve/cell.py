@@ -19,7 +19,7 @@ from rushhour.plan import Policy
 from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.serve.statistics import Statistics
-from rushhour.wire import Codec, InferRequest
+from rushhour.wire import Codec, InferRequest, Layout, Wanted
 
 _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
 """1 is the highest, as the protocol has it; a request that does not say is in the middle."""
@@ -120,34 +120,55 @@ class Cell:
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
         """Queue a request, or turn it away. `reply` is called later, never from within this call."""
-        wanted, batcher = request.wanted, self._batcher
+        wanted = request.wanted
         priority = min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
-        within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
-        deadline = math.inf
-        if within != math.inf:
-            now = self._clock.now()
-            deadline = now + _SHARE_OF_DEADLINE * within
-            waiting = batcher.waiting_before(priority)
-            finish = self._admission.finish(
-                now, request.rows, waiting, [stream.until for stream in self._busy], self._streams
-            )
-            if finish > deadline:
-                self.counters.shed_deadline += 1
-                self.statistics.fail.add(1, 0.0)
-                why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
-                return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
+        deadline = self._deadline_of(request.rows, wanted, priority)
+        if isinstance(deadline, Shed):
+            return deadline
         job = Job(request, reply)
-        job.ticket = batcher.offer(job, request.rows, deadline=deadline, priority=priority)
+        job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
-            self.counters.shed_queue += 1
-            self.statistics.fail.add(1, 0.0)
-            retry = self._admission.backlog_s(batcher.waiting, self._streams)
-            return Shed("queue", "the queue is full: more requests come than can be answered", retry)
+            return self._no_room()
         # Not at once: the other requests that this turn of the loop reads from its sockets belong into the batch.
         if self._free and not self._dispatching:
             self._dispatching = True
             self._loop.call_soon(self._dispatch)
         return job
+
+    def foresee(self, layout: Layout | None) -> Shed | None:
+        """Turn a request away whose body is still on its way, if that is what would happen to it now.
+
+        Args:
+            layout: what its JSON header says; None where that is not known, and a single sample is assumed.
+        """
+        if layout is not None:
+            priority = min(layout.wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
+            deadline = self._deadline_of(layout.rows, layout.wanted, priority)
+            if isinstance(deadline, Shed):
+                return deadline
+        return self._no_room() if self._batcher.full(1 if layout is None else layout.rows) else None
+
+    def _deadline_of(self, rows: int, wanted: Wanted, priority: int) -> float | Shed:
+        """When the answer must be there, on the cell's clock; or that it cannot be."""
+        within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
+        if within == math.inf:
+            return math.inf
+        now = self._clock.now()
+        deadline = now + _SHARE_OF_DEADLINE * within
+        waiting = self._batcher.waiting_before(priority)
+        finish = self._admission.finish(now, rows, waiting, [stream.until for stream in self._busy], self._streams)
+        if finish <= deadline:
+            return deadline
+        self.counters.shed_deadline += 1
+        self.statistics.fail.add(1, 0.0)
+        why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
+        return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
+
+    def _no_room(self) -> Shed:
+        self.counters.shed_queue += 1
+        self.statistics.fail.add(1, 0.0)
+        retry = self._admission.backlog_s(self._batcher.waiting, self._streams)
+        return Shed("queue", "the queue is full: more requests come than can be answered", retry)
 
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""

@@ -24,6 +24,8 @@ _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
 _CHALLENGE = b"www-authenticate: Bearer\r\n"
 _MAX_PIPELINED = 32
+"""Requests of one connection that may wait, before no more is read; and that are begun in one turn of the loop."""
+_TWICE = "a field that may come once came twice"
 _LINGER_SECONDS = 1.0
 
 _REASONS = {
@@ -154,7 +156,15 @@ class HttpConnection(asyncio.Protocol):
         self._message = _Message()
         self._header_bytes = 0
         self._body_bytes = 0
+        self._in_body = False
+        self._expected = False
+        self._foreseen = False
+        self._dropping = False
+        self._begun = 0
+        self._advancing = False
+        self._deaf = False
         self._refused: WireError | None = None
+        self._broken: WireError | None = None
         self._ready: deque[_Message] = deque()
         self._current: _Message | _Repeat | None = None
         self._cell: Cell | None = None
@@ -200,7 +210,8 @@ class HttpConnection(asyncio.Protocol):
             and len(data) == repeat.size
             and self._current is None
             and not self._reading
-            and self._lingering is None
+            and not self._ready
+            and not self._deaf
             and data.startswith(repeat.prefix)
         ):
             cell = self._desk.cell_of(repeat.path)
@@ -210,7 +221,7 @@ class HttpConnection(asyncio.Protocol):
                 self._hand_in(cell, repeat.request(data))
                 return
             self._repeat = None
-        if self._lingering is not None:
+        if self._deaf:
             return
         known = self._known
         if known is not None and not self._reading and len(data) == known.size and data.startswith(known.head):
@@ -221,10 +232,18 @@ class HttpConnection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             # An offer that may be ignored (RFC 9110, 7.8): the request is answered, and nothing after it is read.
+            self._deaf = True
             self.eof_received()
             self.close_if_idle()
         except httptools.HttpParserError as error:
             self._refuse(self._refused or WireError("the request is not valid HTTP/1.1", str(error)))
+        else:
+            if self._in_body and not self._foreseen:
+                self._foresee()
+        if self._begun > _MAX_PIPELINED and self._current is None and not self._advancing:
+            self._advancing = True
+            asyncio.get_running_loop().call_soon(self._advance)
+        self._begun = 0
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked for is still answered."""
@@ -273,7 +292,7 @@ class HttpConnection(asyncio.Protocol):
         """A new request begins."""
         self._message = _Message()
         self._reading = True
-        self._chunked = False
+        self._chunked = self._expected = self._foreseen = self._dropping = False
         self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
@@ -284,18 +303,38 @@ class HttpConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header field."""
         self._count_header(len(name) + len(value))
-        lowered = name.lower()
+        if self._in_body:
+            return  # a trailer says nothing that the header may say (RFC 9110, 6.5.1)
+        lowered, message = name.lower(), self._message
         if lowered == b"inference-header-content-length":
-            self._message.header_length = value
+            self._once(name, message.header_length)
+            message.header_length = value
         elif lowered == b"content-encoding":
-            self._message.encoding = value.lower()
+            self._once(name, message.encoding or None)
+            message.encoding = value.lower()
         elif lowered == b"content-length" and int(value) > self._limits.body_bytes:
             raise self._stop(self._too_large())
         elif lowered == b"authorization":
-            self._message.authorization = value
+            self._once(name, message.authorization)
+            message.authorization = value
         elif lowered == b"transfer-encoding":
+            self._once(name, value if self._chunked else None)
             self._chunked = True
-        elif lowered == b"expect" and value.lower() == b"100-continue" and self._transport is not None:
+            if value.lower() != b"chunked":
+                why = "this server reads 'chunked' alone"
+                raise self._stop(WireError("the transfer encoding is another", why, "use Content-Encoding", status=501))
+        elif lowered == b"expect" and value.lower() == b"100-continue":
+            self._expected = True
+
+    def _once(self, name: bytes, before: bytes | None) -> None:
+        """Which of two is meant, whoever stands in front of this server may see otherwise: neither is taken."""
+        if before is not None:
+            raise self._stop(WireError(_TWICE, name[:40].decode("latin-1"), "send it once"))
+
+    def on_headers_complete(self) -> None:
+        """The header is whole; a body may follow."""
+        self._in_body = True
+        if self._expected and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -303,7 +342,44 @@ class HttpConnection(asyncio.Protocol):
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes:
             raise self._stop(self._too_large())
-        self._message.body.append(body)
+        if not self._dropping:
+            self._message.body.append(body)
+
+    def _foresee(self) -> None:
+        """Answer a request whose body needs several reads after the first, if it will be turned away anyway.
+
+        The body is read and dropped, within the same bounds as any other, so that the connection can go on. Requests
+        in one read never come here: they have cost what they cost.
+        """
+        self._foreseen = True
+        message = self._message
+        message.method = self._parser.get_method()
+        message.keep_alive = self._parser.should_keep_alive()
+        if self._current is not None or self._ready or self._desk.draining or not message.keep_alive:
+            return
+        path, _, _ = message.target.partition(b"?")
+        if not self._admits(path, message):
+            self._drop_rest()
+            self._current = message
+            self._challenge()
+            return
+        cell = self._desk.cell_of(path)
+        if cell is None or message.method != b"POST":
+            return
+        try:
+            length = _header_length(message.header_length)
+        except WireError:
+            return
+        packed = message.encoding not in (b"", b"identity")
+        shed = cell.foresee(None if packed or not length else cell.codec.known(b"".join(message.body)[:length]))
+        if shed is not None:
+            self._drop_rest()
+            self._current = message
+            self._turn_away(shed)
+
+    def _drop_rest(self) -> None:
+        self._dropping = True
+        self._message.body.clear()
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -312,13 +388,18 @@ class HttpConnection(asyncio.Protocol):
         message.keep_alive = self._parser.should_keep_alive()
         self._remember(message)
         self._header_bytes = self._body_bytes = 0
-        self._reading = False
+        self._reading = self._in_body = False
+        if self._dropping:
+            self._dropping = False
+            self._since = self._clock()
+            return
+        self._begun += 1
         self._complete(message)
 
     def _remember(self, message: _Message) -> None:
         """Keep the head for the next request, if this one came whole and alone in one read."""
         end = len(self._chunk) - self._body_bytes
-        if self._chunked or not message.keep_alive or len(message.body) != 1:
+        if self._chunked or self._expected or not message.keep_alive or len(message.body) != 1:
             return
         if self._chunk.find(b"\r\n\r\n") + 4 == end and self._chunk.endswith(message.body[0]):
             self._known = message.known = _Known(self._chunk[:end], self._body_bytes, message)
@@ -326,7 +407,7 @@ class HttpConnection(asyncio.Protocol):
     def _complete(self, message: _Message) -> None:
         """A request is there: answer it, or let it wait for those before it."""
         self._since = self._clock()
-        if self._current is None:
+        if self._current is None and self._begun <= _MAX_PIPELINED and not self._advancing:
             self._begin(message)
             return
         self._ready.append(message)
@@ -350,18 +431,20 @@ class HttpConnection(asyncio.Protocol):
         return error
 
     def _refuse(self, error: WireError) -> None:
-        """Answer what cannot be read, and close: where the next request begins is unknown.
+        """Answer what cannot be read, after all before it, and close: where the next request begins is unknown.
 
         What is still on its way is read and dropped for a moment first; a connection closed over unread bytes is
         reset, and the client would never see the answer.
         """
-        if self._transport is None:
+        self._deaf = True
+        self._message = _Message()
+        if self._transport is None or self._transport.is_closing():
             return
-        self._ready.clear()
-        if self._job is not None:
-            self._transport.close()
+        if self._current is not None or self._ready:
+            self._broken = error
             return
-        self._transport.write(_response(error.status, _error_body(error), b"connection: close\r\n"))
+        if not self._dropping:  # else this request has its answer already
+            self._transport.write(_response(error.status, _error_body(error), b"connection: close\r\n"))
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._lingering = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._transport.close)
@@ -370,10 +453,28 @@ class HttpConnection(asyncio.Protocol):
 
     def _begin(self, message: _Message) -> None:
         self._current = message
+        try:
+            self._take_up(message)
+        except Exception as error:
+            self._stumble(error)
+
+    def _stumble(self, error: Exception) -> None:
+        """Answer 500 for what should not have happened, and tell the log; nobody else is to suffer from it."""
+        asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
+        if self._current is not None:
+            self._send_error(error)
+
+    def _admits(self, path: bytes, message: _Message) -> bool:
+        return not self._desk.keys or path in _OPEN_PATHS or self._desk.keys.admit(message.authorization)
+
+    def _challenge(self) -> None:
+        why = "this server takes requests with an API key only"
+        self._send(401, _error_body(WireError(why, "", "send 'Authorization: Bearer KEY'")), _CHALLENGE)
+
+    def _take_up(self, message: _Message) -> None:
         path, _, _ = message.target.partition(b"?")
-        if self._desk.keys and path not in _OPEN_PATHS and not self._desk.keys.admit(message.authorization):
-            why = "this server takes requests with an API key only"
-            self._send(401, _error_body(WireError(why, "", "send 'Authorization: Bearer KEY'")), _CHALLENGE)
+        if not self._admits(path, message):
+            self._challenge()
             return
         cell = self._desk.cell_of(path)
         if cell is None:
@@ -388,7 +489,10 @@ class HttpConnection(asyncio.Protocol):
             self._infer(cell, message)
 
     async def _send_later(self, answer: Awaitable[tuple[int, bytes]]) -> None:
-        self._send(*await answer)
+        try:
+            self._send(*await answer)
+        except Exception as error:
+            self._stumble(error)
 
     def _infer(self, cell: Cell, message: _Message) -> None:
         body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
@@ -396,17 +500,19 @@ class HttpConnection(asyncio.Protocol):
         if message.encoding in (b"", b"identity"):
             self._submit(cell, message, body)
         else:
-            self._waiting = asyncio.ensure_future(self._inflate(cell, message, body))
+            self._waiting = asyncio.ensure_future(self._inflate(message, body))
 
-    async def _inflate(self, cell: Cell, message: _Message, body: bytes) -> None:
+    async def _inflate(self, message: _Message, body: bytes) -> None:
         """Unpack on a thread: a small body may unpack into a large one, and the loop has others to serve."""
         try:
-            plain = await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)
+            message.body = [await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)]
+            message.encoding = b""
+            if self._transport is not None:
+                self._take_up(message)  # anew: a reload may have retired the cell that was there before
         except WireError as error:
             self._send_error(error)
-            return
-        if self._transport is not None:
-            self._submit(cell, message, plain)
+        except Exception as error:
+            self._stumble(error)
 
     def _submit(self, cell: Cell, message: _Message, body: bytes) -> None:
         try:
@@ -416,8 +522,8 @@ class HttpConnection(asyncio.Protocol):
             return
         if message.known is not None and message.known is self._known and message.header_length:
             header = body[: int(message.header_length)]
-            layout = cell.codec.layout_of(header)
-            if layout is not None:
+            layout = cell.codec.known(header)
+            if layout is not None and layout.ordered:
                 path = message.target.partition(b"?")[0]
                 self._repeat = _Repeat(message.known, cell.codec, path, header, layout)
         self._hand_in(cell, request)
@@ -426,10 +532,13 @@ class HttpConnection(asyncio.Protocol):
         self._cell, self._request = cell, request
         submitted = cell.submit(request, self._answered)
         if isinstance(submitted, Shed):
-            retry = b"retry-after: %d\r\n" % max(1, math.ceil(submitted.retry_after_s))
-            self._send(429, _error_body(WireError(submitted.why, status=429)), retry)
+            self._turn_away(submitted)
         else:
             self._job = submitted
+
+    def _turn_away(self, shed: Shed) -> None:
+        retry = b"retry-after: %d\r\n" % max(1, math.ceil(shed.retry_after_s))
+        self._send(429, _error_body(WireError(shed.why, status=429)), retry)
 
     def _answered(self, result: Sequence[memoryview] | Exception) -> None:
         cell, request, current = self._cell, self._request, self._current
@@ -451,6 +560,9 @@ class HttpConnection(asyncio.Protocol):
         except WireError as error:
             self._send_error(error)
             return
+        except Exception as error:  # out of here it would reach the cell, and those who share the batch
+            self._stumble(error)
+            return
         if length is None:
             self._send(200, b"".join(parts))
         else:
@@ -463,7 +575,10 @@ class HttpConnection(asyncio.Protocol):
     def _send(self, status: int, body: bytes, extra: bytes = b"") -> None:
         close = self._closing()
         if self._transport is not None:
-            self._transport.write(_response(status, body, extra + (b"connection: close\r\n" if close else b"")))
+            answer = _response(status, body, extra + (b"connection: close\r\n" if close else b""))
+            if isinstance(self._current, _Message) and self._current.method == b"HEAD":
+                answer = answer[: len(answer) - len(body)]  # the client expects none, and would take it for an answer
+            self._transport.write(answer)
             self._next(close)
 
     def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
@@ -482,16 +597,29 @@ class HttpConnection(asyncio.Protocol):
             self._ready.clear()
             if self._transport is not None:
                 self._transport.close()
+        elif (self._ready or self._ended or self._broken) and not self._advancing:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Begin what waits: one after another without recursion, for one read may have brought thousands."""
+        self._advancing = True
+        for _ in range(_MAX_PIPELINED):
+            if self._current is not None or not self._ready:
+                break
+            self._begin(self._ready.popleft())
+        if self._paused and len(self._ready) < _MAX_PIPELINED and self._transport is not None:
+            self._paused = False
+            if not self._unread:
+                self._transport.resume_reading()
+        if self._current is None and self._ready:
+            asyncio.get_running_loop().call_soon(self._advance)  # the others have their turn
             return
-        if self._ready:
-            message = self._ready.popleft()
-            if self._paused and self._transport is not None:
-                self._paused = False
-                if not self._unread:
-                    self._transport.resume_reading()
-            self._begin(message)
-        elif self._ended and self._transport is not None:
-            self._transport.close()
+        self._advancing = False
+        if self._current is None and self._transport is not None:
+            if self._broken is not None:
+                self._refuse(self._broken)
+            elif self._ended:
+                self._transport.close()
 
 
 def _response(status: int, body: bytes, extra: bytes = b"") -> bytes:

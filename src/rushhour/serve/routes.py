@@ -176,7 +176,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
         raise WireError("the body is too large", f"here the limit is {_MAX_BODY_BYTES} bytes", "send less", status=413)
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError("the request's JSON cannot be read", str(error), "send an object") from error
 
 

@@ -1,0 +1,361 @@
+"""What the fuzzer attacks, and what must hold whatever the bytes are. Broken promises are AssertionErrors.
+
+`wire` is `Codec.decode`. `http` is one connection of a whole server (all routes, an engine that adds up pixels) behind
+a transport that delivers the bytes in any pieces. The test suite replays the corpus through the same two functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httptools
+
+from rushhour.bundle import Signature, TensorSpec
+from rushhour.errors import WireError
+from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve.http import HttpConnection
+from rushhour.serve.repository import Repository
+from rushhour.serve.server import _Server
+from rushhour.testing.bundles import tiny_bundle
+from rushhour.testing.fakes import FakeEngine
+from rushhour.wire import Codec, InferRequest
+
+CORPUS = Path(__file__).parent / "corpus"
+CUT = b"\xff\xfe"
+"""Where an input of `http` holds this, one read ends and the next begins; the server sees what lies between."""
+KEY = "a-key-of-some-length"
+LIMITS = Limits(connections=4, body_bytes=4096, header_bytes=1024)
+_QUIET_TURNS = 8
+_MOST_TURNS = 10_000
+_MOST_PIECES = 24
+_ALL_JSON = 0xFFFF
+
+_IMAGE = TensorSpec("image", "uint8", (2, 2, 1))
+_ANSWER = TensorSpec("probabilities", "float32", (3,))
+_SIGNATURES = (
+    Signature(inputs=(_IMAGE,), outputs=(_ANSWER,)),
+    Signature(inputs=(_IMAGE, TensorSpec("extra", "float16", (3,))), outputs=(_ANSWER, TensorSpec("n", "int64", (1,)))),
+    Signature(inputs=(TensorSpec("x", "bool", ()), TensorSpec("y", "uint64", (2,))), outputs=(_ANSWER,)),
+)
+
+
+# wire
+
+
+def wire(data: bytes) -> None:
+    """One byte chooses the model, two give the header's length (65,535 for all JSON), the rest is the body."""
+    if len(data) < 3:
+        return
+    signature = _SIGNATURES[data[0] % len(_SIGNATURES)]
+    length = int.from_bytes(data[1:3], "little")
+    codec = Codec("m", signature, max_rows=64, labels=("a", "b", "c"))
+    first, again = (_decoded(codec, data[3:], None if length == _ALL_JSON else length) for _ in range(2))
+    assert first == again, "a header seen before means the same"
+
+
+def _decoded(codec: Codec, body: bytes, length: int | None) -> object:
+    try:
+        request = codec.decode(body, length)
+    except WireError as caught:
+        refused = caught
+    else:
+        return _whole(codec, request)
+    assert 400 <= refused.status <= 501
+    assert len(str(refused)) < 1000, "an error does not repeat what was sent"
+    return str(refused)
+
+
+def _whole(codec: Codec, request: InferRequest) -> object:
+    assert 1 <= request.rows <= codec.max_rows
+    sizes = [request.rows * spec.row_bytes for spec in codec.signature.inputs]
+    assert [len(tensor) for tensor in request.tensors] == sizes
+    zeros = [memoryview(bytes(request.rows * spec.row_bytes)) for spec in codec.signature.outputs]
+    header_length, parts = codec.encode(request.wanted, request.rows, zeros)
+    assert header_length is None or 0 < header_length <= sum(map(len, parts))
+    return [bytes(tensor) for tensor in request.tensors], request.wanted
+
+
+# http
+
+
+class Answer(NamedTuple):
+    """One final answer of the server."""
+
+    status: int
+    head: bytes
+    body: bytes
+
+    @property
+    def last(self) -> bool:
+        """The server closes after it."""
+        return b"\r\nconnection: close\r\n" in self.head
+
+
+class Heard(NamedTuple):
+    """What one connection brought back.
+
+    Attributes:
+        answers: in order, without interim ones.
+        closed: by the server, or about to be.
+    """
+
+    answers: list[Answer]
+    closed: bool
+
+
+class _Transport(asyncio.Transport):
+    """As strict as uvloop's: nothing may be written behind the end."""
+
+    def __init__(self, connection: HttpConnection) -> None:
+        super().__init__()
+        self.sent = bytearray()
+        self.ended = False
+        self.paused = False
+        self._closing = False
+        self._connection = connection
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        if self.ended:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if not self._closing:
+            self.sent += data
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            asyncio.get_running_loop().call_soon(self._connection.connection_lost, None)
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """Runs what is handed to threads at once, so that every run is the same."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
+
+
+class Stack:
+    """A whole server without its sockets, on an event loop of its own.
+
+    Args:
+        keys: API keys that it asks for.
+        full: its queue is full, and stays so.
+    """
+
+    def __init__(self, *, keys: tuple[str, ...] = (), full: bool = False) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(_AtOnce(1))
+        self._loop.set_exception_handler(lambda loop, context: self._failures.append(context))
+        self._failures: list[object] = []
+        self._full = full
+        self._server: _Server = self._loop.run_until_complete(self._open(keys))
+
+    async def _open(self, keys: tuple[str, ...]) -> _Server:
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = tiny_bundle(Path(folder) / "tiny")
+            repository = Repository(open_target(bundle.path), None, lambda _, config: FakeEngine(config))
+            await repository.load()
+        settings = ServeSettings(limits=LIMITS, api_keys=keys, admin=False, shared_memory=False)
+        server = _Server(repository, settings, None)
+        if self._full:
+            cell = server.cell_of(b"/v2/models/tiny/infer")
+            assert cell is not None
+            cell._batcher.queue_bound = 1
+            cell._free.clear()
+            request = cell.codec.decode(bytes(16), 0)
+            cell.submit(request, lambda result: None)
+        return server
+
+    def converse(self, reads: Iterable[bytes], *, hasty: bool = False, methods: Sequence[bytes] = ()) -> Heard:
+        """One connection from its beginning to its end.
+
+        Args:
+            reads: what the client sends, read by read.
+            hasty: the client ends its side at once, and all reads fall into one turn of the loop.
+            methods: of the requests in it, for answers without a body.
+        """
+        heard = self._loop.run_until_complete(self._converse(reads, hasty, methods))
+        assert not self._failures, self._failures
+        return heard
+
+    async def _converse(self, reads: Iterable[bytes], hasty: bool, methods: Sequence[bytes]) -> Heard:
+        connection = HttpConnection(self._server)
+        transport = _Transport(connection)
+        connection.connection_made(transport)
+        for read in reads:
+            if transport.paused or not hasty:
+                await self._quiet(transport)
+            if transport.is_closing():
+                break
+            assert not transport.paused, "nothing is under way, and nothing is read"
+            connection.data_received(read)
+        if not hasty:
+            await self._quiet(transport)
+        closed = transport.ended or transport.is_closing()
+        if not transport.is_closing() and not connection.eof_received():
+            transport.close()
+        await self._quiet(transport)
+        closed = closed or (hasty and (transport.ended or transport.is_closing()))
+        transport.close()
+        await self._quiet(transport)
+        assert connection not in self._server.connections
+        return Heard(_answers(bytes(transport.sent), methods), closed)
+
+    async def _quiet(self, transport: _Transport) -> None:
+        """Let the loop turn until nothing happens any more."""
+        still, before = 0, -1
+        cell = self._server.cell_of(b"/v2/models/tiny/infer")
+        for _ in range(_MOST_TURNS):
+            if still >= _QUIET_TURNS and (self._full or cell is None or cell.idle):
+                return
+            still, before = (still + 1 if len(transport.sent) == before else 0), len(transport.sent)
+            await asyncio.sleep(0)
+        raise AssertionError("the server is stuck")
+
+    def close(self) -> None:
+        """End the loop."""
+        self._loop.close()
+
+
+_STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [A-Za-z ]+\r\n((?:[a-z-]+: [^\r\n]*\r\n)*)\r\n")
+_LENGTH = re.compile(rb"^content-length: (\d+)\r\n", re.MULTILINE)
+
+
+def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
+    """The final answers in what the server sent; every byte of it must belong to one."""
+    found: list[Answer] = []
+    at = 0
+    while at < len(sent):
+        match = _STATUS.match(sent, at)
+        assert match is not None, sent[at : at + 200]
+        at = match.end()
+        if match[1] == b"100":
+            assert not match[2]
+            continue
+        (length,) = _LENGTH.findall(match[2])
+        bodiless = len(found) < len(methods) and methods[len(found)] == b"HEAD"
+        size = 0 if bodiless else int(length)
+        found.append(Answer(int(match[1]), b"\r\n" + match[2], sent[at : at + size]))
+        assert len(found[-1].body) == size
+        at += size
+    return found
+
+
+class _Reference:
+    """How far httptools alone can read.
+
+    Attributes:
+        methods: of each request whose header is whole.
+        whole: requests that are.
+        sound: nothing in it was beyond reading.
+        over: nothing that follows is a request.
+    """
+
+    def __init__(self, sent: bytes) -> None:
+        self.methods: list[bytes] = []
+        self.whole = 0
+        self.sound = True
+        self.over = False
+        parser = self._parser = httptools.HttpRequestParser(self)
+        try:
+            parser.feed_data(sent)
+        except httptools.HttpParserUpgrade:
+            self.over = True
+        except httptools.HttpParserError:
+            self.sound = False
+
+    def on_headers_complete(self) -> None:
+        if not self.over:
+            self.methods.append(self._parser.get_method())
+
+    def on_message_complete(self) -> None:
+        if not self.over:
+            self.whole += 1
+            self.over = not self._parser.should_keep_alive()
+
+
+class _Stacks:
+    """Made when first asked for: a server takes a moment."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Stack] = {}
+
+    def __getitem__(self, kind: int) -> Stack:
+        if kind not in self._made:
+            made = self._made[kind] = (Stack, lambda: Stack(keys=(KEY,)), lambda: Stack(full=True))[kind]()
+            atexit.register(made.close)
+        return self._made[kind]
+
+
+_stacks = _Stacks()
+
+
+def http(data: bytes) -> None:
+    """One byte chooses server, haste and the size of pieces, the rest is what a client sends."""
+    if len(data) < 2:
+        return
+    kind, hasty, piece = data[0] % 3, bool(data[0] & 0x40), 1 + (data[0] >> 2) % 16
+    reads = [read for read in data[1:].split(CUT) if read]
+    sent = b"".join(reads)
+    reference = _Reference(sent)
+    pieces = _cut(sent, max(piece, len(sent) // _MOST_PIECES))
+    heard = [_stacks[kind].converse(given, hasty=hasty, methods=reference.methods) for given in ([sent], reads, pieces)]
+    for answers, closed in heard:
+        _check(answers, closed, reference, early=kind != 0)
+    if kind == 0:
+        assert len({tuple(_outcome(answer) for answer in answers) for answers, _ in heard}) == 1, "however it is cut"
+        assert len({tuple(_tensors(answers)) for answers, _ in heard}) == 1, "however it is cut"
+
+
+def _check(answers: list[Answer], closed: bool, reference: _Reference, *, early: bool) -> None:
+    whole = reference.whole
+    assert not any(answer.last for answer in answers[:-1]), "nothing follows a goodbye"
+    assert not any(answer.status == 500 for answer in answers)
+    if answers and answers[-1].last:
+        assert closed
+        assert len(answers) <= whole + 1, "one answer for each request, and one error at most"
+    else:
+        assert reference.sound or reference.over or early, "what cannot be read is said"
+        assert whole <= len(answers) <= whole + early, "each request is answered, and once"
+
+
+def _outcome(answer: Answer) -> int | None:
+    """Which of two faults is met first may depend on the pieces; that there is one may not."""
+    return None if answer.last and answer.status >= 400 else answer.status
+
+
+def _tensors(answers: Iterable[Answer]) -> list[bytes]:
+    return [answer.body for answer in answers if b"octet-stream" in answer.head]
+
+
+def _cut(sent: bytes, piece: int) -> list[bytes]:
+    return [sent[at : at + piece] for at in range(0, len(sent), piece)]
+
+
+TARGETS = {"wire": wire, "http": http}

@@ -1,0 +1,321 @@
+"""Whatever the bytes: the fuzzer's corpus replayed, and what holds for any requests in any pieces."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import sys
+import tracemalloc
+import zlib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rushhour.bundle import Signature, TensorSpec
+from rushhour.errors import WireError
+from rushhour.testing.fakes import SIGNATURE, fake_answers
+from rushhour.wire import Codec, decode_answer, encode_json_request, encode_request
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "fuzz"))
+
+from targets import CORPUS, KEY, LIMITS, TARGETS, Answer, Stack
+
+PATH = b"/v2/models/tiny/infer"
+GET = b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n"
+GARBAGE = b"garbage\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with contextlib.closing(Stack()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[Stack]:
+    with contextlib.closing(Stack(full=True)) as made:
+        yield made
+
+
+def images_of(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (rows, 4, 4, 1), dtype=np.uint8)
+
+
+def request(images: np.ndarray, form: str = "binary", fields: bytes = b"", path: bytes = PATH) -> bytes:
+    """One inference request, in one of the forms that clients use."""
+    if form == "JSON":
+        body = encode_json_request(SIGNATURE, {"image": images})
+    elif form == "raw":
+        body, fields = images.tobytes(), fields + b"inference-header-content-length: 0\r\n"
+    else:
+        length, body = encode_request(SIGNATURE, {"image": images})
+        fields += b"inference-header-content-length: %d\r\n" % length
+    if form == "gzip":
+        body, fields = gzip.compress(body), fields + b"content-encoding: gzip\r\n"
+    elif form == "deflate":
+        body, fields = zlib.compress(body), fields + b"content-encoding: deflate\r\n"
+    if form == "chunked":
+        fields += b"transfer-encoding: chunked\r\n"
+        body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:7], body[7:])) + b"0\r\n\r\n"
+    else:
+        fields += b"content-length: %d\r\n" % len(body)
+    return b"POST %b HTTP/1.1\r\nhost: x\r\n%b\r\n%b" % (path, fields, body)
+
+
+def tensor(answer: Answer) -> np.ndarray:
+    head = answer.head.decode()
+    length = int(head.partition("inference-header-content-length: ")[2].partition("\r\n")[0] or len(answer.body))
+    return decode_answer(answer.body, length)["probabilities"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_corpus_breaks_no_promise(target: str) -> None:
+    corpus = sorted((CORPUS / target).iterdir())
+    assert len(corpus) > 20
+    for file in corpus:
+        try:
+            TARGETS[target](file.read_bytes())
+        except AssertionError as error:
+            raise AssertionError(f"{file.name}: {error}") from error
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.integers(1, 40), st.sampled_from(["binary", "JSON", "raw", "gzip", "deflate", "chunked"]), st.booleans()
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    cuts=st.lists(st.integers(0, 8000), max_size=8),
+    broken=st.booleans(),
+    hasty=st.booleans(),
+)
+def test_requests_in_any_pieces_are_answered_once_in_order_and_rightly(
+    stack: Stack, asked: list[tuple[int, str, bool]], cuts: list[int], broken: bool, hasty: bool
+) -> None:
+    sent, expected = b"", []
+    for seed, (rows, form, beside) in enumerate(asked):
+        images = images_of(rows, seed)
+        sent += request(images, form) + (GET if beside else b"")
+        expected += [images, None] if beside else [images]
+    sent += GARBAGE if broken else b""
+    edges = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
+    reads = [sent[start:stop] for start, stop in pairwise(edges) if stop > start]
+    answers, closed = stack.converse(reads, hasty=hasty)
+    assert [answer.status for answer in answers] == [200] * len(expected) + [400] * broken
+    assert [answer.last for answer in answers] == [False] * len(expected) + [True] * broken
+    assert closed or not broken
+    for answer, images in zip(answers, expected, strict=False):
+        if images is not None:
+            np.testing.assert_array_equal(tensor(answer), fake_answers(images))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["image", "UINT8"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+TENSOR = st.fixed_dictionaries(
+    {"name": JSON | st.just("image"), "datatype": JSON | st.just("UINT8"), "shape": JSON | st.just([1, 2, 2, 1])},
+    optional={
+        "data": JSON | st.just([1, 2, 3, 4]),
+        "parameters": JSON
+        | st.dictionaries(
+            st.sampled_from(["binary_data_size", "shared_memory_region", "shared_memory_byte_size"]), JSON, max_size=3
+        ),
+    },
+)
+WANTED = st.fixed_dictionaries(
+    {"name": JSON | st.just("p")},
+    optional={
+        "parameters": JSON | st.dictionaries(st.sampled_from(["binary_data", "classification"]), JSON, max_size=2)
+    },
+)
+REQUEST = st.fixed_dictionaries(
+    {"inputs": JSON | st.lists(TENSOR, max_size=2)},
+    optional={
+        "outputs": JSON | st.lists(WANTED, max_size=2),
+        "id": JSON,
+        "parameters": JSON
+        | st.dictionaries(st.sampled_from(["timeout", "priority", "binary_data_output"]), JSON, max_size=3),
+    },
+)
+ONE = Signature(inputs=(TensorSpec("image", "uint8", (2, 2, 1)),), outputs=(TensorSpec("p", "float32", (3,)),))
+
+
+@given(REQUEST, st.binary(max_size=8))
+def test_any_header_gives_a_request_or_a_wire_error(header: dict[str, object], blob: bytes) -> None:
+    encoded = json.dumps(header).encode()
+    codec = Codec("m", ONE, labels=("a", "b", "c"))
+    try:
+        asked = codec.decode(encoded + blob, len(encoded))
+    except WireError as error:
+        refused = error
+    else:
+        assert [len(part) for part in asked.tensors] == [4 * asked.rows]
+        codec.encode(asked.wanted, asked.rows, [memoryview(bytes(12 * asked.rows))])
+        return
+    assert 400 <= refused.status <= 501
+    assert len(str(refused)) < 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        '["' + "a" * 20_000 + '"' + ',""' * 20_000 + "]",
+        "[" + "{}," * 20_000 + "1]",
+        "[" * 500 + "]" * 500,
+        "[" + "[]," * 20_000 + "[]]",
+    ],
+)
+def test_what_a_body_costs_is_in_proportion_to_it(data: str) -> None:
+    """numpy would give each of 20,000 texts as much room as the longest: 1.6 GB for 80 KB."""
+    body = b'{"inputs":[{"name":"image","shape":[1,2,2,1],"datatype":"UINT8","data":%b}]}' % data.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            Codec("m", ONE).decode(body, None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * len(body)
+
+
+@pytest.mark.parametrize("field", ["name", "datatype"])
+def test_text_that_is_not_utf8_and_text_without_end_are_refused_in_a_few_words(field: str) -> None:
+    whole = b'{"inputs":[{"name":"image","shape":[1,2,2,1],"datatype":"UINT8","data":[1,2,3,4]}]}'
+    before = {"name": b'"image"', "datatype": b'"UINT8"'}[field]
+    for text in (b'"\xed\xa0\x80"', b'"' + b"x" * 100_000 + b'"'):
+        with pytest.raises(WireError) as caught:
+            Codec("m", ONE).decode(whole.replace(before, text), None)
+        assert len(str(caught.value)) < 400
+
+
+def test_a_number_too_large_for_its_type_is_refused_and_not_made_infinite() -> None:
+    half = Signature(inputs=(TensorSpec("x", "float16", (1,)),), outputs=ONE.outputs)
+    for value in (1e300, 70_000):
+        body = json.dumps({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP16", "data": [value]}]}).encode()
+        with pytest.raises(WireError, match="cannot be read"):
+            Codec("m", half).decode(body, None)
+
+
+def test_many_kinds_of_answers_do_not_keep_new_ones_from_being_remembered() -> None:
+    codec = Codec("m", ONE)
+    for timeout in range(1, 400):
+        length, body = encode_request(ONE, {"image": np.zeros((1, 2, 2, 1), np.uint8)})
+        header = body[:length].replace(
+            b'"parameters":{"binary_data_output"', b'"parameters":{"timeout":%d,"binary_data_output"' % timeout
+        )
+        asked = codec.decode(header + body[length:], len(header))
+        codec.encode(asked.wanted, 1, [memoryview(bytes(12))])
+    assert (asked.wanted, 1) in codec._answer_headers
+    assert len(codec._answer_headers) <= 256
+
+
+# What the fuzzer, or reading for it, has found; each of these hung or broke the server once.
+
+
+def test_garbage_behind_a_packed_request_does_not_stop_the_engine(stack: Stack) -> None:
+    answers, closed = stack.converse([request(images_of(1, 0), "gzip") + GARBAGE])
+    assert [answer.status for answer in answers] == [200, 400]
+    assert closed
+    assert [answer.status for answer in stack.converse([request(images_of(1, 1))]).answers] == [200]
+
+
+def test_thousands_of_requests_behind_one_inference_are_answered(stack: Stack) -> None:
+    answers, _ = stack.converse([request(images_of(1, 0)) + GET * 3000, GET])
+    assert [answer.status for answer in answers] == [200] * 3002
+
+
+def test_head_is_answered_without_a_body(stack: Stack) -> None:
+    sent = GET.replace(b"GET", b"HEAD") + GET
+    answers, _ = stack.converse([sent], methods=[b"HEAD", b"GET"])
+    assert [answer.status for answer in answers] == [405, 200]
+
+
+def test_head_in_pieces_is_refused_without_a_body() -> None:
+    sent = [b"HEAD /v2 HTTP/1.1\r\ncontent-length: 3\r\n\r\nab", b"c" + GET]
+    with contextlib.closing(Stack(keys=(KEY,))) as keyed:
+        answers, _ = keyed.converse(sent, methods=[b"HEAD", b"GET"])
+    assert [answer.status for answer in answers] == [401, 401]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        (b"content-length: 3\r\n", 400),
+        (b"transfer-encoding: chunked\r\n", 400),
+        (b"transfer-encoding: gzip, chunked\r\n", 501),
+        (b"inference-header-content-length: 1\r\n", 400),
+        (b"authorization: Bearer a\r\nauthorization: Bearer b\r\n", 400),
+        (b"content-encoding: gzip\r\ncontent-encoding: deflate\r\n", 400),
+        (b" folded: x\r\n", 400),
+        (b"x : y\r\n", 400),
+        (b"x: a\rb\r\n", 400),
+        (b"x: a\0b\r\n", 400),
+    ],
+)
+def test_what_two_servers_may_read_in_two_ways_is_not_read_at_all(stack: Stack, fields: bytes, status: int) -> None:
+    answers, closed = stack.converse([request(images_of(1, 0), fields=fields) + GET])
+    assert [answer.status for answer in answers] == [status]
+    assert closed
+
+
+def test_a_transfer_encoding_beside_chunks_is_not_implemented(stack: Stack) -> None:
+    sent = b"POST /v2 HTTP/1.1\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
+    assert [answer.status for answer in stack.converse([sent]).answers] == [501]
+
+
+def test_trailers_change_nothing(stack: Stack) -> None:
+    images = images_of(1, 3)
+    sent = request(images, "chunked").removesuffix(b"\r\n") + b"inference-header-content-length: 3\r\n\r\n"
+    (answer,) = stack.converse([sent]).answers
+    np.testing.assert_array_equal(tensor(answer), fake_answers(images))
+
+
+def test_the_server_says_continue_once_the_header_is_whole(stack: Stack) -> None:
+    whole = request(images_of(1, 3), fields=b"expect: 100-continue\r\n" * 3)
+    head, _, body = whole.partition(b"\r\n\r\n")
+    assert [answer.status for answer in stack.converse([head + b"\r\n\r\n", body]).answers] == [200]
+
+
+# Turning away a large request before its body is there.
+
+
+def test_a_large_request_that_will_be_shed_is_answered_before_its_body_is_there(full: Stack) -> None:
+    head, _, body = request(images_of(200, 0)).partition(b"\r\n\r\n")
+    (answer,) = full.converse([head + b"\r\n\r\n" + body[:300]]).answers
+    assert answer.status == 429
+    assert b"retry-after: " in answer.head
+    assert not answer.last
+
+
+@pytest.mark.parametrize("form", ["binary", "JSON", "chunked", "gzip"])
+def test_after_an_early_no_the_connection_goes_on(full: Stack, form: str) -> None:
+    sent = request(images_of(30, 0), form) + GET + request(images_of(1, 0)) + GET
+    answers, closed = full.converse([sent[at : at + 100] for at in range(0, len(sent), 100)])
+    assert [answer.status for answer in answers] == [429, 200, 429, 200]
+    assert not closed
+
+
+def test_a_body_that_is_dropped_keeps_the_bounds_of_any_other(full: Stack) -> None:
+    head = b"POST %b HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" % PATH
+    chunk = b"200\r\n" + b"x" * 512 + b"\r\n"
+    answers, closed = full.converse([head, *[chunk] * (LIMITS.body_bytes // 512 + 1), GET])
+    assert [answer.status for answer in answers] == [429]
+    assert closed, "too large: where the next request begins is not waited for"
+
+
+def test_a_request_that_says_it_is_the_last_is_read_before_it_is_refused(full: Stack) -> None:
+    sent = request(images_of(100, 0), fields=b"connection: close\r\n")
+    answers, closed = full.converse([sent[:500], sent[500:]])
+    assert [(answer.status, answer.last) for answer in answers] == [(429, True)]
+    assert closed
