@@ -173,9 +173,9 @@ class Cell:
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
         self.counters.cancelled += 1
-        job.reply = None
         if job.ticket is not None:
-            self._batcher.cancel(job.ticket)
+            self._drop(job.ticket)
+        job.reply = None
 
     def _dispatch(self) -> None:
         self._dispatching = False
@@ -210,6 +210,10 @@ class Cell:
                 first = part.first * row_bytes
                 buffer[start : start + size] = tensor[first : first + size]
             at += part.rows
+            if part.first + part.rows == part.ticket.rows:
+                # Ticket and job hold each other: a body is to go when it has been copied, not when cycles are sought.
+                part.ticket.item.ticket = None
+                part.ticket.item.request.tensors = ()
         return at
 
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
@@ -231,7 +235,7 @@ class Cell:
             self.statistics.count(stream, len(parts), begun, answered)
         else:
             for part in parts:
-                self._fail(part.ticket.item, error)
+                self._fail(part.ticket, error)
         self._busy.remove(stream)
         self._free.append(stream)
         if self._batcher.waiting and not self._dispatching:
@@ -261,13 +265,21 @@ class Cell:
             self.counters.answered += 1
             job.reply([memoryview(whole) for whole in job.collected])
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, ticket: Ticket[Job], error: BaseException) -> None:
+        job = ticket.item
         if job.reply is not None:
-            reply, job.reply = job.reply, None
             self.counters.failed += 1
-            if job.ticket is not None:
-                self.statistics.fail.add(1, self._clock.now() - job.ticket.arrived)
+            self.statistics.fail.add(1, self._clock.now() - ticket.arrived)
+            reply = job.reply
+            self._drop(ticket)
             reply(error if isinstance(error, Exception) else EngineError("the engine stopped", repr(error)))
+
+    def _drop(self, ticket: Ticket[Job]) -> None:
+        """Nobody waits for the answer any more: what is not yet in a batch never will be."""
+        self._batcher.cancel(ticket)
+        job = ticket.item
+        job.reply = job.ticket = None
+        job.request.tensors = ()
 
 
 class _Stream:
