@@ -373,6 +373,9 @@ class _Call:
             return
         try:
             self._answered.set_result(self._codec.encode(self._asked, result))
+        except WireError as error:
+            # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
+            self._answered.set_exception(error.with_traceback(None))
         except Exception as error:
             self._answered.set_exception(error)
 
