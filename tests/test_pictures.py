@@ -415,9 +415,16 @@ def decoding(*, held: bool = True, threads: int = 1) -> Iterator[Counted]:
 
 
 def cell_of(
-    decoder: Decoder, *, queue_bound: int = 100, deadline_ms: float | None = None, clock: object = None
+    decoder: Decoder,
+    *,
+    queue_bound: int = 100,
+    deadline_ms: float | None = None,
+    clock: object = None,
+    service_s: float = 0.0,
 ) -> Cell:
-    engine = FakeEngine(EngineConfig("openvino", max_batch=4), signature=PICTURE, schedule=on_a_timer)
+    engine = FakeEngine(
+        EngineConfig("openvino", max_batch=4), signature=PICTURE, schedule=on_a_timer, service_s=lambda rows: service_s
+    )
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     policy = Policy(max_batch=4, queue_bound=queue_bound, deadline_ms=deadline_ms)
     codec = Codec("fake", PICTURE, pictures=100)
@@ -535,6 +542,20 @@ def test_a_caller_that_has_gone_costs_no_decoding() -> None:
             assert not first.done()
             assert decoder.begun == 2, "one that had begun, and one that is waited for"
             assert cell.idle
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_goes_while_the_engine_computes_frees_no_room_twice() -> None:
+    async def scenario() -> None:
+        with decoding(held=False) as decoder:
+            cell = cell_of(decoder, service_s=0.2)
+            answer, leave = submit(cell, png(0))
+            await eventually(lambda: cell.counters.batches == 1)
+            leave()
+            assert cell.waiting == 0
+            await eventually(lambda: cell.idle)
+            assert not answer.done()
 
     asyncio.run(scenario())
 
