@@ -72,13 +72,24 @@ class Desk(Protocol):
 
 
 class _Message:
-    __slots__ = ("authorization", "body", "encoding", "header_length", "keep_alive", "known", "method", "target")
+    __slots__ = (
+        "authorization",
+        "body",
+        "encoding",
+        "header_length",
+        "is_picture",
+        "keep_alive",
+        "known",
+        "method",
+        "target",
+    )
 
     def __init__(self) -> None:
         self.target = b""
         self.method = b""
         self.body: list[bytes] = []
         self.header_length: bytes | None = None
+        self.is_picture = False
         self.encoding = b""
         self.authorization: bytes | None = None
         self.keep_alive = True
@@ -97,12 +108,26 @@ class _Known:
     def __init__(self, head: bytes, body_bytes: int, message: _Message) -> None:
         self.head = head
         self.size = len(head) + body_bytes
-        self._said = (message.target, message.method, message.header_length, message.encoding, message.authorization)
+        self._said = (
+            message.target,
+            message.method,
+            message.header_length,
+            message.encoding,
+            message.authorization,
+            message.is_picture,
+        )
 
     def again(self, data: bytes) -> _Message:
         """The request that `data`, which begins with the head and has the right size, holds."""
         message = _Message()
-        message.target, message.method, message.header_length, message.encoding, message.authorization = self._said
+        (
+            message.target,
+            message.method,
+            message.header_length,
+            message.encoding,
+            message.authorization,
+            message.is_picture,
+        ) = self._said
         message.body.append(data[len(self.head) :])
         message.known = self
         return message
@@ -312,6 +337,8 @@ class HttpConnection(asyncio.Protocol):
         elif lowered == b"content-encoding":
             self._once(name, message.encoding or None)
             message.encoding = value.lower()
+        elif lowered == b"content-type":
+            message.is_picture = value.lower().startswith(b"image/")
         elif lowered == b"content-length" and int(value) > self._limits.body_bytes:
             raise self._stop(self._too_large())
         elif lowered == b"authorization":
@@ -516,7 +543,11 @@ class HttpConnection(asyncio.Protocol):
 
     def _submit(self, cell: Cell, message: _Message, body: bytes) -> None:
         try:
-            request = cell.codec.decode(body, _header_length(message.header_length))
+            request: InferRequest
+            if message.is_picture and message.header_length is None:
+                request = cell.codec.decode_picture(body)
+            else:
+                request = cell.codec.decode(body, _header_length(message.header_length))
         except WireError as error:
             self._send_error(error)
             return

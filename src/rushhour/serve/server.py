@@ -97,7 +97,7 @@ async def _serve(
         regions = None
         if settings.shared_memory and not settings.one_of_many:  # cells share no registrations
             regions = SharedMemory(settings.limits.body_bytes)
-        repository = Repository(target, settings.model, open_with, version=settings.version, regions=regions)
+        repository = Repository(target, settings.model, open_with, settings.version, regions, settings.limits)
         if tether is not None:
             tether.attach(repository.apply)
             repository.spread = tether.ask if settings.one_of_many else None
