@@ -2,6 +2,8 @@
 # make test     the tests
 # make check    lint, types, architecture
 # make bench-serve   our server against its peers, 15 minutes on a quiet machine (`apt-get install wrk` first)
+# make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
+# make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
@@ -9,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve docs
+.PHONY: setup demo test check clean bench-serve bench-soak fuzz docs
 
 setup: .venv/.ready
 
@@ -38,6 +40,15 @@ check: .venv/.dev
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/render.py
+
+bench-soak: setup
+	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/render.py
+
+fuzz: .venv/.dev
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python fuzz/run.py
 	$(BIN)/python benchmarks/render.py
 
 docs: setup

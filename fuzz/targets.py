@@ -260,7 +260,8 @@ def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
             continue
         (length,) = _LENGTH.findall(match[2])
         bodiless = len(found) < len(methods) and methods[len(found)] == b"HEAD"
-        size = 0 if bodiless else int(length)
+        # One that is refused before its method is known to be HEAD may get a body: nothing follows it.
+        size = int(length) if not bodiless else len(sent) - at if b"\nconnection: close\r" in match[2] else 0
         found.append(Answer(int(match[1]), b"\r\n" + match[2], sent[at : at + size]))
         assert len(found[-1].body) == size
         at += size

@@ -115,9 +115,86 @@ def test_sigterm_drains_all_cells(tiny: Bundle) -> None:
             wait_until(lambda: crowd.right > 50)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
-        assert not any(isinstance(failure, tuple) for failure in crowd.wrong), "refused at the door, never an error"
+        assert all(isinstance(failure, ConnectionRefusedError) for failure in crowd.wrong), (
+            "refused at the door, or answered"
+        )
         for pid in cells:
             assert not Path(f"/proc/{pid}").exists()
+
+
+def test_sigterm_fails_no_request_on_connections_that_stay(tiny: Bundle) -> None:
+    """Each client asks on one connection until it is told that an answer is the last: not one request is lost."""
+    length, body = encode_request(tiny.manifest.signature, {"image": IMAGES})
+    head = f"POST /v2/models/tiny/infer HTTP/1.1\r\nhost: x\r\ninference-header-content-length: {length}\r\n"
+    whole = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    with serving(tiny.path, ServeSettings(http_port=0, cells=2)) as server:
+        answered, goodbyes, failed = [], [], list[object]()
+
+        def client() -> None:
+            with socket.create_connection(server.address, timeout=10) as connection:
+                while True:
+                    try:
+                        connection.sendall(whole)
+                        answer = connection.recv(65536)
+                    except OSError as error:
+                        failed.append(error)
+                        return
+                    if not answer.startswith(b"HTTP/1.1 200 "):
+                        failed.append(answer)
+                        return
+                    answered.append(1)
+                    if b"connection: close" in answer:
+                        goodbyes.append(1)
+                        return
+
+        clients = [threading.Thread(target=client) for _ in range(12)]
+        for each in clients:
+            each.start()
+        wait_until(lambda: len(answered) > 300)
+        server.process.send_signal(signal.SIGTERM)
+        for each in clients:
+            each.join()
+        assert failed == []
+        assert len(goodbyes) == 12
+        assert server.process.wait(20) == 0
+
+
+def test_a_reload_of_all_cells_under_load_fails_nobody_and_mixes_no_versions(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "served", seed=0)
+    right = {version: tiny_answers(IMAGES, seed=(version - 1) % 2) for version in range(1, 5)}
+    length, body = encode_request(bundle.manifest.signature, {"image": IMAGES})
+    with serving(bundle.path, ServeSettings(http_port=0, cells=2)) as server:
+        stop, seen, wrong = threading.Event(), set[int](), list[object]()
+
+        def client() -> None:
+            while not stop.is_set():
+                try:
+                    status, answer = ask(server.address, body, length)
+                except (OSError, http.client.HTTPException) as error:
+                    wrong.append(error)
+                    continue
+                version = int(answer.partition(b'"model_version":"')[2][:1] or b"0")
+                seen.add(version)
+                values = np.frombuffer(answer[-24:], np.float32).reshape(2, 3)
+                if status != 200 or not np.allclose(values, right[version], atol=1e-5):
+                    wrong.append((status, answer))
+
+        clients = [threading.Thread(target=client) for _ in range(6)]
+        for each in clients:
+            each.start()
+        try:
+            for turn in (1, 2, 3):
+                tiny_bundle(bundle.path, seed=turn % 2)
+                connection = http.client.HTTPConnection(*server.address, timeout=30)
+                connection.request("POST", "/v2/repository/models/tiny/load")
+                assert connection.getresponse().status == 200
+                connection.close()
+        finally:
+            stop.set()
+            for each in clients:
+                each.join()
+        assert wrong == []
+        assert seen == {1, 2, 3, 4}
 
 
 def test_cells_end_with_their_supervisor(tiny: Bundle) -> None:

@@ -471,7 +471,9 @@ class HttpConnection(asyncio.Protocol):
             self._broken = error
             return
         if not self._dropping:  # else this request has its answer already
-            self._transport.write(_response(error.status, _error_body(error), b"connection: close\r\n"))
+            head_only = self._in_body and self._parser.get_method() == b"HEAD"
+            answer = _response(error.status, _error_body(error), b"connection: close\r\n")
+            self._transport.write(_without_body(answer) if head_only else answer)
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._lingering = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._transport.close)
@@ -608,7 +610,7 @@ class HttpConnection(asyncio.Protocol):
         if self._transport is not None:
             answer = _response(status, body, extra + (b"connection: close\r\n" if close else b""))
             if isinstance(self._current, _Message) and self._current.method == b"HEAD":
-                answer = answer[: len(answer) - len(body)]  # the client expects none, and would take it for an answer
+                answer = _without_body(answer)
             self._transport.write(answer)
             self._next(close)
 
@@ -661,6 +663,12 @@ def _response(status: int, body: bytes, extra: bytes = b"") -> bytes:
         len(body),
         body,
     )
+
+
+def _without_body(answer: bytes) -> bytes:
+    """To HEAD: the client expects no body, and would take it for the next answer."""
+    head, end, _ = answer.partition(b"\r\n\r\n")
+    return head + end
 
 
 def _header_length(value: bytes | None) -> int | None:

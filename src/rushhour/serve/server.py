@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -37,6 +38,7 @@ _DRAIN_SECONDS = 30.0
 _LINGER_SECONDS = 0.25
 _COLLECT_AFTER = (50_000, 20, 20)
 """Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
+_OTHER_FILES = 256
 
 Ready = Callable[[str, str | None], None]
 """Called once when requests are welcome: with the URL, and with the address for gRPC where that is served."""
@@ -64,6 +66,7 @@ def serve(
         EngineError: if the plan's engine cannot do what the plan says.
     """
     check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
+    _allow_files(settings.limits.connections + _OTHER_FILES)
     context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
     cells = settings.cells or target.plan.policy.cells
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -72,6 +75,15 @@ def serve(
         else:
             opening = open_with or opener(settings.trusted)
             runner.run(_serve(target, settings, opening, context, ready, tether))
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit on open files as far as the connections need and the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Ready) -> None:
