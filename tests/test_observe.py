@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -162,6 +163,7 @@ class ABatch:
         self.rows, self.taken, self.started, self.ended = rows, taken, taken, ended
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.lists(st.floats(0, 20), max_size=40), st.floats(20, 30), st.integers(1, 64), st.floats(0, 12)),
@@ -494,6 +496,25 @@ def test_each_request_is_logged_where_that_is_asked_for(observed: Logging, tiny:
     assert (over_grpc["protocol"], over_grpc["method"], over_grpc["batch"]) == ("grpc", "ModelInfer", 2)
 
 
+def test_what_is_no_request_is_logged_once(observed: Logging) -> None:
+    with socket.create_connection(observed.address, timeout=10) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    wait_until(lambda: [record for record in observed.logged("request") if not record["method"]])
+    (record,) = [record for record in observed.logged("request") if not record["method"]]
+    assert (record["status"], record["path"]) == (400, "")
+
+
+def test_a_request_refused_before_its_body_came_is_logged(observed: Logging) -> None:
+    head = "POST /v2/models/tiny/infer HTTP/1.1\r\nhost: x\r\nx-request-id: early\r\ncontent-length: 100000\r\n\r\n"
+    with socket.create_connection(observed.address, timeout=10) as connection:
+        connection.sendall(head.encode() + bytes(10))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401")
+    wait_until(lambda: [record for record in observed.logged("request") if record["id"] == "early"])
+    (record,) = [record for record in observed.logged("request") if record["id"] == "early"]
+    assert (record["status"], record["path"]) == (401, "/v2/models/tiny/infer")
+
+
 def test_no_request_is_logged_where_nobody_asked(plain: Logging, tiny: Bundle) -> None:
     assert infer(plain, tiny) == 200
     assert [record["url"] for record in plain.logged("ready")] == [plain.url]
@@ -671,6 +692,7 @@ def test_administration_moves_to_its_own_port(observed: Logging, tiny: Bundle) -
         return status, answer if path == "/metrics" else json.loads(answer)
 
     shown = answered(observed.address, "GET", "/config")[1]["server"]
+    assert shown["http_port"] == observed.address[1]
     host, _, port = shown["admin_address"].rpartition(":")
     admin = (host, int(port))
     assert host == "127.0.0.1"

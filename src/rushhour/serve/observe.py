@@ -102,7 +102,7 @@ class Followed:
         batch = cell.answering
         if batch is not None:
             self.batch = batch.rows
-            self.times = (self._arrived, batch.taken, batch.started, batch.ended)
+            self.times = (self._arrived, batch.taken, batch.started, max(batch.started, batch.ended))
 
     def end(self, status: int) -> None:
         """It is answered, or will never be. May be called again.
@@ -255,7 +255,7 @@ class ObservedConnection(HttpConnection):
         super()._send_parts(header_length, parts)
 
     def _refuse(self, error: WireError) -> None:
-        if self.idle and not self._dropping:  # it never came so far as to be a request
+        if self._current is None and not self._ready and not self._dropping:  # it never came so far as to be a request
             self._observer.begin("http", "", "", {}).end(error.status)
         super()._refuse(error)
 

@@ -147,7 +147,8 @@ async def _serve(
             do = tether.ask if settings.one_of_many else do
         try:
             await (repository.unload() if settings.unloaded else repository.load())
-            server = _Server(repository, settings, duties, regions, do, observer, admin)
+            bound = msgspec.structs.replace(settings, http_port=listener.getsockname()[1], grpc_port=grpc_port)
+            server = _Server(repository, bound, duties, regions, do, observer, admin)
             await server.run(listener, context, grpc_port, ready)
         finally:
             await repository.unload()

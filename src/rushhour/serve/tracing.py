@@ -96,7 +96,7 @@ class Spans:
         if times is not None:
             below = set_span_in_context(span)
             arrived, taken, started, ended = (zero + round(1e9 * moment) for moment in times)
-            for name, begin, end in (("queue", arrived, taken), ("infer", started, max(started, ended))):
+            for name, begin, end in (("queue", arrived, taken), ("infer", started, ended)):
                 self._tracer.start_span(name, below, start_time=begin).end(end)
         span.set_attributes(dict(attributes))
         if status >= 500:
