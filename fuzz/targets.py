@@ -20,9 +20,10 @@ import httptools
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve.control import Control
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Repository
-from rushhour.serve.server import _Server
+from rushhour.serve.server import _Desk
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine
 from rushhour.wire import Codec, InferRequest
@@ -174,15 +175,15 @@ class Stack:
         self._loop.set_exception_handler(lambda loop, context: self._failures.append(context))
         self._failures: list[object] = []
         self._full = full
-        self._server: _Server = self._loop.run_until_complete(self._open(keys))
+        self._server: _Desk = self._loop.run_until_complete(self._open(keys))
 
-    async def _open(self, keys: tuple[str, ...]) -> _Server:
+    async def _open(self, keys: tuple[str, ...]) -> _Desk:
         with tempfile.TemporaryDirectory() as folder:
             bundle = tiny_bundle(Path(folder) / "tiny")
             repository = Repository(open_target(bundle.path), None, lambda _, config: FakeEngine(config))
             await repository.load()
         settings = ServeSettings(limits=LIMITS, api_keys=keys, admin=False, shared_memory=False)
-        server = _Server(repository, settings, None)
+        server = _Desk(repository, Control(repository, lambda: False, admin=settings.admin), settings)
         if self._full:
             cell = server.cell_of(b"/v2/models/tiny/infer")
             assert cell is not None

@@ -479,7 +479,7 @@ def test_health_and_repository_over_grpc(tiny: Bundle) -> None:
         opened.unload_model("tiny")
 
 
-def test_tracing_and_logging_say_what_they_do_and_take_nothing_else(
+def test_what_is_traced_and_logged_can_be_asked_and_the_level_set(
     client: triton.InferenceServerClient, web: tritonclient.http.InferenceServerClient
 ) -> None:
     assert web.get_trace_settings() == {"trace_level": ["OFF"]}
@@ -489,10 +489,20 @@ def test_tracing_and_logging_say_what_they_do_and_take_nothing_else(
     client.update_trace_settings(settings={"trace_level": "OFF"})
     assert web.get_log_settings()["log_error"] is True
     assert client.get_log_settings().settings["log_error"].bool_param is True
-    client.update_log_settings({"log_verbose_level": 0, "log_error": True})
+    assert client.update_log_settings({"log_verbose_level": 3}).settings["log_verbose_level"].uint32_param == 1
+    assert web.update_log_settings({"log_warning": False})["log_info"] is False
+    client.update_log_settings({"log_verbose_level": 0, "log_info": True})
+    assert web.get_log_settings() == {
+        "log_file": "",
+        "log_format": "default",
+        "log_verbose_level": 0,
+        "log_info": True,
+        "log_warning": True,
+        "log_error": True,
+    }
     for refused in (
         lambda: web.update_trace_settings(settings={"trace_level": ["TIMESTAMPS"]}),
-        lambda: web.update_log_settings({"log_verbose_level": 3}),
+        lambda: web.update_log_settings({"log_format": "ISO8601"}),
         lambda: client.update_trace_settings(settings={"trace_level": ["TIMESTAMPS"]}),
         lambda: client.update_log_settings({"log_file": "/tmp/x"}),
     ):
@@ -789,7 +799,7 @@ def test_cells_share_the_port_for_grpc(tiny: Bundle) -> None:
             options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
             with triton.InferenceServerClient(both.grpc, channel_args=options) as opened:
                 np.testing.assert_allclose(ask(opened, unique(2, seed)), tiny_answers(unique(2, seed)), atol=1e-5)
-                assert "system_shared_memory" not in opened.get_server_metadata().extensions
+                assert "system_shared_memory" in opened.get_server_metadata().extensions
         both.process.send_signal(signal.SIGTERM)
         assert both.process.wait(20) == 0
 
@@ -1001,7 +1011,7 @@ def test_an_engine_that_fails_is_an_internal_error(tiny: Bundle) -> None:
                 await stub.ModelInfer(asking(unique(1, 0)))
             assert caught.value.code() == grpc.StatusCode.INTERNAL
             assert (await stub.ModelInfer(asking(unique(1, 0)))).outputs[0].name == "probabilities"
-            assert (cell.statistics.fail.count, cell.statistics.success.count) == (1, 1)
+            assert (cell.totals().fail.count, cell.totals().success.count) == (1, 1)
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
 

@@ -30,6 +30,7 @@ from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell, Shed
+from rushhour.serve.duties import Duties
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Repository
 from rushhour.serve.server import _Server
@@ -121,18 +122,20 @@ async def in_process(
     """A server with this engine on a port of its own, in this process and loop."""
     repository = Repository(open_target(target), None, lambda bundle, config: engine)
     await repository.load()
-    server = _Server(repository, ServeSettings(limits=limits or Limits()), None)
-    listener = await asyncio.get_running_loop().create_server(lambda: HttpConnection(server), "127.0.0.1", 0)
-    cell = server.cell_of(PATH.encode())
+    duties = Duties(repository, None)
+    server = _Server(repository, ServeSettings(limits=limits or Limits()), duties, None, duties.do, None, None)
+    desk = server._desk
+    listener = await asyncio.get_running_loop().create_server(lambda: HttpConnection(desk), "127.0.0.1", 0)
+    cell = desk.cell_of(PATH.encode())
     assert cell is not None
     try:
         yield listener.sockets[0].getsockname(), cell
     finally:
         listener.close()
         await asyncio.sleep(0)
-        for connection in list(server.connections):
+        for connection in list(desk.connections):
             connection.close_if_idle()
-        while server.connections:
+        while desk.connections:
             await asyncio.sleep(0.001)
         await repository.unload()
 

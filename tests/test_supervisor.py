@@ -18,6 +18,7 @@ import pytest
 from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.serve import ServeSettings
+from rushhour.serve.door import let_nobody_in
 from rushhour.serve.supervisor import pins, reserve
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.wire import encode_request
@@ -116,7 +117,7 @@ def test_sigterm_drains_all_cells(tiny: Bundle) -> None:
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
         assert all(isinstance(failure, ConnectionRefusedError) for failure in crowd.wrong), (
-            "refused at the door, or answered"
+            f"refused at the door, or answered, but {crowd.wrong}"
         )
         for pid in cells:
             assert not Path(f"/proc/{pid}").exists()
@@ -242,3 +243,17 @@ def test_cores_are_shared_out() -> None:
 def test_a_port_of_another_program_is_not_joined() -> None:
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as stranger, pytest.raises(OSError, match="in use"):
         reserve("127.0.0.1", stranger.getsockname()[1])
+
+
+def test_a_door_that_closes_lets_nobody_in_and_keeps_who_is_inside() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname(), timeout=10) as inside,
+    ):
+        let_nobody_in(listener)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(listener.getsockname(), timeout=0.2)
+        taken, _ = listener.accept()
+        with taken:
+            inside.sendall(b"still heard")
+            assert taken.recv(100) == b"still heard"

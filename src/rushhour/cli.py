@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rushhour.bundle import Bundle, Source
     from rushhour.data import Dataset
     from rushhour.load import Search
+    from rushhour.serve.log import LogFormat
+    from rushhour.serve.orders import LogLevel
 
 # Only what every command needs is imported here: `rushhour serve` must not pay for what `rushhour train` uses.
 
@@ -261,10 +263,26 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
 @click.option("--cells", type=click.IntRange(1, 256), help="Processes behind the port; the plan's number by default.")
 @click.option("--admin/--no-admin", default=True, show_default=True, help="Whether clients may reload the model.")
 @click.option(
+    "--admin-port", type=click.IntRange(0, 65535), help="Where they may, and nowhere else; 0 takes a free one."
+)
+@click.option("--admin-host", default=None, help="Where that listens; 127.0.0.1 by default.")
+@click.option(
     "--shared-memory/--no-shared-memory",
-    default=True,
+    default=None,
+    help="Whether clients may have shared memory of this machine read and written; on loopback by default.",
+)
+@click.option("--log-format", type=click.Choice(["json", "text"]), help="Text on a terminal by default, else JSON.")
+@click.option(
+    "--log-level",
+    default="info",
     show_default=True,
-    help="Whether clients may have shared memory of this machine read and written.",
+    type=click.Choice(["debug", "info", "warning", "error", "critical"]),
+    help="Log what is at least so serious, to standard error.",
+)
+@click.option("--log-requests", is_flag=True, help="Log each request: its id, status, times, batch.")
+@click.option("--otel", is_flag=True, help="Send spans of requests to OTEL_EXPORTER_OTLP_ENDPOINT (extra: otel).")
+@click.option(
+    "--otel-sample", type=click.FloatRange(0, 1), help="The share of requests that is traced; all by default."
 )
 @click.option(
     "--trust", multiple=True, metavar="MODULE:FACTORY", help="A factory of yours that the torch engine may import."
@@ -283,7 +301,14 @@ def serve(
     expose: bool,
     cells: int | None,
     admin: bool,
-    shared_memory: bool,
+    admin_port: int | None,
+    admin_host: str | None,
+    shared_memory: bool | None,
+    log_format: LogFormat | None,
+    log_level: LogLevel,
+    log_requests: bool,
+    otel: bool,
+    otel_sample: float | None,
     trust: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
@@ -319,7 +344,14 @@ def serve(
         tls_key=str(tls_key) if tls_key else None,
         exposed=expose,
         admin=admin,
+        admin_port=admin_port,
+        admin_host=admin_host,
         shared_memory=shared_memory,
+        log_format=log_format,
+        log_level=log_level,
+        log_requests=log_requests,
+        otel=otel,
+        otel_sample=otel_sample,
         cells=cells,
     )
     serve_target(opened, settings, ready)

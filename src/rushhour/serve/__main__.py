@@ -16,12 +16,17 @@ import msgspec
 
 from rushhour.errors import RushhourError
 from rushhour.serve import ServeSettings, open_target, serve
-from rushhour.serve.supervisor import Said
+from rushhour.serve.orders import Said
 from rushhour.serve.tether import Tether
 
 
+def _write(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+
+
 def _say(said: Said) -> None:
-    print(msgspec.json.encode(said).decode(), flush=True)
+    _write(msgspec.json.encode(said) + b"\n")
 
 
 def _main(arguments: list[str]) -> int:
@@ -29,7 +34,7 @@ def _main(arguments: list[str]) -> int:
     try:
         text = arguments[1] if len(arguments) > 1 else "{}"
         settings = msgspec.json.decode(orders.readline() if text == "-" else text, type=ServeSettings)
-        tether = Tether(orders, _say)
+        tether = Tether(orders, _write)
         target = open_target(Path(arguments[0]))
         serve(target, settings, ready=lambda url, grpc: _say(Said(url=url, grpc=grpc or "")), tether=tether)
     except RushhourError as error:

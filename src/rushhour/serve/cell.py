@@ -19,7 +19,7 @@ from rushhour.plan import Policy
 from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.serve.pictures import Decoder, Decoding
-from rushhour.serve.statistics import Statistics
+from rushhour.serve.statistics import Batch, Statistics, Totals
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
 _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
@@ -74,11 +74,12 @@ class Shed:
 class Counters:
     """What the cell has done since it started."""
 
-    __slots__ = ("answered", "batches", "cancelled", "failed", "rows", "shed_deadline", "shed_queue")
+    __slots__ = ("answered", "batches", "cancelled", "failed", "invalid", "rows", "shed_deadline", "shed_queue")
 
     def __init__(self) -> None:
         self.answered = 0
         self.failed = 0
+        self.invalid = 0
         self.shed_queue = 0
         self.shed_deadline = 0
         self.cancelled = 0
@@ -125,6 +126,8 @@ class Cell:
         self._busy: list[_Stream] = []
         self._streams = len(self._free)
         self._dispatching = False
+        self.answering: Batch | None = None
+        """The batch whose requests are being answered: for who follows single requests."""
 
     @property
     def idle(self) -> bool:
@@ -135,6 +138,18 @@ class Cell:
     def waiting(self) -> int:
         """Samples in the queue."""
         return self._batcher.waiting
+
+    @property
+    def running(self) -> tuple[int, int]:
+        """Batches that run, and their samples."""
+        return len(self._busy), sum(stream.rows for stream in self._busy)
+
+    def totals(self) -> Totals:
+        """What was done here up to now, in numbers. Not a copy."""
+        totals, counters = self.statistics.totals(), self.counters
+        for name in ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled"):
+            setattr(totals, name, getattr(counters, name))
+        return totals
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
         """Queue a request, or turn it away. `reply` is called later, never from within this call."""
@@ -233,6 +248,7 @@ class Cell:
             batcher.release(rows)
             job.decoding, request.pictures = None, ()
             if isinstance(samples, WireError):
+                self.counters.invalid += 1
                 reply(samples)
                 return
             now = self._clock.now()
@@ -294,6 +310,7 @@ class Cell:
 
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
         parts, stream.parts = stream.parts, []
+        self.answering = stream
         if error is None:
             self.profile.learn(stream.rows, self._clock.now() - stream.started)
             outputs = stream.slot.outputs
@@ -312,6 +329,7 @@ class Cell:
         else:
             for part in parts:
                 self._fail(part.ticket, error)
+        self.answering = None
         self._busy.remove(stream)
         self._free.append(stream)
         if self._batcher.waiting and not self._dispatching:

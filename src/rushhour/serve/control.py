@@ -8,28 +8,24 @@ Sources: kserve/open-inference-protocol, specification/protocol; triton-inferenc
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from rushhour.bundle import TensorSpec
 from rushhour.errors import WireError
 from rushhour.machine import describe
+from rushhour.serve import log, metrics
+from rushhour.serve.duties import Duties
+from rushhour.serve.orders import Count, Do, Load, Log, LogLevel, Register, Unload, Unregister, done
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.shared_memory import SharedMemory
-from rushhour.serve.supervisor import Change
+from rushhour.serve.statistics import Report, Totals
 from rushhour.wire import datatype_of, model_metadata
 
-_TRACING = {"trace_level": ["OFF"]}
-_LOGGING = {
-    "log_file": "",
-    "log_info": False,
-    "log_warning": True,
-    "log_error": True,
-    "log_verbose_level": 0,
-    "log_format": "default",
-}
+_LOG_FIXED = {"log_file": "", "log_format": "default"}
 
 
 class Control:
@@ -38,8 +34,11 @@ class Control:
     Args:
         repository: what is served.
         draining: whether the server is about to stop.
-        admin: whether clients may load and unload.
+        admin: whether clients may load and unload, and set what is logged.
         regions: the shared memory of its clients; None where it is switched off.
+        do: does work where it is to be done: in all cells where there are several; here by default.
+        settings: how the server was started, for `/config`.
+        tracing: the settings of tracing.
     """
 
     def __init__(
@@ -49,11 +48,17 @@ class Control:
         *,
         admin: bool = True,
         regions: SharedMemory | None = None,
+        do: Do | None = None,
+        settings: Mapping[str, Any] | None = None,
+        tracing: Mapping[str, Any] | None = None,
     ) -> None:
         self._repository = repository
         self._draining = draining
         self._admin = admin
         self._regions = regions
+        self._do = do or Duties(repository, regions).do
+        self._settings = settings or {}
+        self._tracing = tracing or {"trace_level": ["OFF"]}
 
     def ready(self) -> bool:
         """Whether requests are welcome."""
@@ -118,12 +123,23 @@ class Control:
             "response_cache": {"enable": False},
         }
 
-    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+    async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """How many requests, and where their time went; of all models if no name is given."""
         loaded = self._loaded(name, version) if name else self._repository.loaded
         if loaded is None:
             return {"model_stats": []}
-        return {"model_stats": [loaded.cell.statistics.shown(self._repository.name, loaded.version)]}
+        totals = (await self.report()).versions.get(loaded.version, Totals())
+        return {"model_stats": [totals.shown(self._repository.name, loaded.version)]}
+
+    async def report(self) -> Report:
+        """What all cells have done, and how they are."""
+        report = (await done(self._do, Count())).report
+        assert report is not None
+        return report
+
+    async def metrics(self, accept: str) -> tuple[str, bytes]:
+        """The same for Prometheus: content type and text, in the newest form that `accept` names."""
+        return metrics.render(await self.report(), accept)
 
     def effective(self) -> dict[str, Any]:
         """What is in force, as the engine itself reports it. Not of the protocol."""
@@ -138,12 +154,19 @@ class Control:
             "effective": dict(engine.effective),
             "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
+            "server": {**self._settings, "log_level": logging.getLevelName(log.level()).lower()},
         }
 
-    def counters(self) -> dict[str, int]:
-        """What the cell has done, in numbers. Not of the protocol."""
-        cell = self._loaded(self._repository.name).cell
-        return {name: getattr(cell.counters, name) for name in cell.counters.__slots__} | {"waiting": cell.waiting}
+    async def counters(self) -> dict[str, int]:
+        """What was done since the server started, by all cells and versions, in numbers. Not of the protocol."""
+        report = await self.report()
+        total = report.total
+        counted = ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled", "batches")
+        return {name: getattr(total, name) for name in counted} | {
+            "rows": total.samples,
+            "waiting": sum(state.waiting for state in report.cells.values()),
+            "cells": len(report.cells),
+        }
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
         """The models there are, and whether they are loaded."""
@@ -153,7 +176,7 @@ class Control:
         unloaded = {"name": self._repository.name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
         return [] if ready_only else [unloaded]
 
-    async def change(self, change: Change, name: str, parameters: Mapping[str, Any]) -> None:
+    async def change(self, change: Literal["load", "unload"], name: str, parameters: Mapping[str, Any]) -> None:
         """Load or unload the model.
 
         Args:
@@ -162,8 +185,7 @@ class Control:
         Raises:
             WireError: if it fails; after a load that fails the old version goes on.
         """
-        if not self._admin:
-            raise WireError("loading and unloading is switched off on this server", status=403)
+        self._permit("loading and unloading")
         self._known(name)
         for parameter in parameters:
             if parameter == "config" or parameter.startswith("file:"):
@@ -173,29 +195,26 @@ class Control:
                     "make another plan with `rushhour tune`",
                     status=501,
                 )
-        wrong = await self._repository.request(change)
-        if wrong:
-            raise WireError(wrong)
+        await done(self._do, Load() if change == "load" else Unload())
 
-    @property
-    def regions(self) -> SharedMemory:
-        """The shared memory of its clients.
+    async def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Open a region of shared memory; see `SharedMemory.register`.
 
         Raises:
-            WireError: if it is switched off.
+            WireError: if that cannot be, or shared memory is switched off.
         """
-        if self._regions is None:
-            raise WireError("shared memory is switched off on this server", "", "send the tensors", status=501)
-        return self._regions
+        await done(self._do, Register(name, key, offset, byte_size))
 
     def region_status(self, name: str | None) -> list[dict[str, Any]]:
         """The regions that clients have registered; none where shared memory is switched off."""
-        return [] if self._regions is None and name is None else self.regions.status(name)
+        if self._regions is None and name is not None:
+            raise WireError("shared memory is switched off on this server", "", "send the tensors", status=501)
+        return [] if self._regions is None else self._regions.status(name)
 
-    def unregister(self, name: str | None) -> None:
+    async def unregister(self, name: str | None) -> None:
         """Forget a region, or with None all. One that is not there is forgotten."""
         if self._regions is not None:
-            self._regions.unregister(name)
+            await done(self._do, Unregister(name))
 
     def refuse_cuda(self) -> None:
         """There is no CUDA memory here.
@@ -206,14 +225,25 @@ class Control:
         raise WireError("this server opens no CUDA memory", "it runs on the CPU", "send the tensors", status=501)
 
     def tracing(self, asked: Mapping[str, Any], model: str = "") -> dict[str, Any]:
-        """The settings of tracing, which is not done; asking for anything else is an error."""
+        """The settings of tracing, made at the start; asking for anything else is an error."""
         if model:
             self._known(model)
-        return _fixed("tracing", _TRACING, asked)
+        if asked:
+            self._permit("setting what is traced")
+        return _fixed("tracing", self._tracing, asked)
 
-    def logging(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of logging, which cannot be changed; asking for anything else is an error."""
-        return _fixed("logging", _LOGGING, asked)
+    async def logging(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of logging, of which the level can be changed; asking for anything else is an error."""
+        if asked:
+            self._permit("setting what is logged")
+            _fixed("logging", _LOG_FIXED, {name: value for name, value in asked.items() if name not in _log_shown()})
+            await done(self._do, Log(_log_level(asked)))
+        return _LOG_FIXED | _log_shown()
+
+    def _permit(self, what: str) -> None:
+        if not self._admin:
+            port = "another port of this server takes it" if self._settings.get("admin_address") else ""
+            raise WireError(f"{what} is switched off here", port, status=403)
 
     def _known(self, name: str) -> None:
         if name != self._repository.name:
@@ -238,6 +268,40 @@ class Control:
 
 def _platform(loaded: Loaded) -> str:
     return f"rushhour_{loaded.engine.config.engine}"
+
+
+def _log_shown() -> dict[str, Any]:
+    level = log.level()
+    return {
+        "log_info": level <= logging.INFO,
+        "log_warning": level <= logging.WARNING,
+        "log_error": level <= logging.ERROR,
+        "log_verbose_level": int(level <= logging.DEBUG),
+    }
+
+
+def _log_level(asked: Mapping[str, Any]) -> LogLevel:
+    """The level that these switches make of the one in force.
+
+    One that is switched on takes the more serious along, one that is switched off the less serious.
+
+    Raises:
+        WireError: if they contradict each other, or are no switches.
+    """
+    usual = {"log_verbose_level": 0, "log_info": True, "log_warning": True, "log_error": True}
+    levels: tuple[LogLevel, ...] = ("debug", "info", "warning", "error", "critical")
+    on, off = len(levels), -1
+    for position, (name, default) in enumerate(usual.items()):
+        value = default if asked.get(name) is None else asked[name]
+        if type(value) is not type(default):
+            raise WireError(f"{name} cannot be {str(value)[:100]!r}", f"it is a {type(default).__name__}")
+        if name in asked and value:
+            on = min(on, position)
+        elif name in asked:
+            off = max(off, position)
+    if on < off:
+        raise WireError("cannot log what is less serious without what is more serious", "", "switch both on or off")
+    return levels[min(on, max(off + 1, [level.upper() for level in levels].index(logging.getLevelName(log.level()))))]
 
 
 def _fixed(what: str, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rushhour.errors import RushhourError, ServeError, WireError
 from rushhour.serve.cell import Cell, Job, Shed
 from rushhour.serve.control import Control
 from rushhour.serve.guard import Keys, Limits
+from rushhour.serve.observe import CANCELLED, Followed, Observer
 from rushhour.serve.protocol import HEALTH, INFERENCE, message
 from rushhour.serve.protocol.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.repository import Repository
@@ -63,13 +64,22 @@ class GrpcFace:
         control: what answers all others.
         limits: what one client may cost.
         keys: that clients must send; none lets everybody in.
+        observer: who follows single requests, if anybody does.
 
     Attributes:
         address: where it listens.
     """
 
-    def __init__(self, repository: Repository, control: Control, limits: Limits, keys: Keys) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        control: Control,
+        limits: Limits,
+        keys: Keys,
+        observer: Observer | None = None,
+    ) -> None:
         self.address = ""
+        self._observer = observer
         self._repository = repository
         self._control = control
         self._keys = keys
@@ -117,6 +127,11 @@ class GrpcFace:
                 f"cannot listen on {address} for gRPC", str(error), "choose another port with --grpc-port"
             ) from error
 
+    @property
+    def calls(self) -> int:
+        """Inference calls and streams under way."""
+        return self._active
+
     async def drain(self, linger_s: float, within_s: float) -> None:
         """Say that the end is near, go on for a moment, then take nothing new, finish what is under way and stop.
 
@@ -140,10 +155,12 @@ class GrpcFace:
 
     async def _infer(self, sent: bytes, context: Context) -> bytes:
         self._active += 1
+        followed = self._follow("ModelInfer", context)
         try:
             self._admit(context)
-            return await self._submit(sent, context.time_remaining()).answer()
+            return await self._submit(sent, context.time_remaining(), followed).answer()
         except Exception as error:
+            _end(followed, _status(error))
             await _refuse(context, error)
         finally:
             self._active -= 1
@@ -156,7 +173,7 @@ class GrpcFace:
             await _refuse(context, error)
         begun: asyncio.Queue[_Call | bytes | None] = asyncio.Queue()
         room = asyncio.Semaphore(_STREAM_WINDOW)
-        reader = asyncio.create_task(self._read(messages, begun, room))
+        reader = asyncio.create_task(self._read(messages, begun, room, context))
         self._readers.add(reader)
         self._active += 1
         try:
@@ -175,19 +192,31 @@ class GrpcFace:
             await _refuse(context, _stopping())
 
     async def _read(
-        self, messages: AsyncIterator[bytes], begun: asyncio.Queue[_Call | bytes | None], room: asyncio.Semaphore
+        self,
+        messages: AsyncIterator[bytes],
+        begun: asyncio.Queue[_Call | bytes | None],
+        room: asyncio.Semaphore,
+        context: Context,
     ) -> None:
         try:
             async for sent in messages:
                 await room.acquire()
+                followed = self._follow("ModelStreamInfer", context)
                 try:
-                    begun.put_nowait(self._submit(sent, None))
+                    begun.put_nowait(self._submit(sent, None, followed))
                 except Exception as error:
+                    _end(followed, _status(error))
                     begun.put_nowait(stream_error(_text(error), identity_of(sent)))
         finally:
             begun.put_nowait(None)
 
-    def _submit(self, sent: bytes, within_s: float | None) -> _Call:
+    def _follow(self, method: str, context: Context) -> Followed | None:
+        if self._observer is None:
+            return None
+        fields = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return self._observer.begin("grpc", method, "", fields)
+
+    def _submit(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
         if self._stopping:
             raise _stopping()
         loaded = self._repository.loaded
@@ -196,7 +225,15 @@ class GrpcFace:
         codec = self._codec
         if codec is None or codec.codec is not loaded.cell.codec:
             codec = self._codec = GrpcCodec(loaded.cell.codec)
-        return _Call(loaded.cell, codec, codec.decode(sent), within_s)
+        cell = loaded.cell if followed is None else followed.into(loaded.cell)
+        try:
+            asked = codec.decode(sent)
+        except WireError:
+            cell.counters.invalid += 1
+            raise
+        if followed is not None:
+            followed.id = asked.id.decode() or followed.id
+        return _Call(cell, codec, asked, within_s, followed)
 
     def _admit(self, context: Context) -> None:
         if not self._keys:
@@ -224,14 +261,18 @@ class GrpcFace:
         request, response = (message(kind.full_name) for kind in (method.input_type, method.output_type))
 
         async def answering(sent: bytes, context: Context) -> Any:
+            followed = self._follow(method.name, context)
             try:
                 if method.name not in _OPEN_METHODS:
                     self._admit(context)
                 answered = answer(_parsed(request, sent))
                 if isinstance(answered, Awaitable):
                     answered = await answered
-                return ParseDict(answered or {}, response()).SerializeToString()
+                encoded = ParseDict(answered or {}, response()).SerializeToString()
+                _end(followed, 200)
+                return encoded
             except Exception as error:
+                _end(followed, _status(error))
                 await _refuse(context, error)
 
         return grpc.unary_unary_rpc_method_handler(answering)
@@ -253,7 +294,7 @@ class GrpcFace:
             "SystemSharedMemoryStatus": lambda asked: {
                 "regions": {region["name"]: region for region in control.region_status(asked.name or None)}
             },
-            "SystemSharedMemoryRegister": lambda asked: control.regions.register(
+            "SystemSharedMemoryRegister": lambda asked: control.register(
                 asked.name, asked.key, asked.offset, asked.byte_size
             ),
             "SystemSharedMemoryUnregister": lambda asked: control.unregister(asked.name or None),
@@ -270,14 +311,14 @@ class GrpcFace:
         settings = self._control.tracing(wanted, asked.model_name)
         return {"settings": {name: {"value": value} for name, value in settings.items()}}
 
-    def _logging(self, asked: Any) -> dict[str, Any]:
+    async def _logging(self, asked: Any) -> dict[str, Any]:
         wanted = {
             name: getattr(setting, choice)
             for name, setting in asked.settings.items()
             if (choice := setting.WhichOneof("parameter_choice")) is not None
         }
         fields = {bool: "bool_param", int: "uint32_param", str: "string_param"}
-        settings = self._control.logging(wanted)
+        settings = await self._control.logging(wanted)
         return {"settings": {name: {fields[type(value)]: value} for name, value in settings.items()}}
 
     # The health service.
@@ -323,13 +364,16 @@ class GrpcFace:
 class _Call:
     """An inference request on its way through a cell."""
 
-    __slots__ = ("_answered", "_asked", "_cell", "_codec", "_job")
+    __slots__ = ("_answered", "_asked", "_cell", "_codec", "_followed", "_job")
 
-    def __init__(self, cell: Cell, codec: GrpcCodec, asked: Asked, within_s: float | None) -> None:
+    def __init__(
+        self, cell: Cell, codec: GrpcCodec, asked: Asked, within_s: float | None, followed: Followed | None
+    ) -> None:
         self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._cell = cell
         self._codec = codec
         self._asked = asked
+        self._followed = followed
         request = asked.request
         if within_s is not None:  # the client's own deadline: later it would not be there any more
             wanted = request.wanted
@@ -360,21 +404,27 @@ class _Call:
         if self._job is not None:
             self._cell.cancel(self._job)
             self._job = None
+            _end(self._followed, CANCELLED)
 
     def _reply(self, result: Sequence[memoryview] | Exception) -> None:
         self._job = None
         if self._answered.done():
             return
         if isinstance(result, Exception):
-            self._answered.set_exception(result)
+            self._fail(result)
             return
         try:
             self._answered.set_result(self._codec.encode(self._asked, result))
+            _end(self._followed, 200)
         except WireError as error:
             # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
-            self._answered.set_exception(error.with_traceback(None))
+            self._fail(error.with_traceback(None))
         except Exception as error:
-            self._answered.set_exception(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        _end(self._followed, _status(error))
+        self._answered.set_exception(error)
 
 
 class _TurnedAway(WireError):
@@ -389,9 +439,17 @@ def _stopping() -> WireError:
     return WireError("the server is stopping", "", "ask another", status=503)
 
 
+def _status(error: Exception) -> int:
+    return error.status if isinstance(error, WireError) else 500
+
+
+def _end(followed: Followed | None, status: int) -> None:
+    if followed is not None:
+        followed.end(status)
+
+
 async def _refuse(context: Context, error: Exception) -> NoReturn:
-    status = error.status if isinstance(error, WireError) else 500
-    code = _CODES.get(status, grpc.StatusCode.INTERNAL)
+    code = _CODES.get(_status(error), grpc.StatusCode.INTERNAL)
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
     metadata: tuple[tuple[str, str], ...] = ()
     if isinstance(error, _TurnedAway):

@@ -104,16 +104,20 @@ def check_exposure(host: str, keys: tuple[str, ...], *, exposed: bool) -> None:
     Raises:
         ServeError: if it is neither.
     """
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not (loopback or keys or exposed):
+    if not (is_loopback(host) or keys or exposed):
         raise ServeError(
             f"will not listen on {host} for everybody",
             "anyone who reaches it could use and reload the model",
             "give --api-key-file, or say --expose if something in front of it keeps the door",
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def inflate(body: bytes, encoding: bytes, limit: int) -> bytes:

@@ -18,11 +18,13 @@ import msgspec
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.cell import Cell, Job, Shed
 from rushhour.serve.guard import Keys, Limits, inflate
+from rushhour.serve.routes import Answer
 from rushhour.wire import Codec, InferRequest, Layout
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
 _CHALLENGE = b"www-authenticate: Bearer\r\n"
+_JSON = b"application/json"
 _MAX_PIPELINED = 32
 """Requests of one connection that may wait, before no more is read; and that are begun in one turn of the loop."""
 _TWICE = "a field that may come once came twice"
@@ -66,13 +68,16 @@ class Desk(Protocol):
         """The cell that answers inference requests at this exact path, if there is one."""
         ...
 
-    def control(self, method: bytes, path: bytes, body: bytes) -> tuple[int, bytes] | Awaitable[tuple[int, bytes]]:
-        """The status and JSON body for any other request; awaitable where that takes time."""
+    def control(self, method: bytes, path: bytes, body: bytes, accept: bytes) -> Answer | Awaitable[Answer]:
+        """The answer to any other request; awaitable where that takes time."""
         ...
 
 
-class _Message:
+class Message:
+    """One request, as far as it has been read."""
+
     __slots__ = (
+        "accept",
         "authorization",
         "body",
         "encoding",
@@ -92,6 +97,7 @@ class _Message:
         self.is_picture = False
         self.encoding = b""
         self.authorization: bytes | None = None
+        self.accept = b""
         self.keep_alive = True
         self.known: _Known | None = None
 
@@ -105,7 +111,7 @@ class _Known:
 
     __slots__ = ("_said", "head", "size")
 
-    def __init__(self, head: bytes, body_bytes: int, message: _Message) -> None:
+    def __init__(self, head: bytes, body_bytes: int, message: Message) -> None:
         self.head = head
         self.size = len(head) + body_bytes
         self._said = (
@@ -117,9 +123,9 @@ class _Known:
             message.is_picture,
         )
 
-    def again(self, data: bytes) -> _Message:
+    def again(self, data: bytes) -> Message:
         """The request that `data`, which begins with the head and has the right size, holds."""
-        message = _Message()
+        message = Message()
         (
             message.target,
             message.method,
@@ -178,7 +184,7 @@ class HttpConnection(asyncio.Protocol):
         self._since = self._clock()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
-        self._message = _Message()
+        self._message = Message()
         self._header_bytes = 0
         self._body_bytes = 0
         self._in_body = False
@@ -190,8 +196,8 @@ class HttpConnection(asyncio.Protocol):
         self._deaf = False
         self._refused: WireError | None = None
         self._broken: WireError | None = None
-        self._ready: deque[_Message] = deque()
-        self._current: _Message | _Repeat | None = None
+        self._ready: deque[Message] = deque()
+        self._current: Message | _Repeat | None = None
         self._cell: Cell | None = None
         self._request: InferRequest | None = None
         self._job: Job | None = None
@@ -226,6 +232,7 @@ class HttpConnection(asyncio.Protocol):
         if self._job is not None and self._cell is not None:
             self._cell.cancel(self._job)
         self._cell = self._request = self._job = None
+        del self._parser  # which holds this connection: they are to go now, not when cycles are sought
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one request, of a part of one, or of several."""
@@ -315,7 +322,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """A new request begins."""
-        self._message = _Message()
+        self._message = Message()
         self._reading = True
         self._chunked = self._expected = self._foreseen = self._dropping = False
         self._since = self._clock()
@@ -344,6 +351,8 @@ class HttpConnection(asyncio.Protocol):
         elif lowered == b"authorization":
             self._once(name, message.authorization)
             message.authorization = value
+        elif lowered == b"accept":
+            message.accept = value
         elif lowered == b"transfer-encoding":
             self._once(name, value if self._chunked else None)
             self._chunked = True
@@ -423,7 +432,7 @@ class HttpConnection(asyncio.Protocol):
         self._begun += 1
         self._complete(message)
 
-    def _remember(self, message: _Message) -> None:
+    def _remember(self, message: Message) -> None:
         """Keep the head for the next request, if this one came whole and alone in one read."""
         end = len(self._chunk) - self._body_bytes
         if self._chunked or self._expected or not message.keep_alive or len(message.body) != 1:
@@ -431,7 +440,7 @@ class HttpConnection(asyncio.Protocol):
         if self._chunk.find(b"\r\n\r\n") + 4 == end and self._chunk.endswith(message.body[0]):
             self._known = message.known = _Known(self._chunk[:end], self._body_bytes, message)
 
-    def _complete(self, message: _Message) -> None:
+    def _complete(self, message: Message) -> None:
         """A request is there: answer it, or let it wait for those before it."""
         self._since = self._clock()
         if self._current is None and self._begun <= _MAX_PIPELINED and not self._advancing:
@@ -464,7 +473,7 @@ class HttpConnection(asyncio.Protocol):
         reset, and the client would never see the answer.
         """
         self._deaf = True
-        self._message = _Message()
+        self._message = Message()
         if self._transport is None or self._transport.is_closing():
             return
         if self._current is not None or self._ready:
@@ -480,7 +489,7 @@ class HttpConnection(asyncio.Protocol):
 
     # The answer's side.
 
-    def _begin(self, message: _Message) -> None:
+    def _begin(self, message: Message) -> None:
         self._current = message
         try:
             self._take_up(message)
@@ -493,23 +502,23 @@ class HttpConnection(asyncio.Protocol):
         if self._current is not None:
             self._send_error(error)
 
-    def _admits(self, path: bytes, message: _Message) -> bool:
+    def _admits(self, path: bytes, message: Message) -> bool:
         return not self._desk.keys or path in _OPEN_PATHS or self._desk.keys.admit(message.authorization)
 
     def _challenge(self) -> None:
         why = "this server takes requests with an API key only"
         self._send(401, _error_body(WireError(why, "", "send 'Authorization: Bearer KEY'")), _CHALLENGE)
 
-    def _take_up(self, message: _Message) -> None:
+    def _take_up(self, message: Message) -> None:
         path, _, _ = message.target.partition(b"?")
         if not self._admits(path, message):
             self._challenge()
             return
         cell = self._desk.cell_of(path)
         if cell is None:
-            answer = self._desk.control(message.method, path, b"".join(message.body))
+            answer = self._desk.control(message.method, path, b"".join(message.body), message.accept)
             if isinstance(answer, tuple):
-                self._send(*answer)
+                self._send_answer(*answer)
             else:
                 self._waiting = asyncio.ensure_future(self._send_later(answer))
         elif message.method != b"POST":
@@ -517,13 +526,16 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._infer(cell, message)
 
-    async def _send_later(self, answer: Awaitable[tuple[int, bytes]]) -> None:
+    async def _send_later(self, answer: Awaitable[Answer]) -> None:
         try:
-            self._send(*await answer)
+            self._send_answer(*await answer)
         except Exception as error:
             self._stumble(error)
 
-    def _infer(self, cell: Cell, message: _Message) -> None:
+    def _send_answer(self, status: int, body: bytes, kind: bytes = _JSON) -> None:
+        self._send(status, body, kind=kind)
+
+    def _infer(self, cell: Cell, message: Message) -> None:
         body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
         message.body.clear()
         if message.encoding in (b"", b"identity"):
@@ -531,7 +543,7 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._waiting = asyncio.ensure_future(self._inflate(message, body))
 
-    async def _inflate(self, message: _Message, body: bytes) -> None:
+    async def _inflate(self, message: Message, body: bytes) -> None:
         """Unpack on a thread: a small body may unpack into a large one, and the loop has others to serve."""
         try:
             message.body = [await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)]
@@ -543,7 +555,7 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:
             self._stumble(error)
 
-    def _submit(self, cell: Cell, message: _Message, body: bytes) -> None:
+    def _submit(self, cell: Cell, message: Message, body: bytes) -> None:
         try:
             request: InferRequest
             if message.is_picture and message.header_length is None:
@@ -551,6 +563,7 @@ class HttpConnection(asyncio.Protocol):
             else:
                 request = cell.codec.decode(body, _header_length(message.header_length))
         except WireError as error:
+            cell.counters.invalid += 1
             self._send_error(error)
             return
         if message.known is not None and message.known is self._known and message.header_length:
@@ -605,11 +618,11 @@ class HttpConnection(asyncio.Protocol):
         status = error.status if isinstance(error, WireError) else 500
         self._send(status, _error_body(error))
 
-    def _send(self, status: int, body: bytes, extra: bytes = b"") -> None:
+    def _send(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> None:
         close = self._closing()
         if self._transport is not None:
-            answer = _response(status, body, extra + (b"connection: close\r\n" if close else b""))
-            if isinstance(self._current, _Message) and self._current.method == b"HEAD":
+            answer = _response(status, body, extra + (b"connection: close\r\n" if close else b""), kind)
+            if isinstance(self._current, Message) and self._current.method == b"HEAD":
                 answer = _without_body(answer)
             self._transport.write(answer)
             self._next(close)
@@ -655,10 +668,11 @@ class HttpConnection(asyncio.Protocol):
                 self._transport.close()
 
 
-def _response(status: int, body: bytes, extra: bytes = b"") -> bytes:
-    return b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n%s" % (
+def _response(status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> bytes:
+    return b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\n%scontent-length: %d\r\n\r\n%s" % (
         status,
         _REASONS[status].encode(),
+        kind,
         extra,
         len(body),
         body,

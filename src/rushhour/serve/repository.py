@@ -7,19 +7,21 @@ it has, and closes it. A request belongs to the cell that took it, so every answ
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, open_engine, time_service
 from rushhour.errors import RushhourError, ServeError
 from rushhour.machine import cores
+from rushhour.serve import log
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
-from rushhour.serve.supervisor import Change
+from rushhour.serve.statistics import Totals, together
 from rushhour.serve.target import Target, open_target
 from rushhour.wire import Codec, Regions
 
@@ -57,7 +59,6 @@ class Repository:
 
     Attributes:
         loaded: what answers requests now.
-        spread: where this is one cell of many, makes a change in all of them.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
@@ -86,7 +87,8 @@ class Repository:
         self._regions = regions
         self._limits = limits
         self._version = version - 1
-        self.spread: Callable[[Change], Awaitable[str]] | None = None
+        self._retiring: list[Cell] = []
+        self._past: dict[str, Totals] = {}
         self._changing = asyncio.Lock()
         self._infer_paths: frozenset[bytes] = frozenset()
 
@@ -94,17 +96,10 @@ class Repository:
         """The cell that answers inference requests at this exact path."""
         return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
 
-    async def request(self, change: Change) -> str:
-        """Make a change that a client asked for, in all cells; what went wrong, or nothing."""
-        return await (self.spread(change) if self.spread is not None else self.apply(change))
-
-    async def apply(self, change: Change, version: int | None = None) -> str:
-        """Make a change here; what went wrong, or nothing."""
-        try:
-            await (self.load(version) if change == "load" else self.unload())
-        except RushhourError as error:
-            return str(error)
-        return ""
+    def totals(self) -> dict[str, Totals]:
+        """What each version has done up to now, those that are gone too. Copies."""
+        cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
+        return together([self._past, *({cell.codec.version: cell.totals()} for cell in cells)])
 
     async def load(self, version: int | None = None) -> None:
         """Open what lies at the path now, and serve it from the next request on. The old version drains and ends.
@@ -136,15 +131,29 @@ class Repository:
             self._infer_paths = frozenset(
                 path.encode() for path in (f"{base}/infer", f"{base}/versions/{self._version}/infer")
             )
+        log.event(logging.INFO, "loaded", model=self.name, version=codec.version, bundle=target.bundle.manifest.hash)
         if old is not None:
-            await _retire(old)
+            await self._retire(old)
 
     async def unload(self) -> None:
         """Take no more requests; finish those that were taken."""
         async with self._changing:
             old, self.loaded, self._infer_paths = self.loaded, None, frozenset()
+            self._first = None
         if old is not None:
-            await _retire(old)
+            log.event(logging.INFO, "unloaded", model=self.name, version=old.version)
+            await self._retire(old)
+
+    async def _retire(self, old: Loaded) -> None:
+        """Let it finish what it took, and keep what it has counted."""
+        self._retiring.append(old.cell)
+        while not old.cell.idle:
+            await asyncio.sleep(0.005)
+        self._retiring.remove(old.cell)
+        self._past = together([self._past, {old.version: old.cell.totals()}])
+        if old.cell.decoder is not None:
+            old.cell.decoder.close()
+        await asyncio.get_running_loop().run_in_executor(None, old.engine.close)
 
     def _open(self, target: Target) -> tuple[Engine, Profile, Decoder | None]:
         engine = self._opener(target.bundle, target.engine_config)
@@ -170,11 +179,3 @@ def opener(trusted: tuple[str, ...]) -> Opener:
         return open_engine(bundle, config, trusted=trusted)
 
     return open_trusted
-
-
-async def _retire(old: Loaded) -> None:
-    while not old.cell.idle:
-        await asyncio.sleep(0.005)
-    if old.cell.decoder is not None:
-        old.cell.decoder.close()
-    await asyncio.get_running_loop().run_in_executor(None, old.engine.close)

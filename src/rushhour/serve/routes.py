@@ -11,8 +11,8 @@ import msgspec
 from rushhour.errors import WireError
 from rushhour.serve.control import Control
 
-Answer = tuple[int, bytes]
-"""A status and a JSON body."""
+Answer = tuple[int, bytes] | tuple[int, bytes, bytes]
+"""A status, a body, and its content type where that is not JSON."""
 
 Handler = Callable[[bytes], Any]
 """Takes the request's body; gives what is to be answered as JSON, or that as a whole `Answer` where its
@@ -26,16 +26,18 @@ class Routes:
 
     Args:
         control: what knows the answers.
+        infers: whether inference is taken here.
     """
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, *, infers: bool = True) -> None:
         self._control = control
+        self._infers = infers
 
-    def answer(self, method: bytes, path: bytes, body: bytes) -> Answer | Awaitable[Answer]:
+    def answer(self, method: bytes, path: bytes, body: bytes, accept: bytes = b"") -> Answer | Awaitable[Answer]:
         """The answer to a request; awaitable where it takes time."""
         shown, asked = path.decode("latin-1"), method.decode("latin-1")
         try:
-            handlers = self._at([unquote(segment) for segment in shown.strip("/").split("/")])
+            handlers = self._at([unquote(segment) for segment in shown.strip("/").split("/")], accept.decode("latin-1"))
             if handlers is None:
                 name = self._control.index()[0]["name"]
                 raise WireError(f"there is nothing at {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
@@ -54,7 +56,7 @@ class Routes:
         except WireError as error:
             return _error(error)
 
-    def _at(self, path: list[str]) -> dict[str, Handler] | None:
+    def _at(self, path: list[str], accept: str) -> dict[str, Handler] | None:
         """Method -> what answers it at this path; None where there is nothing."""
         control = self._control
         match path:
@@ -96,6 +98,8 @@ class Routes:
                 return {"GET": lambda body: control.effective()}
             case ["stats"]:
                 return {"GET": lambda body: control.counters()}
+            case ["metrics"]:
+                return {"GET": lambda body: self._metrics(accept)}
         return None
 
     def _of_model(self, name: str, version: str, rest: list[str]) -> dict[str, Handler] | None:
@@ -121,6 +125,8 @@ class Routes:
     def _not_inferred(self, name: str, version: str) -> None:
         """What is served is answered before it comes here: say why this is not."""
         self._control.metadata(name, version)
+        if not self._infers:
+            raise WireError("this is the port for administration", "", "send requests to the other", status=404)
         raise WireError("there is nothing at this path", "", f"use v2/models/{name}/infer", status=404)
 
     def _cuda(self, rest: list[str]) -> dict[str, Handler] | None:
@@ -148,15 +154,18 @@ class Routes:
         await self._control.change("unload", name, _parameters(body))
         return {}
 
-    def _register(self, name: str, body: bytes) -> None:
-        regions = self._control.regions
+    async def _metrics(self, accept: str) -> Answer:
+        content_type, text = await self._control.metrics(accept)
+        return 200, text, content_type.encode()
+
+    def _register(self, name: str, body: bytes) -> Awaitable[None]:
         try:
             region = msgspec.convert(_parsed(body), _Region)
         except msgspec.ValidationError as error:
             raise WireError(
                 f"cannot register the region {name[:100]!r}", str(error), "send key, byte_size and offset"
             ) from error
-        regions.register(name, region.key, region.offset, region.byte_size)
+        return self._control.register(name, region.key, region.offset, region.byte_size)
 
 
 class _Region(msgspec.Struct):
@@ -187,8 +196,7 @@ def _parameters(body: bytes) -> dict[str, Any]:
 
 def _json(content: Any) -> Answer:
     if isinstance(content, tuple):
-        status, encoded = content
-        return status, encoded
+        return content
     return 200, msgspec.json.encode({} if content is None else content)
 
 

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import msgspec
 
-from rushhour.serve.guard import Limits
+from rushhour.errors import ServeError
+from rushhour.serve.guard import Limits, is_loopback
+from rushhour.serve.log import LogFormat
+from rushhour.serve.orders import LogLevel, Register
 
 
 class ServeSettings(msgspec.Struct, frozen=True):
@@ -22,12 +25,21 @@ class ServeSettings(msgspec.Struct, frozen=True):
         api_keys: clients must send one of these; empty lets everybody in.
         tls_certificate: path of the certificate chain, with `tls_key`; None serves without TLS.
         exposed: listening for everybody, without keys, is meant.
-        admin: whether clients may load and unload the model.
+        admin: whether clients may load and unload the model, and set what is logged.
+        admin_port: where they may, and nowhere else; 0 takes a free one. None is the port of everybody.
+        admin_host: where that listens; None is 127.0.0.1.
         shared_memory: whether clients may have the server open shared memory of this machine and read and write it:
-            any that the server's user may. Several cells share no registrations, and take none.
+            any that the server's user may. None lets them where only this machine reaches the server.
+        log_format: None is text on a terminal, else JSON.
+        log_level: what is logged is at least so serious.
+        log_requests: one record for each request.
+        otel: whether spans are made of requests, and sent to where OTEL_EXPORTER_OTLP_ENDPOINT says.
+        otel_sample: the share of requests that are traced where the client does not say; None is all.
         cells: processes behind the port, each with its share of the cores; None takes the plan's.
         one_of_many: this server is such a cell: it shares the port, and changes are made in all.
         version: that the model begins with; a cell that is started again begins where the others are.
+        unloaded: the model has been unloaded; likewise.
+        regions: of shared memory that clients have registered; likewise.
     """
 
     host: str = "127.0.0.1"
@@ -41,7 +53,37 @@ class ServeSettings(msgspec.Struct, frozen=True):
     tls_key: str | None = None
     exposed: bool = False
     admin: bool = True
-    shared_memory: bool = True
+    admin_port: int | None = None
+    admin_host: str | None = None
+    shared_memory: bool | None = None
+    log_format: LogFormat | None = None
+    log_level: LogLevel = "info"
+    log_requests: bool = False
+    otel: bool = False
+    otel_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     cells: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     one_of_many: bool = False
     version: int = 1
+    unloaded: bool = False
+    regions: tuple[Register, ...] = ()
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether clients may use shared memory: by default only if all of them are on this machine."""
+        return is_loopback(self.host) and not self.exposed if self.shared_memory is None else self.shared_memory
+
+    def check(self) -> None:
+        """Refuse options that could not take effect.
+
+        Raises:
+            ServeError: naming the first of them.
+        """
+        if self.admin_port is not None and not self.admin:
+            raise ServeError("--admin-port has no effect", "--no-admin switches off what it is for", "leave one out")
+        if self.admin_host is not None and self.admin_port is None:
+            raise ServeError("--admin-host has no effect", "there is no --admin-port", "give one, or leave it out")
+        if self.otel_sample is not None and not self.otel:
+            raise ServeError("--otel-sample has no effect", "tracing is off", "give --otel, or leave it out")
+        if self.log_requests and self.log_level not in ("debug", "info"):
+            level = f"requests are logged at level info, and the level is {self.log_level}"
+            raise ServeError("--log-requests has no effect", level, "give --log-level info, or leave it out")

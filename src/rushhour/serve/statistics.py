@@ -1,8 +1,11 @@
-"""Where the time goes, as the protocol's statistics extension counts it.
+"""What a model has done and where the time went: counted once per batch, added up over versions and cells.
 
-Counted once per batch, in the cell. A request's durations are those of the batch it was in: each of ten requests that
-shared a batch of 3 ms has waited 3 ms for the engine, so ten are counted with 30 ms together, and `ns / count` is what
-one request saw. A request that was split over several batches counts once, with the durations of all of them.
+A request's durations are those of the batch it was in: each of ten requests that shared a batch of 3 ms has waited
+3 ms for the engine, so ten are counted with 30 ms together, and `ns / count` is what one request saw. A request that
+was split over several batches counts once, with the durations of all of them.
+
+Everything here is plain data that can be sent from cell to cell and added: `Totals` of one version, `Report` of one
+cell or of all. What shows it is elsewhere: `Totals.shown` for the protocol, `metrics.py` for Prometheus.
 
 Source: triton-inference-server/server, docs/protocol/extension_statistics.md.
 """
@@ -10,20 +13,34 @@ Source: triton-inference-server/server, docs/protocol/extension_statistics.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Protocol
+
+import msgspec
+import numpy as np
 
 from rushhour.clock import Clock
 
+BOUNDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+)
+"""Upper bounds of the latency histograms' buckets, in seconds: dense where latency limits are set."""
+_BOUNDS = np.array(BOUNDS)
+_BUCKETS = len(BOUNDS) + 1
+_WAITING = 1024
+"""Latencies that wait to be sorted into the buckets together: so many take a tenth of a millisecond."""
+_VERSIONS = 32
+"""Versions of the model that are told apart; those before are one."""
+_OLDER = "older"
 
-class Duration:
+
+class Duration(msgspec.Struct):
     """How often something happened, and how long it took altogether."""
 
-    __slots__ = ("count", "seconds")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.seconds = 0.0
+    count: int = 0
+    seconds: float = 0.0
 
     def add(self, count: int, seconds: float) -> None:
         """It happened `count` times, and took `seconds` altogether."""
@@ -33,6 +50,184 @@ class Duration:
     def shown(self) -> dict[str, int]:
         """As the protocol says it."""
         return {"count": self.count, "ns": round(self.seconds * 1e9)}
+
+
+class Stages(msgspec.Struct):
+    """The three stages of a batch on its stream."""
+
+    filling: Duration = msgspec.field(default_factory=Duration)
+    computing: Duration = msgspec.field(default_factory=Duration)
+    replying: Duration = msgspec.field(default_factory=Duration)
+
+    def count(self, count: int, times: int, batch: Batch, now: float) -> None:
+        """Count a batch's durations, each as often as it was waited for."""
+        self.filling.add(count, times * (batch.started - batch.taken))
+        self.computing.add(count, times * (batch.ended - batch.started))
+        self.replying.add(count, times * (now - batch.ended))
+
+    def add(self, other: Stages) -> None:
+        """Add those of other batches."""
+        for own, more in zip(self.named(), other.named(), strict=True):
+            own[1].add(more[1].count, more[1].seconds)
+
+    def named(self) -> Iterator[tuple[str, Duration]]:
+        """Under the protocol's names."""
+        yield "compute_input", self.filling
+        yield "compute_infer", self.computing
+        yield "compute_output", self.replying
+
+
+class Histogram(msgspec.Struct):
+    """How many values lie in each bucket of `BOUNDS`, and beyond the last; and their sum, in seconds."""
+
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * _BUCKETS)
+    sum: float = 0.0
+
+    def count(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        """Sort values in, all in one step."""
+        found = np.bincount(np.searchsorted(_BOUNDS, values), minlength=_BUCKETS).tolist()
+        self.counts = [have + more for have, more in zip(self.counts, found, strict=True)]
+        self.sum += float(values.sum())
+
+    def add(self, other: Histogram) -> None:
+        """Add another's values."""
+        self.counts = [have + more for have, more in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+
+
+class Totals(msgspec.Struct):
+    """Of one version of the model: only ever growing, so that those of several cells can be added.
+
+    Attributes:
+        answered, failed: requests that came to the engine, and how that ended.
+        invalid: requests that were no valid request for this model.
+        shed_queue, shed_deadline: requests turned away at their arrival.
+        cancelled: requests whose caller went away before the answer.
+        success: requests answered, from arrival to answer.
+        fail: requests answered with an error, from arrival to answer; those turned away at once among them.
+        queue: of requests, from arrival to the batch.
+        stages: of requests, in their batches.
+        of_size: of batches, by their samples.
+        samples: computed by the engine.
+        batches: run by the engine.
+        last_s: when the last batch was taken, in seconds since 1970; 0 for never.
+        queue_s, request_s: latencies of requests: in the queue, and from arrival to answer.
+        inference_s: durations of batches on the engine.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    invalid: int = 0
+    shed_queue: int = 0
+    shed_deadline: int = 0
+    cancelled: int = 0
+    success: Duration = msgspec.field(default_factory=Duration)
+    fail: Duration = msgspec.field(default_factory=Duration)
+    queue: Duration = msgspec.field(default_factory=Duration)
+    stages: Stages = msgspec.field(default_factory=Stages)
+    of_size: dict[int, Stages] = msgspec.field(default_factory=dict)
+    samples: int = 0
+    batches: int = 0
+    last_s: float = 0.0
+    queue_s: Histogram = msgspec.field(default_factory=Histogram)
+    inference_s: Histogram = msgspec.field(default_factory=Histogram)
+    request_s: Histogram = msgspec.field(default_factory=Histogram)
+
+    def add(self, other: Totals) -> None:
+        """Add another's."""
+        for name in ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled", "samples", "batches"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("success", "fail", "queue"):
+            more: Duration = getattr(other, name)
+            getattr(self, name).add(more.count, more.seconds)
+        for name in ("stages", "queue_s", "inference_s", "request_s"):
+            getattr(self, name).add(getattr(other, name))
+        for rows, stages in other.of_size.items():
+            self.of_size.setdefault(rows, Stages()).add(stages)
+        self.last_s = max(self.last_s, other.last_s)
+
+    def shown(self, name: str, version: str) -> dict[str, Any]:
+        """As the protocol says it: an entry of `model_stats`."""
+        durations = {"success": self.success, "fail": self.fail, "queue": self.queue, **dict(self.stages.named())}
+        never = Duration()
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": round(self.last_s * 1e3),
+            "inference_count": self.samples,
+            "execution_count": self.batches,
+            "inference_stats": {
+                stage: duration.shown()
+                for stage, duration in {**durations, "cache_hit": never, "cache_miss": never}.items()
+            },
+            "batch_stats": [
+                {"batch_size": rows, **{stage: duration.shown() for stage, duration in stages.named()}}
+                for rows, stages in sorted(self.of_size.items())
+            ],
+        }
+
+
+class State(msgspec.Struct):
+    """How one cell is now.
+
+    Attributes:
+        ready: whether requests are welcome.
+        waiting: samples in the queue.
+        running: samples in the batches that run.
+        batches: that run.
+        connections: over HTTP, open.
+        calls: over gRPC, under way.
+        base_s, sample_s: a batch of n samples is expected to take `base_s + n sample_s`.
+        process: Prometheus' usual figures of a process, by name.
+    """
+
+    ready: bool = False
+    waiting: int = 0
+    running: int = 0
+    batches: int = 0
+    connections: int = 0
+    calls: int = 0
+    base_s: float = 0.0
+    sample_s: float = 0.0
+    process: dict[str, float] = {}
+
+
+class Report(msgspec.Struct):
+    """What a server has done, and how it is: one cell, or all of them together.
+
+    Attributes:
+        model: its name.
+        versions: what each version of it has done, in the order in which they came.
+        cells: how each cell is that answers, by its number.
+        down: cells that do not answer.
+        restarts: how often a cell had to be started again.
+    """
+
+    model: str
+    versions: dict[str, Totals] = {}
+    cells: dict[int, State] = {}
+    down: int = 0
+    restarts: int = 0
+
+    @property
+    def total(self) -> Totals:
+        """Of all versions together."""
+        together = Totals()
+        for each in self.versions.values():
+            together.add(each)
+        return together
+
+
+def together(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
+    """The sums, version by version, in new objects; of very many versions the first become one."""
+    sums: dict[str, Totals] = {}
+    for versions in counted:
+        for version, totals in versions.items():
+            sums.setdefault(version, Totals()).add(totals)
+    known = sorted(sums.keys() - {_OLDER}, key=int)
+    for version in known[: max(0, len(known) - _VERSIONS)]:
+        sums.setdefault(_OLDER, Totals()).add(sums.pop(version))
+    return sums
 
 
 class Batch(Protocol):
@@ -52,28 +247,25 @@ class Batch(Protocol):
 
 
 class Statistics:
-    """Of one version of a model, since it was loaded.
+    """Counts what one version of the model does, since it was loaded.
 
     Args:
         clock: on which all times are read.
-
-    Attributes:
-        success: requests answered, from arrival to answer.
-        fail: requests answered with an error, from arrival to answer; those turned away at once among them.
-        samples: computed by the engine.
-        batches: run by the engine.
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.success = Duration()
-        self.fail = Duration()
-        self.samples = 0
-        self.batches = 0
         self._clock = clock
-        self._queue = Duration()
-        self._stages = _Stages()
-        self._of_size: dict[int, _Stages] = {}
+        self._totals = Totals()
         self._last: float | None = None
+        self._waiting = 0
+        self._taken: list[tuple[float, Sequence[float]]] = []
+        self._answered: list[tuple[float, Sequence[float]]] = []
+        self._computed: list[float] = []
+
+    @property
+    def fail(self) -> Duration:
+        """Requests answered with an error, from arrival to answer; those turned away at once among them."""
+        return self._totals.fail
 
     def count(self, batch: Batch, requests: int, begun: Sequence[float], answered: Sequence[float]) -> None:
         """A batch has been computed and answered, just now.
@@ -81,60 +273,48 @@ class Statistics:
         Args:
             batch: its times.
             requests: of which some or all samples were in it.
-            begun: arrivals of the requests whose first samples were in it.
-            answered: arrivals of the requests that it brought the last missing samples for.
+            begun: arrivals of the requests whose first samples were in it; not to be changed afterwards.
+            answered: arrivals of the requests that it brought the last missing samples for; likewise.
         """
         now = self._clock.now()
-        self.batches += 1
-        self.samples += batch.rows
+        totals = self._totals
+        totals.batches += 1
+        totals.samples += batch.rows
         self._last = batch.taken
-        self._queue.add(len(begun), len(begun) * batch.taken - sum(begun))
-        self.success.add(len(answered), len(answered) * now - sum(answered))
-        self._stages.add(len(begun), requests, batch, now)
-        of_size = self._of_size.get(batch.rows)
+        totals.queue.add(len(begun), len(begun) * batch.taken - sum(begun))
+        totals.success.add(len(answered), len(answered) * now - sum(answered))
+        totals.stages.count(len(begun), requests, batch, now)
+        of_size = totals.of_size.get(batch.rows)
         if of_size is None:
-            of_size = self._of_size[batch.rows] = _Stages()
-        of_size.add(1, 1, batch, now)
+            of_size = totals.of_size[batch.rows] = Stages()
+        of_size.count(1, 1, batch, now)
+        self._taken.append((batch.taken, begun))
+        self._answered.append((now, answered))
+        self._computed.append(batch.ended - batch.started)
+        self._waiting += 1 + len(begun) + len(answered)
+        if self._waiting >= _WAITING:
+            self._sort()
 
-    def shown(self, name: str, version: str) -> dict[str, Any]:
-        """As the protocol says it: an entry of `model_stats`."""
-        last = 0.0 if self._last is None else time.time() - (self._clock.now() - self._last)
-        durations = {"success": self.success, "fail": self.fail, "queue": self._queue, **dict(self._stages.named())}
-        never = Duration()
-        return {
-            "name": name,
-            "version": version,
-            "last_inference": round(last * 1e3),
-            "inference_count": self.samples,
-            "execution_count": self.batches,
-            "inference_stats": {
-                stage: duration.shown()
-                for stage, duration in {**durations, "cache_hit": never, "cache_miss": never}.items()
-            },
-            "batch_stats": [
-                {"batch_size": rows, **{stage: duration.shown() for stage, duration in stages.named()}}
-                for rows, stages in sorted(self._of_size.items())
-            ],
-        }
+    def totals(self) -> Totals:
+        """All that was counted here, up to now. Not a copy."""
+        self._sort()
+        if self._last is not None:
+            self._totals.last_s = time.time() - (self._clock.now() - self._last)
+        return self._totals
+
+    def _sort(self) -> None:
+        """Sort the latencies that wait into their histograms."""
+        self._totals.queue_s.count(_latencies(self._taken))
+        self._totals.request_s.count(_latencies(self._answered))
+        self._totals.inference_s.count(np.array(self._computed))
+        for waiting in (self._taken, self._answered, self._computed):
+            waiting.clear()
+        self._waiting = 0
 
 
-class _Stages:
-    """The three stages of a batch on its stream."""
-
-    __slots__ = ("computing", "filling", "replying")
-
-    def __init__(self) -> None:
-        self.filling = Duration()
-        self.computing = Duration()
-        self.replying = Duration()
-
-    def add(self, count: int, times: int, batch: Batch, now: float) -> None:
-        """Count a batch's durations, each as often as it was waited for."""
-        self.filling.add(count, times * (batch.started - batch.taken))
-        self.computing.add(count, times * (batch.ended - batch.started))
-        self.replying.add(count, times * (now - batch.ended))
-
-    def named(self) -> Iterator[tuple[str, Duration]]:
-        yield "compute_input", self.filling
-        yield "compute_infer", self.computing
-        yield "compute_output", self.replying
+def _latencies(ends: list[tuple[float, Sequence[float]]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """From each beginning to its end."""
+    begun = np.fromiter(chain.from_iterable(begun for _, begun in ends), np.float64)
+    ended = np.repeat(np.array([end for end, _ in ends], np.float64), [len(begun) for _, begun in ends])
+    latencies: np.ndarray[Any, np.dtype[np.float64]] = ended - begun
+    return latencies

@@ -2,15 +2,17 @@
 
 The kernel spreads connections over the cells (SO_REUSEPORT). A cell that dies is started again, at once the first
 time and with growing pauses after that; only requests in flight on it fail. What must be the same in all cells (a
-reload) is asked of the supervisor by the cell that was asked, and done in each.
+reload, a region of shared memory) is asked of the supervisor by the cell that was asked, and done in each; what is
+asked of all together (statistics, metrics) is added up here, with what dead cells had done.
 
-A cell and its supervisor speak in JSON lines over the cell's standard input and output; see `Order` and `Said`.
+A cell and its supervisor speak in the words of `orders.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -18,42 +20,24 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from rushhour.errors import ServeError
+from rushhour.serve import log
+from rushhour.serve.orders import Count, Done, Load, Log, Order, Register, Said, Unload, Unregister, Work
 from rushhour.serve.settings import ServeSettings
+from rushhour.serve.statistics import Report, State, Totals, together
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
 _STEADY_S = 30.0
 _START_S = 300.0
 _STOP_S = 40.0
-_CHANGE_S = 300.0
-
-Change = Literal["load", "unload"]
-
-
-class Order(msgspec.Struct, frozen=True):
-    """What a supervisor tells a cell: make this change, or how the change that it asked for went."""
-
-    change: Change | None = None
-    version: int = 0
-    """Of the model after a load."""
-    outcome: str | None = None
-    """Of the change that this cell asked for: empty where all cells made it, else what went wrong."""
-
-
-class Said(msgspec.Struct, frozen=True):
-    """What a cell tells its supervisor: it is ready at `url`, asks for a change in all cells, or has made one."""
-
-    url: str = ""
-    grpc: str = ""
-    """The address for gRPC, where that is served."""
-    error: str = ""
-    ask: Change | None = None
-    made: str | None = None
-    """A change was made: empty where it went well, else what went wrong."""
+_WORK_S = 300.0
+_COUNT_S = 1.0
+_COUNT_EVERY_S = 2.0
+"""How often cells are asked without anybody asking: what a cell has done since is lost if it dies."""
+_LINE_BYTES = 2**26
 
 
 class Supervisor:
@@ -70,7 +54,11 @@ class Supervisor:
         self._settings = settings
         self._cells = [_Cell(self, number, cores) for number, cores in enumerate(pins)]
         self._stopping = asyncio.Event()
-        self._changing = asyncio.Lock()
+        self._past: dict[str, Totals] = {}
+        self._model = ""
+        self.restarts = 0
+        self.changing = asyncio.Lock()
+        """Held while something changes that is the same in all cells, and while a cell learns what it is."""
 
     async def run(self, ready: Callable[[str], None]) -> None:
         """Start all cells, call `ready` with the URL when all are, and supervise until SIGTERM or SIGINT.
@@ -85,7 +73,7 @@ class Supervisor:
         try:
             urls = await asyncio.gather(*(cell.start() for cell in self._cells))
             ready(urls[0])
-            keepers = [asyncio.create_task(cell.keep()) for cell in self._cells]
+            keepers = [asyncio.create_task(work) for work in (*(cell.keep() for cell in self._cells), self._watch())]
             await self._stopping.wait()
         finally:
             for keeper in keepers:
@@ -93,14 +81,46 @@ class Supervisor:
             await asyncio.gather(*keepers, return_exceptions=True)
             await asyncio.gather(*(cell.stop() for cell in self._cells))
 
-    async def change(self, change: Change) -> str:
-        """Make a change in every cell that lives; what went wrong in any of them, or nothing."""
-        async with self._changing:
-            version = self._settings.version + (change == "load")
-            outcomes = await asyncio.gather(*(cell.change(Order(change, version)) for cell in self._cells))
-            if not any(outcomes):
-                self._settings = msgspec.structs.replace(self._settings, version=version)
-        return "; ".join(sorted({outcome for outcome in outcomes if outcome}))
+    async def do(self, work: Work) -> Done:
+        """Have work done in every cell that lives. A cell that is down does it when it starts."""
+        if isinstance(work, Count):
+            return Done(report=await self._report())
+        async with self.changing:
+            if isinstance(work, Load):
+                work = Load(self._settings.version + 1)
+            elif isinstance(work, Log):
+                log.set_level(work.level)
+            outcomes = await asyncio.gather(*(cell.do(work, _WORK_S) for cell in self._cells))
+            wrong = [outcome for outcome in outcomes if outcome is not None and outcome.wrong]
+            if not wrong:
+                self._settings = _after(work, self._settings)
+                return Done()
+            if isinstance(work, Register) and work.name not in {region.name for region in self._settings.regions}:
+                undone = Unregister(work.name)  # what one cell cannot open, none shall have
+                await asyncio.gather(*(cell.do(undone, _WORK_S) for cell in self._cells))
+        return Done("; ".join(sorted({outcome.wrong for outcome in wrong})), wrong[0].status)
+
+    async def _report(self) -> Report:
+        """Of all cells together, with what those that do not answer had done when they last did."""
+        states = await asyncio.gather(*(cell.count() for cell in self._cells))
+        known = [cell.last for cell in self._cells if cell.last is not None]
+        self._model = known[0].model if known else self._model
+        return Report(
+            self._model,
+            together([self._past, *(last.versions for last in known)]),
+            {number: state for number, state in enumerate(states) if state is not None},
+            sum(state is None for state in states),
+            self.restarts,
+        )
+
+    def bury(self, last: Report) -> None:
+        """A cell has died: keep what it had done."""
+        self._past = together([self._past, last.versions])
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_COUNT_EVERY_S)
+            await self._report()
 
     def command(self) -> list[str]:
         """What starts a cell."""
@@ -121,7 +141,10 @@ class _Cell:
         self._process: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
         self._asked: set[asyncio.Task[None]] = set()
-        self._made: asyncio.Future[str] | None = None
+        self._given: dict[int, asyncio.Future[Done | None]] = {}
+        self._next = 0
+        self.last: Report | None = None
+        """What it last said that it has done."""
 
     async def start(self) -> str:
         """Start the process and wait until it is ready; its URL.
@@ -133,6 +156,7 @@ class _Cell:
             *self._supervisor.command(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES,
             start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor alone, which drains the cells
         )
         self._process = process
@@ -155,16 +179,19 @@ class _Cell:
             assert self._process is not None
             code = await self._process.wait()
             self._forget()
-            print(f"cell {self._number} ended with code {code}; it is started again", file=sys.stderr, flush=True)
+            self._supervisor.restarts += 1
+            log.event(logging.ERROR, "cell died", cell=self._number, code=code)
             pause = _FIRST_PAUSE_S if loop.time() - began > _STEADY_S else pause
             while True:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 try:
-                    await self.start()
+                    async with self._supervisor.changing:
+                        await self.start()
+                    log.event(logging.INFO, "cell restarted", cell=self._number, pid=self._process.pid)
                     break
                 except ServeError as error:
-                    print(str(error), file=sys.stderr, flush=True)
+                    log.event(logging.ERROR, "cell does not start", cell=self._number, error=str(error))
 
     async def stop(self) -> None:
         """SIGTERM, so that it drains; SIGKILL if it takes too long."""
@@ -179,16 +206,26 @@ class _Cell:
                 await process.wait()
         self._forget()
 
-    async def change(self, order: Order) -> str:
-        """Make a change in this cell; what went wrong, or nothing. A cell that is down makes it when it starts."""
+    async def do(self, work: Work, within_s: float) -> Done | None:
+        """Have work done in this cell; None from one that is down."""
         if self._process is None or self._process.returncode is not None or self._listener is None:
-            return ""
-        self._made = asyncio.get_running_loop().create_future()
-        self._tell(msgspec.json.encode(order))
+            return None
+        self._next += 1
+        number = self._next
+        future: asyncio.Future[Done | None] = asyncio.get_running_loop().create_future()
+        self._given[number] = future
+        self._tell(msgspec.json.encode(Order(number, work=work)))
         try:
-            return await asyncio.wait_for(self._made, _CHANGE_S)
+            return await asyncio.wait_for(future, within_s)
         except TimeoutError:
-            return f"cell {self._number} does not answer"
+            return Done(f"cell {self._number} does not answer", 503)
+        finally:
+            del self._given[number]
+
+    async def count(self) -> State | None:
+        """How it is, and in `last` what it has done; None if it does not say so soon."""
+        done = await self.do(Count(), _COUNT_S)
+        return None if done is None or done.report is None else done.report.cells[0]
 
     def _tell(self, line: bytes) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -206,25 +243,48 @@ class _Cell:
 
     async def _listen(self) -> None:
         while (said := await self._hear()) is not None:
-            if said.made is not None and self._made is not None and not self._made.done():
-                self._made.set_result(said.made)
-            if said.ask is not None:
-                task = asyncio.create_task(self._ask(said.ask))
+            if said.done is not None:
+                self.last = said.done.report or self.last
+                given = self._given.get(said.id)
+                if given is not None and not given.done():
+                    given.set_result(said.done)
+            if said.work is not None:
+                task = asyncio.create_task(self._ask(said.id, said.work))
                 self._asked.add(task)
                 task.add_done_callback(self._asked.discard)
 
-    async def _ask(self, change: Change) -> None:
-        outcome = await self._supervisor.change(change)
-        self._tell(msgspec.json.encode(Order(outcome=outcome)))
+    async def _ask(self, number: int, work: Work) -> None:
+        self._tell(msgspec.json.encode(Order(number, done=await self._supervisor.do(work))))
 
     def _forget(self) -> None:
         if self._listener is not None:
             self._listener.cancel()
             self._listener = None
-        if self._made is not None and not self._made.done():
-            self._made.set_result("")
+        for given in self._given.values():
+            if not given.done():
+                given.set_result(None)
+        if self.last is not None:
+            self._supervisor.bury(self.last)
+            self.last = None
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
+
+
+def _after(work: Work, settings: ServeSettings) -> ServeSettings:
+    """The settings with which a cell begins that is started after this work."""
+    match work:
+        case Load(version):
+            return msgspec.structs.replace(settings, version=version, unloaded=False)
+        case Unload():
+            return msgspec.structs.replace(settings, unloaded=True)
+        case Register():
+            return msgspec.structs.replace(settings, regions=(*settings.regions, work))
+        case Unregister(name):
+            kept = tuple(region for region in settings.regions if name is not None and region.name != name)
+            return msgspec.structs.replace(settings, regions=kept)
+        case Log(level):
+            return msgspec.structs.replace(settings, log_level=level)
+    return settings
 
 
 def reserve(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""A cell's line to whoever started it: their orders, and the end when they are gone."""
+"""A cell's line to whoever started it: their orders, its own wishes, and the end when they are gone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 
-from rushhour.serve.supervisor import Change, Order, Said
+from rushhour.serve.orders import Do, Done, Order, Said, Work
 
-Make = Callable[[Change, int], Awaitable[str]]
-"""Makes a change in this cell, to this version of the model; what went wrong, or nothing."""
+_CHUNK_BYTES = 2**16
 
 
 class Tether:
@@ -22,47 +21,65 @@ class Tether:
 
     Args:
         orders: standard input, unbuffered: a buffer's lock, held by a thread, would bar the way out.
-        say: writes a line to the supervisor.
+        say: writes a line to the supervisor. Called on threads, one after another.
     """
 
-    def __init__(self, orders: io.RawIOBase, say: Callable[[Said], None]) -> None:
+    def __init__(self, orders: io.RawIOBase, say: Callable[[bytes], None]) -> None:
         self._input = orders
         self._say = say
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._make: Make | None = None
-        self._outcome: asyncio.Future[str] | None = None
+        self._do: Do | None = None
+        self._speaking = asyncio.Lock()
+        self._asked: dict[int, asyncio.Future[Done]] = {}
+        self._next = 0
         self._tasks: set[asyncio.Task[None]] = set()
         threading.Thread(target=self._read, name="tether", daemon=True).start()
 
-    def attach(self, make: Make) -> None:
-        """Orders are from now on carried out by `make`, on the running loop."""
+    def attach(self, do: Do) -> None:
+        """Orders are from now on carried out by `do`, on the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._make = make
+        self._do = do
 
-    async def ask(self, change: Change) -> str:
-        """Have a change made in all cells, this one among them; what went wrong, or nothing."""
-        self._outcome = asyncio.get_running_loop().create_future()
-        self._say(Said(ask=change))
-        return await self._outcome
+    async def ask(self, work: Work) -> Done:
+        """Have work done in all cells, this one among them."""
+        self._next += 1
+        number = self._next
+        future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._asked[number] = future
+        try:
+            await self._tell(Said(id=number, work=work))
+            return await future
+        finally:
+            del self._asked[number]
 
     def _read(self) -> None:
-        for line in self._input:
-            try:
-                order = msgspec.json.decode(line, type=Order)
-            except msgspec.DecodeError:
-                continue
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._obey, order)
+        rest = b""
+        while chunk := self._input.read(_CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                try:
+                    order = msgspec.json.decode(line, type=Order)
+                except msgspec.DecodeError:
+                    continue
+                if self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._obey, order)
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _obey(self, order: Order) -> None:
-        if order.outcome is not None and self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(order.outcome)
-        if order.change is not None:
-            task = asyncio.get_running_loop().create_task(self._carry_out(order.change, order.version))
+        asked = self._asked.get(order.id)
+        if order.done is not None and asked is not None and not asked.done():
+            asked.set_result(order.done)
+        if order.work is not None:
+            task = asyncio.get_running_loop().create_task(self._carry_out(order.id, order.work))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _carry_out(self, change: Change, version: int) -> None:
-        assert self._make is not None
-        self._say(Said(made=await self._make(change, version)))
+    async def _carry_out(self, number: int, work: Work) -> None:
+        assert self._do is not None
+        await self._tell(Said(id=number, done=await self._do(work)))
+
+    async def _tell(self, said: Said) -> None:
+        # A full pipe would stop the loop: it is a thread that waits for the supervisor to read.
+        line = msgspec.json.encode(said) + b"\n"
+        async with self._speaking:
+            await asyncio.to_thread(self._say, line)

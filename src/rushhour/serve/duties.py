@@ -1,0 +1,75 @@
+"""What a cell does when it is told to, by its own clients or by its supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import ProcessCollector
+
+from rushhour.errors import RushhourError, WireError
+from rushhour.serve import log
+from rushhour.serve.orders import Count, Done, Load, Log, Register, Unload, Unregister, Work
+from rushhour.serve.repository import Repository
+from rushhour.serve.shared_memory import SharedMemory
+from rushhour.serve.statistics import Report, State
+
+_PROCESS = ProcessCollector(registry=None)
+
+
+class Duties:
+    """Does work in this process.
+
+    Args:
+        repository: what is served.
+        regions: the shared memory of its clients; None where it is switched off.
+
+    Attributes:
+        watch: adds what the faces know to the state of the cell.
+    """
+
+    def __init__(self, repository: Repository, regions: SharedMemory | None = None) -> None:
+        self._repository = repository
+        self._regions = regions
+        self.watch: Callable[[State], None] | None = None
+
+    async def do(self, work: Work) -> Done:
+        """Do it; an error of the kind that a user can cause is part of the answer."""
+        try:
+            match work:
+                case Count():
+                    return Done(report=self.report())
+                case Load(version):
+                    await self._repository.load(version or None)
+                case Unload():
+                    await self._repository.unload()
+                case Register(name, key, offset, byte_size):
+                    self._shared().register(name, key, offset, byte_size)
+                case Unregister(name):
+                    self._shared().unregister(name)
+                case Log(level):
+                    log.set_level(level)
+        except RushhourError as error:
+            return Done(str(error), error.status if isinstance(error, WireError) else 400)
+        return Done()
+
+    def report(self) -> Report:
+        """What this cell has done, and how it is. Shares nothing with what goes on."""
+        loaded = self._repository.loaded
+        state = State(
+            ready=loaded is not None,
+            process={sample.name: sample.value for family in _PROCESS.collect() for sample in family.samples},
+        )
+        if loaded is not None:
+            cell = loaded.cell
+            state.waiting = cell.waiting
+            state.batches, state.running = cell.running
+            state.base_s = cell.profile.seconds(0)
+            state.sample_s = cell.profile.seconds(1) - state.base_s
+        if self.watch is not None:
+            self.watch(state)
+        return Report(self._repository.name, self._repository.totals(), {0: state})
+
+    def _shared(self) -> SharedMemory:
+        if self._regions is None:
+            raise WireError("shared memory is switched off on this server", "", "send the tensors", status=501)
+        return self._regions
