@@ -450,6 +450,7 @@ def _end(followed: Followed | None, status: int) -> None:
 
 async def _refuse(context: Context, error: Exception) -> NoReturn:
     code = _CODES.get(_status(error), grpc.StatusCode.INTERNAL)
+    error.__traceback__ = None  # abort's own error keeps this one, whose frames would keep regions open
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
     metadata: tuple[tuple[str, str], ...] = ()
     if isinstance(error, _TurnedAway):
