@@ -9,12 +9,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import msgspec
 import pytest
 
 from rushhour.bundle import Bundle
 from rushhour.serve import ServeSettings
 from rushhour.testing.bundles import tiny_bundle
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("rushhour", deadline=None)
+hypothesis.settings.load_profile("rushhour")
 
 
 class Server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import http.client
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,11 +34,11 @@ from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.admission import Profile
-from rushhour.serve.cell import Cell, Shed
+from rushhour.serve.cell import Cell, Job, Shed
 from rushhour.serve.guard import tls
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
-from rushhour.wire import Codec, encode_request
+from rushhour.wire import Codec, InferRequest, Wanted, encode_request
 
 
 def unique(rows: int, seed: int) -> np.ndarray:
@@ -522,6 +524,35 @@ def test_requests_of_one_turn_share_a_batch_and_later_ones_wait_for_a_stream() -
         assert cell.idle
 
     asyncio.run(scenario())
+
+
+def test_a_request_is_gone_with_its_answer_and_needs_no_collector() -> None:
+    """A body that waits for the cycle collector is memory that the next one cannot use."""
+
+    async def scenario() -> None:
+        held = Held()
+        cell = cell_of(FakeEngine(EngineConfig("openvino", max_batch=4), schedule=held.schedule))
+        wanted = Wanted(id="", outputs=(0,), binary=(True,))
+        bodies = [np.ones(8 * 16, np.uint8) for _ in range(3)]
+        gone = [weakref.ref(body) for body in bodies]
+        jobs = [cell.submit(InferRequest(8, (memoryview(body),), wanted), lambda result: None) for body in bodies]
+        del bodies
+        assert isinstance(jobs[2], Job)
+        cell.cancel(jobs[2])
+        jobs.clear()
+        for _ in range(8):
+            await asyncio.sleep(0)
+            if held.waiting:
+                held.release()
+        await asyncio.sleep(0)
+        assert cell.idle
+        assert [body() for body in gone] == [None] * 3
+
+    gc.disable()
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_a_split_request_comes_back_whole_and_in_order() -> None:

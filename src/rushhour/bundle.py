@@ -74,6 +74,31 @@ class Signature(msgspec.Struct, frozen=True):
     inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
     outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
 
+    @property
+    def picture(self) -> TensorSpec | None:
+        """The one input, if it is a picture: uint8 `(height, width, channels)`, grey or in colour."""
+        first = self.inputs[0]
+        is_one = first.dtype == "uint8" and len(first.shape) == 3 and first.shape[2] in (1, 3)
+        return first if is_one and len(self.inputs) == 1 else None
+
+
+class Decoding(msgspec.Struct, frozen=True):
+    """How an encoded picture became a sample in training, for serving to do the same: see `rushhour.picture`.
+
+    Size and colours are the sample's own. A bundle that says anything else than these cannot be opened.
+
+    Attributes:
+        orientation: turned as EXIF says.
+        fit: what has other proportions is stretched.
+        resampling: with antialiasing.
+        reducing_gap: a JPEG may be decoded smaller than it is, but so many times larger than the sample.
+    """
+
+    orientation: Literal["exif"] = "exif"
+    fit: Literal["stretch"] = "stretch"
+    resampling: Literal["bilinear"] = "bilinear"
+    reducing_gap: Literal[2] = 2
+
 
 class Preprocessing(msgspec.Struct, frozen=True):
     """What the graph does to a sample first: `(x * scale - mean) / std` per channel, then `layout`.
@@ -83,12 +108,14 @@ class Preprocessing(msgspec.Struct, frozen=True):
         mean: one value per channel, or empty for none.
         std: one value per channel, or empty for none.
         layout: `NHWC->NCHW` for images, `none` otherwise.
+        decoding: before all that, where training began with encoded pictures; unset where it began with arrays.
     """
 
     scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     layout: Literal["NHWC->NCHW", "none"] = "none"
+    decoding: Decoding | msgspec.UnsetType = msgspec.UNSET
 
 
 class Source(msgspec.Struct, frozen=True):

@@ -6,12 +6,16 @@ header seen before is looked up by its bytes, tensors stay views of the body, an
 once per shape. Over gRPC the bytes are others (`serve/protocol/codec.py`) and the meaning is the same: both faces
 describe a request by a `RequestHeader` and have it read by `Codec.arrange`.
 
+A model of pictures also takes them as they come, encoded, in a BYTES tensor of shape `[n]` or `[n, 1]`. JSON cannot
+carry bytes: there an element is Base64.
+
 Sources: kserve/open-inference-protocol, specification/protocol/inference_rest.md; triton-inference-server/server,
 docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_classification.md.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,14 +155,34 @@ class InferRequest:
         rows: samples in it, at least 1.
         tensors: one view of `rows * row_bytes` bytes for each input, in the signature's order.
         wanted: what the answer is to hold.
+        pictures: what the tensors are still to be made of; empty for all but a `PictureRequest`.
     """
 
     __slots__ = ("rows", "tensors", "wanted")
+    pictures: Sequence[Encoded] = ()
 
     def __init__(self, rows: int, tensors: tuple[memoryview, ...], wanted: Wanted) -> None:
         self.rows = rows
         self.tensors = tensors
         self.wanted = wanted
+
+
+Encoded = memoryview | str
+"""A picture as it was sent: its bytes, or these in Base64."""
+
+
+class PictureRequest(InferRequest):
+    """A decoded request whose pictures are not: whoever has threads makes tensors of them.
+
+    Attributes:
+        pictures: one for each sample.
+    """
+
+    __slots__ = ("pictures",)
+
+    def __init__(self, pictures: Sequence[Encoded], wanted: Wanted) -> None:
+        super().__init__(len(pictures), (), wanted)
+        self.pictures = pictures
 
 
 class Layout:
@@ -172,9 +196,11 @@ class Layout:
         total: bytes that follow the header.
         inline: position of an input -> its bytes, where the header itself held them.
         places: position of an input -> its place in shared memory.
+        encoded: the one input is pictures, of any size: another request with this header may be longer.
+        pictures: these, where the header itself held them.
     """
 
-    __slots__ = ("inline", "ordered", "places", "rows", "slices", "total", "wanted")
+    __slots__ = ("encoded", "inline", "ordered", "pictures", "places", "rows", "slices", "total", "wanted")
 
     def __init__(self, rows: int, wanted: Wanted) -> None:
         self.rows = rows
@@ -183,12 +209,14 @@ class Layout:
         self.total = 0
         self.inline: dict[int, memoryview] = {}
         self.places: dict[int, Place] = {}
+        self.encoded = False
+        self.pictures: Sequence[Encoded] = ()
         self.ordered: tuple[tuple[int, int], ...] = ()
         """The slices by position, where all there is to a request is slices."""
 
     def settle(self) -> Layout:
         """To be called when all inputs are in."""
-        if not self.inline and not self.places and not self.wanted.places:
+        if not self.inline and not self.places and not self.wanted.places and not self.encoded:
             self.ordered = tuple(self.slices[position] for position in range(len(self.slices)))
         return self
 
@@ -218,6 +246,7 @@ class Codec:
         max_rows: samples in one request, at most.
         labels: the classes' names, where the model classifies.
         regions: the shared memory of the server's clients; None where it is not to be used.
+        pictures: encoded pictures in one request, at most; 0 where the model takes none.
     """
 
     def __init__(
@@ -228,12 +257,14 @@ class Codec:
         max_rows: int = 4096,
         labels: tuple[str, ...] = (),
         regions: Regions | None = None,
+        pictures: int = 0,
     ) -> None:
         self.model = model
         self.version = version
         self.signature = signature
         self.max_rows = max_rows
         self.labels = labels
+        self._pictures = pictures
         self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
@@ -277,6 +308,22 @@ class Codec:
         tensors = tuple([view[header_length + start : header_length + stop] for start, stop in layout.ordered])
         return InferRequest(layout.rows, tensors, layout.wanted)
 
+    def decode_picture(self, body: bytes) -> PictureRequest:
+        """Read a request that is one encoded picture and nothing else; the answer is JSON.
+
+        Raises:
+            WireError: if the model takes no pictures.
+        """
+        if not self._pictures:
+            raise WireError(
+                "the request is a picture",
+                f"{self.model} takes none",
+                f"ask GET v2/models/{self.model} for what it takes",
+                status=415,
+            )
+        every = tuple(range(len(self.signature.outputs)))
+        return PictureRequest((memoryview(body),), Wanted(id="", outputs=every, binary=(False,) * len(every)))
+
     def gather(self, layout: Layout, following: Sequence[memoryview]) -> InferRequest:
         """Bring a request's tensors together, wherever they lie.
 
@@ -293,6 +340,8 @@ class Codec:
         for wanted in layout.wanted.places:
             if wanted is not None:
                 self._shared().check(wanted)
+        if layout.encoded:
+            return PictureRequest(layout.pictures or _elements(tensors[0], layout.rows), layout.wanted)
         ordered = tuple(tensors[position] for position in range(len(self._inputs)))
         return InferRequest(layout.rows, ordered, layout.wanted)
 
@@ -310,6 +359,18 @@ class Codec:
         """
         if wanted.top or wanted.places or not all(wanted.binary):
             return self._encode_each(wanted, rows, outputs)
+        header = self._binary_header(wanted, rows)
+        return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
+
+    def answer_header(self, wanted: Wanted, rows: int) -> bytes | None:
+        """The JSON header of an answer whose body is that header and the outputs' raw rows in the signature's order.
+
+        None where the answer is any other.
+        """
+        whole = wanted.outputs == tuple(range(len(self._outputs))) and all(wanted.binary)
+        return self._binary_header(wanted, rows) if whole and not (wanted.top or wanted.places) else None
+
+    def _binary_header(self, wanted: Wanted, rows: int) -> bytes:
         key = (wanted, rows)
         header = self._answer_headers.get(key)
         if header is None:
@@ -323,7 +384,7 @@ class Codec:
                 if len(self._answer_headers) >= _MAX_CACHED_HEADERS:
                     self._answer_headers.clear()
                 self._answer_headers[key] = header
-        return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
+        return header
 
     def outputs(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> Iterator[OutputTensor]:
         """The outputs of an answer one by one, in the order wanted; those for shared memory are written there.
@@ -413,7 +474,8 @@ class Codec:
         layout = self.arrange(parsed)
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
-        if not layout.inline and len(header) <= _MAX_CACHED_HEADER_BYTES and not parsed.id:
+        one_of_many = bool(layout.inline) or layout.encoded or bool(parsed.id)
+        if not one_of_many and len(header) <= _MAX_CACHED_HEADER_BYTES:
             if len(self._layouts) >= _MAX_CACHED_HEADERS:
                 self._layouts.clear()
             self._layouts[header] = layout
@@ -432,7 +494,8 @@ class Codec:
         rows = self._rows_of(by_position)
         layout = Layout(rows, self._wanted(header, rows))
         for position, entry in by_position.items():
-            size = rows * self.signature.inputs[position].row_bytes
+            layout.encoded = entry.datatype == "BYTES"
+            size = None if layout.encoded else rows * self.signature.inputs[position].row_bytes
             stated, place = entry.parameters.get("binary_data_size"), self._place(entry, size)
             given = (stated, entry.data, place).count(None)
             if given != 2:
@@ -443,17 +506,19 @@ class Codec:
                 )
             if place is not None:
                 layout.places[position] = place
+            elif stated is None and size is None:
+                layout.pictures = _from_elements(entry)
             elif stated is None:
-                layout.inline[position] = self._from_values(entry, position, size)
-            elif not _is_size(stated) or stated != size:
+                layout.inline[position] = self._from_values(entry, position)
+            elif not _is_size(stated) or size not in (None, stated):
                 raise WireError(
                     f"the input {entry.name!r} has binary_data_size {_shown(stated)}",
-                    f"shape {entry.shape} of {entry.datatype} is {size} bytes",
+                    f"shape {entry.shape} of {entry.datatype} is {size or 'any number of'} bytes",
                     "send the tensor's exact size",
                 )
             else:
-                layout.slices[position] = (layout.total, layout.total + size)
-                layout.total += size
+                layout.slices[position] = (layout.total, layout.total + stated)
+                layout.total += stated
         return layout.settle()
 
     def _place(self, entry: InputHeader | OutputHeader, size: int | None = None) -> Place | None:
@@ -495,13 +560,15 @@ class Codec:
                     f"ask GET v2/models/{self.model}",
                 )
             spec = self.signature.inputs[position]
-            if entry.datatype != datatype_of(spec):
+            if entry.datatype == "BYTES" and self._pictures:
+                self._check_pictures(entry)
+            elif entry.datatype != datatype_of(spec):
                 raise WireError(
                     f"the input {entry.name!r} has datatype {_shown(entry.datatype)}",
                     f"{self.model} takes {datatype_of(spec)}",
                     "convert it, or send another input",
                 )
-            if len(entry.shape) != len(spec.shape) + 1 or tuple(entry.shape[1:]) != spec.shape:
+            elif len(entry.shape) != len(spec.shape) + 1 or tuple(entry.shape[1:]) != spec.shape:
                 raise WireError(
                     f"the input {entry.name!r} has shape {_shown(entry.shape)}",
                     f"{self.model} takes {[-1, *spec.shape]}, the first being the number of samples",
@@ -535,7 +602,22 @@ class Codec:
                 f"the request has {rows} samples", f"a request has 1 to {self.max_rows}", "split it into several"
             )
 
-    def _from_values(self, entry: InputHeader, position: int, size: int) -> memoryview:
+    def _check_pictures(self, entry: InputHeader) -> None:
+        if len(entry.shape) not in (1, 2) or entry.shape[1:] not in ([], [1]):
+            raise WireError(
+                f"the input {entry.name!r} has shape {_shown(entry.shape)}",
+                "encoded pictures have [-1] or [-1, 1], the first being their number",
+                "bring it to that shape",
+            )
+        if entry.shape[0] > self._pictures:
+            raise WireError(
+                f"the request has {entry.shape[0]} pictures",
+                f"decoded, {self._pictures} of them are as large as a request may be",
+                "split it into several",
+                status=413,
+            )
+
+    def _from_values(self, entry: InputHeader, position: int) -> memoryview:
         spec = self.signature.inputs[position]
         try:
             values = np.asarray(_flat(entry.data))
@@ -555,7 +637,7 @@ class Codec:
             raise WireError(
                 f"the data of the input {entry.name!r} cannot be read",
                 str(error),
-                f"send {size // np.dtype(spec.dtype).itemsize} numbers of type {datatype_of(spec)}, flat or nested",
+                f"send {math.prod(entry.shape)} numbers of type {datatype_of(spec)}, flat or nested",
             ) from error
         return memoryview(array.tobytes())
 
@@ -646,6 +728,57 @@ def _is_size(value: object) -> TypeGuard[int]:
 def _bytes_tensor(words: Sequence[str]) -> bytes:
     """A BYTES tensor as it is sent: each element's length in four bytes, then the element."""
     return b"".join(len(word).to_bytes(4, "little") + word for word in map(str.encode, words))
+
+
+def _elements(content: memoryview, number: int) -> list[memoryview]:
+    """The elements of a BYTES tensor, as `_bytes_tensor` writes them; none is copied."""
+    found: list[memoryview] = []
+    at, end = 0, len(content)
+    while at + 4 <= end and len(found) < number:
+        stop = at + 4 + int.from_bytes(content[at : at + 4], "little")
+        if stop > end:
+            break
+        found.append(content[at + 4 : stop])
+        at = stop
+    if at != end or len(found) != number:
+        raise WireError(
+            f"the BYTES tensor holds {len(found)} whole elements in {at} of its {end} bytes",
+            f"its shape says {number}",
+            "send each element's length in four bytes, little-endian, and then the element",
+        )
+    return found
+
+
+def _from_elements(entry: InputHeader) -> Sequence[Encoded]:
+    """The pictures that a header holds itself: Base64 in JSON, bytes over gRPC."""
+    data = entry.data
+    if len(entry.shape) == 2 and isinstance(data, list) and all(isinstance(row, list) for row in data):
+        data = [element for row in data for element in row]
+    if not isinstance(data, list) or not all(isinstance(element, str | bytes) for element in data):
+        raise WireError(
+            f"the data of the input {entry.name!r} cannot be read", "it is no list of text", "send pictures in Base64"
+        )
+    if len(data) != entry.shape[0]:
+        raise WireError(
+            f"the data of the input {entry.name!r} has {len(data)} elements",
+            f"its shape is {entry.shape}",
+            "send one element for each picture",
+        )
+    return [memoryview(element) if isinstance(element, bytes) else element for element in data]
+
+
+def content_of(picture: Encoded) -> bytes:
+    """The bytes of a picture, however it was sent.
+
+    Raises:
+        WireError: if it is not Base64 where it ought to be.
+    """
+    if not isinstance(picture, str):
+        return bytes(picture)
+    try:
+        return base64.b64decode(picture, validate=True)
+    except ValueError as error:
+        raise WireError("a picture is not Base64", str(error), "JSON carries pictures as Base64 only") from error
 
 
 def _wrong_length(expected: int, found: int) -> WireError:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from rushhour.bundle import Decoding
 from rushhour.data.arrays import from_splits, held_out, split
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError
 from rushhour.machine import cores
+from rushhour.picture import decode, look
 from rushhour.storage import explained
 from rushhour.task import Task
 
@@ -60,7 +61,7 @@ def load_folder(folder: Path, *, size: tuple[int, int] | None, seed: int) -> Dat
     Task.classification(classes)  # one class is refused before all its pictures are read
     files = [file for by_class in listed.values() for pictures in by_class.values() for file in pictures]
     with warnings.catch_warnings():
-        # Here and not in `_opened`: filters are the process's, and threads that set them undo each other.
+        # Here and not around each picture: filters are the process's, and threads that set them undo each other.
         warnings.simplefilter("ignore")
         mode, size = _form(files, size)
         loaded = {part: _load(by_class, mode, size) for part, by_class in listed.items()}
@@ -71,7 +72,8 @@ def load_folder(folder: Path, *, size: tuple[int, int] | None, seed: int) -> Dat
     else:
         kept, validation = held_out(loaded["train"], (0.1,), seed=seed)
         parts = (kept, validation, loaded["test"])
-    return from_splits(folder.resolve().name, *parts, classes=classes)
+    data = from_splits(folder.resolve().name, *parts, classes=classes)
+    return dataclasses.replace(data, preprocessing=msgspec.structs.replace(data.preprocessing, decoding=Decoding()))
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -101,9 +103,12 @@ def _form(files: list[Path], size: tuple[int, int] | None) -> tuple[str, tuple[i
     """Grey where all of the first hundred are grey, else colour; and the size."""
     modes = set()
     for file in files[:: max(1, len(files) // 100)]:
-        with _opened(file) as picture:
-            modes.add(picture.mode in ("L", "1") or picture.mode.startswith("I"))
-            size = size or (picture.height, picture.width)
+        try:
+            grey, upright = look(file, max_pixels=_MAX_PIXELS)
+        except DataError as error:
+            raise _named(error, file) from error
+        modes.add(grey)
+        size = size or upright
     assert size is not None
     return ("L" if modes == {True} else "RGB"), size
 
@@ -115,13 +120,10 @@ def _load(by_class: dict[str, list[Path]], mode: str, size: tuple[int, int]) -> 
     pictures = np.empty((len(files), *size, 1 if mode == "L" else 3), np.uint8)
 
     def read(index: int) -> None:
-        with _opened(files[index]) as picture:
-            if picture.mode.startswith("I"):  # 16 bits of grey; Pillow would clip them to 8
-                picture = Image.fromarray((np.asarray(picture).clip(0, 65_535) >> 8).astype(np.uint8))
-            converted = picture.convert(mode)
-            if (converted.height, converted.width) != size:
-                converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            pictures[index] = np.asarray(converted).reshape(*size, -1)
+        try:
+            decode(files[index], pictures[index], max_pixels=_MAX_PIXELS)
+        except DataError as error:
+            raise _named(error, files[index]) from error
 
     with ThreadPoolExecutor(cores()) as pool:
         for _ in pool.map(read, range(len(files))):
@@ -129,16 +131,5 @@ def _load(by_class: dict[str, list[Path]], mode: str, size: tuple[int, int]) -> 
     return Split(pictures, labels.astype(np.int64))
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    """An opened picture whose pixels are loaded; what goes wrong becomes a `DataError` that names the file."""
-    try:
-        with Image.open(file) as picture:
-            if picture.width * picture.height > _MAX_PIXELS:
-                raise ValueError(f"it has {picture.width}x{picture.height} pixels, and {_MAX_PIXELS:,} are allowed")
-            picture.load()
-            yield picture
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"cannot read the picture {file}", str(error), "mend it, or take it out of the folder"
-        ) from error
+def _named(error: DataError, file: Path) -> DataError:
+    return DataError(f"cannot read the picture {file}", error.why, "mend it, or take it out of the folder")

@@ -128,6 +128,17 @@ class Batcher(Generic[T]):
         self.waiting += rows
         return ticket
 
+    def reserve(self, rows: int) -> bool:
+        """Keep room for samples that are on their way: they count as waiting. False where the queue is full."""
+        if self.full(rows):
+            return False
+        self.waiting += rows
+        return True
+
+    def release(self, rows: int) -> None:
+        """Give back room that was kept: what was on its way is there, and offered next, or will not come."""
+        self.waiting -= rows
+
     def cancel(self, ticket: Ticket[T]) -> None:
         """Nobody waits for this request any more; what is not yet in a batch is dropped. May be called again."""
         if not ticket.cancelled:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
 from rushhour.clock import Clock
 from rushhour.engines import Engine, Slot
-from rushhour.errors import EngineError
+from rushhour.errors import EngineError, WireError
 from rushhour.plan import Policy
 from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
+from rushhour.serve.pictures import Decoder, Decoding
 from rushhour.serve.statistics import Statistics
-from rushhour.wire import Codec, InferRequest, Layout, Wanted
+from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
 _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
 """1 is the highest, as the protocol has it; a request that does not say is in the middle."""
@@ -44,6 +45,13 @@ class Job:
         self.missing = request.rows
         self.collected: list[bytearray] | None = None
         self.ticket: Ticket[Job] | None = None
+
+
+class _PictureJob(Job):
+    """A job whose pictures are decoded first; until then it has no ticket, but room is kept for it."""
+
+    __slots__ = ("decoding",)
+    decoding: Decoding | None
 
 
 class Shed:
@@ -87,11 +95,21 @@ class Cell:
         policy: of the plan: the bound of the queue, and the deadline.
         profile: how long the engine's batches take; kept fresh here.
         clock: what deadlines are read on.
+        decoder: of encoded pictures; None where the codec takes none.
     """
 
-    def __init__(self, engine: Engine, codec: Codec, policy: Policy, profile: Profile, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        codec: Codec,
+        policy: Policy,
+        profile: Profile,
+        clock: Clock,
+        decoder: Decoder | None = None,
+    ) -> None:
         self.codec = codec
         self.engine = engine
+        self.decoder = decoder
         self.counters = Counters()
         self.statistics = Statistics(clock)
         self.profile = profile
@@ -120,6 +138,8 @@ class Cell:
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
         """Queue a request, or turn it away. `reply` is called later, never from within this call."""
+        if request.pictures:
+            return self._submit_pictures(cast(PictureRequest, request), reply)
         wanted = request.wanted
         priority = min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
         deadline = self._deadline_of(request.rows, wanted, priority)
@@ -148,15 +168,22 @@ class Cell:
                 return deadline
         return self._no_room() if self._batcher.full(1 if layout is None else layout.rows) else None
 
-    def _deadline_of(self, rows: int, wanted: Wanted, priority: int) -> float | Shed:
-        """When the answer must be there, on the cell's clock; or that it cannot be."""
+    def _deadline_of(self, rows: int, wanted: Wanted, priority: int, decoding_s: float = 0.0) -> float | Shed:
+        """When the answer must be there, on the cell's clock; or that it cannot be.
+
+        Args:
+            decoding_s: until the samples are there; the engine goes on with others meanwhile.
+        """
         within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
         if within == math.inf:
             return math.inf
         now = self._clock.now()
         deadline = now + _SHARE_OF_DEADLINE * within
         waiting = self._batcher.waiting_before(priority)
-        finish = self._admission.finish(now, rows, waiting, [stream.until for stream in self._busy], self._streams)
+        busy_until = [stream.until for stream in self._busy]
+        finish = self._admission.finish(now, rows, waiting, busy_until, self._streams)
+        if decoding_s:
+            finish = max(finish, self._admission.finish(now + decoding_s, rows, 0, busy_until, self._streams))
         if finish <= deadline:
             return deadline
         self.counters.shed_deadline += 1
@@ -173,9 +200,58 @@ class Cell:
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
         self.counters.cancelled += 1
-        job.reply = None
         if job.ticket is not None:
-            self._batcher.cancel(job.ticket)
+            self._drop(job.ticket)
+        elif isinstance(job, _PictureJob):
+            self._leave_out(job)
+        job.reply = None
+
+    def _leave_out(self, job: _PictureJob) -> None:
+        """Nobody waits for what is being decoded, if it still is."""
+        if job.decoding is not None:
+            job.decoding.cancel()
+            job.decoding = None
+            self._batcher.release(job.request.rows)
+
+    def _submit_pictures(self, request: PictureRequest, reply: Reply) -> Job | Shed:
+        """Decide at arrival, as for any request, but with the time that decoding takes; then decode, then queue.
+
+        While its pictures are decoded, a request counts as waiting. Once it is in, nobody can take its room.
+        """
+        assert self.decoder is not None
+        wanted, batcher, rows = request.wanted, self._batcher, request.rows
+        priority = min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
+        arrived = self._clock.now()
+        found = self._deadline_of(rows, wanted, priority, self.decoder.seconds(request))
+        if isinstance(found, Shed):
+            return found
+        deadline = found
+        if not batcher.reserve(rows):
+            return self._no_room()
+
+        def enter(samples: memoryview | WireError) -> None:
+            batcher.release(rows)
+            job.decoding, request.pictures = None, ()
+            if isinstance(samples, WireError):
+                reply(samples)
+                return
+            now = self._clock.now()
+            if now + self.profile.seconds(min(rows, batcher.max_batch)) > deadline:
+                self.counters.shed_deadline += 1
+                self.statistics.fail.add(1, now - arrived)
+                reply(WireError("decoding took longer than the deadline leaves time for", status=429))
+                return
+            request.tensors = (samples,)
+            job.ticket = batcher.offer(job, rows, deadline=deadline, priority=priority)
+            assert job.ticket is not None  # its room was kept
+            job.ticket.arrived = arrived
+            if self._free and not self._dispatching:
+                self._dispatching = True
+                self._loop.call_soon(self._dispatch)
+
+        job = _PictureJob(request, reply)
+        job.decoding = self.decoder.start(request, enter)
+        return job
 
     def _dispatch(self) -> None:
         self._dispatching = False
@@ -210,6 +286,10 @@ class Cell:
                 first = part.first * row_bytes
                 buffer[start : start + size] = tensor[first : first + size]
             at += part.rows
+            if part.first + part.rows == part.ticket.rows:
+                # Ticket and job hold each other: a body is to go when it has been copied, not when cycles are sought.
+                part.ticket.item.ticket = None
+                part.ticket.item.request.tensors = ()
         return at
 
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
@@ -231,7 +311,7 @@ class Cell:
             self.statistics.count(stream, len(parts), begun, answered)
         else:
             for part in parts:
-                self._fail(part.ticket.item, error)
+                self._fail(part.ticket, error)
         self._busy.remove(stream)
         self._free.append(stream)
         if self._batcher.waiting and not self._dispatching:
@@ -261,13 +341,21 @@ class Cell:
             self.counters.answered += 1
             job.reply([memoryview(whole) for whole in job.collected])
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, ticket: Ticket[Job], error: BaseException) -> None:
+        job = ticket.item
         if job.reply is not None:
-            reply, job.reply = job.reply, None
             self.counters.failed += 1
-            if job.ticket is not None:
-                self.statistics.fail.add(1, self._clock.now() - job.ticket.arrived)
+            self.statistics.fail.add(1, self._clock.now() - ticket.arrived)
+            reply = job.reply
+            self._drop(ticket)
             reply(error if isinstance(error, Exception) else EngineError("the engine stopped", repr(error)))
+
+    def _drop(self, ticket: Ticket[Job]) -> None:
+        """Nobody waits for the answer any more: what is not yet in a batch never will be."""
+        self._batcher.cancel(ticket)
+        job = ticket.item
+        job.reply = job.ticket = None
+        job.request.tensors = ()
 
 
 class _Stream:

@@ -136,6 +136,7 @@ class Control:
             "policy": loaded.target.plan.policy,
             "engine": engine.config,
             "effective": dict(engine.effective),
+            "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
         }
 

@@ -26,7 +26,6 @@ from rushhour.serve.guard import Keys, Limits
 from rushhour.serve.protocol import HEALTH, INFERENCE, message
 from rushhour.serve.protocol.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.repository import Repository
-from rushhour.wire import InferRequest
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -335,9 +334,7 @@ class _Call:
         if within_s is not None:  # the client's own deadline: later it would not be there any more
             wanted = request.wanted
             timeout = within_s if wanted.timeout_s is None else min(within_s, wanted.timeout_s)
-            request = InferRequest(
-                request.rows, request.tensors, msgspec.structs.replace(wanted, timeout_s=max(timeout, 1e-6))
-            )
+            request.wanted = msgspec.structs.replace(wanted, timeout_s=max(timeout, 1e-6))
         submitted = cell.submit(request, self._reply)
         if isinstance(submitted, Shed):
             raise _TurnedAway(submitted)
@@ -373,6 +370,9 @@ class _Call:
             return
         try:
             self._answered.set_result(self._codec.encode(self._asked, result))
+        except WireError as error:
+            # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
+            self._answered.set_exception(error.with_traceback(None))
         except Exception as error:
             self._answered.set_exception(error)
 

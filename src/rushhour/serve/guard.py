@@ -21,10 +21,11 @@ class Limits(msgspec.Struct, frozen=True):
 
     Attributes:
         connections: at once; further ones are answered 503 and closed.
-        body_bytes: of a request, compressed or not.
+        body_bytes: of a request, compressed or not; of its pictures, decoded.
         header_bytes: of a request, with its target.
         request_s: from a request's first byte to its last. A client that sends slower holds memory for nothing.
         idle_s: without a request; then the connection is closed.
+        picture_pixels: of an encoded picture. Each thread that decodes needs 4 bytes for each.
     """
 
     connections: Annotated[int, msgspec.Meta(ge=1)] = 8192
@@ -32,6 +33,7 @@ class Limits(msgspec.Struct, frozen=True):
     header_bytes: Annotated[int, msgspec.Meta(ge=256)] = 32 * 2**10
     request_s: _Positive = 30.0
     idle_s: _Positive = 300.0
+    picture_pixels: Annotated[int, msgspec.Meta(ge=1)] = 50_000_000
 
 
 class Keys:

@@ -18,7 +18,7 @@ import msgspec
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.cell import Cell, Job, Shed
 from rushhour.serve.guard import Keys, Limits, inflate
-from rushhour.wire import InferRequest
+from rushhour.wire import Codec, InferRequest, Layout
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
@@ -72,16 +72,28 @@ class Desk(Protocol):
 
 
 class _Message:
-    __slots__ = ("authorization", "body", "encoding", "header_length", "keep_alive", "method", "target")
+    __slots__ = (
+        "authorization",
+        "body",
+        "encoding",
+        "header_length",
+        "is_picture",
+        "keep_alive",
+        "known",
+        "method",
+        "target",
+    )
 
     def __init__(self) -> None:
         self.target = b""
         self.method = b""
         self.body: list[bytes] = []
         self.header_length: bytes | None = None
+        self.is_picture = False
         self.encoding = b""
         self.authorization: bytes | None = None
         self.keep_alive = True
+        self.known: _Known | None = None
 
 
 class _Known:
@@ -96,14 +108,60 @@ class _Known:
     def __init__(self, head: bytes, body_bytes: int, message: _Message) -> None:
         self.head = head
         self.size = len(head) + body_bytes
-        self._said = (message.target, message.method, message.header_length, message.encoding, message.authorization)
+        self._said = (
+            message.target,
+            message.method,
+            message.header_length,
+            message.encoding,
+            message.authorization,
+            message.is_picture,
+        )
 
     def again(self, data: bytes) -> _Message:
         """The request that `data`, which begins with the head and has the right size, holds."""
         message = _Message()
-        message.target, message.method, message.header_length, message.encoding, message.authorization = self._said
+        (
+            message.target,
+            message.method,
+            message.header_length,
+            message.encoding,
+            message.authorization,
+            message.is_picture,
+        ) = self._said
         message.body.append(data[len(self.head) :])
+        message.known = self
         return message
+
+
+class _Repeat:
+    """A request whose head and JSON header came before, byte for byte: only its tensors are new.
+
+    What it asks for is known, and so is all of its answer but the tensors. It holds for the version of the model that
+    read it; after a reload the request is read anew.
+    """
+
+    __slots__ = ("answer", "codec", "keep_alive", "path", "prefix", "rows", "size", "slices", "wanted")
+
+    def __init__(self, known: _Known, codec: Codec, path: bytes, header: bytes, layout: Layout) -> None:
+        self.prefix = known.head + header
+        self.size = known.size
+        self.path = path
+        self.codec = codec
+        self.rows = layout.rows
+        self.wanted = layout.wanted
+        self.slices = tuple((len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
+        self.keep_alive = True
+        self.answer: bytes | None = None
+        """All of the answer that comes before its tensors, if they follow whole and in the signature's order."""
+        described = codec.answer_header(layout.wanted, layout.rows)
+        if described is not None:
+            size = len(described) + layout.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
+            self.answer = _BINARY % (len(described), b"", size) + described
+
+    def request(self, data: bytes) -> InferRequest:
+        """The request that `data`, which begins with the prefix and has the right size, holds."""
+        view = memoryview(data)
+        return InferRequest(self.rows, tuple([view[start:stop] for start, stop in self.slices]), self.wanted)
 
 
 class HttpConnection(asyncio.Protocol):
@@ -133,10 +191,13 @@ class HttpConnection(asyncio.Protocol):
         self._refused: WireError | None = None
         self._broken: WireError | None = None
         self._ready: deque[_Message] = deque()
-        self._current: _Message | None = None
-        self._running: tuple[Cell, Job] | None = None
+        self._current: _Message | _Repeat | None = None
+        self._cell: Cell | None = None
+        self._request: InferRequest | None = None
+        self._job: Job | None = None
         self._paused = False
         self._known: _Known | None = None
+        self._repeat: _Repeat | None = None
         self._chunk = b""
         self._chunked = False
         self._ended = False
@@ -162,13 +223,29 @@ class HttpConnection(asyncio.Protocol):
         if self._lingering is not None:
             self._lingering.cancel()
         self._desk.connections.discard(self)
-        if self._running is not None:
-            cell, job = self._running
-            self._running = None
-            cell.cancel(job)
+        if self._job is not None and self._cell is not None:
+            self._cell.cancel(self._job)
+        self._cell = self._request = self._job = None
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one request, of a part of one, or of several."""
+        repeat = self._repeat
+        if (
+            repeat is not None
+            and len(data) == repeat.size
+            and self._current is None
+            and not self._reading
+            and not self._ready
+            and not self._deaf
+            and data.startswith(repeat.prefix)
+        ):
+            cell = self._desk.cell_of(repeat.path)
+            if cell is not None and cell.codec is repeat.codec:
+                self._since = self._clock()
+                self._current = repeat
+                self._hand_in(cell, repeat.request(data))
+                return
+            self._repeat = None
         if self._deaf:
             return
         known = self._known
@@ -260,6 +337,8 @@ class HttpConnection(asyncio.Protocol):
         elif lowered == b"content-encoding":
             self._once(name, message.encoding or None)
             message.encoding = value.lower()
+        elif lowered == b"content-type":
+            message.is_picture = value.lower().startswith(b"image/")
         elif lowered == b"content-length" and int(value) > self._limits.body_bytes:
             raise self._stop(self._too_large())
         elif lowered == b"authorization":
@@ -350,7 +429,7 @@ class HttpConnection(asyncio.Protocol):
         if self._chunked or self._expected or not message.keep_alive or len(message.body) != 1:
             return
         if self._chunk.find(b"\r\n\r\n") + 4 == end and self._chunk.endswith(message.body[0]):
-            self._known = _Known(self._chunk[:end], self._body_bytes, message)
+            self._known = message.known = _Known(self._chunk[:end], self._body_bytes, message)
 
     def _complete(self, message: _Message) -> None:
         """A request is there: answer it, or let it wait for those before it."""
@@ -466,29 +545,49 @@ class HttpConnection(asyncio.Protocol):
 
     def _submit(self, cell: Cell, message: _Message, body: bytes) -> None:
         try:
-            request = cell.codec.decode(body, _header_length(message.header_length))
+            request: InferRequest
+            if message.is_picture and message.header_length is None:
+                request = cell.codec.decode_picture(body)
+            else:
+                request = cell.codec.decode(body, _header_length(message.header_length))
         except WireError as error:
             self._send_error(error)
             return
+        if message.known is not None and message.known is self._known and message.header_length:
+            header = body[: int(message.header_length)]
+            layout = cell.codec.known(header)
+            if layout is not None and layout.ordered:
+                path = message.target.partition(b"?")[0]
+                self._repeat = _Repeat(message.known, cell.codec, path, header, layout)
+        self._hand_in(cell, request)
 
-        def reply(result: Sequence[memoryview] | Exception) -> None:
-            self._running = None
-            self._reply(cell, request, result)
-
-        submitted = cell.submit(request, reply)
+    def _hand_in(self, cell: Cell, request: InferRequest) -> None:
+        self._cell, self._request = cell, request
+        submitted = cell.submit(request, self._answered)
         if isinstance(submitted, Shed):
             self._turn_away(submitted)
         else:
-            self._running = (cell, submitted)
+            self._job = submitted
 
     def _turn_away(self, shed: Shed) -> None:
         retry = b"retry-after: %d\r\n" % max(1, math.ceil(shed.retry_after_s))
         self._send(429, _error_body(WireError(shed.why, status=429)), retry)
 
-    def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview] | Exception) -> None:
+    def _answered(self, result: Sequence[memoryview] | Exception) -> None:
+        cell, request, current = self._cell, self._request, self._current
+        self._job = self._request = None
+        assert cell is not None
+        assert request is not None
         if isinstance(result, Exception):
             self._send_error(result)
-            return
+        elif isinstance(current, _Repeat) and current.answer is not None and not self._desk.draining:
+            if self._transport is not None:
+                self._transport.write(b"".join((current.answer, *result)))
+                self._next(close=False)
+        else:
+            self._reply(cell, request, result)
+
+    def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
         try:
             length, parts = cell.codec.encode(request.wanted, request.rows, result)
         except WireError as error:
@@ -510,7 +609,7 @@ class HttpConnection(asyncio.Protocol):
         close = self._closing()
         if self._transport is not None:
             answer = _response(status, body, extra + (b"connection: close\r\n" if close else b""))
-            if self._current is not None and self._current.method == b"HEAD":
+            if isinstance(self._current, _Message) and self._current.method == b"HEAD":
                 answer = _without_body(answer)
             self._transport.write(answer)
             self._next(close)

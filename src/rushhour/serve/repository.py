@@ -10,12 +10,15 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, open_engine, time_service
 from rushhour.errors import RushhourError, ServeError
+from rushhour.machine import cores
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
+from rushhour.serve.guard import Limits
+from rushhour.serve.pictures import Decoder
 from rushhour.serve.supervisor import Change
 from rushhour.serve.target import Target, open_target
 from rushhour.wire import Codec, Regions
@@ -50,6 +53,7 @@ class Repository:
         opener: opens engines.
         version: that the first load gets; each further one gets one more.
         regions: the shared memory that requests may use; None where it is switched off.
+        limits: what one request may cost.
 
     Attributes:
         loaded: what answers requests now.
@@ -60,7 +64,13 @@ class Repository:
     """
 
     def __init__(
-        self, target: Target, name: str | None, opener: Opener, version: int = 1, regions: Regions | None = None
+        self,
+        target: Target,
+        name: str | None,
+        opener: Opener,
+        version: int = 1,
+        regions: Regions | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
     ) -> None:
         self.name = name or target.bundle.manifest.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
@@ -74,6 +84,7 @@ class Repository:
         self._first: Target | None = target
         self._opener = opener
         self._regions = regions
+        self._limits = limits
         self._version = version - 1
         self.spread: Callable[[Change], Awaitable[str]] | None = None
         self._changing = asyncio.Lock()
@@ -109,7 +120,7 @@ class Repository:
             target, self._first = self._first, None
             if target is None:
                 target = await loop.run_in_executor(None, open_target, self._path)
-            engine, profile = await loop.run_in_executor(None, self._open, target)
+            engine, profile, decoder = await loop.run_in_executor(None, self._open, target)
             self._version = self._version + 1 if version is None else version
             codec = Codec(
                 self.name,
@@ -117,8 +128,9 @@ class Repository:
                 version=str(self._version),
                 labels=target.bundle.manifest.task.classes,
                 regions=self._regions,
+                pictures=self._most_pictures(engine.signature) if decoder else 0,
             )
-            cell = Cell(engine, codec, target.plan.policy, profile, WallClock())
+            cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder)
             old, self.loaded = self.loaded, Loaded(target, engine, cell)
             base = f"/v2/models/{self.name}"
             self._infer_paths = frozenset(
@@ -134,13 +146,21 @@ class Repository:
         if old is not None:
             await _retire(old)
 
-    def _open(self, target: Target) -> tuple[Engine, Profile]:
+    def _open(self, target: Target) -> tuple[Engine, Profile, Decoder | None]:
         engine = self._opener(target.bundle, target.engine_config)
         try:
-            return engine, Profile(time_service(engine, target.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS))
+            profile = Profile(time_service(engine, target.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS))
+            spec = engine.signature.picture
+            if spec is None:
+                return engine, profile, None
+            return engine, profile, Decoder(spec, max_pixels=self._limits.picture_pixels, threads=cores())
         except RushhourError:
             engine.close()
             raise
+
+    def _most_pictures(self, signature: Signature) -> int:
+        """In one request: decoded, they may be as large as a request with tensors."""
+        return max(1, self._limits.body_bytes // signature.inputs[0].row_bytes)
 
 
 def opener(trusted: tuple[str, ...]) -> Opener:
@@ -155,4 +175,6 @@ def opener(trusted: tuple[str, ...]) -> Opener:
 async def _retire(old: Loaded) -> None:
     while not old.cell.idle:
         await asyncio.sleep(0.005)
+    if old.cell.decoder is not None:
+        old.cell.decoder.close()
     await asyncio.get_running_loop().run_in_executor(None, old.engine.close)

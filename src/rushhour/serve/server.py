@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _DRAIN_SECONDS = 30.0
 _LINGER_SECONDS = 0.25
 _OTHER_FILES = 256
+_COLLECT_AFTER = (50_000, 20, 20)
+"""Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
 
 Ready = Callable[[str, str | None], None]
 """Called once when requests are welcome: with the URL, and with the address for gRPC where that is served."""
@@ -107,7 +109,7 @@ async def _serve(
         regions = None
         if settings.shared_memory and not settings.one_of_many:  # cells share no registrations
             regions = SharedMemory(settings.limits.body_bytes)
-        repository = Repository(target, settings.model, open_with, version=settings.version, regions=regions)
+        repository = Repository(target, settings.model, open_with, settings.version, regions, settings.limits)
         if tether is not None:
             tether.attach(repository.apply)
             repository.spread = tether.ask if settings.one_of_many else None
@@ -195,6 +197,7 @@ class _Server:
         # What is loaded now lives as long as the server: the collector need not walk it during requests.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_COLLECT_AFTER)
         host, port = listener.getsockname()[:2]
         ready(f"http{'s' if context else ''}://{_address(host, port)}", grpc.address if grpc else None)
         sweeping = asyncio.ensure_future(self._sweep())

@@ -44,6 +44,7 @@ _CONTENTS = {
     "UINT64": "uint64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
 }
 
 
@@ -158,7 +159,7 @@ class GrpcCodec:
                 answer.append((before + _tagged(_RAW_OUT, size), position))
                 before = b""
         header = _Header(layout, answer)
-        if not layout.inline and len(head) <= _MAX_CACHED_HEADER_BYTES:
+        if not layout.inline and not layout.encoded and len(head) <= _MAX_CACHED_HEADER_BYTES:
             if len(self._headers) >= _MAX_CACHED_HEADERS:
                 self._headers.clear()
             self._headers[head] = header
