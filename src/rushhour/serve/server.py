@@ -204,8 +204,22 @@ class _Server:
         await stop.wait()
         sweeping.cancel()
         self.draining = True
-        server.close()
+        with listener.dup() as last:
+            server.close()
+            await self._take_last(last, context)
         await asyncio.gather(self._drain(), *([grpc.drain(_LINGER_SECONDS, _DRAIN_SECONDS)] if grpc else []))
+
+    async def _take_last(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        """Accept who has connected already: a listener that closes resets them, request and all."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _LINGER_SECONDS
+        listener.setblocking(False)
+        with contextlib.suppress(OSError):  # nobody is left, or nothing can be opened
+            while loop.time() < until:
+                await asyncio.sleep(0)
+                accepted, _ = listener.accept()
+                with contextlib.suppress(OSError):  # gone again
+                    await loop.connect_accepted_socket(lambda: HttpConnection(self), accepted, ssl=context)
 
     async def _open_grpc(self, host: str, port: int) -> GrpcFace:
         from rushhour.serve.grpc import GrpcFace  # grpcio is large: only who wants it pays for it
