@@ -226,6 +226,7 @@ class HttpConnection(asyncio.Protocol):
         if self._job is not None and self._cell is not None:
             self._cell.cancel(self._job)
         self._cell = self._request = self._job = None
+        del self._parser  # it knows this connection: together they would wait for the collector
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one request, of a part of one, or of several."""
