@@ -390,6 +390,7 @@ def _stopping() -> WireError:
 
 
 async def _refuse(context: Context, error: Exception) -> NoReturn:
+    error.__traceback__ = None  # grpcio keeps the error: what the request held is not to wait for the collector
     status = error.status if isinstance(error, WireError) else 500
     code = _CODES.get(status, grpc.StatusCode.INTERNAL)
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
