@@ -8,15 +8,18 @@ import gzip
 import heapq
 import json
 import math
+import os
 import resource
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc.aio
+import tritonclient.utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -425,13 +428,24 @@ def test_attackers_leave_nothing_behind(server: Server, tiny: Bundle) -> None:
         for _ in range(200):  # there and gone
             socket.create_connection(server.address, timeout=10).close()
 
-    for _ in range(2):
+    for _ in range(4):
         attack()
     before = resident_mib(server)
     for _ in range(8):
         attack()
-    assert resident_mib(server) - before < 8
+    assert resident_mib(server) - before < 10
     assert_served(server, tiny)
+
+
+@pytest.mark.parametrize("attack", ["a header without end", "chunks in disguise", "one long text", "TLS"])
+def test_what_is_refused_does_not_wait_for_the_collector(server: Server, attack: str) -> None:
+    sent, _ = ATTACKS[attack]
+    for _ in range(20):
+        say(server, sent)
+    before = resident_mib(server)
+    for _ in range(80):
+        say(server, sent)
+    assert resident_mib(server) - before < 3
 
 
 def test_garbage_behind_requests_is_answered_after_them(server: Server, tiny: Bundle) -> None:
@@ -444,6 +458,23 @@ def test_garbage_behind_requests_is_answered_after_them(server: Server, tiny: Bu
     said = say(server, request_bytes(images_of(1, 0), tiny) + b"GET /v2 HTTP/1.1\r\n\r\n" * 5000)
     assert said.count(b"HTTP/1.1 200 OK") == 5001
     assert_served(server, tiny)
+
+
+def test_refused_registrations_hold_no_files(tiny: Bundle) -> None:
+    from multiprocessing.shared_memory import SharedMemory
+
+    memory = SharedMemory(create=True, size=100)
+    try:
+        with serving(tiny.path, ServeSettings(http_port=0, grpc_port=0)) as server:
+            with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+                for number in range(30):
+                    with pytest.raises(tritonclient.utils.InferenceServerException, match="are wanted"):
+                        client.register_system_shared_memory(f"r{number}", memory.name, 100_000)
+            files = [os.readlink(file) for file in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+            assert not [file for file in files if memory.name in file]
+    finally:
+        memory.close()
+        memory.unlink()
 
 
 def test_slow_headers_and_slow_bodies_are_cut_off(tiny: Bundle) -> None:
@@ -495,6 +526,9 @@ def test_a_server_that_runs_out_of_files_goes_on_when_there_are_some_again(tiny:
         with contextlib.ExitStack() as held:
             for _ in range(60):
                 held.enter_context(socket.create_connection(server.address, timeout=10))
+        deadline = time.monotonic() + 10  # it has to notice first that they have gone
+        while not say(server, request_bytes(images_of(2, 0), tiny)).startswith(b"HTTP/1.1 200 "):
+            assert time.monotonic() < deadline
         assert_served(server, tiny)
 
 

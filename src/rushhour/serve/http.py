@@ -269,6 +269,10 @@ class HttpConnection(asyncio.Protocol):
             self.close_if_idle()
         except httptools.HttpParserError as error:
             self._refuse(self._refused or WireError("the request is not valid HTTP/1.1", str(error)))
+            if self._refused is not None:
+                # It was raised over what was read, and the parser keeps it: all that would wait for the collector.
+                self._refused.__traceback__ = None
+                self._refused = None
         else:
             if self._in_body and not self._foreseen:
                 self._foresee()

@@ -46,9 +46,9 @@ _ADMIN_HOST = "127.0.0.1"
 _DRAIN_SECONDS = 30.0
 _LINGER_SECONDS = 0.25
 _HANDSHAKE_SECONDS = 0.05
+_OTHER_FILES = 256
 _COLLECT_AFTER = (50_000, 20, 20)
 """Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
-_OTHER_FILES = 256
 
 Ready = Callable[[str, str | None], None]
 """Called once when requests are welcome: with the URL, and with the address for gRPC where that is served."""

@@ -149,12 +149,15 @@ class _Region:
             self._file = os.open(os.path.join(_FOLDER, key.removeprefix("/")), flags)
         except OSError as error:
             raise self._wrong(error.strerror or str(error)) from error
-        weakref.finalize(self, os.close, self._file)
-        status = os.fstat(self._file)
+        close = weakref.finalize(self, os.close, self._file)
+        status, why = os.fstat(self._file), ""
         if not stat.S_ISREG(status.st_mode):
-            raise self._wrong("it is not a shared memory object")
-        if offset + byte_size > status.st_size:
-            raise self._wrong(f"bytes {offset} to {offset + byte_size} are wanted, and it has {status.st_size}")
+            why = "it is not a shared memory object"
+        elif offset + byte_size > status.st_size:
+            why = f"bytes {offset} to {offset + byte_size} are wanted, and it has {status.st_size}"
+        if why:
+            close()  # at once: the error, which knows this region, may live until the collector comes
+            raise self._wrong(why)
 
     def read(self, offset: int, size: int) -> bytes:
         content = os.pread(self._file, size, self.offset + offset)
