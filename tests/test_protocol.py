@@ -17,9 +17,9 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
+from rushhour.protocol import HEALTH, INFERENCE, message
 from rushhour.serve import protocol
-from rushhour.serve.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.protocol.codec import GrpcCodec, identity_of, stream_answer, stream_error, take_apart
+from rushhour.serve.codec import GrpcCodec, identity_of, stream_answer, stream_error, take_apart
 from rushhour.wire import Codec, Place
 
 IMAGE = TensorSpec("image", "uint8", (2, 2, 1))
