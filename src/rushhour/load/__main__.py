@@ -1,7 +1,7 @@
 """The generator's process: `python -m rushhour.load SOCKET LIFELINE [CORE ...]`, the first two file descriptors.
 
-It takes jobs from the socket. The lifeline is a pipe: its end is the parent's, and is seen in the middle of a run too; a
-byte on it ends that run early. (The socket itself cannot be watched by the loop, which would make it non-blocking.)
+It takes jobs from the socket. The lifeline is a pipe: its end is the parent's, and is seen in the middle of a run
+too; a byte on it ends that run early. (The socket itself cannot be watched: the loop would make it non-blocking.)
 """
 
 from __future__ import annotations
