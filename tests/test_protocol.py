@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2, service_pb2
 
+from rushhour import protocol
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.protocol import HEALTH, INFERENCE, message
-from rushhour.serve import protocol
 from rushhour.serve.codec import GrpcCodec, identity_of, stream_answer, stream_error, take_apart
 from rushhour.wire import Codec, Place
 

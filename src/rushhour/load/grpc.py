@@ -1,7 +1,7 @@
 """The Open Inference Protocol over gRPC, as a client: a model found, requests encoded, calls made and timed.
 
-Imported only where it is used. grpcio's own core does the work of HTTP/2, at about ten times the CPU of an HTTP/1.1
-request here: a few thousand requests per second and core, and beyond that the verdict is `generator_limited`.
+Imported only where it is used. grpcio's own core does the work of HTTP/2, at several times the CPU of an HTTP/1.1
+request here: a few thousand requests per second on a core, beyond which the verdict is `generator_limited`.
 """
 
 from __future__ import annotations
