@@ -30,8 +30,8 @@ from bench.record import Table, record, verdict
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
+from rushhour.protocol import message
 from rushhour.serve import ServeSettings
-from rushhour.serve.protocol import message
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.wire import HEADER_LENGTH, decode_answer, encode_json_request, encode_request
 

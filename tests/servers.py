@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import httptools
 
 OUTPUT = b'{"name":"y","datatype":"FP32","shape":[1,2],"parameters":{"binary_data_size":8}}'
 HEADER = b'{"model_name":"tiny","outputs":[' + OUTPUT + b"]}"
-BODY = HEADER + bytes(8)
+BODY = HEADER + struct.pack("<2f", 1.0, 0.5)
 METADATA = {
     "name": "tiny",
     "versions": ["1"],
@@ -41,6 +42,8 @@ class Behaviour:
     garbage_from: int = 0
     not_http: bool = False
     wrong_output: bool = False
+    change_from: int = 0
+    change_by: float = 0.0
     close_from: int = 0
     hang_from: int = 0
     keep_alive: bool = True
@@ -124,10 +127,13 @@ class Connection(asyncio.Protocol):
         state.free_at = max(state.free_at, loop.time()) + behaviour.service_s
         if number == behaviour.stall_at:
             state.free_at += behaviour.stall_s
+        body = BODY
+        if behaviour.change_from and number >= behaviour.change_from:
+            body = HEADER + struct.pack("<2f", 1.0, 0.5 + behaviour.change_by)
         if behaviour.service_s == 0 and state.free_at <= loop.time():
-            self.reply(200, BODY, len(HEADER))
+            self.reply(200, body, len(HEADER))
         else:
-            loop.call_at(state.free_at, self.reply, 200, BODY, len(HEADER))
+            loop.call_at(state.free_at, self.reply, 200, body, len(HEADER))
 
     def reply(self, status: int, body: bytes, header_length: int | None = None) -> None:
         head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n"

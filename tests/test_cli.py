@@ -131,7 +131,7 @@ def test_load_at_a_rate_gives_a_verdict_for_machines(server: Server, tmp_path: P
     assert run["errors"] == 0
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "compress", "tune", "serve", "load", "report"])
+@pytest.mark.parametrize("command", ["demo", "train", "compress", "tune", "serve", "load", "compare", "report"])
 def test_help_teaches(command: str) -> None:
     done = rushhour(command, "--help")
     assert done.returncode == 0

@@ -15,11 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2, service_pb2
 
+from rushhour import protocol
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
-from rushhour.serve import protocol
-from rushhour.serve.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.protocol.codec import GrpcCodec, identity_of, stream_answer, stream_error, take_apart
+from rushhour.protocol import HEALTH, INFERENCE, message
+from rushhour.serve.codec import GrpcCodec, identity_of, stream_answer, stream_error, take_apart
 from rushhour.wire import Codec, Place
 
 IMAGE = TensorSpec("image", "uint8", (2, 2, 1))

@@ -6,9 +6,9 @@ line that says what, why and what to do; 130 interrupted.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,14 +19,13 @@ from rich.table import Table
 
 from rushhour.errors import GoalError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
-from rushhour.measurement import Measurement, Outcome
 from rushhour.storage import write_whole
 from rushhour.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from rushhour.bundle import Bundle, Source
     from rushhour.data import Dataset
-    from rushhour.load import Search
+    from rushhour.loading import Sending
     from rushhour.serve.log import LogFormat
     from rushhour.serve.orders import LogLevel
 
@@ -357,92 +356,203 @@ def serve(
     serve_target(opened, settings, ready)
 
 
+def _sending(command: C) -> C:
+    for option in (
+        click.option("--check", is_flag=True, help="Compare each answer with the first one to the same request."),
+        click.option("--header", multiple=True, metavar="'K: V'", help="Send this too. For any HTTP endpoint."),
+        click.option("--path", default=None, help="Send there. For any HTTP endpoint."),
+        click.option("--method", default=None, help="POST, GET, ... For any HTTP endpoint."),
+        click.option("--body", type=click.Path(path_type=Path), help="Send this file, to any HTTP endpoint."),
+        click.option(
+            "--payloads",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Send the samples of a bundle, or a folder's .npy, .npz, .json, .bin, .jpg and .png files.",
+        ),
+        click.option("--json-tensors", is_flag=True, help="Send tensors as JSON numbers, not as raw bytes."),
+        click.option("--seed", default=None, type=int, help="Of the arrivals; a fresh one by default."),
+        click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Samples in one request."),
+        click.option("--model", default=None, help="The model's name; not needed where the server has only one."),
+        click.option(
+            "--arrivals",
+            default="poisson",
+            show_default=True,
+            metavar="PROCESS",
+            help="poisson, constant, bursty (bursty:intensity=5,share=0.1,burst_s=0.5), or a file of recorded times.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _read_sending(arrivals: str, seed: int | None, json_tensors: bool, header: tuple[str, ...], **rest: Any) -> Sending:
+    import secrets
+
+    from rushhour.load import read_arrivals
+    from rushhour.loading import Sending
+
+    return Sending(
+        arrivals=read_arrivals(arrivals),
+        seed=secrets.randbelow(2**31) if seed is None else seed,
+        encoding="json" if json_tensors else "binary",
+        headers=header,
+        **rest,
+    )
+
+
+def _read_rates(texts: tuple[str, ...], sending: Sending) -> list[float]:
+    """Requests per second; `recorded` is the rate of a trace as it was."""
+    from rushhour.load import Trace
+
+    rates = []
+    for text in texts:
+        if text == "recorded":
+            if not isinstance(sending.arrivals, Trace):
+                raise GoalError(
+                    "there is no recorded rate", "the arrivals are not a trace", "use for example --rate 100"
+                )
+            rates.append(sending.arrivals.rate_rps)
+            continue
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate < math.inf:
+            raise GoalError(
+                f"cannot send {text!r} requests per second",
+                "a rate is a number above zero",
+                "use for example --rate 100",
+            )
+        rates.append(rate)
+    return rates
+
+
 @cli.command()
 @click.argument("url")
 @_slo
 @click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second: one window, one verdict."
+    "--rate",
+    "rates",
+    multiple=True,
+    help="Requests per second: a window and a verdict for each; `recorded` for a trace's own.",
 )
 @click.option(
     "--duration",
-    default="10s",
-    show_default=True,
-    help="Length of that window, such as 10s or 2m; longer where the SLO needs more requests.",
+    default=None,
+    help="Length of a window, such as 10s or 2m; longer where the SLO needs more requests. 10s by default, a trace "
+    "with --rate all of it.",
 )
-@click.option("--model", default=None, help="The model's name; not needed where the server has only one.")
-@click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Samples in one request.")
-@click.option("--seed", default=None, type=int, help="Of the arrivals; a fresh one by default.")
+@click.option("--closed-loop", type=int, metavar="N", help="N users that wait for their answers; no verdict.")
+@_sending
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw latency against rate: a .png or .html file."
+)
 @_json
 def load(
     url: str,
     slo: str,
-    rate: float | None,
-    duration: str,
-    model: str | None,
-    rows: int,
-    seed: int | None,
+    rates: tuple[str, ...],
+    duration: str | None,
+    closed_loop: int | None,
+    plot: Path | None,
     json_file: Path | None,
+    **options: Any,
 ) -> None:
     """Does the server at URL keep the SLO? With --rate: at that rate. Without: up to which rate?
 
-    Open loop: requests come when they come (Poisson), whether or not earlier ones are answered, and latency counts
-    from the scheduled arrival. Exit code 0 only if the SLO holds.
+    Open loop: requests come when they come, whether or not earlier ones are answered, and latency counts from the
+    scheduled arrival. Exit code 0 only if the SLO holds; Ctrl-C keeps what was measured. URL is http://HOST:PORT or
+    grpc://HOST:PORT of an Open Inference Protocol server; with --body, --path or --method any HTTP endpoint.
 
     \b
     rushhour load http://127.0.0.1:8000 --slo 'p99<50ms' --rate 500 --duration 10s
-    rushhour load http://127.0.0.1:8000 --slo 'p99<50ms'
+    rushhour load http://127.0.0.1:8000 --slo 'p99<50ms' --plot load.html
+    rushhour load http://127.0.0.1:8000 --arrivals trace.csv --rate 500
+    rushhour load http://127.0.0.1:8080 --path /predict --body cat.jpg --header 'Accept: */*' --rate 50
     """
-    import secrets
+    from rushhour.load import Trace
+    from rushhour.loading import load as load_server
+    from rushhour.loading import load_closed, print_closed, print_windows
 
-    from rushhour.load import Generator, discover, estimate_throughput, find_capacity, measure, payloads
+    limit = SLO.parse(slo)
+    seconds = _seconds(duration) if duration is not None else 10.0
+    sending = _read_sending(**options)
+    asked = _read_rates(rates, sending)
+    if plot is not None:
+        from rushhour.report.load import check_plot_name
 
-    limit, seconds = SLO.parse(slo), _seconds(duration)
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    progress, console = TerminalProgress(), Console()
-    search: Search | None = None
-    try:
-        target = discover(url, model)
-        sent = payloads(target, None, rows=rows, seed=seed)
-        with Generator() as generator:
-            if rate is not None:
-                runs = [
-                    measure(
-                        generator, target, sent, limit, rate_rps=rate, seed=seed, window_s=seconds, progress=progress
-                    )
-                ]
-            else:
-                estimate = estimate_throughput(generator, target, sent, progress=progress)
-                progress.start(f"Searching the highest rate that keeps {limit}")
+        check_plot_name(plot)
+    console = Console()
+    if closed_loop is not None:
+        if asked or plot is not None:
+            raise GoalError(
+                "cannot load in a closed loop so", "it has no rate and no plot of it", "leave out --rate and --plot"
+            )
+        result, stopped = load_closed(url, sending, concurrency=closed_loop, duration_s=seconds)
+        print_closed(console, result)
+        _write_json(json_file, {"loop": "closed", "url": url, "partial": stopped, "result": result})
+        if stopped:
+            sys.exit(130)
+        if result.errors or not result.throughput_rps:
+            sys.exit(1)
+        return
+    whole = len(sending.arrivals.gaps) if isinstance(sending.arrivals, Trace) and duration is None else None
+    loaded = load_server(url, limit, sending, rates=asked, window_s=seconds, n=whole if asked else None)
+    print_windows(console, limit, loaded.windows)
+    console.print(loaded.headline, style="bold", highlight=False, markup=False)
+    _write_json(json_file, loaded.result)
+    if plot is not None and any(window.p99_ms is not None for window in loaded.windows):
+        from rushhour.report import write_load_plot
 
-                def probe(window_s: float, at: float, with_seed: int) -> Measurement:
-                    window = measure(generator, target, sent, limit, rate_rps=at, seed=with_seed, window_s=window_s)
-                    progress.advance(note=f"{at:,.0f}/s: {window.outcome}")
-                    return window
+        write_load_plot(plot, loaded.result["model"] or url, loaded.windows, limit, loaded.headline)
+        click.echo(plot)
+    elif plot is not None:
+        click.echo(f"no window has a p99, so {plot} is not drawn", err=True)
+    if loaded.error is not None:
+        raise loaded.error
+    if not loaded.holds:
+        sys.exit(130 if loaded.stopped else 1)
 
-                # Short windows find the way, long ones prove: a queue near its capacity is slow in long waves.
-                search = find_capacity(
-                    partial(probe, 3.0),
-                    start_rps=max(1.0, 0.5 * estimate),
-                    slo=limit,
-                    seed=seed,
-                    confirm=partial(probe, 10.0),
-                )
-                runs = list(search.runs)
-                progress.done(f"{search.capacity_rps:,.0f} requests/s")
-    finally:
-        progress.fail()
-    console.print(_windows_table(limit, runs))
-    outcome = (Outcome.PASS if search.capacity_rps else runs[-1].outcome) if search else runs[0].outcome
-    result: dict[str, Any] = {"outcome": outcome, "slo": str(limit), "url": url, "model": target.model, "runs": runs}
-    if search is not None:
-        result |= {"capacity_rps": search.capacity_rps, "lowest_failing_rps": search.lowest_failing_rps}
-        failing = f"; {search.lowest_failing_rps:,.0f} fails" if search.lowest_failing_rps else ""
-        console.print(f"[bold]{search.capacity_rps:,.0f} requests/s[/] keep {limit}{failing}", highlight=False)
-    else:
-        result |= _flat(runs[0])
-        console.print(f"[bold]{outcome}[/]: {runs[0].reason}", highlight=False)
-    _write_json(json_file, result)
-    if outcome is not Outcome.PASS:
+
+@cli.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL URL...")
+@_slo
+@click.option("--rate", "rates", multiple=True, required=True, help="Requests per second; may be given repeatedly.")
+@click.option("--window", default="5s", show_default=True, help="Length of one window; longer where the SLO needs it.")
+@click.option("--blocks", default=6, show_default=True, type=int, help="Windows of each server at each rate.")
+@_sending
+@_json
+def compare(
+    urls: tuple[str, ...],
+    slo: str,
+    rates: tuple[str, ...],
+    window: str,
+    blocks: int,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Which server is faster at the same rate, and how sure is that?
+
+    Windows of all servers are interleaved (A B, B A, ...) on the same arrivals; each block gives ratios of p50, p99
+    and answers per second to the first server's, with a 95% interval. Exit code 0 if every block could be counted.
+
+    \b
+    rushhour compare http://127.0.0.1:8000 http://127.0.0.1:9000 --rate 200 --rate 400
+    """
+    from rushhour.loading import arrivals_name, contest, print_comparison
+
+    limit, sending = SLO.parse(slo), _read_sending(**options)
+    asked = _read_rates(rates, sending)
+    found, stopped = contest(urls, limit, sending, rates=asked, window_s=_seconds(window), blocks=blocks)
+    console = Console()
+    print_comparison(console, found)
+    if stopped:
+        console.print(f"partial: {stopped}", style="bold", highlight=False, markup=False)
+    facts = {"arrivals": arrivals_name(sending.arrivals), "seed": sending.seed, "partial": bool(stopped)}
+    _write_json(json_file, msgspec.to_builtins(found) | facts | {"slo": str(limit)})
+    if stopped:
+        sys.exit(130 if stopped == "stopped by Ctrl-C" else 2)
+    if any(ratio.interval is None for ratio in found.ratios):
         sys.exit(1)
 
 
@@ -528,30 +638,6 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= 86_400:
         raise GoalError(f"cannot use the duration {text!r}", "it is a time up to a day", "write for example 10s or 2m")
     return seconds
-
-
-def _windows_table(slo: SLO, runs: list[Measurement]) -> Table:
-    table = Table(title=f"Open-loop load, {slo}", title_justify="left")
-    for name in ("rate/s", "n", "late", "p50 ms", f"p{slo.percentile:g} ms", "95% interval", "generator", "verdict"):
-        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
-    for run in runs:
-        interval = "" if run.p99_interval_ms is None else "{:.1f} to {:.1f}".format(*run.p99_interval_ms)
-        table.add_row(
-            f"{run.rate_rps:,.0f}",
-            f"{run.n:,}",
-            f"{run.late:,}",
-            "" if run.p50_ms is None else f"{run.p50_ms:.1f}",
-            "" if run.p99_ms is None else f"{run.p99_ms:.1f}",
-            interval,
-            f"{run.generator_cpu:.0%}",
-            run.outcome.value,
-        )
-    return table
-
-
-def _flat(run: Measurement) -> dict[str, Any]:
-    """The fields of a single window, for those who ask for one rate."""
-    return {name: value for name, value in msgspec.to_builtins(run).items() if name not in ("slo", "latencies", "kind")}
 
 
 def _write_json(file: Path | None, result: Any) -> None:

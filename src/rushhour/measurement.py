@@ -60,6 +60,7 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
         send_delay_p99_ms: how late the generator itself was.
         outcome: the verdict; `reason` says it in words.
         latencies: HdrHistogram of the answered requests in microseconds, base64.
+        error_kinds: how many of `errors` are of each kind: `mismatch`, `status 500`, `time-out`, `closed`, ...
     """
 
     slo: SLO
@@ -79,6 +80,7 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     outcome: Outcome
     reason: str
     latencies: str
+    error_kinds: dict[str, int] = {}
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):

@@ -1,12 +1,135 @@
-"""What a person sees in the terminal while something works: a bar where it can be drawn, lines where it cannot."""
+"""What a person sees in the terminal while something works: drawn where it can be, lines where it cannot."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rushhour.goal import SLO
+from rushhour.measurement import Measurement, Outcome
+
+if TYPE_CHECKING:
+    from rushhour.load import Tick
+
+_RATES_OVER_S = 1.0
+_LINE_EVERY_S = 5.0
+_HISTORY = 8
+_COLOURS = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.UNSTABLE: "red"}
+
+
+class LoadView:
+    """A run of load while it lasts: drawn anew at every tick on a terminal, else a line every few seconds.
+
+    It works in the parent of the generator, which gives a tick about five times a second and is held up by nothing
+    that happens here.
+
+    Args:
+        slo: the limit to hold latencies against; None where there is none.
+        console: where; standard error by default, so that standard output stays the result's.
+    """
+
+    def __init__(self, slo: SLO | None, console: Console | None = None) -> None:
+        self._slo = slo
+        self._console = console or Console(stderr=True)
+        self._live: Live | None = None
+        self._what = ""
+        self._total: float | None = None
+        self._ticks: deque[Tick] = deque()
+        self._lined_at = 0.0
+        self._past: deque[Measurement] = deque(maxlen=_HISTORY)
+
+    def start(self, what: str, total: float | None = None) -> None:
+        """A window begins; `total` in seconds."""
+        self._what, self._total, self._lined_at = what, total, 0.0
+        self._ticks.clear()
+        if not self._console.is_terminal:
+            self._line(f"{what} ...")
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(Text(what, style="bold"), refresh=True)
+
+    def tick(self, tick: Tick) -> None:
+        """How it stands."""
+        self._ticks.append(tick)
+        while len(self._ticks) > 2 and tick.at_s - self._ticks[1].at_s >= _RATES_OVER_S:
+            self._ticks.popleft()
+        if self._live is not None:
+            self._live.update(self._drawn(tick), refresh=True)
+        elif not self._console.is_terminal and tick.at_s - self._lined_at >= _LINE_EVERY_S:
+            self._lined_at = tick.at_s
+            self._line(f"  {tick.at_s:.0f} s: " + ", ".join(f"{name} {value}" for name, value in self._figures(tick)))
+
+    def advance(self, by: float = 1.0, note: str = "") -> None:
+        """Nothing: ticks say more."""
+
+    def done(self, note: str = "") -> None:
+        """The window is over."""
+        if not self._console.is_terminal:
+            self._line(f"  {note}")
+
+    def add(self, window: Measurement) -> None:
+        """Show a window among the past ones from now on."""
+        self._past.append(window)
+
+    def fail(self) -> None:
+        """Draw no more."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _figures(self, tick: Tick) -> list[tuple[str, str]]:
+        first = self._ticks[0] if len(self._ticks) > 1 else None
+        seconds = max(tick.at_s - (first.at_s if first else 0.0), 1e-9)
+        sent = tick.sent - (first.sent if first else 0)
+        answered = tick.ended - tick.shed - tick.errors
+        if first:
+            answered -= first.ended - first.shed - first.errors
+        limit = f" of {self._slo.limit_ms:g}" if self._slo is not None else ""
+        return [
+            ("offered/s", f"{sent / seconds:,.0f}"),
+            ("answered/s", f"{answered / seconds:,.0f}"),
+            ("p50 ms", "-" if tick.p50_ms is None else f"{tick.p50_ms:.1f}"),
+            ("p99 ms", "-" if tick.p99_ms is None else f"{tick.p99_ms:.1f}{limit}"),
+            ("in flight", f"{tick.sent - tick.ended:,}"),
+            ("shed", f"{tick.shed:,}"),
+            ("errors", f"{tick.errors:,}"),
+        ]
+
+    def _drawn(self, tick: Tick) -> Group:
+        head = Table.grid(padding=(0, 1))
+        whole = f"/{self._total:.0f}" if self._total else ""
+        bar = ProgressBar(total=self._total or 1.0, completed=tick.at_s, width=24) if self._total else Text("")
+        head.add_row(Text(self._what, style="bold"), bar, Text(f"{tick.at_s:.0f}{whole} s", style="dim"))
+        now = Table.grid(padding=(0, 3))
+        figures = self._figures(tick)
+        is_late = self._slo is not None and tick.p99_ms is not None and tick.p99_ms > self._slo.limit_ms
+        alarming = {"p99 ms": is_late, "shed": tick.shed > 0, "errors": tick.errors > 0}
+        now.add_row(*(Text(name, style="dim") for name, _ in figures))
+        now.add_row(*(Text(value, style="bold red" if alarming.get(name) else "bold") for name, value in figures))
+        past = Table.grid(padding=(0, 2))
+        for window in self._past:
+            p99 = "" if window.p99_ms is None else f"p99 {window.p99_ms:.1f} ms"
+            verdict = Text(_outcome(window), style=_COLOURS.get(window.outcome, "yellow"))
+            past.add_row(Text(f"{window.rate_rps:,.6g}/s", justify="right"), p99, verdict)
+        return Group(head, now, past)
+
+
+def _outcome(window: Measurement) -> str:
+    return window.outcome.value.replace("_", " ")
 
 
 class TerminalProgress:

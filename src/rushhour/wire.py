@@ -3,7 +3,7 @@
 A request's body is a JSON header, then the tensors it does not hold itself as raw little-endian rows; the HTTP field
 `Inference-Header-Content-Length` says where the header ends. What a server does at every request is kept cheap: a
 header seen before is looked up by its bytes, tensors stay views of the body, and the header of an answer is built
-once per shape. Over gRPC the bytes are others (`serve/protocol/codec.py`) and the meaning is the same: both faces
+once per shape. Over gRPC the bytes are others (`serve/codec.py`) and the meaning is the same: both faces
 describe a request by a `RequestHeader` and have it read by `Codec.arrange`.
 
 A model of pictures also takes them as they come, encoded, in a BYTES tensor of shape `[n]` or `[n, 1]`. JSON cannot
@@ -59,6 +59,11 @@ _shown = _shorten.repr
 def datatype_of(spec: TensorSpec) -> str:
     """The protocol's name of a tensor's type: `UINT8`, `FP32`, ..."""
     return _DATATYPES[spec.dtype]
+
+
+def dtype_of(datatype: str) -> np.dtype[Any]:
+    """The type behind the protocol's name of it. Raises a `KeyError` for one that is not known."""
+    return np.dtype(_DTYPES[datatype])
 
 
 class InputHeader(msgspec.Struct):

@@ -1,42 +1,64 @@
 """Load: arrivals, the client that sends them, the verdict, and the search for capacity.
 
-    discover, payloads    whom to load, and with what
+    discover, payloads    whom to load, and with what; `endpoint`, `body_payloads` for what is no server of models
     Generator             the process that sends
     measure               one window of open-loop load -> a Measurement with its verdict
     estimate_throughput   a closed loop's answer, to start a search from
     find_capacity         the highest rate that passes, confirmed on a fresh seed
+    closed_loop           what so many users that wait for their answers get
+    compare               several servers, interleaved on the same arrivals, as ratios with intervals
 
-Below them: `poisson` makes schedules, `judge` turns samples into a verdict.
+Below them: `poisson`, `constant`, `Bursty` and `Trace` make schedules, `judge` turns samples into a verdict.
 """
 
-from rushhour.load.arrivals import poisson
+from rushhour.load.arrivals import Arrivals, Bursty, Trace, constant, poisson, read_arrivals, read_trace
+from rushhour.load.closed import ClosedResult, closed_loop
+from rushhour.load.contest import Comparison, Ratio, Window, compare
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
+from rushhour.load.payload import Payload, body_payloads, folder_payloads, payloads, read_bodies
 from rushhour.load.samples import Samples, Status
 from rushhour.load.search import Probe, Search, estimate_throughput, find_capacity, measure, window_n
-from rushhour.load.target import Payload, Target, discover, payloads
+from rushhour.load.target import Endpoint, Target, discover, endpoint
 from rushhour.load.verdict import judge, needed_n, percentile_ranks, variance_inflation
 
 __all__ = [
+    "Arrivals",
+    "Bursty",
     "ClosedJob",
+    "ClosedResult",
+    "Comparison",
+    "Endpoint",
     "Generator",
     "OpenJob",
     "Payload",
     "Probe",
+    "Ratio",
     "Samples",
     "Search",
     "Status",
     "Target",
     "Tick",
+    "Trace",
+    "Window",
+    "body_payloads",
+    "closed_loop",
+    "compare",
+    "constant",
     "discover",
+    "endpoint",
     "estimate_throughput",
     "find_capacity",
+    "folder_payloads",
     "judge",
     "measure",
     "needed_n",
     "payloads",
     "percentile_ranks",
     "poisson",
+    "read_arrivals",
+    "read_bodies",
+    "read_trace",
     "variance_inflation",
     "window_n",
 ]

@@ -1,7 +1,7 @@
 """The generator's process: `python -m rushhour.load SOCKET LIFELINE [CORE ...]`, the first two file descriptors.
 
-It takes jobs from the socket. The lifeline is a pipe that nobody writes to: its end is the parent's, and is seen in
-the middle of a run too. (The socket itself cannot be watched by the loop, which would make it non-blocking.)
+It takes jobs from the socket. The lifeline is a pipe: its end is the parent's, and is seen in the middle of a run
+too; a byte on it ends that run early. (The socket itself cannot be watched: the loop would make it non-blocking.)
 """
 
 from __future__ import annotations
@@ -45,11 +45,17 @@ def _serve(channel: socket.socket, lifeline: int, cores: set[int]) -> None:
 
 
 async def _attended(job: OpenJob | ClosedJob, canary: Canary, channel: socket.socket, lifeline: int) -> Samples:
-    """Run a job for as long as the parent lives."""
-    loop = asyncio.get_running_loop()
-    loop.add_reader(lifeline, os._exit, 0)
+    """Run a job for as long as the parent lives, and until it says that it is enough."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def heard() -> None:
+        if not os.read(lifeline, 1):
+            os._exit(0)
+        stop.set()
+
+    loop.add_reader(lifeline, heard)
     try:
-        return await run(job, canary, lambda tick: _report(channel, tick))
+        return await run(job, canary, lambda tick: _report(channel, tick), stop)
     finally:
         loop.remove_reader(lifeline)
 

@@ -45,10 +45,13 @@ class Alarm:
             self._libc = ctypes.CDLL(None, use_errno=True)
             self._fd = self._libc.timerfd_create(_CLOCK_MONOTONIC, _NONBLOCK_CLOEXEC)
             if self._fd >= 0:
-                loop.add_reader(self._fd, self._rung)
+                loop.add_reader(self._fd, ring)  # it is not read: to set it anew does as much
 
     def set(self, at: float) -> None:
-        """Ring at `at` (seconds of `time.monotonic`), at once if that is over, and not at any time set before."""
+        """Ring at `at` (seconds of `time.monotonic`), at once if that is over, and not at any time set before.
+
+        Whoever is rung sets the next time, or calls `silence`: until then it goes on ringing.
+        """
         if self._fd < 0:
             if self._timer is not None:
                 self._timer.cancel()
@@ -58,6 +61,14 @@ class Alarm:
         self._spec.s, self._spec.ns = divmod(nanoseconds, 1_000_000_000)
         self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(self._spec), None)
 
+    def silence(self) -> None:
+        """Do not ring until it is set again."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._fd >= 0:
+            self._spec.s = self._spec.ns = 0
+            self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(self._spec), None)
+
     def close(self) -> None:
         """Never ring again."""
         if self._timer is not None:
@@ -66,10 +77,3 @@ class Alarm:
             self._loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
-
-    def _rung(self) -> None:
-        try:
-            os.read(self._fd, 8)
-        except BlockingIOError:  # set anew between the poll and this call
-            return
-        self._ring()

@@ -1,8 +1,7 @@
-"""The client: requests onto connections and answers off them, on one event loop. Runs in the generator's process.
+"""The client: when requests go out, and the book of what became of them, on one event loop in the generator's process.
 
-A connection carries one request at a time, as HTTP/1.1 without pipelining does; the pool grows when a request finds
-no free connection. What is timed is taken from `time.monotonic` around the calls themselves, never from the loop's
-clock, which stands still while the loop works.
+How they get to the server is a `Carrier`'s affair: `pool.py` for HTTP, `grpc.py` for gRPC. What is timed is taken from
+`time.monotonic` around the calls themselves, never from the loop's clock, which stands still while the loop works.
 """
 
 from __future__ import annotations
@@ -11,18 +10,20 @@ import asyncio
 import gc
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from rushhour.errors import LoadError, WireError
 from rushhour.load.alarm import Alarm
 from rushhour.load.canary import Canary
-from rushhour.load.connection import Connection, KnownHead
+from rushhour.load.carrier import Carrier
 from rushhour.load.job import ClosedJob, Job, OpenJob, Tick
+from rushhour.load.pool import HttpCarrier
 from rushhour.load.samples import Samples, Status
 from rushhour.wire import decode_answer
 
@@ -33,35 +34,41 @@ _REJECTED = (400, 404, 405, 411, 413, 415, 422)
 
 _START_DELAY_S = 0.02
 _SWEEP_S = 0.05
-_TICK_S = 0.25
+_TICK_S = 0.2
+_RECENT = 4096
+"""The live percentiles are those of so many latest requests; more would cost time that the sending needs."""
+_STOP_GRACE_S = 1.0
 _PREOPENED = 128
 _AT_ONCE = 32
 """Requests taken up before the loop may look at answers again: a generator that was held up catches up in small
 steps, so that it does not read answers late as well."""
-_OPENING = 64
-"""Connections being opened at the same time; a kernel's queue of them is short."""
 _LENGTHS = 64
 """Distinct lengths of answers that are each looked into once. A server with more of them writes numbers as text."""
 
 
-async def run(job: OpenJob | ClosedJob, canary: Canary, on_tick: Callable[[Tick], None]) -> Samples:
-    """Do what `job` says, and say four times a second how it stands.
+async def run(
+    job: OpenJob | ClosedJob, canary: Canary, on_tick: Callable[[Tick], None], stop: asyncio.Event
+) -> Samples:
+    """Do what `job` says, and say five times a second how it stands.
+
+    Once `stop` is set no request goes out any more; those under way are waited for as long as twice the limit, at
+    least a second, and what was measured until then is the result.
 
     Raises:
         LoadError: if the server cannot be reached at the start, rejects the requests, or answers with something
-            that is not an answer.
+            that is not an answer; or if it was stopped before anything was measured.
     """
     load = _OpenLoop(job, canary, on_tick) if isinstance(job, OpenJob) else _ClosedLoop(job, canary, on_tick)
     gc.collect()
     gc.disable()  # a collection in the middle of a run would be a stall of the generator's own making
     try:
-        return await load.go()
+        return await load.go(stop)
     finally:
         gc.enable()
 
 
 class _Load:
-    """What both loops share: the pool of connections and the book of what happened."""
+    """What both loops share: the book, and its beginning and end."""
 
     def __init__(self, job: Job, canary: Canary, on_tick: Callable[[Tick], None]) -> None:
         self._job = job
@@ -69,16 +76,25 @@ class _Load:
         self._on_tick = on_tick
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = self._loop.create_future()
-        self._connections: set[Connection] = set()
-        self._idle: list[Connection] = []  # last in, first out, so that as few as will do stay busy
-        self._waiting: deque[int] = deque()  # taken up, without a connection yet; oldest first
-        self._opening: set[asyncio.Task[None]] = set()
-        self._most_connections = 0
-        self._starved = 0
-        self._known = KnownHead()
+        self._carrier: Carrier
+        self._decode: Callable[[bytes, int | None], Mapping[str, NDArray[Any]]]
+        if job.protocol == "grpc":
+            from rushhour.load.grpc import GrpcCarrier, decode_grpc_answer  # a quarter of a second to import
+
+            self._carrier, self._decode = GrpcCarrier(job, self), decode_grpc_answer
+        else:
+            self._carrier, self._decode = HttpCarrier(job, self), decode_answer
+        self._carry = self._carrier.carry
+        self._distinct = len(job.requests)
+        self._check = job.check or bool(job.expected)
+        self._expected: dict[int, tuple[bytes, int | None]] = {
+            position: (body, None) for position, body in enumerate(job.expected)
+        }
         self._valid: set[tuple[int, int | None]] = set()
         self._any_answer = False
         self._first_error = ""
+        self._kinds: Counter[str] = Counter()
+        self._starved = 0
         self._start = 0.0
         self._scheduled = array("d")
         self._taken = array("d")
@@ -93,27 +109,26 @@ class _Load:
         self._measured_from = self._measured_to = 0.0
         self._cpu_from = self._cpu_to = 0.0
         self._warmup = 0
+        self._stopped = False
 
-    def opened(self, connection: Connection) -> None:
-        """A connection stands."""
-        self._connections.add(connection)
-        self._most_connections = max(self._most_connections, len(self._connections))
+    def sent(self, index: int) -> None:
+        """See `Book`."""
+        self._sent[index] = time.monotonic() - self._start
 
-    def answered(self, index: int, body: bytes) -> None:
-        """A 200 that is an answer."""
+    def answered(self, index: int, body: bytes, header_length: int | None) -> None:
+        """See `Book`."""
         now = self._done[index] = time.monotonic() - self._start
         self._any_answer = True
-        expected = self._job.expected
-        if expected and body != expected[index % len(expected)]:
+        if self._check and not self._is_expected(index % self._distinct, body, header_length):
             self._note("an answer is not the one expected")
-            self._end(index, Status.ERROR)
+            self._end(index, Status.ERROR, "mismatch")
             return
         if now - self._scheduled[index] > self._job.limit_s:
             self._late += 1
         self._end(index, Status.OK)
 
     def turned_down(self, index: int, status: int, body: bytes) -> None:
-        """Any other status."""
+        """See `Book`."""
         self._done[index] = time.monotonic() - self._start
         if status in _SHED:
             self._end(index, Status.SHED)
@@ -128,24 +143,34 @@ class _Load:
                 )
             )
         self._note(f"status {status}" + (f" ({said})" if said else ""))
-        self._end(index, Status.ERROR)
+        self._end(index, Status.ERROR, f"status {status}")
 
     def garbled(self, index: int, what: str, why: str) -> None:
-        """Bytes that are no answer. As the first thing a server says they end the run, later they are errors."""
+        """See `Book`. As the first thing a server says they end the run, later they are errors."""
         self._done[index] = time.monotonic() - self._start
         if not self._any_answer:
             self._fail(LoadError(what, why, "check the URL and the server"))
         self._note(f"{what}: {why}")
-        self._end(index, Status.ERROR)
+        self._end(index, Status.ERROR, "not an answer")
+
+    def lost(self, index: int, kind: str, why: str) -> None:
+        """See `Book`."""
+        self._note(why)
+        self._end(index, Status.LOST, kind)
+
+    def starved(self, index: int) -> None:
+        """See `Book`."""
+        if index >= self._warmup:
+            self._starved += 1
 
     def fault_of(self, body: bytes, header_length: int | None) -> str:
-        """Why a body is not what was asked for, or nothing. Each length is looked into once: answers to requests
-        of one shape that have one length have one form."""
+        """See `Book`. Each length is looked into once: answers to requests of one shape that have one length have
+        one form."""
         key = (len(body), header_length)
         if not self._job.outputs or key in self._valid or len(self._valid) >= _LENGTHS:
             return ""
         try:
-            outputs = decode_answer(body, header_length)
+            outputs = self._decode(body, header_length)
         except (WireError, RecursionError) as error:
             return getattr(error, "why", str(error))
         missing = [name for name in self._job.outputs if name not in outputs]
@@ -154,34 +179,27 @@ class _Load:
         self._valid.add(key)
         return ""
 
-    def closed(self, connection: Connection, why: str) -> None:
-        """A connection is gone, by either side's doing."""
-        self._connections.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        if connection.index >= 0:
-            self._lose(connection.index, why)
-            connection.index = -1
-        self._grow()
+    def _is_expected(self, position: int, body: bytes, header_length: int | None) -> bool:
+        """Whether an answer is the one expected; where none is, the first to a request becomes it."""
+        expected, its_header = self._expected.setdefault(position, (body, header_length))
+        if body == expected:
+            return True
+        if not self._job.outputs:
+            return False
+        try:
+            # One that was given beforehand has no header length of its own.
+            right = self._decode(expected, header_length if its_header is None else its_header)
+            return _alike(right, self._decode(body, header_length), self._job.tolerance)
+        except (WireError, RecursionError):
+            return False
 
     def _take(self, index: int) -> None:
-        """A request is due: send it on a free connection, or let it wait for one."""
+        """A request is due."""
         self._taken[index] = time.monotonic() - self._start
         self._issued += 1
-        if self._idle:
-            self._send(self._idle.pop(), index)
-            return
-        self._waiting.append(index)
-        self._grow()
-        if index >= self._warmup and len(self._connections) + len(self._opening) >= self._job.max_connections:
-            self._starved += 1
+        self._carry(index)
 
-    def _send(self, connection: Connection, index: int) -> None:
-        requests = self._job.requests
-        connection.send(index, requests[index % len(requests)])
-        self._sent[index] = time.monotonic() - self._start
-
-    def _end(self, index: int, status: Status) -> None:
+    def _end(self, index: int, status: Status, kind: str = "") -> None:
         self._status[index] = status
         self._ended += 1
         if status is not Status.OK:
@@ -190,15 +208,14 @@ class _Load:
                 self._shed += 1
             else:
                 self._errors += 1
-        self._finish_if_over()
+                if index >= self._warmup:
+                    self._kinds[kind] += 1
+        if self._ended == self._issued:
+            self._finish_if_over()
 
     def _finish_if_over(self) -> None:
         if self._ended == self._issued and self._all_issued() and not self._finished.done():
             self._finished.set_result(None)
-
-    def _lose(self, index: int, why: str) -> None:
-        self._note(why)
-        self._end(index, Status.LOST)
 
     def _note(self, error: str) -> None:
         if not self._first_error:
@@ -211,99 +228,43 @@ class _Load:
     def _all_issued(self) -> bool:
         raise NotImplementedError
 
-    def free(self, connection: Connection) -> None:
-        """A connection can carry the next request."""
-        if not connection.usable:
-            return
-        if self._waiting:
-            self._send(connection, self._waiting.popleft())
-        else:
-            self._idle.append(connection)
-
-    def _grow(self) -> None:
-        """Open connections for the requests that wait, within the bounds."""
-        if self._finished.done():
-            return
-        while (
-            len(self._opening) < min(len(self._waiting), _OPENING)
-            and len(self._connections) + len(self._opening) < self._job.max_connections
-        ):
-            task = self._loop.create_task(self._open())
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
-
-    async def _open(self) -> None:
-        try:
-            self.free(await self._connect())
-        except OSError as error:
-            self._refused(f"cannot connect ({error.strerror or error})")
-
-    async def _connect(self) -> Connection:
-        _, connection = await self._loop.create_connection(
-            lambda: Connection(self, self._known), self._job.host, self._job.port
-        )
-        return connection
-
-    def _refused(self, why: str) -> None:
-        """A user who cannot connect has an error. With no connection left, so have all who wait."""
-        losing = len(self._waiting) if not self._connections else min(1, len(self._waiting))
-        for _ in range(losing):
-            self._lose(self._waiting.popleft(), why)
-
-    async def _open_first(self, count: int) -> None:
-        """Open `count` connections before the schedule begins.
-
-        Raises:
-            LoadError: if there is no server.
-        """
-        for done in range(count):
-            try:
-                async with asyncio.timeout(self._job.timeout_s):
-                    self._idle.append(await self._connect())
-            except (OSError, TimeoutError) as error:
-                if done:  # it takes some: how many it takes when they are needed is part of what is measured
-                    return
-                raise LoadError(
-                    f"cannot connect to {self._job.host}:{self._job.port}",
-                    getattr(error, "strerror", None) or str(error) or f"no answer within {self._job.timeout_s:g} s",
-                    "check the URL, and that the server is running",
-                ) from error
-
     def _sweep(self) -> None:
         """Give up on what has been under way for too long."""
         before = time.monotonic() - self._start - self._job.timeout_s
+        scheduled = self._scheduled
         why = f"no answer within {self._job.timeout_s:g} s"
-        while self._waiting and self._scheduled[self._waiting[0]] < before:
-            self._lose(self._waiting.popleft(), why)
-        for connection in list(self._connections):
-            if connection.index >= 0 and self._scheduled[connection.index] < before:
-                self._lose(connection.index, why)
-                connection.abort()
+        self._carrier.sweep(lambda index: scheduled[index] < before, "time-out", why)
 
-    async def go(self) -> Samples:
+    async def go(self, stop: asyncio.Event) -> Samples:
         """Run, and return what happened."""
         self._loop.set_exception_handler(self._on_error)
         noise = (0.0, 0.0, 0.0)
+        tasks: list[asyncio.Task[None]] = []
         try:
             await self._prepare()
-            housekeeping = self._loop.create_task(self._keep_house())
-            try:
-                await self._finished
-            finally:
-                housekeeping.cancel()
+            tasks = [self._loop.create_task(self._keep_house()), self._loop.create_task(self._stop_on(stop))]
+            await self._finished
             self._tick()
         finally:
             self._finished.cancel()
-            self._close()
-            for task in self._opening:
+            for task in tasks:
                 task.cancel()
-            for connection in list(self._connections):
-                connection.abort()
+            self._close()
+            await self._carrier.close()
             if self._measured_from:
                 self._end_measuring()
                 noise = self._canary.result()
-            await asyncio.sleep(0)  # what was cancelled ends here, not in the next run
+        if self._stopped and self._issued <= self._warmup:
+            raise LoadError("the load was stopped before anything was measured", "", "let it run for longer")
         return self._samples(*noise)
+
+    async def _stop_on(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._stopped = True
+        self._issue_no_more()
+        self._finish_if_over()
+        await asyncio.sleep(max(_STOP_GRACE_S, 2 * self._job.limit_s))
+        self._carrier.sweep(lambda index: True, "stopped", "the load was stopped before an answer came")
 
     def _on_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """What the loop caught: the network's doing ends in `connection_lost`, all else is a fault of this program."""
@@ -312,6 +273,9 @@ class _Load:
             self._fail(error)
 
     async def _prepare(self) -> None:
+        raise NotImplementedError
+
+    def _issue_no_more(self) -> None:
         raise NotImplementedError
 
     def _close(self) -> None:
@@ -336,6 +300,7 @@ class _Load:
                 self._tick()
 
     def _tick(self) -> None:
+        p50, p99 = self._recent()
         self._on_tick(
             Tick(
                 at_s=max(0.0, time.monotonic() - self._start),
@@ -344,25 +309,39 @@ class _Load:
                 late=self._late,
                 shed=self._shed,
                 errors=self._errors,
+                p50_ms=p50,
+                p99_ms=p99,
             )
         )
 
+    def _recent(self) -> tuple[float | None, float | None]:
+        """Median and 99th percentile in ms of what was answered of the latest requests."""
+        part = slice(max(0, self._issued - _RECENT), self._issued)
+        latencies = np.array(self._done[part]) - np.array(self._scheduled[part])
+        answered = latencies[~np.isnan(latencies)]
+        if not len(answered):
+            return None, None
+        p50, p99 = np.quantile(answered, (0.5, 0.99)) * 1e3
+        return float(p50), float(p99)
+
     def _samples(self, overshoot_s: float, canary_cpu_s: float, steal: float) -> Samples:
         wall = max(1e-9, self._measured_to - self._measured_from)
+        n = self._issued
         return Samples(
-            scheduled=np.array(self._scheduled),
-            taken=np.array(self._taken),
-            sent=np.array(self._sent),
-            done=np.array(self._done),
-            status=np.frombuffer(bytes(self._status), np.uint8),
+            scheduled=np.array(self._scheduled[:n]),
+            taken=np.array(self._taken[:n]),
+            sent=np.array(self._sent[:n]),
+            done=np.array(self._done[:n]),
+            status=np.frombuffer(bytes(self._status[:n]), np.uint8),
             warmup=self._warmup,
             generator_cpu=(self._cpu_to - self._cpu_from + canary_cpu_s) / wall,
             canary_p99_s=overshoot_s,
             steal=steal,
-            connections=self._most_connections,
+            connections=self._carrier.most_connections,
             starved=self._starved,
             timeout_s=self._job.timeout_s,
             first_error=self._first_error,
+            error_kinds=dict(self._kinds),
         )
 
 
@@ -391,7 +370,7 @@ class _OpenLoop(_Load):
     async def _prepare(self) -> None:
         rate = self._n / max(self._scheduled[-1], 1e-9)
         wanted = 1 + int(rate * self._job.limit_s)  # Little's law: so many are under way when all take the limit
-        await self._open_first(min(wanted, _PREOPENED, self._job.max_connections))
+        await self._carrier.open(min(wanted, _PREOPENED))
         self._start = time.monotonic() + _START_DELAY_S
         self._alarm.set(self._start + self._scheduled[0])
 
@@ -405,12 +384,19 @@ class _OpenLoop(_Load):
             self._next = index + 1
             self._take(index)
             index += 1
-        if index == self._n:
+        if index >= self._n:
+            self._alarm.silence()
             self._end_measuring()
         elif index == last:
             self._alarm.set(0.0)
         else:
             self._alarm.set(self._start + max(scheduled[index], now + self._quantum))
+
+    def _issue_no_more(self) -> None:
+        self._n = self._next
+        self._alarm.silence()
+        if self._measured_from:
+            self._end_measuring()
 
     def _close(self) -> None:
         self._alarm.close()
@@ -429,11 +415,16 @@ class _ClosedLoop(_Load):
         return self._over
 
     async def _prepare(self) -> None:
-        await self._open_first(min(self._concurrency, self._job.max_connections))
+        await self._carrier.open(self._concurrency)
         self._start = time.monotonic()
         self._begin_measuring()
         for _ in range(self._concurrency):
             self._issue()
+
+    def _issue_no_more(self) -> None:
+        self._duration_s = 0.0
+        self._over = True
+        self._end_measuring()
 
     def _issue(self) -> None:
         now = time.monotonic() - self._start
@@ -451,9 +442,27 @@ class _ClosedLoop(_Load):
         self._status.append(Status.UNANSWERED)
         self._take(index)
 
-    def _end(self, index: int, status: Status) -> None:
-        super()._end(index, status)
+    def _end(self, index: int, status: Status, kind: str = "") -> None:
+        super()._end(index, status, kind)
         self._loop.call_soon(self._issue)  # soon, because the connection is not free yet
+
+
+def _alike(right: Mapping[str, NDArray[Any]], given: Mapping[str, NDArray[Any]], tolerance: float) -> bool:
+    """Whether two answers say the same: numbers up to a share of their output's largest, all else exactly."""
+    if right.keys() != given.keys():
+        return False
+    for name, wanted in right.items():
+        found = given[name]
+        if wanted.shape != found.shape or wanted.dtype != found.dtype:
+            return False
+        if wanted.dtype.kind != "f" or not wanted.size:
+            if not np.array_equal(wanted, found):
+                return False
+            continue
+        allowed = tolerance * float(np.abs(wanted).max())
+        if not np.all(np.abs(found.astype(np.float64) - wanted) <= allowed):
+            return False
+    return True
 
 
 def _in_words(body: bytes) -> str:

@@ -7,32 +7,17 @@ from typing import Protocol, cast
 
 import httptools
 
+from rushhour.load.carrier import Book
 from rushhour.wire import HEADER_LENGTH
 
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 
 
-class Listener(Protocol):
-    """Whom a connection tells what happens to it. A request is named by its index in the schedule."""
+class Pool(Protocol):
+    """Whom a connection belongs to."""
 
     def opened(self, connection: Connection) -> None:
         """The connection stands."""
-        ...
-
-    def answered(self, index: int, body: bytes) -> None:
-        """A 200 without a fault."""
-        ...
-
-    def turned_down(self, index: int, status: int, body: bytes) -> None:
-        """Any other status."""
-        ...
-
-    def garbled(self, index: int, what: str, why: str) -> None:
-        """Bytes that are no answer."""
-        ...
-
-    def fault_of(self, body: bytes, header_length: int | None) -> str:
-        """Why the body of a 200 is not what was asked for; empty if it is."""
         ...
 
     def free(self, connection: Connection) -> None:
@@ -45,16 +30,17 @@ class Listener(Protocol):
 
 
 class KnownHead:
-    """The head of an answer that httptools has read: status 200, a body of a known length, the connection kept.
+    """The head of an answer that httptools has read: a good status, a body of a known length, the connection kept.
 
     An answer with the same head, byte for byte, says the same thing again and need not be read again. All
     connections to one server share it; a server that dates its answers changes it once a second.
     """
 
-    __slots__ = ("head", "total")
+    __slots__ = ("head", "header_length", "total")
 
     def __init__(self) -> None:
         self.head = b""
+        self.header_length: int | None = None
         self.total = -1
 
 
@@ -63,19 +49,21 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body",
+        "_book",
         "_complete",
         "_fresh",
         "_header_length",
         "_keep",
         "_known",
-        "_listener",
         "_parser",
+        "_pool",
         "_transport",
         "index",
     )
 
-    def __init__(self, listener: Listener, known: KnownHead) -> None:
-        self._listener = listener
+    def __init__(self, book: Book, pool: Pool, known: KnownHead) -> None:
+        self._book = book
+        self._pool = pool
         self._known = known
         self._parser = httptools.HttpResponseParser(self)
         self._body: list[bytes] = []
@@ -104,29 +92,29 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which is no subclass
-        self._listener.opened(self)
+        self._pool.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Called by the loop."""
-        self._listener.closed(self, f"the server closed the connection ({error or 'end of stream'})")
+        self._pool.closed(self, f"the server closed the connection ({error or 'end of stream'})")
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
-        listener, known, index = self._listener, self._known, self.index
+        book, known, index = self._book, self._known, self.index
         if index < 0:  # bytes that nobody asked for: what follows them could not be told from an answer
             self.abort()
             return
         if self._fresh and len(data) == known.total and data.startswith(known.head):
             self.index = -1
-            listener.answered(index, data[len(known.head) :])
-            listener.free(self)
+            book.answered(index, data[len(known.head) :], known.header_length)
+            self._pool.free(self)
             return
         fresh, self._fresh = self._fresh, False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.abort()
-            listener.garbled(index, "the server does not speak HTTP", str(error))
+            book.garbled(index, "the server does not speak HTTP", str(error))
             return
         if not self._complete:
             return
@@ -134,17 +122,17 @@ class Connection(asyncio.Protocol):
         status, header_length = self._parser.get_status_code(), self._header_length
         self._body.clear()
         self._header_length, self._complete, self._fresh, self.index = None, False, True, -1
-        if status != 200:
-            listener.turned_down(index, status, body)
-        elif fault := listener.fault_of(body, header_length):
-            listener.garbled(index, "the server answered 200 with something that is not an answer", fault)
+        if not 200 <= status < 300:
+            book.turned_down(index, status, body)
+        elif fault := book.fault_of(body, header_length):
+            book.garbled(index, "the server answered 200 with something that is not an answer", fault)
         else:
             head = data[: len(data) - len(body)]
             if fresh and self._keep and head.endswith(b"\r\n\r\n"):  # in one piece, and not in chunks
-                known.head, known.total = head, len(data)
-            listener.answered(index, body)
+                known.head, known.total, known.header_length = head, len(data), header_length
+            book.answered(index, body, header_length)
         if self._keep:
-            listener.free(self)
+            self._pool.free(self)
         else:
             self._transport.close()
 

@@ -77,7 +77,7 @@ class Generator:
 
         Args:
             job: what to send, where and when.
-            on_progress: called about four times a second while it runs.
+            on_progress: called about five times a second while it runs.
 
         Raises:
             LoadError: if the server cannot be reached, rejects the requests or answers with something that is not
@@ -98,6 +98,13 @@ class Generator:
             if on_progress is not None:
                 on_progress(msgspec.msgpack.decode(content, type=Tick))
         raise self._gone()
+
+    def stop(self) -> None:
+        """End the job under way early: `run` returns with what was measured until then. For signal handlers and
+        other threads; without a job under way it is the next one that ends at once."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._lifeline, b".")
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

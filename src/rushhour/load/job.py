@@ -11,6 +11,7 @@ import numpy as np
 
 from rushhour.errors import LoadError
 from rushhour.load.samples import Samples
+from rushhour.load.target import Protocol
 
 MAX_CONNECTIONS = 2048
 
@@ -23,13 +24,17 @@ class Job(msgspec.Struct, frozen=True, tag_field="loop", kw_only=True):
     Attributes:
         host: name or address of the server.
         port: of the server.
-        requests: whole HTTP/1.1 requests as bytes, sent in rotation.
+        requests: whole HTTP/1.1 requests as bytes, or gRPC messages, sent in rotation.
         limit_s: of the SLO; decides how finely time is kept and what counts as late in the live figures.
         timeout_s: after this time from its schedule a request counts as lost.
         max_connections: open at once, at most; reaching it is reported, never hidden.
         outputs: names of the outputs that an answer has to hold, in Open Inference Protocol; empty where answers
             are not that, and are not looked into.
-        expected: the right answer's body for each of `requests`; empty where answers are not compared.
+        expected: the right answer's body for each of `requests`; empty where it is not known beforehand.
+        check: whether answers are compared: with what is expected, else with the first answer to the same request.
+        tolerance: how far a number may be off in such a comparison, as a share of the largest in its output: a batch
+            of another size sums in another order. Answers without `outputs` are compared byte for byte.
+        protocol: how the server is spoken to.
     """
 
     host: str
@@ -40,6 +45,9 @@ class Job(msgspec.Struct, frozen=True, tag_field="loop", kw_only=True):
     max_connections: int = MAX_CONNECTIONS
     outputs: tuple[str, ...] = ()
     expected: tuple[bytes, ...] = ()
+    check: bool = False
+    tolerance: float = 0.01
+    protocol: Protocol = "http"
 
 
 class OpenJob(Job, frozen=True, tag="open", kw_only=True):
@@ -80,6 +88,8 @@ class Tick(msgspec.Struct, frozen=True):
         at_s: seconds since its start.
         sent: requests taken up so far; `ended` of them have ended, one way or another.
         late: ended over the limit, shed or with an error.
+        p50_ms: median latency of the latest thousands that were answered; None before there are some.
+        p99_ms: their 99th percentile.
     """
 
     at_s: float
@@ -88,6 +98,8 @@ class Tick(msgspec.Struct, frozen=True):
     late: int
     shed: int
     errors: int
+    p50_ms: float | None = None
+    p99_ms: float | None = None
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -109,6 +121,7 @@ class Facts(msgspec.Struct, frozen=True):
     starved: int
     timeout_s: float
     first_error: str
+    error_kinds: dict[str, int]
 
 
 Kind = Literal[b"j", b"t", b"r", b"e"]
@@ -159,6 +172,7 @@ def pack(samples: Samples) -> bytes:
         starved=samples.starved,
         timeout_s=samples.timeout_s,
         first_error=samples.first_error,
+        error_kinds=dict(samples.error_kinds),
     )
     times = (samples.scheduled, samples.taken, samples.sent, samples.done)
     arrays = [each.tobytes() for each in (*times, samples.status)]

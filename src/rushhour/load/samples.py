@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,8 @@ class Samples:
         starved: requests that had to wait because the bound on connections was reached.
         timeout_s: after this time from its schedule a request counts as lost.
         first_error: what the first error was, in words; empty where there was none.
+        error_kinds: how many requests after the warm-up ended in each kind of error: `mismatch` (an answer that is not
+            the expected one), `status 500`, `not an answer`, `time-out`, `closed`, `refused`, ...
     """
 
     scheduled: NDArray[np.float64]
@@ -58,6 +61,7 @@ class Samples:
     starved: int = 0
     timeout_s: float = 5.0
     first_error: str = ""
+    error_kinds: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.scheduled)

@@ -10,11 +10,12 @@ import numpy as np
 
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
-from rushhour.load.arrivals import poisson
+from rushhour.load.arrivals import Arrivals, check_rate, poisson
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
+from rushhour.load.payload import Payload
 from rushhour.load.samples import Samples, Status
-from rushhour.load.target import Payload, Target
+from rushhour.load.target import Endpoint
 from rushhour.load.verdict import judge, needed_n
 from rushhour.measurement import Measurement, Outcome
 from rushhour.progress import Progress, Silent
@@ -51,7 +52,7 @@ def window_n(slo: SLO, rate_rps: float, window_s: float = 3.0) -> int:
 
 def measure(
     generator: Generator,
-    target: Target,
+    target: Endpoint,
     requests: Sequence[Payload],
     slo: SLO,
     *,
@@ -60,10 +61,13 @@ def measure(
     window_s: float = 3.0,
     n: int | None = None,
     warmup_s: float = 1.0,
+    arrivals: Arrivals = poisson,
     expected: Sequence[bytes] = (),
+    check: bool = False,
     progress: Progress | None = None,
+    on_tick: Callable[[Tick], None] | None = None,
 ) -> Measurement:
-    """One window of open-loop Poisson load, and its verdict.
+    """One window of open-loop load, and its verdict.
 
     The warm-up is the first part of the same schedule; nothing is drained between the two.
 
@@ -77,17 +81,21 @@ def measure(
         window_s: how long to measure; longer where the SLO needs more requests, see `window_n`.
         n: exactly so many requests instead.
         warmup_s: how long to load the server before that; longer where that would be less than 200 requests.
-        expected: the right answer's body for each of `requests`; another answer is an error. Empty for no check.
+        arrivals: the arrival process.
+        expected: the right answer's body for each of `requests`; another answer is an error.
+        check: compare answers also where none is expected beforehand: with the first to the same request.
         progress: is told how it goes.
+        on_tick: is told too, in figures, about five times a second.
 
     Raises:
         LoadError: if the server cannot be reached, rejects the requests or answers nonsense, or the generator is gone.
     """
+    check_rate(rate_rps)
     wanted = window_n(slo, rate_rps, window_s) if n is None else n
     warmup = max(math.ceil(rate_rps * warmup_s), min(_WARMUP_REQUESTS, math.ceil(rate_rps * _WARMUP_MOST_S)))
     if wanted < 1:
         raise LoadError(f"cannot judge {wanted} requests", "a verdict needs some", "ask for more")
-    schedule = poisson(rate_rps, n=warmup + wanted, seed=seed)
+    schedule = arrivals(rate_rps, n=warmup + wanted, seed=seed)
     job = OpenJob(
         host=target.host,
         port=target.port,
@@ -96,10 +104,12 @@ def measure(
         timeout_s=_timeout_s(slo),
         outputs=target.outputs,
         expected=tuple(expected),
+        check=check or bool(expected),
+        protocol=target.protocol,
         schedule=schedule.tobytes(),
         warmup=warmup,
     )
-    report = _Report(progress or Silent())
+    report = _Report(progress or Silent(), on_tick)
     report.progress.start(f"{rate_rps:g} requests/s", float(schedule[-1]))
     measurement = judge(generator.run(job, report), slo, rate_rps=rate_rps, seed=seed)
     report.progress.done(f"{measurement.outcome}: {measurement.reason}")
@@ -108,7 +118,7 @@ def measure(
 
 def estimate_throughput(
     generator: Generator,
-    target: Target,
+    target: Endpoint,
     requests: Sequence[Payload],
     *,
     rung_s: float = 1.0,
@@ -140,6 +150,7 @@ def estimate_throughput(
             limit_s=rung_s,
             timeout_s=max(5.0, 10 * rung_s),
             outputs=target.outputs,
+            protocol=target.protocol,
             concurrency=concurrency,
             duration_s=rung_s,
         )
@@ -323,11 +334,14 @@ def _throughput(samples: Samples, rung_s: float) -> float:
 class _Report:
     """Turns ticks into progress in seconds."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, on_tick: Callable[[Tick], None] | None) -> None:
         self.progress = progress
+        self._on_tick = on_tick
         self._at_s = 0.0
 
     def __call__(self, tick: Tick) -> None:
+        if self._on_tick is not None:
+            self._on_tick(tick)
         note = f"{tick.sent - tick.ended} in flight, {tick.late} late, {tick.shed} shed, {tick.errors} errors"
         self.progress.advance(max(0.0, tick.at_s - self._at_s), note)
         self._at_s = tick.at_s

@@ -1,47 +1,62 @@
-"""Whom to load and with what: a server found by its URL, and requests encoded before the clock starts."""
+"""Whom to load: a server found by its URL, and what is known about it."""
 
 from __future__ import annotations
 
 import dataclasses
 import http.client
 import urllib.parse
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from rushhour.bundle import Signature, TensorSpec
+from rushhour.bundle import Signature
 from rushhour.errors import LoadError, WireError
-from rushhour.wire import HEADER_LENGTH, encode_request, read_metadata
+from rushhour.wire import read_metadata
 
-Payload = bytes
-"""A whole HTTP request, head and body."""
-
-_DISTINCT = 32
-"""Requests in rotation: enough that no cache answers for the model, few enough to stay in memory."""
-_SMALL_IDS = 100
-"""Random values of wide integers lie below this: as token ids or categories they stay inside any vocabulary."""
+Protocol = Literal["http", "grpc"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """A model on a server.
+class Endpoint:
+    """Whatever answers HTTP there; nothing is known about its answers but their status.
 
     Attributes:
         url: as it was given, without a slash at the end.
         host: its host, as a client connects to it.
         port: its port.
-        prefix: the path in front of `/v2`, mostly empty.
-        model: the model's name.
-        signature: what it takes and gives.
+        prefix: the URL's path; in front of `/v2` where it is a server of models, mostly empty.
     """
 
     url: str
     host: str
     port: int
     prefix: str
+
+    @property
+    def protocol(self) -> Protocol:
+        """How it is spoken to."""
+        return "grpc" if self.url.startswith("grpc://") else "http"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that an answer holds; empty where answers are not looked into."""
+        return ()
+
+    @property
+    def authority(self) -> str:
+        """`host:port`, an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target(Endpoint):
+    """A model on a server.
+
+    Attributes:
+        model: the model's name.
+        signature: what it takes and gives.
+    """
+
     model: str
     signature: Signature
 
@@ -60,7 +75,7 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
     """Find a model on an Open Inference Protocol server.
 
     Args:
-        url: `http://host:port`, with a path in front of `/v2` where there is one.
+        url: `http://host:port`, with a path in front of `/v2` where there is one; or `grpc://host:port`.
         model: its name; None for the one model that is ready there.
         timeout_s: how long to wait for each answer.
 
@@ -68,6 +83,10 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
         LoadError: if the URL cannot be used, nobody answers there, what answers is not such a server, or it does
             not have that model.
     """
+    if url.strip().startswith("grpc://"):
+        from rushhour.load.grpc import discover_grpc  # grpcio takes a quarter of a second to import
+
+        return discover_grpc(endpoint(url), model, timeout_s)
     server = _Server(url, timeout_s)
     name = model if model is not None else server.only_model()
     status, body = server.ask("GET", f"/v2/models/{urllib.parse.quote(name, safe='')}")
@@ -91,28 +110,38 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
     return Target(server.url, server.host, server.port, server.prefix, found, signature)
 
 
+def endpoint(url: str) -> Endpoint:
+    """A URL taken apart, for what need not be a server of models. Nothing is asked there yet.
+
+    Raises:
+        LoadError: if the URL cannot be used.
+    """
+    clean = url.strip().rstrip("/")
+    try:
+        parts = urllib.parse.urlsplit(clean)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise _unusable(url, str(error)) from error
+    if parts.scheme == "https":
+        raise LoadError(
+            f"cannot load {url}", "https is not supported: it would be timed with the server", "use http://"
+        )
+    if parts.scheme not in ("http", "grpc") or not host:
+        raise _unusable(url, "it is not of the form http://host:port")
+    if parts.query or parts.fragment or parts.username:
+        raise _unusable(url, "it holds more than a host, a port and a path")
+    if parts.scheme == "grpc" and (parts.path or port is None):
+        raise _unusable(url, "a gRPC server is a host and a port")
+    return Endpoint(clean, host, 80 if port is None else port, parts.path)
+
+
 class _Server:
-    """An URL taken apart, and questions to the server there, each on a connection of its own."""
+    """Questions to a server, each on a connection of its own."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.url = url.strip().rstrip("/")
+        at = endpoint(url)
+        self.url, self.host, self.port, self.prefix = at.url, at.host, at.port, at.prefix
         self._timeout_s = timeout_s
-        try:
-            parts = urllib.parse.urlsplit(self.url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise _unusable(url, str(error)) from error
-        if parts.scheme == "https":
-            raise LoadError(
-                f"cannot load {url}", "https is not supported: it would be timed with the server", "use http://"
-            )
-        if parts.scheme != "http" or not host:
-            raise _unusable(url, "it is not of the form http://host:port")
-        if parts.query or parts.fragment or parts.username:
-            raise _unusable(url, "it holds more than a host, a port and a path")
-        self.host = host
-        self.port = 80 if port is None else port
-        self.prefix = parts.path
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """The status and body of an answer.
@@ -183,90 +212,6 @@ class _Server:
 class _Entry(msgspec.Struct):
     name: str
     state: str = "READY"
-
-
-def payloads(
-    target: Target, samples: Mapping[str, NDArray[Any]] | None = None, *, rows: int = 1, seed: int = 0
-) -> list[Payload]:
-    """Whole HTTP requests for a model, 32 distinct ones, to be sent in rotation.
-
-    Args:
-        target: the model.
-        samples: input name -> array of shape `(k, *shape)`, real ones if there are any; None for seeded random
-            values in the range of each type.
-        rows: samples in one request.
-        seed: decides which samples go together, or the random values.
-
-    Raises:
-        LoadError: if the samples do not fit the model.
-    """
-    if rows < 1:
-        raise LoadError(f"cannot send requests of {rows} samples", "a request carries at least one", "use --rows 1")
-    random = np.random.default_rng(seed)
-    if samples is None:
-        pool = {spec.name: _random(spec, _DISTINCT * rows, random) for spec in target.signature.inputs}
-        chosen = np.arange(_DISTINCT * rows)
-    else:
-        pool, count = _fitting(target, samples)
-        # Whole permutations one after the other: every sample is sent before one is sent twice.
-        rounds = -(-_DISTINCT * rows // count)
-        chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: _DISTINCT * rows]
-    return [
-        _http_request(target, {name: array[part] for name, array in pool.items()})
-        for part in chosen.reshape(_DISTINCT, rows)
-    ]
-
-
-def _fitting(target: Target, samples: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], int]:
-    """The samples of the model's inputs, and how many there are."""
-    pool = {}
-    for spec in target.signature.inputs:
-        array = samples.get(spec.name)
-        if array is None:
-            raise LoadError(
-                f"the samples lack the input {spec.name!r}",
-                f"they hold {', '.join(samples) or 'nothing'}",
-                f"give all inputs of {target.model}",
-            )
-        if array.shape[1:] != spec.shape or array.dtype != np.dtype(spec.dtype):
-            raise LoadError(
-                f"the samples of {spec.name!r} are {array.dtype} of shape {list(array.shape)}",
-                f"{target.model} takes {spec.dtype} of shape {[-1, *spec.shape]}",
-                "bring them to that form",
-            )
-        pool[spec.name] = array
-    counts = {len(array) for array in pool.values()}
-    if len(counts) != 1 or 0 in counts:
-        raise LoadError(
-            f"the inputs have {', '.join(map(str, sorted(counts)))} samples",
-            "all inputs have the same number, at least one",
-            "align them",
-        )
-    return pool, counts.pop()
-
-
-def _random(spec: TensorSpec, count: int, random: np.random.Generator) -> NDArray[Any]:
-    shape, dtype = (count, *spec.shape), np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return random.random(shape).astype(dtype)
-    if dtype.kind == "b":
-        return random.integers(0, 2, shape).astype(dtype)
-    high = _SMALL_IDS if dtype.itemsize > 1 else np.iinfo(dtype).max + 1
-    return random.integers(0, high, shape).astype(dtype)
-
-
-def _http_request(target: Target, inputs: Mapping[str, NDArray[Any]]) -> Payload:
-    header_length, body = encode_request(target.signature, inputs)
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    head = (
-        f"POST {target.infer_path} HTTP/1.1\r\n"
-        f"Host: {host}:{target.port}\r\n"
-        "Content-Type: application/octet-stream\r\n"
-        f"{HEADER_LENGTH}: {header_length}\r\n"
-        f"Content-Length: {len(body)}\r\n"
-        "\r\n"
-    )
-    return head.encode("ascii") + body
 
 
 def _said(body: bytes, before: str = "") -> str:

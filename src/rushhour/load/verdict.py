@@ -177,6 +177,7 @@ def judge(samples: Samples, slo: SLO, *, rate_rps: float, seed: int) -> Measurem
         outcome=outcome,
         reason=reason,
         latencies=pack_latencies(answered),
+        error_kinds=dict(samples.error_kinds),
     )
 
 

@@ -1,7 +1,8 @@
-"""The charts of the report: drawn by matplotlib, returned as inline SVG in the page's own colours and font.
+"""The charts of the reports: drawn by matplotlib, returned as inline SVG in the page's own colours and font, or as PNG.
 
-Drawings use marker colours; each becomes a CSS variable of the page, so that one file serves light and dark. Shape
-and line style always say the same as colour does.
+Drawings use colours by name. In SVG they are marker colours, each of which becomes a CSS variable of the page, so that
+one file serves light and dark; in PNG they are the page's light ones. Shape and line style always say the same as
+colour does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib.colors
 import matplotlib.style
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -26,16 +28,25 @@ from rushhour.plan import EngineName, Plan, Precision, Rung, Trial
 from rushhour.report import wording
 from rushhour.report.findings import baseline_of, evidence_of, winner_of
 
-_INK, _SOFT, _GRID, _PAPER = "#010203", "#010204", "#010205", "#010206"
-_PLAN, _BASELINE, _LIMIT = "#010207", "#010208", "#010209"
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _SOFT: "var(--soft)",
-    _GRID: "var(--grid)",
-    _PAPER: "var(--paper)",
-    _PLAN: "var(--plan)",
-    _BASELINE: "var(--baseline)",
-    _LIMIT: "var(--limit)",
+_INK, _SOFT, _GRID, _PAPER = "rushhour:ink", "rushhour:soft", "rushhour:grid", "rushhour:paper"
+_PLAN, _BASELINE, _LIMIT = "rushhour:plan", "rushhour:baseline", "rushhour:limit"
+_MARKERS = {
+    _INK: "#010203",
+    _SOFT: "#010204",
+    _GRID: "#010205",
+    _PAPER: "#010206",
+    _PLAN: "#010207",
+    _BASELINE: "#010208",
+    _LIMIT: "#010209",
+}
+_LIGHT = {
+    _INK: "#1d2126",
+    _SOFT: "#5c6570",
+    _GRID: "#e3e4e6",
+    _PAPER: "#ffffff",
+    _PLAN: "#0067a6",
+    _BASELINE: "#b85300",
+    _LIMIT: "#a5346f",
 }
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -164,34 +175,60 @@ def latency_against_rate(sides: Sequence[Side], slo: SLO) -> Markup | None:
     Returns:
         None where no window has a latency.
     """
-    windows = [window for side in sides for window in side.windows]
-    values = [ms for window in windows if window.p99_ms for ms in (window.p50_ms, window.p99_ms) if ms]
+    values = _latencies(sides)
     if not values:
         return None
     with _style("latency"):
-        figure, axes = _canvas(5.3, 4.5)
-        _rate_axis(axes, [window.rate_rps for window in windows], "offered rate, requests per second")
-        _latency_axis(axes, values, slo, name_at=0.5)
-        for side in sides:
-            proven = [window for window in side.windows if window.p99_ms is not None]
-            for style, at in (
-                (_DOTTED, [(w.rate_rps, w.p50_ms) for w in proven if w.p50_ms]),
-                ("-", [(w.rate_rps, w.p99_ms) for w in proven if w.p99_ms]),
-            ):
-                axes.plot(*_medians(at), color=side.colour, linestyle=style, linewidth=1.5)
-            for window in side.windows:
-                _window(axes, window, side)
-        keys = []
-        for side in sides:
-            keys.append(_key(f"{side.name} p99", side.colour, line="-", marker=side.marker))
-            keys.append(_key(f"{side.name} p50", side.colour, line=_DOTTED))
-        if any(window.p99_ms and window.outcome is not Outcome.PASS for window in windows):
-            keys.append(_key("did not pass", marker="X", hollow=True))
-        if any(window.p99_ms is None for window in windows):
-            keys.append(_key("no p99: unstable or too few", marker="^", hollow=True))
-        _legend(axes, keys, columns=2)
         label = f"Latency against offered rate for {' and '.join(side.name for side in sides)}, with the limit {slo}"
-        return _svg(figure, "latency", f"{label}. The numbers are in the table of load windows.")
+        return _svg(_latency(sides, slo, values), "latency", f"{label}. The numbers are in the table of load windows.")
+
+
+def latency_against_rate_png(sides: Sequence[Side], slo: SLO) -> bytes | None:
+    """The same as a PNG, on white paper.
+
+    Returns:
+        None where no window has a latency.
+    """
+    values = _latencies(sides)
+    if not values:
+        return None
+    with _style("latency", _LIGHT):
+        drawn = io.BytesIO()
+        _latency(sides, slo, values).savefig(
+            drawn, format="png", dpi=160, facecolor=_PAPER, metadata={"Software": "rushhour"}
+        )
+        return drawn.getvalue()
+
+
+def _latencies(sides: Sequence[Side]) -> list[float]:
+    windows = [window for side in sides for window in side.windows]
+    return [ms for window in windows if window.p99_ms for ms in (window.p50_ms, window.p99_ms) if ms]
+
+
+def _latency(sides: Sequence[Side], slo: SLO, values: Sequence[float]) -> Any:
+    windows = [window for side in sides for window in side.windows]
+    figure, axes = _canvas(5.3, 4.5)
+    _rate_axis(axes, [window.rate_rps for window in windows], "offered rate, requests per second")
+    _latency_axis(axes, values, slo, name_at=0.5)
+    for side in sides:
+        proven = [window for window in side.windows if window.p99_ms is not None]
+        for style, at in (
+            (_DOTTED, [(w.rate_rps, w.p50_ms) for w in proven if w.p50_ms]),
+            ("-", [(w.rate_rps, w.p99_ms) for w in proven if w.p99_ms]),
+        ):
+            axes.plot(*_medians(at), color=side.colour, linestyle=style, linewidth=1.5)
+        for window in side.windows:
+            _window(axes, window, side)
+    keys = []
+    for side in sides:
+        keys.append(_key(f"{side.name} p99", side.colour, line="-", marker=side.marker))
+        keys.append(_key(f"{side.name} p50", side.colour, line=_DOTTED))
+    if any(window.p99_ms and window.outcome is not Outcome.PASS for window in windows):
+        keys.append(_key("did not pass", marker="X", hollow=True))
+    if any(window.p99_ms is None for window in windows):
+        keys.append(_key("no p99: unstable or too few", marker="^", hollow=True))
+    _legend(axes, keys, columns=2)
+    return figure
 
 
 def latency_distribution(sides: Sequence[Side], slo: SLO) -> Markup | None:
@@ -474,11 +511,12 @@ def _short(name: str, most: int) -> str:
 
 
 @contextlib.contextmanager
-def _style(name: str) -> Iterator[None]:
+def _style(name: str, palette: Mapping[str, str] = _MARKERS) -> Iterator[None]:
     """Draw in the report's style whatever the user's matplotlibrc says, with ids that are the same every time.
 
     A glyph that matplotlib's own font lacks is no concern: the reader's browser sets the text.
     """
+    matplotlib.colors.get_named_colors_mapping().update(palette)
     with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -536,6 +574,6 @@ def _themed(style: str) -> str:
     """A style with the page's colours, and without a font, which the page decides."""
     rules = [rule for rule in style.split("; ") if not rule.startswith("font-family:")]
     themed = "; ".join(rules)
-    for marker, variable in _VARIABLES.items():
-        themed = themed.replace(marker, variable)
+    for name, marker in _MARKERS.items():
+        themed = themed.replace(marker, f"var(--{name.removeprefix('rushhour:')})")
     return themed

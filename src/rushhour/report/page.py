@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Trial
@@ -24,7 +25,7 @@ _MOST_ROWS: Final = (
 _MOST_OPEN: Final = 30  # rows of candidates shown at once; those dominated by prediction fold away beyond it
 _MOST_SEEDS: Final = 24
 _FATES: Final = ("won", "baseline", "beaten", "over budget", "dominated", "failed")
-_MARKS: Final = {
+MARKS: Final = {
     "won": "★", "baseline": "■", "beaten": "●", "over budget": "▽", "dominated": "○", "failed": "✕",
     "pass": "✓", "fail": "✕", "unstable": "△", "generator_limited": "⊘", "void": "⊘",
 }  # fmt: skip
@@ -83,6 +84,7 @@ def _render(found: Findings, run: Path) -> str:
     environment.globals["say"] = wording
     template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
     return template.render(
+        style=page_style(),
         found=found,
         plan=plan,
         evidence=evidence,
@@ -105,11 +107,16 @@ def _render(found: Findings, run: Path) -> str:
         most_rows=_MOST_ROWS,
         seeds=found.seeds,
         most_seeds=_MOST_SEEDS,
-        marks=_MARKS,
+        marks=MARKS,
         verdicts=Counter(window.outcome.value for _, window in found.windows),
         run=shlex.quote(str(run)),
         reload=_load_at_90_percent(evidence.capacity_rps),
     )
+
+
+def page_style() -> Markup:
+    """The style sheet that all pages carry inside them."""
+    return Markup(resources.files(__package__).joinpath("style.css").read_text("utf-8"))
 
 
 def _headline(found: Findings) -> str:

@@ -20,12 +20,12 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from rushhour.errors import RushhourError, ServeError, WireError
+from rushhour.protocol import HEALTH, INFERENCE, message
 from rushhour.serve.cell import Cell, Job, Shed
+from rushhour.serve.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.control import Control
 from rushhour.serve.guard import Keys, Limits
 from rushhour.serve.observe import CANCELLED, Followed, Observer
-from rushhour.serve.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.protocol.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.repository import Repository
 
 _CODES = {

@@ -1,4 +1,4 @@
-"""The messages of the protocol's gRPC service, and their codec for the hot path.
+"""The messages of the Open Inference Protocol's gRPC service, for the server and for the client of the load.
 
 The classes are made from `messages.binpb`, which protoc compiles from the `.proto` files beside it (the command stands
 in `inference.proto`). No generated Python: that registers its messages in a pool that the whole process shares, where

@@ -16,7 +16,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from rushhour.errors import WireError
-from rushhour.serve.protocol import message
+from rushhour.protocol import message
 from rushhour.wire import Codec, InferRequest, InputHeader, Layout, OutputHeader, RequestHeader
 
 _Request = message("inference.ModelInferRequest")

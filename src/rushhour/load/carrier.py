@@ -1,0 +1,67 @@
+"""The two sides of the client: who carries requests to the server, and who keeps the book of what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Book(Protocol):
+    """Is told what becomes of each request, which it knows by its index in the schedule."""
+
+    def sent(self, index: int) -> None:
+        """It is on its way: its bytes were written."""
+        ...
+
+    def answered(self, index: int, body: bytes, header_length: int | None) -> None:
+        """A good status, and a body without a fault; `header_length` is its JSON header's where it has one."""
+        ...
+
+    def turned_down(self, index: int, status: int, body: bytes) -> None:
+        """Any other HTTP status, or what corresponds to it."""
+        ...
+
+    def garbled(self, index: int, what: str, why: str) -> None:
+        """Bytes that are no answer."""
+        ...
+
+    def lost(self, index: int, kind: str, why: str) -> None:
+        """No answer will come. `kind` is the sort of error in a word or two, `why` says more."""
+        ...
+
+    def starved(self, index: int) -> None:
+        """It has to wait, because a bound of the generator's own is reached."""
+        ...
+
+    def fault_of(self, body: bytes, header_length: int | None) -> str:
+        """Why a body is not what was asked for; empty if it is."""
+        ...
+
+
+class Carrier(Protocol):
+    """Carries requests over connections of its own."""
+
+    @property
+    def most_connections(self) -> int:
+        """The most that were open at once."""
+        ...
+
+    async def open(self, wanted: int) -> None:
+        """Open up to `wanted` connections.
+
+        Raises:
+            LoadError: if there is no server.
+        """
+        ...
+
+    def carry(self, index: int) -> None:
+        """Send a request as soon as possible."""
+        ...
+
+    def sweep(self, is_over: Callable[[int], bool], kind: str, why: str) -> None:
+        """Give up on the requests under way of which `is_over` holds; they are lost."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything, without a word to the book."""
+        ...
