@@ -60,6 +60,9 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
         send_delay_p99_ms: how late the generator itself was.
         outcome: the verdict; `reason` says it in words.
         latencies: HdrHistogram of the answered requests in microseconds, base64.
+        decided: false where only the length of the window stood between this fail and a pass.
+        looks: how many times the window was looked at while it grew, each time with requests added.
+        retries: disturbed windows that were thrown away for this one.
     """
 
     slo: SLO
@@ -79,6 +82,9 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     outcome: Outcome
     reason: str
     latencies: str
+    decided: bool = True
+    looks: int = 1
+    retries: int = 0
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):
