@@ -1,7 +1,7 @@
 """The null server: answers everything at once. What a generator gets out of it is the generator's own bound.
 
-`python -m rushhour.load.null SIZE` answers with bodies of SIZE bytes, says its port on standard output, and ends when
-its standard input does.
+Its process (`main`, arguments SIZE [CORE ...]) answers with bodies of SIZE bytes, says its port on standard output,
+and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def null_server(cores: Collection[int] | None = None, answer_bytes: int = _ANSWE
     """
     pinned = [str(core) for core in cores or ()]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "rushhour.load.null", str(answer_bytes), *pinned],
+        [sys.executable, "-P", "-c", "from rushhour.load.null import main; main()", str(answer_bytes), *pinned],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -136,7 +136,3 @@ def main() -> None:
         os.sched_setaffinity(0, cores)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()
