@@ -4,6 +4,7 @@
 # make bench-serve   our server against its peers, 15 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
+# make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve bench-soak fuzz docs
+.PHONY: setup demo test check clean bench-serve bench-load bench-soak fuzz docs
 
 setup: .venv/.ready
 
@@ -49,6 +50,9 @@ bench-soak: setup
 fuzz: .venv/.dev
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python fuzz/run.py
+
+bench-load: setup
+	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/render.py
 
 docs: setup

@@ -179,5 +179,17 @@ def test_page_shows_every_check_and_table(tmp_path: Path) -> None:
     assert "### Rates" in page
 
 
+def test_the_load_benchmark_simulates_and_searches_in_virtual_time(tmp_path: Path) -> None:
+    """What of it measures no time, from end to end: a record with its checks, which renders."""
+    out = tmp_path / "load.json"
+    command = [sys.executable, str(BENCHMARKS / "load.py"), "--only", "3,v", "--runs", "8", "--lengths", "5"]
+    subprocess.run([*command, "--searches", "2", "--workers", "1", "--out", str(out)], check=True, capture_output=True)
+    found = Record.load(out)
+    ids = [check.id for check in found.checks]
+    assert {"3.false.sequential.M/D/1", "3.true.fixed.M/D/1 in bursts", "4.virtual.spread"} <= set(ids)
+    assert all(check.value is not None for check in found.checks)
+    assert "How long a window has to be" in render.render([("load", found)])
+
+
 def test_page_is_what_the_results_say() -> None:
     assert subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"]).returncode == 0

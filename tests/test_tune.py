@@ -36,7 +36,7 @@ tune_run(
     Goal(SLO.parse("p90<25ms"), AccuracyBudget.parse("10%")),
     run=Path(run),
     training=TrainSettings(epochs=1, batch=32),
-    settings=TuneSettings(window_s=0.4, proof_s=0.8, resolution=0.5, race=1),
+    settings=TuneSettings(window_s=0.4, proof_s=2.0, resolution=0.5, race=1),
     progress=Silent(),
 )
 write_report(Path(run))

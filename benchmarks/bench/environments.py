@@ -13,12 +13,13 @@ class CannotInstall(Exception):
     """A peer's environment could not be made; the message is pip's last words."""
 
 
-def python_of(peer: Path, bench: Path) -> Path:
+def python_of(peer: Path, bench: Path, *, engine: bool = True) -> Path:
     """The Python of a peer's environment, which is made if it is not there or was made for something else.
 
     Args:
         peer: its folder, with `requirements.txt`.
         bench: `.bench`.
+        engine: whether it needs OpenVINO, in the version of ours.
 
     Raises:
         CannotInstall: if pip fails.
@@ -27,8 +28,7 @@ def python_of(peer: Path, bench: Path) -> Path:
     python, mark = environment / "bin" / "python", environment / ".made-for"
     wanted = [
         *filter(None, (peer / "requirements.txt").read_text().split("\n")),
-        f"openvino=={importlib.metadata.version('openvino')}",
-        "numpy",
+        *((f"openvino=={importlib.metadata.version('openvino')}", "numpy") if engine else ()),
     ]
     made_for = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
     if mark.exists() and mark.read_text() == made_for:

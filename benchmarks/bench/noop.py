@@ -1,4 +1,6 @@
-"""`python noop.py PLAN SETTINGS`: Rushhour's own server in front of an engine that computes nothing.
+"""`python noop.py PLAN SETTINGS [FIXED EACH [STALL AT]]`: Rushhour's own server before an engine that computes nothing.
+
+A batch of n takes FIXED + n EACH seconds, asleep; nothing by default. The batch with the AT-th sample takes STALL more.
 
 What is left is what the server itself costs. The engine is a real one in all but the computing: buffers that each
 request is copied into, and answers that come from a thread of its own.
@@ -6,7 +8,9 @@ request is copied into, and answers that come from a thread of its own.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,8 +57,16 @@ class NoopEngine:
 
 
 class _NoopSlot(Stream):
+    _fixed_s, _each_s, _stall_s, _stall_at = itertools.islice((*map(float, sys.argv[3:]), 0.0, 0.0, 0.0, 0.0), 4)
+    _seen = 0
+
     def _finish(self, rows: int) -> None:
-        pass
+        seconds = self._fixed_s + rows * self._each_s
+        if self._seen < self._stall_at <= self._seen + rows:
+            seconds += self._stall_s
+        self._seen += rows
+        if seconds:
+            time.sleep(seconds)
 
 
 if __name__ == "__main__":

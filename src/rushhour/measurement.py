@@ -61,6 +61,9 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
         outcome: the verdict; `reason` says it in words.
         latencies: HdrHistogram of the answered requests in microseconds, base64.
         error_kinds: how many of `errors` are of each kind: `mismatch`, `status 500`, `time-out`, `closed`, ...
+        decided: false where only the length of the window stood between this fail and a pass.
+        looks: how many times the window was looked at while it grew, each time with requests added.
+        retries: disturbed windows that were thrown away for this one.
     """
 
     slo: SLO
@@ -81,6 +84,9 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     reason: str
     latencies: str
     error_kinds: dict[str, int] = {}
+    decided: bool = True
+    looks: int = 1
+    retries: int = 0
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):

@@ -7,6 +7,7 @@
     find_capacity         the highest rate that passes, confirmed on a fresh seed
     closed_loop           what so many users that wait for their answers get
     compare               several servers, interleaved on the same arrivals, as ratios with intervals
+    search_capacity       all of it: closed loops, the way to the limit, the proof
 
 Below them: `poisson`, `constant`, `Bursty` and `Trace` make schedules, `judge` turns samples into a verdict.
 """
@@ -16,11 +17,24 @@ from rushhour.load.closed import ClosedResult, closed_loop
 from rushhour.load.contest import Comparison, Ratio, Window, compare
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
+from rushhour.load.null import null_server, null_throughput
 from rushhour.load.payload import Payload, body_payloads, folder_payloads, payloads, read_bodies
 from rushhour.load.samples import Samples, Status
-from rushhour.load.search import Probe, Search, estimate_throughput, find_capacity, measure, window_n
+from rushhour.load.search import (
+    Probe,
+    Rung,
+    Search,
+    Sender,
+    climb,
+    estimate_throughput,
+    find_capacity,
+    look_sizes,
+    measure,
+    search_capacity,
+    window_n,
+)
 from rushhour.load.target import Endpoint, Target, discover, endpoint
-from rushhour.load.verdict import judge, needed_n, percentile_ranks, variance_inflation
+from rushhour.load.verdict import Look, decide, judge, needed_n, percentile_ranks, variance_inflation
 
 __all__ = [
     "Arrivals",
@@ -30,35 +44,44 @@ __all__ = [
     "Comparison",
     "Endpoint",
     "Generator",
+    "Look",
     "OpenJob",
     "Payload",
     "Probe",
     "Ratio",
+    "Rung",
     "Samples",
     "Search",
+    "Sender",
     "Status",
     "Target",
     "Tick",
     "Trace",
     "Window",
     "body_payloads",
+    "climb",
     "closed_loop",
     "compare",
     "constant",
+    "decide",
     "discover",
     "endpoint",
     "estimate_throughput",
     "find_capacity",
     "folder_payloads",
     "judge",
+    "look_sizes",
     "measure",
     "needed_n",
+    "null_server",
+    "null_throughput",
     "payloads",
     "percentile_ranks",
     "poisson",
     "read_arrivals",
     "read_bodies",
     "read_trace",
+    "search_capacity",
     "variance_inflation",
     "window_n",
 ]

@@ -56,7 +56,7 @@ class Canary:
 
         Returns:
             The 99th percentile of what was slept too long, in seconds; the canary's own CPU seconds; the share of
-            the machine's CPU time that its hypervisor took away.
+            the time that was taken from the machine: by its hypervisor, or by waiting for memory or disk.
         """
         assert self._process.stdout is not None
         line = b""
@@ -77,7 +77,8 @@ class Canary:
 def _watch() -> None:
     while os.read(0, 1):
         overshoots = []
-        cpu, stolen, total = time.process_time(), *_cpu_times()
+        began, cpu, stolen, total = time.monotonic(), time.process_time(), *_cpu_times()
+        stalled = _stalled_s()
         while True:
             before = time.perf_counter()
             asked, _, _ = select.select([0], [], [], _SLEEP_S)
@@ -94,6 +95,8 @@ def _watch() -> None:
         p99 = overshoots[int(0.99 * (len(overshoots) - 1))] if overshoots else 0.0
         stolen_now, total_now = _cpu_times()
         steal = (stolen_now - stolen) / max(1, total_now - total)
+        lasted = max(1e-9, time.monotonic() - began)
+        steal = max(steal, *((now - then) / lasted for now, then in zip(_stalled_s(), stalled, strict=True)))
         os.write(1, f"{p99} {time.process_time() - cpu} {steal}\n".encode())
 
 
@@ -105,6 +108,24 @@ def _cpu_times() -> tuple[int, int]:
         return fields[7], sum(fields)
     except (OSError, ValueError, IndexError):
         return 0, 0
+
+
+def _stalled_s() -> tuple[float, float]:
+    """Seconds since the start in which every task waited for memory, and for disk (PSI); zeros without PSI.
+
+    Waiting for a CPU is left out: a server that is busy causes it itself, and the sleeps feel it.
+    """
+    memory, disk = (_full_s(f"/proc/pressure/{resource}") for resource in ("memory", "io"))
+    return memory, disk
+
+
+def _full_s(path: str) -> float:
+    try:
+        with open(path) as file:
+            full = next(line for line in file if line.startswith("full"))
+        return int(full.rpartition("total=")[2]) / 1e6
+    except (OSError, ValueError, StopIteration):
+        return 0.0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,8 @@ class Samples:
         warmup: so many requests at the front prepare the server and are not judged.
         generator_cpu: CPU seconds of the generator per second of wall time: 1.0 is a core.
         canary_p99_s: how much longer than asked for a sleep of 1 ms took, 99th percentile over time.
-        steal: share of the machine's CPU time that its hypervisor took away.
+        steal: share of the time that was taken from the machine: CPU time by its hypervisor, or everything stood
+            still for want of memory or disk (PSI).
         connections: the most that were open at once.
         starved: requests that had to wait because the bound on connections was reached.
         timeout_s: after this time from its schedule a request counts as lost.
@@ -88,3 +90,37 @@ class Samples:
     def count(self, status: Status) -> int:
         """How many ended so."""
         return int(np.count_nonzero(self.status == status))
+
+
+def joined(runs: Sequence[Samples]) -> Samples:
+    """What several runs measured, one after the other, as if it were one run without a warm-up.
+
+    The noisiest of them counts: a disturbance in one is not thinned out by the calm of the others.
+    """
+    if len(runs) == 1:
+        return runs[0].measured()
+    parts, offset = [], 0.0
+    for run in runs:
+        part = run.measured()
+        parts.append((part, offset - float(part.scheduled[0])))
+        offset += float(part.scheduled[-1] - part.scheduled[0])
+    each = [part for part, _ in parts]
+
+    def shifted(name: str) -> NDArray[np.float64]:
+        return np.concatenate([getattr(part, name) + by for part, by in parts])
+
+    return Samples(
+        scheduled=shifted("scheduled"),
+        taken=shifted("taken"),
+        sent=shifted("sent"),
+        done=shifted("done"),
+        status=np.concatenate([part.status for part in each]),
+        generator_cpu=max(part.generator_cpu for part in each),
+        canary_p99_s=max(part.canary_p99_s for part in each),
+        steal=max(part.steal for part in each),
+        connections=max(part.connections for part in each),
+        starved=sum(part.starved for part in each),
+        timeout_s=each[0].timeout_s,
+        first_error=next((part.first_error for part in each if part.first_error), ""),
+        error_kinds=sum((Counter(part.error_kinds) for part in each), Counter[str]()),
+    )

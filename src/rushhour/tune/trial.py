@@ -27,6 +27,7 @@ from rushhour.serve import ServeSettings
 from rushhour.tune.space import Candidate
 
 _START_SECONDS = 120.0
+_WARMUP_S = 2.0
 
 
 def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal) -> Plan:
@@ -89,7 +90,13 @@ class Bench:
                     nonlocal aimed
                     aimed = aimed or aim()
                     return measure(
-                        self._generator, *aimed, self._goal.slo, rate_rps=rate_rps, seed=seed, window_s=window_s
+                        self._generator,
+                        *aimed,
+                        self._goal.slo,
+                        rate_rps=rate_rps,
+                        seed=seed,
+                        window_s=window_s,
+                        warmup_s=min(_WARMUP_S, max(1.0, window_s / 5)),
                     )
 
                 detail = (

@@ -1,0 +1,541 @@
+"""`make bench-load`: is the judge right? The verdict, the search and the generator, put to the test themselves.
+
+1 MLPerf LoadGen, the referee, loads the same server    2 a server that stalls    3 simulated queues of known latency
+4 five searches on one server    5 what one core of generator sends    6 a starved generator, a noisy neighbour
+
+    python benchmarks/load.py                                            everything, about 25 minutes, quiet machine
+    python benchmarks/load.py --only 3 --runs 20 --lengths 5             a look; its results go to .bench/
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import numpy as np
+from bench.contestants import OURS, PEERS, Setup, request_for, start_ours
+from bench.environments import CannotInstall, python_of, versions_of
+from bench.models import SEED, bundle_of
+from bench.record import Check, Table, record, verdict
+from bench.servers import DidNotStart, free_port, running
+from bench.wire import ask
+
+from rushhour.goal import SLO
+from rushhour.load import (
+    ClosedJob,
+    Generator,
+    OpenJob,
+    Payload,
+    Search,
+    Status,
+    Target,
+    discover,
+    judge,
+    measure,
+    null_server,
+    payloads,
+    poisson,
+    search_capacity,
+)
+from rushhour.measurement import Measurement, Outcome
+from rushhour.testing import queues
+from rushhour.testing.fakes import SIGNATURE
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / ".bench"
+RESULTS = ROOT / "benchmarks" / "results" / "load.json"
+
+_SLO = SLO(percentile=99, limit_s=0.05)
+_FIXED_S, _EACH_S, _BATCH = 0.004, 0.0005, 16
+_MOST_RPS = _BATCH / (_FIXED_S + _BATCH * _EACH_S)
+_SHARES = (0.3, 0.5, 0.65, 0.75, 0.85)
+_FALSE, _TRUE, _INSIDE = 0.05, 0.90, 0.9
+_LENGTHS = "10,20,40,60"
+_FEWER = 4
+"""The curve over the length of the window rests on a quarter of the runs."""
+_FLOOD_RPS = 20_500.0
+_BODY = 3072
+
+QUEUES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
+    "M/D/1": (queues.Deterministic(0.002), queues.poisson_arrivals, 454.0),
+    "M/M/4": (queues.Exponential(4, 0.008), queues.poisson_arrivals, 430.0),
+    "M/M/16": (queues.Exponential(16, 0.008), queues.poisson_arrivals, 1800.0),
+    "batches of 32": (queues.Batching(0.001, 0.0005, 32), queues.poisson_arrivals, 1810.0),
+    "two streams of 16": (queues.Batching(0.005, 0.001, 16, 2), queues.poisson_arrivals, 1432.0),
+    "M/D/1 in bursts": (queues.Deterministic(0.002), queues.Bursts(), 400.0),
+}
+"""Server, arrivals, and the rate whose true 99th percentile is taken for the limit."""
+
+
+class Simulated(msgspec.Struct, frozen=True):
+    """How often the verdict passed a simulated queue.
+
+    Attributes:
+        queue: its name in `QUEUES`.
+        share: of the rate at the limit.
+        seconds: the longest window.
+        looks: 1 for a fixed n.
+        limit_ms: the true 99th percentile at share 1.
+        passed: of `runs`.
+        mean_s: how long a window was on average when it was decided.
+        n: requests in the longest window.
+        busy_periods: how often the server in such a window falls idle and starts anew, on average.
+    """
+
+    queue: str
+    share: float
+    seconds: float
+    looks: int
+    runs: int
+    limit_ms: float
+    passed: int
+    mean_s: float
+    n: int
+    busy_periods: float
+
+
+def simulated(name: str, share: float, seconds: float, looks: int, runs: int) -> Simulated:
+    """Judge `runs` windows of a queue."""
+    queue, arrivals, at_limit = QUEUES[name]
+    limit = queues.true_percentile(queue, arrivals, at_limit, n=6_000_000 if runs >= 200 else 500_000)
+    rate = share * at_limit
+    n = round(rate * seconds)
+    sizes = [max(1, n >> shift) for shift in reversed(range(looks))]
+    found = queues.verdicts(queue, arrivals, SLO(percentile=99, limit_s=limit), rate, sizes, runs=runs, seed=1)
+    random = np.random.default_rng(2)
+    due = arrivals(rate, n, 8, random)
+    over = np.maximum.accumulate(due + queue.latencies(due, random), axis=0)
+    return Simulated(
+        queue=name,
+        share=share,
+        seconds=seconds,
+        looks=looks,
+        runs=runs,
+        limit_ms=1e3 * limit,
+        passed=sum(outcome is Outcome.PASS for outcome, _ in found),
+        mean_s=sum(size for _, size in found) / len(found) / rate,
+        n=n,
+        busy_periods=float((due[1:] > over[:-1]).sum(axis=0).mean()),
+    )
+
+
+def proportion(k: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of k of n."""
+    z, p = 1.959964, k / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def simulations(lengths: Sequence[float], runs: int, workers: int) -> tuple[list[Check], dict[str, Any], list[Table]]:
+    """Check 3."""
+    longest = max(lengths)
+    jobs = [
+        (name, share, seconds, looks, runs if seconds == longest else max(1, runs // _FEWER))
+        for name in QUEUES
+        for share in (1.0, _INSIDE)
+        for seconds in lengths
+        for looks in (1, 4)
+    ]
+    with ProcessPoolExecutor(workers) as pool:
+        found = list(pool.map(simulated, *zip(*jobs, strict=True)))
+    checks = []
+    for each in found:
+        if each.seconds != longest:
+            continue
+        how = "sequential" if each.looks > 1 else "fixed n"
+        at_limit = each.share == 1.0
+        checks.append(
+            verdict(
+                f"3.{'false' if at_limit else 'true'}.{'sequential' if each.looks > 1 else 'fixed'}.{each.queue}",
+                f"{each.queue}, {how}, at most {each.seconds:g} s: share of windows that pass "
+                + ("exactly at the limit" if at_limit else "10% inside it"),
+                f"<= {_FALSE:g}" if at_limit else f">= {_TRUE:g}",
+                each.passed / each.runs,
+                proportion(each.passed, each.runs),
+                each.runs,
+                unit="",
+            )
+        )
+    by = {(each.queue, each.share, each.seconds, each.looks): each for each in found}
+    rows: list[tuple[str | float | None, ...]] = []
+    for name in QUEUES:
+        for seconds in lengths:
+            for looks in (1, 4):
+                at, inside = by[name, 1.0, seconds, looks], by[name, _INSIDE, seconds, looks]
+                rows.append(
+                    (
+                        name,
+                        "sequential" if looks > 1 else "fixed n",
+                        seconds,
+                        float(inside.n),
+                        inside.busy_periods,
+                        at.passed / at.runs,
+                        inside.passed / inside.runs,
+                        inside.mean_s,
+                    )
+                )
+    columns = (
+        *("server", "test", "longest window, s", "requests", "busy periods", "passes at the limit"),
+        *("passes 10% inside", "mean window inside, s"),
+    )
+    note = (
+        "Requests and busy periods are those of the longest window 10% inside. The limit is each server's own 99th "
+        f"percentile at its rate. {runs} runs for the longest window, {max(1, runs // _FEWER)} for the others."
+    )
+    return checks, {"simulated": found}, [Table("how long a window has to be", columns, tuple(rows), note)]
+
+
+@contextlib.contextmanager
+def timed_server(*extra: float, max_batch: int = _BATCH) -> Iterator[tuple[int, Setup, Path]]:
+    """Our server before an engine that sleeps; gives its port, what it serves, and a folder.
+
+    Raises:
+        DidNotStart: if it does not.
+    """
+    setup = Setup(
+        model="noop",
+        bundle=bundle_of("noop", BENCH / "models"),
+        precision="f32",
+        cores=frozenset({min(_cores())}),
+        instances=1,
+        max_batch=max_batch,
+    )
+    with TemporaryDirectory(prefix="bench-") as folder:
+        port, work = free_port(), Path(folder)
+        start = start_ours(setup, port, work)
+        probe = request_for(OURS, setup, setup.bundle.samples()["image"][0])
+
+        def ready() -> bool:
+            try:
+                ask(port, probe)
+            except OSError:
+                return False
+            return True
+
+        command = [*start.command, *map(str, (_FIXED_S, _EACH_S, *extra))]
+        with running(command, start.env, port, setup.cores, work / "server.log", ready):
+            yield port, setup, work
+
+
+def referee(seconds: float) -> list[Check]:
+    """Check 1."""
+    what = "rates of 5 at which LoadGen's p99 and ours agree: within 10%, or within our interval"
+    try:
+        python = python_of(PEERS / "loadgen", BENCH, engine=False)
+    except CannotInstall as error:
+        return [Check("1", what, "rates", ">= 5", None, None, 0, False, f"LoadGen cannot be installed: {error}")]
+    agreed, said = 0, []
+    with timed_server() as (port, setup, work), Generator(cores={max(_cores())}) as generator:
+        target, requests = _aim(port, setup)
+        (work / "request").write_bytes(requests[0])
+        for number, share in enumerate(_SHARES):
+            rate = share * _MOST_RPS
+            n = max(1000, round(rate * seconds))
+            ours = measure(generator, target, requests, _SLO, rate_rps=rate, seed=number, n=n)
+            folder = work / f"loadgen-{number}"
+            folder.mkdir()
+            command = [str(python), str(PEERS / "loadgen" / "referee.py"), str(port), str(work / "request")]
+            done = subprocess.run(
+                [*command, f"{rate:.1f}", str(n), str(folder)],
+                capture_output=True,
+                text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, {max(_cores())}),
+            )
+            if done.returncode:
+                said.append(f"{rate:.0f}/s: LoadGen failed: {done.stderr.strip()[-200:]}")
+                continue
+            theirs = json.loads(done.stdout.splitlines()[-1])["p99_ms"]
+            agrees = False
+            if ours.p99_ms is not None and ours.p99_interval_ms is not None:
+                low, high = ours.p99_interval_ms
+                agrees = abs(ours.p99_ms / theirs - 1) <= 0.1 or low <= theirs <= high
+            agreed += agrees
+            mine = "none" if ours.p99_ms is None else f"{ours.p99_ms:.1f} ms"
+            said.append(f"{rate:.0f}/s: LoadGen {theirs:.1f} ms, ours {mine}")
+            _say(said[-1])
+    return [verdict("1", what, ">= 5", agreed, None, len(_SHARES), unit="rates", why="; ".join(said))]
+
+
+def stall() -> list[Check]:
+    """Check 2."""
+    rate, n = 300.0, 1200
+    # By a batch each: the stall comes when so many have been answered.
+    with timed_server(0.4, 600) as (port, setup, _), Generator(cores={max(_cores())}) as generator:
+        target, requests = _aim(port, setup)
+        crowd = generator.run(_job(target, requests, poisson(rate, n=n, seed=0)))
+    with timed_server(0.4, 100) as (port, setup, _), Generator(cores={max(_cores())}) as generator:
+        target, requests = _aim(port, setup)
+        alone = generator.run(
+            ClosedJob(
+                host=target.host,
+                port=port,
+                requests=tuple(requests),
+                limit_s=1.0,
+                timeout_s=10.0,
+                concurrency=1,
+                duration_s=4.0,
+            )
+        )
+    open_ms, closed_ms = (1e3 * float(np.quantile(run.latencies(), 0.99)) for run in (crowd, alone))
+    why = f"longest answers: open loop {_longest_ms(crowd):.0f} ms, closed loop {_longest_ms(alone):.0f} ms"
+    return [
+        verdict("2.open", "p99 of an open loop at 300/s, 400 ms stall", ">= 300", open_ms, None, n, unit="ms", why=why),
+        verdict("2.closed", "p99 of a closed loop, same stall", "<= 50", closed_ms, None, len(alone), unit="ms"),
+    ]
+
+
+def searches(count: int, budget_s: float) -> tuple[list[Check], list[Search]]:
+    """Check 4."""
+    found = []
+    with timed_server() as (port, setup, _), Generator(cores={max(_cores())}) as generator:
+        target, requests = _aim(port, setup)
+        for seed in range(count):
+            found.append(search_capacity(generator, target, requests, _SLO, seed=seed, budget_s=budget_s))
+            last = found[-1]
+            _say(
+                f"search {seed}: {last.capacity_rps:g}/s, {last.lowest_failing_rps} fails, {last.seconds:.0f} s, "
+                f"{last.requests} requests, {len(last.runs)} windows, {last.retries} retries {last.reason}"
+            )
+    return spread_checks("4", [s.capacity_rps for s in found], [s.seconds for s in found]), found
+
+
+def spread_checks(id: str, capacities: Sequence[float], seconds: Sequence[float]) -> list[Check]:
+    """How far searches end from their median, and how long they take."""
+    median = float(np.median(capacities))
+    apart = max(abs(each / median - 1) for each in capacities) if median else math.inf
+    n = len(capacities)
+    why = "" if median else "a search found no capacity"
+    return [
+        verdict(f"{id}.spread", f"{n} searches on one server: farthest from their median", "<= 0.05", apart, None, n)
+        if math.isfinite(apart)
+        else Check(f"{id}.spread", "searches on one server", "x", "<= 0.05", None, None, n, False, why),
+        verdict(f"{id}.seconds", "the longest of them", "<= 90", max(seconds), None, n, unit="s"),
+    ]
+
+
+def virtual_searches(count: int) -> list[Check]:
+    """Check 4 as it would be on a perfectly quiet machine: the same search in virtual time."""
+    server = queues.Batching(_FIXED_S, _EACH_S, _BATCH)
+    target = Target("http://virtual", "virtual", 1, "", "noop", SIGNATURE)
+    capacities, seconds = [], []
+    for seed in range(count):
+        generator = queues.VirtualGenerator(server)
+        capacities.append(search_capacity(generator, target, [b"x"], _SLO, seed=seed).capacity_rps)
+        seconds.append(generator.seconds)
+    checks = spread_checks("4.virtual", capacities, seconds)
+    return [msgspec.structs.replace(check, what=f"in virtual time, {check.what}") for check in checks]
+
+
+def flood(seconds: float) -> list[Check]:
+    """Check 5."""
+    body = bytes(_BODY)
+    request = b"POST / HTTP/1.1\r\nHost: null\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with null_server(cores={min(_cores())}) as port, Generator(cores={max(_cores())}) as generator:
+        job = OpenJob(
+            host="127.0.0.1",
+            port=port,
+            requests=(request,),
+            limit_s=_SLO.limit_s,
+            timeout_s=5.0,
+            schedule=poisson(_FLOOD_RPS, duration_s=seconds + 1, seed=0).tobytes(),
+            warmup=round(_FLOOD_RPS),
+        )
+        run = generator.run(job).measured()
+    answered = run.status == Status.OK
+    lasted = float(np.nanmax(run.done) - run.scheduled[0]) if answered.any() else math.inf
+    rate = float(answered.sum()) / lasted
+    delay = 1e3 * float(np.nanquantile(run.sent - run.scheduled, 0.99))
+    why = f"generator CPU {run.generator_cpu:.0%}, canary {1e3 * run.canary_p99_s:.1f} ms"
+    what = f"one core of generator, {_BODY} bytes, {_FLOOD_RPS:,.0f}/s asked of a null server"
+    return [
+        verdict("5.rate", f"{what}: answers per second", ">= 20000", rate, None, len(run), unit="1/s", why=why),
+        verdict("5.delay", f"{what}: p99 of the send delay", "< 2", delay, None, len(run), unit="ms", why=why),
+    ]
+
+
+def disturbed(windows: int, window_s: float) -> tuple[list[Check], list[Measurement]]:
+    """Check 6."""
+    limited, wide, false, said = 0, 0, 0, []
+    seen = []
+    over = 1.02 * _MOST_RPS  # more than the server can do at all: every pass is a false one
+    calm_rate = 0.6 * _MOST_RPS
+    with timed_server() as (port, setup, _):
+        with Generator(cores={max(_cores())}) as generator:
+            target, requests = _aim(port, setup)
+            for seed in range(windows):
+                schedule = poisson(calm_rate, n=max(2000, round(calm_rate * window_s)), seed=seed)
+                run = generator.run(_job(target, requests, schedule, max_connections=2))
+                limited += judge(run, _SLO, rate_rps=calm_rate, seed=seed).outcome is Outcome.GENERATOR_LIMITED
+        with Generator() as generator:
+            for seed in range(windows):
+                pair = {}
+                for noisy in (False, True):
+                    with burning(_cores()) if noisy else contextlib.nullcontext():
+                        pair[noisy] = _window(generator, target, requests, calm_rate, seed, window_s)
+                        if noisy:
+                            flooded = _window(generator, target, requests, over, seed, window_s)
+                            false += flooded.outcome is Outcome.PASS
+                            seen.append(flooded)
+                seen += pair.values()
+                wide += pair[True].outcome is not Outcome.PASS or _width(pair[True]) > _width(pair[False])
+                said.append(pair[True].outcome.value)
+    why = "beside burners on every core: " + ", ".join(f"{k} {v}" for k, v in Counter(said).items())
+    n = windows
+    return [
+        verdict(
+            *("6.starved", "a generator of 2 connections: share of windows said to be generator_limited", ">= 1"),
+            *(limited / n, None, n),
+            unit="",
+        ),
+        verdict(
+            *("6.noise", "burners on every core, rate inside: share void (or no pass), or of wider interval", ">= 1"),
+            *(wide / n, None, n),
+            unit="",
+            why=why,
+        ),
+        verdict(
+            *("6.false", "burners on every core, rate over what the server can do: passes", "<= 0"),
+            *(float(false), None, n),
+            unit="",
+        ),
+    ], seen
+
+
+@contextlib.contextmanager
+def burning(cores: frozenset[int]) -> Iterator[None]:
+    """A busy neighbour on each core."""
+    program = (
+        "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile os.getppid() == int(sys.argv[2]): pass"
+    )
+    burners = [
+        subprocess.Popen([sys.executable, "-I", "-S", "-c", program, str(core), str(os.getpid())]) for core in cores
+    ]
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+def _window(
+    generator: Generator, target: Target, requests: list[Payload], rate: float, seed: int, window_s: float
+) -> Measurement:
+    n = max(1000, round(rate * window_s))
+    return measure(generator, target, requests, _SLO, rate_rps=rate, seed=seed, n=n, null_rps=math.inf)
+
+
+def _width(window: Measurement) -> float:
+    low, high = window.p99_interval_ms or (0.0, math.inf)
+    return high - low
+
+
+def _longest_ms(run: Any) -> float:
+    return 1e3 * float(run.latencies().max())
+
+
+def _aim(port: int, setup: Setup) -> tuple[Target, list[Payload]]:
+    target = discover(f"http://127.0.0.1:{port}")
+    return target, payloads(target, setup.bundle.samples())
+
+
+def _job(target: Target, requests: list[Payload], schedule: Any, max_connections: int = 2048) -> OpenJob:
+    return OpenJob(
+        host=target.host,
+        port=target.port,
+        requests=tuple(requests),
+        limit_s=_SLO.limit_s,
+        timeout_s=10.0,
+        max_connections=max_connections,
+        outputs=target.outputs,
+        schedule=schedule.tobytes(),
+    )
+
+
+def _cores() -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0))
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run, and write the record."""
+    arguments = _arguments(given)
+    parts = set(arguments.only.split(","))
+    began = time.monotonic()
+    checks: list[Check] = []
+    data: dict[str, Any] = {}
+    tables: list[Table] = []
+    try:
+        if "1" in parts:
+            checks += referee(arguments.seconds)
+        if "2" in parts:
+            checks += stall()
+        if "3" in parts:
+            lengths = [float(each) for each in arguments.lengths.split(",")]
+            simulated_checks, found, tables = simulations(lengths, arguments.runs, arguments.workers)
+            checks += simulated_checks
+            data |= found
+        if "4" in parts:
+            searched, data["searches"] = searches(arguments.searches, arguments.budget)
+            checks += searched
+        if "v" in parts:
+            checks += virtual_searches(arguments.searches)
+        if "5" in parts:
+            checks += flood(arguments.flood)
+        if "6" in parts:
+            noise_checks, data["disturbed"] = disturbed(arguments.windows, arguments.window)
+            checks += noise_checks
+    except DidNotStart as error:
+        print(f"the server did not start: {error}", file=sys.stderr)
+        return 1
+    data |= {"tables": tables, "minutes": round((time.monotonic() - began) / 60, 1)}
+    python = BENCH / "loadgen" / "bin" / "python"
+    versions = versions_of(python, ("mlcommons-loadgen",)) if python.exists() else {}
+    whole = arguments == _arguments([])
+    out = arguments.out or (RESULTS if whole else BENCH / "load-smoke.json")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    record(checks, msgspec.to_builtins(data), {"models": SEED, "simulation": 1, "load": 0}, versions).save(Path(out))
+    for check in checks:
+        value = "not measured" if check.value is None else f"{check.value:.4g} {check.unit}"
+        _say(f"{'ok  ' if check.holds else 'MISS'} {check.id:40} {value:>16} {check.target:>9}  {check.why or ''}")
+    _say(f"{data['minutes']} minutes; written to {out}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The verdict, the search and the generator, put to the test.")
+    parser.add_argument("--only", default="1,2,3,4,v,5,6", help="checks; v is 4 in virtual time")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each of the referee's and our windows")
+    parser.add_argument("--runs", type=int, default=2000, help="simulated windows of each kind")
+    parser.add_argument("--lengths", default=_LENGTHS, help="of the simulated windows, in seconds; the checks' is last")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that simulate")
+    parser.add_argument("--searches", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=80.0, help="seconds of one search, about")
+    parser.add_argument("--flood", type=float, default=5.0, help="seconds at the highest rate")
+    parser.add_argument("--windows", type=int, default=3, help="windows of each kind with noise")
+    parser.add_argument("--window", type=float, default=6.0, help="seconds of these")
+    parser.add_argument("--out", help="the record; by default results/load.json of a whole run, .bench/ of any other")
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

@@ -1,0 +1,267 @@
+"""Servers that exist only as numbers: queues whose true latencies are known, for judging the judge.
+
+`verdicts` says how often a verdict is right, over thousands of runs; `VirtualGenerator` stands in for a generator
+and its server, so that a whole search runs in virtual time.
+
+All runs advance together, one request (or one batch) of each in a step of numpy: thousands of runs take seconds.
+Arrays have the shape `(requests, runs)`, times are in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.goal import SLO
+from rushhour.load import ClosedJob, Look, OpenJob, Samples, Status, Tick, decide
+from rushhour.measurement import Outcome
+
+Times = NDArray[np.float64]
+Arrivals = Callable[[float, int, int, np.random.Generator], Times]
+"""Rate in requests per second, requests, runs, random numbers -> when they come, ascending along the first axis."""
+
+
+class Queue(Protocol):
+    """A server: when requests come -> how long each of them takes, both of the shape `(requests, runs)`."""
+
+    def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
+        """Seconds from each arrival to its answer."""
+
+
+def poisson_arrivals(rate_rps: float, n: int, runs: int, random: np.random.Generator) -> Times:
+    """A crowd of independent users."""
+    return random.exponential(1 / rate_rps, (n, runs)).cumsum(axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bursts:
+    """A crowd with two moods (a Markov-modulated Poisson process), each of them lasting exponentially long.
+
+    Attributes:
+        factor: how many times as many come in a burst as between bursts.
+        share: of the time that is burst.
+        mean_s: how long one burst lasts on average.
+    """
+
+    factor: float = 1.6
+    share: float = 0.25
+    mean_s: float = 0.1
+
+    def __call__(self, rate_rps: float, n: int, runs: int, random: np.random.Generator) -> Times:
+        """As `Arrivals`."""
+        calm = rate_rps / (1 - self.share + self.share * self.factor)
+        calm_s = self.mean_s * (1 - self.share) / self.share
+        cycles = int(n / rate_rps / (self.mean_s + calm_s) * 1.3) + 60
+        lasting = np.stack(
+            [random.exponential(calm_s, (cycles, runs)), random.exponential(self.mean_s, (cycles, runs))], axis=1
+        ).reshape(2 * cycles, runs)
+        ends = np.concatenate([np.zeros((1, runs)), lasting.cumsum(axis=0)])
+        expected = lasting * np.tile([calm, calm * self.factor], cycles)[:, None]
+        work = np.concatenate([np.zeros((1, runs)), expected.cumsum(axis=0)])
+        unit = random.exponential(1.0, (n, runs)).cumsum(axis=0)
+        return np.stack([np.interp(unit[:, i], work[:, i], ends[:, i]) for i in range(runs)], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deterministic:
+    """One request after the other, each taking `service_s`: M/D/1 under Poisson arrivals."""
+
+    service_s: float
+
+    def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
+        """As in `Queue`: what is left when a request comes is what was left before, less the time since (Lindley)."""
+        found = np.empty_like(arrivals)
+        gaps = np.diff(arrivals, axis=0, prepend=0.0)
+        backlog = np.zeros(arrivals.shape[1])
+        for gap, out in zip(gaps, found, strict=True):
+            np.subtract(backlog, gap, out=backlog)
+            np.maximum(backlog, 0.0, out=backlog)
+            backlog += self.service_s
+            out[:] = backlog
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponential:
+    """`servers` behind one queue, service times exponential: M/M/c under Poisson arrivals."""
+
+    servers: int
+    service_s: float
+
+    def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
+        """As in `Queue`: each takes the server that is free first (Kiefer and Wolfowitz)."""
+        found = np.empty_like(arrivals)
+        columns = np.arange(arrivals.shape[1])
+        free = np.zeros((self.servers, arrivals.shape[1]))
+        for now, out in zip(arrivals, found, strict=True):
+            first = free.argmin(axis=0)
+            done = np.maximum(free[first, columns], now) + random.exponential(self.service_s, len(now))
+            free[first, columns] = done
+            np.subtract(done, now, out=out)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """As Rushhour's own server: a free stream takes all that waits, up to `max_batch`, for `fixed_s + n each_s`."""
+
+    fixed_s: float
+    each_s: float
+    max_batch: int
+    streams: int = 1
+
+    def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
+        """As in `Queue`."""
+        n, runs = arrivals.shape
+        waiting = np.concatenate([arrivals, np.full((self.max_batch, runs), np.inf)])
+        finish = np.empty((n + self.max_batch, runs))
+        columns = np.arange(runs)
+        window = np.arange(self.max_batch)[:, None]
+        free = np.zeros((self.streams, runs))
+        position = np.zeros(runs, dtype=np.intp)
+        while (going := position < n).any():
+            first = free.argmin(axis=0)
+            start = np.maximum(free[first, columns], waiting[np.minimum(position, n), columns])
+            rows = position + window
+            np.minimum(rows, n + self.max_batch - 1, out=rows)
+            taken = (waiting[rows, columns] <= start).sum(axis=0)
+            taken[~going] = 0
+            done = start + self.fixed_s + self.each_s * taken
+            mine = window < taken
+            at = np.nonzero(mine)
+            finish[rows[at], at[1]] = done[at[1]]
+            free[first, columns] = np.where(going, done, np.inf)
+            position += taken
+        return finish[:n] - arrivals
+
+
+_CHUNK = 250
+"""Runs that are simulated together: memory stays small."""
+
+
+def true_percentile(
+    queue: Queue, arrivals: Arrivals, rate_rps: float, percentile: float = 99.0, *, seed: int = 0, n: int = 6_000_000
+) -> float:
+    """The percentile of the latency, in seconds, from `n` requests in 200 runs that have warmed up for 5 s."""
+    random = np.random.default_rng(seed)
+    runs, warmup = 200, math.ceil(5 * rate_rps)
+    each = math.ceil(n / runs)
+    parts = [
+        queue.latencies(arrivals(rate_rps, warmup + each, runs // 4, random), random)[warmup:].ravel() for _ in range(4)
+    ]
+    return float(np.quantile(np.concatenate(parts), percentile / 100))
+
+
+def verdicts(
+    queue: Queue,
+    arrivals: Arrivals,
+    slo: SLO,
+    rate_rps: float,
+    sizes: Sequence[int],
+    *,
+    runs: int,
+    seed: int,
+    warmup_s: float = 2.0,
+) -> list[tuple[Outcome, int]]:
+    """What the verdict says of each of `runs` windows that are looked at when they hold `sizes` requests.
+
+    Each part between two looks is a run of its own with its own warm-up, as in `measure`.
+
+    Returns:
+        The outcome, and at how many requests it was decided.
+    """
+    found: list[tuple[Outcome, int]] = []
+    for chunk in range(0, runs, _CHUNK):
+        random = np.random.default_rng([seed, chunk])
+        found += _verdicts(queue, arrivals, slo, rate_rps, sizes, min(_CHUNK, runs - chunk), random, warmup_s)
+    return found
+
+
+def _verdicts(
+    queue: Queue,
+    arrivals: Arrivals,
+    slo: SLO,
+    rate_rps: float,
+    sizes: Sequence[int],
+    runs: int,
+    random: np.random.Generator,
+    warmup_s: float,
+) -> list[tuple[Outcome, int]]:
+    warmup = math.ceil(rate_rps * warmup_s)
+    found: dict[int, tuple[Outcome, int]] = {}
+    windows: dict[int, list[Samples]] = {run: [] for run in range(runs)}
+    before = 0
+    for size in sizes:
+        due = arrivals(rate_rps, warmup + size - before, len(windows), random)
+        latencies = queue.latencies(due, random)
+        for column, (run, parts) in enumerate(list(windows.items())):
+            parts.append(samples_of(due[:, column], latencies[:, column], warmup))
+            look = Look(size / sizes[-1], before / sizes[-1])
+            outcome, _ = decide(parts, slo, rate_rps=rate_rps, look=look)
+            if outcome is not None or size == sizes[-1]:
+                found[run] = (outcome or Outcome.FAIL, size)
+                del windows[run]
+        before = size
+        if not windows:
+            break
+    return [found[run] for run in range(runs)]
+
+
+def samples_of(scheduled: Times, latencies: Times, warmup: int = 0) -> Samples:
+    """What a perfect generator on a quiet machine would have seen."""
+    return Samples(
+        scheduled=np.ascontiguousarray(scheduled),
+        taken=scheduled,
+        sent=scheduled,
+        done=scheduled + latencies,
+        status=np.full(len(scheduled), Status.OK, np.uint8),
+        warmup=warmup,
+    )
+
+
+class VirtualGenerator:
+    """A generator and its server in one, in virtual time: gives `measure` and `climb` what a quiet machine would.
+
+    Args:
+        server: what answers.
+    """
+
+    def __init__(self, server: Batching) -> None:
+        self._server = server
+        self.seconds = 0.0
+        """Virtual seconds of load so far."""
+
+    def run(self, job: OpenJob | ClosedJob, on_progress: Callable[[Tick], None] | None = None) -> Samples:
+        """Do a job, in no time."""
+        if isinstance(job, OpenJob):
+            due = np.frombuffer(job.schedule, np.float64)
+            latencies = self._server.latencies(due[:, None].copy(), np.random.default_rng(0))[:, 0]
+            self.seconds += float((due + latencies).max())
+            return samples_of(due, latencies, job.warmup)
+        self.seconds += job.duration_s
+        return self._closed(job)
+
+    def _closed(self, job: ClosedJob) -> Samples:
+        server = self._server
+        free = [0.0] * server.streams
+        waiting = [0.0] * job.concurrency  # when each user asked; a heap
+        scheduled, done = [], []
+        while waiting[0] < job.duration_s:
+            start = max(heapq.heappop(free), waiting[0])
+            batch: list[float] = []
+            while waiting and waiting[0] <= start and len(batch) < server.max_batch:
+                batch.append(heapq.heappop(waiting))
+            finish = start + server.fixed_s + server.each_s * len(batch)
+            heapq.heappush(free, finish)
+            for asked in batch:
+                scheduled.append(asked)
+                done.append(finish)
+                heapq.heappush(waiting, finish)
+        due = np.array(scheduled)
+        return samples_of(due, np.array(done) - due)
