@@ -545,7 +545,7 @@ def test_a_server_that_makes_no_sense_is_one_line(behaviour: dict[str, Any], say
 
 def test_a_server_that_goes_away_leaves_the_windows_before(tmp_path: Path) -> None:
     file, plot = tmp_path / "load.json", tmp_path / "load.html"
-    with behaving(close_from=800) as url:
+    with behaving(close_from=1300) as url:
         rates = [argument for _ in range(3) for argument in ("--rate", "300")]
         done = rushhour("load", url, "--slo", "p50<50ms", *rates, "--duration", "1s", "--json", file, "--plot", plot)
     assert done.returncode == 2
