@@ -132,6 +132,18 @@ def test_a_batch_is_cut_to_what_keeps_its_head_in_time() -> None:
     assert len(taken(batcher)) == 4, "the next head has time for all that wait"
 
 
+def test_under_overload_batches_stay_full() -> None:
+    """All have the same time allowed, and the head little of it left: to cut its batch would cost all behind it."""
+    clock = VirtualClock()
+    batcher = make(max_batch=8, queue_bound=100, clock=clock)
+    for number in range(24):
+        batcher.offer(str(number), 1, deadline=0.050 + number * 1e-4)  # a batch of 8 takes 18 ms
+    clock.advance(0.034)  # the head has time for a batch of 6, and the next one not for another after that
+    assert len(taken(batcher)) == 8
+    clock.advance(0.018)
+    assert len(taken(batcher)) == 8
+
+
 def test_a_head_that_is_late_anyway_does_not_make_batches_small() -> None:
     clock = VirtualClock()
     batcher = make(max_batch=8, queue_bound=100, clock=clock)

@@ -15,6 +15,8 @@ _REPLAYED = 16
 """Batches of the queue's end that are replayed one by one."""
 _MEMORY = 0.02
 """Weight of the newest batch in the profile: about the last 50 batches decide."""
+_NEWEST = 0.1
+"""Weight of the newest batch in what is usual."""
 _ANCHOR = 0.1
 """Weight of the start's times against that of the recent batches together."""
 
@@ -93,6 +95,25 @@ class Admission:
     def __init__(self, profile: Profile, max_batch: int) -> None:
         self._profile = profile
         self._max_batch = max_batch
+        self._usual = 0.0
+        self._late = 0.0
+
+    def saw(self, rows: int, expected_s: float, took_s: float) -> None:
+        """A batch has ended.
+
+        Args:
+            rows: samples in it.
+            expected_s: what was predicted for its last request; 0 where nothing was.
+            took_s: what that request took.
+        """
+        self._usual += _NEWEST * (rows - self._usual)
+        if expected_s:
+            self._late = max(0.0, self._late + _NEWEST * (took_s - expected_s - self._late))
+
+    @property
+    def late_s(self) -> float:
+        """How much later than predicted answers have come of late: what the profile cannot see."""
+        return self._late
 
     def finish(self, now: float, rows: int, waiting: int, busy_until: Sequence[float], streams: int) -> float:
         """When the last of `rows` samples that come now would be answered, in seconds of the clock of `now`.
@@ -106,8 +127,11 @@ class Admission:
         """
         batches = -(-(waiting + rows) // self._max_batch)
         full = self._profile.seconds(self._max_batch)
-        last = self._profile.seconds(waiting + rows - (batches - 1) * self._max_batch)
         free = [max(now, end) for end in busy_until] + [now] * (streams - len(busy_until))
+        size = waiting + rows - (batches - 1) * self._max_batch
+        if batches > 1 or len(busy_until) >= streams:
+            size = max(size, round(self._usual))  # while it waits, others join its batch
+        last = self._profile.seconds(size)
         if batches == 1:
             return min(free) + last
         # A long queue keeps all streams busy: all but its end is work shared out evenly.

@@ -2,8 +2,8 @@
 
 The rule is "batch what waits when a stream is free": nobody waits for company, and under load batches grow by
 themselves, because requests arrive while the streams are busy. What bounds a batch is its size, and the time that its
-first request has left: a batch that would make the head late is cut to what still keeps it. A request larger than a
-batch is split over several; its rows stay in order and come together again at the caller.
+first request has left: a batch that would make the head late is cut to what keeps it, if those behind can afford that.
+A request larger than a batch is split over several; its rows stay in order and come together again at the caller.
 
 Sources: the profile and the deadline queue are Clockwork's (Gujarati et al., OSDI 2020), sizing by the head's
 remaining budget Nexus's (Shen et al., SOSP 2019).
@@ -157,7 +157,7 @@ class Batcher(Generic[T]):
                     queue.popleft()
                     continue
                 if not parts:
-                    room = self._room(ticket)
+                    room = self._room(queue)
                 if not room:
                     return parts
                 rows = min(room, ticket.rows - ticket.taken)
@@ -169,13 +169,25 @@ class Batcher(Generic[T]):
                     queue.popleft()
         return parts
 
-    def _room(self, head: Ticket[T]) -> int:
-        """Samples in a batch that `head` leads.
+    def _room(self, queue: deque[Ticket[T]]) -> int:
+        """Samples in a batch that the head of `queue` leads: all there is room for, or fewer to keep it in time.
 
-        A head that is late whatever is done does not bound it: small batches would only make the next ones late too.
+        A head that is late whatever is done does not bound its batch. Nor does one whose cut would make those behind
+        it late: under overload all heads have little time left, and small batches would carry less and less.
         """
+        head = queue[0]
         if head.deadline == math.inf:
             return self.max_batch
-        fits = self._times.rows_within(head.deadline - self._clock.now())
-        rows = min(self.max_batch, head.rows - head.taken)
-        return min(self.max_batch, fits) if fits >= rows else self.max_batch
+        now = self._clock.now()
+        fits = self._times.rows_within(head.deadline - now)
+        if fits >= min(self.max_batch, self.waiting) or fits < min(self.max_batch, head.rows - head.taken):
+            return self.max_batch
+        rest = min(self.max_batch, self.waiting - fits)
+        next_end = now + self._times.seconds(fits) + self._times.seconds(rest)
+        room = fits
+        for ticket in queue:
+            if not ticket.cancelled:
+                room -= ticket.rows - ticket.taken
+                if room < 0:
+                    return fits if next_end <= ticket.deadline else self.max_batch
+        return fits

@@ -26,6 +26,8 @@ _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
 """1 is the highest, as the protocol has it; a request that does not say is in the middle."""
 _SHARE_OF_DEADLINE = 0.9
 """Of the time allowed, for queue and engine; the rest is for what the cell cannot see: sockets and the client."""
+_TELLING = 0.5
+"""Of the time allowed: predictions of at least so much are compared with what came."""
 
 Reply = Callable[[Sequence[memoryview] | Exception], None]
 """Called once, on the loop: the raw rows of each output, in the signature's order, or what went wrong.
@@ -37,9 +39,10 @@ The views are valid only during the call.
 class Job:
     """A request on its way through the cell."""
 
-    __slots__ = ("collected", "missing", "reply", "request", "ticket")
+    __slots__ = ("collected", "expected_s", "missing", "reply", "request", "ticket")
 
     def __init__(self, request: InferRequest, reply: Reply) -> None:
+        self.expected_s = 0.0
         self.request = request
         self.reply: Reply | None = reply
         self.missing = request.rows
@@ -126,6 +129,7 @@ class Cell:
         self._busy: list[_Stream] = []
         self._streams = len(self._free)
         self._dispatching = False
+        self._expected_s = 0.0
         self.answering: Batch | None = None
         """The batch whose requests are being answered: for who follows single requests."""
 
@@ -161,6 +165,7 @@ class Cell:
         if isinstance(deadline, Shed):
             return deadline
         job = Job(request, reply)
+        job.expected_s = self._expected_s
         job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
             return self._no_room()
@@ -190,6 +195,7 @@ class Cell:
             decoding_s: until the samples are there; the engine goes on with others meanwhile.
         """
         within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
+        self._expected_s = 0.0
         if within == math.inf:
             return math.inf
         now = self._clock.now()
@@ -199,6 +205,9 @@ class Cell:
         finish = self._admission.finish(now, rows, waiting, busy_until, self._streams)
         if decoding_s:
             finish = max(finish, self._admission.finish(now + decoding_s, rows, 0, busy_until, self._streams))
+        if finish - now > _TELLING * within:  # a short wait says little of how a long one is mistaken
+            self._expected_s = finish - now
+            finish += self._admission.late_s
         if finish <= deadline:
             return deadline
         self.counters.shed_deadline += 1
@@ -312,7 +321,9 @@ class Cell:
         parts, stream.parts = stream.parts, []
         self.answering = stream
         if error is None:
-            self.profile.learn(stream.rows, self._clock.now() - stream.started)
+            now, last = self._clock.now(), parts[-1].ticket
+            self.profile.learn(stream.rows, now - stream.started)
+            self._admission.saw(stream.rows, last.item.expected_s, now - last.arrived)
             outputs = stream.slot.outputs
             views = [outputs[name].data.cast("B") for name in self._output_names]
             at = 0
