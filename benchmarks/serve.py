@@ -197,7 +197,7 @@ def main() -> int:
     checks = [*_speed_checks(bench), *_cost_checks(bench)]
     data: dict[str, Any] = {"busy_cores_before": round(busy, 3), "generator": generator()}
     if not arguments.no_crowd and any(scenario.name == "article" for scenario in bench.scenarios):
-        crowd_checks, crowd = _crowd(bench, arguments.window, arguments.overload)
+        crowd_checks, crowd = _crowd(bench, arguments.budget, arguments.overload)
         checks += crowd_checks
         data |= crowd
     data |= {
@@ -249,7 +249,7 @@ def _cost_checks(bench: Bench) -> list[Check]:
     return checks
 
 
-def _crowd(bench: Bench, window_s: float, overload_s: float) -> tuple[list[Check], dict[str, Any]]:
+def _crowd(bench: Bench, budget_s: float, overload_s: float) -> tuple[list[Check], dict[str, Any]]:
     """Capacity of the article's network, and what becomes of it when 3 and 10 times as many come."""
     scenario = next(scenario for scenario in bench.scenarios if scenario.name == "article")
     best = max(size * rate for costs in _raw_of(bench, scenario.name) for size, (_, rate) in costs.items())
@@ -257,7 +257,7 @@ def _crowd(bench: Bench, window_s: float, overload_s: float) -> tuple[list[Check
     what = f"{scenario.what}: capacity at {_SLO} against the raw engine's best throughput"
     try:
         with TemporaryDirectory(prefix="bench-") as folder, served(OURS, None, setup, Path(folder)) as server:
-            found = capacity_of(server, setup, _SLO, scenario.load.cores, window_s=window_s, seed=0)
+            found = capacity_of(server, setup, _SLO, scenario.load.cores, budget_s=budget_s, seed=0)
             _say(f"capacity {found.capacity_rps:g}/s of the raw engine's {best:.0f}/s {found.reason}")
             storms = []
             for factor in (3.0, 10.0) if found.capacity_rps and overload_s else ():
@@ -424,7 +424,7 @@ def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scenarios", default=names, help="of " + names)
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of each block")
-    parser.add_argument("--window", type=float, default=5.0, help="seconds of one window of the search for capacity")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of the search for capacity, about")
     parser.add_argument("--overload", type=float, default=30.0, help="seconds of each overload; 0 for none")
     parser.add_argument("--no-crowd", action="store_true", help="no capacity, no overload")
     parser.add_argument("--out", help="the record; by default results/serve.json of a whole run, .bench/ of any other")

@@ -21,11 +21,9 @@ from rushhour.load import (
     Status,
     Target,
     discover,
-    estimate_throughput,
-    find_capacity,
-    measure,
     payloads,
     poisson,
+    search_capacity,
 )
 
 _CALM_SHARE = 0.5
@@ -60,16 +58,11 @@ class Overload(msgspec.Struct, frozen=True):
     generator_lag_p99_ms: float
 
 
-def capacity_of(server: Server, setup: Setup, slo: SLO, cores: frozenset[int], *, window_s: float, seed: int) -> Search:
+def capacity_of(server: Server, setup: Setup, slo: SLO, cores: frozenset[int], *, budget_s: float, seed: int) -> Search:
     """Rushhour's own search, with the generator on `cores`."""
     with Generator(cores=cores) as generator:
         target, requests = _aim(server, setup)
-
-        def probe(rate_rps: float, window_seed: int) -> object:
-            return measure(generator, target, requests, slo, rate_rps=rate_rps, seed=window_seed, window_s=window_s)
-
-        start = 0.6 * estimate_throughput(generator, target, requests)
-        return find_capacity(probe, start_rps=start, slo=slo, growth=1.25, seed=seed)  # type: ignore[arg-type]
+        return search_capacity(generator, target, requests, slo, seed=seed, budget_s=budget_s)
 
 
 def overload(
