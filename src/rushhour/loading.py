@@ -7,7 +7,6 @@ import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,19 +34,19 @@ from rushhour.load import (
     compare,
     discover,
     endpoint,
-    estimate_throughput,
-    find_capacity,
     folder_payloads,
     measure,
     payloads,
     read_bodies,
+    search_capacity,
 )
 from rushhour.load.contest import summed_up
 from rushhour.load.payload import Encoding
 from rushhour.measurement import Measurement, Outcome
 from rushhour.terminal import LoadView
 
-_FIND_S, _PROVE_S = 3.0, 10.0
+_RETRIES = 3
+"""Of a window that the machine disturbed."""
 """Short windows find the way, long ones prove: a queue near its capacity is slow in long waves."""
 _METRICS = {"p50_ms": "p50", "p99_ms": "p99", "answered_rps": "answered/s"}
 
@@ -188,21 +187,10 @@ def load(
     with Generator() as generator:
         stop = _Stop(generator)
 
-        def probe(seconds: float, rate: float, seed: int, exactly: int | None = None) -> Measurement:
+        def take(*what: Any, **how: Any) -> Measurement:
             with stop.around_window():
                 window = measure(
-                    generator,
-                    target,
-                    requests,
-                    slo,
-                    rate_rps=rate,
-                    seed=seed,
-                    window_s=seconds,
-                    n=exactly,
-                    arrivals=sending.arrivals,
-                    check=sending.check,
-                    progress=view,
-                    on_tick=view.tick,
+                    *what, **how, arrivals=sending.arrivals, check=sending.check, progress=view, on_tick=view.tick
                 )
             if stop.hit:
                 window = msgspec.structs.replace(window, reason=f"stopped early: {window.reason}")
@@ -214,12 +202,16 @@ def load(
         try:
             if rates:
                 for number, rate in enumerate(rates):
-                    probe(window_s, rate, sending.seed + number, n)
+                    take(
+                        *(generator, target, requests, slo),
+                        rate_rps=rate,
+                        seed=sending.seed + number,
+                        window_s=window_s,
+                        n=n,
+                        retries=_RETRIES,
+                    )
             else:
-                estimate = estimate_throughput(generator, target, requests, progress=view)
-                start = max(1.0, 0.5 * estimate)
-                find, prove = partial(probe, _FIND_S), partial(probe, _PROVE_S)
-                found = find_capacity(find, start_rps=start, slo=slo, seed=sending.seed, confirm=prove)
+                found = search_capacity(generator, target, requests, slo, seed=sending.seed, progress=view, take=take)
         except (_Stopped, KeyboardInterrupt):
             stopped = "stopped by Ctrl-C"
         except LoadError as caught:
@@ -324,6 +316,7 @@ def contest(
                     rate_rps=rate,
                     seed=seed,
                     window_s=window_s,
+                    sequential=False,  # both of a pair have the same length
                     arrivals=sending.arrivals,
                     check=sending.check,
                     progress=_Named(view, url),

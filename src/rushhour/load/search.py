@@ -183,9 +183,10 @@ def _grown(
     while True:
         size = sizes[len(parts)]
         parts.append(run(size - before, seed + len(parts) * _PARTS))
-        look = Look(size / sizes[-1], before / sizes[-1])
+        stopped = len(parts[-1]) < parts[-1].warmup + size - before
+        look = None if stopped else Look(size / sizes[-1], before / sizes[-1])
         measurement = judge(parts, slo, rate_rps=rate_rps, seed=seed, look=look, null_rps=null_rps)
-        if measurement.decided or len(parts) == len(sizes):
+        if stopped or measurement.decided or len(parts) == len(sizes):
             return measurement
         before = size
 
@@ -296,6 +297,7 @@ def search_capacity(
     budget_s: float = 80.0,
     null_rps: float | None = None,
     progress: Progress | None = None,
+    take: Callable[..., Measurement] | None = None,
 ) -> Search:
     """The capacity of a server, from nothing: the ladder, the bracket, the bisection, the proof.
 
@@ -310,17 +312,18 @@ def search_capacity(
         budget_s: how long it may take, about: it decides how long the proof's windows are, and is not enforced.
         null_rps: as in `measure`.
         progress: is told how it goes.
+        take: takes a window, with the arguments of `measure`, which it is by default.
 
     Raises:
         LoadError: as in `measure` and `climb`.
     """
-    progress = progress or Silent()
+    progress, take = progress or Silent(), take or measure
     began = time.monotonic()
     rungs = climb(generator, target, requests, rung_s=_RUNG_S, progress=progress)
     progress.start(f"Searching the highest rate that keeps {slo}")
 
     def probe(window_s: float, n: int | None, warmup_s: float, rate_rps: float, with_seed: int) -> Measurement:
-        window = measure(
+        window = take(
             generator,
             target,
             requests,
