@@ -97,6 +97,7 @@ class Admission:
         self._max_batch = max_batch
         self._usual = 0.0
         self._late = 0.0
+        self._uneven = 0.0
 
     def saw(self, rows: int, expected_s: float, took_s: float) -> None:
         """A batch has ended.
@@ -108,12 +109,17 @@ class Admission:
         """
         self._usual += _NEWEST * (rows - self._usual)
         if expected_s:
-            self._late = max(0.0, self._late + _NEWEST * (took_s - expected_s - self._late))
+            wrong = took_s - expected_s - self._late
+            self._late += _NEWEST * wrong
+            self._uneven += _NEWEST * (abs(wrong) - self._uneven)
 
     @property
     def late_s(self) -> float:
-        """How much later than predicted answers have come of late: what the profile cannot see."""
-        return self._late
+        """By how much to distrust a long prediction: what the profile cannot see, and how unevenly it comes.
+
+        Mean and mean deviation, as TCP keeps them for its time-out (Jacobson, Congestion Avoidance and Control, 1988).
+        """
+        return max(0.0, self._late + self._uneven)
 
     def finish(self, now: float, rows: int, waiting: int, busy_until: Sequence[float], streams: int) -> float:
         """When the last of `rows` samples that come now would be answered, in seconds of the clock of `now`.
