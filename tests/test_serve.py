@@ -555,6 +555,19 @@ def test_a_request_is_gone_with_its_answer_and_needs_no_collector() -> None:
         gc.enable()
 
 
+def test_what_was_learned_in_a_rush_locks_nobody_out() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(EngineConfig("openvino", max_batch=4), schedule=on_a_timer)
+        cell = cell_of(engine, deadline_ms=100)
+        for _ in range(300):
+            cell.profile.learn(4, 10.0)
+        assert cell.profile.seconds(1) > 0.1, "no batch seems to be in time any more"
+        answer, _ = submit(cell, unique(1, 0))
+        np.testing.assert_array_equal(await answer, fake_answers(unique(1, 0)))
+
+    asyncio.run(scenario())
+
+
 def test_a_split_request_comes_back_whole_and_in_order() -> None:
     async def scenario() -> None:
         engine = FakeEngine(EngineConfig("openvino", max_batch=4, streams=2), schedule=on_a_timer)

@@ -44,6 +44,10 @@ class Profile:
         """Seconds that a batch of `rows` samples takes."""
         return self._a + self._b * rows
 
+    def seconds_at_start(self, rows: int) -> float:
+        """Seconds that it took when nothing else was going on."""
+        return self._start_a + self._start_b * rows
+
     def rows_within(self, seconds: float) -> int:
         """The largest batch that takes no longer than `seconds`; 0 if none does."""
         if seconds < self._a + self._b:
@@ -112,6 +116,10 @@ class Admission:
             wrong = took_s - expected_s - self._late
             self._late += _NEWEST * wrong
             self._uneven += _NEWEST * (abs(wrong) - self._uneven)
+        else:
+            # What was learned in a rush is forgotten after it: whoever is turned away for it cannot disprove it.
+            self._late *= 1 - _NEWEST
+            self._uneven *= 1 - _NEWEST
 
     @property
     def late_s(self) -> float:

@@ -208,6 +208,9 @@ class Cell:
         if finish - now > _TELLING * within:  # a short wait says little of how a long one is mistaken
             self._expected_s = finish - now
             finish += self._admission.late_s
+        if self.idle and not decoding_s:
+            # What was learned under load may be wrong by now, and only a batch can show it: else all are shed for ever.
+            finish = now + self.profile.seconds_at_start(min(rows, self._batcher.max_batch))
         if finish <= deadline:
             return deadline
         self.counters.shed_deadline += 1
