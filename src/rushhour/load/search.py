@@ -385,8 +385,8 @@ def find_capacity(
 
     First the way is found with short windows: up by `growth` until one misses (or down by halves until one does
     not), then by bisection in the logarithm of the rate. On this way a window counts as good if it passes, or if no
-    more requests miss than the SLO allows, proven or not; one that misses is asked a second time. Then the proof: a fresh window has to pass, from the best
-    rate downwards by 3% at a time, and faster when time runs out.
+    more requests miss than the SLO allows, proven or not; one that misses is asked a second time. Then the proof: a
+    fresh window has to pass, from the best rate downwards by 3% at a time, and faster when time runs out.
 
     All it knows comes from `probe` and `confirm`, and what it asks next depends on nothing else. So answers that
     are kept on file by rate and seed are enough to repeat a search, or to go on with one that was killed.
