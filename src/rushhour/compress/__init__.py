@@ -2,5 +2,6 @@
 
 from rushhour.compress.judge import judge, outputs_of
 from rushhour.compress.quantize import quantize
+from rushhour.compress.speed import Ratio, Speed, bench_artefacts, compare_speed
 
-__all__ = ["judge", "outputs_of", "quantize"]
+__all__ = ["Ratio", "Speed", "bench_artefacts", "compare_speed", "judge", "outputs_of", "quantize"]
