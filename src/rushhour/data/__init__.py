@@ -15,11 +15,12 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
     """The data set that `spec` names.
 
     Args:
-        spec: `fashion-mnist`; a folder of pictures with one folder for each class; a `.npz` file; or
+        spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class; a `.npz` file; a
+            `.txt` file of sentences, one a line, for MiniLM; or
             `module:factory`, a callable of the user's own that returns a `Dataset`. It is imported, so it must come
             from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
-        size: height and width of pictures from a folder.
+        size: height and width of pictures from a folder or of `elpv`.
 
     Raises:
         DataError: if it is not there, or cannot be used.
@@ -29,11 +30,19 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
         from rushhour.data.fashion import fashion_mnist
 
         return fashion_mnist()
+    if spec == "elpv":
+        from rushhour.data.elpv import elpv
+
+        return elpv(size=size, seed=seed)
     path = Path(spec)
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
         return load_npz(path, seed=seed)
+    if path.suffix == ".txt":
+        from rushhour.data.text import load_text
+
+        return load_text(path, seed=seed)
     if spec and path.is_dir():
         from rushhour.data.folder import load_folder
 
@@ -43,7 +52,7 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
         return _made(module, factory)
     raise DataError(
         f"there is no data at {spec}",
-        "it is neither fashion-mnist, nor a folder of pictures, nor a .npz file, nor module:factory",
+        "it is neither fashion-mnist, nor elpv, nor a folder of pictures, nor a .npz or .txt file, nor module:factory",
         "check the path",
     )
 
