@@ -553,7 +553,7 @@ def test_a_corrupt_picture_is_named_and_ends_it_unless_it_may_be_skipped(tmp_pat
 def test_a_class_of_nothing_but_corrupt_pictures_is_an_empty_class(tmp_path: Path) -> None:
     folder = painted(tmp_path / "a", {"x": 20, "y": 2})
     spoiled(folder, "y/0.png", "y/1.png")
-    with pytest.raises(DataError, match="the class 'y' .* is empty: none of its 2 pictures can be read"):
+    with pytest.raises(DataError, match=r"the class 'y' .* is empty: none of its 2 pictures can be read"):
         load(str(folder), on_corrupt=lambda error: None)
     alone = spoiled(painted(tmp_path / "b", {"x": 1, "y": 1}), "x/0.png", "y/0.png")
     with pytest.raises(DataError, match="none of 2 pictures can be read"):

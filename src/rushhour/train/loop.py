@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rushhour import machine
 from rushhour.bundle import Bundle, Source, Step, TensorSpec
+from rushhour.curves import Epoch
 from rushhour.data.augment import check_pictures
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import BundleError, DataError, ModelError, TaskError
@@ -31,7 +32,7 @@ from rushhour.train.feed import Batch, Feed
 from rushhour.train.loss import loss_for
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE, Alone, Stepper
-from rushhour.train.tracking import Epoch, Tracker, Tracking
+from rushhour.train.tracking import Tracker, Tracking
 
 _SAMPLES = 16
 """Real inputs that a bundle carries."""
@@ -41,6 +42,10 @@ _CHECKPOINT_SHARE = 0.05
 
 _NAMED = 8
 """Samples that a message names, at most."""
+
+
+class Diverged(ModelError):
+    """A training whose loss or weights are no longer numbers."""
 
 
 def train(
@@ -72,13 +77,14 @@ def train(
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step; more where writing
             one takes long. There is always one at an epoch's end.
         tracking: where curves are kept.
-        on_epoch: hears of each epoch, before its checkpoint, also again after a kill; what it raises ends the training.
+        on_epoch: hears of each epoch before its checkpoint, and after a kill first of all epochs before; what it
+            raises ends the training.
 
     Raises:
         DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
         TaskError: if the network or the targets do not fit the task; before any training.
-        ModelError: if the network cannot be built or run, or the loss is no longer a number. The last good
-            checkpoint stays.
+        ModelError: if the network cannot be built or run.
+        Diverged: if the loss is no longer a number. The last good checkpoint stays.
         StorageError: if the disk does not take a checkpoint or the bundle.
     """
     step = _lineage(dataset, settings)
@@ -301,8 +307,11 @@ class _Course:
         self._history = msgspec.convert(found.notes["history"], list[Epoch])
         self._epoch_loss = found.notes["epoch_loss"]
         self._best = found.part("best")
+        if self._on_epoch is not None:
+            for epoch in self._history:
+                self._on_epoch(epoch)
 
-    def _broken(self, why: str, batch: Batch, epoch: int, at: int) -> ModelError:
+    def _broken(self, why: str, batch: Batch, epoch: int, at: int) -> Diverged:
         self._checkpoint.wait()
         step, path = epoch * (self._total // self._settings.epochs) + at + 1, self._checkpoint.path
         kept = f"; the last good state is kept in {path}" if path.exists() else ""
@@ -311,7 +320,7 @@ class _Course:
             where = f"of its {len(batch.rows)} samples only {_listed(batch.rows[alone])} of the training part do so"
         else:
             where = f"its samples are {_listed(batch.rows)} of the training part"
-        return ModelError(
+        return Diverged(
             f"the training of {self._name} broke at step {step} of {self._total}",
             f"{why} in step {at + 1} of epoch {epoch + 1}; {where}",
             f"lower the learning rate, now {self._settings.lr:g}, or check the data for extreme values{kept}",
@@ -363,10 +372,12 @@ def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: 
 
 
 def _lineage(dataset: Dataset, settings: TrainSettings) -> Step:
+    chosen = msgspec.structs.asdict(settings.resolved)
+    chosen["augment"] = None if settings.augment is None else str(settings.augment)
     return Step(
         "train",
         {
-            **msgspec.to_builtins(settings.resolved),
+            **{name: value for name, value in chosen.items() if value is not None},
             "dataset": dataset.name,
             "fingerprint": dataset.fingerprint,
             "torch": str(torch.__version__),

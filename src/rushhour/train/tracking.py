@@ -15,52 +15,9 @@ from typing import Any
 
 import msgspec
 
-from rushhour.errors import DataError, ModelError
-from rushhour.storage import explained, write_whole
-
-CURVES = "curves.jsonl"
-
-
-class Epoch(msgspec.Struct, frozen=True):
-    """One epoch of a training.
-
-    Attributes:
-        epoch: from 1.
-        step: optimizer steps done at its end.
-        loss: mean over its steps, of the training part as it was augmented, with dropout.
-        validation_loss: of the validation part, without either.
-        metric: the task's metric: its name.
-        value: its value on the validation part; higher is better.
-        lr: the learning rate of its last step.
-        samples_per_s: trained, over the time that this process spent in the epoch's steps.
-    """
-
-    epoch: int
-    step: int
-    loss: float
-    validation_loss: float
-    metric: str
-    value: float
-    lr: float
-    samples_per_s: float
-
-
-def read_curves(folder: Path) -> tuple[Epoch, ...]:
-    """The epochs that a training left in `folder`, in order.
-
-    Raises:
-        DataError: if there are none, or the file is damaged.
-        StorageError: if it cannot be read.
-    """
-    file = folder / CURVES
-    if not file.is_file():
-        raise DataError(f"there are no curves in {folder}", f"it has no {CURVES}", "name the folder of a training")
-    with explained(f"read {file}"):
-        content = file.read_bytes()
-    try:
-        return tuple(msgspec.json.Decoder(Epoch).decode_lines(content))
-    except msgspec.DecodeError as error:
-        raise DataError(f"cannot read {file}", str(error), "delete it; training again writes it anew") from error
+from rushhour.curves import Epoch, write_curves
+from rushhour.errors import ModelError
+from rushhour.storage import explained
 
 
 class Tracking(msgspec.Struct, frozen=True):
@@ -145,7 +102,7 @@ class Tracker:
             "samples_per_s": last.samples_per_s,
         }
         if self._folder is not None:
-            write_whole(self._folder / CURVES, msgspec.json.Encoder().encode_lines(history))
+            write_curves(self._folder, history)
         if self._writer is not None:
             for name, value in figures.items():
                 self._writer.add_scalar(f"epoch/{name}", value, last.step)
