@@ -14,8 +14,8 @@ from rushhour.curves import CURVES, Epoch, read_curves, write_curves
 from rushhour.errors import DataError
 from rushhour.report import write_training_report
 from rushhour.train import Tracking, TrainSettings
-from test_train import Notes, table, trained
-from test_train_loop import MLP, StopAt
+from test_train import Notes, table
+from test_train_loop import MLP, StopAt, learned
 
 SETTINGS = TrainSettings(epochs=3, batch=64, bf16=False)  # 5 steps an epoch
 
@@ -28,7 +28,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_curves_and_tensorboard_say_the_same(tmp_path: Path) -> None:
     heard: list[Epoch] = []
-    trained(tmp_path, table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "t"), on_epoch=heard.append)
+    learned(tmp_path, table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "t"), on_epoch=heard.append)
     epochs = read_curves(tmp_path / "t")
     assert list(epochs) == heard
     assert [epoch.step for epoch in epochs] == [5, 10, 15]
@@ -41,7 +41,7 @@ def test_curves_and_tensorboard_say_the_same(tmp_path: Path) -> None:
         ("epoch/loss", "loss"),
         ("epoch/samples_per_s", "samples_per_s"),
     ):
-        assert [value for _, value in seen[f"epoch/{tag}"]] == pytest.approx([getattr(epoch, name) for epoch in epochs], rel=1e-6)
+        assert [value for _, value in seen[tag]] == pytest.approx([getattr(epoch, name) for epoch in epochs], rel=1e-6)
     mean = sum(value for step, value in seen["step/loss"] if step <= 5) / 5
     assert epochs[0].loss == pytest.approx(mean, rel=1e-6)
 
@@ -50,15 +50,15 @@ def test_a_resumed_training_leaves_the_curves_of_an_undisturbed_one(tmp_path: Pa
     def told(epochs: tuple[Epoch, ...]) -> list[tuple[float, ...]]:
         return [(epoch.step, epoch.loss, epoch.validation_loss, epoch.value, epoch.lr) for epoch in epochs]
 
-    trained(tmp_path / "a", table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "a" / "t"))
+    learned(tmp_path / "a", table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "a" / "t"))
     for stop in (3, 9, 12):
         with pytest.raises(KeyboardInterrupt):
-            trained(
+            learned(
                 tmp_path / "b", table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "b" / "t"),
                 progress=StopAt(stop), checkpoint_every_s=0.0,
             )  # fmt: skip
     heard: list[Epoch] = []
-    trained(tmp_path / "b", table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "b" / "t"), on_epoch=heard.append)
+    learned(tmp_path / "b", table(400), MLP, SETTINGS, tracking=Tracking(tmp_path / "b" / "t"), on_epoch=heard.append)
     assert told(read_curves(tmp_path / "b" / "t")) == told(read_curves(tmp_path / "a" / "t")) == told(tuple(heard))
     seen = scalars(tmp_path / "b" / "t")["step/loss"]
     assert [step for step, _ in seen] == list(range(1, 16)), "what was done twice is there once"
@@ -69,7 +69,7 @@ def test_weights_and_biases_keeps_a_run_offline(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests'); import test_train as t, test_tracking as k; "
         "at = pathlib.Path(sys.argv[1]); "
-        "t.trained(at, t.table(400), k.MLP, k.SETTINGS, tracking=k.Tracking(at, tensorboard=False, wandb='tests'))"
+        "k.learned(at, t.table(400), k.MLP, k.SETTINGS, tracking=k.Tracking(at, tensorboard=False, wandb='tests'))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
@@ -84,8 +84,8 @@ def test_weights_and_biases_keeps_a_run_offline(tmp_path: Path) -> None:
 
 
 def test_without_tracking_nothing_is_left(tmp_path: Path) -> None:
-    trained(tmp_path, table(400), MLP, SETTINGS, progress=Notes())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "work"]
+    learned(tmp_path, table(400), MLP, SETTINGS, progress=Notes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["work"]
 
 
 def test_the_report_of_a_training_draws_its_curves(tmp_path: Path) -> None:

@@ -91,44 +91,73 @@ def train(
     there = _sealed(out, dataset, source, step)
     if there is not None:
         return there
+    weights = learn(
+        dataset,
+        source,
+        settings,
+        work=work,
+        progress=progress,
+        trusted=trusted,
+        checkpoint_every_s=checkpoint_every_s,
+        tracking=tracking,
+        on_epoch=on_epoch,
+    )
+    short = _short(source)
+    with torch.random.fork_rng(devices=[]):
+        network = build(source, trusted)
+        network.load_state_dict(weights)
+        bundle = export(
+            network,
+            name=f"{short}-{dataset.name}",
+            task=dataset.task,
+            sample_spec=_sample_spec(dataset),
+            preprocessing=dataset.preprocessing,
+            source=source,
+            lineage=(step,),
+            samples=np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES]),
+            path=out,
+        )
+    Checkpoint(work, _fingerprint(dataset, source, step)).remove()
+    return bundle
+
+
+def learn(
+    dataset: Dataset,
+    source: Source,
+    settings: TrainSettings,
+    *,
+    work: Path,
+    progress: Progress,
+    trusted: tuple[str, ...] = (),
+    checkpoint_every_s: float = 15.0,
+    tracking: Tracking | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> dict[str, Tensor]:
+    """The weights that `train` seals, and no bundle. The checkpoint stays: called again, this returns them at once.
+
+    Arguments and errors are those of `train`.
+    """
     torch.set_num_threads(machine.cores())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         deployed = Deployed(build(source, trusted), dataset.task, dataset.preprocessing)
-        short = source.factory.rpartition(":")[2]
-        spec = _sample_spec(dataset)
-        _check(dataset, deployed, settings, short)
+        _check(dataset, deployed, settings, _short(source))
         if dataset.preprocessing.layout == "NHWC->NCHW":
             # as the samples come, and twice as fast in oneDNN's convolutions
             deployed.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fingerprint = _fingerprint(dataset, source, step)
-        checkpoint = Checkpoint(work, fingerprint)
+        fingerprint = _fingerprint(dataset, source, _lineage(dataset, settings))
         course = _Course(
             dataset,
             settings,
             Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.resolved.bf16)),
-            checkpoint,
+            Checkpoint(work, fingerprint),
             progress,
-            name=short,
+            name=_short(source),
             expected=shapes(deployed.network.state_dict()),
             checkpoint_every_s=checkpoint_every_s,
             on_epoch=on_epoch,
         )
-        deployed.network.load_state_dict(course.run(tracking, fingerprint))
-        samples = np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES])
-        bundle = export(
-            deployed.network,
-            name=f"{short}-{dataset.name}",
-            task=dataset.task,
-            sample_spec=spec,
-            preprocessing=dataset.preprocessing,
-            source=source,
-            lineage=(step,),
-            samples=samples,
-            path=out,
-        )
-    checkpoint.remove()
-    return bundle
+        return course.run(tracking, fingerprint)
 
 
 class _Course:
@@ -347,6 +376,7 @@ def _sample_spec(dataset: Dataset) -> TensorSpec:
 
 def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: str) -> None:
     """Raise, before any work, if network, targets, task and settings do not fit each other."""
+    _sample_spec(dataset)
     if settings.augment is not None:
         check_pictures(dataset.train.inputs, dataset.name)
     task = dataset.task
@@ -369,6 +399,10 @@ def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: 
                 f"have shape {targets.shape} and run from {targets.min()} to {targets.max()}",
                 "mend the data",
             )
+
+
+def _short(source: Source) -> str:
+    return source.factory.rpartition(":")[2]
 
 
 def _lineage(dataset: Dataset, settings: TrainSettings) -> Step:

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import importlib
 import inspect
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from rushhour.errors import ModelError, StorageError
 from rushhour.models import build
 from rushhour.progress import Progress
 from rushhour.storage import explained
-from rushhour.train.loop import Diverged, train
+from rushhour.train.loop import Diverged, learn, train
 from rushhour.train.settings import TrainSettings
 from rushhour.train.tracking import Tracking
 
@@ -123,9 +122,13 @@ def search(
             study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number)
             _try(study, dataset, source, settings, work, progress, trusted, tracking, checkpoint_every_s, takes_dropout)
         found = _found(study, dataset)
-        best = work / "trials" / study.best_trial.user_attrs["place"]
-        write_curves(work, read_curves(best))
-        return Bundle.open(best / "bundle").copy_to(out), found
+        best = study.best_trial
+        place = work / "trials" / best.user_attrs["place"]
+        write_curves(work, read_curves(place))
+        own, own_settings = _choose(optuna.trial.FixedTrial(best.params), source, settings, takes_dropout=takes_dropout)
+        # goes on from the trial's last checkpoint, which is its end
+        bundle = train(dataset, own, own_settings, out=out, work=place, progress=progress, trusted=trusted)
+        return bundle, found
 
 
 def _take_up(study: Any, settings: TrainSettings, *, takes_dropout: bool) -> None:
@@ -178,11 +181,10 @@ def _try(
         Tracking(place, tensorboard=False) if tracking is None else msgspec.structs.replace(tracking, folder=place)
     )
     try:
-        train(
+        learn(
             dataset,
             own,
             own_settings,
-            out=place / "bundle",
             work=place,
             progress=progress,
             trusted=trusted,
@@ -195,15 +197,20 @@ def _try(
             trial.set_user_attr("diverged", ended.why)
         progress.done("ended early" if isinstance(ended, optuna.TrialPruned) else "diverged")
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        for checkpoint in place.glob("train-*.safetensors"):
-            checkpoint.unlink()
+        _forget(place)
         return
     values = [epoch.value for epoch in read_curves(place)]
     study.tell(trial, max(values) if settings.patience is not None else values[-1])
-    best = study.best_trial.user_attrs["place"]
     for other in (work / "trials").iterdir():
-        if other.name != best:
-            shutil.rmtree(other / "bundle", ignore_errors=True)
+        if other.name != study.best_trial.user_attrs["place"]:
+            _forget(other)
+
+
+def _forget(place: Path) -> None:
+    """Delete the weights of a trial that is not the best; its curves stay."""
+    with explained(f"delete the checkpoint in {place}"):
+        for checkpoint in place.glob("train-*.safetensors"):
+            checkpoint.unlink()
 
 
 def _choose(
