@@ -7,11 +7,12 @@ from pathlib import Path
 
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError, RushhourError
+from rushhour.task import Task
 
 __all__ = ["Dataset", "Split", "load"]
 
 
-def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Dataset:
+def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None, task: Task | None = None) -> Dataset:
     """The data set that `spec` names.
 
     Args:
@@ -21,6 +22,7 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
             from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
+        task: of a `.npz` file without labels: that of the bundle it is for.
 
     Raises:
         DataError: if it is not there, or cannot be used.
@@ -38,7 +40,7 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
-        return load_npz(path, seed=seed)
+        return load_npz(path, seed=seed, task=task)
     if path.suffix == ".txt":
         from rushhour.data.text import load_text
 
