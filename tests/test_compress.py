@@ -242,6 +242,7 @@ def test_accuracy_control_comes_only_where_the_plain_result_misses_the_budget(pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "plain", "tight"]
     again = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 2, progress=_Never())
     assert again.manifest == tight.manifest
+    assert quantize(parent, data, tmp_path / "tight", calibration=20, progress=Silent()).manifest == plain.manifest
 
 
 def test_a_budget_that_nothing_meets_leaves_the_nearest_miss(

@@ -360,7 +360,9 @@ GOOD = {"x": pictures(20), "y": np.arange(20) % 2}
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x": GOOD["x"]}, "it needs x_train"),
+        ({"z": GOOD["x"]}, "it needs x_train"),
+        ({"x_train": GOOD["x"]}, "it needs x_train"),
+        ({"x": GOOD["x"]}, "has no labels"),
         ({"x": GOOD["x"], "y": np.arange(19)}, "each sample needs one target"),
         ({"x": np.float32(1), "y": np.arange(19)}, "each sample needs one target"),
         ({"x": GOOD["x"][:9], "y": np.arange(9)}, "at least 10"),

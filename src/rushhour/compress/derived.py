@@ -23,6 +23,9 @@ _VERIFIED_BATCHES = (1, 3, 32)
 _AGREEMENT = 0.05
 """Mean distance allowed between two engines' answers, as a share of their range. They round int8 differently."""
 
+OUTCOME: Final = "control"
+"""The setting of a step that is a result: what accuracy control did."""
+
 Answers = list[dict[str, NDArray[Any]]]
 """For each verified batch: output name -> array."""
 
@@ -31,15 +34,16 @@ def made_before(out: Path, parent: Bundle, step: Step) -> Bundle | None:
     """The bundle at `out`, if it came from this very step on this very parent; a damaged one counts as none.
 
     Args:
-        step: all that was asked for; what the bundle's own step says besides are results.
+        step: all that was asked for; the bundle's own step may say `OUTCOME` besides.
     """
     try:
         there = Bundle.open(out)
     except BundleError:
         return None
     *before, last = there.manifest.lineage or (Step(""),)
-    same = tuple(before) == parent.manifest.lineage and last.what == step.what
-    return there if same and step.settings.items() <= last.settings.items() else None
+    asked = {name: value for name, value in last.settings.items() if name != OUTCOME}
+    same = tuple(before) == parent.manifest.lineage and last.what == step.what and asked == step.settings
+    return there if same else None
 
 
 def seal(

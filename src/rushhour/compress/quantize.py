@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from rushhour.bundle import MODEL, Bundle, Step
-from rushhour.compress.derived import made_before, seal
+from rushhour.compress.derived import OUTCOME, made_before, seal
 from rushhour.compress.judge import judge, named_inputs, outputs_of
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig
@@ -109,7 +109,7 @@ def quantize(
     if max_drop is not None:
         control = _Control(bundle, dataset, max_drop, iterations, seed)
         graph, said = control.settled(graph, samples, out)
-        step = msgspec.structs.replace(asked, settings={**asked.settings, "control": said})
+        step = msgspec.structs.replace(asked, settings={**asked.settings, OUTCOME: said})
     made = seal(bundle, out, graph, step=step, suffix="int8", precision="int8", samples=samples)
     progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
     return made

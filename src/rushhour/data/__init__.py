@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError, RushhourError
+from rushhour.task import Task
 
 __all__ = ["Dataset", "Split", "load"]
 
@@ -18,6 +19,7 @@ def load(
     seed: int = 0,
     size: tuple[int, int] | None = None,
     on_corrupt: Callable[[DataError], None] | None = None,
+    task: Task | None = None,
 ) -> Dataset:
     """The data set that `spec` names.
 
@@ -30,6 +32,7 @@ def load(
         size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: hears of each picture in a folder that cannot be read, which is then left out; None: that is an
             error.
+        task: of a `.npz` file without labels: that of the bundle it is for.
 
     Raises:
         DataError: if it is not there, or cannot be used.
@@ -47,7 +50,7 @@ def load(
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
-        return load_npz(path, seed=seed)
+        return load_npz(path, seed=seed, task=task)
     if path.suffix == ".txt":
         from rushhour.data.text import load_text
 
