@@ -170,6 +170,7 @@ def train(
     wandb: str | None,
     search: int | None,
     pruner: str,
+    workers: int,
     skip_corrupt: bool,
     size: str | None,
     json_file: Path | None,
@@ -183,6 +184,7 @@ def train(
     \b
     rushhour train article --data photos/ --size 224x224 --augment flip,crop --epochs 20 --out runs/photos
     rushhour train mynet:build --data photos/ --optimizer adamw --weight-decay 0.01 --patience 5 --out runs/mine
+    rushhour train article --data photos/ --workers 4 --out runs/photos
     rushhour train article --data photos/ --search 20 --epochs 10 --out runs/best
     rushhour report runs/photos-training
     """
@@ -202,6 +204,7 @@ def train(
             wandb=wandb,
             search=search,
             pruner=pruner,
+            workers=workers,
             trusted=trusted,
             progress=progress,
         )

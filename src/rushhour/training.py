@@ -68,6 +68,8 @@ def train_options(command: C) -> C:
         click.option("--warmup", default=0.05, show_default=True, help="Share of the steps in which cosine rises."),
         click.option("--schedule", default="one-cycle", show_default=True,
                      type=click.Choice(["one-cycle", "cosine", "constant", "step"]), help="Of the learning rate."),
+        click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), metavar="K",
+                     help="Processes that share every batch; any number goes on where another stopped."),
         click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"]),
                      help="Which steps are taken."),
     ):  # fmt: skip
@@ -115,13 +117,28 @@ def run(
     wandb: str | None,
     search: int | None,
     pruner: Any,
+    workers: int,
     trusted: tuple[str, ...],
     progress: TerminalProgress,
 ) -> tuple[Bundle, Found | None]:
-    """Train once, or search; say what was tried."""
+    """Train once, on one worker or several, or search.
+
+    Raises:
+        GoalError: if a search is asked for on several workers.
+        RushhourError: as `rushhour.train.train`.
+    """
+    from rushhour.machine import cores
     from rushhour.train import Tracking, train
     from rushhour.train.search import search as search_best
 
+    if search is not None and workers > 1:
+        raise GoalError(
+            f"cannot search on {workers} workers",
+            "a trial is ended early by the process it runs in",
+            "leave out --workers",
+        )
+    if workers > cores():
+        click.echo(f"{workers} workers share {cores()} cores: they wait for each other; fewer are faster", err=True)
     folder = logs or out.with_name(f"{out.name}-training")
     tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
     if search is None:
@@ -134,6 +151,7 @@ def run(
             progress=progress,
             trusted=trusted,
             tracking=tracking,
+            workers=workers,
         )
         return bundle, None
     bundle, found = search_best(

@@ -81,8 +81,8 @@ def train(
         tracking: where curves are kept.
         on_epoch: hears of each epoch before its checkpoint, and after a kill first of all epochs before; what it
             raises ends the training. On one worker only.
-        workers: processes that share every batch; under torchrun, it says how many. The order of the data and the checkpoint are the same for any
-            number, so a training may go on with another one.
+        workers: processes that share every batch; under torchrun, it says how many. The order of the data and the
+            checkpoint are the same for any number, so a training may go on with another one.
 
     Raises:
         DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
