@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from rushhour import errors, machine
+from rushhour import machine
+from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models import Deployed
@@ -106,9 +107,9 @@ def together(work: Work, dataset: Dataset, *, workers: int, folder: Path, progre
         with _telling(told, progress), _quiet():
             elastic_launch(config, _worker)(work, handed, told, failed, workers)
     except ChildFailedError as error:
-        rank, failure = next(iter(error.failures.items()))
+        dead, failure = next(iter(error.failures.items()))
         raise ModelError(
-            f"worker {rank} of {workers} died with exit code {failure.exitcode}, again and again",
+            f"worker {dead} of {workers} died with exit code {failure.exitcode}, again and again",
             "something ends it each time: most often there is too little memory",
             "train on fewer workers, or with smaller batches",
         ) from error
@@ -175,7 +176,7 @@ class Replicas:
                 if not bool(total.isfinite()):
                     break
                 # gradients are averaged over the workers, and a sum is wanted
-                (loss * self._world).backward()
+                (loss * self._world).backward()  # type: ignore[no-untyped-call]
         return total.item()
 
     def clip(self, max_norm: float) -> None:
@@ -244,7 +245,7 @@ class _Failure(msgspec.Struct, frozen=True):
 
     def as_error(self) -> RushhourError:
         kinds = {kind.__name__: kind for kind in _kinds(RushhourError)}
-        return kinds.get(self.kind, errors.RushhourError)(self.what, self.why, self.fix)
+        return kinds.get(self.kind, RushhourError)(self.what, self.why, self.fix)
 
 
 def _kinds(of: type[RushhourError]) -> list[type[RushhourError]]:
@@ -255,14 +256,25 @@ class _Handed(msgspec.Struct, frozen=True):
     """A data set whose arrays lie in files: `PART-inputs.npy`, `PART-targets.npy`."""
 
     folder: Path
-    about: dict[str, Any]
+    name: str
+    task: Task
+    preprocessing: Preprocessing
+    fingerprint: str
 
     def open(self) -> Dataset:
-        parts = {
-            part: Split(*(np.load(self.folder / f"{part}-{what}.npy", mmap_mode="c") for what in ("inputs", "targets")))
-            for part in _PARTS
-        }
-        return Dataset(**self.about, **parts)
+        return Dataset(
+            self.name,
+            self.task,
+            self._part("train"),
+            self._part("validation"),
+            self._part("test"),
+            self.preprocessing,
+            self.fingerprint,
+        )
+
+    def _part(self, part: str) -> Split:
+        # copy-on-write: what torch shares must be writable, and the file stays as it is
+        return Split(*(np.load(self.folder / f"{part}-{what}.npy", mmap_mode="c") for what in ("inputs", "targets")))
 
 
 def _hand_over(dataset: Dataset, folder: Path) -> _Handed:
@@ -274,8 +286,7 @@ def _hand_over(dataset: Dataset, folder: Path) -> _Handed:
                 split = split.head(1)  # no training looks at it
             for what in ("inputs", "targets"):
                 _to_file(getattr(split, what), folder / f"{part}-{what}.npy")
-    about = {name: getattr(dataset, name) for name in ("name", "task", "preprocessing", "fingerprint")}
-    return _Handed(folder.resolve(), about)
+    return _Handed(folder.resolve(), dataset.name, dataset.task, dataset.preprocessing, dataset.fingerprint)
 
 
 def _to_file(array: NDArray[Any], file: Path) -> None:
@@ -284,8 +295,9 @@ def _to_file(array: NDArray[Any], file: Path) -> None:
     owner: Any = array
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
-    if isinstance(owner, np.memmap) and isinstance(owner.filename, Path) and owner.shape == array.shape:
-        file.symlink_to(owner.filename.resolve())
+    mapped = Path(getattr(owner, "filename", None) or "")
+    if mapped.suffix == ".npy" and owner.shape == array.shape:
+        file.symlink_to(mapped.resolve())
     else:
         np.save(file, array)
 
