@@ -34,8 +34,8 @@ from rushhour.load import (
     Search,
     Status,
     Target,
+    climb,
     discover,
-    estimate_throughput,
     find_capacity,
     judge,
     look_sizes,
@@ -766,10 +766,10 @@ def test_the_null_server_says_what_the_generator_can_do(generator: Generator, ti
 def test_the_closed_loop_finds_the_throughput(generator: Generator) -> None:
     with behaving(service_s=0.005) as url:
         target = discover(url)
-        estimate = estimate_throughput(generator, target, payloads(target), rung_s=0.4)
-    assert 50 < estimate <= 230
+        rungs = climb(generator, target, payloads(target), rung_s=0.4)
+    assert 50 < max(rung.throughput_rps for rung in rungs) <= 230
     with behaving(fail_every=1) as url, pytest.raises(LoadError, match="answers no request: status 500"):
-        estimate_throughput(generator, discover(url), payloads(target), rung_s=0.2)
+        climb(generator, discover(url), payloads(target), rung_s=0.2)
 
 
 def test_against_our_own_server(generator: Generator, server: Server, tiny: Bundle) -> None:

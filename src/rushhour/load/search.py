@@ -215,21 +215,6 @@ class Rung(msgspec.Struct, frozen=True):
         return abs(self.little - 1) <= _LITTLE
 
 
-def estimate_throughput(
-    generator: Sender,
-    target: Endpoint,
-    requests: Sequence[Payload],
-    *,
-    rung_s: float = 1.0,
-    progress: Progress | None = None,
-) -> float:
-    """What the server carries in a closed loop, in requests per second: where to start a search, never its result.
-
-    Arguments and errors are those of `climb`.
-    """
-    return max(rung.throughput_rps for rung in climb(generator, target, requests, rung_s=rung_s, progress=progress))
-
-
 def climb(
     generator: Sender,
     target: Endpoint,
@@ -406,7 +391,7 @@ def find_capacity(
 
     Args:
         probe: measures one window. Errors it raises end the search.
-        start_rps: the rate to begin with; half of `estimate_throughput` is a good one.
+        start_rps: the rate to begin with; half of what the best rung of `climb` carries is a good one.
         slo: what the windows are judged by.
         resolution: bisect until the best and the lowest bad rate are no further apart than this factor.
         growth: factor between rates on the way up.
