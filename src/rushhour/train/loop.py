@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +30,12 @@ from rushhour.models import Deployed, build, export
 from rushhour.progress import Progress, Silent
 from rushhour.train.checkpoint import Checkpoint, shapes
 from rushhour.train.feed import Batch, Feed
+from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE, Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
-from rushhour.train.workers import Replicas, started_workers, together
+from rushhour.train.workers import Replicas, together
 
 _SAMPLES = 16
 """Real inputs that a bundle carries."""
@@ -144,7 +146,7 @@ def learn(
     Arguments and errors are those of `train`. Under torchrun, rank 0 returns; the others end their process well.
     """
     plan = _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking)
-    workers = started_workers() or workers
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
     with torch.random.fork_rng(devices=[]):
         if workers > 1:
             _check_workers(dataset, settings, workers)

@@ -1,21 +1,19 @@
 """One training on several workers: processes on this machine, or those that torchrun has started on many.
 
-torch's elastic launcher watches over the processes of this machine: when one dies, however it dies, all are started
-again and go on from the last checkpoint. The arrays of the data set reach them as files that they map, and what they
-have to say comes back in files beside the checkpoint.
+The arrays of the data set reach the workers as files that they map; how it goes they tell in a file beside the
+checkpoint. When one dies, all are started again (`launch`) and go on from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
-import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,48 +26,37 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from rushhour import machine
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import ModelError, RushhourError
 from rushhour.models import Deployed
-from rushhour.progress import Progress
-from rushhour.storage import explained, write_whole
+from rushhour.progress import Progress, Silent
+from rushhour.storage import explained
 from rushhour.task import Task
 from rushhour.train.checkpoint import Snapshot, put_back, snapshot
 from rushhour.train.feed import Batch
+from rushhour.train.launch import launch, under_torchrun
 from rushhour.train.loss import loss_for
 from rushhour.train.stepper import averaged, culprits_of
 
 _RESTARTS = 10
 """Deaths of a worker that are taken before the training is given up."""
 
-_PATIENCE = datetime.timedelta(hours=6)
-"""For the leading worker's validation; a death is seen at once, by its connection."""
-
 _LOOK_EVERY_S = 0.1
 _PARTS = ("train", "validation", "test")
 
 Work = Callable[[Dataset, int, int, Progress], None]
-"""What a worker does: data, its rank, the number of workers, and whom it tells how it goes. All must survive pickle."""
-
-
-def started_workers() -> int | None:
-    """How many workers torchrun has started, of which this process is one; None where it has not."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+"""What a worker does: data, its rank, the number of workers, and whom it tells how it goes. It must survive pickle."""
 
 
 def together(work: Work, dataset: Dataset, *, workers: int, folder: Path, progress: Progress) -> bool:
     """Run `work` on that many workers until each has ended well.
 
-    Under torchrun this process is one of the workers, and `workers` is for it to say.
-
     Args:
         work: begins where the last checkpoint is, whenever it is called.
         dataset: handed to each.
-        workers: on this machine.
+        workers: on this machine; under torchrun, as many as it has started, of which this process is one.
         folder: of the training's files; on a disk that all workers share.
-        progress: hears what the leading worker says.
+        progress: hears what rank 0 says.
 
     Returns:
         Whether this process is to go on with what the workers left: the one that started them, or rank 0.
@@ -78,51 +65,20 @@ def together(work: Work, dataset: Dataset, *, workers: int, folder: Path, progre
         RushhourError: what one of the workers raised.
         ModelError: if workers died too often.
     """
-    if (rank := os.environ.get("RANK")) is not None:
-        _in_group(work, dataset, progress)
-        return int(rank) == 0
-    # imported only here: it is a second's work, and this room is imported wherever something is trained
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    told, failed, data = folder / "told.jsonl", folder / "failed.json", folder / "data"
-    with explained(f"write {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        told.write_bytes(b"")
-        failed.unlink(missing_ok=True)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=_RESTARTS,
-        monitor_interval=_LOOK_EVERY_S,
-        start_method="spawn",
-        local_addr="127.0.0.1",
-    )
+    if under_torchrun():
+        launch(partial(_with, work, dataset, progress), workers)
+        return os.environ["RANK"] == "0"
+    told, data = folder / "told.jsonl", folder / "data"
     try:
+        with explained(f"write {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            told.write_bytes(b"")
         handed = _hand_over(dataset, data)
-        with _telling(told, progress), _quiet():
-            elastic_launch(config, _worker)(work, handed, told, failed, workers)
-    except ChildFailedError as error:
-        dead, failure = next(iter(error.failures.items()))
-        raise ModelError(
-            f"worker {dead} of {workers} died with exit code {failure.exitcode}, again and again",
-            "something ends it each time: most often there is too little memory",
-            "train on fewer workers, or with smaller batches",
-        ) from error
-    except SignalException as error:
-        raise KeyboardInterrupt from error
+        with _telling(told, progress):
+            launch(_worker, workers, (work, handed, told), restarts=_RESTARTS)
     finally:
         shutil.rmtree(data, ignore_errors=True)
         told.unlink(missing_ok=True)
-    if failed.exists():
-        with explained(f"read {failed}"):
-            said = msgspec.json.decode(failed.read_bytes(), type=_Failure)
-            failed.unlink()
-        raise said.as_error()
     return True
 
 
@@ -235,23 +191,6 @@ class _Logits(nn.Module):
         return self.deployed.logits(samples)
 
 
-class _Failure(msgspec.Struct, frozen=True):
-    """A RushhourError on its way out of a worker."""
-
-    kind: str
-    what: str
-    why: str
-    fix: str
-
-    def as_error(self) -> RushhourError:
-        kinds = {kind.__name__: kind for kind in _kinds(RushhourError)}
-        return kinds.get(self.kind, RushhourError)(self.what, self.why, self.fix)
-
-
-def _kinds(of: type[RushhourError]) -> list[type[RushhourError]]:
-    return [of, *(deeper for kind in of.__subclasses__() for deeper in _kinds(kind))]
-
-
 class _Handed(msgspec.Struct, frozen=True):
     """A data set whose arrays lie in files: `PART-inputs.npy`, `PART-targets.npy`."""
 
@@ -302,49 +241,23 @@ def _to_file(array: NDArray[Any], file: Path) -> None:
         np.save(file, array)
 
 
-def _worker(work: Work, handed: _Handed, told: Path, failed: Path, workers: int) -> None:
-    """The life of one worker. It ends well, and leaves word, where starting again would heal nothing."""
-    torch.set_num_threads(max(1, machine.cores() // workers))
+def _worker(work: Work, handed: _Handed, told: Path) -> None:
     with told.open("a", buffering=1) as stream:
-        progress = _Telling(stream) if os.environ["RANK"] == "0" else _Telling(None)
-        try:
-            _in_group(work, handed.open(), progress)
-        except RushhourError as error:
-            said = _Failure(type(error).__name__, error.what, error.why, error.fix)
-            write_whole(failed, msgspec.json.encode(said))
-        except RuntimeError:
-            # gloo's words when another worker is gone: gone for good, or dead?
-            if not _appears(failed):
-                raise
+        _with(work, handed.open(), _Telling(stream) if dist.get_rank() == 0 else Silent())
 
 
-def _appears(file: Path) -> bool:
-    waiting = threading.Event()
-    for _ in range(20):
-        if file.exists():
-            return True
-        waiting.wait(_LOOK_EVERY_S)
-    return False
-
-
-def _in_group(work: Work, dataset: Dataset, progress: Progress) -> None:
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        work(dataset, dist.get_rank(), dist.get_world_size(), progress)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def _with(work: Work, dataset: Dataset, progress: Progress) -> None:
+    work(dataset, dist.get_rank(), dist.get_world_size(), progress)
 
 
 class _Telling:
     """Progress that goes to another process, a line at a time."""
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def _tell(self, *said: Any) -> None:
-        if self._stream is not None:
-            self._stream.write(json.dumps(said) + "\n")
+        self._stream.write(json.dumps(said) + "\n")
 
     def start(self, what: str, total: float | None = None) -> None:
         self._tell("start", what, total)
@@ -381,15 +294,3 @@ def _telling(told: Path, progress: Progress) -> Iterator[None]:
     finally:
         over.set()
         teller.join()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The launcher logs every death as an error, in many lines; what matters of it is raised, or healed."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
