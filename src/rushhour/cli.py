@@ -21,11 +21,9 @@ from rushhour.errors import GoalError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.storage import write_whole
 from rushhour.terminal import TerminalProgress
-from rushhour.training import basic_options, load_data, settings_of, train_options
+from rushhour.training import basic_options, load_data, model_of, settings_of, train_options
 
 if TYPE_CHECKING:
-    from rushhour.bundle import Bundle, Source
-    from rushhour.data import Dataset
     from rushhour.loading import Sending
     from rushhour.serve.log import LogFormat
     from rushhour.serve.orders import LogLevel
@@ -129,7 +127,7 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
     console, progress = Console(), TerminalProgress()
     try:
         dataset = load_data(data, progress)
-        source, trusted = _model(model, dataset)
+        source, trusted = model_of(model, dataset)
         plan = tune_run(
             source,
             dataset,
@@ -161,20 +159,7 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
 @basic_options
 @train_options
 @_json
-def train(
-    model: str,
-    data: str,
-    out: Path,
-    logs: Path | None,
-    tensorboard: bool,
-    wandb: str | None,
-    search: int | None,
-    pruner: str,
-    skip_corrupt: bool,
-    size: str | None,
-    json_file: Path | None,
-    **options: Any,
-) -> None:
+def train(model: str, data: str, out: Path, json_file: Path | None, **options: Any) -> None:
     """Train MODEL and leave a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
 
     MODEL is article, residual, mlp, or your own module:factory (a callable that returns a torch.nn.Module).
@@ -183,28 +168,15 @@ def train(
     \b
     rushhour train article --data photos/ --size 224x224 --augment flip,crop --epochs 20 --out runs/photos
     rushhour train mynet:build --data photos/ --optimizer adamw --weight-decay 0.01 --patience 5 --out runs/mine
+    rushhour train article --data photos/ --workers 4 --out runs/photos
     rushhour train article --data photos/ --search 20 --epochs 10 --out runs/best
     rushhour report runs/photos-training
     """
     from rushhour import training
 
-    settings, progress = settings_of(options), TerminalProgress()
+    progress = TerminalProgress()
     try:
-        dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
-        source, trusted = _model(model, dataset)
-        bundle, found = training.run(
-            dataset,
-            training.network_only(model, source),
-            settings,
-            out=out,
-            logs=logs,
-            tensorboard=tensorboard,
-            wandb=wandb,
-            search=search,
-            pruner=pruner,
-            trusted=trusted,
-            progress=progress,
-        )
+        bundle, found = training.run(model, data, out, progress, **options)
     finally:
         progress.fail()
     _write_json(json_file, training.result(bundle, found))
@@ -615,20 +587,6 @@ def main() -> None:
 def _fail(line: str) -> None:
     click.echo(f"rushhour: {line}", err=True)
     sys.exit(2)
-
-
-def _model(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
-    """What MODEL names, and the factories that the user has thereby said may be imported."""
-    from rushhour.bundle import Bundle
-
-    if (path := Path(model)).is_dir():
-        bundle = Bundle.open(path)
-        for spec in bundle.manifest.signature.outputs[:1]:
-            dataset.task.check_output(spec.shape, model)
-        return bundle, ()
-    from rushhour.models import source_for
-
-    return source_for(model, dataset.sample_shape, dataset.task), ((model,) if ":" in model else ())
 
 
 def _seconds(text: str) -> float:

@@ -68,6 +68,8 @@ def train_options(command: C) -> C:
         click.option("--warmup", default=0.05, show_default=True, help="Share of the steps in which cosine rises."),
         click.option("--schedule", default="one-cycle", show_default=True,
                      type=click.Choice(["one-cycle", "cosine", "constant", "step"]), help="Of the learning rate."),
+        click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), metavar="K",
+                     help="Processes that share every batch; any number goes on where another stopped."),
         click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"]),
                      help="Which steps are taken."),
     ):  # fmt: skip
@@ -104,24 +106,61 @@ def load_data(spec: str, progress: TerminalProgress, *, skip_corrupt: bool = Fal
     return dataset
 
 
+def model_of(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
+    """What MODEL names, and the factories that the user has thereby said may be imported."""
+    from rushhour.bundle import Bundle
+
+    if (path := Path(model)).is_dir():
+        bundle = Bundle.open(path)
+        for spec in bundle.manifest.signature.outputs[:1]:
+            dataset.task.check_output(spec.shape, model)
+        return bundle, ()
+    from rushhour.models import source_for
+
+    return source_for(model, dataset.sample_shape, dataset.task), ((model,) if ":" in model else ())
+
+
 def run(
-    dataset: Dataset,
-    source: Source,
-    settings: TrainSettings,
-    *,
+    model: str,
+    data: str,
     out: Path,
+    progress: TerminalProgress,
+    *,
     logs: Path | None,
     tensorboard: bool,
     wandb: str | None,
     search: int | None,
     pruner: Any,
-    trusted: tuple[str, ...],
-    progress: TerminalProgress,
+    workers: int,
+    skip_corrupt: bool,
+    size: str | None,
+    **training: Any,
 ) -> tuple[Bundle, Found | None]:
-    """Train once, or search; say what was tried."""
+    """Train once, on one worker or several, or search.
+
+    Raises:
+        GoalError: if a search is asked for on several workers.
+        ModelError: if MODEL is a bundle.
+        RushhourError: as `rushhour.train.train`.
+    """
+    from rushhour.bundle import Bundle
+    from rushhour.machine import cores
     from rushhour.train import Tracking, train
     from rushhour.train.search import search as search_best
 
+    if search is not None and workers > 1:
+        raise GoalError(
+            f"cannot search on {workers} workers",
+            "a trial is ended early by the process it runs in",
+            "leave out --workers",
+        )
+    if workers > cores():
+        click.echo(f"{workers} workers share {cores()} cores: they wait for each other; fewer are faster", err=True)
+    settings = settings_of(training)
+    dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
+    source, trusted = model_of(model, dataset)
+    if isinstance(source, Bundle):
+        raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
     folder = logs or out.with_name(f"{out.name}-training")
     tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
     if search is None:
@@ -134,6 +173,7 @@ def run(
             progress=progress,
             trusted=trusted,
             tracking=tracking,
+            workers=workers,
         )
         return bundle, None
     bundle, found = search_best(
@@ -173,19 +213,6 @@ def result(bundle: Bundle, found: Found | None) -> dict[str, Any]:
     """What `--json` holds: the bundle's manifest, and the search."""
     searched = {} if found is None else {"search": msgspec.to_builtins(found)}
     return {**msgspec.to_builtins(bundle.manifest), **searched}
-
-
-def network_only(model: str, source: Source | Bundle) -> Source:
-    """The source of a network that is not trained yet.
-
-    Raises:
-        ModelError: if it is a bundle.
-    """
-    from rushhour.bundle import Bundle
-
-    if isinstance(source, Bundle):
-        raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
-    return source
 
 
 def _size(text: str) -> tuple[int, int]:

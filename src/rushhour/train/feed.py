@@ -28,12 +28,16 @@ class Batch(NamedTuple):
     """The samples of one step.
 
     Attributes:
-        rows: which they are in the training part, of the whole step.
+        step: optimizer steps before this one, over all epochs.
+        rows: which samples of the training part the whole step has.
+        own: those of them that this worker has.
         inputs: those of this worker, `(n, *shape)`: as on the wire, or float32 once augmented.
         targets: theirs.
     """
 
+    step: int
     rows: NDArray[np.int64]
+    own: NDArray[np.int64]
     inputs: Tensor
     targets: Tensor
 
@@ -93,7 +97,7 @@ class Feed:
             own = np.array_split(rows, parts)[index]
             inputs = self._split.inputs[own]
             made: Any = torch.from_numpy(inputs) if augmenter is None else augmenter(inputs, own)
-            return Batch(rows, made, torch.from_numpy(self._split.targets[own]))
+            return Batch(epoch * self.steps + step, rows, own, made, torch.from_numpy(self._split.targets[own]))
 
         waiting: deque[Future[Batch]] = deque()
         upcoming = iter(range(first, self.steps))

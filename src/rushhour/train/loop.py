@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +25,17 @@ from rushhour.bundle import Bundle, Source, Step, TensorSpec
 from rushhour.curves import Epoch
 from rushhour.data.augment import check_pictures
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import BundleError, DataError, ModelError, TaskError
+from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
-from rushhour.progress import Progress
+from rushhour.progress import Progress, Silent
 from rushhour.train.checkpoint import Checkpoint, shapes
 from rushhour.train.feed import Batch, Feed
+from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE, Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
+from rushhour.train.workers import Replicas, together
 
 _SAMPLES = 16
 """Real inputs that a bundle carries."""
@@ -60,6 +63,7 @@ def train(
     checkpoint_every_s: float = 15.0,
     tracking: Tracking | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    workers: int = 1,
 ) -> Bundle:
     """Train the network that `source` names on `dataset` and seal it as a bundle.
 
@@ -78,7 +82,9 @@ def train(
             one takes long. There is always one at an epoch's end.
         tracking: where curves are kept.
         on_epoch: hears of each epoch before its checkpoint, and after a kill first of all epochs before; what it
-            raises ends the training.
+            raises ends the training. On one worker only.
+        workers: processes that share every batch; under torchrun, it says how many. The order of the data and the
+            checkpoint are the same for any number, so a training may go on with another one.
 
     Raises:
         DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
@@ -101,6 +107,7 @@ def train(
         checkpoint_every_s=checkpoint_every_s,
         tracking=tracking,
         on_epoch=on_epoch,
+        workers=workers,
     )
     short = _short(source)
     with torch.random.fork_rng(devices=[]):
@@ -132,32 +139,87 @@ def learn(
     checkpoint_every_s: float = 15.0,
     tracking: Tracking | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    workers: int = 1,
 ) -> dict[str, Tensor]:
     """The weights that `train` seals, and no bundle. The checkpoint stays: called again, this returns them at once.
 
-    Arguments and errors are those of `train`.
+    Arguments and errors are those of `train`. Under torchrun, rank 0 returns; the others end their process well.
     """
-    torch.set_num_threads(machine.cores())
+    plan = _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking)
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        deployed = Deployed(build(source, trusted), dataset.task, dataset.preprocessing)
-        _check(dataset, deployed, settings, _short(source))
+        if workers > 1:
+            _check_workers(dataset, settings, workers)
+            plan.check(dataset)
+            if not together(plan, dataset, workers=workers, folder=work, progress=progress):
+                raise SystemExit(0)
+            progress, plan = Silent(), msgspec.structs.replace(plan, tracking=None)
+        torch.set_num_threads(machine.cores())
+        return plan.alone(dataset, progress, on_epoch)
+
+
+class _Assignment(msgspec.Struct, frozen=True):
+    """One training, as it can be handed to another process; called there, it is a worker's part of it."""
+
+    source: Source
+    settings: TrainSettings
+    work: Path
+    trusted: tuple[str, ...]
+    checkpoint_every_s: float
+    tracking: Tracking | None
+
+    def check(self, dataset: Dataset) -> None:
+        """Raise, before any work, if network, data and settings do not fit each other."""
+        self._prepared(dataset)
+
+    def alone(
+        self, dataset: Dataset, progress: Progress, on_epoch: Callable[[Epoch], None] | None
+    ) -> dict[str, Tensor]:
+        deployed = self._prepared(dataset)
+        settings = self.settings.resolved
+        stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
+        return self._run(dataset, deployed, stepper, (0, 1), progress, on_epoch)
+
+    def __call__(self, dataset: Dataset, rank: int, world: int, progress: Progress) -> None:
+        deployed = self._prepared(dataset)
+        settings = self.settings.resolved
+        stepper = Replicas(
+            deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16), seed=settings.seed
+        )
+        self._run(dataset, deployed, stepper, (rank, world), progress, None)
+
+    def _prepared(self, dataset: Dataset) -> Deployed:
+        torch.manual_seed(self.settings.seed)
+        deployed = Deployed(build(self.source, self.trusted), dataset.task, dataset.preprocessing)
+        _check(dataset, deployed, self.settings, _short(self.source))
         if dataset.preprocessing.layout == "NHWC->NCHW":
             # as the samples come, and twice as fast in oneDNN's convolutions
             deployed.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fingerprint = _fingerprint(dataset, source, _lineage(dataset, settings))
+        return deployed
+
+    def _run(
+        self,
+        dataset: Dataset,
+        deployed: Deployed,
+        stepper: Stepper,
+        part: tuple[int, int],
+        progress: Progress,
+        on_epoch: Callable[[Epoch], None] | None,
+    ) -> dict[str, Tensor]:
+        fingerprint = _fingerprint(dataset, self.source, _lineage(dataset, self.settings))
         course = _Course(
             dataset,
-            settings,
-            Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.resolved.bf16)),
-            Checkpoint(work, fingerprint),
+            self.settings,
+            stepper,
+            Checkpoint(self.work, fingerprint),
             progress,
-            name=_short(source),
+            name=_short(self.source),
+            part=part,
             expected=shapes(deployed.network.state_dict()),
-            checkpoint_every_s=checkpoint_every_s,
+            checkpoint_every_s=self.checkpoint_every_s,
             on_epoch=on_epoch,
         )
-        return course.run(tracking, fingerprint)
+        return course.run(self.tracking, fingerprint)
 
 
 class _Course:
@@ -172,6 +234,7 @@ class _Course:
         progress: Progress,
         *,
         name: str,
+        part: tuple[int, int],
         expected: dict[str, tuple[int, ...]],
         checkpoint_every_s: float,
         on_epoch: Callable[[Epoch], None] | None,
@@ -182,6 +245,7 @@ class _Course:
         self._checkpoint = checkpoint
         self._progress = progress
         self._name = name
+        self._part = part
         self._expected = expected
         self._every_s = checkpoint_every_s
         self._on_epoch = on_epoch
@@ -201,7 +265,9 @@ class _Course:
             self._optimizer = settings.make_optimizer(stepper.parameters())
         except ValueError as error:
             raise ModelError(f"cannot train {self._name}", str(error), "give the model parameters to learn") from error
-        with Feed(self._dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment) as feed:
+        with Feed(
+            self._dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment, part=self._part
+        ) as feed:
             self._total = feed.steps * settings.epochs
             self._schedule = settings.make_schedule(self._optimizer, self._total)
             self._restore()
@@ -329,7 +395,16 @@ class _Course:
 
     def _restore(self) -> None:
         found = self._checkpoint.read()
-        if found is None or shapes(found.part("network")) != self._expected:
+        if found is not None and shapes(found.part("network")) != self._expected:
+            found = None
+        step = 0 if found is None else found.step
+        if self._stepper.agree(step) != step:
+            raise StorageError(
+                f"the workers do not find the same checkpoint at {self._checkpoint.path}",
+                "it lies on a disk that they do not share",
+                "name a place with --out that all machines share",
+            )
+        if found is None:
             return
         self._stepper.put(found, self._optimizer, self._schedule)
         self._done = found.step
@@ -345,10 +420,10 @@ class _Course:
         step, path = epoch * (self._total // self._settings.epochs) + at + 1, self._checkpoint.path
         kept = f"; the last good state is kept in {path}" if path.exists() else ""
         alone = self._stepper.culprits(batch)
-        if 0 < len(alone) < len(batch.inputs):
-            where = f"of its {len(batch.rows)} samples only {_listed(batch.rows[alone])} of the training part do so"
+        if 0 < len(alone) < len(batch.rows):
+            where = f"of its {len(batch.rows)} samples only {_listed(alone)} of the training part do so"
         else:
-            where = f"its samples are {_listed(batch.rows)} of the training part"
+            where = f"its samples are {_listed(batch.rows.tolist())} of the training part"
         return Diverged(
             f"the training of {self._name} broke at step {step} of {self._total}",
             f"{why} in step {at + 1} of epoch {epoch + 1}; {where}",
@@ -356,7 +431,7 @@ class _Course:
         )
 
 
-def _listed(rows: NDArray[np.int64]) -> str:
+def _listed(rows: list[int]) -> str:
     named = ", ".join(map(str, rows[:_NAMED]))
     return named if len(rows) <= _NAMED else f"{named} and {len(rows) - _NAMED} more"
 
@@ -372,6 +447,16 @@ def _sample_spec(dataset: Dataset) -> TensorSpec:
             str(error),
             "give numbers of a common type, in one dimension or more",
         ) from error
+
+
+def _check_workers(dataset: Dataset, settings: TrainSettings, workers: int) -> None:
+    batch = min(settings.batch, len(dataset.train))
+    if workers > batch:
+        raise ModelError(
+            f"cannot train on {workers} workers",
+            f"a step has {batch} samples, and each worker needs one",
+            "use fewer workers, or a larger batch",
+        )
 
 
 def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: str) -> None:

@@ -55,7 +55,7 @@ class Stepper(Protocol):
         ...
 
     def culprits(self, batch: Batch) -> list[int]:
-        """Of this worker's samples, the places of those whose own loss is no number."""
+        """The samples of the whole batch, as rows of the training part, whose own loss is no number."""
         ...
 
     def take(
@@ -131,11 +131,8 @@ class Alone:
         return value
 
     def culprits(self, batch: Batch) -> list[int]:
-        """Found by asking for each sample's own loss, in evaluation mode."""
-        self._deployed.eval()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            losses = loss_for(self._task, "none")(self._deployed.logits(batch.inputs), batch.targets)
-        return [int(place) for place in (~losses.isfinite()).nonzero().flatten()]
+        """Found by asking for each sample's own loss."""
+        return culprits_of(self._deployed, self._task, batch, bf16=self._bf16)
 
     def take(
         self,
@@ -152,14 +149,27 @@ class Alone:
         """Put a snapshot back."""
         put_back(found, self._deployed.network, optimizer, schedule)
 
-    @contextmanager
-    def judged(self, optimizer: torch.optim.Optimizer) -> Iterator[Deployed | None]:
-        """The network itself; its weights change places with their averages meanwhile."""
-        own = [(parameter, parameter.data) for parameter in self.parameters()]
-        for parameter, _ in own:
-            parameter.data = optimizer.state[parameter].get(AVERAGE, parameter.data)
-        try:
-            yield self._deployed.eval()
-        finally:
-            for parameter, data in own:
-                parameter.data = data
+    def judged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Deployed | None]:
+        """The network itself."""
+        return averaged(self._deployed, optimizer)
+
+
+def culprits_of(deployed: Deployed, task: Task, batch: Batch, *, bf16: bool) -> list[int]:
+    """Of a worker's own samples, as rows of the training part, those whose loss in evaluation mode is no number."""
+    deployed.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = loss_for(task, "none")(deployed.logits(batch.inputs), batch.targets)
+    return [int(row) for row in batch.own[(~losses.isfinite()).numpy()]]
+
+
+@contextmanager
+def averaged(deployed: Deployed, optimizer: torch.optim.Optimizer) -> Iterator[Deployed]:
+    """A whole network in evaluation mode; where averages of its weights are kept, they stand in for them meanwhile."""
+    own = [(parameter, parameter.data) for parameter in deployed.network.parameters()]
+    for parameter, _ in own:
+        parameter.data = optimizer.state[parameter].get(AVERAGE, parameter.data)
+    try:
+        yield deployed.eval()
+    finally:
+        for parameter, data in own:
+            parameter.data = data

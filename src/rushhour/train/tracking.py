@@ -79,7 +79,7 @@ class Tracker:
         if self._writer is not None:
             self._writer.close()
         if self._run is not None:
-            self._run.finish(exit_code=0 if error is None else 1, quiet=True)
+            self._run.finish(exit_code=0 if error is None else 1)
 
     def step(self, step: int, loss: float, lr: float) -> None:
         """An optimizer step is done; `step` counts from 1."""
