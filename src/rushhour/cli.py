@@ -138,7 +138,7 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
 
     console, progress = Console(), TerminalProgress()
     try:
-        dataset = _load_data(data, progress)
+        dataset = _load_data(data, progress, model)
         source, trusted = _model(model, dataset)
         plan = tune_run(
             source,
@@ -217,7 +217,7 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
     budget, progress = AccuracyBudget.parse(max_accuracy_drop), TerminalProgress()
     try:
         parent = Bundle.open(bundle)
-        dataset = _load_data(data, progress)
+        dataset = _load_data(data, progress, str(bundle))
         small = quantize(parent, dataset, out, progress=progress)
         progress.start("Measuring accuracy on held-out data")
         split = dataset.test
@@ -596,13 +596,16 @@ def _fail(line: str) -> None:
     sys.exit(2)
 
 
-def _load_data(spec: str, progress: TerminalProgress) -> Dataset:
+def _load_data(spec: str, progress: TerminalProgress, model: str = "") -> Dataset:
+    """What `spec` names; where that has no labels, a bundle `model` says what it is for."""
+    from rushhour.bundle import Bundle
     from rushhour.data import load as load_dataset
 
     progress.start(f"Loading {spec}")
-    dataset = load_dataset(spec)
+    path = Path(model)
+    dataset = load_dataset(spec, task=Bundle.open(path).manifest.task if model and path.is_dir() else None)
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
-    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape))}")
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")
     return dataset
 
 
