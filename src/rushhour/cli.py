@@ -126,7 +126,7 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
 
     console, progress = Console(), TerminalProgress()
     try:
-        dataset = load_data(data, progress)
+        dataset = load_data(data, progress, model)
         source, trusted = model_of(model, dataset)
         plan = tune_run(
             source,
@@ -201,7 +201,7 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
     budget, progress = AccuracyBudget.parse(max_accuracy_drop), TerminalProgress()
     try:
         parent = Bundle.open(bundle)
-        dataset = load_data(data, progress)
+        dataset = load_data(data, progress, str(bundle))
         small = quantize(parent, dataset, out, progress=progress)
         progress.start("Measuring accuracy on held-out data")
         split = dataset.test

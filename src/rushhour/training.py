@@ -86,19 +86,27 @@ def settings_of(training: dict[str, Any]) -> TrainSettings:
     return TrainSettings(**training, augment=None if augment is None else Augmentation.parse(augment))
 
 
-def load_data(spec: str, progress: TerminalProgress, *, skip_corrupt: bool = False, size: str | None = None) -> Dataset:
-    """The data set that a user named, with a line on how it went; pictures that are left out are named."""
+def load_data(
+    spec: str, progress: TerminalProgress, model: str = "", *, skip_corrupt: bool = False, size: str | None = None
+) -> Dataset:
+    """The data set that a user named, with a line on how it went; pictures that are left out are named.
+
+    Where the data has no labels, a bundle `model` says what it is for.
+    """
+    from rushhour.bundle import Bundle
     from rushhour.data import load
 
     heard: list[str] = []
+    path = Path(model)
     progress.start(f"Loading {spec}")
     dataset = load(
         spec,
         size=None if size is None else _size(size),
         on_corrupt=(lambda error: heard.append(f"{error.what}: {error.why}")) if skip_corrupt else None,
+        task=Bundle.open(path).manifest.task if model and path.is_dir() else None,
     )
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
-    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape))}")
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")
     for line in heard[:_MOST_CORRUPT]:
         click.echo(f"left out: {line}", err=True)
     if len(heard) > _MOST_CORRUPT:
