@@ -43,6 +43,9 @@ _SAMPLES = 16
 _CHECKPOINT_SHARE = 0.05
 """Of the time, at most, goes into taking checkpoints inside an epoch, however large the model."""
 
+_AUGMENTING_THREADS = 2
+"""That get batches ready where pictures are changed on the way."""
+
 _NAMED = 8
 """Samples that a message names, at most."""
 
@@ -266,7 +269,12 @@ class _Course:
         except ValueError as error:
             raise ModelError(f"cannot train {self._name}", str(error), "give the model parameters to learn") from error
         with Feed(
-            self._dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment, part=self._part
+            self._dataset.train,
+            seed=settings.seed,
+            batch=settings.batch,
+            augment=settings.augment,
+            threads=1 if settings.augment is None else _AUGMENTING_THREADS,
+            part=self._part,
         ) as feed:
             self._total = feed.steps * settings.epochs
             self._schedule = settings.make_schedule(self._optimizer, self._total)
