@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from rushhour.bundle import Bundle
+from rushhour.machine import cores
 from test_cli import refused, rushhour
 
 
@@ -95,3 +96,17 @@ def test_a_bundle_is_not_trained_again(tiny: Bundle, tmp_path: Path) -> None:
     labels = np.arange(60, dtype=np.int64) % tiny.manifest.task.outputs
     np.savez(tmp_path / "x.npz", x=random.integers(0, 255, (60, *shape), dtype=np.uint8), y=labels)
     refused(rushhour("train", tiny.path, "--data", tmp_path / "x.npz", "--out", tmp_path / "run"), "is a bundle")
+
+
+def test_more_workers_than_cores_are_warned_of_and_work(photos: Path, tmp_path: Path) -> None:
+    (photos / "dark" / "7.png").unlink()
+    workers = cores() + 1
+    done = rushhour(
+        "train", "mlp", "--data", photos, "--epochs", "1", "--batch", "16", "--workers", str(workers),
+        "--no-tensorboard", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{workers} workers share {cores()} cores" in done.stderr
+    assert Bundle.open(tmp_path / "run").manifest.name == "mlp-photos"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.checkpoints", "photos", "run", "run-training"]
+    assert list((tmp_path / ".run.checkpoints").iterdir()) == []
