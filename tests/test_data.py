@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rushhour.bundle import Preprocessing
 from rushhour.data import Dataset, Split, decoded, load
 from rushhour.data import fashion as fashion_module
 from rushhour.data.arrays import from_splits, held_out, load_npz
+from rushhour.data.elpv import elpv
 from rushhour.data.fashion import cache, fashion_mnist, find
 from rushhour.errors import DataError, RushhourError, TaskError
 from rushhour.task import Task
@@ -200,6 +201,84 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache() == Path("/here")
 
 
+# ELPV
+
+
+@pytest.fixture(scope="module")
+def made_up_elpv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for sys.path with a package of its form: cells of 8x8 pixels, each as bright as its number."""
+    package = tmp_path_factory.mktemp("site") / "elpv_dataset"
+    (package / "data" / "images").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    lines = []
+    for index in range(2624):
+        name = f"images/cell{index:04d}.png"
+        Image.fromarray(np.full((8, 8), index % 251, np.uint8)).save(package / "data" / name)
+        lines.append(f"{name}  {('0.0', '0.3333333333333333', '0.6666666666666666', '1.0')[index % 4]}  "
+                     f"{'mono' if index % 3 else 'poly'}")  # fmt: skip
+    (package / "data" / "labels.csv").write_text("\n".join(lines) + "\n")
+    return package.parent
+
+
+def damaged_elpv(good: Path, path: Path) -> Path:
+    shutil.copytree(good, path)
+    return path / "elpv_dataset" / "data"
+
+
+def test_cells_are_defective_above_one_half_and_split_by_seed(
+    made_up_elpv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(made_up_elpv)
+    data = load("elpv", size=(4, 6), seed=1)
+    assert (data.name, data.task.classes) == ("elpv", ("functional", "defective"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [1574, 394, 656]
+    assert data.sample_shape == (4, 6, 1)
+    assert data.preprocessing.decoding is not None
+    by_brightness: dict[int, set[int]] = {brightness: set() for brightness in range(251)}
+    for index in range(2624):
+        by_brightness[index % 251].add(int(index % 4 >= 2))
+    for part in (data.train, data.validation, data.test):
+        assert abs(part.targets.mean() - 0.5) < 0.01, "every part has its share of every class"
+        for picture, label in zip(part.inputs, part.targets, strict=True):
+            assert int(label) in by_brightness[int(picture[0, 0, 0])]
+    assert load("elpv", size=(4, 6), seed=1).fingerprint == data.fingerprint
+    assert load("elpv", size=(4, 6), seed=2).fingerprint != data.fingerprint
+
+
+def test_elpv_that_is_not_installed_says_how_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"CC BY-NC-SA 4.0.*pip install 'rushhour\[elpv\]'"):
+        load("elpv")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda data: (data / "labels.csv").unlink(), "labels.csv"),
+        (lambda data: (data / "labels.csv").write_text("one.png 1.0 mono\n"), "1 annotated pictures, not 2,624"),
+        (lambda data: (data / "labels.csv").write_text("one.png two\n"), "labels.csv"),
+        (lambda data: (data / "images" / "cell0007.png").write_bytes(b"PNG"), "cell0007.png: it is damaged"),
+        (lambda data: (data / "images" / "cell0007.png").unlink(), "cell0007.png"),
+    ],
+    ids=["no labels", "too few", "no number", "damaged", "gone"],
+)
+def test_elpv_that_is_not_what_it_should_be(
+    made_up_elpv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], Any], words: str
+) -> None:
+    harm(damaged_elpv(made_up_elpv, tmp_path / "site"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(DataError, match=words):
+        elpv(size=(4, 4))
+
+
+def test_elpv_is_the_real_one() -> None:
+    pytest.importorskip("elpv_dataset", reason="the extra elpv is not installed")
+    data = load("elpv")
+    assert data.sample_shape == (96, 96, 1)
+    defective = sum(int(part.targets.sum()) for part in (data.train, data.validation, data.test))
+    assert defective == 821  # 106 + 715 in table 1 of Deitsch et al.
+
+
 # Arrays
 
 
@@ -281,7 +360,9 @@ GOOD = {"x": pictures(20), "y": np.arange(20) % 2}
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x": GOOD["x"]}, "it needs x_train"),
+        ({"z": GOOD["x"]}, "it needs x_train"),
+        ({"x_train": GOOD["x"]}, "it needs x_train"),
+        ({"x": GOOD["x"]}, "has no labels"),
         ({"x": GOOD["x"], "y": np.arange(19)}, "each sample needs one target"),
         ({"x": np.float32(1), "y": np.arange(19)}, "each sample needs one target"),
         ({"x": GOOD["x"][:9], "y": np.arange(9)}, "at least 10"),

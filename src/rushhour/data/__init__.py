@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError, RushhourError
+from rushhour.task import Task
 
 __all__ = ["Dataset", "Split", "load"]
 
@@ -18,17 +19,20 @@ def load(
     seed: int = 0,
     size: tuple[int, int] | None = None,
     on_corrupt: Callable[[DataError], None] | None = None,
+    task: Task | None = None,
 ) -> Dataset:
     """The data set that `spec` names.
 
     Args:
-        spec: `fashion-mnist`; a folder of pictures with one folder for each class; a `.npz` file; or
+        spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class; a `.npz` file; a
+            `.txt` file of sentences, one a line, for MiniLM; or
             `module:factory`, a callable of the user's own that returns a `Dataset`. It is imported, so it must come
             from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
-        size: height and width of pictures from a folder.
+        size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: hears of each picture in a folder that cannot be read, which is then left out; None: that is an
             error.
+        task: of a `.npz` file without labels: that of the bundle it is for.
 
     Raises:
         DataError: if it is not there, or cannot be used.
@@ -38,11 +42,19 @@ def load(
         from rushhour.data.fashion import fashion_mnist
 
         return fashion_mnist()
+    if spec == "elpv":
+        from rushhour.data.elpv import elpv
+
+        return elpv(size=size, seed=seed)
     path = Path(spec)
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
-        return load_npz(path, seed=seed)
+        return load_npz(path, seed=seed, task=task)
+    if path.suffix == ".txt":
+        from rushhour.data.text import load_text
+
+        return load_text(path, seed=seed)
     if spec and path.is_dir():
         from rushhour.data.fashion import cache
         from rushhour.data.folder import load_folder
@@ -53,7 +65,7 @@ def load(
         return _made(module, factory)
     raise DataError(
         f"there is no data at {spec}",
-        "it is neither fashion-mnist, nor a folder of pictures, nor a .npz file, nor module:factory",
+        "it is neither fashion-mnist, nor elpv, nor a folder of pictures, nor a .npz or .txt file, nor module:factory",
         "check the path",
     )
 
