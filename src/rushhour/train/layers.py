@@ -154,7 +154,9 @@ class Sharded(nn.Module):
     def _gather(self) -> list[Tensor]:
         packed = torch.cat([part.detach() for part in self.parts])
         n = self._group.size()
-        received = exchange([packed] * n, [(sum(sizes[rank] for sizes in self._sizes),) for rank in range(n)], self._group)
+        received = exchange(
+            [packed] * n, [(sum(sizes[rank] for sizes in self._sizes),) for rank in range(n)], self._group
+        )
         pieces = [part.split([sizes[rank] for sizes in self._sizes]) for rank, part in enumerate(received)]
         return [
             torch.cat([pieces[rank][index] for rank in range(n)]).view(shape)
@@ -169,7 +171,9 @@ class Sharded(nn.Module):
             for grad, sizes, part in zip(grads, self._sizes, self.parts, strict=True)
         ]
         mine = [sizes[own] for sizes in self._sizes]
-        received = exchange([torch.cat([one[rank] for one in flat]) for rank in range(n)], [(sum(mine),)] * n, self._group)
+        received = exchange(
+            [torch.cat([one[rank] for one in flat]) for rank in range(n)], [(sum(mine),)] * n, self._group
+        )
         total = received[0].clone()
         for part in received[1:]:
             total += part

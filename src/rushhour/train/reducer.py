@@ -83,6 +83,7 @@ class Reducer:
     """
 
     def __init__(self, parameters: list[nn.Parameter], group: Group, compression: Compression = "none") -> None:
+        self.parameters = parameters
         self._group = group
         self._buckets: list[Bucket] = []
         current: list[nn.Parameter] = []
