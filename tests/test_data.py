@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rushhour.bundle import Preprocessing
-from rushhour.data import Dataset, Split, load
+from rushhour.data import Dataset, Split, decoded, load
 from rushhour.data import fashion as fashion_module
 from rushhour.data.arrays import from_splits, held_out, load_npz
+from rushhour.data.elpv import elpv
 from rushhour.data.fashion import cache, fashion_mnist, find
 from rushhour.errors import DataError, RushhourError, TaskError
 from rushhour.task import Task
@@ -200,6 +201,84 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache() == Path("/here")
 
 
+# ELPV
+
+
+@pytest.fixture(scope="module")
+def made_up_elpv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for sys.path with a package of its form: cells of 8x8 pixels, each as bright as its number."""
+    package = tmp_path_factory.mktemp("site") / "elpv_dataset"
+    (package / "data" / "images").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    lines = []
+    for index in range(2624):
+        name = f"images/cell{index:04d}.png"
+        Image.fromarray(np.full((8, 8), index % 251, np.uint8)).save(package / "data" / name)
+        lines.append(f"{name}  {('0.0', '0.3333333333333333', '0.6666666666666666', '1.0')[index % 4]}  "
+                     f"{'mono' if index % 3 else 'poly'}")  # fmt: skip
+    (package / "data" / "labels.csv").write_text("\n".join(lines) + "\n")
+    return package.parent
+
+
+def damaged_elpv(good: Path, path: Path) -> Path:
+    shutil.copytree(good, path)
+    return path / "elpv_dataset" / "data"
+
+
+def test_cells_are_defective_above_one_half_and_split_by_seed(
+    made_up_elpv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(made_up_elpv)
+    data = load("elpv", size=(4, 6), seed=1)
+    assert (data.name, data.task.classes) == ("elpv", ("functional", "defective"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [1574, 394, 656]
+    assert data.sample_shape == (4, 6, 1)
+    assert data.preprocessing.decoding is not None
+    by_brightness: dict[int, set[int]] = {brightness: set() for brightness in range(251)}
+    for index in range(2624):
+        by_brightness[index % 251].add(int(index % 4 >= 2))
+    for part in (data.train, data.validation, data.test):
+        assert abs(part.targets.mean() - 0.5) < 0.01, "every part has its share of every class"
+        for picture, label in zip(part.inputs, part.targets, strict=True):
+            assert int(label) in by_brightness[int(picture[0, 0, 0])]
+    assert load("elpv", size=(4, 6), seed=1).fingerprint == data.fingerprint
+    assert load("elpv", size=(4, 6), seed=2).fingerprint != data.fingerprint
+
+
+def test_elpv_that_is_not_installed_says_how_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"CC BY-NC-SA 4.0.*pip install 'rushhour\[elpv\]'"):
+        load("elpv")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda data: (data / "labels.csv").unlink(), "labels.csv"),
+        (lambda data: (data / "labels.csv").write_text("one.png 1.0 mono\n"), "1 annotated pictures, not 2,624"),
+        (lambda data: (data / "labels.csv").write_text("one.png two\n"), "labels.csv"),
+        (lambda data: (data / "images" / "cell0007.png").write_bytes(b"PNG"), "cell0007.png: it is damaged"),
+        (lambda data: (data / "images" / "cell0007.png").unlink(), "cell0007.png"),
+    ],
+    ids=["no labels", "too few", "no number", "damaged", "gone"],
+)
+def test_elpv_that_is_not_what_it_should_be(
+    made_up_elpv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], Any], words: str
+) -> None:
+    harm(damaged_elpv(made_up_elpv, tmp_path / "site"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(DataError, match=words):
+        elpv(size=(4, 4))
+
+
+def test_elpv_is_the_real_one() -> None:
+    pytest.importorskip("elpv_dataset", reason="the extra elpv is not installed")
+    data = load("elpv")
+    assert data.sample_shape == (96, 96, 1)
+    defective = sum(int(part.targets.sum()) for part in (data.train, data.validation, data.test))
+    assert defective == 821  # 106 + 715 in table 1 of Deitsch et al.
+
+
 # Arrays
 
 
@@ -281,7 +360,9 @@ GOOD = {"x": pictures(20), "y": np.arange(20) % 2}
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x": GOOD["x"]}, "it needs x_train"),
+        ({"z": GOOD["x"]}, "it needs x_train"),
+        ({"x_train": GOOD["x"]}, "it needs x_train"),
+        ({"x": GOOD["x"]}, "has no labels"),
         ({"x": GOOD["x"], "y": np.arange(19)}, "each sample needs one target"),
         ({"x": np.float32(1), "y": np.arange(19)}, "each sample needs one target"),
         ({"x": GOOD["x"][:9], "y": np.arange(9)}, "at least 10"),
@@ -525,3 +606,95 @@ def test_a_data_set_refuses_what_does_not_fit() -> None:
     for bad in (good.head(0), Split(good.inputs, good.targets[:2]), Split(good.inputs[:, 1:], good.targets)):
         with pytest.raises(DataError):
             Dataset("a", task, good, bad, good, Preprocessing(), "")
+
+
+# Folders with what is broken in them, and many pictures
+
+
+def spoiled(folder: Path, *names: str) -> Path:
+    for name in names:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def test_a_corrupt_picture_is_named_and_ends_it_unless_it_may_be_skipped(tmp_path: Path) -> None:
+    folder = spoiled(painted(tmp_path / "a", {"x": 20, "y": 20}), "x/3.png", "y/7.png")
+    with pytest.raises(DataError, match=r"cannot read the picture .*x/3\.png.*skip"):
+        load(str(folder))
+    heard: list[DataError] = []
+    data = load(str(folder), on_corrupt=heard.append)
+    assert [error.what.rpartition(" ")[2] for error in heard] == [str(folder / "x/3.png"), str(folder / "y/7.png")]
+    assert len(data.train) + len(data.validation) + len(data.test) == 38
+    for name in ("x/3.png", "y/7.png"):
+        (folder / name).unlink()
+    assert load(str(folder)).fingerprint == data.fingerprint, "as if they had never been there"
+
+
+def test_a_class_of_nothing_but_corrupt_pictures_is_an_empty_class(tmp_path: Path) -> None:
+    folder = painted(tmp_path / "a", {"x": 20, "y": 2})
+    spoiled(folder, "y/0.png", "y/1.png")
+    with pytest.raises(DataError, match=r"the class 'y' .* is empty: none of its 2 pictures can be read"):
+        load(str(folder), on_corrupt=lambda error: None)
+    alone = spoiled(painted(tmp_path / "b", {"x": 1, "y": 1}), "x/0.png", "y/0.png")
+    with pytest.raises(DataError, match="none of 2 pictures can be read"):
+        load(str(alone), on_corrupt=lambda error: None)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(decoded, "WORTH_CACHING", 0)
+    monkeypatch.setenv("RUSHHOUR_DATA", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pictures"
+
+
+def owner(array: NDArray[Any]) -> Any:
+    """What an array's memory belongs to, behind all views."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def test_many_pictures_are_decoded_once_and_mapped(
+    tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spoiled(painted(tmp_path / "a", {"x": 30, "y": 30}), "x/3.png")
+    heard: list[DataError] = []
+    first = load(str(folder), on_corrupt=heard.append)
+    assert isinstance(owner(first.train.inputs), np.memmap)
+    assert first.train.inputs.flags.writeable
+    (place,) = (path for path in cached.iterdir() if path.is_dir())
+    assert not (place / "decoded.npy").exists()
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was decoded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoded, "decode", never)
+        again = load(str(folder), on_corrupt=heard.append)
+        assert again.fingerprint == first.fingerprint
+        assert len(heard) == 2
+        with pytest.raises(DataError, match=r"x/3\.png"):
+            load(str(folder))
+    monkeypatch.setattr(decoded, "WORTH_CACHING", 10**12)
+    in_memory = load(str(folder), on_corrupt=heard.append)
+    assert not isinstance(owner(in_memory.train.inputs), np.memmap)
+    assert in_memory.fingerprint == first.fingerprint
+
+
+def test_a_cache_of_other_pictures_is_made_anew(tmp_path: Path, cached: Path) -> None:
+    folder = painted(tmp_path / "a", {"x": 20, "y": 20})
+    first = load(str(folder))
+    Image.new("RGB", (8, 6), "white").save(folder / "x" / "0.png")
+    second = load(str(folder))
+    assert second.fingerprint != first.fingerprint
+    (place,) = (path for path in cached.iterdir() if path.is_dir())
+    (place / "index.json").write_bytes(b"{")
+    assert load(str(folder)).fingerprint == second.fingerprint
+    assert load(str(folder), size=(3, 3)).sample_shape == (3, 3, 3)
+
+
+def test_without_a_place_for_a_cache_pictures_stay_in_memory(tmp_path: Path, cached: Path) -> None:
+    folder = painted(tmp_path / "a", {"x": 20, "y": 20})
+    cached.parent.write_bytes(b"a file where the folder should be")
+    assert not isinstance(owner(load(str(folder)).train.inputs), np.memmap)

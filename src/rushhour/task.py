@@ -20,15 +20,16 @@ _Z = 1.959963984540054  # two-sided 95% of the normal distribution
 
 
 class Task(msgspec.Struct, frozen=True):
-    """Classification (one label of `classes`) or regression (`outputs` numbers).
+    """Classification (one label of `classes`), regression (`outputs` numbers) or embedding (a direction in space).
 
     Attributes:
-        kind: classification is measured by accuracy, regression by R² (coefficient of determination).
-        classes: the labels' names, in the order of the output; empty for regression.
-        outputs: the length of one answer: the number of classes, or of regressed values.
+        kind: classification is measured by accuracy, regression by R² (coefficient of determination), embedding by
+            the cosine between an answer and its target.
+        classes: the labels' names, in the order of the output; else empty.
+        outputs: the length of one answer: the number of classes, of regressed values, or of dimensions.
     """
 
-    kind: Literal["classification", "regression"]
+    kind: Literal["classification", "regression", "embedding"]
     classes: tuple[str, ...] = ()
     outputs: int = 1
 
@@ -50,12 +51,17 @@ class Task(msgspec.Struct, frozen=True):
     @property
     def metric(self) -> str:
         """The metric's name; higher is better."""
-        return "accuracy" if self.kind == "classification" else "r2"
+        return {"classification": "accuracy", "regression": "r2", "embedding": "cosine"}[self.kind]
+
+    @property
+    def fidelity_metric(self) -> str:
+        """The name of what `fidelity` measures; higher is better."""
+        return "agreement" if self.kind == "classification" else self.metric
 
     @property
     def output_name(self) -> str:
         """The name of the model's output on the wire."""
-        return "probabilities" if self.kind == "classification" else "values"
+        return {"classification": "probabilities", "regression": "values", "embedding": "embedding"}[self.kind]
 
     def check_output(self, shape: tuple[int, ...], model: str) -> None:
         """Raise unless a model whose answer to one sample has `shape` fits this task.
@@ -78,12 +84,15 @@ class Task(msgspec.Struct, frozen=True):
     def evaluate(self, outputs: NDArray[Any], targets: NDArray[Any]) -> tuple[float, Interval]:
         """The metric and its 95% interval.
 
-        Accuracy has Wilson's interval (Wilson 1927); R² a bootstrap over samples with a fixed seed.
+        Accuracy has Wilson's interval (Wilson 1927); the others a bootstrap over samples with a fixed seed.
 
         Args:
             outputs: shape `(n, outputs)`.
             targets: shape `(n,)` of labels, or `(n, outputs)` of values.
         """
+        if self.kind == "embedding":
+            cosines = _cosines(outputs, targets)
+            return float(cosines.mean()), _bootstrap(lambda rows: cosines[rows].mean(), len(cosines))
         if self.kind == "classification":
             right = _right(outputs, targets)
             return float(right.mean()), wilson(int(right.sum()), len(right))
@@ -96,7 +105,7 @@ class Task(msgspec.Struct, frozen=True):
         """How far `candidate` falls below `reference` on the same samples: the drop and its paired 95% interval.
 
         A difference of paired proportions takes Agresti and Min's adjusted interval (Statistics in Medicine 2005),
-        which holds its level also where few answers differ; R² takes a paired bootstrap.
+        which holds its level also where few answers differ; the others take a paired bootstrap.
 
         Args:
             reference: outputs of the reference model, shape `(n, outputs)`.
@@ -110,6 +119,9 @@ class Task(msgspec.Struct, frozen=True):
             middle = (lost_ - won_) / n_
             half = _Z * math.sqrt(max(0.0, lost_ + won_ - (lost_ - won_) ** 2 / n_)) / n_
             return (lost - won) / n, (middle - half, middle + half)
+        if self.kind == "embedding":
+            apart = _cosines(reference, targets) - _cosines(candidate, targets)
+            return float(apart.mean()), _bootstrap(lambda rows: apart[rows].mean(), len(apart))
         errors_before, variances = _squares(reference, targets)
         errors_after, _ = _squares(candidate, targets)
 
@@ -117,6 +129,18 @@ class Task(msgspec.Struct, frozen=True):
             return _r2(errors_before[rows], variances[rows]) - _r2(errors_after[rows], variances[rows])
 
         return drop(np.arange(len(variances))), _bootstrap(drop, len(variances))
+
+    def fidelity(self, reference: NDArray[Any], candidate: NDArray[Any]) -> tuple[float, Interval]:
+        """How far `candidate` answers as `reference` does, and the 95% interval: 1 where nothing changed.
+
+        For data without labels: the share of samples that both give the same class (Wilson's interval); R² or the
+        mean cosine where the reference's answers are taken for the targets.
+
+        Args:
+            reference: outputs of the reference model, shape `(n, outputs)`.
+            candidate: outputs of the candidate, same shape and samples.
+        """
+        return self.evaluate(candidate, reference.argmax(axis=1) if self.kind == "classification" else reference)
 
     def read(self, output: NDArray[Any]) -> Mapping[str, float]:
         """One answer in words: label -> probability, most likely first; or the regressed values by position.
@@ -142,6 +166,14 @@ def wilson(successes: int, n: int) -> Interval:
 def _right(outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.bool_]:
     right: NDArray[np.bool_] = outputs.argmax(axis=1) == targets
     return right
+
+
+def _cosines(outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
+    """The cosine between each answer and its target, shape `(n,)`; 0 where one of them has no direction."""
+    left, right = np.asarray(outputs, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    cosines: NDArray[np.float64] = (left * right).sum(axis=1) / np.where(lengths > 0, lengths, 1.0)
+    return cosines
 
 
 def _squares(outputs: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
 from rushhour.data.dataset import Split
 from rushhour.engines import EngineConfig, Runner, open_engine
-from rushhour.errors import DataError
+from rushhour.errors import DataError, ModelError
 from rushhour.measurement import Accuracy
 from rushhour.task import Task
 
@@ -21,16 +22,25 @@ def outputs_of(bundle: Bundle, config: EngineConfig, split: Split, trusted: tupl
         trusted: for the torch engine; see `open_engine`.
 
     Raises:
-        DataError: if the samples do not fit the bundle's signature.
+        DataError: if the samples do not fit the bundle's signature, or hold NaN or infinity.
         EngineError: if the engine cannot do exactly what `config` says.
+        ModelError: if an answer is NaN or infinite.
     """
-    check_fits(bundle, split.inputs)
+    inputs = named_inputs(bundle, split.inputs)
     engine = open_engine(bundle, config, trusted=trusted)
     try:
-        answers = Runner(engine).infer({bundle.manifest.signature.inputs[0].name: split.inputs})
+        answers = Runner(engine).infer(inputs)[bundle.manifest.signature.outputs[0].name]
     finally:
         engine.close()
-    return answers[bundle.manifest.signature.outputs[0].name]
+    wrong = ~np.isfinite(answers.reshape(len(answers), -1)).all(axis=1)
+    if wrong.any():
+        raise ModelError(
+            f"answers of {bundle.manifest.name} on {config.engine} in {config.precision} are no numbers",
+            f"{int(wrong.sum())} of {len(answers)} samples, the first of them number {int(wrong.argmax())}, gave NaN "
+            "or infinity",
+            "check its weights, and the range of its inputs; in another precision it may not overflow",
+        )
+    return answers
 
 
 def judge(
@@ -42,12 +52,17 @@ def judge(
 ) -> Accuracy:
     """The task's metric of `outputs`, and how far it fell below the reference on the same samples.
 
+    Where there are no targets it is fidelity instead: how far the artefact answers as the reference does, which by
+    itself has 1. What is missing to 1 counts as the drop, under the same budget.
+
     Args:
         split_name: which part of the data: `validation`, `test`.
         targets: what was right, as in `Split`.
         outputs: of the artefact that is judged, `(n, outputs)`.
         reference_outputs: of the reference on the same samples; None if this is the reference.
     """
+    if not Split(outputs, targets).labelled:
+        return _fidelity(task, split_name, outputs, reference_outputs)
     value, interval = task.evaluate(outputs, targets)
     accuracy = Accuracy(metric=task.metric, value=value, interval=interval, n=len(targets), split=split_name)
     if reference_outputs is None:
@@ -64,22 +79,64 @@ def judge(
     )
 
 
+def _fidelity(task: Task, split_name: str, outputs: NDArray[Any], reference: NDArray[Any] | None) -> Accuracy:
+    value, (low, high) = (1.0, (1.0, 1.0)) if reference is None else task.fidelity(reference, outputs)
+    return Accuracy(
+        metric=task.fidelity_metric,
+        value=value,
+        interval=(low, high),
+        n=len(outputs),
+        split=split_name,
+        drop=1 - value,
+        drop_interval=(1 - high, 1 - low),
+    )
+
+
 def check_fits(bundle: Bundle, inputs: NDArray[Any]) -> None:
-    """Raise unless `inputs` are samples that the bundle takes: one wrong dimension would be broadcast in silence.
+    """Raise unless `inputs` are samples that the bundle takes; see `named_inputs`.
 
     Raises:
-        DataError: if their shape or type differs from the signature's.
+        DataError: if they are not.
     """
-    if len(bundle.manifest.signature.inputs) != 1:
-        raise DataError(
-            f"cannot run data through {bundle.manifest.name}",
-            f"it has {len(bundle.manifest.signature.inputs)} inputs, and a data set gives one",
-            "use a model with one input",
-        )
-    (spec,) = bundle.manifest.signature.inputs
-    if inputs.shape[1:] != spec.shape or inputs.dtype != spec.dtype:
+    named_inputs(bundle, inputs)
+
+
+def named_inputs(bundle: Bundle, inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Samples of a data set as the bundle takes them: input name -> array of shape `(n, *shape)`, views.
+
+    Args:
+        inputs: as in `Split`; a field for each input where the bundle has several.
+
+    Raises:
+        DataError: if names, shapes or types differ from the signature's (one wrong dimension would be broadcast in
+            silence), or there is NaN or infinity in them.
+    """
+    specs = {spec.name: spec for spec in bundle.manifest.signature.inputs}
+    fields = inputs.dtype.names or ()
+    named = {name: inputs[name] for name in fields} or dict.fromkeys(list(specs)[:1], inputs)
+    if named.keys() != specs.keys():
         raise DataError(
             f"the data does not fit the model {bundle.manifest.name}",
-            f"it takes samples of {spec.dtype}{spec.shape}, but these are {inputs.dtype}{inputs.shape[1:]}",
-            "give the data that the model was made for",
+            f"it takes {_listed(list(specs))}, but a sample has {_listed(list(fields) or ['one array'])}",
+            "give the data that the model was made for: a field for each input",
         )
+    for name, array in named.items():
+        spec, of = specs[name], f" for {name}" if fields else ""
+        if array.shape[1:] != spec.shape or array.dtype != spec.dtype:
+            raise DataError(
+                f"the data does not fit the model {bundle.manifest.name}",
+                f"it takes samples of {spec.dtype}{spec.shape}{of}, but these are {array.dtype}{array.shape[1:]}",
+                "give the data that the model was made for",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int((~np.isfinite(array.reshape(len(array), -1)).all(axis=1)).argmax())
+            raise DataError(
+                f"the data for {bundle.manifest.name} holds NaN or infinity",
+                f"sample {row}{of} is the first that does",
+                "remove or fill such samples",
+            )
+    return named
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} inputs ({', '.join(names)})" if len(names) > 1 else names[0]

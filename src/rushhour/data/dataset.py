@@ -18,8 +18,10 @@ class Split:
     """Samples and their targets.
 
     Attributes:
-        inputs: shape `(n, *shape)` as the wire carries them: images are uint8 `(n, height, width, channels)`.
-        targets: labels, int64 of shape `(n,)`; or values, float32 of shape `(n, outputs)`.
+        inputs: shape `(n, *shape)` as the wire carries them: images are uint8 `(n, height, width, channels)`. Of a
+            model with several inputs, a structured array of shape `(n,)` with a field for each, named as they are.
+        targets: labels, int64 of shape `(n,)`; or values, float32 of shape `(n, outputs)`; or, where there are none,
+            float32 of shape `(n, 0)`.
     """
 
     inputs: NDArray[Any]
@@ -27,6 +29,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are targets."""
+        return self.targets.shape[1:] != (0,)
 
     def head(self, n: int) -> Split:
         """The first `n` samples."""
@@ -74,7 +81,14 @@ class Dataset:
                     f"{part} has {split.inputs.shape[1:]}, train has {self.train.inputs.shape[1:]}",
                     "bring all samples to one shape",
                 )
-            if np.issubdtype(split.inputs.dtype, np.floating) and not np.isfinite(split.inputs).all():
+            if split.inputs.dtype.names and split.inputs.dtype != self.train.inputs.dtype:
+                raise DataError(
+                    f"samples of {self.name} differ in their inputs",
+                    f"{part} has {split.inputs.dtype}, train has {self.train.inputs.dtype}",
+                    "give all samples the same inputs",
+                )
+            columns = [split.inputs[name] for name in split.inputs.dtype.names or ()] or [split.inputs]
+            if not all(np.isfinite(column).all() for column in columns if column.dtype.kind == "f"):
                 raise DataError(
                     f"the {part} part of {self.name} holds NaN or infinity",
                     "a model cannot learn from it",

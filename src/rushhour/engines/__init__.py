@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from rushhour.bundle import Bundle
 from rushhour.engines.engine import Done, Engine, EngineConfig, Runner, Slot
-from rushhour.engines.service import time_service
+from rushhour.engines.service import fill, keep_busy, time_service
 
-__all__ = ["Done", "Engine", "EngineConfig", "Runner", "Slot", "open_engine", "time_service"]
+__all__ = [
+    "Done",
+    "Engine",
+    "EngineConfig",
+    "Runner",
+    "Slot",
+    "fill",
+    "keep_busy",
+    "open_engine",
+    "time_service",
+]
 
 
 def open_engine(bundle: Bundle, config: EngineConfig, *, trusted: tuple[str, ...] = ()) -> Engine:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Sequence
+
+import numpy as np
 
 from rushhour.bundle import Bundle
 from rushhour.engines.engine import Engine, Slot
@@ -26,18 +29,14 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
     Raises:
         EngineError: if a batch fails.
     """
-    samples = bundle.samples()
-    for slot in engine.slots:
-        for name, buffer in slot.inputs.items():
-            array = samples[name]
-            buffer[:] = array.repeat(-(-len(buffer) // len(array)), axis=0)[: len(buffer)]
+    fill(engine, bundle)
     sizes: list[int] = []
     seconds: list[float] = []
     throughput: list[float] = []
     size = 1
     while True:
-        _busy(engine, size, seconds=0.0)
-        times, wall = _busy(engine, size, seconds_per_size)
+        keep_busy(engine.slots, size, 0.0)
+        times, wall = keep_busy(engine.slots, size, seconds_per_size)
         sizes.append(size)
         seconds.append(statistics.median(times))
         throughput.append(len(times) * size / wall)
@@ -46,16 +45,36 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
         size = min(2 * size, engine.config.max_batch)
 
 
-def _busy(engine: Engine, rows: int, seconds: float) -> tuple[list[float], float]:
-    """Keep every slot busy for `seconds` and `_AT_LEAST` batches; the times of the batches, and the wall time."""
+def fill(engine: Engine, bundle: Bundle) -> None:
+    """Fill the input buffers of all slots with the bundle's samples, over and over."""
+    samples = bundle.samples()
+    for slot in engine.slots:
+        for name, buffer in slot.inputs.items():
+            buffer[:] = np.resize(samples[name], buffer.shape)
+
+
+def keep_busy(slots: Sequence[Slot], rows: int, seconds: float) -> tuple[list[float], float]:
+    """Run what lies in the buffers on all `slots` at once, batch after batch, at least three on each.
+
+    Args:
+        slots: of one engine, with their buffers filled.
+        rows: of each batch.
+        seconds: how long; no batch is begun after that.
+
+    Returns:
+        The seconds of every batch, and of the whole.
+
+    Raises:
+        EngineError: if a batch fails.
+    """
     begin = time.perf_counter()
-    loops = [_Loop(slot, rows, begin + seconds) for slot in engine.slots]
+    loops = [_Loop(slot, rows, begin + seconds) for slot in slots]
     for loop in loops:
         loop.start()
     for loop in loops:
         loop.over.wait()
         if loop.error is not None:
-            raise EngineError(f"a batch of {rows} failed on {engine.config.engine}", str(loop.error)) from loop.error
+            raise EngineError(f"a batch of {rows} failed", str(loop.error)) from loop.error
     return [time for loop in loops for time in loop.times], time.perf_counter() - begin
 
 

@@ -109,7 +109,7 @@ class _Eager(Stream):
         self._module = module
         self._config = config
         super().__init__(signature, config.max_batch, name)
-        (self._input,) = (torch.from_numpy(array) for array in self._inputs.values())
+        self._tensors = [torch.from_numpy(array) for array in self._inputs.values()]
         (self._answer,) = (torch.from_numpy(array) for array in self._answers.values())
 
     def _enter(self) -> None:
@@ -118,7 +118,7 @@ class _Eager(Stream):
 
     def _finish(self, rows: int) -> None:
         with self._torch.inference_mode(), self._autocast():
-            self._answer[:rows].copy_(self._module(self._input[:rows]))
+            self._answer[:rows].copy_(self._module(*(tensor[:rows] for tensor in self._tensors)))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         torch = self._torch

@@ -6,8 +6,22 @@ samples into that and its answer into the task's.
 
 from rushhour.models.article import article
 from rushhour.models.deployed import Deployed, export, load_deployed
+from rushhour.models.imported import from_onnx
+from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
 from rushhour.models.residual import residual
 from rushhour.models.source import build, source_for
 
-__all__ = ["Deployed", "article", "build", "export", "load_deployed", "mlp", "residual", "source_for"]
+__all__ = [
+    "Deployed",
+    "article",
+    "build",
+    "export",
+    "from_onnx",
+    "load_deployed",
+    "minilm",
+    "minilm_bundle",
+    "mlp",
+    "residual",
+    "source_for",
+]

@@ -28,6 +28,9 @@ _LARGEST_BYTES = 1_900_000_000
 
 _VERIFIED_BATCHES = (1, 3, 32)
 
+_ON_THE_WIRE = ".wire"
+"""Ends the names of inputs and outputs until the exporter is done; no name that it makes up has it."""
+
 
 class Preprocess(nn.Module):
     """What `Preprocessing` says, in torch: any dtype in the wire's layout to float32 in the network's layout."""
@@ -64,9 +67,9 @@ class Deployed(nn.Module):
     """Preprocessing, network and the task's head: what a bundle's ONNX graph computes, in torch.
 
     Args:
-        network: gives logits (classification) or values (regression), `(n, outputs)`.
-        task: decides the head: softmax for classification, nothing for regression.
-        preprocessing: what happens to samples first.
+        network: gives logits (classification), values (regression) or an embedding, `(n, outputs)`.
+        task: decides the head: softmax for classification, else nothing.
+        preprocessing: what happens to samples first; a network of several inputs gets them as they are.
 
     Raises:
         ModelError: if the preprocessing cannot be computed.
@@ -78,21 +81,21 @@ class Deployed(nn.Module):
         self.network = network
         self.head: nn.Module = nn.Softmax(dim=-1) if task.kind == "classification" else nn.Identity()
 
-    def logits(self, samples: Tensor) -> Tensor:
+    def logits(self, *samples: Tensor) -> Tensor:
         """What the loss wants: the network's own output, `(n, outputs)`."""
-        out: Tensor = self.network(self.preprocess(samples))
+        out: Tensor = self.network(*samples) if len(samples) > 1 else self.network(self.preprocess(samples[0]))
         return out
 
-    def forward(self, samples: Tensor) -> Tensor:
-        """Answers `(n, outputs)` to samples `(n, *shape)` as the wire carries them."""
-        out: Tensor = self.head(self.logits(samples))
+    def forward(self, *samples: Tensor) -> Tensor:
+        """Answers `(n, outputs)` to samples `(n, *shape)` as the wire carries them, a tensor for each input."""
+        out: Tensor = self.head(self.logits(*samples))
         return out
 
     def answer_shape(self, sample: NDArray[Any], model: str) -> tuple[int, ...]:
         """The shape of the answer to one sample, found by asking; leaves the module in evaluation mode.
 
         Args:
-            sample: one or more samples, `(n, *shape)`.
+            sample: one or more samples, as in `export`.
             model: its name, for the message.
 
         Raises:
@@ -101,7 +104,7 @@ class Deployed(nn.Module):
         self.eval()
         try:
             with torch.inference_mode():
-                out = self(torch.from_numpy(np.array(sample[:2])))
+                out = self(*(torch.from_numpy(column) for column in _columns(sample[:2])))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ModelError(
                 f"the model {model} cannot take samples of shape {tuple(sample.shape[1:])}",
@@ -122,7 +125,7 @@ def export(
     *,
     name: str,
     task: Task,
-    sample_spec: TensorSpec,
+    sample_spec: TensorSpec | tuple[TensorSpec, ...],
     preprocessing: Preprocessing,
     source: Source | None,
     lineage: tuple[Step, ...],
@@ -137,10 +140,11 @@ def export(
     Args:
         network: gives logits or values, `(n, outputs)`.
         name: of the bundle.
-        sample_spec: the input: `image` for pictures, `input` otherwise.
+        sample_spec: the input: `image` for pictures, `input` otherwise; of several inputs each, in the network's order.
         source: how to build the network again; None if it cannot be.
         lineage: how it came to be.
-        samples: a few real inputs, `(k, *shape)` with k of 1 or more.
+        samples: a few real inputs, `(k, *shape)` with k of 1 or more; of several inputs a structured array of shape
+            `(k,)`, with a field for each in the same order.
         path: the bundle's folder; an older one is replaced.
 
     Raises:
@@ -148,10 +152,13 @@ def export(
         ModelError: if it cannot be exported, or ONNX Runtime's answers differ from torch's.
         StorageError: if the disk does not take it.
     """
-    if samples.shape[1:] != sample_spec.shape or samples.dtype != sample_spec.dtype or len(samples) == 0:
+    specs = sample_spec if isinstance(sample_spec, tuple) else (sample_spec,)
+    columns = _columns(samples)
+    wanted = [(spec.shape, np.dtype(spec.dtype)) for spec in specs]
+    if [(column.shape[1:], column.dtype) for column in columns] != wanted or len(samples) == 0:
         raise ModelError(
             f"cannot export {name} with samples of {samples.dtype}{samples.shape}",
-            f"the signature says one or more of {sample_spec.dtype}{sample_spec.shape}",
+            f"the signature says one or more of {', '.join(f'{spec.dtype}{spec.shape}' for spec in specs)}",
             "give samples as the wire carries them",
         )
     weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
@@ -164,10 +171,11 @@ def export(
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     deployed = Deployed(network, task, preprocessing)
     task.check_output(deployed.answer_shape(samples, name), name)
-    graph = _graph(deployed, name, samples, sample_spec.name, task.output_name)
+    names = [spec.name for spec in specs]
+    graph = _graph(deployed, name, samples, names, task.output_name)
     manifest = Manifest(
         name=name,
-        signature=Signature(inputs=(sample_spec,), outputs=(TensorSpec(task.output_name, "float32", (task.outputs,)),)),
+        signature=Signature(inputs=specs, outputs=(TensorSpec(task.output_name, "float32", (task.outputs,)),)),
         task=task,
         preprocessing=preprocessing,
         source=source,
@@ -177,7 +185,7 @@ def export(
 
     def model(file: Path) -> None:
         onnx.save(graph, file)
-        _verify(file, deployed, name, samples)
+        _verify(file, deployed, name, names, samples)
 
     def weights(file: Path) -> None:
         from safetensors.torch import save
@@ -186,7 +194,7 @@ def export(
         state = {key: value.detach().clone() for key, value in network.state_dict().items()}
         file.write_bytes(save(state))
 
-    return Bundle.create(path, manifest, model, weights, {sample_spec.name: samples})
+    return Bundle.create(path, manifest, model, weights, dict(zip(names, columns, strict=True)))
 
 
 def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
@@ -225,17 +233,19 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
     return Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing).eval()
 
 
-def _graph(deployed: Deployed, name: str, samples: NDArray[Any], input_name: str, output_name: str) -> onnx.ModelProto:
-    example = torch.from_numpy(_batch(samples, 2))  # 0 and 1 would be taken for constants
+def _graph(
+    deployed: Deployed, name: str, samples: NDArray[Any], input_names: list[str], output_name: str
+) -> onnx.ModelProto:
+    example = tuple(torch.from_numpy(column) for column in _columns(_batch(samples, 2)))  # 0 and 1 become constants
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad():
             program = torch.onnx.export(
                 deployed,
-                (example,),
+                example,
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[input_name],
-                output_names=[output_name],
+                dynamic_shapes=(tuple({0: torch.export.Dim("batch")} for _ in example),),
+                input_names=[name + _ON_THE_WIRE for name in input_names],
+                output_names=[output_name + _ON_THE_WIRE],
                 verbose=False,
             )
     except Exception as error:  # the exporter may fail in any way on a user's model
@@ -248,7 +258,30 @@ def _graph(deployed: Deployed, name: str, samples: NDArray[Any], input_name: str
     assert program is not None
     graph: onnx.ModelProto = program.model_proto
     strip_origin(graph)
+    _name_tensors(graph.graph, (*input_names, output_name))
     return graph
+
+
+def _name_tensors(graph: onnx.GraphProto, names: tuple[str, ...]) -> None:
+    """Give inputs and output their names on the wire; what has one of these inside the graph gets another.
+
+    The exporter renames without looking: a network with an inner value `embedding` and an output of that name became a
+    graph that no engine loads.
+    """
+
+    def renamed(name: str) -> str:
+        return name.removesuffix(_ON_THE_WIRE) if name.endswith(_ON_THE_WIRE) else f"{name}.inner"
+
+    new = {old: renamed(old) for name in names for old in (name, name + _ON_THE_WIRE)}
+    for named in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        named.name = new.get(named.name, named.name)
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            for index, name in enumerate(tensors):
+                tensors[index] = new.get(name, name)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                _name_tensors(inner, names)
 
 
 def strip_origin(graph: onnx.ModelProto) -> None:
@@ -269,7 +302,7 @@ def strip_origin(graph: onnx.ModelProto) -> None:
             pieces += [piece.g, *piece.graphs] if piece.HasField("g") else piece.graphs
 
 
-def _verify(file: Path, deployed: Deployed, name: str, samples: NDArray[Any]) -> None:
+def _verify(file: Path, deployed: Deployed, name: str, names: list[str], samples: NDArray[Any]) -> None:
     """Raise unless the ONNX file answers as torch does."""
     keep_home()
     import onnxruntime
@@ -278,12 +311,11 @@ def _verify(file: Path, deployed: Deployed, name: str, samples: NDArray[Any]) ->
     options.intra_op_num_threads = cores()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    (wire,) = session.get_inputs()
     for size in _VERIFIED_BATCHES:
-        batch = _batch(samples, size)
+        batch = _columns(_batch(samples, size))
         with torch.inference_mode():
-            expected = deployed(torch.from_numpy(batch)).numpy()
-        (answer,) = session.run(None, {wire.name: batch})
+            expected = deployed(*map(torch.from_numpy, batch)).numpy()
+        (answer,) = session.run(None, dict(zip(names, batch, strict=True)))
         tolerance = 1e-3 * max(1e-1, float(np.abs(expected).max()))
         off = float(np.abs(answer - expected).max()) if answer.shape == expected.shape else float("inf")
         if not off <= tolerance:
@@ -296,8 +328,13 @@ def _verify(file: Path, deployed: Deployed, name: str, samples: NDArray[Any]) ->
 
 def _batch(samples: NDArray[Any], size: int) -> NDArray[Any]:
     """`size` of the samples, from the start again where there are too few."""
-    batch: NDArray[Any] = np.resize(samples, (size, *samples.shape[1:]))
+    batch: NDArray[Any] = samples[np.arange(size) % len(samples)]
     return batch
+
+
+def _columns(samples: NDArray[Any]) -> list[NDArray[Any]]:
+    """An array of its own for each input: the samples themselves, or the fields of a structured array."""
+    return [np.ascontiguousarray(samples[name]) for name in samples.dtype.names or ()] or [np.array(samples)]
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from rushhour.task import Task
 
 _ROOM = "rushhour.models"
 _NAMES = ("article", "residual", "mlp")
+_PRETRAINED = ("minilm",)
+"""Built for their weights, not to be trained from scratch."""
 
 
 def source_for(model: str, dataset_shape: tuple[int, ...], task: Task) -> Source:
@@ -68,7 +70,7 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
         ModelError: if the factory is not trusted, is not there, does not take the arguments, fails, or gives no module.
     """
     module_name, _, name = source.factory.partition(":")
-    ours = module_name == _ROOM and name in _NAMES
+    ours = module_name == _ROOM and name in (*_NAMES, *_PRETRAINED)
     if not ours and source.factory not in trusted:
         raise ModelError(
             f"will not import the model {source.factory!r}",

@@ -2,15 +2,18 @@
 
 from rushhour.train.cost import Constants
 from rushhour.train.launch import launch
-from rushhour.train.loop import TrainSettings, train
+from rushhour.train.loop import train
 from rushhour.train.parallel import Parallel, Relaxed, parallelise
 from rushhour.train.plan import ParallelPlan, plan_for
+from rushhour.train.settings import TrainSettings
+from rushhour.train.tracking import Tracking
 
 __all__ = [
     "Constants",
     "Parallel",
     "ParallelPlan",
     "Relaxed",
+    "Tracking",
     "TrainSettings",
     "launch",
     "parallelise",

@@ -28,7 +28,7 @@ def exchange(sent: list[Tensor], shapes: list[tuple[int, ...]], group: Group) ->
     packed = torch.cat([tensor.reshape(-1) for tensor in sent])
     received = packed.new_empty(sum(out_sizes))
     dist.all_to_all_single(received, packed, out_sizes, [tensor.numel() for tensor in sent], group=group)
-    return [part.view(shape) for part, shape in zip(received.split(out_sizes), shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(received.split(out_sizes), shapes, strict=True)]  # type: ignore[no-untyped-call]
 
 
 def gather(part: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
@@ -52,7 +52,7 @@ def gather(part: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
 def scatter_sum(whole: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
     """The sum over all workers of this worker's rows: `(sum(sizes), ...)` on each becomes `(sizes[own rank], ...)`."""
     own = (sizes[dist.get_rank(group)], *whole.shape[1:])
-    received = exchange(list(whole.split(list(sizes))), [own] * len(sizes), group)
+    received = exchange(list(whole.split(list(sizes))), [own] * len(sizes), group)  # type: ignore[no-untyped-call]
     total = received[0].clone()
     for part in received[1:]:
         total += part
@@ -87,7 +87,7 @@ def _swap_to_features(x: Tensor, rows: tuple[int, ...], group: Group) -> Tensor:
     widths = shares(x.shape[-1], len(rows))
     own = widths[dist.get_rank(group)]
     middle = tuple(x.shape[1:-1])
-    received = exchange(list(x.split(list(widths), -1)), [(count, *middle, own) for count in rows], group)
+    received = exchange(list(x.split(list(widths), -1)), [(count, *middle, own) for count in rows], group)  # type: ignore[no-untyped-call]
     return torch.cat(received)
 
 
@@ -95,7 +95,7 @@ def _swap_to_rows(x: Tensor, features: int, rows: tuple[int, ...], group: Group)
     widths = shares(features, len(rows))
     own = rows[dist.get_rank(group)]
     middle = tuple(x.shape[1:-1])
-    received = exchange(list(x.split(list(rows))), [(own, *middle, width) for width in widths], group)
+    received = exchange(list(x.split(list(rows))), [(own, *middle, width) for width in widths], group)  # type: ignore[no-untyped-call]
     return torch.cat(received, -1)
 
 

@@ -73,7 +73,7 @@ def launch(
         with _group(backend, threads or _threads(here)):
             return [fn(*args)]
     # The store lives here, so its port is free for sure, and a fresh prefix each time forgets the dead.
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
     for attempt in range(restarts + 1):
         try:
             return _once(fn, workers, args, backend, store.port, attempt, threads or _threads(workers))
@@ -106,7 +106,7 @@ def _once(
     quiet = logging.getLogger("torch.multiprocessing.spawn")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # it warns of every process that it ends
-    context = multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+    context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
         _worker,
         (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads),
         workers,
@@ -170,7 +170,7 @@ def _worker(
     outcome: tuple[bool, Any]
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))
+        store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))  # type: ignore[attr-defined]
         with _group(backend, threads, store=store, rank=rank, world_size=workers):
             outcome = True, fn(*args)
     except RushhourError as error:

@@ -1,0 +1,101 @@
+"""Sentences as a data set: tokens of MiniLM's vocabulary, all of one length, without labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.bundle import Preprocessing
+from rushhour.data.arrays import held_out
+from rushhour.data.dataset import Dataset, Split
+from rushhour.errors import DataError
+from rushhour.storage import explained
+from rushhour.task import Task
+
+_FEWEST = 10
+_DIMENSIONS = 384
+
+
+def load_text(file: Path, *, seed: int = 0) -> Dataset:
+    """The lines of a text file, UTF-8, one sample a line; empty ones are left out.
+
+    Args:
+        file: the file.
+        seed: of the split, 80 / 10 / 10.
+
+    Raises:
+        DataError: if it cannot be read, has too few lines, or the tokenizer is not installed.
+        ModelError: if MiniLM is not installed.
+        StorageError: if the disk fails.
+    """
+    if not file.is_file():
+        raise DataError(f"there is no data at {file}", "the file does not exist", "check the path")
+    try:
+        with explained(f"read {file}"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {file}", f"it is not UTF-8: {error}", "convert it") from error
+    return sentences(file.stem, [line for line in lines if line.strip()], seed=seed)
+
+
+def sentences(name: str, lines: Sequence[str], *, length: int | None = None, seed: int = 0) -> Dataset:
+    """Sentences as samples of the encoder MiniLM, split 80 / 10 / 10.
+
+    A sample has three fields, each int64 of shape `(length,)`: `input_ids`, `attention_mask`, `token_type_ids`.
+
+    Args:
+        name: of the data set.
+        lines: ten or more.
+        length: tokens that each is cut or filled up to; 128, which the model was trained with, by default.
+        seed: of the split.
+
+    Raises:
+        DataError: if there are too few, or the tokenizer is not installed.
+        ModelError: if MiniLM is not installed.
+    """
+    if len(lines) < _FEWEST:
+        raise DataError(f"{name} has {len(lines)} sentences", f"a split needs at least {_FEWEST}", "give more text")
+    samples = tokens(lines, length=length)
+    whole = Split(samples, np.zeros((len(samples), 0), np.float32))
+    train, validation, test = held_out(whole, (0.1, 0.1), seed=seed)
+    digest = hashlib.sha256(f"{samples.dtype}{seed}".encode())
+    digest.update(samples.tobytes())
+    return Dataset(
+        name="".join(c if c.isalnum() else "-" for c in name).strip("-").lower()[:64] or "text",
+        task=Task(kind="embedding", outputs=_DIMENSIONS),
+        train=train,
+        validation=validation,
+        test=test,
+        preprocessing=Preprocessing(),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def tokens(lines: Sequence[str], *, length: int | None = None) -> NDArray[Any]:
+    """Sentences as MiniLM's tokenizer cuts them: a structured array of shape `(n,)`; see `sentences`.
+
+    Raises:
+        DataError: if the tokenizer is not installed.
+        ModelError: if MiniLM is not installed.
+    """
+    from rushhour.models.minilm import INPUTS, LENGTH, pretrained
+
+    length = length or LENGTH
+    folder = pretrained()
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError("the tokenizer is not there", str(error), "run `pip install 'rushhour[text]'`") from error
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    samples = np.zeros(len(lines), [(name, np.int64, (length,)) for name in INPUTS])
+    for row, encoding in enumerate(tokenizer.encode_batch(list(lines))):
+        for name, values in zip(INPUTS, (encoding.ids, encoding.attention_mask, encoding.type_ids), strict=True):
+            samples[name][row] = values
+    return samples
