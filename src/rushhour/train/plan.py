@@ -40,7 +40,7 @@ from rushhour.train.launch import Backend
 Mode = Literal["auto", "data", "model", "pipeline", "hybrid", "sharded"]
 
 _MEMORY_SHARE = 0.85
-_ELEMENTWISE: tuple[type[nn.Module], ...] = (
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish,
     nn.Dropout, nn.Identity,
 )  # fmt: skip
@@ -290,9 +290,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def layer_table(
-    source: Source, sample: TensorSpec, outputs: int, trusted: tuple[str, ...] = ()
-) -> tuple[Layer, ...]:
+def layer_table(source: Source, sample: TensorSpec, outputs: int, trusted: tuple[str, ...] = ()) -> tuple[Layer, ...]:
     """The layers of the network that `source` names, with what each computes and keeps for one sample.
 
     Raises:
@@ -346,7 +344,9 @@ def table_of(
                     outputs=y.numel() // rows,
                     in_width=x.shape[-1],
                     out_width=y.shape[-1] if y.dim() == 2 or not _norms(leaves) else y.shape[1],
-                    saved=max(sum(saved.values()) // rows, y.numel() // rows if not isinstance(module, nn.Flatten) else 0),
+                    saved=max(
+                        sum(saved.values()) // rows, y.numel() // rows if not isinstance(module, nn.Flatten) else 0
+                    ),
                     operations=len(leaves),
                     norms=_norms(leaves),
                 )
@@ -372,7 +372,7 @@ def _norms(leaves: list[nn.Module]) -> int:
 def _kind(module: nn.Module, leaves: list[nn.Module]) -> Kind:
     if type(module) is nn.Linear:
         return "dense"
-    if isinstance(module, _ELEMENTWISE):
+    if isinstance(module, ELEMENTWISE):
         return "elementwise"
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return "convolution" if any(isinstance(leaf, convolutions) for leaf in leaves) else "other"
@@ -416,9 +416,7 @@ class _Candidate(msgspec.Struct, frozen=True):
         # a pipeline fills and empties; where workers share cores, whoever works has the time of those that wait
         path = slowest * (m + p - 1) / m / (constants.solo if p > 1 else 1.0)
         all_work = sum(cost.seconds for cost in stages) / p
-        memory = max(
-            cost.state_bytes + cost.working_bytes * min(m, p - stage) for stage, cost in enumerate(stages)
-        )
+        memory = max(cost.state_bytes + cost.working_bytes * min(m, p - stage) for stage, cost in enumerate(stages))
         busiest = Cost(
             max(cost.compute_s for cost in stages),
             max(cost.send_s for cost in stages),
@@ -426,9 +424,7 @@ class _Candidate(msgspec.Struct, frozen=True):
             max(cost.state_bytes for cost in stages),
             max(cost.working_bytes for cost in stages),
         )
-        return msgspec.structs.replace(
-            self, step_s=max(path, all_work), busiest=busiest, memory_bytes=memory
-        )
+        return msgspec.structs.replace(self, step_s=max(path, all_work), busiest=busiest, memory_bytes=memory)
 
 
 def _whole(layers: tuple[Layer, ...]) -> tuple[LayerPlan, ...]:
