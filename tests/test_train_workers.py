@@ -77,7 +77,7 @@ def test_two_workers_learn_what_one_does(alone: dict[str, torch.Tensor], tmp_pat
     assert notes.result.startswith("r2 ")
     assert [epoch.step for epoch in heard] == [9, 18, 27]
     assert list(read_curves(tmp_path / "t")) == heard
-    assert sorted(file.suffix for file in (tmp_path / "work").iterdir()) == [".safetensors"], "nothing else is left"
+    assert sorted(file.suffix for file in (tmp_path / "work").iterdir()) == [".json", ".safetensors"], "the plan and the checkpoint"
 
 
 def shortened(folder: Path, workers: int, until: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -226,7 +226,16 @@ def measure(workers: int, backend: Backend = "gloo") -> Constants:
     Raises:
         ModelError: if the workers cannot be started.
     """
-    return slowest(launch(_measured, workers, (workers,), backend=backend), workers)
+    found: Constants = launch(measure_together, workers, backend=backend)[0]
+    return found
+
+
+def measure_together() -> Constants:
+    """The same, where all workers of the default group call it at once; each gets what `measure` gives."""
+    workers = dist.get_world_size()
+    found: list[Any] = [None] * workers
+    dist.all_gather_object(found, _measured(workers))
+    return slowest(found, workers)
 
 
 def slowest(found: list[Constants], workers: int) -> Constants:
