@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,18 +22,26 @@ from torch import nn
 
 from rushhour.bundle import Source
 from rushhour.curves import Epoch, read_curves
-from rushhour.errors import ModelError
-from rushhour.train import Tracking, TrainSettings
+from rushhour.errors import ModelError, PlanError
+from rushhour.train import Division, Relaxed, Tracking, TrainSettings
 from rushhour.train.loop import Diverged
-from test_train import Notes, table, trained
+from rushhour.train.plan import Mode
+from rushhour.train.reducer import Compression
+from test_parallel import CONSTANTS
+from test_train import Notes, pictures, table, trained
 from test_train_loop import MLP, learned, same, with_extremes
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = TrainSettings(epochs=3, batch=33, ema=0.9, clip=1.0, bf16=False)  # 9 steps an epoch; 33 does not divide
 
 
+def divided(mode: Mode = "auto", **how: Any) -> Division:
+    """With constants made up, because measuring takes seconds."""
+    return Division(mode, constants=CONSTANTS, **how)
+
+
 KILLS = "RUSHHOUR_TEST_KILLS"
-"""RANK STEP FILE: this worker is killed in the forward pass of this step, from 0, unless the file is there already."""
+"""RANK PASS FILE: this worker is killed in this forward pass, from 0, unless the file is there already."""
 
 
 class Mortal(nn.Module):
@@ -40,8 +53,8 @@ class Mortal(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and KILLS in os.environ:
-            rank, step, file = os.environ[KILLS].split(" ", 2)
-            if dist.get_rank() == int(rank) and self._passes == int(step) and not Path(file).exists():
+            rank, at, file = os.environ[KILLS].split(" ", 2)
+            if dist.get_rank() == int(rank) and self._passes == int(at) and not Path(file).exists():
                 Path(file).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             self._passes += 1
@@ -49,7 +62,7 @@ class Mortal(nn.Module):
 
 
 def with_dropout() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.3), Mortal(), nn.Linear(16, 2))
+    return nn.Sequential(Mortal(), nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2), Mortal())
 
 
 DROPOUT = Source("test_train_workers:with_dropout")
@@ -77,18 +90,20 @@ def test_two_workers_learn_what_one_does(alone: dict[str, torch.Tensor], tmp_pat
     assert notes.result.startswith("r2 ")
     assert [epoch.step for epoch in heard] == [9, 18, 27]
     assert list(read_curves(tmp_path / "t")) == heard
-    assert sorted(file.suffix for file in (tmp_path / "work").iterdir()) == [".json", ".safetensors"], "the plan and the checkpoint"
+    assert sorted(file.suffix for file in (tmp_path / "work").iterdir()) == [".json", ".safetensors"], (
+        "the plan and the checkpoint"
+    )
 
 
-def shortened(folder: Path, workers: int, until: int) -> None:
+def shortened(folder: Path, workers: int, until: int, mode: Mode) -> None:
     """Train on so many workers, and die with all of them after a checkpoint at step `until` or later."""
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests'); import test_train_workers as t; "
         "t.learned(pathlib.Path(sys.argv[1]), t.table(), t.MLP, t.SETTINGS, workers=int(sys.argv[2]), "
-        "progress=t.Stop(int(sys.argv[3])), checkpoint_every_s=0.0)"
+        "progress=t.Stop(int(sys.argv[3])), checkpoint_every_s=0.0, division=t.divided(sys.argv[4]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(workers), str(until)], capture_output=True, cwd=ROOT
+        [sys.executable, "-c", code, str(folder), str(workers), str(until), mode], capture_output=True, cwd=ROOT
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
@@ -115,8 +130,9 @@ def children(pid: int) -> list[int]:
 
 
 def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    shortened(tmp_path, 4, 5)
-    shortened(tmp_path, 2, 14)
+    """Each time another plan, too: a checkpoint holds the whole network."""
+    shortened(tmp_path, 4, 5, "hybrid")
+    shortened(tmp_path, 2, 14, "pipeline")
     notes = Notes()
     final = learned(tmp_path, table(), MLP, SETTINGS, progress=notes)
     resumed = int(notes.notes[0].removeprefix("resumed after step "))
@@ -125,41 +141,84 @@ def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path
     assert close(final, alone)
 
 
+NORMS = Source("rushhour.models:residual", {"input_size": 16, "channels": 1, "classes": 4, "width": 4, "blocks": 1})
+
+
+@pytest.mark.parametrize("mode", ["sharded", "pipeline"])
+def test_batch_normalisation_sees_the_whole_batch(mode: Mode, tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=2, batch=60, ema=0.9, patience=1, lr=1e-3, bf16=False)
+    one = learned(tmp_path / "1", pictures(), NORMS, settings)
+    two = learned(tmp_path / "2", pictures(), NORMS, settings, workers=2, division=divided(mode))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        np.testing.assert_allclose(two[name], tensor, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 def losses(folder: Path) -> list[tuple[float, ...]]:
     return [(epoch.step, epoch.loss, epoch.validation_loss, epoch.value) for epoch in read_curves(folder)]
 
 
-def dropped_out(folder: Path, progress: Notes) -> dict[str, torch.Tensor]:
+def dropped_out(folder: Path, division: Division, progress: Notes) -> dict[str, torch.Tensor]:
     return learned(
-        folder, table(), DROPOUT, TrainSettings(epochs=2, batch=40, bf16=False), workers=2, progress=progress,
-        trusted=(DROPOUT.factory,), checkpoint_every_s=0.0, tracking=Tracking(folder, tensorboard=False),
+        folder, table(), DROPOUT, TrainSettings(epochs=2, batch=40, ema=0.9, clip=1.0, bf16=False), workers=2,
+        progress=progress, division=division, trusted=(DROPOUT.factory,), checkpoint_every_s=0.0,
+        tracking=Tracking(folder, tensorboard=False),
     )  # fmt: skip
 
 
+DIVISIONS = {
+    "data": divided("data"),
+    "model": divided("model"),
+    "pipeline": divided("pipeline"),
+    "diloco": divided(relaxed=Relaxed(every=3, outer_lr=0.7, outer_momentum=0.9)),
+}
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return dropped_out(folder, Notes()), losses(folder)
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]]:
+    @functools.cache
+    def made(division: str) -> tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]:
+        folder = tmp_path_factory.mktemp(division)
+        return dropped_out(folder, DIVISIONS[division], Notes()), losses(folder)
+
+    return made
 
 
-@pytest.mark.parametrize(("rank", "at"), [(0, 4), (1, 9)])  # in the first epoch of 8 steps, and in the second
+@pytest.mark.parametrize(
+    ("division", "rank", "at"),
+    [("data", 0, 4), ("data", 1, 9), ("model", 1, 5), ("pipeline", 0, 12), ("pipeline", 1, 20), ("diloco", 1, 10)],
+)
 def test_the_death_of_any_worker_changes_nothing(
+    division: str,
     rank: int,
     at: int,
-    undisturbed: tuple[dict[str, torch.Tensor], list[tuple[float, ...]]],
+    undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGKILL to one process in a step: all go on from the last checkpoint, with the same losses to the last bit."""
+    weights, curve = undisturbed(division)
     killed = tmp_path / "killed"
     monkeypatch.setenv(KILLS, f"{rank} {at} {killed}")
     notes = Notes()
-    got = dropped_out(tmp_path, notes)
+    got = dropped_out(tmp_path, DIVISIONS[division], notes)
     assert killed.exists()
-    # the other worker may die with it before the checkpoint of the step before is on disk
-    assert not {f"resumed after step {step}" for step in (at - 1, at)}.isdisjoint(notes.notes)
-    assert same(got, undisturbed[0])
-    assert losses(tmp_path) == undisturbed[1]
+    assert any(note.startswith("resumed after step ") for note in notes.notes)
+    assert same(got, weights)
+    assert losses(tmp_path) == curve
+
+
+@pytest.mark.parametrize("division", ["model", "pipeline"])
+def test_every_plan_trains_alike(
+    division: str, undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]]
+) -> None:
+    """Dropout, clipping, averages and validation included."""
+    weights, curve = undisturbed(division)
+    expected, of_replicas = undisturbed("data")
+    assert close(weights, expected)
+    np.testing.assert_allclose(curve, of_replicas, rtol=1e-5)
 
 
 def test_a_worker_s_error_is_said_as_one_worker_would(tmp_path: Path) -> None:
@@ -195,23 +254,79 @@ def test_more_workers_than_samples_in_a_step_are_refused(tmp_path: Path) -> None
         learned(tmp_path, table(), MLP, TrainSettings(batch=4), workers=5)
 
 
+def test_a_network_that_cannot_be_seen_through_is_replicated(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source, notes = Source("test_train_workers:secretive"), Notes()
+    kept = {"trusted": (source.factory,), "progress": notes}
+    got = learned(tmp_path, table(), source, SETTINGS, workers=2, division=divided(), **kept)
+    assert "only replicas are possible" in notes.said[0]
+    one = learned(tmp_path / "one", table(), source, SETTINGS, trusted=(source.factory,))
+    assert close(got, one)
+    with pytest.raises(ModelError, match="cannot see how the network computes"):
+        learned(tmp_path / "cut", table(), source, SETTINGS, workers=2, division=divided("pipeline"), **kept)
+
+
+class Secretive(nn.Module):
+    """Looks at numbers, which the meta device does not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum().item() > 1e9 else x
+
+
+def secretive() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), Secretive(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("compression", ["fp16", "bf16", "powersgd"])
+def test_compressed_gradients_train_nearly_the_same(
+    compression: Compression, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    got = learned(tmp_path, table(), MLP, SETTINGS, workers=2, division=divided("data", compression=compression))
+    far = {name: float((got[name] - alone[name]).abs().max()) for name in alone}
+    assert 0 < max(far.values()) < 0.05
+
+
+def test_workers_that_meet_rarely_have_plans_of_replicas_only(tmp_path: Path) -> None:
+    division = divided("model", relaxed=Relaxed(every=2))
+    with pytest.raises(PlanError, match="cannot be relaxed"):
+        learned(tmp_path, table(), MLP, SETTINGS, workers=2, division=division)
+
+
+def test_no_plan_fits_in_memory(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no plan fits in memory: the smallest needs"):
+        learned(tmp_path, table(), MLP, SETTINGS, workers=2, division=divided(memory_bytes=100))
+
+
 def in_torchrun(folder: str) -> None:
     from rushhour.progress import Silent
 
-    trained(Path(folder), table(), MLP, SETTINGS, progress=Silent())
+    trained(Path(folder), table(), MLP, SETTINGS, progress=Silent(), division=divided("sharded"))
 
 
-def test_torchrun_starts_the_workers_too(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_torchrun_on_two_machines(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Two of torch's agents that know of each other by an address only, with a worker each and a disk that is shared."""
     code = tmp_path / "run.py"
     code.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_train_workers as t; "
         "t.in_torchrun(sys.argv[1])"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-         "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(code), str(tmp_path / "x")],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=150,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
+             "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x", "--local-addr", "127.0.0.1", str(code),
+             str(tmp_path / "x")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        for agent in agents:
+            said, _ = agent.communicate(timeout=150)
+            assert agent.returncode == 0, said
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.communicate()
     assert close(load_file(tmp_path / "x" / "bundle" / "weights.safetensors"), alone)

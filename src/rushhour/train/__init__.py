@@ -1,6 +1,7 @@
 """Training: the loop, the parallel plan, and its execution on torch.distributed."""
 
 from rushhour.train.cost import Constants
+from rushhour.train.divided import Division
 from rushhour.train.launch import launch
 from rushhour.train.loop import train
 from rushhour.train.parallel import Parallel, Relaxed, parallelise
@@ -10,6 +11,7 @@ from rushhour.train.tracking import Tracking
 
 __all__ = [
     "Constants",
+    "Division",
     "Parallel",
     "ParallelPlan",
     "Relaxed",
