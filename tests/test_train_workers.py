@@ -303,7 +303,7 @@ def in_torchrun(folder: str) -> None:
 
 
 def test_torchrun_on_two_machines(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """Two of torch's agents that know of each other by an address only, with a worker each and a disk that is shared."""
+    """Two of torch's agents that know only where to meet, with a worker each and a disk that is shared."""
     code = tmp_path / "run.py"
     code.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_train_workers as t; "

@@ -98,7 +98,7 @@ def decide(
         StorageError: if the plan cannot be written.
     """
     world, leads = dist.get_world_size(), dist.get_rank() == 0
-    division = msgspec.structs.replace(division, mode="data" if division.relaxed else division.mode)
+    division = msgspec.structs.replace(division, mode="data" if division.relaxed and division.mode == "auto" else division.mode)
     kept = _kept(path) if leads else None
     asked = (division, world, batch)
     found = kept.plan if kept is not None and (kept.division, kept.workers, kept.batch) == asked else None
