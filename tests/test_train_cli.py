@@ -75,6 +75,10 @@ def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
         (["--ema", "2"], "ema=2"),
         (["--optimizer", "lion"], "lion"),
         (["--search", "3", "--workers", "2"], "cannot search on 2 workers"),
+        (["--local-sgd", "3", "--diloco", "2"], "cannot meet in two ways"),
+        (["--diloco", "2", "--parallel", "pipeline"], "a pipeline plan cannot be relaxed"),
+        (["--memory", "0"], "cannot use 0 GB"),
+        (["--local-sgd", "0"], "--local-sgd"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options: list[str], says: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ _SHARING = ("parallel", "backend", "memory", "compress_gradients", "local_sgd", 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a training came to: its bundle; the search, if it was one; the plan of the workers, if there were several."""
+    """What a training came to: its bundle, the search if it was one, the plan of its workers if there were several."""
 
     bundle: Bundle
     found: Found | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rushhour.bundle import Source, TensorSpec
-from rushhour.errors import ModelError, RushhourError
+from rushhour.errors import ModelError, PlanError, RushhourError
 from rushhour.models import Deployed, build
 from rushhour.progress import Progress
 from rushhour.storage import write_whole
@@ -39,6 +39,8 @@ _OWN = "worker"
 class Division(msgspec.Struct, frozen=True):
     """How several workers share a training.
 
+    Raises `PlanError` where workers that meet now and then would not each have the whole network.
+
     Attributes:
         mode: the family of the plan; `auto`: the fastest by prediction.
         memory_bytes: that each worker may use; by default its share of this machine's.
@@ -54,6 +56,14 @@ class Division(msgspec.Struct, frozen=True):
     relaxed: Relaxed | None = None
     backend: Backend = "gloo"
     constants: Constants | None = None
+
+    def __post_init__(self) -> None:
+        if self.relaxed is not None and self.mode not in ("auto", "data"):
+            raise PlanError(
+                f"a {self.mode} plan cannot be relaxed",
+                "workers that meet only now and then must each have the whole network",
+                "use --parallel data",
+            )
 
     @property
     def exact(self) -> bool:
@@ -98,7 +108,8 @@ def decide(
         StorageError: if the plan cannot be written.
     """
     world, leads = dist.get_world_size(), dist.get_rank() == 0
-    division = msgspec.structs.replace(division, mode="data" if division.relaxed and division.mode == "auto" else division.mode)
+    if division.relaxed is not None:
+        division = msgspec.structs.replace(division, mode="data")
     kept = _kept(path) if leads else None
     asked = (division, world, batch)
     found = kept.plan if kept is not None and (kept.division, kept.workers, kept.batch) == asked else None
