@@ -141,6 +141,14 @@ def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path
     assert close(final, alone)
 
 
+@pytest.mark.parametrize("mode", ["model", "pipeline"])
+def test_plans_compute_in_bfloat16_too(mode: Mode, tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=2, batch=33, bf16=True)
+    one = learned(tmp_path / "1", table(), MLP, settings)
+    two = learned(tmp_path / "2", table(), MLP, settings, workers=2, division=divided(mode))
+    assert all(torch.allclose(one[name], two[name], atol=0.02) for name in one)
+
+
 NORMS = Source("rushhour.models:residual", {"input_size": 16, "channels": 1, "classes": 4, "width": 4, "blocks": 1})
 
 

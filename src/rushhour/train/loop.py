@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
 from rushhour.progress import Progress, Silent
-from rushhour.storage import explained, write_whole
+from rushhour.storage import write_whole
 from rushhour.train.checkpoint import Checkpoint, shapes
 from rushhour.train.divided import Divided, Division, decide
 from rushhour.train.feed import Batch, Feed
@@ -141,8 +142,7 @@ def train(
         )
     checkpoint = Checkpoint(work, _fingerprint(dataset, source, step))
     checkpoint.remove()
-    with explained(f"delete {_plan_path(checkpoint)}"):
-        _plan_path(checkpoint).unlink(missing_ok=True)
+    shutil.rmtree(_beside(checkpoint), ignore_errors=True)
     return bundle
 
 
@@ -170,7 +170,8 @@ def learn(
     with torch.random.fork_rng(devices=[]):
         if workers > 1:
             task.check(dataset)
-            if not together(task, dataset, workers=workers, backend=division.backend, folder=work, progress=progress):
+            folder = _beside(task.checkpoint(dataset))
+            if not together(task, dataset, workers=workers, backend=division.backend, folder=folder, progress=progress):
                 raise SystemExit(0)
             progress, task = Silent(), msgspec.structs.replace(task, tracking=None)
         torch.set_num_threads(machine.cores())
@@ -217,7 +218,7 @@ class _Assignment(msgspec.Struct, frozen=True):
             division=self.division,
             batch=min(self.settings.batch, len(dataset.train)),
             trusted=self.trusted,
-            path=_plan_path(self._checkpoint(dataset)),
+            path=_beside(self.checkpoint(dataset)) / PLAN,
             progress=progress,
         )
         deployed = self._prepared(dataset)
@@ -228,7 +229,8 @@ class _Assignment(msgspec.Struct, frozen=True):
             write_whole(self.tracking.folder / PLAN, msgspec.json.format(msgspec.json.encode(plan)))
         self._run(dataset, stepper, head, expected, progress, None)
 
-    def _checkpoint(self, dataset: Dataset) -> Checkpoint:
+    def checkpoint(self, dataset: Dataset) -> Checkpoint:
+        """Where it keeps how it stands."""
         step = _lineage(dataset, self.settings, self.division, self.workers)
         return Checkpoint(self.work, _fingerprint(dataset, self.source, step))
 
@@ -250,7 +252,7 @@ class _Assignment(msgspec.Struct, frozen=True):
         progress: Progress,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> dict[str, Tensor]:
-        checkpoint = self._checkpoint(dataset)
+        checkpoint = self.checkpoint(dataset)
         course = _Course(
             dataset,
             self.settings,
@@ -547,8 +549,9 @@ def _lineage(dataset: Dataset, settings: TrainSettings, division: Division, work
     )
 
 
-def _plan_path(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path.with_suffix(".plan.json")
+def _beside(checkpoint: Checkpoint) -> Path:
+    """The folder for all else that several workers need."""
+    return checkpoint.path.with_suffix("")
 
 
 def _fingerprint(dataset: Dataset, source: Source, step: Step) -> str:

@@ -296,7 +296,7 @@ class Parallel:
                 x = layer(x)
         if self._is_last:
             return x
-        self._send("activation", x, +1).wait()
+        self._send("activation", x.to(self._wire_dtype(x)), +1).wait()
         return None
 
     def parameters(self) -> Iterator[nn.Parameter]:
