@@ -164,7 +164,7 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
 
     MODEL is article, residual, mlp, or your own module:factory (a callable that returns a torch.nn.Module).
     Killed? Run it again: it goes on at its last checkpoint, and ends with the same weights. With --workers the network
-    is shared out by a plan, which is shown with what the others would have cost; the result is that of one worker.
+    is shared out by a plan, which is shown with what the others would have cost; it learns what one worker would.
 
     \b
     rushhour train article --data photos/ --size 224x224 --augment flip,crop --epochs 20 --out runs/photos

@@ -218,6 +218,12 @@ def run(
         )
     division = division_of({name: training.pop(name) for name in _SHARING})
     workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+    if workers == 1 and not division.exact:
+        raise GoalError(
+            "one worker sends nothing and meets nobody",
+            "--compress-gradients, --local-sgd and --diloco are for several",
+            "say --workers, or leave them out",
+        )
     settings = settings_of(training)
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
     source, trusted = model_of(model, dataset)
