@@ -28,6 +28,7 @@ from rushhour.train.loop import Diverged
 from rushhour.train.plan import Mode
 from rushhour.train.reducer import Compression
 from test_parallel import CONSTANTS
+from test_train import ARTICLE as PICTURES
 from test_train import Notes, pictures, table, trained
 from test_train_loop import MLP, learned, same, with_extremes
 
@@ -290,6 +291,14 @@ def test_compressed_gradients_train_nearly_the_same(
     got = learned(tmp_path, table(), MLP, SETTINGS, workers=2, division=divided("data", compression=compression))
     far = {name: float((got[name] - alone[name]).abs().max()) for name in alone}
     assert 0 < max(far.values()) < 0.05
+
+
+def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Path) -> None:
+    """Convolutions keep their weights channels last, which a matrix of PowerSGD must heed."""
+    settings = TrainSettings(epochs=5, batch=32, lr=5e-3)  # PowerSGD begins at the tenth step
+    division, notes = divided("data", compression="powersgd"), Notes()
+    learned(tmp_path, pictures(), PICTURES, settings, workers=2, division=division, progress=notes)
+    assert float(notes.result.removeprefix("accuracy ")) > 0.9
 
 
 def test_workers_that_meet_rarely_have_plans_of_replicas_only() -> None:

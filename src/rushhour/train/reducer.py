@@ -35,10 +35,14 @@ class Bucket:
         first = parameters[0]
         self._buffer = torch.zeros(sum(one.numel() for one in parameters), dtype=first.dtype, device=first.device)
         self._views = []
+        self._in_memory = []
         at = 0
         for one in parameters:
             # strided as the parameter is, or the optimizer would walk the two in different order
             self._views.append(self._buffer.as_strided(one.size(), one.stride(), at))
+            flat = self._buffer[at : at + one.numel()]
+            outermost = one.dim() > 1 and one.stride(0) * one.shape[0] == one.numel()
+            self._in_memory.append(flat.view(one.shape[0], -1) if outermost else flat)
             at += one.numel()
         self.waiting: set[int] = set()
 
@@ -55,8 +59,8 @@ class Bucket:
         self._buffer.copy_(buffer)
 
     def gradients(self) -> list[Tensor]:
-        """One by one, as views of the buffer."""
-        return self._views
+        """One by one, as matrices or vectors in the order of memory: PowerSGD cannot view channels that come last."""
+        return self._in_memory
 
     def parameters(self) -> list[nn.Parameter]:
         """That the gradients belong to."""
