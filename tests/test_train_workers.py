@@ -241,6 +241,27 @@ def test_a_worker_s_error_is_said_as_one_worker_would(tmp_path: Path) -> None:
     assert "of its 40 samples only" in said[0]
 
 
+class Stumbles(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise LookupError("no such thing")
+        return x
+
+
+def stumbles() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 2), Stumbles())
+
+
+def test_an_error_of_the_network_s_own_is_not_tried_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source("test_train_workers:stumbles")
+    with pytest.raises(ModelError, match=r"worker \d of 2 failed: LookupError: no such thing"):
+        learned(tmp_path, table(), source, SETTINGS, workers=2, trusted=(source.factory,), division=divided("data"))
+    assert "in forward" in capfd.readouterr().err, "the traceback says where"
+    assert "start again" not in caplog.text
+
+
 def dies() -> nn.Module:
     """Only workers die of it: the process that starts them builds it too."""
     if multiprocessing.parent_process() is not None:

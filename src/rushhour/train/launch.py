@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -22,6 +21,8 @@ from torch import multiprocessing
 
 from rushhour import machine
 from rushhour.errors import ModelError, RushhourError
+
+_ECHO_S = 1.0
 
 Backend = Literal["gloo", "nccl", "mpi"]
 
@@ -54,8 +55,8 @@ def launch(
 
     Raises:
         RushhourError: whatever `fn` raised of that kind, as it was.
-        ModelError: if a worker died or raised anything else; torchrun's number of workers is another than `workers`; or
-            torch was built without the backend.
+        ModelError: if a worker raised anything else, or died too often; torchrun's number of workers is another than
+            `workers`; or torch was built without the backend.
     """
     if not dist.is_backend_available(backend):
         raise ModelError(
@@ -116,11 +117,16 @@ def _once(
         sender.close()
     results: dict[int, Any] = {}
     failed: RushhourError | None = None
+    raised: list[tuple[int, str]] = []
     waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
     died: set[int] = set()
     try:
         while waiting and failed is None and not died:
-            for receiver in wait_for_any(list(waiting)):
+            # an error may be the echo of a death, or of a better error, elsewhere
+            heard = wait_for_any(list(waiting), _ECHO_S if raised else None)
+            if not heard:
+                break
+            for receiver in heard:
                 assert isinstance(receiver, Connection)
                 rank = waiting.pop(receiver)
                 try:
@@ -130,8 +136,10 @@ def _once(
                     continue
                 if good:
                     results[rank] = value
-                else:
+                elif isinstance(value, RushhourError):
                     failed = failed or value
+                else:
+                    raised.append((rank, value))
         if failed is not None:
             raise failed
         if died:
@@ -140,6 +148,9 @@ def _once(
             process.join(5)
             code = process.exitcode
             raise _Died(f"worker {first} of {workers} " + (f"got signal {-code}" if code and code < 0 else "failed"))
+        if raised:
+            rank, error = raised[0]
+            raise ModelError(f"worker {rank} of {workers} failed", error, "mend that; its words above say where it was")
         for process in context.processes:
             process.join()
         return [results[rank] for rank in range(workers)]
@@ -167,7 +178,7 @@ def _worker(
     for other, sender in enumerate(senders):
         if other != rank:
             sender.close()  # else its end would not be seen when its worker dies
-    outcome: tuple[bool, Any]
+    outcome: tuple[bool, Any]  # and its result, an error for the user, or the words of any other
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))  # type: ignore[attr-defined]
@@ -175,9 +186,9 @@ def _worker(
             outcome = True, fn(*args)
     except RushhourError as error:
         outcome = False, error
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        sys.exit(1)
+        outcome = False, f"{type(error).__name__}: {error}"
     senders[rank].send(outcome)
     senders[rank].close()
 
