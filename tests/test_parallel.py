@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from rushhour.bundle import Source, TensorSpec
-from rushhour.errors import DataError, ModelError, PlanError
+from rushhour.errors import PlanError
 from rushhour.testing.networks import CLASSES, SMALL, Trained, all_of, distance, short_training, sum_of_losses
-from rushhour.train import Relaxed, launch, parallelise, plan_for
+from rushhour.train import launch
 from rushhour.train.cost import Constants, Layer, Layout, Link, Mesh
-from rushhour.train.plan import LayerPlan, Mode, ParallelPlan, chain, plan_layers, table_of
+from rushhour.train.plan import LayerPlan, Mode, ParallelPlan, plan_layers, table_of
 
 CONSTANTS = Constants(
     workers=2,
@@ -60,7 +51,9 @@ def planned(name: str, workers: int, mode: Mode, **options: object) -> ParallelP
     return plan_layers(table(name), workers=workers, batch=BATCH, mode=mode, constants=CONSTANTS, **options)  # type: ignore[arg-type]
 
 
-def arranged(name: str, mesh: Mesh, dense: Layout = "data", rest: Layout = "data", microbatches: int = 1) -> ParallelPlan:
+def arranged(
+    name: str, mesh: Mesh, dense: Layout = "data", rest: Layout = "data", microbatches: int = 1
+) -> ParallelPlan:
     """A plan made by hand: equal stages, one layout for the dense layers that can be cut and one for the others."""
     layers = table(name)
     each = -(-len(layers) // mesh.pipeline)

@@ -99,7 +99,9 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class Mesh(msgspec.Struct, frozen=True):
-    """How the workers are arranged. Worker `(stage * data + i) * tensor + j` is the j-th of the i-th replica of a stage.
+    """How the workers are arranged.
+
+    Worker `(stage * data + i) * tensor + j` is the j-th of the i-th replica of a stage.
 
     Attributes:
         data: replicas, each with its own rows.

@@ -39,9 +39,8 @@ class Moment:
 
 def part_of(whole: Tensor, dim: int, group: Group) -> Tensor:
     """This worker's part of a tensor that is dealt out along a dimension, as memory of its own."""
-    return whole.split(list(shares(whole.shape[dim], group.size())), dim)[dist.get_rank(group)].clone(
-        memory_format=torch.contiguous_format
-    )
+    parts = torch.split(whole, list(shares(whole.shape[dim], group.size())), dim)
+    return parts[dist.get_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
 class Column(nn.Module):
@@ -58,6 +57,7 @@ class Column(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Own rows in; all rows of own features out."""
         return functional.linear(gather_rows(x, self._moment.rows, self._group), self.weight, self.bias)
 
 
@@ -71,6 +71,7 @@ class Row(nn.Module):
         self.bias = whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """All rows of own features in; own rows out."""
         y = sum_rows(functional.linear(x, self.weight), self._moment.rows, self._group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -83,6 +84,7 @@ class ToFeatures(nn.Module):
         self._moment, self._group = moment, group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Own rows in; all rows of own features out."""
         return to_features(x, self._moment.rows, self._group)
 
 
@@ -94,6 +96,7 @@ class ToRows(nn.Module):
         self._features, self._moment, self._group = features, moment, group
 
     def forward(self, x: Tensor) -> Tensor:
+        """All rows of own features in; own rows out."""
         return to_rows(x, self._features, self._moment.rows, self._group)
 
 
@@ -130,6 +133,7 @@ class Sharded(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the layer, with parameters that are there only meanwhile."""
         whole: tuple[Tensor, ...] = _Gather.apply(self, *self.parts)  # type: ignore[no-untyped-call]
         where = {tensor.untyped_storage().data_ptr(): index for index, tensor in enumerate(whole) if tensor.numel()}
 
@@ -145,7 +149,8 @@ class Sharded(nn.Module):
             index, size, stride, offset = kept
             if self._gathered is None:
                 self._gathered = self._gather()
-            return self._gathered[index].as_strided(size, stride, offset)
+            whole: Tensor = self._gathered[index].as_strided(size, stride, offset)
+            return whole
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             out: Tensor = functional_call(self.__dict__["module"], dict(zip(self.names, whole, strict=True)), (x,))
@@ -157,7 +162,7 @@ class Sharded(nn.Module):
         received = exchange(
             [packed] * n, [(sum(sizes[rank] for sizes in self._sizes),) for rank in range(n)], self._group
         )
-        pieces = [part.split([sizes[rank] for sizes in self._sizes]) for rank, part in enumerate(received)]
+        pieces = [torch.split(part, [sizes[rank] for sizes in self._sizes]) for rank, part in enumerate(received)]
         return [
             torch.cat([pieces[rank][index] for rank in range(n)]).view(shape)
             for index, shape in enumerate(self._shapes)
@@ -177,7 +182,7 @@ class Sharded(nn.Module):
         total = received[0].clone()
         for part in received[1:]:
             total += part
-        return list(total.split(mine))
+        return list(torch.split(total, mine))
 
 
 class _Gather(torch.autograd.Function):
@@ -212,6 +217,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None: ...
 
     def forward(self, x: Tensor) -> Tensor:
+        """As torch's, over the rows of all workers."""
         if not self.training and self.running_mean is not None:
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -305,6 +311,7 @@ class Dropout(nn.Module):
         self._keys: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
+        """As torch's, with a mask of its own making."""
         moment = self._moment
         if not self.training or self.p == 0 or x.numel() == 0:
             return x
@@ -330,7 +337,8 @@ class Dropout(nn.Module):
             return np.arange(math.prod(shape), dtype=np.uint64)
         width, first = self._cut
         before = np.arange(math.prod(shape[:-1]), dtype=np.uint64)[:, None] * np.uint64(width)
-        return (before + np.uint64(first) + np.arange(shape[-1], dtype=np.uint64)).reshape(-1)
+        numbers: Any = before + np.uint64(first) + np.arange(shape[-1], dtype=np.uint64)
+        return np.asarray(numbers.reshape(-1), np.uint64)
 
 
 def _bits(counters: NDArray[np.uint64], *key: int) -> NDArray[np.int32]:
@@ -340,7 +348,8 @@ def _bits(counters: NDArray[np.uint64], *key: int) -> NDArray[np.int32]:
         for word in key:
             state = _mix(state ^ np.uint64(word % 2**64))
         mixed = _mix(counters * np.uint64(0x9E3779B97F4A7C15) + state)
-    return (mixed >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    bits: NDArray[np.int32] = (mixed >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    return bits
 
 
 def _mix(z: Any) -> Any:

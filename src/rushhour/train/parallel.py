@@ -392,12 +392,12 @@ class Parallel:
                 )
             if entry.cut == "flat":
                 sizes = shares(tensor.numel(), self.plan.mesh.inner)
-                mine[entry.name] = tensor.reshape(-1).split(list(sizes))[self._inner]
+                mine[entry.name] = torch.split(tensor.reshape(-1), list(sizes))[self._inner]
             elif entry.cut is None:
                 mine[entry.name] = tensor
             else:
                 sizes = shares(tensor.shape[entry.cut], self.plan.mesh.tensor)
-                mine[entry.name] = tensor.split(list(sizes), entry.cut)[self._tensor]
+                mine[entry.name] = torch.split(tensor, list(sizes), entry.cut)[self._tensor]
         return mine
 
     def local_state(self) -> dict[str, Tensor]:
@@ -566,8 +566,8 @@ class Parallel:
         """All microbatches through this stage; the scaled loss of own rows, 0 but on the last stage."""
         pieces = [shares(part, count) for part in parts]
         own = list(pieces[self._inner])
-        mine_in = inputs.split(own) if self._stage == 0 else [inputs] * count
-        mine_out = targets.split(own) if self._is_last else [targets] * count
+        mine_in = torch.split(inputs, own) if self._stage == 0 else [inputs] * count
+        mine_out = torch.split(targets, own) if self._is_last else [targets] * count
         under_way: dict[int, tuple[Tensor, Tensor]] = {}
         sent: list[dist.Work] = []
         total = 0.0
@@ -575,10 +575,8 @@ class Parallel:
         def forward(index: int) -> None:
             nonlocal total
             self._enter(parts, pieces, index)
-            if self._stage == 0:
-                entry = mine_in[index]
-            else:
-                entry = self._receive("activation", own[index], -1).requires_grad_()
+            first = self._stage == 0
+            entry = mine_in[index] if first else self._receive("activation", own[index], -1).requires_grad_()
             with self._cast():
                 x = entry
                 for layer in self._layers:

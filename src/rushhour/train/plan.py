@@ -1,10 +1,10 @@
 """The parallel plan: which layout each layer has on which workers, why, and what the others would have cost.
 
 The layer table comes from the network on the meta device, where nothing is computed. For each arrangement of the
-workers (data x tensor x pipeline) the cheapest layouts are found by dynamic programming along the chain of layers, whose
-state is whether activations are divided by rows or by features (Viterbi; compare OptCNN, Jia et al. 2018). Stages of a
-pipeline are cut by a second one, so that the slowest is as fast as can be. Where memory is short, memory is given a
-price, and the price is raised until the plan fits.
+workers (data x tensor x pipeline) the cheapest layouts are found by dynamic programming along the chain of layers,
+whose state is whether activations are divided by rows or by features (Viterbi; compare OptCNN, Jia et al. 2018). Stages
+of a pipeline are cut by a second one, so that the slowest is as fast as can be. Where memory is short, memory is given
+a price, and the price is raised until the plan fits.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def plan_layers(
     notes = []
     if workers > machine.cores():
         notes.append(
-            f"warning: {workers} workers share {machine.cores()} cores and take turns; more workers than cores only pay "
-            "where one worker's memory is too small"
+            f"warning: {workers} workers share {machine.cores()} cores and take turns; more workers than cores only "
+            "pay where one worker's memory is too small"
         )
     if workers == 1:
         only = _Candidate("data", Mesh(1, 1, 1), microbatches or 1, _whole(layers), 0.0, Cost())

@@ -104,7 +104,7 @@ class Reducer:
             self._buckets[-1].last = True
         self._where = {id(one): bucket for bucket in self._buckets for one in bucket.parameters()}
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._ready)
+            parameter.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
         self._hook = _hook(compression, group)
         self._armed = False
         self._next = 0
