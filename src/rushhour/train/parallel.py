@@ -168,13 +168,13 @@ class Parallel:
             if layer.stage != self._stage:
                 continue
             _materialise(unit, seed, index)
-            unit = self._without_plain_noise(unit, numbers, features)
-            elementwise = isinstance(unit, (*ELEMENTWISE, Dropout))
+            elementwise = isinstance(unit, ELEMENTWISE)
             if layer.layout == "row" and features is None and mesh.tensor > 1:
                 layers.append(ToFeatures(self._moment, self._require(self._tensor_group)))
             elif layer.layout != "row" and features is not None and not elementwise:
                 layers.append(ToRows(features, self._moment, self._require(self._tensor_group)))
                 features = None
+            unit = self._without_plain_noise(unit, numbers, features)
             form = self._form(layer, unit)
             if layer.layout == "column":
                 assert isinstance(unit, nn.Linear)
