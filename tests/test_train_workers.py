@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rushhour.bundle import Source
@@ -29,7 +29,7 @@ from rushhour.train.plan import Mode
 from rushhour.train.reducer import Compression
 from test_parallel import CONSTANTS
 from test_train import ARTICLE as PICTURES
-from test_train import Notes, pictures, table, trained
+from test_train import Notes, pictures, table
 from test_train_loop import MLP, learned, same, with_extremes
 
 ROOT = Path(__file__).parent.parent
@@ -333,12 +333,17 @@ def test_no_plan_fits_in_memory(tmp_path: Path) -> None:
 
 
 def in_torchrun(folder: str) -> None:
-    from rushhour.progress import Silent
+    """One of the workers of `dropped_out`; the first leaves the weights as a bundle does."""
+    weights = dropped_out(Path(folder), DIVISIONS["pipeline"], Notes())
+    save_file(weights, Path(folder) / "weights.safetensors")
 
-    trained(Path(folder), table(), MLP, SETTINGS, progress=Silent(), division=divided("sharded"))
 
-
-def test_torchrun_on_two_machines(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", [None, "1 12"])
+def test_torchrun_on_two_machines(
+    kill: str | None,
+    undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
+    tmp_path: Path,
+) -> None:
     """Two of torch's agents that know only where to meet, with a worker each and a disk that is shared."""
     code = tmp_path / "run.py"
     code.write_text(
@@ -347,22 +352,27 @@ def test_torchrun_on_two_machines(alone: dict[str, torch.Tensor], tmp_path: Path
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if kill is not None:
+        environment[KILLS] = f"{kill} {tmp_path / 'killed'}"
     agents = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
-             "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x", "--local-addr", "127.0.0.1", str(code),
-             str(tmp_path / "x")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
+             "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x", "--local-addr",
+             "127.0.0.1", str(code), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
         )
         for _ in range(2)
     ]  # fmt: skip
     try:
         for agent in agents:
-            said, _ = agent.communicate(timeout=150)
+            said, _ = agent.communicate(timeout=200)
             assert agent.returncode == 0, said
     finally:
         for agent in agents:
-            agent.kill()
+            agent.terminate()  # it ends its worker, too
             agent.communicate()
-    assert close(load_file(tmp_path / "x" / "bundle" / "weights.safetensors"), alone)
+    assert (tmp_path / "killed").exists() == (kill is not None)
+    weights, curve = undisturbed("pipeline")
+    assert same(load_file(tmp_path / "weights.safetensors"), weights)
+    assert losses(tmp_path) == curve

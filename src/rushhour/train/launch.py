@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -23,6 +25,8 @@ from rushhour import machine
 from rushhour.errors import ModelError, RushhourError
 
 _ECHO_S = 1.0
+_MEET_S = 300.0
+_LOOK_S = 0.02
 
 Backend = Literal["gloo", "nccl", "mpi"]
 
@@ -71,7 +75,7 @@ def launch(
                 f"say --workers {size}",
             )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        with _group(backend, threads or _threads(here)):
+        with _group(backend, threads or _threads(here), **_met()):
             return [fn(*args)]
     # The store lives here, so its port is free for sure, and a fresh prefix each time forgets the dead.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -88,6 +92,36 @@ def launch(
                 ) from death
             logging.getLogger(__name__).warning("%s; all workers start again from the last checkpoint", death)
     raise AssertionError("unreachable")
+
+
+def _met() -> dict[str, Any]:
+    """How this worker of torchrun's joins the others: store, rank and number of workers.
+
+    Torchrun keeps its store through restarts, with the addresses of the dead. So the first worker gives the group a
+    name of its own, under which nobody has written yet, to those who say hello with a name that is new as well.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[no-untyped-call]
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", own)
+        group = store.get(f"welcome/{own}").decode()
+        store.set(f"joined/{group}/{rank}", "")
+    else:
+        group, missing, until = own, set(range(1, size)), time.monotonic() + _MEET_S
+        while missing:
+            for other in tuple(missing):
+                if store.check([f"hello/{other}"]):  # perhaps a dead one's, whose successor's will follow
+                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", group)
+                if store.check([f"joined/{group}/{other}"]):
+                    missing.discard(other)
+            if missing and time.monotonic() > until:
+                raise ModelError(
+                    f"workers {sorted(missing)} of {size} do not come",
+                    "torchrun has started them elsewhere, or they died",
+                    "see what the other machines say",
+                )
+            time.sleep(_LOOK_S)
+    return {"store": dist.PrefixStore(group, store), "rank": rank, "world_size": size}
 
 
 class _Died(Exception):
