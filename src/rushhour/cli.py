@@ -171,7 +171,7 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
     rushhour train mynet:build --data photos/ --optimizer adamw --weight-decay 0.01 --patience 5 --out runs/mine
     rushhour train article --data photos/ --workers 4 --out runs/photos
     rushhour train article --data photos/ --workers 8 --parallel pipeline --memory 2 --out runs/photos
-    torchrun --nnodes 2 --rdzv-endpoint HOST:29400 --rdzv-backend c10d -m rushhour train ... --out SHARED/DISK
+    torchrun --nnodes 2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m rushhour train ...
     rushhour train article --data photos/ --search 20 --epochs 10 --out runs/best
     rushhour report runs/photos-training
     """
