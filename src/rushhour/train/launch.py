@@ -100,7 +100,7 @@ def _met() -> dict[str, Any]:
     Torchrun keeps its store through restarts, with the addresses of the dead. So the first worker gives the group a
     name of its own, under which nobody has written yet, to those who say hello with a name that is new as well.
     """
-    store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[no-untyped-call]
+    store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
     own = secrets.token_hex(8)
     if rank:
         store.set(f"hello/{rank}", own)
@@ -121,7 +121,8 @@ def _met() -> dict[str, Any]:
                     "see what the other machines say",
                 )
             time.sleep(_LOOK_S)
-    return {"store": dist.PrefixStore(group, store), "rank": rank, "world_size": size}
+    named = dist.PrefixStore(group, store)  # type: ignore[attr-defined]
+    return {"store": named, "rank": rank, "world_size": size}
 
 
 class _Died(Exception):
