@@ -196,7 +196,7 @@ def undisturbed(
 
 @pytest.mark.parametrize(
     ("division", "rank", "at"),
-    [("data", 0, 4), ("data", 1, 9), ("model", 1, 5), ("pipeline", 0, 12), ("diloco", 1, 10)],
+    [("data", 0, 4), ("model", 1, 5), ("pipeline", 0, 12), ("diloco", 1, 10)],
 )
 def test_the_death_of_any_worker_changes_nothing(
     division: str,
@@ -305,7 +305,7 @@ def secretive() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), Secretive(), nn.Linear(8, 2))
 
 
-@pytest.mark.parametrize("compression", ["fp16", "bf16", "powersgd"])
+@pytest.mark.parametrize("compression", ["fp16", "powersgd"])
 def test_compressed_gradients_train_nearly_the_same(
     compression: Compression, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -338,13 +338,11 @@ def in_torchrun(folder: str) -> None:
     save_file(weights, Path(folder) / "weights.safetensors")
 
 
-@pytest.mark.parametrize("kill", [None, "1 12"])
 def test_torchrun_on_two_machines(
-    kill: str | None,
     undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
     tmp_path: Path,
 ) -> None:
-    """Two of torch's agents that know only where to meet, with a worker each and a disk that is shared."""
+    """Two of torch's agents that know only where to meet, with a worker each and a disk that is shared; one is killed."""
     code = tmp_path / "run.py"
     code.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_train_workers as t; "
@@ -352,9 +350,7 @@ def test_torchrun_on_two_machines(
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if kill is not None:
-        environment[KILLS] = f"{kill} {tmp_path / 'killed'}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", KILLS: f"1 12 {tmp_path / 'killed'}"}
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
@@ -372,7 +368,7 @@ def test_torchrun_on_two_machines(
         for agent in agents:
             agent.terminate()  # it ends its worker, too
             agent.communicate()
-    assert (tmp_path / "killed").exists() == (kill is not None)
+    assert (tmp_path / "killed").exists()
     weights, curve = undisturbed("pipeline")
     assert same(load_file(tmp_path / "weights.safetensors"), weights)
     assert losses(tmp_path) == curve

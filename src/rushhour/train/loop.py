@@ -335,7 +335,7 @@ class _Course:
                     self._checkpoint.wait()
         last = self._history[-1]
         self._progress.done(f"{last.metric} {self._kept().value:.4f}")
-        if self._best:
+        if self._settings.patience is not None:  # on all workers alike, though only the leading one has them
             return self._best
         with stepper.averaged(self._optimizer):
             return stepper.weights()
