@@ -342,7 +342,7 @@ def test_torchrun_on_two_machines(
     undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
     tmp_path: Path,
 ) -> None:
-    """Two of torch's agents that know only where to meet, with a worker each and a shared disk; one worker is killed."""
+    """Two of torch's agents that know only where to meet, with a worker each and a shared disk; one is killed."""
     code = tmp_path / "run.py"
     code.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_train_workers as t; "
