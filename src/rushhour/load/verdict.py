@@ -399,7 +399,8 @@ def _reached(window: Samples, slo: SLO) -> NDArray[np.bool_]:
     if not window.starved:
         return np.ones(len(window), bool)
     late_by = window.sent - window.scheduled
-    return (window.status == Status.OK) | (late_by <= window.timeout_s - slo.limit_s)
+    reached: NDArray[np.bool_] = (window.status == Status.OK) | (late_by <= window.timeout_s - slo.limit_s)
+    return reached
 
 
 def _growth(samples: Samples) -> float:
