@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import msgspec
 import pytest
 import torch
 
-from rushhour.bundle import Source, TensorSpec
 from rushhour.errors import PlanError
-from rushhour.testing.networks import CLASSES, SMALL, Trained, all_of, distance, short_training, sum_of_losses
+from rushhour.testing.networks import CLASSES, SMALL, WIDE, Trained, all_of, distance, short_training, sum_of_losses
 from rushhour.train import launch
 from rushhour.train.cost import Constants, Layer, Layout, Link, Mesh
 from rushhour.train.plan import LayerPlan, Mode, ParallelPlan, plan_layers, table_of
@@ -26,23 +26,12 @@ CONSTANTS = Constants(
     exchange=Link(1e-4, 1e-9),
     send=Link(1e-4, 1e-9),
 )
-FAR = msgspec.structs.replace(
-    CONSTANTS,
-    dense_flops=1e11,
-    convolution_flops=1e11,
-    bandwidth=2e10,
-    reduce=Link(1e-6, 1e-8),
-    exchange=Link(1e-6, 1e-8),
-)
-"""A machine whose wire is slow beside its processors."""
 BATCH = 11
-ARTICLE = Source("rushhour.models:article", {})
-PICTURE = TensorSpec("image", "uint8", (224, 224, 3))
 
 
 @functools.cache
-def table(name: str) -> tuple[Layer, ...]:
-    factory, shape = SMALL[name]
+def table(name: str, wide: bool = False) -> tuple[Layer, ...]:
+    factory, shape = (WIDE if wide else SMALL)[name]
     with torch.device("meta"):
         return table_of(factory(), shape, CLASSES)
 
@@ -147,3 +136,44 @@ def test_shared_state_is_a_kth_on_each_worker(name: str) -> None:
     # what does not divide by 4 leaves some workers one number more of a tensor, in four copies of 8 bytes
     assert max(kept) <= alone(name).state_bytes / 4 + tensors * 4 * 8
     assert sum(kept) == alone(name).state_bytes
+
+
+WIRE_BATCH = 16
+
+
+@functools.cache
+def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Trained]]]:
+    """Network and mode -> the plan, and what each worker came to."""
+    plans: dict[tuple[str, Mode], ParallelPlan] = {}
+    modes: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
+    for name in WIDE:
+        for mode in modes:
+            with contextlib.suppress(PlanError):
+                plans[name, mode] = plan_layers(
+                    table(name, True), workers=workers, batch=WIRE_BATCH, mode=mode, constants=CONSTANTS
+                )
+    how = {"double": False, "steps": 3, "wide": True}
+    by_worker = launch(all_of, workers, ([(name, plan, how) for (name, _), plan in plans.items()],))
+    return {key: (plan, [one[index] for one in by_worker]) for index, (key, plan) in enumerate(plans.items())}
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("mode", ["data", "sharded", "model", "pipeline", "hybrid"])
+def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> None:
+    """Bytes from the kernel's count for each socket; state as it lies in memory."""
+    seen = 0
+    for (name, of), (plan, trained) in sending(workers).items():
+        if of != mode:
+            continue
+        seen += 1
+        most = max(one.sent_bytes for one in trained)
+        # less, where the first layer is cut: nobody wants the gradient of a network's inputs
+        assert 0.9 <= most / plan.predicted.sent_bytes <= 1.05, (name, plan.explain())
+        assert max(one.state_bytes for one in trained) == pytest.approx(plan.predicted.state_bytes, rel=0.02), name
+    assert seen
+
+
+def test_dense_layers_cut_by_rows_send_a_fraction_of_what_replicas_do() -> None:
+    found = sending(4)
+    sent = {mode: max(one.sent_bytes for one in found["article", mode][1]) for mode in ("data", "model")}
+    assert sent["data"] > 4 * sent["model"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rushhour.models import article, mlp, residual
+from rushhour.testing.meters import sent_bytes
 from rushhour.train.parallel import parallelise
 from rushhour.train.plan import ParallelPlan
 from rushhour.train.reducer import Compression
@@ -62,12 +63,29 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 """Name -> a factory, and the shape of a sample as the network takes it. Few sizes divide evenly."""
 
 
+WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "article": (lambda: article(input_size=32, channels=3, classes=CLASSES, dense=128), (3, 32, 32)),
+    "residual": (lambda: residual(input_size=16, channels=1, classes=CLASSES, width=64, blocks=1), (1, 16, 16)),
+    "mlp": (lambda: mlp(inputs=512, outputs=CLASSES, hidden=512, depth=7), (512,)),
+    "transformer": (lambda: transformer(inputs=64, width=128, blocks=2), (16, 64)),
+}
+"""The same with numbers enough that what they send is more than what goes around it."""
+
+
 class Trained(msgspec.Struct):
-    """What a short training came to: the state on worker 0, empty elsewhere, the losses, and bytes kept here."""
+    """What a short training came to on one worker.
+
+    Attributes:
+        state: of the whole network, on worker 0; empty elsewhere.
+        losses: of each step, over the whole batch.
+        state_bytes: kept here: parameters, gradients, and two moments of the optimizer.
+        sent_bytes: by this worker in the last step.
+    """
 
     state: dict[str, Any]
     losses: list[float]
     state_bytes: int
+    sent_bytes: int
 
 
 def sum_of_losses(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -83,13 +101,14 @@ def short_training(
     steps: int = 5,
     clip: float | None = None,
     compression: Compression = "none",
+    wide: bool = False,
 ) -> Trained:
-    """Train one of `SMALL` for some steps on seeded random data, as one worker of the default group, or alone.
+    """Train one of `SMALL` or `WIDE` for some steps on seeded random data, as one worker of the default group, or alone.
 
     In float64 by Adam; in float32 by SGD with momentum, because Adam makes whole steps of gradients that are rounding
     errors only.
     """
-    factory, shape = SMALL[name]
+    factory, shape = (WIDE if wide else SMALL)[name]
     torch.manual_seed(0)
     dtype = torch.float64 if double else torch.float32
     network = factory().to(dtype)
@@ -100,17 +119,20 @@ def short_training(
     else:
         optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-2, momentum=0.9)
     losses = []
+    sent = 0
     for _ in range(steps):
         inputs = torch.randn(plan.batch, *shape, generator=generator, dtype=torch.float64).to(dtype)
         targets = torch.randint(CLASSES, (plan.batch,), generator=generator)
         own = parallel.rows(plan.batch)
+        before = sent_bytes()
         losses.append(parallel.step(inputs[own], targets[own], sum_of_losses, plan.batch))
+        sent = sent_bytes() - before
         if clip is not None:
             parallel.clip(clip)
         optimizer.step()
     kept = sum(3 * one.nbytes + (0 if one.grad is None else one.grad.nbytes) for one in parallel.parameters())
     merged = parallel.full_state_dict()
-    return Trained({} if merged is None else {key: value.numpy() for key, value in merged.items()}, losses, kept)
+    return Trained({} if merged is None else {key: value.numpy() for key, value in merged.items()}, losses, kept, sent)
 
 
 def all_of(cases: list[tuple[str, ParallelPlan, dict[str, Any]]]) -> list[Trained]:
