@@ -5,15 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 
-import msgspec
 import pytest
 import torch
 
 from rushhour.errors import PlanError
-from rushhour.testing.networks import CLASSES, SMALL, WIDE, Trained, all_of, distance, short_training, sum_of_losses
+from rushhour.testing.networks import (
+    CLASSES,
+    SMALL,
+    WIDE,
+    Trained,
+    all_of,
+    arranged,
+    distance,
+    short_training,
+    sum_of_losses,
+    table_for,
+)
 from rushhour.train import launch
-from rushhour.train.cost import Constants, Layer, Layout, Link, Mesh
-from rushhour.train.plan import LayerPlan, Mode, ParallelPlan, plan_layers, table_of
+from rushhour.train.cost import Constants, Layout, Link, Mesh
+from rushhour.train.plan import Mode, ParallelPlan, plan_layers
 
 CONSTANTS = Constants(
     workers=2,
@@ -29,36 +39,15 @@ CONSTANTS = Constants(
 BATCH = 11
 
 
-@functools.cache
-def table(name: str, wide: bool = False) -> tuple[Layer, ...]:
-    factory, shape = (WIDE if wide else SMALL)[name]
-    with torch.device("meta"):
-        return table_of(factory(), shape, CLASSES)
-
-
 def planned(name: str, workers: int, mode: Mode, **options: object) -> ParallelPlan:
-    return plan_layers(table(name), workers=workers, batch=BATCH, mode=mode, constants=CONSTANTS, **options)  # type: ignore[arg-type]
+    return plan_layers(table_for(name), workers=workers, batch=BATCH, mode=mode, constants=CONSTANTS, **options)  # type: ignore[arg-type]
 
 
-def arranged(
+def by_hand(
     name: str, mesh: Mesh, dense: Layout = "data", rest: Layout = "data", microbatches: int = 1
 ) -> ParallelPlan:
-    """A plan made by hand: equal stages, one layout for the dense layers that can be cut and one for the others."""
-    layers = table(name)
-    each = -(-len(layers) // mesh.pipeline)
-    plans = []
-    for index, layer in enumerate(layers):
-        cut = layer.kind == "dense" and min(layer.in_width, layer.out_width) >= mesh.tensor
-        layout: Layout = (dense if cut else rest) if layer.parameters else "local"
-        plans.append(LayerPlan(layer.name, layout, index // each))
-    one = plan_layers(layers, workers=1, batch=BATCH, constants=CONSTANTS)
-    return msgspec.structs.replace(
-        one,
-        workers=mesh.inner * mesh.pipeline,
-        mesh=mesh,
-        mode="hybrid",
-        layers=tuple(plans),
-        microbatches=microbatches,
+    return arranged(
+        table_for(name), mesh, batch=BATCH, constants=CONSTANTS, dense=dense, rest=rest, microbatches=microbatches
     )
 
 
@@ -73,16 +62,16 @@ def cases(workers: int) -> dict[str, tuple[str, ParallelPlan, dict[str, object]]
                 assert mode in ("model", "pipeline"), "data and sharded are always possible"
         if workers == 4:
             m = 1 if name == "residual" else 2
-            found[f"{name} 2x1x2"] = name, arranged(name, Mesh(2, 1, 2), microbatches=m), {}
-            found[f"{name} 1x2x2 column"] = name, arranged(name, Mesh(1, 2, 2), "column", "sharded", m), {}
-            found[f"{name} 2x2x1 row"] = name, arranged(name, Mesh(2, 2, 1), "row", "sharded"), {}
-    found["article row"] = "article", arranged("article", Mesh(1, workers, 1), "row"), {}
-    found["mlp column"] = "mlp", arranged("mlp", Mesh(1, workers, 1), "column"), {}
+            found[f"{name} 2x1x2"] = name, by_hand(name, Mesh(2, 1, 2), microbatches=m), {}
+            found[f"{name} 1x2x2 column"] = name, by_hand(name, Mesh(1, 2, 2), "column", "sharded", m), {}
+            found[f"{name} 2x2x1 row"] = name, by_hand(name, Mesh(2, 2, 1), "row", "sharded"), {}
+    found["article row"] = "article", by_hand("article", Mesh(1, workers, 1), "row"), {}
+    found["mlp column"] = "mlp", by_hand("mlp", Mesh(1, workers, 1), "column"), {}
     for name in ("article", "mlp"):
-        found[f"{name} row float32"] = name, arranged(name, Mesh(1, workers, 1), "row"), {"double": False}
+        found[f"{name} row float32"] = name, by_hand(name, Mesh(1, workers, 1), "row"), {"double": False}
         found[f"{name} data float32"] = name, planned(name, workers, "data"), {"double": False}
     for name, layout in (("mlp", "row"), ("transformer", "sharded"), ("mlp", "data")):
-        one = arranged(name, Mesh(1, workers, 1), layout, layout if layout == "sharded" else "data")  # type: ignore[arg-type]
+        one = by_hand(name, Mesh(1, workers, 1), layout, layout if layout == "sharded" else "data")  # type: ignore[arg-type]
         found[f"{name} {layout} clipped"] = name, one, {"clip": 0.05}
     return found
 
@@ -97,7 +86,7 @@ def outcomes(workers: int) -> dict[str, list[Trained]]:
 
 @functools.cache
 def alone(name: str, double: bool = True, clip: float | None = None) -> Trained:
-    plan = plan_layers(table(name), workers=1, batch=BATCH, constants=CONSTANTS)
+    plan = plan_layers(table_for(name), workers=1, batch=BATCH, constants=CONSTANTS)
     return short_training(name, plan, double=double, clip=clip)
 
 
@@ -150,7 +139,7 @@ def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Tra
         for mode in modes:
             with contextlib.suppress(PlanError):
                 plans[name, mode] = plan_layers(
-                    table(name, True), workers=workers, batch=WIRE_BATCH, mode=mode, constants=CONSTANTS
+                    table_for(name, True), workers=workers, batch=WIRE_BATCH, mode=mode, constants=CONSTANTS
                 )
     how = {"double": False, "steps": 3, "wide": True}
     by_worker = launch(all_of, workers, ([(name, plan, how) for (name, _), plan in plans.items()],))

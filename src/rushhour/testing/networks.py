@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.nn import functional
 
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import sent_bytes
+from rushhour.train.cost import Constants, Layer, Layout, Mesh
 from rushhour.train.parallel import parallelise
-from rushhour.train.plan import ParallelPlan
+from rushhour.train.plan import LayerPlan, ParallelPlan, plan_layers, table_of
 from rushhour.train.reducer import Compression
 
 CLASSES = 5
@@ -72,6 +74,41 @@ WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 """The same with numbers enough that what they send is more than what goes around it."""
 
 
+@functools.cache
+def table_for(name: str, wide: bool = False) -> tuple[Layer, ...]:
+    """The layer table of one of `SMALL` or `WIDE`."""
+    factory, shape = (WIDE if wide else SMALL)[name]
+    with torch.device("meta"):
+        return table_of(factory(), shape, CLASSES)
+
+
+def arranged(
+    layers: tuple[Layer, ...],
+    mesh: Mesh,
+    *,
+    batch: int,
+    constants: Constants,
+    dense: Layout = "data",
+    rest: Layout = "data",
+    microbatches: int = 1,
+) -> ParallelPlan:
+    """A plan made by hand: equal stages, one layout for the dense layers that can be cut and one for the others."""
+    each = -(-len(layers) // mesh.pipeline)
+    plans = []
+    for index, layer in enumerate(layers):
+        cut = layer.kind == "dense" and min(layer.in_width, layer.out_width) >= mesh.tensor
+        layout: Layout = (dense if cut else rest) if layer.parameters else "local"
+        plans.append(LayerPlan(layer.name, layout, index // each))
+    return msgspec.structs.replace(
+        plan_layers(layers, workers=1, batch=batch, constants=constants),
+        workers=mesh.inner * mesh.pipeline,
+        mesh=mesh,
+        mode="hybrid",
+        layers=tuple(plans),
+        microbatches=microbatches,
+    )
+
+
 class Trained(msgspec.Struct):
     """What a short training came to on one worker.
 
@@ -103,7 +140,7 @@ def short_training(
     compression: Compression = "none",
     wide: bool = False,
 ) -> Trained:
-    """Train one of `SMALL` or `WIDE` for some steps on seeded random data, as one worker of the default group, or alone.
+    """Train one of `SMALL` or `WIDE` for some steps on seeded random data, alone or as a worker of the default group.
 
     In float64 by Adam; in float32 by SGD with momentum, because Adam makes whole steps of gradients that are rounding
     errors only.
