@@ -100,7 +100,7 @@ def record(
         machine=machine,
         versions={**machine.pop("versions"), **versions},
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        commit=_commit(),
+        commit=commit(),
         seeds=dict(seeds),
         checks=tuple(checks),
         data=dict(data),
@@ -170,7 +170,9 @@ def meets(value: float, target: str) -> bool:
     return {">=": value >= float(bound), "<=": value <= float(bound), "<": value < float(bound)}[sign]
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the code and the benchmarks as they are now; `+` where the work tree holds changes."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(_ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
