@@ -29,8 +29,8 @@ from unittest import mock
 import msgspec
 import numpy as np
 import torch
+from bench.blocks import machine_cpu_s
 from bench.record import Check, Record, Table, commit, judged, mean_ratio, record, verdict
-from bench.servers import machine_cpu_s
 from bench.training import CLASSES, KILLS, NETWORKS, Stepped, deep, one_epoch, stepped, timed
 
 from rushhour.bundle import Source
@@ -251,7 +251,8 @@ def state(scale: Scale) -> Part:
         for rank, one in enumerate(steps)
     )
     columns = ("worker", "million parameters", "MB of state", "MB of the process at its largest")
-    note = f"The whole state takes {whole / 1e6:,.0f} MB. {len(steps[0].losses)} steps by Adam.\n\n```\n{plan.explain()}\n```"
+    said = f"The whole state takes {whole / 1e6:,.0f} MB. {len(steps[0].losses)} steps by Adam."
+    note = f"{said}\n\n```\n{plan.explain()}\n```"
     title = f"The article's network on {scale.workers} workers"
     return Part((check,), (Table(title, columns, rows, note),), steps)
 
@@ -426,8 +427,8 @@ def _simulated(scale: Scale) -> Table:
             figures += [f"{plan.mode} ({plan.mesh})", rate, 100 * rate / workers / (8 / one)]
         rows.append((*figures[:4], *figures[5:]))
     note = (
-        "Simulated, not measured: the constants of 2 workers of this machine, as if each worker had a core and 24 GB of "
-        "its own and all links were like the loopback. 8 pictures for each worker."
+        "Simulated, not measured: the constants of 2 workers of this machine, as if each worker had a core and 24 GB "
+        "of its own and all links were like the loopback. 8 pictures for each worker."
     )
     columns = ("workers", "plan", "pictures/s", "efficiency (%)", "replicas, pictures/s", "replicas, efficiency (%)")
     return Table("Simulated scaling of the article's network", columns, tuple(rows), note)
@@ -479,10 +480,10 @@ def deaths(scale: Scale) -> Part:
         fewer = trained(folder, 2, "data")
     differ = float(np.max(np.abs(fewer / reference - 1)))
     checks = (
-        verdict("6.kill", "the largest difference of a loss or metric after kill -9 of a worker, from an undisturbed run",
+        verdict("6.kill", "the largest difference of a loss or metric from an undisturbed run after a kill -9",
                 "<= 0", worst, None, count, unit=""),
-        verdict("6.resume", "the largest relative difference of a loss or metric: begun with 4 workers, killed, gone on "
-                "with 2, killed, ended by another plan", "<= 1e-4", differ, None, fewer.size, unit=""),
+        verdict("6.resume", "the largest relative difference of a loss or metric: begun with 4 workers, killed, gone "
+                "on with 2, killed, ended by another plan", "<= 1e-4", differ, None, fewer.size, unit=""),
     )  # fmt: skip
     columns = ("plan", "killed worker", "in forward pass", "losses differ by")
     return Part(checks, (Table("Workers that are killed", columns, tuple(rows)),), rows)
