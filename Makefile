@@ -5,6 +5,7 @@
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
+# make bench-compress  what compression buys and costs, on a quiet machine; goes on where it was broken off
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve bench-load bench-soak fuzz docs
+.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress fuzz docs
 
 setup: .venv/.ready
 
@@ -53,6 +54,11 @@ fuzz: .venv/.dev
 
 bench-load: setup
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/render.py
+
+bench-compress: setup
+	$(BIN)/pip install --quiet --editable '.[elpv,text]'
+	$(BIN)/python benchmarks/compress_models.py
 	$(BIN)/python benchmarks/render.py
 
 docs: setup

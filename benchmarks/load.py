@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +32,7 @@ from bench.environments import CannotInstall, python_of, versions_of
 from bench.models import SEED, bundle_of
 from bench.record import Check, Table, record, verdict
 from bench.servers import DidNotStart, free_port, running
-from bench.wire import ask
+from bench.wire import answers
 
 from rushhour.goal import SLO
 from rushhour.load import (
@@ -218,15 +219,8 @@ def timed_server(*extra: float, max_batch: int = _BATCH) -> Iterator[tuple[int, 
         start = start_ours(setup, port, work)
         probe = request_for(OURS, setup, setup.bundle.samples()["image"][0])
 
-        def ready() -> bool:
-            try:
-                ask(port, probe)
-            except OSError:
-                return False
-            return True
-
         command = [*start.command, *map(str, (_FIXED_S, _EACH_S, *extra))]
-        with running(command, start.env, port, setup.cores, work / "server.log", ready):
+        with running(command, start.env, port, setup.cores, work / "server.log", partial(answers, port, probe)):
             yield port, setup, work
 
 

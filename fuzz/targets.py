@@ -20,6 +20,7 @@ import httptools
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve import http as http_module
 from rushhour.serve.control import Control
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Repository
@@ -33,6 +34,7 @@ CUT = b"\xff\xfe"
 """Where an input of `http` holds this, one read ends and the next begins; the server sees what lies between."""
 KEY = "a-key-of-some-length"
 LIMITS = Limits(connections=4, body_bytes=4096, header_bytes=1024)
+http_module._LARGE = 100  # so that what is large fits in here
 _QUIET_TURNS = 8
 _MOST_TURNS = 10_000
 _MOST_PIECES = 24
@@ -121,6 +123,7 @@ class _Transport(asyncio.Transport):
         self.paused = False
         self._closing = False
         self._connection = connection
+        self._protocol: asyncio.BaseProtocol = connection
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         if self.ended:
@@ -136,6 +139,23 @@ class _Transport(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self._closing
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+
+    def deliver(self, read: bytes) -> None:
+        """One read of the client's bytes; what a buffer has no room for is the next one's."""
+        while read and not self._closing:
+            if isinstance(self._protocol, asyncio.BufferedProtocol):
+                room = self._protocol.get_buffer(-1)
+                taken = min(len(room), len(read))
+                assert taken, "a buffer has room"
+                room[:taken] = read[:taken]
+                read = read[taken:]
+                self._protocol.buffer_updated(taken)
+            else:
+                taken, read = read, b""
+                self._connection.data_received(taken)
 
     def pause_reading(self) -> None:
         self.paused = True
@@ -215,7 +235,7 @@ class Stack:
             if transport.is_closing():
                 break
             assert not transport.paused, "nothing is under way, and nothing is read"
-            connection.data_received(read)
+            transport.deliver(read)
         if not hasty:
             await self._quiet(transport)
         closed = transport.ended or transport.is_closing()

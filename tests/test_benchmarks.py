@@ -193,3 +193,15 @@ def test_the_load_benchmark_simulates_and_searches_in_virtual_time(tmp_path: Pat
 
 def test_page_is_what_the_results_say() -> None:
     assert subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"]).returncode == 0
+
+
+def test_the_benchmark_of_other_networks_judges_and_times_shapes(tmp_path: Path) -> None:
+    out = tmp_path / "compress_models.json"
+    command = [sys.executable, str(BENCHMARKS / "compress_models.py"), "--only", "shapes", "--side", "16"]
+    command += ["--blocks", "2", "--seconds", "0.01", "--batch", "2", "--calibration", "4"]
+    subprocess.run([*command, "--work", str(tmp_path / "work"), "--out", str(out)], check=True, capture_output=True)
+    found = Record.load(out)
+    ids = {check.id for check in found.checks}
+    assert {"1.16.openvino.int8", "1.16.onnxruntime.all", "1.16.size"} <= ids
+    assert all(check.why for check in found.checks if not check.holds)
+    assert "dense layer of rank 32" in render.render([("compress_models", found)])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,13 +16,15 @@ import pytest
 import torch
 
 from rushhour.bundle import Bundle, Preprocessing, Source, Step, TensorSpec
-from rushhour.compress import judge, outputs_of, quantize
+from rushhour.compress import compress_weights, halve_weights, judge, outputs_of, quantize
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig
 from rushhour.errors import DataError, EngineError, ModelError, RushhourError
 from rushhour.models import build, export
 from rushhour.progress import Silent
 from rushhour.task import Task
+from rushhour.testing import bundles as tiny_module
+from rushhour.testing.bundles import tiny_bundle
 
 SOURCE = Source("rushhour.models:article", {"input_size": 12, "channels": 1, "classes": 4, "width": 0.5, "dense": 64})
 PICTURES = Preprocessing(1 / 255, (0.25,), (0.2,), "NHWC->NCHW")
@@ -197,3 +200,148 @@ def test_a_judgement_is_paired_with_the_reference() -> None:
     assert (accuracy.metric, accuracy.split, accuracy.value) == ("accuracy", "validation", 0.95)
     assert accuracy.drop == pytest.approx(0.05)
     assert accuracy.drop_interval[0] < 0.05 < accuracy.drop_interval[1]
+
+
+# A budget
+
+
+def unlabelled() -> Dataset:
+    """Judged by agreement: with labels at random, int8 may be right as often as f32."""
+    data = pictures(400)
+    parts = {
+        part: Split(getattr(data, part).inputs, np.zeros((len(getattr(data, part)), 0), np.float32))
+        for part in ("train", "validation", "test")
+    }
+    return dataclasses.replace(data, **parts)
+
+
+def quantizers(bundle: Bundle) -> int:
+    return sum(node.op_type == "QuantizeLinear" for node in onnx.load(bundle.model).graph.node)
+
+
+def drop_of(bundle: Bundle, parent: Bundle, split: Split) -> float:
+    config = EngineConfig("openvino", max_batch=16)
+    before = outputs_of(parent, config, split)
+    after = outputs_of(bundle, EngineConfig("openvino", bundle.manifest.precision, max_batch=16), split)
+    return judge(pictures().task, "validation", split.targets, after, before).drop
+
+
+def test_accuracy_control_comes_only_where_the_plain_result_misses_the_budget(parent: Bundle, tmp_path: Path) -> None:
+    data = unlabelled()
+    plain = quantize(parent, data, tmp_path / "plain", calibration=20, progress=Silent())
+    missed = drop_of(plain, parent, data.validation)
+    assert missed > 0, "or this test shows nothing"
+    inside = quantize(parent, data, tmp_path / "inside", calibration=20, max_drop=1.0, progress=Silent())
+    assert inside.manifest.lineage[-1].settings["control"] == "not needed"
+    assert inside.manifest.files["model.onnx"] == plain.manifest.files["model.onnx"]
+    tight = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 2, progress=Silent())
+    said = tight.manifest.lineage[-1].settings["control"]
+    assert str(said).endswith("quantizers given back")
+    assert 0 < quantizers(tight) < quantizers(plain)
+    assert drop_of(tight, parent, data.validation) < missed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "plain", "tight"]
+    again = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 2, progress=_Never())
+    assert again.manifest == tight.manifest
+    assert quantize(parent, data, tmp_path / "tight", calibration=20, progress=Silent()).manifest == plain.manifest
+
+
+def test_a_budget_that_nothing_meets_leaves_the_nearest_miss(
+    parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ModelError("accuracy control fell over")
+
+    monkeypatch.setattr(sys.modules["rushhour.compress.quantize"]._Control, "_controlled", fails)
+    made = quantize(parent, unlabelled(), tmp_path / "out", calibration=20, max_drop=0.0, progress=Silent())
+    assert made.manifest.lineage[-1].settings["control"] == "failed: accuracy control fell over"
+    assert quantizers(made) > 0
+
+
+# Weights alone
+
+
+def test_int8_weights_run_wherever_the_parent_does(parent: Bundle, tmp_path: Path) -> None:
+    small = compress_weights(parent, tmp_path / "w8", progress=Silent())
+    assert (small.manifest.name, small.manifest.precision, small.manifest.source) == ("noise-w8", "f32", None)
+    assert small.weights is None
+    assert small.model_bytes < parent.model_bytes / 2
+    split = pictures().test
+    before = outputs_of(parent, EngineConfig("onnxruntime", max_batch=16), split)
+    for config in (
+        EngineConfig("openvino", max_batch=16),
+        EngineConfig("openvino", "bf16", max_batch=16),
+        EngineConfig("onnxruntime", max_batch=16),
+    ):
+        assert float(np.abs(outputs_of(small, config, split) - before).mean()) < 0.03
+    assert compress_weights(parent, tmp_path / "w8", progress=_Never()).manifest == small.manifest
+    with pytest.raises(ModelError, match="quantised already"):
+        quantize(small, pictures(), tmp_path / "twice", progress=Silent())
+    with pytest.raises(ModelError, match="quantised already"):
+        halve_weights(small, tmp_path / "twice", progress=Silent())
+
+
+def test_f16_weights_answer_to_three_digits(parent: Bundle, tmp_path: Path) -> None:
+    small = halve_weights(parent, tmp_path / "f16", progress=Silent())
+    assert (small.manifest.name, small.manifest.precision) == ("noise-f16", "f32")
+    assert parent.model_bytes * 0.45 < small.model_bytes < parent.model_bytes * 0.6
+    split = pictures().test
+    before = outputs_of(parent, EngineConfig("onnxruntime", max_batch=16), split)
+    for engine in ("openvino", "onnxruntime"):
+        after = outputs_of(small, EngineConfig(engine, max_batch=16), split)
+        np.testing.assert_allclose(after, before, atol=5e-3)
+        assert not np.array_equal(after, before)
+    assert halve_weights(parent, tmp_path / "f16", progress=_Never()).manifest == small.manifest
+    with pytest.raises(ModelError, match="stored in f16 already"):
+        quantize(small, pictures(), tmp_path / "twice", progress=Silent())
+
+
+def test_what_f16_cannot_hold_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="no tensor of 1,024 or more weights"):
+        halve_weights(tiny_bundle(tmp_path / "small"), tmp_path / "out", progress=Silent())
+    weights = tiny_module._weights
+    monkeypatch.setattr(tiny_module, "_weights", lambda *of: weights(*of) * np.float32(1e6))
+    with pytest.raises(ModelError, match="that f16 can hold"):
+        halve_weights(tiny_bundle(tmp_path / "huge", shape=(32, 32, 1)), tmp_path / "out", progress=Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_alone_is_enough(parent: Bundle, tmp_path: Path) -> None:
+    manifest = msgspec.structs.replace(parent.manifest, source=None)
+    alone = Bundle.create(tmp_path / "alone", manifest, lambda file: shutil.copyfile(parent.model, file))
+    assert alone.weights is None
+    assert (
+        quantize(alone, pictures(), tmp_path / "q", calibration=20, progress=Silent()).model_bytes < alone.model_bytes
+    )
+    assert compress_weights(alone, tmp_path / "w", progress=Silent()).model_bytes < alone.model_bytes
+    assert halve_weights(alone, tmp_path / "h", progress=Silent()).model_bytes < alone.model_bytes
+
+
+# What is no number
+
+
+def test_answers_that_are_no_numbers_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tiny_module._weights
+    monkeypatch.setattr(tiny_module, "_weights", lambda *of: weights(*of) * np.float32("nan"))
+    broken = tiny_bundle(tmp_path / "broken")
+    split = Split(np.zeros((3, 4, 4, 1), np.uint8), np.zeros(3, np.int64))
+    with pytest.raises(ModelError, match="tiny on onnxruntime in f32 are no numbers: 3 of 3 samples") as raised:
+        outputs_of(broken, EngineConfig("onnxruntime"), split)
+    assert "\n" not in str(raised.value)
+
+
+def test_data_that_is_no_number_is_said(tmp_path: Path) -> None:
+    bundle = export(
+        torch.nn.Linear(4, 2),
+        name="line",
+        task=Task(kind="regression", outputs=2),
+        sample_spec=TensorSpec("input", "float32", (4,)),
+        preprocessing=Preprocessing(),
+        source=None,
+        lineage=(),
+        samples=np.ones((2, 4), np.float32),
+        path=tmp_path / "line",
+    )
+    inputs = np.ones((5, 4), np.float32)
+    inputs[3, 1] = np.inf
+    with pytest.raises(DataError, match="holds NaN or infinity: sample 3 is the first"):
+        outputs_of(bundle, EngineConfig("onnxruntime"), Split(inputs, np.zeros((5, 2), np.float32)))

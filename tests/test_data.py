@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rushhour.bundle import Preprocessing
-from rushhour.data import Dataset, Split, load
+from rushhour.data import Dataset, Split, decoded, load
 from rushhour.data import fashion as fashion_module
 from rushhour.data.arrays import from_splits, held_out, load_npz
 from rushhour.data.elpv import elpv
@@ -360,7 +360,9 @@ GOOD = {"x": pictures(20), "y": np.arange(20) % 2}
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x": GOOD["x"]}, "it needs x_train"),
+        ({"z": GOOD["x"]}, "it needs x_train"),
+        ({"x_train": GOOD["x"]}, "it needs x_train"),
+        ({"x": GOOD["x"]}, "has no labels"),
         ({"x": GOOD["x"], "y": np.arange(19)}, "each sample needs one target"),
         ({"x": np.float32(1), "y": np.arange(19)}, "each sample needs one target"),
         ({"x": GOOD["x"][:9], "y": np.arange(9)}, "at least 10"),
@@ -604,3 +606,95 @@ def test_a_data_set_refuses_what_does_not_fit() -> None:
     for bad in (good.head(0), Split(good.inputs, good.targets[:2]), Split(good.inputs[:, 1:], good.targets)):
         with pytest.raises(DataError):
             Dataset("a", task, good, bad, good, Preprocessing(), "")
+
+
+# Folders with what is broken in them, and many pictures
+
+
+def spoiled(folder: Path, *names: str) -> Path:
+    for name in names:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def test_a_corrupt_picture_is_named_and_ends_it_unless_it_may_be_skipped(tmp_path: Path) -> None:
+    folder = spoiled(painted(tmp_path / "a", {"x": 20, "y": 20}), "x/3.png", "y/7.png")
+    with pytest.raises(DataError, match=r"cannot read the picture .*x/3\.png.*skip"):
+        load(str(folder))
+    heard: list[DataError] = []
+    data = load(str(folder), on_corrupt=heard.append)
+    assert [error.what.rpartition(" ")[2] for error in heard] == [str(folder / "x/3.png"), str(folder / "y/7.png")]
+    assert len(data.train) + len(data.validation) + len(data.test) == 38
+    for name in ("x/3.png", "y/7.png"):
+        (folder / name).unlink()
+    assert load(str(folder)).fingerprint == data.fingerprint, "as if they had never been there"
+
+
+def test_a_class_of_nothing_but_corrupt_pictures_is_an_empty_class(tmp_path: Path) -> None:
+    folder = painted(tmp_path / "a", {"x": 20, "y": 2})
+    spoiled(folder, "y/0.png", "y/1.png")
+    with pytest.raises(DataError, match=r"the class 'y' .* is empty: none of its 2 pictures can be read"):
+        load(str(folder), on_corrupt=lambda error: None)
+    alone = spoiled(painted(tmp_path / "b", {"x": 1, "y": 1}), "x/0.png", "y/0.png")
+    with pytest.raises(DataError, match="none of 2 pictures can be read"):
+        load(str(alone), on_corrupt=lambda error: None)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(decoded, "WORTH_CACHING", 0)
+    monkeypatch.setenv("RUSHHOUR_DATA", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pictures"
+
+
+def owner(array: NDArray[Any]) -> Any:
+    """What an array's memory belongs to, behind all views."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def test_many_pictures_are_decoded_once_and_mapped(
+    tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spoiled(painted(tmp_path / "a", {"x": 30, "y": 30}), "x/3.png")
+    heard: list[DataError] = []
+    first = load(str(folder), on_corrupt=heard.append)
+    assert isinstance(owner(first.train.inputs), np.memmap)
+    assert first.train.inputs.flags.writeable
+    (place,) = (path for path in cached.iterdir() if path.is_dir())
+    assert not (place / "decoded.npy").exists()
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was decoded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoded, "decode", never)
+        again = load(str(folder), on_corrupt=heard.append)
+        assert again.fingerprint == first.fingerprint
+        assert len(heard) == 2
+        with pytest.raises(DataError, match=r"x/3\.png"):
+            load(str(folder))
+    monkeypatch.setattr(decoded, "WORTH_CACHING", 10**12)
+    in_memory = load(str(folder), on_corrupt=heard.append)
+    assert not isinstance(owner(in_memory.train.inputs), np.memmap)
+    assert in_memory.fingerprint == first.fingerprint
+
+
+def test_a_cache_of_other_pictures_is_made_anew(tmp_path: Path, cached: Path) -> None:
+    folder = painted(tmp_path / "a", {"x": 20, "y": 20})
+    first = load(str(folder))
+    Image.new("RGB", (8, 6), "white").save(folder / "x" / "0.png")
+    second = load(str(folder))
+    assert second.fingerprint != first.fingerprint
+    (place,) = (path for path in cached.iterdir() if path.is_dir())
+    (place / "index.json").write_bytes(b"{")
+    assert load(str(folder)).fingerprint == second.fingerprint
+    assert load(str(folder), size=(3, 3)).sample_shape == (3, 3, 3)
+
+
+def test_without_a_place_for_a_cache_pictures_stay_in_memory(tmp_path: Path, cached: Path) -> None:
+    folder = painted(tmp_path / "a", {"x": 20, "y": 20})
+    cached.parent.write_bytes(b"a file where the folder should be")
+    assert not isinstance(owner(load(str(folder)).train.inputs), np.memmap)

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
+from rushhour.serve import http as http_module
+from rushhour.serve.upload import Upload
 from rushhour.testing.fakes import SIGNATURE, fake_answers
 from rushhour.wire import Codec, decode_answer, encode_json_request, encode_request
 
@@ -296,6 +299,31 @@ def test_a_large_request_that_will_be_shed_is_answered_before_its_body_is_there(
     assert answer.status == 429
     assert b"retry-after: " in answer.head
     assert not answer.last
+
+
+@pytest.mark.parametrize("first", [1, 220, 420])
+def test_a_large_request_with_a_known_head_is_read_past_the_parser(
+    stack: Stack, full: Stack, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    class Counted(Upload):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            begun.append(len(given[2]))
+
+    monkeypatch.setattr(http_module, "Upload", Counted)
+    asked = [images_of(30, seed) for seed in range(4)]
+    sent = [request(images) for images in asked]
+    reads = [part for whole in sent for part in (whole[:first], whole[first:500], whole[500:])]
+    answers = stack.converse(reads).answers
+    assert len(answers) == 4
+    for answer, images in zip(answers, asked, strict=True):
+        np.testing.assert_array_equal(tensor(answer), fake_answers(images))
+    assert len(begun) == (0 if first == 1 else 3), "the first is not known yet, and a head in pieces is parsed"
+    answers, closed = full.converse([*reads, GET])
+    assert [answer.status for answer in answers] == [429, 429, 429, 429, 200]
+    assert not closed
 
 
 @pytest.mark.parametrize("form", ["binary", "JSON", "chunked", "gzip"])

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import gzip
 import http.client
+import itertools
 import json
 import signal
 import socket
@@ -374,18 +375,69 @@ def test_the_admin_endpoints_can_be_switched_off(tiny: Bundle) -> None:
         assert request(server, "GET", "/v2/models/tiny/ready")[0] == 200
 
 
-def test_tls(tiny: Bundle, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with key.pem and cert.pem."""
+    folder = tmp_path_factory.mktemp("certificate")
     made = subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
          "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
     )  # fmt: skip
     if made.returncode:
         pytest.skip("openssl is not there to make a certificate")
-    settings = ServeSettings(http_port=0, tls_certificate=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    return folder
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_large_requests_on_one_connection_in_any_pieces(secure: bool, certificate: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny", shape=(200, 300, 3))
+    keys = {"tls_certificate": str(certificate / "cert.pem"), "tls_key": str(certificate / "key.pem")}
+    random = np.random.default_rng(0)
+    with serving(bundle.path, ServeSettings(http_port=0, **(keys if secure else {}))) as server:
+        client = socket.create_connection(server.address)
+        if secure:
+            client = ssl.create_default_context(cafile=str(certificate / "cert.pem")).wrap_socket(
+                client, server_hostname="127.0.0.1"
+            )
+        client.settimeout(10)
+        reader = client.makefile("rb")
+        sent, pictures = b"", random.integers(0, 256, (6, 1, 200, 300, 3), dtype=np.uint8)
+        for picture in pictures:
+            length, body = encode_request(bundle.manifest.signature, {"image": picture})
+            head = (
+                f"POST /v2/models/tiny/infer HTTP/1.1\r\nhost: x\r\ninference-header-content-length: {length}\r\n"
+                f"content-length: {len(body)}\r\n\r\n"
+            ).encode()
+            sent += head + body
+        each = len(sent) // len(pictures)
+        # whole; head first; cut in the JSON header; the last ones run into each other
+        cuts = [each, each + len(head), 2 * each, 2 * each + len(head) + 20, 3 * each, 4 * each - 5, 5 * each + 7]
+        edges = [0, *cuts, len(sent)]
+        answered = 0
+        for start, stop in itertools.pairwise(edges):
+            client.sendall(sent[start:stop])
+            time.sleep(0.02)
+            while answered < stop // each:
+                lines = list(iter(reader.readline, b"\r\n"))
+                assert b"200" in lines[0]
+                sizes = [int(line.split()[1]) for line in lines[1:] if line.startswith(b"content-length")]
+                answer = np.frombuffer(reader.read(sizes[0])[-12:], np.float32)
+                np.testing.assert_allclose(answer, tiny_answers(pictures[answered])[0], atol=1e-5)
+                answered += 1
+        assert answered == len(pictures)
+        client.sendall(sent[: each // 2])
+        client.close()
+        assert request(server, "GET", "/v2/health/ready")[0] == 200 if not secure else server.process.poll() is None
+
+
+def test_tls(tiny: Bundle, certificate: Path) -> None:
+    settings = ServeSettings(
+        http_port=0, tls_certificate=str(certificate / "cert.pem"), tls_key=str(certificate / "key.pem")
+    )
     with serving(tiny.path, settings) as server:
-        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
         connection = http.client.HTTPSConnection(*server.address, context=context, timeout=10)
         length, body = encode_request(tiny.manifest.signature, {"image": unique(2, 7)})
         connection.request("POST", "/v2/models/tiny/infer", body, {"Inference-Header-Content-Length": str(length)})
@@ -397,7 +449,7 @@ def test_tls(tiny: Bundle, tmp_path: Path) -> None:
         )
         connection.close()
     with pytest.raises(ServeError, match="--tls-key"):
-        tls(tmp_path / "cert.pem", None)
+        tls(certificate / "cert.pem", None)
 
 
 def test_a_server_ends_with_whoever_started_it(tiny: Bundle) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from rushhour.bundle import Bundle
-from rushhour.compress.speed import Ratio, bench_artefacts, compare_speed
+from rushhour.compress.speed import Ratio, bench_artefacts, compare_speed, reason
 from rushhour.engines import Engine, EngineConfig
 from rushhour.errors import GoalError
+from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine, on_a_timer
 
 PARENT, SLOW = EngineConfig("onnxruntime", max_batch=4), EngineConfig("openvino", max_batch=4)
@@ -66,3 +68,11 @@ def test_real_engines_are_compared(tiny: Bundle) -> None:
 def test_one_block_has_no_interval(tiny: Bundle) -> None:
     with pytest.raises(GoalError, match="in 1 blocks"):
         compare_speed((tiny, PARENT), (tiny, SLOW), blocks=1)
+
+
+def test_the_reason_names_where_the_time_goes(tiny: Bundle, tmp_path: Path) -> None:
+    int8 = tiny_bundle(tmp_path / "int8", precision="int8")
+    said = reason((tiny, SLOW), (int8, EngineConfig("openvino", "int8", max_batch=4)))
+    assert said.startswith("one batch of 4 spends ")
+    assert "ms in FullyConnected" in said
+    assert reason((tiny, PARENT), (tiny, PARENT)).startswith("by the layers of openvino")

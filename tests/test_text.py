@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, Preprocessing, Source, Step, TensorSpec
-from rushhour.compress import judge, outputs_of
+from rushhour.compress import compress_weights, halve_weights, judge, outputs_of, quantize
 from rushhour.data import Dataset, Split, load
 from rushhour.data.arrays import held_out
 from rushhour.data.text import tokens
@@ -139,6 +140,32 @@ def test_targets_of_an_embedding_are_directions() -> None:
     assert drop == pytest.approx(1 - np.sqrt(0.5))
     assert low <= drop <= high
     assert task.evaluate(np.zeros((50, 2)), targets)[0] == 0.0, "what has no direction is near to nothing"
+
+
+def test_a_transformer_is_quantised_as_one_for_both_engines(encoder: Bundle, tmp_path: Path) -> None:
+    data = unlabelled()
+    small = quantize(encoder, data, tmp_path / "int8", calibration=30, max_drop=0.05, progress=Silent())
+    graph = onnx.load(small.model).graph
+    quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    softened = {
+        name for node in graph.node if node.op_type in ("Softmax", "LayerNormalization") for name in node.output
+    }
+    assert quantized
+    assert not quantized & softened, "what attention weighs with stays as it is, and norms are smoothed first"
+    before = outputs_of(encoder, EngineConfig("openvino", max_batch=8), data.test)
+    for engine in ENGINES[1:]:
+        after = outputs_of(small, EngineConfig(engine, "int8", max_batch=8), data.test)
+        assert judge(data.task, "test", data.test.targets, after, before).drop < 0.05
+
+
+def test_its_weights_alone_can_be_quantised(encoder: Bundle, tmp_path: Path) -> None:
+    data = unlabelled()
+    before = outputs_of(encoder, EngineConfig("openvino", max_batch=8), data.test)
+    for compress in (compress_weights, halve_weights):
+        small = compress(encoder, tmp_path / compress.__name__, progress=Silent())
+        for engine in ENGINES[1:]:
+            after = outputs_of(small, EngineConfig(engine, max_batch=8), data.test)
+            assert judge(data.task, "test", data.test.targets, after, before).drop < 0.01
 
 
 def test_it_cannot_be_trained_and_says_so(tmp_path: Path) -> None:

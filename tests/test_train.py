@@ -96,7 +96,7 @@ def test_it_learns_and_says_how_it_goes(undisturbed: tuple[Bundle, Notes]) -> No
     assert notes.total == notes.steps == 20
     assert notes.notes[0].startswith("epoch 1/2, loss ")
     assert "accuracy" in notes.notes[-1]
-    assert "samples/s" in notes.notes[-1]
+    assert "images/s" in notes.notes[-1]
     assert notes.result.startswith("accuracy ")
 
 

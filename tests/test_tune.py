@@ -97,6 +97,7 @@ def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path)
         "measurements.jsonl",
         "report.html",
         "bundles",
+        "training",
     }
     for role in ("reference", "int8"):
         assert not list((run / "bundles" / role).glob("*.pkl"))

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from bench.contestants import (
     start_peer,
 )
 from bench.servers import DidNotStart, Server, free_port, running
-from bench.wire import ask, check_answers
+from bench.wire import answers, check_answers
 
 _RAW = Path(__file__).with_name("raw.py")
 _WARM_UP_S = 2.0
@@ -87,15 +88,10 @@ def served(name: str, python: Path | None, setup: Setup, work: Path) -> Iterator
     start = start_ours(setup, port, work) if python is None else start_peer(name, python, setup, port, work)
     probe = request_for(name, setup, samples_of(setup)[0])
 
-    def ready() -> bool:
-        try:
-            ask(port, probe)
-        except OSError:
-            return False
-        return True
-
     try:
-        with running(start.command, start.env, port, setup.cores, work / f"{name}.log", ready) as server:
+        with running(
+            start.command, start.env, port, setup.cores, work / f"{name}.log", partial(answers, port, probe)
+        ) as server:
             yield server
     finally:
         for left in Path("/dev/shm").glob(f"{work.name}*"):  # Triton's, where it had to be killed

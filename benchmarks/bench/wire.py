@@ -67,6 +67,15 @@ def ask(port: int, request: Request, timeout_s: float = 10.0) -> NDArray[np.floa
     return np.asarray(answer, np.float32).reshape(-1)
 
 
+def answers(port: int, request: Request) -> bool:
+    """Whether the server is there and answers it."""
+    try:
+        ask(port, request)
+    except OSError:
+        return False
+    return True
+
+
 def check_answers(port: int, requests: list[Request], expected: NDArray[np.float32]) -> str:
     """Send all requests, several at a time so that they meet in batches; what is wrong with the answers, or nothing.
 

@@ -21,10 +21,9 @@ from rushhour.errors import GoalError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.storage import write_whole
 from rushhour.terminal import TerminalProgress
+from rushhour.training import basic_options, load_data, model_of, settings_of, train_options
 
 if TYPE_CHECKING:
-    from rushhour.bundle import Bundle, Source
-    from rushhour.data import Dataset
     from rushhour.loading import Sending
     from rushhour.serve.log import LogFormat
     from rushhour.serve.orders import LogLevel
@@ -66,17 +65,6 @@ def _json(command: C) -> C:
     )(command)
 
 
-def _training(command: C) -> C:
-    for option in (
-        click.option("--seed", default=0, show_default=True, help="Of the weights and the order of the data."),
-        click.option("--batch", default=128, show_default=True, help="Samples in one training step."),
-        click.option("--lr", default=2e-3, show_default=True, help="The largest learning rate (one-cycle schedule)."),
-        click.option("--epochs", default=3, show_default=True, help="Passes over the training data."),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="rushhour")
 def cli() -> None:
@@ -115,7 +103,7 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, json_file: Path | None) ->
 @_slo
 @_drop
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
-@_training
+@basic_options
 @_json
 def tune(
     model: str, data: str, slo: str, max_accuracy_drop: str, out: Path, json_file: Path | None, **training: Any
@@ -138,14 +126,14 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
 
     console, progress = Console(), TerminalProgress()
     try:
-        dataset = _load_data(data, progress)
-        source, trusted = _model(model, dataset)
+        dataset = load_data(data, progress)
+        source, trusted = model_of(model, dataset)
         plan = tune_run(
             source,
             dataset,
             goal,
             run=out,
-            training=_settings(training),
+            training=settings_of(training),
             settings=TuneSettings(),
             progress=progress,
             trusted=trusted,
@@ -168,36 +156,32 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
 @click.argument("model")
 @_data
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="The bundle's folder.")
-@_training
+@basic_options
+@train_options
 @_json
-def train(model: str, data: str, out: Path, json_file: Path | None, **training: Any) -> None:
+def train(model: str, data: str, out: Path, json_file: Path | None, **options: Any) -> None:
     """Train MODEL and leave a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
 
     MODEL is article, residual, mlp, or your own module:factory (a callable that returns a torch.nn.Module).
     Killed? Run it again: it goes on at its last checkpoint, and ends with the same weights.
+
+    \b
+    rushhour train article --data photos/ --size 224x224 --augment flip,crop --epochs 20 --out runs/photos
+    rushhour train mynet:build --data photos/ --optimizer adamw --weight-decay 0.01 --patience 5 --out runs/mine
+    rushhour train article --data photos/ --workers 4 --out runs/photos
+    rushhour train article --data photos/ --search 20 --epochs 10 --out runs/best
+    rushhour report runs/photos-training
     """
-    from rushhour.bundle import Bundle
-    from rushhour.errors import ModelError
-    from rushhour.train import train as train_bundle
+    from rushhour import training
 
     progress = TerminalProgress()
     try:
-        dataset = _load_data(data, progress)
-        source, trusted = _model(model, dataset)
-        if isinstance(source, Bundle):
-            raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
-        bundle = train_bundle(
-            dataset,
-            source,
-            _settings(training),
-            out=out,
-            work=out.with_name(f".{out.name}.checkpoints"),
-            progress=progress,
-            trusted=trusted,
-        )
+        bundle, found = training.run(model, data, out, progress, **options)
     finally:
         progress.fail()
-    _write_json(json_file, bundle.manifest)
+    _write_json(json_file, training.result(bundle, found))
+    if found is not None:
+        training.print_found(Console(), found)
     click.echo(f"{bundle.path}: {bundle.manifest.parameters:,} parameters, {_size(bundle.model_bytes)}")
 
 
@@ -217,7 +201,7 @@ def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_fi
     budget, progress = AccuracyBudget.parse(max_accuracy_drop), TerminalProgress()
     try:
         parent = Bundle.open(bundle)
-        dataset = _load_data(data, progress)
+        dataset = load_data(data, progress)
         small = quantize(parent, dataset, out, progress=progress)
         progress.start("Measuring accuracy on held-out data")
         split = dataset.test
@@ -560,10 +544,19 @@ def compare(
 @click.argument("run", type=click.Path(path_type=Path))
 @_json
 def report(run: Path, json_file: Path | None) -> None:
-    """Write RUN/report.html anew: one file, offline, from RUN's plan and measurements."""
-    from rushhour.plan import Plan
-    from rushhour.report import summary_table, write_report
+    """Write RUN/report.html anew: one file, offline, from RUN's plan and measurements.
 
+    RUN may also be the folder of a training (BUNDLE-training): its report draws the curves.
+    """
+    from rushhour.curves import CURVES
+    from rushhour.plan import Plan
+    from rushhour.report import summary_table, write_report, write_training_report
+
+    if (run / CURVES).is_file() and not (run / "plan.json").exists():
+        file = write_training_report(run)
+        click.echo(file)
+        _write_json(json_file, {"report": str(file)})
+        return
     file = write_report(run)
     plan = Plan.load(run / "plan.json")
     Console().print(summary_table(plan))
@@ -594,39 +587,6 @@ def main() -> None:
 def _fail(line: str) -> None:
     click.echo(f"rushhour: {line}", err=True)
     sys.exit(2)
-
-
-def _load_data(spec: str, progress: TerminalProgress) -> Dataset:
-    from rushhour.data import load as load_dataset
-
-    progress.start(f"Loading {spec}")
-    dataset = load_dataset(spec)
-    sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
-    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape))}")
-    return dataset
-
-
-def _model(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
-    """What MODEL names, and the factories that the user has thereby said may be imported."""
-    from rushhour.bundle import Bundle
-
-    if (path := Path(model)).is_dir():
-        bundle = Bundle.open(path)
-        for spec in bundle.manifest.signature.outputs[:1]:
-            dataset.task.check_output(spec.shape, model)
-        return bundle, ()
-    from rushhour.models import source_for
-
-    return source_for(model, dataset.sample_shape, dataset.task), ((model,) if ":" in model else ())
-
-
-def _settings(training: dict[str, Any]) -> Any:
-    from rushhour.train import TrainSettings
-
-    try:
-        return TrainSettings(**training)
-    except ValueError as error:
-        raise GoalError("cannot train with these settings", str(error), "see rushhour train --help") from error
 
 
 def _seconds(text: str) -> float:

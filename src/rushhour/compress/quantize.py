@@ -6,33 +6,35 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from rushhour.bundle import MODEL, SAMPLES, Bundle, Step
-from rushhour.compress.judge import check_fits
-from rushhour.data.dataset import Dataset
-from rushhour.engines import EngineConfig, Runner, open_engine
-from rushhour.errors import BundleError, ModelError
+from rushhour.bundle import MODEL, Bundle, Step
+from rushhour.compress.derived import OUTCOME, made_before, seal
+from rushhour.compress.judge import judge, named_inputs, outputs_of
+from rushhour.data.dataset import Dataset, Split
+from rushhour.engines import EngineConfig
+from rushhour.errors import EngineError, ModelError
+from rushhour.machine import cores
 from rushhour.models.deployed import strip_origin
-from rushhour.plan import EngineName
 from rushhour.progress import Progress
+from rushhour.storage import explained
 from rushhour.telemetry import keep_home
 
-_ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
-
-_VERIFIED_BATCHES = (1, 3, 32)
-
-_AGREEMENT = 0.05
-"""Mean distance allowed between two engines' answers, as a share of their range. They round int8 differently."""
+_JUDGED = 2_000
+"""Samples that decide, at most, whether plain quantisation is inside the budget."""
+_RANKED = 500
+"""Samples that accuracy control measures every attempt with, at most."""
+_ATTENTION = {"Attention", "MultiHeadAttention"}
 
 
 def quantize(
@@ -42,23 +44,33 @@ def quantize(
     *,
     calibration: int = 300,
     seed: int = 0,
+    max_drop: float | None = None,
+    iterations: int = 8,
     progress: Progress,
 ) -> Bundle:
     """The bundle with int8 weights and activations, for OpenVINO and ONNX Runtime at any batch size.
 
     torch cannot run it, so it carries neither source nor weights. A bundle at `out` that came from the very same work
-    on the very same graph is returned as it is.
+    on the very same graph is returned as it is. A graph with attention is quantised as a transformer: activations are
+    smoothed (Xiao et al. 2022), and what is sensitive there stays in f32.
+
+    With a budget, a plain result that misses it on the validation part is followed by accuracy control: the layers
+    that cost most go back to f32, one after another. The better of both is kept, inside the budget or not: judging the
+    compiled artefact is the caller's.
 
     Args:
-        bundle: an f32 bundle.
+        bundle: an f32 bundle; its graph is enough.
         dataset: calibration samples come from its training part.
         out: the new bundle's folder; any other bundle there is replaced.
         calibration: samples to find the ranges of activations with; fewer where the data has fewer.
         seed: of their choice.
+        max_drop: of the task's metric, or of fidelity where there are no labels; as in `AccuracyBudget`. None takes
+            the plain result as it is.
+        iterations: layers that accuracy control gives back, at most.
 
     Raises:
         DataError: if the data does not fit the bundle's signature.
-        ModelError: if the bundle is quantised already, or cannot be, or the engines do not agree on the result.
+        ModelError: if the bundle is compressed already, or cannot be, or the engines do not agree on the result.
         EngineError: if an engine is missing, or cannot run int8 on this machine.
         StorageError: if the disk does not take it.
     """
@@ -69,11 +81,10 @@ def quantize(
             "the ranges of activations are found on samples",
             "use one or more; 300 is usual",
         )
-    if bundle.manifest.precision == "int8":
-        raise ModelError(f"cannot quantise {name}", "it is quantised already", "name the bundle that it was made from")
-    check_fits(bundle, dataset.train.inputs)
+    check_plain(bundle)
+    inputs = named_inputs(bundle, dataset.train.inputs)
     calibration = min(calibration, len(dataset.train))
-    step = Step(
+    asked = Step(
         "quantize",
         {
             "calibration": calibration,
@@ -83,59 +94,184 @@ def quantize(
             # of the graph, not of the bundle: adding a metric to the parent changes nothing here
             "parent": bundle.manifest.files[MODEL].sha256,
             "nncf": importlib.metadata.version("nncf"),
+            **({} if max_drop is None else {"max_drop": max_drop, "iterations": iterations}),
         },
     )
-    lineage = (*bundle.manifest.lineage, step)
-    there = _sealed(out, lineage)
+    there = made_before(out, bundle, asked)
     if there is not None:
         return there
     rows = np.random.default_rng(seed).choice(len(dataset.train), calibration, replace=False)
+    samples = {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
     progress.start(f"quantize {name}", calibration)
-    graph = _calibrated(bundle, dataset.train.inputs, rows, progress)
-    manifest = msgspec.structs.replace(
-        bundle.manifest, name=f"{name}-int8", source=None, precision="int8", lineage=lineage, metrics={}, files={}
-    )
+    graph = _plain(bundle, samples, progress)
 
-    def model(file: Path) -> None:
-        onnx.save(graph, file)
-        _verify(Bundle(file.parent, manifest), dataset.train.inputs[rows])
-
-    samples = bundle.samples() if SAMPLES in bundle.manifest.files else None
-    made = Bundle.create(out, manifest, model, samples=samples)
+    step = asked
+    if max_drop is not None:
+        control = _Control(bundle, dataset, max_drop, iterations, seed)
+        graph, said = control.settled(graph, samples, out)
+        step = msgspec.structs.replace(asked, settings={**asked.settings, OUTCOME: said})
+    made = seal(bundle, out, graph, step=step, suffix="int8", precision="int8", samples=samples)
     progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
     return made
 
 
-def _calibrated(bundle: Bundle, inputs: NDArray[Any], rows: NDArray[np.int64], progress: Progress) -> onnx.ModelProto:
+def check_plain(bundle: Bundle) -> None:
+    """Raise unless the bundle's weights are as they were trained.
+
+    Raises:
+        ModelError: if they are quantised, or stored in fewer bits, already.
+    """
+    steps = {step.what for step in bundle.manifest.lineage}
+    done = bundle.manifest.precision == "int8" or bool(steps & {"quantize", "compress_weights", "halve_weights"})
+    if done or any(node.op_type == "DequantizeLinear" for node in onnx.load(bundle.model).graph.node):
+        raise ModelError(
+            f"cannot quantise {bundle.manifest.name}",
+            "its weights are stored in f16 already" if "halve_weights" in steps else "it is quantised already",
+            "name the bundle that it was made from",
+        )
+
+
+def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progress) -> onnx.ModelProto:
     """The QDQ graph."""
-    name = bundle.manifest.signature.inputs[0].name
+    model, count = onnx.load(bundle.model), _count(samples)
 
     def sample(row: int) -> dict[str, NDArray[Any]]:
         progress.advance()
-        return {name: np.ascontiguousarray(inputs[row : row + 1])}
+        return _row(samples, row)
 
-    with _quiet_nncf() as nncf:
-        try:
-            graph: onnx.ModelProto = nncf.quantize(
-                onnx.load(bundle.model), nncf.Dataset(rows.tolist(), sample), subset_size=len(rows)
-            )
-        except Exception as error:  # NNCF may fail in any way on a graph from elsewhere
-            reason = str(error).strip().splitlines() or [""]
-            raise ModelError(
-                f"cannot quantise {bundle.manifest.name}",
-                f"{type(error).__name__}: {reason[0]}",
-                "serve it in f32 or bf16",
-            ) from error
+    with quiet_nncf(bundle) as nncf:
+        graph: onnx.ModelProto = nncf.quantize(
+            model,
+            nncf.Dataset(range(count), sample),
+            subset_size=count,
+            model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,
+        )
     strip_origin(graph)
     return graph
 
 
+class _Control:
+    """Whether a plain result is inside the budget, and what can be given back where it is not."""
+
+    def __init__(self, bundle: Bundle, dataset: Dataset, max_drop: float, iterations: int, seed: int) -> None:
+        self._bundle = bundle
+        self._task = dataset.task
+        self._max_drop = max_drop
+        self._iterations = iterations
+        self._split = dataset.validation.head(_JUDGED)
+        self._expected = self._outputs(bundle)
+        rows = np.random.default_rng(seed).choice(len(self._split), min(_RANKED, len(self._split)), replace=False)
+        self._ranked = Split(self._split.inputs[rows], self._split.targets[rows])
+        self._expected_ranked = self._expected[rows]
+
+    def settled(
+        self, plain: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], near: Path
+    ) -> tuple[onnx.ModelProto, str]:
+        """The graph to take, and in a few words why: `plain`, or the same with its costliest layers back in f32.
+
+        Args:
+            near: a place to work beside.
+        """
+        with explained(f"write beside {near}"):
+            near.parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=f".{near.name}.control-", dir=near.parent)
+        with folder as at:
+            missed = self._drop(plain, samples, Path(at))
+            if missed <= self._max_drop:
+                return plain, "not needed"
+            try:
+                graph = self._controlled(samples)
+                given_back = _quantizers(plain) - _quantizers(graph)
+                if not 0 < given_back < _quantizers(plain):
+                    return plain, "found nothing to give back" if given_back == 0 else "nothing would be left in int8"
+                drop = self._drop(graph, samples, Path(at))
+            except (EngineError, ModelError) as error:
+                return plain, f"failed: {error}"  # the plain result misses the budget, but it is there
+        return (graph, f"{given_back} quantizers given back") if drop < missed else (plain, "no better")
+
+    def _drop(self, graph: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], at: Path) -> float:
+        """Of the compiled artefact against its parent."""
+        step = Step("quantize")
+        made = seal(self._bundle, at / "int8", graph, step=step, suffix="int8", precision="int8", samples=samples)
+        return judge(self._task, "validation", self._split.targets, self._outputs(made), self._expected).drop
+
+    def _outputs(self, bundle: Bundle) -> NDArray[Any]:
+        config = EngineConfig("openvino", bundle.manifest.precision, streams=cores(), max_batch=32)
+        return outputs_of(bundle, config, self._split)
+
+    def _controlled(self, samples: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+        model, count = onnx.load(self._bundle.model), _count(samples)
+        with quiet_nncf(self._bundle) as nncf:
+            graph: onnx.ModelProto = nncf.quantize_with_accuracy_control(
+                model,
+                nncf.Dataset(range(count), lambda row: _row(samples, row)),
+                nncf.Dataset(range(len(self._ranked))),
+                self._value,
+                max_drop=self._max_drop,
+                drop_type=nncf.DropType.ABSOLUTE,
+                subset_size=count,
+                model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,
+                advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                    max_num_iterations=self._iterations, ranking_subset_size=min(100, len(self._ranked))
+                ),
+            )
+        strip_origin(graph)
+        return graph
+
+    def _value(self, model: onnx.ModelProto, rows: Iterable[int]) -> tuple[float, None]:
+        """The metric of a graph on these rows, for NNCF."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = cores()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        chosen = list(rows)
+        inputs = named_inputs(self._bundle, self._ranked.inputs[chosen])
+        output = self._bundle.manifest.signature.outputs[0].name
+        parts = [slice(at, at + 32) for at in range(0, len(chosen), 32)]
+        answers = np.concatenate(
+            [
+                session.run([output], {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()})[0]
+                for part in parts
+            ]
+        )
+        if self._ranked.labelled:
+            return self._task.evaluate(answers, self._ranked.targets[chosen])[0], None
+        return self._task.fidelity(self._expected_ranked[chosen], answers)[0], None
+
+
+def _count(samples: Mapping[str, NDArray[Any]]) -> int:
+    return len(next(iter(samples.values())))
+
+
+def _row(samples: Mapping[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:
+    """A batch of one: transformers must be calibrated so, and others may be."""
+    return {name: array[row : row + 1] for name, array in samples.items()}
+
+
+def _quantizers(graph: onnx.ModelProto) -> int:
+    return sum(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+
+
+def _attends(graph: onnx.GraphProto) -> bool:
+    """Whether there is attention in it: a product of what comes out of a softmax."""
+    soft = {name for node in graph.node if node.op_type == "Softmax" for name in node.output}
+    return any(
+        node.op_type in _ATTENTION or (node.op_type == "MatMul" and not soft.isdisjoint(node.input))
+        for node in graph.node
+    )
+
+
 @contextmanager
-def _quiet_nncf() -> Iterator[Any]:
+def quiet_nncf(bundle: Bundle) -> Iterator[Any]:
     """NNCF, imported here because it takes seconds, without its logs, warnings, progress bars and telemetry.
 
     Its bars would break the one that a face draws. Its telemetry reports every use to Google Analytics unless this
     variable is set while it is imported; a person who imports it before us has made another choice.
+
+    Raises:
+        ModelError: whatever goes wrong in the block: NNCF may fail in any way on a graph from elsewhere.
     """
     keep_home()
     told = os.environ.get("NNCF_CI")
@@ -155,40 +291,13 @@ def _quiet_nncf() -> Iterator[Any]:
             logger.setLevel(logging.ERROR)
             track.__iter__ = lambda self: iter(self.sequence)
             yield nncf
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [""]
+            raise ModelError(
+                f"cannot quantise {bundle.manifest.name}",
+                f"{type(error).__name__}: {reason[0]}",
+                "serve it in f32 or bf16",
+            ) from error
         finally:
             logger.setLevel(level)
             track.__iter__ = bar
-
-
-def _verify(bundle: Bundle, samples: NDArray[Any]) -> None:
-    """Raise unless both engines run the graph at any batch size, and mean the same."""
-    wire, answer = bundle.manifest.signature.inputs[0], bundle.manifest.signature.outputs[0]
-    batches = [np.resize(samples, (size, *wire.shape)) for size in _VERIFIED_BATCHES]
-    answers: list[list[NDArray[Any]]] = []
-    for engine_name in _ENGINES:
-        engine = open_engine(
-            bundle, EngineConfig(engine=engine_name, precision="int8", max_batch=max(_VERIFIED_BATCHES))
-        )
-        try:
-            runner = Runner(engine)
-            answers.append([runner.infer({wire.name: batch})[answer.name] for batch in batches])
-        finally:
-            engine.close()
-    for size, first, second in zip(_VERIFIED_BATCHES, *answers, strict=True):
-        apart = float(np.abs(first - second).mean())
-        allowed = _AGREEMENT * max(1e-3, float(np.ptp(first)))
-        if not apart <= allowed:
-            raise ModelError(
-                f"the quantised {bundle.manifest.name} is not the same model on {_ENGINES[0]} and {_ENGINES[1]}",
-                f"at batch {size} their answers are {apart:.2g} apart on average, and {allowed:.2g} is allowed",
-                "serve it in f32 or bf16",
-            )
-
-
-def _sealed(out: Path, lineage: tuple[Step, ...]) -> Bundle | None:
-    """The bundle at `out`, if it came from this very work; a damaged one counts as none."""
-    try:
-        bundle = Bundle.open(out)
-    except BundleError:
-        return None
-    return bundle if bundle.manifest.lineage == lineage else None

@@ -16,6 +16,7 @@ import msgspec
 
 from rushhour.bundle import Bundle
 from rushhour.engines import Engine, EngineConfig, fill, keep_busy, open_engine, time_service
+from rushhour.engines.openvino import HEAVY, layer_times
 from rushhour.errors import GoalError
 from rushhour.load.contest import t_quantile
 from rushhour.measurement import Interval
@@ -166,3 +167,32 @@ def _best_batch(artefact: Artefact, opened: Open) -> int:
     finally:
         engine.close()
     return max(zip(times.throughput, times.batch_sizes, strict=True))[1]
+
+
+def reason(parent: Artefact, child: Artefact) -> str:
+    """Where the time of a batch goes in both, in a sentence: why a child is no faster than it is.
+
+    Only OpenVINO counts its layers; for another engine, OpenVINO's counts are taken, and the sentence says so.
+
+    Raises:
+        EngineError: if OpenVINO is not installed or cannot run one of them.
+    """
+    before, after = (
+        layer_times(bundle, msgspec.structs.replace(config, engine="openvino", streams=1))
+        for bundle, config in (parent, child)
+    )
+    heavy = sorted(kind for kind in HEAVY if any(name.startswith(kind) for name in before))
+
+    def multiplies(layer: str) -> bool:
+        return any(layer.startswith(kind) for kind in heavy)
+
+    multiplied, still = (sum(times[layer] for layer in filter(multiplies, times)) for times in (before, after))
+    rest = {layer: seconds for layer, seconds in after.items() if not multiplies(layer)}
+    largest = max(rest, key=lambda kind: rest[kind], default="")
+    asked = {parent[1].engine, child[1].engine}
+    return (
+        f"{'by the layers of openvino, ' if asked != {'openvino'} else ''}one batch of {parent[1].max_batch} spends "
+        f"{multiplied * 1e3:.3g} of {sum(before.values()) * 1e3:.3g} ms in {' and '.join(heavy) or 'no layer'} "
+        f"that int8 makes faster; its child {still * 1e3:.3g} of {sum(after.values()) * 1e3:.3g} ms"
+        + (f", and {rest[largest] * 1e3:.3g} ms in {largest}, the largest of the others" if rest else "")
+    )

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError, RushhourError
+from rushhour.task import Task
 
 __all__ = ["Dataset", "Split", "load"]
 
 
-def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Dataset:
+def load(
+    spec: str,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    on_corrupt: Callable[[DataError], None] | None = None,
+    task: Task | None = None,
+) -> Dataset:
     """The data set that `spec` names.
 
     Args:
@@ -21,6 +30,9 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
             from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
+        on_corrupt: hears of each picture in a folder that cannot be read, which is then left out; None: that is an
+            error.
+        task: of a `.npz` file without labels: that of the bundle it is for.
 
     Raises:
         DataError: if it is not there, or cannot be used.
@@ -38,15 +50,16 @@ def load(spec: str, *, seed: int = 0, size: tuple[int, int] | None = None) -> Da
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
-        return load_npz(path, seed=seed)
+        return load_npz(path, seed=seed, task=task)
     if path.suffix == ".txt":
         from rushhour.data.text import load_text
 
         return load_text(path, seed=seed)
     if spec and path.is_dir():
+        from rushhour.data.fashion import cache
         from rushhour.data.folder import load_folder
 
-        return load_folder(path, size=size, seed=seed)
+        return load_folder(path, size=size, seed=seed, cached=cache() / "pictures", on_corrupt=on_corrupt)
     module, _, factory = spec.partition(":")
     if module.replace(".", "").isidentifier() and factory.isidentifier():
         return _made(module, factory)

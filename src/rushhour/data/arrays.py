@@ -21,23 +21,28 @@ _ENOUGH = 8_000_000
 """Numbers to find means and deviations from; all of a large data set, as float64, would not fit into memory."""
 _DAMAGED = (ValueError, TypeError, EOFError, MemoryError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 _KEYS = "x_train, y_train, x_test, y_test (x_validation, y_validation), or x and y to be split"
+_PARTS = ("train", "validation", "test")
 
 
-def load_npz(file: Path, *, seed: int) -> Dataset:
+def load_npz(file: Path, *, seed: int, task: Task | None = None) -> Dataset:
     """The data set in a `.npz` file.
 
     Keys: `x_train`, `y_train`, `x_test`, `y_test` and, if they are there, `x_validation`, `y_validation` (else a tenth
     of train); or `x` and `y`, split 80 / 10 / 10. Integer targets are labels from 0, others are values to regress.
-    Pictures are uint8 of shape `(n, height, width, channels)`.
+    Pictures are uint8 of shape `(n, height, width, channels)`; samples of a model with several inputs are a structured
+    array with a field for each. Without any y the data has no labels, and only a model can say its task.
 
     Args:
         file: the file. It is never unpickled.
         seed: of the split.
+        task: of data without labels.
 
     Raises:
         DataError: if it is missing, not such a file, or its arrays do not fit together.
     """
     arrays = _arrays(file)
+    if not any(key.startswith("y") for key in arrays):
+        arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items() if key in ("x", *(f"x_{p}" for p in _PARTS))}
     if "x" in arrays and "y" in arrays:
         parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name)
     elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
@@ -49,7 +54,7 @@ def load_npz(file: Path, *, seed: int) -> Dataset:
             parts = (kept, validation, test)
     else:
         raise DataError(f"{file} holds {', '.join(arrays) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays")
-    return from_splits(file.stem, *parts)
+    return from_splits(file.stem, *parts, task=task)
 
 
 def split(x: NDArray[Any], y: NDArray[Any], *, seed: int, name: str) -> tuple[Split, Split, Split]:
@@ -95,16 +100,22 @@ def held_out(whole: Split, shares: tuple[float, ...], *, seed: int) -> tuple[Spl
 
 
 def from_splits(
-    name: str, train: Split, validation: Split, test: Split, classes: tuple[str, ...] | None = None
+    name: str,
+    train: Split,
+    validation: Split,
+    test: Split,
+    classes: tuple[str, ...] | None = None,
+    task: Task | None = None,
 ) -> Dataset:
     """A data set of three parts; task and preprocessing are read off the arrays.
 
     Args:
         name: of the data set; turned into letters, digits and dashes.
-        train: integer targets mean classification, others regression.
+        train: integer targets mean classification, others regression, and targets of shape `(n, 0)` nothing.
         validation: as train.
         test: as train.
         classes: the labels' names; `0`, `1`, ... by default.
+        task: of data without targets; with targets they say it themselves.
 
     Raises:
         DataError: if the arrays do not fit each other or any task.
@@ -113,7 +124,15 @@ def from_splits(
     targets = [np.asarray(part.targets) for part in (train, validation, test)]
     if not all(len(target) for target in targets):
         raise DataError(f"a part of {name} is empty", "train, validation and test each need samples", "give more data")
-    if all(np.issubdtype(target.dtype, np.integer) and target.ndim == 1 for target in targets):
+    if not any(part.labelled for part in (train, validation, test)):
+        if task is None:
+            raise DataError(
+                f"{name} has no labels",
+                "what its samples are for cannot be seen from them, and nothing can be trained on them",
+                "add y, or name a trained bundle, whose own answers are then what others are judged by",
+            )
+        parts = [train, validation, test]
+    elif all(np.issubdtype(target.dtype, np.integer) and target.ndim == 1 for target in targets):
         task = Task.classification(classes or _label_names(name, targets))
         parts = [Split(p.inputs, t.astype(np.int64)) for p, t in zip((train, validation, test), targets, strict=True)]
     elif all(np.issubdtype(target.dtype, np.floating) and target.ndim in (1, 2) for target in targets):
@@ -172,6 +191,11 @@ def _arrays(file: Path) -> dict[str, NDArray[Any]]:
         raise DataError(f"cannot read {file}", why, "save plain arrays with numpy.savez") from error
 
 
+def _none(x: NDArray[Any]) -> NDArray[Any]:
+    """The targets of samples that have none."""
+    return np.zeros((len(x) if x.ndim else 0, 0), np.float32)
+
+
 def _label_names(name: str, targets: list[NDArray[Any]]) -> tuple[str, ...]:
     known = np.unique(targets[0])
     highest = int(known[-1]) if len(known) else -1
@@ -195,6 +219,8 @@ def _label_names(name: str, targets: list[NDArray[Any]]) -> tuple[str, ...]:
 
 def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
     """Inputs in a type the protocol carries and torch reads: float64 becomes float32, others stay."""
+    if inputs.dtype.names:
+        return np.ascontiguousarray(inputs)
     if inputs.dtype == np.float64:
         inputs = inputs.astype(np.float32)
     if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or 0 in inputs.shape[1:]:
@@ -207,7 +233,9 @@ def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
 
 
 def _preprocessing(inputs: NDArray[Any]) -> Preprocessing:
-    """Pictures are scaled to 0..1 and normalised by channel; plain features by feature; other shapes stay."""
+    """Pictures are scaled to 0..1 and normalised by channel; plain features by feature; others stay."""
+    if inputs.dtype.names:
+        return Preprocessing()
     some = inputs[:: max(1, min(len(inputs), inputs.size // _ENOUGH))]
     if inputs.dtype == np.uint8 and inputs.ndim == 4:
         pixels = some.reshape(-1, inputs.shape[-1]).astype(np.float64) / 255

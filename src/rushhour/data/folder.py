@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from rushhour.bundle import Decoding
-from rushhour.data.arrays import from_splits, held_out, split
-from rushhour.data.dataset import Dataset, Split
+from rushhour.data.arrays import from_splits
+from rushhour.data.dataset import Dataset
+from rushhour.data.decoded import MAX_PIXELS, PARTS, Listing, OnCorrupt, of_file, read
 from rushhour.errors import DataError
-from rushhour.machine import cores
-from rushhour.picture import decode, look
+from rushhour.picture import look
 from rushhour.storage import explained
 from rushhour.task import Task
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-_MAX_PIXELS = 64_000_000
-_PARTS = ("train", "validation", "test")
 
 
-def load_folder(folder: Path, *, size: tuple[int, int] | None, seed: int) -> Dataset:
+def load_folder(
+    folder: Path,
+    *,
+    size: tuple[int, int] | None,
+    seed: int,
+    cached: Path | None = None,
+    on_corrupt: OnCorrupt | None = None,
+) -> Dataset:
     """The pictures below `folder` as a data set.
 
     Args:
         folder: `CLASS/picture.png`, split 80 / 10 / 10 by `seed`; or `train/CLASS/...`, `validation/`, `test/`.
         size: height and width that all are brought to; the first picture's by default.
         seed: of the split.
+        cached: a folder for decoded pictures, where they are many: the arrays are then mapped from its files, take no
+            memory of their own, and are there at once the next time. None: all in memory, decoded each time.
+        on_corrupt: hears of each picture that cannot be read, which is then left out. None: that is an error.
 
     Raises:
         DataError: if there are no classes, a class is empty, or a picture cannot be read.
@@ -39,7 +45,7 @@ def load_folder(folder: Path, *, size: tuple[int, int] | None, seed: int) -> Dat
     if not folder.is_dir():
         raise DataError(f"there is no data at {folder}", "the folder does not exist", "check the path")
     if all((folder / part).is_dir() for part in ("train", "test")):
-        present = [part for part in _PARTS if (folder / part).is_dir()]
+        present = [part for part in PARTS if (folder / part).is_dir()]
         listed = {part: _classes(folder / part) for part in present}
         classes = tuple(listed["train"])
         for part in present:
@@ -63,15 +69,8 @@ def load_folder(folder: Path, *, size: tuple[int, int] | None, seed: int) -> Dat
     with warnings.catch_warnings():
         # Here and not around each picture: filters are the process's, and threads that set them undo each other.
         warnings.simplefilter("ignore")
-        mode, size = _form(files, size)
-        loaded = {part: _load(by_class, mode, size) for part, by_class in listed.items()}
-    if "all" in loaded:
-        parts = split(loaded["all"].inputs, loaded["all"].targets, seed=seed, name=folder.name)
-    elif "validation" in loaded:
-        parts = (loaded["train"], loaded["validation"], loaded["test"])
-    else:
-        kept, validation = held_out(loaded["train"], (0.1,), seed=seed)
-        parts = (kept, validation, loaded["test"])
+        shape = _shape(files, size, skip=on_corrupt is not None)
+        parts = read(Listing(folder, listed, shape, seed), cached, on_corrupt)
     data = from_splits(folder.resolve().name, *parts, classes=classes)
     return dataclasses.replace(data, preprocessing=msgspec.structs.replace(data.preprocessing, decoding=Decoding()))
 
@@ -99,37 +98,18 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _form(files: list[Path], size: tuple[int, int] | None) -> tuple[str, tuple[int, int]]:
-    """Grey where all of the first hundred are grey, else colour; and the size."""
+def _shape(files: list[Path], size: tuple[int, int] | None, *, skip: bool) -> tuple[int, int, int]:
+    """The size, and one channel where all of about a hundred are grey, else three."""
     modes = set()
     for file in files[:: max(1, len(files) // 100)]:
         try:
-            grey, upright = look(file, max_pixels=_MAX_PIXELS)
+            grey, upright = look(file, max_pixels=MAX_PIXELS)
         except DataError as error:
-            raise _named(error, file) from error
+            if skip:
+                continue
+            raise of_file(error, file) from error
         modes.add(grey)
         size = size or upright
-    assert size is not None
-    return ("L" if modes == {True} else "RGB"), size
-
-
-def _load(by_class: dict[str, list[Path]], mode: str, size: tuple[int, int]) -> Split:
-    files = [file for pictures in by_class.values() for file in pictures]
-    labels = np.repeat(np.arange(len(by_class)), [len(pictures) for pictures in by_class.values()])
-
-    pictures = np.empty((len(files), *size, 1 if mode == "L" else 3), np.uint8)
-
-    def read(index: int) -> None:
-        try:
-            decode(files[index], pictures[index], max_pixels=_MAX_PIXELS)
-        except DataError as error:
-            raise _named(error, files[index]) from error
-
-    with ThreadPoolExecutor(cores()) as pool:
-        for _ in pool.map(read, range(len(files))):
-            pass
-    return Split(pictures, labels.astype(np.int64))
-
-
-def _named(error: DataError, file: Path) -> DataError:
-    return DataError(f"cannot read the picture {file}", error.why, "mend it, or take it out of the folder")
+    if size is None:
+        raise DataError(f"none of {len(files)} pictures can be read", f"{files[0]} is the first of them", "mend them")
+    return (*size, 1 if modes == {True} else 3)

@@ -21,7 +21,8 @@ _HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
 """`INFERENCE_PRECISION_HINT`. What is not quantised in an int8 graph runs in f32, so that the accuracy that was
 measured is the same on machines with and without bf16."""
 
-_HEAVY = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
+HEAVY = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
+"""Kinds of layers that multiply matrices: where int8 and bf16 can be faster."""
 _SMALL_BYTES = 4 * 2**20
 """Every compiled size has its own copy of the weights. Copies of larger ones push each other out of the caches."""
 _WARM_UP_S = 3.0
@@ -184,11 +185,40 @@ def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
     return [max_batch, 1] if model_bytes <= _SMALL_BYTES else []
 
 
-def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any) -> Any:
+def layer_times(bundle: Bundle, config: EngineConfig, runs: int = 10) -> dict[str, float]:
+    """Where the time of a batch goes: kind of layer and precision -> seconds, as OpenVINO's own counters have it.
+
+    Args:
+        bundle: what to run, on its samples.
+        config: how; a batch of `max_batch` is run on one stream. Counting itself takes time: only shares mean much.
+        runs: of which the mean is taken, after two that are not counted.
+
+    Raises:
+        EngineError: as `OpenVINOEngine`.
+    """
+    ov = _openvino()
+    check_precision(bundle, config)
+    try:
+        compiled = _compile(ov, bundle, config, ov.Dimension(config.max_batch), PERF_COUNT=True)
+    except RuntimeError as error:
+        raise _refused(bundle, error) from error
+    request = compiled.create_infer_request()
+    samples = bundle.samples()
+    batch = {name: np.resize(array, (config.max_batch, *array.shape[1:])) for name, array in samples.items()}
+    seconds: Counter[str] = Counter()
+    for run in range(2 + runs):
+        request.infer(batch)
+        for node in request.get_profiling_info() if run >= 2 else ():
+            precision = node.exec_type.rpartition("_")[2]
+            seconds[f"{node.node_type} {precision}"] += node.real_time.total_seconds() / runs
+    return {kind: spent for kind, spent in seconds.most_common() if spent > 0}
+
+
+def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any, **options: object) -> Any:
     core, signature = ov.Core(), bundle.manifest.signature
     model = core.read_model(bundle.model)
     model.reshape({spec.name: ov.PartialShape([batch, *spec.shape]) for spec in signature.inputs})
-    compiled = core.compile_model(model, "CPU", _options(config))
+    compiled = core.compile_model(model, "CPU", {**_options(config), **options})
     _check_tensors(compiled, signature, bundle)
     return compiled
 
@@ -309,7 +339,7 @@ def _layers(compiled: Any) -> Counter[str]:
     found: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         facts = node.get_rt_info()
-        if facts["layerType"].astype(str) in _HEAVY:
+        if facts["layerType"].astype(str) in HEAVY:
             found[facts["runtimePrecision"].astype(str)] += 1
     return found
 

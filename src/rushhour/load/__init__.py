@@ -3,7 +3,7 @@
     discover, payloads    whom to load, and with what; `endpoint`, `body_payloads` for what is no server of models
     Generator             the process that sends
     measure               one window of open-loop load -> a Measurement with its verdict
-    estimate_throughput   a closed loop's answer, to start a search from
+    climb                 a ladder of closed loops: where to start a search
     find_capacity         the highest rate that passes, confirmed on a fresh seed
     closed_loop           what so many users that wait for their answers get
     compare               several servers, interleaved on the same arrivals, as ratios with intervals
@@ -26,7 +26,6 @@ from rushhour.load.search import (
     Search,
     Sender,
     climb,
-    estimate_throughput,
     find_capacity,
     look_sizes,
     measure,
@@ -66,7 +65,6 @@ __all__ = [
     "decide",
     "discover",
     "endpoint",
-    "estimate_throughput",
     "find_capacity",
     "folder_payloads",
     "judge",

@@ -33,6 +33,8 @@ _FIRST_LOOK_S = 5.0
 _RETRIES = {Outcome.VOID: 3, Outcome.GENERATOR_LIMITED: 1}
 """Noise passes. A generator at its limit is there again the next time, unless noise had a part in it."""
 _STEPS_UP = 40
+_BY_FAR = 0.3
+"""Of a window's requests: where more are late, it was the server."""
 _SHARE_DOWN = 1 / 16
 _FIRST_DROP, _DROP = 0.95, 0.97
 _LAST_DROPS = (0.95, 0.93, 0.90, 0.85, 0.75, 0.6)
@@ -215,21 +217,6 @@ class Rung(msgspec.Struct, frozen=True):
         return abs(self.little - 1) <= _LITTLE
 
 
-def estimate_throughput(
-    generator: Sender,
-    target: Endpoint,
-    requests: Sequence[Payload],
-    *,
-    rung_s: float = 1.0,
-    progress: Progress | None = None,
-) -> float:
-    """What the server carries in a closed loop, in requests per second: where to start a search, never its result.
-
-    Arguments and errors are those of `climb`.
-    """
-    return max(rung.throughput_rps for rung in climb(generator, target, requests, rung_s=rung_s, progress=progress))
-
-
 def climb(
     generator: Sender,
     target: Endpoint,
@@ -396,17 +383,17 @@ def find_capacity(
 ) -> Search:
     """Search the highest rate at which the SLO holds.
 
-    First the way is found with single windows: up by `growth` until one misses (or down by halves until one does
+    First the way is found with short windows: up by `growth` until one misses (or down by halves until one does
     not), then by bisection in the logarithm of the rate. On this way a window counts as good if it passes, or if no
-    more requests miss than the SLO allows, proven or not. Then the proof: a fresh window has to pass, from the best
-    rate downwards by 3% at a time, and faster when time runs out.
+    more requests miss than the SLO allows, proven or not; one that misses is asked a second time. Then the proof: a
+    fresh window has to pass, from the best rate downwards by 3% at a time, and faster when time runs out.
 
     All it knows comes from `probe` and `confirm`, and what it asks next depends on nothing else. So answers that
     are kept on file by rate and seed are enough to repeat a search, or to go on with one that was killed.
 
     Args:
         probe: measures one window. Errors it raises end the search.
-        start_rps: the rate to begin with; half of `estimate_throughput` is a good one.
+        start_rps: the rate to begin with; half of what the best rung of `climb` carries is a good one.
         slo: what the windows are judged by.
         resolution: bisect until the best and the lowest bad rate are no further apart than this factor.
         growth: factor between rates on the way up.
@@ -428,7 +415,7 @@ def find_capacity(
         middle = _rounded(math.sqrt(low.rate_rps * high.rate_rps))
         if not low.rate_rps < middle < high.rate_rps:
             break
-        window = asked.ask(probe, middle)
+        window = asked.look(probe, middle, slo)
         if _looks_good(window, slo):
             low = window
         else:
@@ -477,6 +464,16 @@ class _Asked:
             retries += 1
             self._retries += 1
 
+    def look(self, probe: Probe, rate_rps: float, slo: SLO) -> Measurement:
+        """A window on the way; one that misses is asked once more, unless it misses by far.
+
+        A short window fails over one pause of the machine, and would bound the search for good.
+        """
+        window = self.ask(probe, rate_rps)
+        if window.outcome is Outcome.FAIL and not _looks_good(window, slo) and window.late <= _BY_FAR * window.n:
+            window = self.ask(probe, rate_rps)
+        return window
+
     def search(self, capacity_rps: float, confirmed: Measurement | None, reason: str) -> Search:
         failing = [
             run.rate_rps
@@ -500,7 +497,7 @@ def _bracket(
     low = high = None
     rate = _rounded(start_rps)
     for _ in range(_STEPS_UP):
-        window = asked.ask(probe, rate)
+        window = asked.look(probe, rate, slo)
         if _looks_good(window, slo):
             low = window
             if high is not None:

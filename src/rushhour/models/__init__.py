@@ -6,6 +6,7 @@ samples into that and its answer into the task's.
 
 from rushhour.models.article import article
 from rushhour.models.deployed import Deployed, export, load_deployed
+from rushhour.models.imported import from_onnx
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
 from rushhour.models.residual import residual
@@ -17,6 +18,7 @@ __all__ = [
     "article",
     "build",
     "export",
+    "from_onnx",
     "load_deployed",
     "minilm",
     "minilm_bundle",

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from rushhour.curves import Epoch
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement, Outcome, latency_curve
 from rushhour.plan import EngineName, Plan, Precision, Rung, Trial
@@ -297,6 +298,41 @@ def ladder(rungs: Sequence[Rung]) -> Markup | None:
         axes.spines["bottom"].set_visible(False)
         steps = ", ".join(f"{rung.step} {wording.rate(rung.capacity_rps)}" for rung in rungs)
         return _svg(figure, "ladder", f"Capacity after each step: {steps}")
+
+
+def training_loss(epochs: Sequence[Epoch]) -> Markup:
+    """The loss of training and validation part by epoch."""
+    with _style("training-loss"):
+        figure, axes = _canvas(5.3, 4)
+        at = [epoch.epoch for epoch in epochs]
+        sides = (("training", _BASELINE, "s", _DOTTED), ("validation", _PLAN, "o", "-"))
+        for name, colour, marker, line in sides:
+            values = [epoch.loss if name == "training" else epoch.validation_loss for epoch in epochs]
+            axes.plot(at, values, color=colour, linestyle=line, marker=marker, markersize=4)
+        _epoch_axis(axes, "loss")
+        _legend(axes, [_key(name, colour, line=line, marker=marker) for name, colour, marker, line in sides])
+        return _svg(figure, "training-loss", "Loss by epoch. The numbers are in the table of epochs.")
+
+
+def training_metric(epochs: Sequence[Epoch]) -> Markup:
+    """The metric on the validation part by epoch, its best marked with a star."""
+    with _style("training-metric"):
+        figure, axes = _canvas(5.3, 4)
+        best = max(epochs, key=lambda epoch: epoch.value)
+        name = best.metric
+        axes.plot([e.epoch for e in epochs], [e.value for e in epochs], color=_PLAN, marker="o", markersize=4)
+        axes.plot([best.epoch], [best.value], color=_PLAN, marker="*", markersize=14)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, name)))
+        _epoch_axis(axes, name)
+        _legend(axes, [_key(name, _PLAN, line="-", marker="o"), _key("best", _PLAN, marker="*")])
+        label = f"{name.capitalize()} by epoch, at best {_metric(best.value, name)} after epoch {best.epoch}."
+        return _svg(figure, "training-metric", f"{label} The numbers are in the table of epochs.")
+
+
+def _epoch_axis(axes: Any, label: str) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
 
 
 def _points(plan: Plan) -> tuple[list[Point], float | None]:

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from rushhour.curves import CURVES, read_curves
 from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Trial
 from rushhour.report import wording
@@ -66,6 +67,7 @@ def _render(found: Findings, run: Path) -> str:
     from rushhour.report import charts
 
     plan, evidence = found.plan, found.evidence
+    epochs = read_curves(run / "training") if (run / "training" / CURVES).is_file() else ()
     winner, baseline = winner_of(plan), baseline_of(plan)
     plan_proof = _proof(found, winner, evidence.capacity_rps, evidence.p99_ms)
     baseline_proof = _proof(found, baseline, evidence.baseline_capacity_rps, evidence.baseline_p99_ms)
@@ -99,6 +101,7 @@ def _render(found: Findings, run: Path) -> str:
         latency=charts.latency_against_rate(sides, plan.goal.slo),
         tail=charts.latency_distribution(sides, plan.goal.slo),
         ladder=charts.ladder(evidence.ladder),
+        training=[charts.training_loss(epochs), charts.training_metric(epochs)] if epochs else None,
         rungs=_rungs(found),
         trials=[trial for trial in trials if trial not in folded],
         folded=folded,

@@ -129,7 +129,6 @@ class Cell:
         self._busy: list[_Stream] = []
         self._streams = len(self._free)
         self._dispatching = False
-        self._expected_s = 0.0
         self.answering: Batch | None = None
         """The batch whose requests are being answered: for who follows single requests."""
 
@@ -160,19 +159,16 @@ class Cell:
         if request.pictures:
             return self._submit_pictures(cast(PictureRequest, request), reply)
         wanted = request.wanted
-        priority = min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
-        deadline = self._deadline_of(request.rows, wanted, priority)
-        if isinstance(deadline, Shed):
-            return deadline
+        priority = _priority_of(wanted)
+        found = self._deadline_of(request.rows, wanted, priority)
+        if isinstance(found, Shed):
+            return found
         job = Job(request, reply)
-        job.expected_s = self._expected_s
+        deadline, job.expected_s = found
         job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
             return self._no_room()
-        # Not at once: the other requests that this turn of the loop reads from its sockets belong into the batch.
-        if self._free and not self._dispatching:
-            self._dispatching = True
-            self._loop.call_soon(self._dispatch)
+        self._dispatch_soon()
         return job
 
     def foresee(self, layout: Layout | None) -> Shed | None:
@@ -182,22 +178,26 @@ class Cell:
             layout: what its JSON header says; None where that is not known, and a single sample is assumed.
         """
         if layout is not None:
-            priority = min(layout.wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
-            deadline = self._deadline_of(layout.rows, layout.wanted, priority)
-            if isinstance(deadline, Shed):
-                return deadline
+            priority = _priority_of(layout.wanted)
+            found = self._deadline_of(layout.rows, layout.wanted, priority)
+            if isinstance(found, Shed):
+                return found
         return self._no_room() if self._batcher.full(1 if layout is None else layout.rows) else None
 
-    def _deadline_of(self, rows: int, wanted: Wanted, priority: int, decoding_s: float = 0.0) -> float | Shed:
-        """When the answer must be there, on the cell's clock; or that it cannot be.
+    def _deadline_of(
+        self, rows: int, wanted: Wanted, priority: int, decoding_s: float = 0.0
+    ) -> tuple[float, float] | Shed:
+        """When the answer must be there, on the cell's clock, and the seconds it is expected in; or that it cannot be.
+
+        The expectation is 0 where it is too short to tell anything.
 
         Args:
             decoding_s: until the samples are there; the engine goes on with others meanwhile.
         """
         within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
-        self._expected_s = 0.0
         if within == math.inf:
-            return math.inf
+            return math.inf, 0.0
+        expected_s = 0.0
         now = self._clock.now()
         deadline = now + _SHARE_OF_DEADLINE * within
         waiting = self._batcher.waiting_before(priority)
@@ -206,13 +206,13 @@ class Cell:
         if decoding_s:
             finish = max(finish, self._admission.finish(now + decoding_s, rows, 0, busy_until, self._streams))
         if finish - now > _TELLING * within:  # a short wait says little of how a long one is mistaken
-            self._expected_s = finish - now
+            expected_s = finish - now
             finish += self._admission.late_s
         if self.idle and not decoding_s:
             # What was learned under load may be wrong by now, and only a batch can show it: else all are shed for ever.
             finish = now + self.profile.seconds_at_start(min(rows, self._batcher.max_batch))
         if finish <= deadline:
-            return deadline
+            return deadline, expected_s
         self.counters.shed_deadline += 1
         self.statistics.fail.add(1, 0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
@@ -247,12 +247,12 @@ class Cell:
         """
         assert self.decoder is not None
         wanted, batcher, rows = request.wanted, self._batcher, request.rows
-        priority = min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
+        priority = _priority_of(wanted)
         arrived = self._clock.now()
         found = self._deadline_of(rows, wanted, priority, self.decoder.seconds(request))
         if isinstance(found, Shed):
             return found
-        deadline = found
+        deadline, _ = found
         if not batcher.reserve(rows):
             return self._no_room()
 
@@ -273,13 +273,17 @@ class Cell:
             job.ticket = batcher.offer(job, rows, deadline=deadline, priority=priority)
             assert job.ticket is not None  # its room was kept
             job.ticket.arrived = arrived
-            if self._free and not self._dispatching:
-                self._dispatching = True
-                self._loop.call_soon(self._dispatch)
+            self._dispatch_soon()
 
         job = _PictureJob(request, reply)
         job.decoding = self.decoder.start(request, enter)
         return job
+
+    def _dispatch_soon(self) -> None:
+        """Not at once: the other requests that this turn of the loop reads from its sockets belong into the batch."""
+        if self._free and not self._dispatching:
+            self._dispatching = True
+            self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._dispatching = False
@@ -346,9 +350,8 @@ class Cell:
         self.answering = None
         self._busy.remove(stream)
         self._free.append(stream)
-        if self._batcher.waiting and not self._dispatching:
-            self._dispatching = True
-            self._loop.call_soon(self._dispatch)
+        if self._batcher.waiting:
+            self._dispatch_soon()
 
     def _answer(self, part: Part[Job], views: list[memoryview], at: int) -> None:
         job = part.ticket.item
@@ -388,6 +391,10 @@ class Cell:
         job = ticket.item
         job.reply = job.ticket = None
         job.request.tensors = ()
+
+
+def _priority_of(wanted: Wanted) -> int:
+    return min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
 
 
 class _Stream:

@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import httptools
@@ -19,6 +20,7 @@ from rushhour.errors import RushhourError, WireError
 from rushhour.serve.cell import Cell, Job, Shed
 from rushhour.serve.guard import Keys, Limits, inflate
 from rushhour.serve.routes import Answer
+from rushhour.serve.upload import Upload
 from rushhour.wire import Codec, InferRequest, Layout
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
@@ -29,6 +31,8 @@ _MAX_PIPELINED = 32
 """Requests of one connection that may wait, before no more is read; and that are begun in one turn of the loop."""
 _TWICE = "a field that may come once came twice"
 _LINGER_SECONDS = 1.0
+_LARGE = 32 * 1024
+"""Bytes still to come, from which on a request is worth a buffer of its own."""
 
 _REASONS = {
     200: "OK",
@@ -106,7 +110,7 @@ class _Known:
     """A request head that was parsed before, and what it said: the same bytes say the same again.
 
     A client repeats itself: most heads on a connection are equal. Only heads that frame their body by its length are
-    kept, and only a whole request in one read is taken this way; everything else goes through the parser.
+    kept; everything else goes through the parser.
     """
 
     __slots__ = ("_said", "head", "size")
@@ -123,8 +127,8 @@ class _Known:
             message.is_picture,
         )
 
-    def again(self, data: bytes) -> Message:
-        """The request that `data`, which begins with the head and has the right size, holds."""
+    def again(self, data: bytes | memoryview) -> Message:
+        """The request that `data`, which begins with the head, holds or begins."""
         message = Message()
         (
             message.target,
@@ -134,7 +138,7 @@ class _Known:
             message.authorization,
             message.is_picture,
         ) = self._said
-        message.body.append(data[len(self.head) :])
+        message.body.append(bytes(data[len(self.head) :]))
         message.known = self
         return message
 
@@ -164,7 +168,7 @@ class _Repeat:
             size = len(described) + layout.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
             self.answer = _BINARY % (len(described), b"", size) + described
 
-    def request(self, data: bytes) -> InferRequest:
+    def request(self, data: bytes | memoryview) -> InferRequest:
         """The request that `data`, which begins with the prefix and has the right size, holds."""
         view = memoryview(data)
         return InferRequest(self.rows, tuple([view[start:stop] for start, stop in self.slices]), self.wanted)
@@ -204,7 +208,7 @@ class HttpConnection(asyncio.Protocol):
         self._paused = False
         self._known: _Known | None = None
         self._repeat: _Repeat | None = None
-        self._chunk = b""
+        self._chunk = self._head = b""
         self._chunked = False
         self._ended = False
         self._unread = False
@@ -256,9 +260,13 @@ class HttpConnection(asyncio.Protocol):
         if self._deaf:
             return
         known = self._known
-        if known is not None and not self._reading and len(data) == known.size and data.startswith(known.head):
-            self._complete(known.again(data))
-            return
+        if known is not None and not self._reading and data.startswith(known.head):
+            if len(data) == known.size:
+                self._complete(known.again(data))
+                return
+            if known.size - len(data) >= _LARGE and self._current is None and not self._ready:
+                self._gather(known, data)
+                return
         self._chunk = b"" if self._reading else data
         try:
             self._parser.feed_data(data)
@@ -275,11 +283,15 @@ class HttpConnection(asyncio.Protocol):
                 self._refused = None
         else:
             if self._in_body and not self._foreseen:
-                self._foresee()
+                self._foreseen = True
+                self._head = self._head_of_chunk()
+                self._message.method = self._parser.get_method()
+                self._message.keep_alive = self._parser.should_keep_alive()
+                self._foresee(self._message)
         if self._begun > _MAX_PIPELINED and self._current is None and not self._advancing:
             self._advancing = True
             asyncio.get_running_loop().call_soon(self._advance)
-        self._begun = 0
+        self._begun, self._chunk = 0, b""
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked for is still answered."""
@@ -385,16 +397,36 @@ class HttpConnection(asyncio.Protocol):
         if not self._dropping:
             self._message.body.append(body)
 
-    def _foresee(self) -> None:
+    def _gather(self, known: _Known, data: bytes) -> None:
+        """The first read of a large request whose head is known: the rest needs no parser, and no copies."""
+        assert self._transport is not None
+        self._reading, self._dropping = True, False
+        self._since = self._clock()
+        Upload(self._transport, self, data, known.size, partial(self._gathered, known))
+        self._foresee(known.again(data))
+
+    def _gathered(self, known: _Known, whole: memoryview) -> None:
+        """All of it is there."""
+        self._reading = False
+        self._since = self._clock()
+        if self._dropping or self._deaf:
+            self._dropping = False
+            return
+        repeat = self._repeat
+        if repeat is not None and repeat.size == len(whole) and whole[: len(repeat.prefix)] == repeat.prefix:
+            cell = self._desk.cell_of(repeat.path)
+            if cell is not None and cell.codec is repeat.codec:
+                self._current = repeat
+                self._hand_in(cell, repeat.request(whole))
+                return
+        self._complete(known.again(whole))
+
+    def _foresee(self, message: Message) -> None:
         """Answer a request whose body needs several reads after the first, if it will be turned away anyway.
 
         The body is read and dropped, within the same bounds as any other, so that the connection can go on. Requests
         in one read never come here: they have cost what they cost.
         """
-        self._foreseen = True
-        message = self._message
-        message.method = self._parser.get_method()
-        message.keep_alive = self._parser.should_keep_alive()
         if self._current is not None or self._ready or self._desk.draining or not message.keep_alive:
             return
         path, _, _ = message.target.partition(b"?")
@@ -437,12 +469,15 @@ class HttpConnection(asyncio.Protocol):
         self._complete(message)
 
     def _remember(self, message: Message) -> None:
-        """Keep the head for the next request, if this one came whole and alone in one read."""
+        """Keep the head for the next request, if this one's head and body can be told apart."""
+        head = self._head if self._foreseen else self._head_of_chunk()
+        if head and message.body and message.keep_alive and not self._chunked and not self._expected:
+            self._known = message.known = _Known(head, self._body_bytes, message)
+
+    def _head_of_chunk(self) -> bytes:
+        """The head of the request that is being read, if the last read was of it alone and began with it."""
         end = len(self._chunk) - self._body_bytes
-        if self._chunked or self._expected or not message.keep_alive or len(message.body) != 1:
-            return
-        if self._chunk.find(b"\r\n\r\n") + 4 == end and self._chunk.endswith(message.body[0]):
-            self._known = message.known = _Known(self._chunk[:end], self._body_bytes, message)
+        return self._chunk[:end] if end > 0 and self._chunk.find(b"\r\n\r\n") + 4 == end else b""
 
     def _complete(self, message: Message) -> None:
         """A request is there: answer it, or let it wait for those before it."""

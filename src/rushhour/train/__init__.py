@@ -1,5 +1,7 @@
-"""Training on one machine."""
+"""Training: one network, on one worker or many, with exact resume."""
 
-from rushhour.train.loop import TrainSettings, train
+from rushhour.train.loop import train
+from rushhour.train.settings import TrainSettings
+from rushhour.train.tracking import Tracking
 
-__all__ = ["TrainSettings", "train"]
+__all__ = ["Tracking", "TrainSettings", "train"]

@@ -1,10 +1,14 @@
 """Where a training stands, on disk: enough to go on after a kill as if nothing had happened, bit for bit.
 
-One safetensors file, replaced as a whole, with a line of JSON in its header; never a pickle.
+One safetensors file, replaced as a whole, with a line of JSON in its header; never a pickle. Tensors have the names and
+shapes of the whole network, however many workers hold it in whatever parts, so that any number can go on from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +19,50 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from rushhour.errors import RushhourError
 from rushhour.storage import explained, write_whole
 
 _HEADER = "rushhour"
+_COUNT = "step"
+"""What Adam calls the number of its steps, beside the moments; it is the same for all parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A training at one moment.
+
+    Attributes:
+        step: optimizer steps done, which is also the place in the data: the order follows from seed and epoch.
+        notes: all that is not a tensor; it must survive JSON.
+        tensors: `network.NAME`, `moment.MOMENT.NAME` of the optimizer, `generator`, and what else the training needs.
+    """
+
+    step: int
+    notes: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below `prefix.`, under the rest of their names."""
+        return {
+            name.removeprefix(f"{prefix}."): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+
+    @property
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizer kept: moment -> name of the parameter -> tensor."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.part("moment").items():
+            moment, _, parameter = name.partition(".")
+            found.setdefault(moment, {})[parameter] = tensor
+        return found
 
 
 class _State(msgspec.Struct, frozen=True):
-    """All that is not a tensor.
-
-    Attributes:
-        fingerprint: of the training; a checkpoint of another one is not used.
-        step: optimizer steps done, which is also the place in the data: the order follows from seed and epoch.
-    """
-
     fingerprint: str
     step: int
-    groups: list[dict[str, Any]]
-    schedule: dict[str, Any]
+    notes: dict[str, Any]
 
 
 class Checkpoint:
@@ -44,63 +75,101 @@ class Checkpoint:
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._fingerprint = fingerprint
+        self._writer: threading.Thread | None = None
+        self._error: RushhourError | None = None
         self.path = folder / f"train-{fingerprint[:16]}.safetensors"
 
-    def save(self, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-        """Write the state after `step` optimizer steps, with torch's generator for dropout; replaces the older one.
+    def write(self, snapshot: Snapshot) -> None:
+        """Replace the older one, on a thread: the training goes on meanwhile. Waits for the write before.
+
+        Args:
+            snapshot: its tensors must share memory with nothing that will change, nor with each other.
 
         Raises:
-            StorageError: if the disk does not take it; the older one stays.
+            StorageError: if the disk did not take the one before.
         """
-        state = _State(
-            fingerprint=self._fingerprint,
-            step=step,
-            groups=optimizer.state_dict()["param_groups"],
-            schedule=schedule.state_dict(),
-        )
-        tensors = {
-            # clones, because safetensors refuses tensors that share their memory (tied weights)
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in _tensors(network, optimizer).items()
-        }
-        write_whole(self.path, save(tensors, {_HEADER: msgspec.json.encode(state).decode()}))
+        self.wait()
 
-    def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> int:
-        """Put the state back, torch's generator too, and return the steps done: 0, and nothing touched, without one.
+        def work() -> None:
+            state = _State(self._fingerprint, snapshot.step, snapshot.notes)
+            try:
+                write_whole(self.path, save(snapshot.tensors, {_HEADER: msgspec.json.encode(state).decode()}))
+            except RushhourError as error:
+                self._error = error
 
-        A checkpoint that is damaged, or of another training, counts as none.
+        self._writer = threading.Thread(target=work, name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when what was written last is on disk.
+
+        Raises:
+            StorageError: if the disk did not take it; the older one stays.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if (error := self._error) is not None:
+            self._error = None
+            raise error
+
+    def read(self) -> Snapshot | None:
+        """What is on disk; None if there is none, or it is damaged, or of another training.
 
         Raises:
             StorageError: if it is there but cannot be read.
         """
         if not self.path.is_file():
-            return 0
+            return None
         try:
             with explained(f"read {self.path}"), safe_open(self.path, framework="pt") as file:
                 state = msgspec.json.decode((file.metadata() or {}).get(_HEADER, ""), type=_State)
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, msgspec.DecodeError):
+            return None
+        return Snapshot(state.step, state.notes, tensors) if state.fingerprint == self._fingerprint else None
+
+    def save(
+        self,
+        step: int,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the state of a network on one worker after `step` optimizer steps, with torch's generator for dropout.
+
+        It is on disk when this returns, and replaces the older one.
+
+        Args:
+            step: optimizer steps done.
+            network: whose parameters the optimizer has.
+            optimizer: with one group of parameters.
+            schedule: of its learning rate.
+            notes: more to keep that is not a tensor.
+            more: more tensors to keep, contiguous.
+
+        Raises:
+            StorageError: if the disk does not take it; the older one stays.
+        """
+        self.write(snapshot(step, network, optimizer, schedule, notes=notes, more=more))
+        self.wait()
+
+    def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> int:
+        """Put the state back, torch's generator too, and return the steps done: 0, and nothing touched, without one.
+
+        A checkpoint that is damaged, of another training, or of other shapes counts as none.
+
+        Raises:
+            StorageError: if it is there but cannot be read.
+        """
+        found = self.read()
+        if found is None or shapes(found.part("network")) != shapes(network.state_dict()):
             return 0
-        weights = {name.removeprefix("network."): tensors[name] for name in tensors if name.startswith("network.")}
-        current = network.state_dict()
-        if state.fingerprint != self._fingerprint or _shapes(weights) != _shapes(current):
-            return 0
-        network.load_state_dict(weights)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, parameter in enumerate(_parameters(optimizer)):
-            prefix = f"optimizer.{index}."
-            moments[index] = {
-                # the fused optimizer walks parameter and moments side by side, so they must lie alike in memory
-                name.removeprefix(prefix): torch.empty_like(parameter).copy_(tensor)
-                if tensor.shape == parameter.shape
-                else tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
-        optimizer.load_state_dict({"state": moments, "param_groups": state.groups})
-        schedule.load_state_dict(state.schedule)
-        torch.set_rng_state(tensors["generator"])
-        return state.step
+        put_back(found, network, optimizer, schedule)
+        return found.step
 
     def remove(self) -> None:
         """Delete it, with what killed writes left beside it; nothing happens if there is none.
@@ -108,22 +177,86 @@ class Checkpoint:
         Raises:
             StorageError: if the disk does not allow it.
         """
+        self.wait()
         with explained(f"delete {self.path}"):
             for left in (self.path, *self.path.parent.glob(f".{self.path.name}.*")):
                 left.unlink(missing_ok=True)
 
 
-def _tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def snapshot(
+    step: int,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    more: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
+    """A network on one worker as it stands: copies, which nothing changes any more; `more` is taken as it is."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    for name, parameter in _named(network, optimizer).items():
+        tensors |= {f"moment.{moment}.{name}": value for moment, value in moments_of(optimizer, parameter).items()}
     tensors["generator"] = torch.get_rng_state()
-    return tensors
+    # copies that lie as safetensors writes them, and share no memory where weights are tied, which it refuses
+    copied = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return Snapshot(step, {**progress_of(optimizer, schedule), **(notes or {})}, {**copied, **(more or {})})
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def put_back(found: Snapshot, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+    """Put a snapshot into a network on one worker, whose shapes fit, its optimizer, schedule and torch's generator."""
+    network.load_state_dict(found.part("network"))
+    moments = found.moments
+    for name, parameter in _named(network, optimizer).items():
+        # the fused optimizer walks parameter and moments side by side, so they must lie alike in memory
+        values = {
+            moment: torch.empty_like(parameter).copy_(named[name]) for moment, named in moments.items() if name in named
+        }
+        set_moments(optimizer, parameter, values, found)
+    put_progress_back(found, optimizer, schedule)
+    if "generator" in found.tensors:
+        torch.set_rng_state(found.tensors["generator"])
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def progress_of(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict[str, Any]:
+    """What optimizer and schedule know beside tensors of parameters' shapes, for a snapshot's notes."""
+    (group,) = optimizer.param_groups
+    kept: dict[str, Any] = next((kept for kept in optimizer.state.values() if _COUNT in kept), {})
+    return {
+        "group": {name: value for name, value in group.items() if name != "params"},
+        "schedule": schedule.state_dict(),
+        "count": kept[_COUNT].item() if _COUNT in kept else None,
+    }
+
+
+def put_progress_back(found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+    """The reverse of `progress_of`, but for the count, which `set_moments` gives to each parameter."""
+    optimizer.param_groups[0].update(found.notes["group"])
+    schedule.load_state_dict(found.notes["schedule"])
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter in its shape: name of the moment -> tensor."""
+    kept = optimizer.state.get(parameter, {})
+    return {name: value for name, value in kept.items() if isinstance(value, Tensor) and name != _COUNT}
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor], found: Snapshot
+) -> None:
+    """Give the optimizer what it kept of a parameter: its moments, and the count of steps that is in the notes."""
+    if moments:
+        count = found.notes["count"]
+        counted = {} if count is None else {_COUNT: torch.tensor(count, dtype=torch.float32)}
+        optimizer.state[parameter] = {**counted, **moments}
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _named(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's parameters by the names that the network has for them, or else by their place."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {names.get(parameter, str(index)): parameter for index, parameter in enumerate(parameters)}

@@ -1,4 +1,4 @@
-"""The training loop: one process, one model, one data set, from nothing to a sealed bundle.
+"""The training loop: from a network and data to a sealed bundle, on one worker or many.
 
 A training that is killed at any moment and started again ends with the same weights, bit for bit, as one left alone:
 the order of the data follows from (seed, epoch), and the rest is in the checkpoint.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +18,37 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim.lr_scheduler import OneCycleLR
+from torch import Tensor
 
 from rushhour import machine
 from rushhour.bundle import Bundle, Source, Step, TensorSpec
+from rushhour.curves import Epoch
+from rushhour.data.augment import check_pictures
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import BundleError, DataError, ModelError, TaskError
+from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
-from rushhour.progress import Progress
-from rushhour.train.checkpoint import Checkpoint
+from rushhour.progress import Progress, Silent
+from rushhour.train.checkpoint import Checkpoint, shapes
+from rushhour.train.feed import Batch, Feed
+from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
+from rushhour.train.settings import TrainSettings
+from rushhour.train.stepper import AVERAGE, Alone, Stepper
+from rushhour.train.tracking import Tracker, Tracking
+from rushhour.train.workers import Replicas, together
 
 _SAMPLES = 16
 """Real inputs that a bundle carries."""
 
 _CHECKPOINT_SHARE = 0.05
-"""Of the time, at most, goes into writing checkpoints inside an epoch, however large the model."""
+"""Of the time, at most, goes into taking checkpoints inside an epoch, however large the model."""
+
+_NAMED = 8
+"""Samples that a message names, at most."""
 
 
-class TrainSettings(msgspec.Struct, frozen=True):
-    """How to train. Adam with a one-cycle learning rate (Smith and Topin 2017).
-
-    Attributes:
-        epochs: passes over the training data.
-        batch: samples in a step; the last samples of an epoch that do not fill one wait for the next epoch's order.
-        lr: the peak of the learning rate.
-        seed: of weights, dropout and order.
-        bf16: compute convolutions and products in bfloat16; None: where the CPU has instructions for it.
-    """
-
-    epochs: int = 3
-    batch: int = 128
-    lr: float = 2e-3
-    seed: int = 0
-    bf16: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or not (math.isfinite(self.lr) and self.lr > 0):
-            raise ModelError(
-                f"cannot train for {self.epochs} epochs in batches of {self.batch} at learning rate {self.lr:g}",
-                "epochs and batch are at least 1, and the learning rate is above 0",
-                "change that setting",
-            )
+class Diverged(ModelError):
+    """A training whose loss or weights are no longer numbers."""
 
 
 def train(
@@ -70,6 +61,9 @@ def train(
     progress: Progress,
     trusted: tuple[str, ...] = (),
     checkpoint_every_s: float = 15.0,
+    tracking: Tracking | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    workers: int = 1,
 ) -> Bundle:
     """Train the network that `source` names on `dataset` and seal it as a bundle.
 
@@ -79,122 +73,367 @@ def train(
     Args:
         dataset: fitted on its training part; the metric in the progress is of its validation part.
         source: the network.
+        settings: how.
         out: the bundle's folder; any other bundle there is replaced.
         work: folder of checkpoints; they are deleted once the bundle is sealed.
+        progress: hears of every step.
         trusted: factories that may be imported besides those of `rushhour.models`.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step; more where writing
             one takes long. There is always one at an epoch's end.
+        tracking: where curves are kept.
+        on_epoch: hears of each epoch before its checkpoint, and after a kill first of all epochs before; what it
+            raises ends the training. On one worker only.
+        workers: processes that share every batch; under torchrun, it says how many. The order of the data and the
+            checkpoint are the same for any number, so a training may go on with another one.
 
     Raises:
-        DataError: if the samples are of a type that the wire does not carry.
+        DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
         TaskError: if the network or the targets do not fit the task; before any training.
-        ModelError: if the network cannot be built or run, or the loss is no longer a number. The last good
-            checkpoint stays.
+        ModelError: if the network cannot be built or run.
+        Diverged: if the loss is no longer a number. The last good checkpoint stays.
         StorageError: if the disk does not take a checkpoint or the bundle.
     """
     step = _lineage(dataset, settings)
     there = _sealed(out, dataset, source, step)
     if there is not None:
         return there
-    torch.set_num_threads(machine.cores())
+    weights = learn(
+        dataset,
+        source,
+        settings,
+        work=work,
+        progress=progress,
+        trusted=trusted,
+        checkpoint_every_s=checkpoint_every_s,
+        tracking=tracking,
+        on_epoch=on_epoch,
+        workers=workers,
+    )
+    short = _short(source)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        deployed = Deployed(build(source, trusted), dataset.task, dataset.preprocessing)
-        short = source.factory.rpartition(":")[2]
-        spec = _sample_spec(dataset)
-        _check(dataset, deployed, short)
-        checkpoint = Checkpoint(work, _fingerprint(dataset, source, step))
-        _fit(dataset, deployed, settings, checkpoint, progress, short, checkpoint_every_s)
-        samples = np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES])
+        network = build(source, trusted)
+        network.load_state_dict(weights)
         bundle = export(
-            deployed.network,
+            network,
             name=f"{short}-{dataset.name}",
             task=dataset.task,
-            sample_spec=spec,
+            sample_spec=_sample_spec(dataset),
             preprocessing=dataset.preprocessing,
             source=source,
             lineage=(step,),
-            samples=samples,
+            samples=np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES]),
             path=out,
         )
-    checkpoint.remove()
+    Checkpoint(work, _fingerprint(dataset, source, step)).remove()
     return bundle
 
 
-def _fit(
+def learn(
     dataset: Dataset,
-    deployed: Deployed,
+    source: Source,
     settings: TrainSettings,
-    checkpoint: Checkpoint,
+    *,
+    work: Path,
     progress: Progress,
-    name: str,
-    checkpoint_every_s: float,
-) -> None:
-    """Train in place, from the checkpoint if there is one."""
-    network, loss_of, bf16 = deployed.network, loss_for(dataset.task), _bf16(settings)
-    if dataset.preprocessing.layout == "NHWC->NCHW":
-        # as the samples come, and twice as fast in oneDNN's convolutions
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch = min(settings.batch, len(dataset.train))
-    steps = len(dataset.train) // batch
-    total = steps * settings.epochs
-    try:
-        optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=True)
-    except ValueError as error:
-        raise ModelError(f"cannot train {name}", str(error), "give the model parameters to learn") from error
-    schedule = OneCycleLR(optimizer, max_lr=settings.lr, total_steps=total)
-    first = done = checkpoint.restore(network, optimizer, schedule)
-    inputs, targets = dataset.train.inputs, dataset.train.targets
-    progress.start(f"train {name} on {dataset.name}", total)
-    if first:
-        progress.advance(first, f"resumed after step {first}")
-    metric = ""
-    started = saved = time.monotonic()
-    writing = 0.0
-    while done < total:
-        epoch = done // steps
-        order = np.random.default_rng((settings.seed, epoch)).permutation(len(inputs))
-        deployed.train()
-        for at in range(done % steps, steps):
-            rows = order[at * batch : (at + 1) * batch]
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                outputs = deployed.logits(torch.from_numpy(inputs[rows]))
-            loss = loss_of(outputs, torch.from_numpy(targets[rows]))
-            value = loss.item()
-            if not math.isfinite(value):
-                raise _diverged(name, f"the loss became {value}", done + 1, total, settings, checkpoint)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            done += 1
+    trusted: tuple[str, ...] = (),
+    checkpoint_every_s: float = 15.0,
+    tracking: Tracking | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    workers: int = 1,
+) -> dict[str, Tensor]:
+    """The weights that `train` seals, and no bundle. The checkpoint stays: called again, this returns them at once.
+
+    Arguments and errors are those of `train`. Under torchrun, rank 0 returns; the others end their process well.
+    """
+    plan = _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking)
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+    with torch.random.fork_rng(devices=[]):
+        if workers > 1:
+            _check_workers(dataset, settings, workers)
+            plan.check(dataset)
+            if not together(plan, dataset, workers=workers, folder=work, progress=progress):
+                raise SystemExit(0)
+            progress, plan = Silent(), msgspec.structs.replace(plan, tracking=None)
+        torch.set_num_threads(machine.cores())
+        return plan.alone(dataset, progress, on_epoch)
+
+
+class _Assignment(msgspec.Struct, frozen=True):
+    """One training, as it can be handed to another process; called there, it is a worker's part of it."""
+
+    source: Source
+    settings: TrainSettings
+    work: Path
+    trusted: tuple[str, ...]
+    checkpoint_every_s: float
+    tracking: Tracking | None
+
+    def check(self, dataset: Dataset) -> None:
+        """Raise, before any work, if network, data and settings do not fit each other."""
+        self._prepared(dataset)
+
+    def alone(
+        self, dataset: Dataset, progress: Progress, on_epoch: Callable[[Epoch], None] | None
+    ) -> dict[str, Tensor]:
+        deployed = self._prepared(dataset)
+        settings = self.settings.resolved
+        stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
+        return self._run(dataset, deployed, stepper, (0, 1), progress, on_epoch)
+
+    def __call__(self, dataset: Dataset, rank: int, world: int, progress: Progress) -> None:
+        deployed = self._prepared(dataset)
+        settings = self.settings.resolved
+        stepper = Replicas(
+            deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16), seed=settings.seed
+        )
+        self._run(dataset, deployed, stepper, (rank, world), progress, None)
+
+    def _prepared(self, dataset: Dataset) -> Deployed:
+        torch.manual_seed(self.settings.seed)
+        deployed = Deployed(build(self.source, self.trusted), dataset.task, dataset.preprocessing)
+        _check(dataset, deployed, self.settings, _short(self.source))
+        if dataset.preprocessing.layout == "NHWC->NCHW":
+            # as the samples come, and twice as fast in oneDNN's convolutions
+            deployed.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return deployed
+
+    def _run(
+        self,
+        dataset: Dataset,
+        deployed: Deployed,
+        stepper: Stepper,
+        part: tuple[int, int],
+        progress: Progress,
+        on_epoch: Callable[[Epoch], None] | None,
+    ) -> dict[str, Tensor]:
+        fingerprint = _fingerprint(dataset, self.source, _lineage(dataset, self.settings))
+        course = _Course(
+            dataset,
+            self.settings,
+            stepper,
+            Checkpoint(self.work, fingerprint),
+            progress,
+            name=_short(self.source),
+            part=part,
+            expected=shapes(deployed.network.state_dict()),
+            checkpoint_every_s=self.checkpoint_every_s,
+            on_epoch=on_epoch,
+        )
+        return course.run(self.tracking, fingerprint)
+
+
+class _Course:
+    """One training as this worker sees it, from the checkpoint if there is one to its last step."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        settings: TrainSettings,
+        stepper: Stepper,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        *,
+        name: str,
+        part: tuple[int, int],
+        expected: dict[str, tuple[int, ...]],
+        checkpoint_every_s: float,
+        on_epoch: Callable[[Epoch], None] | None,
+    ) -> None:
+        self._dataset = dataset
+        self._settings = settings
+        self._stepper = stepper
+        self._checkpoint = checkpoint
+        self._progress = progress
+        self._name = name
+        self._part = part
+        self._expected = expected
+        self._every_s = checkpoint_every_s
+        self._on_epoch = on_epoch
+        self._unit = "images" if dataset.preprocessing.layout == "NHWC->NCHW" else "samples"
+        self._bf16 = bool(settings.resolved.bf16)
+        self._done = 0
+        self._history: list[Epoch] = []
+        self._best: dict[str, Tensor] = {}
+        self._epoch_loss = 0.0
+        self._saved = time.monotonic()
+        self._taking = 0.0
+
+    def run(self, tracking: Tracking | None, identity: str) -> dict[str, Tensor]:
+        """Train to the end; return the weights to be sealed, where this worker leads, else nothing."""
+        settings, stepper = self._settings, self._stepper
+        try:
+            self._optimizer = settings.make_optimizer(stepper.parameters())
+        except ValueError as error:
+            raise ModelError(f"cannot train {self._name}", str(error), "give the model parameters to learn") from error
+        with Feed(
+            self._dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment, part=self._part
+        ) as feed:
+            self._total = feed.steps * settings.epochs
+            self._schedule = settings.make_schedule(self._optimizer, self._total)
+            self._restore()
+            self._progress.start(f"train {self._name} on {self._dataset.name}", self._total)
+            if self._done:
+                self._progress.advance(self._done, f"resumed after step {self._done}")
+            tracked = tracking if stepper.leads else None
+            as_config = msgspec.to_builtins(settings)
+            with Tracker(tracked, self._name, identity=identity[:16], settings=as_config, first=self._done) as tracker:
+                try:
+                    while self._done < self._total and not self._stopped():
+                        self._epoch(feed, tracker)
+                finally:
+                    self._checkpoint.wait()
+        last = self._history[-1]
+        self._progress.done(f"{last.metric} {self._kept().value:.4f}")
+        if self._best:
+            return self._best
+        with stepper.judged(self._optimizer) as whole:
+            state = whole.network.state_dict() if whole is not None else {}
+            return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def _epoch(self, feed: Feed, tracker: Tracker) -> None:
+        """What is left of the epoch at hand."""
+        settings, stepper, size = self._settings, self._stepper, feed.batch
+        epoch, first = divmod(self._done, feed.steps)
+        began = time.monotonic()
+        metric = f", {self._history[-1].metric} {self._history[-1].value:.4f}" if self._history else ""
+        for at, batch in enumerate(feed.epoch(epoch, first), start=first):
+            loss = stepper.step(batch)
+            if not math.isfinite(loss):
+                raise self._broken(f"the loss became {loss}", batch, epoch, at)
+            if settings.clip is not None:
+                stepper.clip(settings.clip)
+            lr = float(self._schedule.get_last_lr()[0])
+            self._optimizer.step()
+            self._average()
+            self._schedule.step()
+            self._done += 1
+            self._epoch_loss += loss
             now = time.monotonic()
-            speed = (done - first) * batch / (now - started)
-            progress.advance(
-                1, f"epoch {epoch + 1}/{settings.epochs}, loss {value:.3f}{metric}, {speed:,.0f} samples/s"
+            speed = (at + 1 - first) * size / max(now - began, 1e-9)
+            self._progress.advance(
+                1, f"epoch {epoch + 1}/{settings.epochs}, loss {loss:.3f}{metric}, {speed:,.0f} {self._unit}/s"
             )
-            due = not checkpoint_every_s or now - saved >= max(checkpoint_every_s, writing / _CHECKPOINT_SHARE)
-            if due or at + 1 == steps:
-                if not all(bool(tensor.isfinite().all()) for tensor in network.parameters()):
-                    raise _diverged(name, "the weights are no longer numbers", done, total, settings, checkpoint)
-                checkpoint.save(done, network, optimizer, schedule)
-                saved = time.monotonic()
-                writing = saved - now
-        metric = f", {_validation(dataset, deployed, batch, bf16)}"
-    progress.done((metric or f", {_validation(dataset, deployed, batch, bf16)}").removeprefix(", "))
+            tracker.step(self._done, loss, lr)
+            ends = at + 1 == feed.steps
+            due = not self._every_s or now - self._saved >= max(self._every_s, self._taking / _CHECKPOINT_SHARE)
+            if not stepper.agree(float(ends or due)):
+                continue
+            if not stepper.finite():
+                raise self._broken("the weights are no longer numbers", batch, epoch, at)
+            if ends:
+                self._judge(feed, Epoch(epoch + 1, self._done, self._epoch_loss / feed.steps, 0, "", 0, lr, speed))
+                self._epoch_loss = 0.0
+                if stepper.leads:
+                    tracker.epoch(self._history)
+            self._save()
+
+    def _average(self) -> None:
+        """Move the averages by one step; they begin at the weights after the first."""
+        decay = self._settings.ema
+        if decay is None:
+            return
+        with torch.no_grad():
+            for parameter in self._stepper.parameters():
+                if parameter.grad is None:
+                    continue
+                state = self._optimizer.state[parameter]
+                if AVERAGE in state:
+                    state[AVERAGE].lerp_(parameter, 1 - decay)
+                else:
+                    state[AVERAGE] = parameter.detach().clone()
+
+    def _judge(self, feed: Feed, epoch: Epoch) -> None:
+        """Add the epoch to the history, with its figures on the validation part; keep its weights if they are best."""
+        with self._stepper.judged(self._optimizer) as whole:
+            loss, value = self._validate(whole, feed.batch) if whole is not None else (0.0, 0.0)
+            loss, value = self._stepper.agree(loss), self._stepper.agree(value)
+            judged = msgspec.structs.replace(epoch, validation_loss=loss, metric=self._dataset.task.metric, value=value)
+            is_best = not self._history or value > self._kept().value
+            self._history.append(judged)
+            if self._settings.patience is not None and is_best and whole is not None:
+                state = whole.network.state_dict()
+                self._best = {
+                    name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+                }
+        if self._on_epoch is not None:
+            self._on_epoch(judged)
+
+    def _validate(self, deployed: Deployed, batch: int) -> tuple[float, float]:
+        """Loss and metric on the validation part, without augmentation and dropout."""
+        split, loss_of, total = self._dataset.validation, loss_for(self._dataset.task, "sum"), 0.0
+        answers: list[NDArray[Any]] = []
+        with torch.inference_mode():
+            for at in range(0, len(split), batch):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+                    logits = deployed.logits(torch.from_numpy(np.array(split.inputs[at : at + batch])))
+                total += loss_of(logits, torch.from_numpy(split.targets[at : at + batch])).item()
+                answers.append(deployed.head(logits.float()).numpy())
+        value, _ = self._dataset.task.evaluate(np.concatenate(answers), split.targets)
+        return total / len(split), value
+
+    def _kept(self) -> Epoch:
+        """The epoch whose weights are to be sealed: the best with `patience` (the first of equals), else the last."""
+        return max(self._history, key=lambda epoch: epoch.value) if self._settings.patience else self._history[-1]
+
+    def _stopped(self) -> bool:
+        patience = self._settings.patience
+        return (
+            patience is not None and bool(self._history) and (self._history[-1].epoch - self._kept().epoch >= patience)
+        )
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        notes = {"history": msgspec.to_builtins(self._history), "epoch_loss": self._epoch_loss}
+        more = {f"best.{name}": tensor for name, tensor in self._best.items()}
+        taken = self._stepper.take(self._done, self._optimizer, self._schedule, notes, more)
+        if taken is not None:
+            self._checkpoint.write(taken)
+            if not self._every_s:
+                self._checkpoint.wait()
+        self._saved = time.monotonic()
+        self._taking = self._saved - began
+
+    def _restore(self) -> None:
+        found = self._checkpoint.read()
+        if found is not None and shapes(found.part("network")) != self._expected:
+            found = None
+        step = 0 if found is None else found.step
+        if self._stepper.agree(step) != step:
+            raise StorageError(
+                f"the workers do not find the same checkpoint at {self._checkpoint.path}",
+                "it lies on a disk that they do not share",
+                "name a place with --out that all machines share",
+            )
+        if found is None:
+            return
+        self._stepper.put(found, self._optimizer, self._schedule)
+        self._done = found.step
+        self._history = msgspec.convert(found.notes["history"], list[Epoch])
+        self._epoch_loss = found.notes["epoch_loss"]
+        self._best = found.part("best")
+        if self._on_epoch is not None:
+            for epoch in self._history:
+                self._on_epoch(epoch)
+
+    def _broken(self, why: str, batch: Batch, epoch: int, at: int) -> Diverged:
+        self._checkpoint.wait()
+        step, path = epoch * (self._total // self._settings.epochs) + at + 1, self._checkpoint.path
+        kept = f"; the last good state is kept in {path}" if path.exists() else ""
+        alone = self._stepper.culprits(batch)
+        if 0 < len(alone) < len(batch.rows):
+            where = f"of its {len(batch.rows)} samples only {_listed(alone)} of the training part do so"
+        else:
+            where = f"its samples are {_listed(batch.rows.tolist())} of the training part"
+        return Diverged(
+            f"the training of {self._name} broke at step {step} of {self._total}",
+            f"{why} in step {at + 1} of epoch {epoch + 1}; {where}",
+            f"lower the learning rate, now {self._settings.lr:g}, or check the data for extreme values{kept}",
+        )
 
 
-def _validation(dataset: Dataset, deployed: Deployed, batch: int, bf16: bool) -> str:
-    """The metric on the validation part, in words. Steers nothing, so that it may be skipped on resuming."""
-    split = dataset.validation
-    deployed.eval()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        parts = [
-            deployed(torch.from_numpy(np.array(split.inputs[at : at + batch]))).float().numpy()
-            for at in range(0, len(split), batch)
-        ]
-    value, _ = dataset.task.evaluate(np.concatenate(parts), split.targets)
-    return f"{dataset.task.metric} {value:.4f}"
+def _listed(rows: list[int]) -> str:
+    named = ", ".join(map(str, rows[:_NAMED]))
+    return named if len(rows) <= _NAMED else f"{named} and {len(rows) - _NAMED} more"
 
 
 def _sample_spec(dataset: Dataset) -> TensorSpec:
@@ -210,8 +449,21 @@ def _sample_spec(dataset: Dataset) -> TensorSpec:
         ) from error
 
 
-def _check(dataset: Dataset, deployed: Deployed, name: str) -> None:
-    """Raise, before any work, if network, targets and task do not fit each other."""
+def _check_workers(dataset: Dataset, settings: TrainSettings, workers: int) -> None:
+    batch = min(settings.batch, len(dataset.train))
+    if workers > batch:
+        raise ModelError(
+            f"cannot train on {workers} workers",
+            f"a step has {batch} samples, and each worker needs one",
+            "use fewer workers, or a larger batch",
+        )
+
+
+def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: str) -> None:
+    """Raise, before any work, if network, targets, task and settings do not fit each other."""
+    _sample_spec(dataset)
+    if settings.augment is not None:
+        check_pictures(dataset.train.inputs, dataset.name)
     task = dataset.task
     task.check_output(deployed.answer_shape(dataset.train.inputs[:2], name), name)
     parts: tuple[tuple[str, Split], ...] = (("train", dataset.train), ("validation", dataset.validation))
@@ -234,29 +486,17 @@ def _check(dataset: Dataset, deployed: Deployed, name: str) -> None:
             )
 
 
-def _diverged(
-    name: str, why: str, step: int, total: int, settings: TrainSettings, checkpoint: Checkpoint
-) -> ModelError:
-    kept = f"; the last good state is kept in {checkpoint.path}" if checkpoint.path.exists() else ""
-    return ModelError(
-        f"the training of {name} broke at step {step} of {total}",
-        why,
-        f"lower the learning rate, now {settings.lr:g}, or check the data for extreme values{kept}",
-    )
-
-
-def _bf16(settings: TrainSettings) -> bool:
-    if settings.bf16 is not None:
-        return settings.bf16
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(machine.describe().features)
+def _short(source: Source) -> str:
+    return source.factory.rpartition(":")[2]
 
 
 def _lineage(dataset: Dataset, settings: TrainSettings) -> Step:
-    resolved = msgspec.structs.replace(settings, bf16=_bf16(settings))
+    chosen = msgspec.structs.asdict(settings.resolved)
+    chosen["augment"] = None if settings.augment is None else str(settings.augment)
     return Step(
         "train",
         {
-            **msgspec.structs.asdict(resolved),
+            **{name: value for name, value in chosen.items() if value is not None},
             "dataset": dataset.name,
             "fingerprint": dataset.fingerprint,
             "torch": str(torch.__version__),

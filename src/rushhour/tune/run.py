@@ -1,6 +1,7 @@
 """A whole run in one folder: train or take the reference, compress it, search, and leave the Plan.
 
     RUN/bundles/reference, RUN/bundles/int8     what can be served
+    RUN/training                                how the reference was trained: curves, TensorBoard
     RUN/measurements.jsonl                      every measurement
     RUN/plan.json                               the answer, written last
 
@@ -22,7 +23,7 @@ from rushhour.goal import Goal
 from rushhour.plan import Plan
 from rushhour.progress import Progress
 from rushhour.storage import explained
-from rushhour.train import TrainSettings, train
+from rushhour.train import Tracking, TrainSettings, train
 from rushhour.tune.tune import TuneSettings, tune
 
 
@@ -64,6 +65,7 @@ def tune_run(
                 work=run / ".checkpoints",
                 progress=progress,
                 trusted=trusted,
+                tracking=Tracking(run / "training"),
             )
         bundles = {"reference": reference}
         if reference.manifest.precision == "f32":

@@ -1,0 +1,131 @@
+"""A bundle made from another's graph alone, without its torch module: verified on both engines, then sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from rushhour.bundle import SAMPLES, Bundle, Step
+from rushhour.engines import EngineConfig, Runner, open_engine
+from rushhour.errors import BundleError, ModelError
+from rushhour.plan import EngineName, Precision
+
+_ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
+
+_VERIFIED_BATCHES = (1, 3, 32)
+
+_AGREEMENT = 0.05
+"""Mean distance allowed between two engines' answers, as a share of their range. They round int8 differently."""
+
+OUTCOME: Final = "control"
+"""The setting of a step that is a result: what accuracy control did."""
+
+Answers = list[dict[str, NDArray[Any]]]
+"""For each verified batch: output name -> array."""
+
+
+def made_before(out: Path, parent: Bundle, step: Step) -> Bundle | None:
+    """The bundle at `out`, if it came from this very step on this very parent; a damaged one counts as none.
+
+    Args:
+        step: all that was asked for; the bundle's own step may say `OUTCOME` besides.
+    """
+    try:
+        there = Bundle.open(out)
+    except BundleError:
+        return None
+    *before, last = there.manifest.lineage or (Step(""),)
+    asked = {name: value for name, value in last.settings.items() if name != OUTCOME}
+    same = tuple(before) == parent.manifest.lineage and last.what == step.what and asked == step.settings
+    return there if same else None
+
+
+def seal(
+    parent: Bundle,
+    out: Path,
+    graph: onnx.ModelProto,
+    *,
+    step: Step,
+    suffix: str,
+    precision: Precision,
+    samples: Mapping[str, NDArray[Any]],
+    near_parent: float | None = None,
+) -> Bundle:
+    """The bundle with `graph` at `out`, once both engines run it at any batch size and mean the same.
+
+    It carries neither source nor weights: its answers are no longer those of the torch module.
+
+    Args:
+        parent: what it was made from.
+        out: its folder; any other bundle there is replaced.
+        step: the end of its lineage.
+        suffix: of its name: `int8`.
+        precision: what engines are asked to run it in.
+        samples: real inputs, one or more: name -> array of shape `(n, *shape)`.
+        near_parent: how far its answers may be from the parent's on average, as a share of their range.
+
+    Raises:
+        ModelError: if the engines do not agree on the graph, or its answers are too far from the parent's.
+        EngineError: if an engine is missing, or cannot run it on this machine.
+        StorageError: if the disk does not take it.
+    """
+    manifest = msgspec.structs.replace(
+        parent.manifest,
+        name=f"{parent.manifest.name}-{suffix}",
+        source=None,
+        precision=precision,
+        lineage=(*parent.manifest.lineage, step),
+        metrics={},
+        files={},
+    )
+
+    def model(file: Path) -> None:
+        onnx.save(graph, file)
+        _verify(Bundle(file.parent, manifest), parent, samples, near_parent)
+
+    carried = parent.samples() if SAMPLES in parent.manifest.files else None
+    return Bundle.create(out, manifest, model, samples=carried)
+
+
+def _verify(bundle: Bundle, parent: Bundle, samples: Mapping[str, NDArray[Any]], near_parent: float | None) -> None:
+    first, second = (_answers(bundle, engine, bundle.manifest.precision, samples) for engine in _ENGINES)
+    _check_near(
+        first,
+        second,
+        _AGREEMENT,
+        f"{bundle.manifest.name} is not the same model on {_ENGINES[0]} and {_ENGINES[1]}",
+    )
+    if near_parent is not None:
+        before = _answers(parent, _ENGINES[1], parent.manifest.precision, samples)
+        _check_near(before, second, near_parent, f"{bundle.manifest.name} does not answer as {parent.manifest.name}")
+
+
+def _answers(bundle: Bundle, engine: EngineName, precision: Precision, samples: Mapping[str, NDArray[Any]]) -> Answers:
+    opened = open_engine(bundle, EngineConfig(engine, precision, max_batch=max(_VERIFIED_BATCHES)))
+    try:
+        runner = Runner(opened)
+        return [
+            runner.infer({name: np.resize(array, (size, *array.shape[1:])) for name, array in samples.items()})
+            for size in _VERIFIED_BATCHES
+        ]
+    finally:
+        opened.close()
+
+
+def _check_near(first: Answers, second: Answers, share: float, what: str) -> None:
+    for size, left, right in zip(_VERIFIED_BATCHES, first, second, strict=True):
+        for name in left:
+            apart = float(np.abs(left[name].astype(np.float64) - right[name]).mean())
+            allowed = share * max(1e-3, float(np.ptp(left[name])))
+            if not apart <= allowed:
+                raise ModelError(
+                    what,
+                    f"at batch {size} their answers are {apart:.2g} apart on average, and {allowed:.2g} is allowed",
+                    "serve it in f32 or bf16",
+                )

@@ -1,0 +1,126 @@
+"""Weights in fewer bits, computed with as before: smaller on disk and in memory, without data and without training.
+
+Neither makes a batch faster on a processor: weights become floats again before they are multiplied. What it is good for
+is memory: a model that many processes hold, or one whose weights are read anew for every small batch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from rushhour.bundle import MODEL, Bundle, Step
+from rushhour.compress.derived import made_before, seal
+from rushhour.compress.quantize import check_plain, quiet_nncf
+from rushhour.errors import ModelError
+from rushhour.models.deployed import strip_origin
+from rushhour.progress import Progress
+
+_FAITHFUL_INT8 = 0.05
+_FAITHFUL_F16 = 0.01
+"""How far answers may move on average, as a share of their range: a wrong conversion moves them further."""
+_SMALL = 1_024
+"""Numbers; smaller tensors are not worth a node."""
+
+
+def compress_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
+    """The bundle with weights in int8, a scale and zero point for each channel, and everything else in f32.
+
+    It runs wherever the parent runs, in the same precisions; its own is therefore not `int8`.
+
+    Args:
+        bundle: an f32 bundle; its graph is enough.
+        out: the new bundle's folder; any other bundle there is replaced.
+
+    Raises:
+        ModelError: if it is compressed already, has no weights to compress, or does not answer as before.
+        StorageError: if the disk does not take it.
+    """
+    check_plain(bundle)
+    step = _step("compress_weights", bundle, nncf=importlib.metadata.version("nncf"))
+    there = made_before(out, bundle, step)
+    if there is not None:
+        return there
+    progress.start(f"int8 weights of {bundle.manifest.name}")
+    with quiet_nncf(bundle) as nncf:
+        graph: onnx.ModelProto = nncf.compress_weights(onnx.load(bundle.model), mode=nncf.CompressWeightsMode.INT8_ASYM)
+    strip_origin(graph)
+    _mend_scales(graph.graph)
+    if not any(node.op_type == "DequantizeLinear" for node in graph.graph.node):
+        raise _nothing(bundle, "no matrix product or table of embeddings with weights of its own")
+    return _sealed(bundle, out, graph, step, "w8", _FAITHFUL_INT8, progress)
+
+
+def halve_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
+    """The bundle with weights stored in f16, which engines turn into f32 (or bf16) when they load it.
+
+    Exact to three digits, for any network whose weights f16 can hold; a tensor that it cannot hold stays as it is.
+    Computing in f16 is not offered: ONNX Runtime has few such kernels for processors, OpenVINO needs AMX-FP16.
+
+    Args:
+        bundle: an f32 bundle; its graph is enough.
+        out: the new bundle's folder; any other bundle there is replaced.
+
+    Raises:
+        ModelError: if it is compressed already, has no weights to halve, or does not answer as before.
+        StorageError: if the disk does not take it.
+    """
+    check_plain(bundle)
+    step = _step("halve_weights", bundle)
+    there = made_before(out, bundle, step)
+    if there is not None:
+        return there
+    progress.start(f"f16 weights of {bundle.manifest.name}")
+    graph = onnx.load(bundle.model)
+    casts = []
+    for tensor in graph.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < _SMALL:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if not np.abs(values).max() <= np.finfo(np.float16).max:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.f16"))
+        casts.append(helper.make_node("Cast", [f"{name}.f16"], [name], to=TensorProto.FLOAT))
+    if not casts:
+        raise _nothing(bundle, f"no tensor of {_SMALL:,} or more weights that f16 can hold")
+    nodes = [*casts, *graph.graph.node]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return _sealed(bundle, out, graph, step, "f16", _FAITHFUL_F16, progress)
+
+
+def _mend_scales(graph: onnx.GraphProto) -> None:
+    """Make vectors of scales and zero points, as the specification of DequantizeLinear has them (opset 13 and later).
+
+    NNCF 3.4 gives those of convolutions the shape `(channels, 1, 1)`; ONNX Runtime takes that, OpenVINO does not.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        for name in node.input[1:]:
+            dims = tensors[name].dims if name in tensors else []
+            if len(dims) > 1 and max(dims) == np.prod(dims):
+                dims[:] = [max(dims)]
+
+
+def _step(what: str, bundle: Bundle, **settings: str) -> Step:
+    return Step(what, {"parent": bundle.manifest.files[MODEL].sha256, **settings})
+
+
+def _sealed(
+    bundle: Bundle, out: Path, graph: onnx.ModelProto, step: Step, suffix: str, near: float, progress: Progress
+) -> Bundle:
+    samples = bundle.samples()
+    made = seal(bundle, out, graph, step=step, suffix=suffix, precision="f32", samples=samples, near_parent=near)
+    progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
+    return made
+
+
+def _nothing(bundle: Bundle, why: str) -> ModelError:
+    return ModelError(f"cannot compress the weights of {bundle.manifest.name}", f"it has {why}", "serve it as it is")

@@ -1,0 +1,114 @@
+"""An ONNX file from elsewhere becomes a bundle: no torch module, so all that needs no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from rushhour.bundle import Bundle, DType, Manifest, Preprocessing, Signature, Step, TensorSpec
+from rushhour.errors import ModelError
+from rushhour.models.deployed import strip_origin
+from rushhour.task import Task
+from rushhour.telemetry import keep_home
+
+_DYNAMIC = "export it with a dynamic first dimension (torch: dynamic_shapes or dynamic_axes)"
+
+
+def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None = None) -> Bundle:
+    """The bundle of an ONNX file. Its signature is the graph's own; what goes in is not scaled.
+
+    Args:
+        file: weights inside or beside it.
+        task: what the first output means.
+        out: the bundle's folder; an older one is replaced.
+        samples: a few real inputs, `(k, *shape)`, or a structured array with a field for each of several inputs;
+            seeded noise stands in for them where there are none.
+
+    Raises:
+        ModelError: if it cannot be read, its batch is fixed or another dimension is not, or ONNX Runtime's answer to a
+            sample depends on its batch.
+        TaskError: if the first output does not fit the task.
+        StorageError: if the disk does not take it.
+    """
+    try:
+        graph = onnx.load(file)
+        onnx.checker.check_model(graph)
+    except Exception as error:  # protobuf, onnx and the file system each have their own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot read the model {file}", reason[0], "check that it is a whole ONNX file") from error
+    held = {tensor.name for tensor in graph.graph.initializer}
+    signature = Signature(
+        inputs=tuple(_spec(value, file) for value in graph.graph.input if value.name not in held),
+        outputs=tuple(_spec(value, file) for value in graph.graph.output),
+    )
+    task.check_output(signature.outputs[0].shape, file.stem)
+    strip_origin(graph)
+    manifest = Manifest(
+        name="".join(c if c.isalnum() else "-" for c in file.stem).strip("-").lower()[:64] or "model",
+        signature=signature,
+        task=task,
+        preprocessing=Preprocessing(),
+        parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer),
+        lineage=(Step("import", {"format": "onnx"}),),
+    )
+    carried = None
+    if samples is not None:
+        carried = {name: samples[name] for name in samples.dtype.names or ()} or {signature.inputs[0].name: samples}
+
+    def model(target: Path) -> None:
+        onnx.save(graph, target)
+        given = carried or Bundle(target.parent, manifest).samples()
+        _check_batches(target, {name: np.resize(array, (3, *array.shape[1:])) for name, array in given.items()})
+
+    return Bundle.create(out, manifest, model, samples=carried)
+
+
+def _spec(value: onnx.ValueInfoProto, file: Path) -> TensorSpec:
+    tensor = value.type.tensor_type
+    batch, *shape = tensor.shape.dim or [onnx.TensorShapeProto.Dimension(dim_value=1)]
+    if batch.dim_value:
+        raise ModelError(
+            f"cannot serve {file}", f"the first dimension of {value.name} is fixed to {batch.dim_value}", _DYNAMIC
+        )
+    if not all(dimension.dim_value > 0 for dimension in shape):
+        said = ", ".join(str(dimension.dim_value or dimension.dim_param or "?") for dimension in shape)
+        raise ModelError(
+            f"cannot serve {file}",
+            f"one sample of {value.name} has the shape ({said}), and only the batch may be left open",
+            "fix the other dimensions when you export it",
+        )
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    if dtype not in get_args(DType):
+        raise ModelError(f"cannot serve {file}", f"{value.name} is {dtype}", "use numbers that the protocol carries")
+    return TensorSpec(value.name, dtype, tuple(dimension.dim_value for dimension in shape))
+
+
+def _check_batches(file: Path, batch: dict[str, NDArray[Any]]) -> None:
+    """Raise unless three samples together get the answers that each gets alone."""
+    keep_home()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        together = session.run(None, batch)
+        alone = [session.run(None, {name: array[row : row + 1] for name, array in batch.items()}) for row in range(3)]
+    except Exception as error:  # its exceptions have no base of their own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError("ONNX Runtime cannot run the model", reason[0], _DYNAMIC) from error
+    for index, answers in enumerate(together):
+        single = np.concatenate([each[index] for each in alone])
+        near = answers.shape == single.shape and np.allclose(
+            answers, single, rtol=1e-3, atol=1e-3 * max(1e-1, float(np.abs(single).max())), equal_nan=True
+        )
+        if not near:
+            raise ModelError(
+                "the model's answers depend on the batch",
+                f"its output {session.get_outputs()[index].name} to 3 samples is not that to each of them alone",
+                "remove what mixes samples",
+            )

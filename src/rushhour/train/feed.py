@@ -1,0 +1,113 @@
+"""Which samples a step gets, and getting them ready while the step before still computes.
+
+The order of an epoch follows from (seed, epoch); what a step takes of it follows from its place. Nothing of it depends
+on how many workers there are, so a training goes on anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rushhour.data.augment import Augmentation, Augmenter
+from rushhour.data.dataset import Split
+
+_AHEAD = 2
+"""Batches that are got ready for each thread before they are asked for."""
+
+
+class Batch(NamedTuple):
+    """The samples of one step.
+
+    Attributes:
+        step: optimizer steps before this one, over all epochs.
+        rows: which samples of the training part the whole step has.
+        own: those of them that this worker has.
+        inputs: those of this worker, `(n, *shape)`: as on the wire, or float32 once augmented.
+        targets: theirs.
+    """
+
+    step: int
+    rows: NDArray[np.int64]
+    own: NDArray[np.int64]
+    inputs: Tensor
+    targets: Tensor
+
+
+class Feed:
+    """The training part in the order of its epochs. Use it in a `with` block, which ends its threads.
+
+    Args:
+        split: the training part; its arrays may be mapped from a file, the threads then read ahead.
+        seed: of order and augmentation.
+        batch: samples in a step, over all workers; at most those that there are.
+        augment: what happens to pictures.
+        threads: that get batches ready.
+        part: which of how many equal parts of each batch this worker gets; the sizes differ by one where it does not
+            divide.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        batch: int,
+        augment: Augmentation | None = None,
+        threads: int = 1,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._split = split
+        self._seed = seed
+        self.batch = min(batch, len(split))
+        self.steps = len(split) // self.batch
+        self._augment = augment
+        self._part = part
+        self._ahead = _AHEAD * threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from step `first` of it on."""
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._split))
+        augmenter = (
+            Augmenter(self._augment, len(self._split), seed=self._seed, epoch=epoch)
+            if self._augment is not None
+            else None
+        )
+
+        def ready(step: int) -> Batch:
+            rows = order[step * self.batch : (step + 1) * self.batch]
+            index, parts = self._part
+            own = np.array_split(rows, parts)[index]
+            inputs = self._split.inputs[own]
+            made: Any = torch.from_numpy(inputs) if augmenter is None else augmenter(inputs, own)
+            return Batch(epoch * self.steps + step, rows, own, made, torch.from_numpy(self._split.targets[own]))
+
+        waiting: deque[Future[Batch]] = deque()
+        upcoming = iter(range(first, self.steps))
+        try:
+            while True:
+                while len(waiting) < self._ahead and (step := next(upcoming, None)) is not None:
+                    waiting.append(self._pool.submit(ready, step))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

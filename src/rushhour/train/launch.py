@@ -1,0 +1,196 @@
+"""Workers: runs a function in k processes of this machine, or joins those that torchrun started on several.
+
+A worker that dies takes the others with it, for they would wait for it for ever; all are started again, and go on
+from whatever the function keeps on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from rushhour import machine
+from rushhour.errors import ModelError, RushhourError
+
+Backend = Literal["gloo", "nccl", "mpi"]
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or anything that sets the same variables, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def launch(
+    fn: Callable[..., Any],
+    workers: int,
+    args: tuple[Any, ...] = (),
+    *,
+    backend: Backend = "gloo",
+    restarts: int = 0,
+    threads: int | None = None,
+) -> list[Any]:
+    """Run `fn(*args)` in `workers` processes that form torch's default process group; one result a worker, by rank.
+
+    Under torchrun this process is already one of the workers: `fn` is run in it, and the list holds its result only.
+
+    Args:
+        fn: of a module, so that a new process can import it; its result must be picklable.
+        workers: processes; they meet on 127.0.0.1, at a port that the kernel chooses.
+        args: picklable.
+        backend: of torch.distributed; nccl wants a GPU for each worker, mpi a torch that was built with it.
+        restarts: how often all are started again after one has died. An error that `fn` raises is not repeated.
+        threads: of each worker; by default the machine's cores, shared out, at least 1.
+
+    Raises:
+        RushhourError: whatever `fn` raised of that kind, as it was.
+        ModelError: if a worker died or raised anything else; torchrun's number of workers is another than `workers`; or
+            torch was built without the backend.
+    """
+    if not dist.is_backend_available(backend):
+        raise ModelError(
+            f"cannot train over {backend}", f"torch {torch.__version__} was built without it", "use gloo, or that torch"
+        )
+    if under_torchrun():
+        size = int(os.environ["WORLD_SIZE"])
+        if size != workers:
+            raise ModelError(
+                f"{workers} workers were asked for, but torchrun started {size}",
+                "both must be the same",
+                f"say --workers {size}",
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        with _group(backend, threads or _threads(here)):
+            return [fn(*args)]
+    # The store lives here, so its port is free for sure, and a fresh prefix each time forgets the dead.
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
+    for attempt in range(restarts + 1):
+        try:
+            return _once(fn, workers, args, backend, store.port, attempt, threads or _threads(workers))
+        except _Died as death:
+            if attempt == restarts:
+                times = f" {attempt + 1} times" if attempt else ""
+                raise ModelError(
+                    f"a worker died{times}: {death}",
+                    "it was killed from outside, ran out of memory, or met a bug",
+                    "see its words above; use fewer workers if memory was short",
+                ) from death
+            logging.getLogger(__name__).warning("%s; all workers start again from the last checkpoint", death)
+    raise AssertionError("unreachable")
+
+
+class _Died(Exception):
+    """A worker ended without a result."""
+
+
+def _once(
+    fn: Callable[..., Any],
+    workers: int,
+    args: tuple[Any, ...],
+    backend: Backend,
+    port: int,
+    attempt: int,
+    threads: int,
+) -> list[Any]:
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]
+    quiet = logging.getLogger("torch.multiprocessing.spawn")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it warns of every process that it ends
+    context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
+        _worker,
+        (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads),
+        workers,
+        join=False,
+    )
+    for _, sender in pipes:
+        sender.close()
+    results: dict[int, Any] = {}
+    failed: RushhourError | None = None
+    waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+    died: set[int] = set()
+    try:
+        while waiting and failed is None and not died:
+            for receiver in wait_for_any(list(waiting)):
+                assert isinstance(receiver, Connection)
+                rank = waiting.pop(receiver)
+                try:
+                    good, value = receiver.recv()
+                except EOFError:
+                    died.add(rank)
+                    continue
+                if good:
+                    results[rank] = value
+                else:
+                    failed = failed or value
+        if failed is not None:
+            raise failed
+        if died:
+            first = min(died)
+            process = context.processes[first]
+            process.join(5)
+            code = process.exitcode
+            raise _Died(f"worker {first} of {workers} " + (f"got signal {-code}" if code and code < 0 else "failed"))
+        for process in context.processes:
+            process.join()
+        return [results[rank] for rank in range(workers)]
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for receiver, _ in pipes:
+            receiver.close()
+        quiet.setLevel(level)
+
+
+def _worker(
+    rank: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    senders: list[Connection],
+    workers: int,
+    backend: Backend,
+    port: int,
+    attempt: int,
+    threads: int,
+) -> None:
+    for other, sender in enumerate(senders):
+        if other != rank:
+            sender.close()  # else its end would not be seen when its worker dies
+    outcome: tuple[bool, Any]
+    try:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))  # type: ignore[attr-defined]
+        with _group(backend, threads, store=store, rank=rank, world_size=workers):
+            outcome = True, fn(*args)
+    except RushhourError as error:
+        outcome = False, error
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    senders[rank].send(outcome)
+    senders[rank].close()
+
+
+@contextlib.contextmanager
+def _group(backend: Backend, threads: int, **where: Any) -> Iterator[None]:
+    torch.set_num_threads(threads)
+    dist.init_process_group(backend, **where)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _threads(workers: int) -> int:
+    return max(1, machine.cores() // workers)

@@ -1,0 +1,277 @@
+"""The search for good hyper-parameters: many trainings, the hopeless ones ended early, the best one's bundle kept.
+
+Optuna chooses what to try (tree-structured Parzen estimator, Bergstra et al. 2011) and what to end early. Its study
+lies in SQLite; a killed search goes on, and so does the training that it was in the middle of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from rushhour.bundle import Bundle, Source
+from rushhour.curves import Epoch, read_curves, write_curves
+from rushhour.data.dataset import Dataset
+from rushhour.errors import ModelError, StorageError
+from rushhour.models import build
+from rushhour.progress import Progress
+from rushhour.storage import explained
+from rushhour.train.loop import Diverged, learn, train
+from rushhour.train.settings import TrainSettings
+from rushhour.train.tracking import Tracking
+
+PrunerName = Literal["median", "hyperband"]
+
+_DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Tried(msgspec.Struct, frozen=True):
+    """One trial of a search.
+
+    Attributes:
+        number: from 0.
+        fate: `complete`; `pruned`: ended early, as others were better by then; `diverged`: its loss was no number.
+        chosen: hyper-parameter -> value.
+        value: the metric on the validation part, of what was or would be sealed; None where it diverged at once.
+        epochs: that it was trained.
+    """
+
+    number: int
+    fate: Literal["complete", "pruned", "diverged"]
+    chosen: dict[str, float]
+    value: float | None
+    epochs: int
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a search found: its trials in order, and which of them was best."""
+
+    metric: str
+    best: Tried
+    trials: tuple[Tried, ...]
+
+
+def search(
+    dataset: Dataset,
+    source: Source,
+    settings: TrainSettings,
+    *,
+    trials: int,
+    pruner: PrunerName,
+    out: Path,
+    work: Path,
+    progress: Progress,
+    trusted: tuple[str, ...] = (),
+    tracking: Tracking | None = None,
+    checkpoint_every_s: float = 15.0,
+) -> tuple[Bundle, Found]:
+    """Train with different hyper-parameters, and seal the best bundle.
+
+    Searched are the learning rate (a tenth to ten times of that in `settings`), the batch (half, the same, double),
+    weight decay, `dropout` if the network's factory has such an argument, and the strength of the augmentation (none
+    to twice) if `settings` have one. The first trial is `settings` as they are.
+
+    Args:
+        dataset: trials are judged on its validation part.
+        source: the network.
+        settings: what is not searched, and where the search begins.
+        trials: how many in all; those of an earlier, killed call count.
+        pruner: `median` ends what is below the median of the others at the same epoch (after five whole trials);
+            `hyperband` (Li et al. 2018) by successive halving.
+        out: the best bundle's folder.
+        work: of the study and its trainings; one process at a time works in it. It stays, so that a later call with
+            more trials goes on.
+        progress: hears of every step.
+        trusted: factories that may be imported; the user's own.
+        tracking: which of TensorBoard and Weights & Biases each trial is tracked with, below `work`.
+        checkpoint_every_s: see `train`.
+
+    Raises:
+        ModelError: if the network cannot be built or run, or every trial diverged.
+        RushhourError: as `train`.
+    """
+    import optuna
+
+    if trials < 1:
+        raise ModelError(f"cannot search in {trials} trials", "it takes at least one", "use for example --search 20")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    takes_dropout = _takes_dropout(source, trusted)
+    with _alone_in(work):
+        study = optuna.create_study(
+            storage=f"sqlite:///{(work / 'search.db').resolve()}",
+            study_name=_digest(dataset.fingerprint, source, settings),
+            direction="maximize",
+            pruner=(
+                optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+                if pruner == "median"
+                else optuna.pruners.HyperbandPruner(min_resource=1, max_resource=settings.epochs)
+            ),
+            load_if_exists=True,
+        )
+        _take_up(study, settings, takes_dropout=takes_dropout)
+        while (number := _ended(study)) < trials:
+            # a sampler of its own for each trial: what it draws then depends on no process that was killed
+            study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number)
+            _try(study, dataset, source, settings, work, progress, trusted, tracking, checkpoint_every_s, takes_dropout)
+        found = _found(study, dataset)
+        best = study.best_trial
+        place = work / "trials" / best.user_attrs["place"]
+        write_curves(work, read_curves(place))
+        own, own_settings = _choose(optuna.trial.FixedTrial(best.params), source, settings, takes_dropout=takes_dropout)
+        # goes on from the trial's last checkpoint, which is its end
+        bundle = train(dataset, own, own_settings, out=out, work=place, progress=progress, trusted=trusted)
+        return bundle, found
+
+
+def _take_up(study: Any, settings: TrainSettings, *, takes_dropout: bool) -> None:
+    """Begin with the settings as they are; try again what a killed process was in the middle of."""
+    import optuna
+
+    if not study.trials and settings.weight_decay in _DECAYS:
+        first: dict[str, Any] = {"lr": settings.lr, "batch": settings.batch, "weight_decay": settings.weight_decay}
+        if settings.augment is not None:
+            first["augment"] = 1.0
+        study.enqueue_trial(first)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def _ended(study: Any) -> int:
+    import optuna
+
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return len(study.get_trials(deepcopy=False, states=ended))
+
+
+def _try(
+    study: Any,
+    dataset: Dataset,
+    source: Source,
+    settings: TrainSettings,
+    work: Path,
+    progress: Progress,
+    trusted: tuple[str, ...],
+    tracking: Tracking | None,
+    checkpoint_every_s: float,
+    takes_dropout: bool,
+) -> None:
+    import optuna
+
+    trial = study.ask()
+    own, own_settings = _choose(trial, source, settings, takes_dropout=takes_dropout)
+    name = _digest(dataset.fingerprint, own, own_settings)
+    place = work / "trials" / name
+    trial.set_user_attr("place", name)
+
+    def on_epoch(epoch: Epoch) -> None:
+        trial.report(epoch.value, epoch.epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    tracked = (
+        Tracking(place, tensorboard=False) if tracking is None else msgspec.structs.replace(tracking, folder=place)
+    )
+    try:
+        learn(
+            dataset,
+            own,
+            own_settings,
+            work=place,
+            progress=progress,
+            trusted=trusted,
+            checkpoint_every_s=checkpoint_every_s,
+            tracking=tracked,
+            on_epoch=on_epoch,
+        )
+    except (optuna.TrialPruned, Diverged) as ended:
+        if isinstance(ended, Diverged):
+            trial.set_user_attr("diverged", ended.why)
+        progress.done("ended early" if isinstance(ended, optuna.TrialPruned) else "diverged")
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        _forget(place)
+        return
+    values = [epoch.value for epoch in read_curves(place)]
+    study.tell(trial, max(values) if settings.patience is not None else values[-1])
+    for other in (work / "trials").iterdir():
+        if other.name != study.best_trial.user_attrs["place"]:
+            _forget(other)
+
+
+def _forget(place: Path) -> None:
+    """Delete the weights of a trial that is not the best; its curves stay."""
+    with explained(f"delete the checkpoint in {place}"):
+        for checkpoint in place.glob("train-*.safetensors"):
+            checkpoint.unlink()
+
+
+def _choose(
+    trial: Any, source: Source, settings: TrainSettings, *, takes_dropout: bool
+) -> tuple[Source, TrainSettings]:
+    batches = sorted({max(settings.accumulate, settings.batch // 2), settings.batch, settings.batch * 2})
+    chosen = msgspec.structs.replace(
+        settings,
+        lr=trial.suggest_float("lr", settings.lr / 10, settings.lr * 10, log=True),
+        batch=trial.suggest_categorical("batch", batches),
+        weight_decay=trial.suggest_categorical("weight_decay", _DECAYS),
+    )
+    if settings.augment is not None:
+        strength = trial.suggest_float("augment", 0.0, 2.0, step=0.25)
+        chosen = msgspec.structs.replace(chosen, augment=settings.augment.times(strength) if strength else None)
+    if takes_dropout:
+        dropout = trial.suggest_float("dropout", 0.0, 0.7, step=0.05)
+        source = Source(source.factory, {**source.arguments, "dropout": dropout})
+    return source, chosen
+
+
+def _found(study: Any, dataset: Dataset) -> Found:
+    import optuna
+
+    tried = []
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    for trial in study.get_trials(deepcopy=False, states=ended):
+        values = trial.intermediate_values
+        fate: Any = trial.state.name.lower() if "diverged" not in trial.user_attrs else "diverged"
+        value = trial.value if fate == "complete" else values.get(max(values, default=0))
+        tried.append(Tried(trial.number, fate, dict(trial.params), value, len(values)))
+    try:
+        number = study.best_trial.number
+    except ValueError as error:
+        raise ModelError(
+            f"none of {len(tried)} trials came to its end",
+            "their losses were no numbers, or all were ended early",
+            "lower --lr, or search on with more trials",
+        ) from error
+    return Found(dataset.task.metric, next(one for one in tried if one.number == number), tuple(tried))
+
+
+def _takes_dropout(source: Source, trusted: tuple[str, ...]) -> bool:
+    build(source, trusted)  # says what is wrong with it, before anything is searched
+    module, _, name = source.factory.partition(":")
+    return "dropout" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
+
+
+def _digest(*made_of: Any) -> str:
+    return hashlib.sha256(msgspec.json.encode(made_of, order="deterministic")).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    with explained(f"make the folder {work}"):
+        work.mkdir(parents=True, exist_ok=True)
+    with explained(f"lock {work}"), (work / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another process searches in {work}", "its lock is held", "wait for it, stop it, or use another --logs"
+            ) from error
+        yield

@@ -1,0 +1,175 @@
+"""What takes the steps of a training: a network on one worker, or its parts on many; to the loop they are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from rushhour.models import Deployed
+from rushhour.task import Task
+from rushhour.train.checkpoint import Snapshot, put_back, snapshot
+from rushhour.train.feed import Batch
+from rushhour.train.loss import loss_for
+
+AVERAGE = "ema"
+"""The moment, among the optimizer's, that is the moving average of a parameter."""
+
+
+class Stepper(Protocol):
+    """Every worker makes the same calls in the same order.
+
+    Attributes:
+        leads: whether this worker is the one that has the whole network's weights, judges and writes.
+    """
+
+    leads: bool
+
+    def parameters(self) -> Sequence[Tensor]:
+        """Of the network, or of the part of it that this worker has."""
+        ...
+
+    def step(self, batch: Batch) -> float:
+        """Forward and backward: leaves the gradient of the mean loss over the whole batch, and returns that loss.
+
+        Args:
+            batch: the samples of this worker. All workers return the loss of all samples.
+        """
+        ...
+
+    def clip(self, max_norm: float) -> None:
+        """Shorten the gradient of the whole network to this Euclidean norm, if it is longer."""
+        ...
+
+    def finite(self) -> bool:
+        """Whether all weights, on all workers, are numbers."""
+        ...
+
+    def agree(self, value: float) -> float:
+        """The value that the leading worker has."""
+        ...
+
+    def culprits(self, batch: Batch) -> list[int]:
+        """The samples of the whole batch, as rows of the training part, whose own loss is no number."""
+        ...
+
+    def take(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        notes: Mapping[str, Any],
+        more: Mapping[str, Tensor],
+    ) -> Snapshot | None:
+        """A snapshot of the whole training, on the leading worker; None on the others."""
+        ...
+
+    def put(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+        """Put a snapshot back, whose shapes fit."""
+        ...
+
+    def judged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Deployed | None]:
+        """The whole network in evaluation mode, with its average weights where they are kept; None if not leading."""
+        ...
+
+
+class Alone:
+    """A network on one worker.
+
+    Args:
+        deployed: with the network; its preprocessing is applied to the inputs.
+        task: decides the loss.
+        accumulate: parts that a batch goes through in.
+        bf16: whether convolutions and products are computed in bfloat16.
+    """
+
+    leads = True
+
+    def __init__(self, deployed: Deployed, task: Task, *, accumulate: int, bf16: bool) -> None:
+        self._deployed = deployed
+        self._task = task
+        self._loss = loss_for(task, "sum")
+        self._accumulate = accumulate
+        self._bf16 = bf16
+
+    def parameters(self) -> Sequence[Tensor]:
+        """All of the network's."""
+        return list(self._deployed.network.parameters())
+
+    def step(self, batch: Batch) -> float:
+        """Forward and backward, in parts; see `Stepper`."""
+        self._deployed.train()
+        self._deployed.zero_grad()
+        total = 0.0
+        for inputs, targets in zip(
+            batch.inputs.tensor_split(self._accumulate), batch.targets.tensor_split(self._accumulate), strict=True
+        ):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+                outputs = self._deployed.logits(inputs)
+            loss = self._loss(outputs, targets) / len(batch.rows)
+            total += loss.item()
+            if not math.isfinite(total):
+                break
+            loss.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    def clip(self, max_norm: float) -> None:
+        """Shorten the gradient."""
+        nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+
+    def finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters())
+
+    def agree(self, value: float) -> float:
+        """The value itself."""
+        return value
+
+    def culprits(self, batch: Batch) -> list[int]:
+        """Found by asking for each sample's own loss."""
+        return culprits_of(self._deployed, self._task, batch, bf16=self._bf16)
+
+    def take(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        notes: Mapping[str, Any],
+        more: Mapping[str, Tensor],
+    ) -> Snapshot | None:
+        """Copies of all that changes."""
+        return snapshot(step, self._deployed.network, optimizer, schedule, notes=notes, more=more)
+
+    def put(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+        """Put a snapshot back."""
+        put_back(found, self._deployed.network, optimizer, schedule)
+
+    def judged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Deployed | None]:
+        """The network itself."""
+        return averaged(self._deployed, optimizer)
+
+
+def culprits_of(deployed: Deployed, task: Task, batch: Batch, *, bf16: bool) -> list[int]:
+    """Of a worker's own samples, as rows of the training part, those whose loss in evaluation mode is no number."""
+    deployed.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = loss_for(task, "none")(deployed.logits(batch.inputs), batch.targets)
+    return [int(row) for row in batch.own[(~losses.isfinite()).numpy()]]
+
+
+@contextmanager
+def averaged(deployed: Deployed, optimizer: torch.optim.Optimizer) -> Iterator[Deployed]:
+    """A whole network in evaluation mode; where averages of its weights are kept, they stand in for them meanwhile."""
+    own = [(parameter, parameter.data) for parameter in deployed.network.parameters()]
+    for parameter, _ in own:
+        parameter.data = optimizer.state[parameter].get(AVERAGE, parameter.data)
+    try:
+        yield deployed.eval()
+    finally:
+        for parameter, data in own:
+            parameter.data = data

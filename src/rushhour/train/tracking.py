@@ -1,0 +1,136 @@
+"""What a training leaves for people to look at: curves by epoch as JSON lines, TensorBoard, Weights & Biases.
+
+FOLDER/curves.jsonl     one line for each epoch; `rushhour report FOLDER` draws it
+FOLDER/tensorboard/     `tensorboard --logdir FOLDER/tensorboard`
+FOLDER/wandb/           Weights & Biases' own files; `wandb sync` sends what was kept offline
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from rushhour.curves import Epoch, write_curves
+from rushhour.errors import ModelError
+from rushhour.storage import explained
+
+
+class Tracking(msgspec.Struct, frozen=True):
+    """Where and how a training is tracked.
+
+    Attributes:
+        folder: of the files.
+        tensorboard: whether TensorBoard's are among them.
+        wandb: the project in Weights & Biases; None: not there. Without an account's key, it stays offline.
+    """
+
+    folder: Path
+    tensorboard: bool = True
+    wandb: str | None = None
+
+
+class Tracker:
+    """Tracks one training, from where it stands. Use it in a `with` block.
+
+    Args:
+        tracking: where and how; None: nowhere.
+        name: of the training.
+        identity: the same for the same training, so that one that goes on is one; letters and digits.
+        settings: what is to be seen beside the curves.
+        first: optimizer steps done before.
+
+    Raises:
+        ModelError: if Weights & Biases is asked for and not installed.
+        StorageError: if the disk does not take the files.
+    """
+
+    def __init__(
+        self, tracking: Tracking | None, name: str, *, identity: str, settings: dict[str, Any], first: int
+    ) -> None:
+        self._folder = tracking.folder if tracking is not None else None
+        self._writer: Any = None
+        self._run: Any = None
+        if tracking is None:
+            return
+        with explained(f"make the folder {tracking.folder}"):
+            tracking.folder.mkdir(parents=True, exist_ok=True)
+        if tracking.wandb is not None:
+            self._run = _wandb_run(tracking, name, identity, settings)
+        if tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with explained(f"write {tracking.folder / 'tensorboard'}"):
+                # what a killed process wrote after its last checkpoint is taken back, because it happens again
+                self._writer = SummaryWriter(
+                    str(tracking.folder / "tensorboard"), purge_step=first + 1 if first else None
+                )
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish(exit_code=0 if error is None else 1)
+
+    def step(self, step: int, loss: float, lr: float) -> None:
+        """An optimizer step is done; `step` counts from 1."""
+        if self._writer is not None:
+            self._writer.add_scalar("step/loss", loss, step)
+            self._writer.add_scalar("step/lr", lr, step)
+
+    def epoch(self, history: Sequence[Epoch]) -> None:
+        """An epoch is done: the last of `history`, which holds all.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        last = history[-1]
+        figures = {
+            "loss": last.loss,
+            "validation/loss": last.validation_loss,
+            f"validation/{last.metric}": last.value,
+            "lr": last.lr,
+            "samples_per_s": last.samples_per_s,
+        }
+        if self._folder is not None:
+            write_curves(self._folder, history)
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"epoch/{name}", value, last.step)
+            self._writer.flush()
+        if self._run is not None:
+            self._run.log({**figures, "epoch": last.epoch}, step=last.step)
+
+
+def _wandb_run(tracking: Tracking, name: str, identity: str, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ModelError(
+            "cannot track with Weights & Biases", "it is not installed", "pip install 'rushhour[wandb]'"
+        ) from error
+    online = "WANDB_API_KEY" in os.environ and "WANDB_MODE" not in os.environ
+    try:
+        return wandb.init(
+            project=tracking.wandb,
+            name=name,
+            id=identity,
+            dir=str(tracking.folder),
+            config=settings,
+            resume="allow" if online else None,
+            mode=None if online or "WANDB_MODE" in os.environ else "offline",
+            settings=wandb.Settings(silent=True),
+        )
+    except (wandb.errors.Error, OSError) as error:
+        raise ModelError(
+            "cannot track with Weights & Biases", str(error), "check WANDB_API_KEY, or set WANDB_MODE=offline"
+        ) from error

@@ -1,0 +1,222 @@
+"""`rushhour train` at work: its options, one training or a search for the best, and what is said of it at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from rushhour.errors import GoalError, ModelError
+from rushhour.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from rushhour.bundle import Bundle, Source
+    from rushhour.data import Dataset
+    from rushhour.train import TrainSettings
+    from rushhour.train.search import Found
+
+# Only what options need is imported here; training takes seconds to import.
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+_MOST_CORRUPT = 5
+"""Corrupt pictures that are named, at most."""
+
+
+def basic_options(command: C) -> C:
+    """Those of every command that trains."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Of the weights and the order of the data."),
+        click.option("--batch", default=128, show_default=True, help="Samples in one training step."),
+        click.option("--lr", default=2e-3, show_default=True, help="The largest learning rate."),
+        click.option("--epochs", default=3, show_default=True, help="Passes over the training data."),
+    ):
+        command = option(command)
+    return command
+
+
+def train_options(command: C) -> C:
+    """Those of `rushhour train` alone, below the basic ones."""
+    on_off = {"default": None}
+    for option in (
+        click.option("--pruner", default="median", show_default=True, type=click.Choice(["median", "hyperband"]),
+                     help="How --search ends what is hopeless."),
+        click.option("--search", type=click.IntRange(1), metavar="N",
+                     help="Train N times with other hyper-parameters, end the hopeless early, keep the best."),
+        click.option("--wandb", metavar="PROJECT", help="Track with Weights & Biases too; offline without a key."),
+        click.option("--tensorboard/--no-tensorboard", default=True, show_default=True, help="Write DIR/tensorboard."),
+        click.option("--logs", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Where curves are kept; BUNDLE-training by default."),
+        click.option("--size", metavar="HxW", help="Bring the pictures of a folder to this size."),
+        click.option("--skip-corrupt", is_flag=True, help="Leave out pictures that cannot be read, and name them."),
+        click.option("--augment", metavar="LIST",
+                     help="Change pictures at random: flip,crop,rotate=10,scale=0.1,colour=0.2."),
+        click.option("--bf16/--no-bf16", **on_off, help="Compute in bfloat16; where the CPU has it by default."),
+        click.option("--patience", type=int, metavar="N",
+                     help="End after N epochs without a better validation metric; keep the best."),
+        click.option("--ema", type=float, metavar="DECAY", help="Keep a moving average of the weights: 0.999."),
+        click.option("--accumulate", type=int, default=1, show_default=True,
+                     help="Parts that a batch goes through in, to need less memory."),
+        click.option("--clip", type=float, metavar="NORM", help="Bound the norm of the gradient."),
+        click.option("--momentum", default=0.9, show_default=True, help="Of sgd."),
+        click.option("--weight-decay", default=0.0, show_default=True, help="Pull weights towards 0."),
+        click.option("--warmup", default=0.05, show_default=True, help="Share of the steps in which cosine rises."),
+        click.option("--schedule", default="one-cycle", show_default=True,
+                     type=click.Choice(["one-cycle", "cosine", "constant", "step"]), help="Of the learning rate."),
+        click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), metavar="K",
+                     help="Processes that share every batch; any number goes on where another stopped."),
+        click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"]),
+                     help="Which steps are taken."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def settings_of(training: dict[str, Any]) -> TrainSettings:
+    """The settings that options name; `augment` is still text."""
+    from rushhour.data.augment import Augmentation
+    from rushhour.train import TrainSettings
+
+    augment = training.pop("augment", None)
+    return TrainSettings(**training, augment=None if augment is None else Augmentation.parse(augment))
+
+
+def load_data(spec: str, progress: TerminalProgress, *, skip_corrupt: bool = False, size: str | None = None) -> Dataset:
+    """The data set that a user named, with a line on how it went; pictures that are left out are named."""
+    from rushhour.data import load
+
+    heard: list[str] = []
+    progress.start(f"Loading {spec}")
+    dataset = load(
+        spec,
+        size=None if size is None else _size(size),
+        on_corrupt=(lambda error: heard.append(f"{error.what}: {error.why}")) if skip_corrupt else None,
+    )
+    sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape))}")
+    for line in heard[:_MOST_CORRUPT]:
+        click.echo(f"left out: {line}", err=True)
+    if len(heard) > _MOST_CORRUPT:
+        click.echo(f"left out: {len(heard) - _MOST_CORRUPT} more pictures that cannot be read", err=True)
+    return dataset
+
+
+def model_of(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
+    """What MODEL names, and the factories that the user has thereby said may be imported."""
+    from rushhour.bundle import Bundle
+
+    if (path := Path(model)).is_dir():
+        bundle = Bundle.open(path)
+        for spec in bundle.manifest.signature.outputs[:1]:
+            dataset.task.check_output(spec.shape, model)
+        return bundle, ()
+    from rushhour.models import source_for
+
+    return source_for(model, dataset.sample_shape, dataset.task), ((model,) if ":" in model else ())
+
+
+def run(
+    model: str,
+    data: str,
+    out: Path,
+    progress: TerminalProgress,
+    *,
+    logs: Path | None,
+    tensorboard: bool,
+    wandb: str | None,
+    search: int | None,
+    pruner: Any,
+    workers: int,
+    skip_corrupt: bool,
+    size: str | None,
+    **training: Any,
+) -> tuple[Bundle, Found | None]:
+    """Train once, on one worker or several, or search.
+
+    Raises:
+        GoalError: if a search is asked for on several workers.
+        ModelError: if MODEL is a bundle.
+        RushhourError: as `rushhour.train.train`.
+    """
+    from rushhour.bundle import Bundle
+    from rushhour.machine import cores
+    from rushhour.train import Tracking, train
+    from rushhour.train.search import search as search_best
+
+    if search is not None and workers > 1:
+        raise GoalError(
+            f"cannot search on {workers} workers",
+            "a trial is ended early by the process it runs in",
+            "leave out --workers",
+        )
+    if workers > cores():
+        click.echo(f"{workers} workers share {cores()} cores: they wait for each other; fewer are faster", err=True)
+    settings = settings_of(training)
+    dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
+    source, trusted = model_of(model, dataset)
+    if isinstance(source, Bundle):
+        raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
+    folder = logs or out.with_name(f"{out.name}-training")
+    tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
+    if search is None:
+        bundle = train(
+            dataset,
+            source,
+            settings,
+            out=out,
+            work=out.with_name(f".{out.name}.checkpoints"),
+            progress=progress,
+            trusted=trusted,
+            tracking=tracking,
+            workers=workers,
+        )
+        return bundle, None
+    bundle, found = search_best(
+        dataset,
+        source,
+        settings,
+        trials=search,
+        pruner=pruner,
+        out=out,
+        work=folder,
+        progress=progress,
+        trusted=trusted,
+        tracking=tracking,
+    )
+    return bundle, found
+
+
+def print_found(console: Console, found: Found) -> None:
+    """The trials of a search as a table, the best one marked."""
+    names = sorted({name for tried in found.trials for name in tried.chosen})
+    table = Table("", "trial", *names, "epochs", f"{found.metric} (validation)", "", title="What was tried")
+    for tried in found.trials:
+        is_best = tried.number == found.best.number
+        table.add_row(
+            "★" if is_best else "",
+            str(tried.number),
+            *(f"{tried.chosen[name]:.4g}" if name in tried.chosen else "" for name in names),
+            str(tried.epochs),
+            "" if tried.value is None else f"{tried.value:.4f}",
+            "best" if is_best else {"pruned": "ended early"}.get(tried.fate, tried.fate),
+            style="bold" if is_best else None,
+        )
+    console.print(table)
+
+
+def result(bundle: Bundle, found: Found | None) -> dict[str, Any]:
+    """What `--json` holds: the bundle's manifest, and the search."""
+    searched = {} if found is None else {"search": msgspec.to_builtins(found)}
+    return {**msgspec.to_builtins(bundle.manifest), **searched}
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and 1 <= int(height) <= 10_000 and 1 <= int(width) <= 10_000):
+        raise GoalError(f"cannot use the size {text!r}", "it is height x width in pixels", "write for example 224x224")
+    return int(height), int(width)
