@@ -92,7 +92,7 @@ def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, 
         name: of the model, for messages.
 
     Raises:
-        ModelError: if a layer named in the step is not there, the network cannot be traced, or nothing can be pruned.
+        ModelError: if a layer named in the step is not there, or the network cannot be traced.
     """
     network = deployed.network
     _check_names(network, step, name)
@@ -104,21 +104,14 @@ def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, 
     taylor = step.importance == "taylor" and dataset.train.labelled
     if taylor:
         _accumulate_gradients(deployed, dataset, seed)
-    done, until = iteration / step.iterations, (iteration + 1) / step.iterations
     if step.parameters is not None:
-        ratio = _ratio_for(network, example, step, kept, taylor, step.parameters, until)
+        target = _parameters(network) * (1 - step.parameters) ** (1 / step.iterations)
+        ratio = _ratio_for(network, example, step, kept, taylor, target)
     else:
+        done, until = iteration / step.iterations, (iteration + 1) / step.iterations
         ratio = 1 - (1 - step.ratio * until) / (1 - step.ratio * done)
-    before = _parameters(network)
     _cut(network, example, ratio, step, kept, taylor)
     network.zero_grad()
-    if _parameters(network) == before and iteration + 1 == step.iterations == 1:
-        raise ModelError(
-            f"nothing of {name} can be pruned",
-            "no layer has channels that can go without others, in steps of "
-            f"{step.round_to or fast_multiple()}, within its limit",
-            "use a higher ratio, a smaller round_to, or leave the step out",
-        )
 
 
 def _check_names(network: nn.Module, step: Prune, name: str) -> None:
@@ -241,14 +234,9 @@ def _rounded(wanted: int, width: int, limit: float, granule: int) -> int:
 
 
 def _ratio_for(
-    network: nn.Module, example: Tensor, step: Prune, kept: list[nn.Module], taylor: bool, share: float, until: float
+    network: nn.Module, example: Tensor, step: Prune, kept: list[nn.Module], taylor: bool, target: float
 ) -> float:
-    """The smallest ratio, found by trying on copies, that removes `share` of the parameters by the last iteration.
-
-    Each iteration aims for its even part of what is still to go.
-    """
-    remaining = round(step.iterations * (1 - until)) + 1
-    target = _parameters(network) * (1 - share) ** (1 / step.iterations) if remaining else _parameters(network)
+    """The smallest ratio, found by trying on copies, that leaves `target` parameters or fewer."""
     low, high = 0.0, step.limit
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
