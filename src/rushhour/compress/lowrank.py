@@ -79,7 +79,8 @@ def split(deployed: Deployed, dataset: Dataset, step: LowRank, *, seed: int, nam
     seen = _outputs(deployed, dataset, {layer: dense[layer] for layer in chosen}, seed)
     for layer, (mean, moment) in seen.items():
         module = dense[layer]
-        values, directions = torch.linalg.eigh(moment - torch.outer(mean, mean))
+        # around the mean where a bias can hold what is left of it
+        values, directions = torch.linalg.eigh(moment if module.bias is None else moment - torch.outer(mean, mean))
         rank = _rank(module, values.flip(0), step)
         if rank * (module.in_features + module.out_features) >= module.in_features * module.out_features:
             continue
