@@ -17,8 +17,8 @@ COMPRESSION = "compression.json"
 """The file's name in a compression's folder."""
 
 Verdict = Literal["best", "no gain", "nearest miss"]
-"""`best`: inside the budget and no slower than what it was made from. `no gain`: what is inside is slower, so the bundle
-is as it was. `nearest miss`: nothing is inside the budget."""
+"""`best`: inside the budget and no slower than what it was made from. `no gain`: what is inside is slower, so the
+bundle is as it was. `nearest miss`: nothing is inside the budget."""
 
 
 class Factor(msgspec.Struct, frozen=True):

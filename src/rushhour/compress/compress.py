@@ -158,13 +158,21 @@ def _chosen(attempts: Sequence[Attempt], budget: AccuracyBudget) -> tuple[tuple[
     if not inside:
         nearest = min(every, key=lambda place: (stage(place).accuracy.drop, -speed(place)))
         drop = stage(nearest).accuracy
-        return nearest, "nearest miss", (
-            f"nothing is inside the budget of {budget}: {drop.metric} falls by {drop.drop * 100:.2f} points at least, "
-            "this is the nearest miss"
+        return (
+            nearest,
+            "nearest miss",
+            (
+                f"nothing is inside the budget of {budget}: {drop.metric} falls by {drop.drop * 100:.2f} points at "
+                "least, this is the nearest miss"
+            ),
         )
     good = [place for place in inside if not stage(place).slower]
     if not good:
-        return None, "no gain", "what is inside the budget is slower than what it was made from: the bundle is as it was"
+        return (
+            None,
+            "no gain",
+            "what is inside the budget is slower than what it was made from: the bundle is as it was",
+        )
     fastest = max(map(speed, good))
     best = min(
         (place for place in good if speed(place) >= (1 - _ALIKE) * fastest),

@@ -58,7 +58,12 @@ class Prune(msgspec.Struct, frozen=True, tag_field="step", tag="prune"):
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        shares = [self.ratio, self.limit, *self.limits.values(), *([] if self.parameters is None else [self.parameters])]
+        shares = [
+            self.ratio,
+            self.limit,
+            *self.limits.values(),
+            *([] if self.parameters is None else [self.parameters]),
+        ]
         if not all(0 <= share < 1 for share in shares) or 0 in (self.ratio, self.parameters):
             raise ModelError(
                 f"cannot prune by ratio {self.ratio:g} with limits {', '.join(f'{share:g}' for share in shares[1:])}",
@@ -68,7 +73,7 @@ class Prune(msgspec.Struct, frozen=True, tag_field="step", tag="prune"):
         if self.iterations < 1 or self.epochs < 0 or (self.round_to or 1) < 1 or not self.lr > 0:
             raise ModelError(
                 f"cannot prune in {self.iterations} iterations with {self.epochs} epochs each at lr {self.lr:g}",
-                f"round_to is {self.round_to}; iterations, round_to and the learning rate are above 0, epochs not below",
+                f"round_to is {self.round_to}; iterations, round_to and lr are above 0, epochs not below",
                 "change that setting",
             )
 

@@ -495,13 +495,15 @@ class _Work:
         )
 
     def _lineage(self, step: AnyStep) -> Step:
-        settings = {
+        settings: dict[str, int | float | str | bool] = {
             name: value if isinstance(value, int | float | str) else msgspec.json.encode(value).decode()
             for name, value in msgspec.to_builtins(step).items()
             if name != "step" and value not in (None, {}, [], ())
         }
-        data = {"dataset": self._dataset.name, "fingerprint": self._dataset.fingerprint, "seed": self._seed}
-        return Step(_tag(step), {**settings, **(data if isinstance(step, _TRAINS) else {}), "key": self._key[:24]})
+        if isinstance(step, _TRAINS):
+            data = self._dataset
+            settings |= {"dataset": data.name, "fingerprint": data.fingerprint, "seed": self._seed}
+        return Step(_tag(step), {**settings, "key": self._key[:24]})
 
 
 def ladder(bundle: Bundle, dataset: Dataset, *, epochs: int = 5, trusted: tuple[str, ...] = ()) -> tuple[Recipe, ...]:

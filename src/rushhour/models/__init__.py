@@ -9,8 +9,8 @@ from rushhour.models.deployed import Deployed, export, load_deployed
 from rushhour.models.imported import from_onnx
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
-from rushhour.models.residual import residual
 from rushhour.models.reshape import split_dense
+from rushhour.models.residual import residual
 from rushhour.models.source import build, resized, source_for
 
 __all__ = [

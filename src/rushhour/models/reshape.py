@@ -69,7 +69,11 @@ def reshape(network: nn.Module, change: Reshape, model: str) -> None:
     cut: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
     for name, shape in change.shapes.items():
         old = state.get(name)
-        if old is None or len(shape) != old.dim() or any(new > size for new, size in zip(shape, old.shape, strict=True)):
+        if (
+            old is None
+            or len(shape) != old.dim()
+            or any(new > size for new, size in zip(shape, old.shape, strict=True))
+        ):
             found = "there is none" if old is None else f"it has {tuple(old.shape)}"
             raise ModelError(
                 f"cannot bring {name} of the model {model} to the shape {tuple(shape)}",
