@@ -16,12 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rushhour.bundle import Bundle, Preprocessing, Source, TensorSpec
-from rushhour.compress import Distil, LowRank, Precision, Prune, Quantize, Recipe, Store, apply, compress, ladder
+from rushhour.compress import (
+    Distil,
+    LowRank,
+    Precision,
+    Prune,
+    Quantize,
+    Recipe,
+    Store,
+    apply,
+    compress,
+    ladder,
+    outputs_of,
+    quantize,
+)
 from rushhour.compress.compress import Bench
 from rushhour.compress.speed import Artefact, Ratio, Speed
 from rushhour.compression import Compression
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset, Split
+from rushhour.engines import EngineConfig
 from rushhour.errors import DataError, GoalError, ModelError
 from rushhour.goal import AccuracyBudget
 from rushhour.models import build, export, load_deployed, split_dense
@@ -194,13 +208,11 @@ def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> N
     )  # fmt: skip
     student = Source("rushhour.models:mlp", {"inputs": 144, "outputs": 4})
     step = Distil(4, student=student, batch=32, augment=Augmentation(crop=0.05))
-    with torch.inference_mode():
-        answers = [
-            load_deployed(next(apply(Recipe((step,)), teacher, pictures(), Store(tmp_path), progress=Silent())))(
-                torch.from_numpy(pictures().test.inputs)
-            )
-            for teacher in (parent, graph)
-        ]
+    answers = []
+    for teacher in (parent, graph):
+        (made,) = apply(Recipe((step,)), teacher, pictures(), Store(tmp_path), progress=Silent())
+        with torch.inference_mode():
+            answers.append(load_deployed(made)(torch.from_numpy(pictures().test.inputs)))
     # the module answers in bf16 where the processor has it
     assert float((answers[0] - answers[1]).abs().mean()) < 0.05
 
@@ -218,7 +230,10 @@ def test_regression_is_distilled_too(tmp_path: Path) -> None:
         preprocessing=Preprocessing(), source=source, lineage=(), samples=inputs[:4], path=tmp_path / "teacher",
     )  # fmt: skip
     step = Distil(
-        15, student=Source("rushhour.models:mlp", {"inputs": 8, "outputs": 2, "width": 32}), batch=32, alpha=1
+        15,
+        student=Source("rushhour.models:mlp", {"inputs": 8, "outputs": 2, "hidden": 32, "depth": 2}),
+        batch=32,
+        alpha=1,
     )
     (made,) = apply(Recipe((step,)), teacher, data, Store(tmp_path / "store"), progress=Silent())
     samples = torch.from_numpy(data.test.inputs)
@@ -239,7 +254,7 @@ def test_low_rank_keeps_what_the_layer_gives_on_data(parent: Bundle) -> None:
         samples = torch.from_numpy(pictures().test.inputs)
         before = deployed(samples)
         ranks = split(deployed, pictures(), LowRank(energy=0.99999), seed=0, name="x")
-        assert ranks["13"] <= 5
+        assert ranks["13"] in (4, 8)
         assert torch.allclose(deployed(samples), before, atol=2e-3)
 
 
@@ -291,17 +306,17 @@ def test_residual_networks_and_transformers_are_pruned(source: Source, tmp_path:
 
 
 def test_layers_that_must_stay_stay(parent: Bundle, tmp_path: Path) -> None:
-    step = Prune(0.5, ignored=("0",), limits={"7": 0.25}, round_to=2, epochs=0)
+    step = Prune(0.5, ignored=("0",), limits={"6": 0.25}, round_to=2, epochs=0)
     (made,) = apply(Recipe((step,)), parent, pictures(), Store(tmp_path), progress=Silent())
     before, after = (load_deployed(each).network.state_dict() for each in (parent, made))
     assert after["0.weight"].shape[0] == before["0.weight"].shape[0]
-    assert after["7.weight"].shape[0] >= 0.75 * before["7.weight"].shape[0]
+    assert after["6.weight"].shape[0] >= 0.75 * before["6.weight"].shape[0]
     assert after["2.weight"].shape[0] < before["2.weight"].shape[0]
     for name in ("ignored", "limits"):
         wrong = Prune(**{name: {"99": 0.5} if name == "limits" else ("99",)})
         with pytest.raises(ModelError, match="there is no layer '99'"):
             next(apply(Recipe((wrong,)), parent, pictures(), Store(tmp_path), progress=Silent()))
-    everything = Prune(ignored=("0", "2", "6", "8", "7", "13", "16")[:0] or _layers(parent))
+    everything = Prune(ignored=_layers(parent))
     with pytest.raises(ModelError, match="nothing of quarters can be pruned"):
         next(apply(Recipe((everything,)), parent, pictures(), Store(tmp_path), progress=Silent()))
 
@@ -316,6 +331,29 @@ def test_a_split_layer_is_split_again_from_its_record() -> None:
     split_dense(network, "13", 8)
     with pytest.raises(ModelError, match="rank 999"):
         split_dense(network, "16", 999)
+
+
+def test_a_chain_of_dense_layers_in_int8_answers_alike_on_one_thread(tmp_path: Path) -> None:
+    """OpenVINO 2026.4 fuses it on machines with AMX, and answered at random; only batches of 16 and more were right."""
+    data = pictures()
+    torch.manual_seed(0)
+    layers = nn.Linear(144, 16, bias=False), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)
+    chain = export(
+        nn.Sequential(nn.Flatten(), *layers),
+        name="chain",
+        task=data.task,
+        sample_spec=TensorSpec("image", "uint8", (12, 12, 1)),
+        preprocessing=PICTURES,
+        source=None,
+        lineage=(),
+        samples=data.train.inputs[:4],
+        path=tmp_path / "chain",
+    )
+    small = quantize(chain, data, tmp_path / "small", calibration=20, progress=Silent())
+    expected = outputs_of(small, EngineConfig("onnxruntime", "int8"), data.test)
+    for batch in (1, 3, 8, 16):
+        answers = outputs_of(small, EngineConfig("openvino", "int8", max_batch=batch), data.test)
+        assert np.allclose(answers, expected, atol=0.02)
 
 
 # Killed and run again.
@@ -415,7 +453,7 @@ def test_where_everything_is_slower_the_bundle_stays_as_it_was(parent: Bundle, t
 
 
 def test_a_budget_that_nothing_meets_leaves_the_nearest_miss(parent: Bundle, tmp_path: Path) -> None:
-    worse = "prune:0.7:epochs=0:round_to=2:importance=magnitude"
+    worse = "prune:0.9:limit=0.95:epochs=0:round_to=1:importance=magnitude"
     made = _compressed(parent, tmp_path, [worse, "int8:20"], "0%", {"int8": 2.0, "pruned": 3.0})
     assert made.verdict == "nearest miss"
     assert "nothing is inside the budget of 0%" in made.said

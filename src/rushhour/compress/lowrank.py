@@ -6,6 +6,8 @@ that rank, the one that is nearest in the layer's outputs (the best approximatio
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from rushhour.errors import ModelError
 from rushhour.models import Deployed, split_dense
 
 _SAMPLES, _BATCH = 2_048, 128
+_QUAD = 4
+"""Ranks are multiples of it: int8 instructions take four numbers at a time."""
 _DOMINANT = 0.25
 """A dense layer with this share of all parameters is worth splitting."""
 
@@ -139,11 +143,14 @@ def _rank(module: nn.Linear, values: Tensor, step: LowRank) -> int:
         return min(step.rank, most)
     if step.energy is not None:
         shares = values.clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-30)
-        return min(most, int((shares < step.energy).sum()) + 1)
+        rank = int((shares < step.energy).sum()) + 1
+        return min(most, math.ceil(rank / _QUAD) * _QUAD)
     keep = 0.1 if step.keep is None else step.keep
     rank = int(keep * module.in_features * module.out_features / (module.in_features + module.out_features))
     granule = fast_multiple()
-    return max(1, rank - rank % granule if rank >= granule else rank)
+    while granule > _QUAD and rank < granule:
+        granule //= 2
+    return min(most, max(granule, rank - rank % granule))
 
 
 def _put(network: nn.Module, layer: str, old: nn.Linear, directions: Tensor, mean: Tensor) -> None:
