@@ -23,6 +23,7 @@ from bench.crowd import recovery_s  # noqa: E402
 from bench.keeper import descendants  # noqa: E402
 from bench.record import Check, Record, judged, mean_ratio, meets, verdict  # noqa: E402
 from bench.servers import DidNotStart, free_port, running  # noqa: E402
+from train_options import OPTIONS, Trained, judge  # noqa: E402
 
 CORES = frozenset(os.sched_getaffinity(0))
 
@@ -189,6 +190,20 @@ def test_the_load_benchmark_simulates_and_searches_in_virtual_time(tmp_path: Pat
     assert {"3.false.sequential.M/D/1", "3.true.fixed.M/D/1 in bursts", "4.virtual.spread"} <= set(ids)
     assert all(check.value is not None for check in found.checks)
     assert "How long a window has to be" in render.render([("load", found)])
+
+
+def test_what_inexact_training_costs_is_judged_by_pairs() -> None:
+    found = [
+        Trained(option, seed, 0.8 + 0.02 * seed - (0.03 if option == "fp16" else 0.0), 4000 * 10**6, 100)
+        for option in OPTIONS
+        for seed in range(3)
+    ]
+    checks, tables = judge(found)
+    assert [check.id for check in checks] == ["fp16", "bf16", "powersgd", "local-sgd", "diloco"]
+    assert checks[0].value == pytest.approx(3.0)
+    assert checks[0].interval == (pytest.approx(3.0), pytest.approx(3.0))  # seeds differ by more, but in pairs
+    assert [check.holds for check in checks] == [False, True, True, True, True]
+    assert tables[0].rows[0] == ("exact", pytest.approx(82.0), None, None, 40.0)
 
 
 def test_page_is_what_the_results_say() -> None:

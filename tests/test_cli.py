@@ -56,6 +56,15 @@ def test_data_with_one_class(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_data_without_labels_is_for_a_bundle(tiny: Bundle, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (100, 4, 4, 1), dtype=np.uint8))
+    refused(rushhour("train", "mlp", "--data", tmp_path / "x.npz", "--out", tmp_path / "out"), "has no labels")
+    command = ["compress", tiny.path, "--data", tmp_path / "x.npz", "--max-accuracy-drop", "50%"]
+    done = rushhour(*command, "--out", tmp_path / "small")
+    assert done.returncode in (0, 1), done.stderr
+    assert "agreement" in done.stdout + done.stderr
+
+
 def test_a_model_whose_output_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\ndef seven():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"

@@ -704,6 +704,20 @@ def test_the_bound_on_connections_is_never_silent(generator: Generator) -> None:
     assert judge(run, SLO.parse("p99<10s"), rate_rps=400, seed=3).outcome is Outcome.GENERATOR_LIMITED
 
 
+def test_what_a_starved_generator_never_sent_is_not_held_against_the_server(generator: Generator) -> None:
+    with behaving(service_s=0.01) as url:
+        run = generator.run(job(discover(url), rate=800, n=1600, max_connections=2, timeout_s=1.0))
+    assert run.count(Status.LOST) > 300
+    assert judge(run, P99, rate_rps=800, seed=3).outcome is Outcome.GENERATOR_LIMITED
+
+
+def test_a_slow_server_does_not_hide_behind_the_bound_on_connections(generator: Generator) -> None:
+    with behaving(service_s=0.1) as url:
+        run = generator.run(job(discover(url), rate=200, n=400, max_connections=8, timeout_s=1.0))
+    assert run.starved > 100
+    assert judge(run, P99, rate_rps=200, seed=3).outcome in (Outcome.FAIL, Outcome.UNSTABLE)
+
+
 def test_wrong_answers_are_errors(generator: Generator) -> None:
     with behaving() as url:
         target = discover(url)

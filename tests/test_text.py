@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from conftest import serving
 from rushhour.bundle import Bundle, Preprocessing, Source, Step, TensorSpec
 from rushhour.compress import compress_weights, halve_weights, judge, outputs_of, quantize
 from rushhour.data import Dataset, Split, load
@@ -234,3 +238,23 @@ def test_lines_of_a_file_are_samples(real: Bundle, tmp_path: Path) -> None:
     assert not data.train.labelled
     assert data.train.inputs["input_ids"].shape == (17, 128)
     assert load(str(tmp_path / "said.txt"), seed=3).fingerprint == data.fingerprint
+
+
+def test_three_inputs_are_served_and_loaded(encoder: Bundle, tmp_path: Path) -> None:
+    http = pytest.importorskip("tritonclient.http")
+    samples = some_tokens(3, seed=5)
+    with serving(encoder.path) as server:
+        inputs = []
+        for name in INPUTS:
+            inputs.append(http.InferInput(name, [3, 10], "INT64"))
+            inputs[-1].set_data_from_numpy(np.ascontiguousarray(samples[name]))
+        with http.InferenceServerClient(server.url.removeprefix("http://")) as client:
+            said = client.infer("encoder", inputs).as_numpy("embedding")
+        command = [sys.executable, "-m", "rushhour", "load", server.url, "--slo", "p99<1s", "--rate", "50"]
+        command += ["--duration", "1s", "--payloads", str(encoder.path), "--json", str(tmp_path / "load.json")]
+        subprocess.run(command, capture_output=True)
+    expected = outputs_of(encoder, EngineConfig("openvino", max_batch=3), Split(samples, np.zeros((3, 0), np.float32)))
+    np.testing.assert_allclose(said, expected, atol=1e-4)
+    loaded = json.loads((tmp_path / "load.json").read_text())["runs"][0]
+    assert loaded["n"] > 0
+    assert loaded["errors"] == 0

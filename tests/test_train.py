@@ -57,6 +57,7 @@ class Notes:
         self.steps = 0.0
         self.notes: list[str] = []
         self.result = ""
+        self.said: list[str] = []
         self._dies_at = dies_at
 
     def start(self, what: str, total: float | None = None) -> None:
@@ -70,6 +71,7 @@ class Notes:
 
     def done(self, note: str = "") -> None:
         self.result = note
+        self.said.append(note)
         if self._dies_at is not None:
             signal.raise_signal(signal.SIGKILL)
 

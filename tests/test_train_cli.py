@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from rushhour.bundle import Bundle
+from rushhour.machine import cores
 from test_cli import refused, rushhour
 
 
@@ -74,6 +75,11 @@ def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
         (["--ema", "2"], "ema=2"),
         (["--optimizer", "lion"], "lion"),
         (["--search", "3", "--workers", "2"], "cannot search on 2 workers"),
+        (["--local-sgd", "3", "--diloco", "2"], "cannot meet in two ways"),
+        (["--diloco", "2", "--parallel", "pipeline"], "a pipeline plan cannot be relaxed"),
+        (["--memory", "0"], "cannot use 0 GB"),
+        (["--diloco", "8"], "one worker sends nothing"),
+        (["--local-sgd", "0"], "--local-sgd"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options: list[str], says: str, tmp_path: Path) -> None:
@@ -82,6 +88,47 @@ def test_what_cannot_be_is_refused_in_one_line(options: list[str], says: str, tm
     done = rushhour("train", "mlp", "--data", tmp_path / "three.npz", *options, "--out", tmp_path / "run")
     refused(done, says)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["three.npz"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    inputs = np.random.default_rng(0).normal(size=(120, 6)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", x=inputs, y=np.arange(120) % 3)
+    return tmp_path / "rows.npz"
+
+
+@pytest.mark.parametrize("sharing", [[], ["--workers", "2", "--parallel", "pipeline"]])
+def test_a_loss_that_is_no_number_ends_it_and_names_the_batch(sharing: list[str], rows: Path, tmp_path: Path) -> None:
+    done = rushhour(
+        "train",
+        "mlp",
+        "--data",
+        rows,
+        "--batch",
+        "16",
+        "--lr",
+        "1e30",
+        "--no-bf16",
+        *sharing,
+        "--out",
+        tmp_path / "run",
+    )
+    refused(done, "the training of mlp broke at step 2 of 18", "step 2 of epoch 1", "its samples are", "lower the lear")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).normal(size=(120, 6)).astype(np.float32)
+    inputs[41] = np.inf
+    np.savez(tmp_path / "rows.npz", x=inputs, y=np.arange(120) % 3)
+    done = rushhour("train", "mlp", "--data", tmp_path / "rows.npz", "--out", tmp_path / "run")
+    refused(done, "the train part of rows holds NaN or infinity")
+    assert "Warning" not in done.stderr
+
+
+def test_a_network_that_no_plan_fits_in_memory_is_refused(rows: Path, tmp_path: Path) -> None:
+    done = rushhour("train", "mlp", "--data", rows, "--workers", "2", "--memory", "0.0001", "--out", tmp_path / "run")
+    refused(done, "no plan fits in memory: the smallest needs", "use more machines")
 
 
 def test_an_empty_class_is_named(photos: Path, tmp_path: Path) -> None:
@@ -95,3 +142,26 @@ def test_a_bundle_is_not_trained_again(tiny: Bundle, tmp_path: Path) -> None:
     labels = np.arange(60, dtype=np.int64) % tiny.manifest.task.outputs
     np.savez(tmp_path / "x.npz", x=random.integers(0, 255, (60, *shape), dtype=np.uint8), y=labels)
     refused(rushhour("train", tiny.path, "--data", tmp_path / "x.npz", "--out", tmp_path / "run"), "is a bundle")
+
+
+def test_more_workers_than_cores_are_warned_of_and_work(photos: Path, tmp_path: Path) -> None:
+    (photos / "dark" / "7.png").unlink()
+    workers = cores() + 1
+    done = rushhour(
+        "train", "mlp", "--data", photos, "--epochs", "1", "--batch", "16", "--workers", str(workers),
+        "--no-tensorboard", "--out", tmp_path / "run", "--json", tmp_path / "run.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "run.json").read_text())["plan"]
+    assert said["workers"] == workers
+    assert f"{said['mode']} ({said['mesh']['data']} x " in done.stderr, "the plan is shown, with what others cost"
+    assert f"{workers} workers share {cores()} cores" in done.stderr
+    assert Bundle.open(tmp_path / "run").manifest.name == "mlp-photos"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".run.checkpoints",
+        "photos",
+        "run",
+        "run-training",
+        "run.json",
+    ]
+    assert list((tmp_path / ".run.checkpoints").iterdir()) == []

@@ -2,32 +2,68 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rushhour.bundle import Source
 from rushhour.curves import Epoch, read_curves
-from rushhour.errors import ModelError
-from rushhour.train import Tracking, TrainSettings
+from rushhour.errors import ModelError, PlanError
+from rushhour.train import Division, Relaxed, Tracking, TrainSettings
 from rushhour.train.loop import Diverged
-from test_train import Notes, table, trained
+from rushhour.train.plan import Mode
+from rushhour.train.reducer import Compression
+from test_parallel import CONSTANTS
+from test_train import ARTICLE as PICTURES
+from test_train import Notes, pictures, table
 from test_train_loop import MLP, learned, same, with_extremes
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = TrainSettings(epochs=3, batch=33, ema=0.9, clip=1.0, bf16=False)  # 9 steps an epoch; 33 does not divide
 
 
+def divided(mode: Mode = "auto", **how: Any) -> Division:
+    """With constants made up, because measuring takes seconds."""
+    return Division(mode, constants=CONSTANTS, **how)
+
+
+KILLS = "RUSHHOUR_TEST_KILLS"
+"""RANK PASS FILE: this worker is killed in this forward pass, from 0, unless the file is there already."""
+
+
+class Mortal(nn.Module):
+    """Answers with what it is given, and ends its process when the environment wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and KILLS in os.environ:
+            rank, at, file = os.environ[KILLS].split(" ", 2)
+            if dist.get_rank() == int(rank) and self._passes == int(at) and not Path(file).exists():
+                Path(file).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._passes += 1
+        return x
+
+
 def with_dropout() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
+    return nn.Sequential(Mortal(), nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2), Mortal())
 
 
 DROPOUT = Source("test_train_workers:with_dropout")
@@ -55,18 +91,19 @@ def test_two_workers_learn_what_one_does(alone: dict[str, torch.Tensor], tmp_pat
     assert notes.result.startswith("r2 ")
     assert [epoch.step for epoch in heard] == [9, 18, 27]
     assert list(read_curves(tmp_path / "t")) == heard
-    assert sorted(file.suffix for file in (tmp_path / "work").iterdir()) == [".safetensors"], "nothing else is left"
+    left = sorted(str(file.relative_to(tmp_path / "work")) for file in (tmp_path / "work").rglob("*"))
+    assert [name.removeprefix("train-")[16:] for name in left] == ["", ".safetensors", "/plan.json"]
 
 
-def shortened(folder: Path, workers: int, until: int) -> None:
+def shortened(folder: Path, workers: int, until: int, mode: Mode) -> None:
     """Train on so many workers, and die with all of them after a checkpoint at step `until` or later."""
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests'); import test_train_workers as t; "
         "t.learned(pathlib.Path(sys.argv[1]), t.table(), t.MLP, t.SETTINGS, workers=int(sys.argv[2]), "
-        "progress=t.Stop(int(sys.argv[3])), checkpoint_every_s=0.0)"
+        "progress=t.Stop(int(sys.argv[3])), checkpoint_every_s=0.0, division=t.divided(sys.argv[4]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(workers), str(until)], capture_output=True, cwd=ROOT
+        [sys.executable, "-c", code, str(folder), str(workers), str(until), mode], capture_output=True, cwd=ROOT
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
@@ -93,59 +130,103 @@ def children(pid: int) -> list[int]:
 
 
 def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    shortened(tmp_path, 4, 5)
-    (file,) = (tmp_path / "work").glob("*.safetensors")
-    shortened(tmp_path, 2, 14)
+    """Each time another plan, too: a checkpoint holds the whole network."""
+    shortened(tmp_path, 4, 5, "hybrid")
+    shortened(tmp_path, 2, 14, "pipeline")
     notes = Notes()
     final = learned(tmp_path, table(), MLP, SETTINGS, progress=notes)
     resumed = int(notes.notes[0].removeprefix("resumed after step "))
     assert 14 <= resumed < 27
     assert notes.steps == 27
     assert close(final, alone)
-    assert all(b"pickle" not in path.read_bytes() for path in [file])
+
+
+@pytest.mark.parametrize("mode", ["model", "pipeline"])
+def test_plans_compute_in_bfloat16_too(mode: Mode, tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=2, batch=33, bf16=True)
+    one = learned(tmp_path / "1", table(), MLP, settings)
+    two = learned(tmp_path / "2", table(), MLP, settings, workers=2, division=divided(mode))
+    assert all(torch.allclose(one[name], two[name], atol=0.02) for name in one)
+
+
+NORMS = Source("rushhour.models:residual", {"input_size": 16, "channels": 1, "classes": 4, "width": 4, "blocks": 1})
+
+
+@pytest.mark.parametrize("mode", ["sharded", "pipeline"])
+def test_batch_normalisation_sees_the_whole_batch(mode: Mode, tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=2, batch=60, ema=0.9, patience=1, lr=1e-3, bf16=False)
+    one = learned(tmp_path / "1", pictures(), NORMS, settings)
+    two = learned(tmp_path / "2", pictures(), NORMS, settings, workers=2, division=divided(mode))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        np.testing.assert_allclose(two[name], tensor, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:
     return [(epoch.step, epoch.loss, epoch.validation_loss, epoch.value) for epoch in read_curves(folder)]
 
 
-@pytest.mark.parametrize(("rank", "at"), [(0, 4), (1, 9), (1, 13)])
-def test_the_death_of_any_worker_changes_nothing(rank: int, at: int, tmp_path: Path) -> None:
-    """SIGKILL to one process after a step: all go on from the last checkpoint, with the same losses to the last bit."""
-    settings = TrainSettings(epochs=2, batch=40, bf16=False)  # 8 steps an epoch
-
-    def run(name: str, progress: Notes) -> dict[str, torch.Tensor]:
-        return learned(
-            tmp_path / name, table(), DROPOUT, settings, workers=2, progress=progress,
-            trusted=(DROPOUT.factory,), checkpoint_every_s=0.0, tracking=Tracking(tmp_path / name, tensorboard=False),
-        )  # fmt: skip
-
-    expected = run("undisturbed", Notes())
-    killer = KillsAWorker(rank, at)
-    got = run("disturbed", killer)
-    assert killer.killed is not None
-    assert any(note.startswith("resumed after step ") for note in killer.notes), "the workers were started again"
-    assert same(got, expected)
-    assert losses(tmp_path / "disturbed") == losses(tmp_path / "undisturbed")
+def dropped_out(folder: Path, division: Division, progress: Notes) -> dict[str, torch.Tensor]:
+    return learned(
+        folder, table(), DROPOUT, TrainSettings(epochs=2, batch=40, ema=0.9, clip=1.0, bf16=False), workers=2,
+        progress=progress, division=division, trusted=(DROPOUT.factory,), checkpoint_every_s=0.0,
+        tracking=Tracking(folder, tensorboard=False),
+    )  # fmt: skip
 
 
-class KillsAWorker(Notes):
-    """Kills one worker of this process, once, when it hears of a step."""
+DIVISIONS = {
+    "data": divided("data"),
+    "model": divided("model"),
+    "pipeline": divided("pipeline"),
+    "diloco": divided(relaxed=Relaxed(every=3, outer_lr=0.7, outer_momentum=0.9)),
+}
 
-    def __init__(self, rank: int, at: int) -> None:
-        super().__init__()
-        self._rank, self._at = rank, at
-        self.killed: int | None = None
 
-    def advance(self, by: float = 1.0, note: str = "") -> None:
-        super().advance(by, note)
-        if self.killed is None and self.steps >= self._at:
-            # they were started in the order of their ranks
-            workers = [
-                pid for pid in children(os.getpid()) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            ]
-            self.killed = workers[self._rank]
-            os.kill(self.killed, signal.SIGKILL)
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]]:
+    @functools.cache
+    def made(division: str) -> tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]:
+        folder = tmp_path_factory.mktemp(division)
+        return dropped_out(folder, DIVISIONS[division], Notes()), losses(folder)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("division", "rank", "at"),
+    [("data", 0, 4), ("model", 1, 5), ("pipeline", 0, 12), ("diloco", 1, 10)],
+)
+def test_the_death_of_any_worker_changes_nothing(
+    division: str,
+    rank: int,
+    at: int,
+    undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGKILL to one process in a step: all go on from the last checkpoint, with the same losses to the last bit."""
+    weights, curve = undisturbed(division)
+    killed = tmp_path / "killed"
+    monkeypatch.setenv(KILLS, f"{rank} {at} {killed}")
+    notes = Notes()
+    got = dropped_out(tmp_path, DIVISIONS[division], notes)
+    assert killed.exists()
+    assert any(note.startswith("resumed after step ") for note in notes.notes)
+    assert same(got, weights)
+    assert losses(tmp_path) == curve
+
+
+@pytest.mark.parametrize("division", ["model", "pipeline"])
+def test_every_plan_trains_alike(
+    division: str, undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]]
+) -> None:
+    """Dropout, clipping, averages and validation included."""
+    weights, curve = undisturbed(division)
+    expected, of_replicas = undisturbed("data")
+    assert close(weights, expected)
+    np.testing.assert_allclose(curve, of_replicas, rtol=1e-5)
 
 
 def test_a_worker_s_error_is_said_as_one_worker_would(tmp_path: Path) -> None:
@@ -158,6 +239,27 @@ def test_a_worker_s_error_is_said_as_one_worker_would(tmp_path: Path) -> None:
         said.append(str(raised.value))
     assert said[0] == said[1]
     assert "of its 40 samples only" in said[0]
+
+
+class Stumbles(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise LookupError("no such thing")
+        return x
+
+
+def stumbles() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 2), Stumbles())
+
+
+def test_an_error_of_the_network_s_own_is_not_tried_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source("test_train_workers:stumbles")
+    with pytest.raises(ModelError, match=r"worker \d of 2 failed: LookupError: no such thing"):
+        learned(tmp_path, table(), source, SETTINGS, workers=2, trusted=(source.factory,), division=divided("data"))
+    assert "in forward" in capfd.readouterr().err, "the traceback says where"
+    assert "start again" not in caplog.text
 
 
 def dies() -> nn.Module:
@@ -181,23 +283,92 @@ def test_more_workers_than_samples_in_a_step_are_refused(tmp_path: Path) -> None
         learned(tmp_path, table(), MLP, TrainSettings(batch=4), workers=5)
 
 
+def test_a_network_that_cannot_be_seen_through_is_replicated(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source, notes = Source("test_train_workers:secretive"), Notes()
+    kept = {"trusted": (source.factory,), "progress": notes}
+    got = learned(tmp_path, table(), source, SETTINGS, workers=2, division=divided(), **kept)
+    assert "only replicas are possible" in notes.said[0]
+    one = learned(tmp_path / "one", table(), source, SETTINGS, trusted=(source.factory,))
+    assert close(got, one)
+    with pytest.raises(ModelError, match="cannot see how the network computes"):
+        learned(tmp_path / "cut", table(), source, SETTINGS, workers=2, division=divided("pipeline"), **kept)
+
+
+class Secretive(nn.Module):
+    """Looks at numbers, which the meta device does not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum().item() > 1e9 else x
+
+
+def secretive() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), Secretive(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("compression", ["fp16", "powersgd"])
+def test_compressed_gradients_train_nearly_the_same(
+    compression: Compression, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    got = learned(tmp_path, table(), MLP, SETTINGS, workers=2, division=divided("data", compression=compression))
+    far = {name: float((got[name] - alone[name]).abs().max()) for name in alone}
+    assert 0 < max(far.values()) < 0.05
+
+
+def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Path) -> None:
+    """Convolutions keep their weights channels last, which a matrix of PowerSGD must heed."""
+    settings = TrainSettings(epochs=5, batch=32, lr=5e-3)  # PowerSGD begins at the tenth step
+    division, notes = divided("data", compression="powersgd"), Notes()
+    learned(tmp_path, pictures(), PICTURES, settings, workers=2, division=division, progress=notes)
+    assert float(notes.result.removeprefix("accuracy ")) > 0.9
+
+
+def test_workers_that_meet_rarely_have_plans_of_replicas_only() -> None:
+    with pytest.raises(PlanError, match="cannot be relaxed"):
+        divided("model", relaxed=Relaxed(every=2))
+
+
+def test_no_plan_fits_in_memory(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no plan fits in memory: the smallest needs"):
+        learned(tmp_path, table(), MLP, SETTINGS, workers=2, division=divided(memory_bytes=100))
+
+
 def in_torchrun(folder: str) -> None:
-    from rushhour.progress import Silent
+    """One of the workers of `dropped_out`; the first leaves the weights as a bundle does."""
+    weights = dropped_out(Path(folder), DIVISIONS["pipeline"], Notes())
+    save_file(weights, Path(folder) / "weights.safetensors")
 
-    trained(Path(folder), table(), MLP, SETTINGS, progress=Silent())
 
-
-def test_torchrun_starts_the_workers_too(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_torchrun_on_two_machines(
+    undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
+    tmp_path: Path,
+) -> None:
+    """Two of torch's agents that know only where to meet, with a worker each and a shared disk; one is killed."""
     code = tmp_path / "run.py"
     code.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_train_workers as t; "
         "t.in_torchrun(sys.argv[1])"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-         "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", str(code), str(tmp_path / "x")],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=150,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert close(load_file(tmp_path / "x" / "bundle" / "weights.safetensors"), alone)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", KILLS: f"1 12 {tmp_path / 'killed'}"}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
+             "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x", "--local-addr",
+             "127.0.0.1", str(code), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        for agent in agents:
+            said, _ = agent.communicate(timeout=200)
+            assert agent.returncode == 0, said
+    finally:
+        for agent in agents:
+            agent.terminate()  # it ends its worker, too
+            agent.communicate()
+    assert (tmp_path / "killed").exists()
+    weights, curve = undisturbed("pipeline")
+    assert same(load_file(tmp_path / "weights.safetensors"), weights)
+    assert losses(tmp_path) == curve

@@ -126,7 +126,7 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
 
     console, progress = Console(), TerminalProgress()
     try:
-        dataset = load_data(data, progress)
+        dataset = load_data(data, progress, model)
         source, trusted = model_of(model, dataset)
         plan = tune_run(
             source,
@@ -163,25 +163,29 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
     """Train MODEL and leave a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
 
     MODEL is article, residual, mlp, or your own module:factory (a callable that returns a torch.nn.Module).
-    Killed? Run it again: it goes on at its last checkpoint, and ends with the same weights.
+    Killed? Run it again: it goes on at its last checkpoint, and ends with the same weights. With --workers the network
+    is shared out by a plan, which is shown with what the others would have cost; it learns what one worker would.
 
     \b
     rushhour train article --data photos/ --size 224x224 --augment flip,crop --epochs 20 --out runs/photos
     rushhour train mynet:build --data photos/ --optimizer adamw --weight-decay 0.01 --patience 5 --out runs/mine
     rushhour train article --data photos/ --workers 4 --out runs/photos
+    rushhour train article --data photos/ --workers 8 --parallel pipeline --memory 2 --out runs/photos
+    torchrun --nnodes 2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m rushhour train ...
     rushhour train article --data photos/ --search 20 --epochs 10 --out runs/best
     rushhour report runs/photos-training
     """
     from rushhour import training
 
-    progress = TerminalProgress()
+    progress = training.progress_of_training()
     try:
-        bundle, found = training.run(model, data, out, progress, **options)
+        outcome = training.run(model, data, out, progress, **options)
     finally:
         progress.fail()
-    _write_json(json_file, training.result(bundle, found))
-    if found is not None:
-        training.print_found(Console(), found)
+    bundle = outcome.bundle
+    _write_json(json_file, training.result(outcome))
+    if outcome.found is not None:
+        training.print_found(Console(), outcome.found)
     click.echo(f"{bundle.path}: {bundle.manifest.parameters:,} parameters, {_size(bundle.model_bytes)}")
 
 

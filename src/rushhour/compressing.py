@@ -68,7 +68,7 @@ def run(
 
     asked = None if recipe.strip() == "auto" else Recipe.parse(recipe)
     parent = Bundle.open(bundle)
-    dataset = load_data(data, progress)
+    dataset = load_data(data, progress, str(bundle))
     folder = steps or out.with_name(f"{out.name}-steps")
     found = compress(
         parent,

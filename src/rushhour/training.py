@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +19,7 @@ from rushhour.terminal import TerminalProgress
 if TYPE_CHECKING:
     from rushhour.bundle import Bundle, Source
     from rushhour.data import Dataset
-    from rushhour.train import TrainSettings
+    from rushhour.train import Division, TrainSettings
     from rushhour.train.search import Found
 
 # Only what options need is imported here; training takes seconds to import.
@@ -26,6 +28,24 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
+
+
+_SHARING = ("parallel", "backend", "memory", "compress_gradients", "local_sgd", "diloco")
+"""Options on how workers share a training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a training came to: its bundle, the search if it was one, the plan of its workers if there were several."""
+
+    bundle: Bundle
+    found: Found | None = None
+    plan: dict[str, Any] | None = None
+
+
+def progress_of_training() -> TerminalProgress:
+    """Progress in the terminal; of all the workers that torchrun starts, only the first one's is seen."""
+    return TerminalProgress(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"))
 
 
 def basic_options(command: C) -> C:
@@ -68,6 +88,20 @@ def train_options(command: C) -> C:
         click.option("--warmup", default=0.05, show_default=True, help="Share of the steps in which cosine rises."),
         click.option("--schedule", default="one-cycle", show_default=True,
                      type=click.Choice(["one-cycle", "cosine", "constant", "step"]), help="Of the learning rate."),
+        click.option("--diloco", type=click.IntRange(1), metavar="N",
+                     help="Workers meet only every N steps, and an outer optimizer takes their mean change."),
+        click.option("--local-sgd", type=click.IntRange(1), metavar="N",
+                     help="Workers meet only every N steps, and average their weights."),
+        click.option("--compress-gradients", default="none", show_default=True,
+                     type=click.Choice(["none", "fp16", "bf16", "powersgd"]),
+                     help="Send less between replicas, and train a little differently."),
+        click.option("--memory", type=float, metavar="GB",
+                     help="What each worker may use; its share of this machine's by default."),
+        click.option("--backend", default="gloo", show_default=True, type=click.Choice(["gloo", "nccl", "mpi"]),
+                     help="What the workers talk over."),
+        click.option("--parallel", default="auto", show_default=True,
+                     type=click.Choice(["auto", "data", "model", "pipeline", "hybrid", "sharded"]),
+                     help="How the workers share the network; auto measures this machine and takes the fastest."),
         click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), metavar="K",
                      help="Processes that share every batch; any number goes on where another stopped."),
         click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"]),
@@ -86,19 +120,54 @@ def settings_of(training: dict[str, Any]) -> TrainSettings:
     return TrainSettings(**training, augment=None if augment is None else Augmentation.parse(augment))
 
 
-def load_data(spec: str, progress: TerminalProgress, *, skip_corrupt: bool = False, size: str | None = None) -> Dataset:
-    """The data set that a user named, with a line on how it went; pictures that are left out are named."""
+def division_of(sharing: dict[str, Any]) -> Division:
+    """How workers share a training, as options name it.
+
+    Raises:
+        GoalError: if two options contradict each other.
+    """
+    from rushhour.train import Division, Relaxed
+
+    local, diloco, memory = sharing["local_sgd"], sharing["diloco"], sharing["memory"]
+    if local is not None and diloco is not None:
+        raise GoalError("workers cannot meet in two ways", "--local-sgd and --diloco were given", "leave out one")
+    relaxed = None
+    if local is not None:
+        relaxed = Relaxed(local)
+    elif diloco is not None:
+        relaxed = Relaxed(diloco, outer_lr=0.7, outer_momentum=0.9)
+    if memory is not None and not 0 < memory < 1e6:
+        raise GoalError(f"a worker cannot use {memory:g} GB", "memory is above 0", "leave out --memory, or change it")
+    return Division(
+        sharing["parallel"],
+        memory_bytes=None if memory is None else int(memory * 1e9),
+        compression=sharing["compress_gradients"],
+        relaxed=relaxed,
+        backend=sharing["backend"],
+    )
+
+
+def load_data(
+    spec: str, progress: TerminalProgress, model: str = "", *, skip_corrupt: bool = False, size: str | None = None
+) -> Dataset:
+    """The data set that a user named, with a line on how it went; pictures that are left out are named.
+
+    Where the data has no labels, a bundle `model` says what it is for.
+    """
+    from rushhour.bundle import Bundle
     from rushhour.data import load
 
     heard: list[str] = []
+    path = Path(model)
     progress.start(f"Loading {spec}")
     dataset = load(
         spec,
         size=None if size is None else _size(size),
         on_corrupt=(lambda error: heard.append(f"{error.what}: {error.why}")) if skip_corrupt else None,
+        task=Bundle.open(path).manifest.task if model and path.is_dir() else None,
     )
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
-    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape))}")
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")
     for line in heard[:_MOST_CORRUPT]:
         click.echo(f"left out: {line}", err=True)
     if len(heard) > _MOST_CORRUPT:
@@ -135,17 +204,18 @@ def run(
     skip_corrupt: bool,
     size: str | None,
     **training: Any,
-) -> tuple[Bundle, Found | None]:
+) -> Outcome:
     """Train once, on one worker or several, or search.
 
     Raises:
-        GoalError: if a search is asked for on several workers.
+        GoalError: if a search is asked for on several workers, or options contradict each other.
         ModelError: if MODEL is a bundle.
         RushhourError: as `rushhour.train.train`.
     """
     from rushhour.bundle import Bundle
-    from rushhour.machine import cores
     from rushhour.train import Tracking, train
+    from rushhour.train.launch import under_torchrun
+    from rushhour.train.loop import PLAN
     from rushhour.train.search import search as search_best
 
     if search is not None and workers > 1:
@@ -154,8 +224,14 @@ def run(
             "a trial is ended early by the process it runs in",
             "leave out --workers",
         )
-    if workers > cores():
-        click.echo(f"{workers} workers share {cores()} cores: they wait for each other; fewer are faster", err=True)
+    division = division_of({name: training.pop(name) for name in _SHARING})
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+    if workers == 1 and not division.exact:
+        raise GoalError(
+            "one worker sends nothing and meets nobody",
+            "--compress-gradients, --local-sgd and --diloco are for several",
+            "say --workers, or leave them out",
+        )
     settings = settings_of(training)
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
     source, trusted = model_of(model, dataset)
@@ -174,8 +250,10 @@ def run(
             trusted=trusted,
             tracking=tracking,
             workers=workers,
+            division=division,
         )
-        return bundle, None
+        shared = under_torchrun() or workers > 1
+        return Outcome(bundle, plan=msgspec.json.decode((folder / PLAN).read_bytes()) if shared else None)
     bundle, found = search_best(
         dataset,
         source,
@@ -188,7 +266,7 @@ def run(
         trusted=trusted,
         tracking=tracking,
     )
-    return bundle, found
+    return Outcome(bundle, found)
 
 
 def print_found(console: Console, found: Found) -> None:
@@ -209,10 +287,11 @@ def print_found(console: Console, found: Found) -> None:
     console.print(table)
 
 
-def result(bundle: Bundle, found: Found | None) -> dict[str, Any]:
-    """What `--json` holds: the bundle's manifest, and the search."""
-    searched = {} if found is None else {"search": msgspec.to_builtins(found)}
-    return {**msgspec.to_builtins(bundle.manifest), **searched}
+def result(outcome: Outcome) -> dict[str, Any]:
+    """What `--json` holds: the bundle's manifest, the workers' plan, and the search."""
+    shared = {} if outcome.plan is None else {"plan": outcome.plan}
+    searched = {} if outcome.found is None else {"search": msgspec.to_builtins(outcome.found)}
+    return {**msgspec.to_builtins(outcome.bundle.manifest), **shared, **searched}
 
 
 def _size(text: str) -> tuple[int, int]:

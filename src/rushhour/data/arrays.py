@@ -250,7 +250,8 @@ def _normal(values: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float
 
     What changes less than float32 can tell counts as never: divided by so little, its rounding would fill the scale.
     """
-    means, spreads = values.mean(axis=0), values.std(axis=0)
+    with np.errstate(invalid="ignore", over="ignore"):  # a `Dataset` refuses what is no number, in words
+        means, spreads = values.mean(axis=0), values.std(axis=0)
     spreads = np.where(spreads > 1e-7 * np.maximum(np.abs(means), 1e-7), spreads, 1.0)
     mean, std = (tuple(float(f"{value:.8g}") for value in column) for column in (means, spreads))
     return mean, std

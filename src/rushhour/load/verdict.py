@@ -246,6 +246,10 @@ def decide(
         benefit = window.canary_p99_s + _quantile(window.taken - window.scheduled, 0.99)
         # From the sending on: what a request waited for one of the generator's connections is not the server's.
         latencies = np.where(window.status == Status.OK, window.done - window.sent - benefit, np.inf)
+        latencies = latencies[_reached(window, slo)]
+        on_time = int((latencies <= slo.limit_s).sum())
+        if len(latencies) < fewest and not passes(len(latencies), on_time, 1 - slo.allowed_miss_rate, _HOPELESS):
+            return Outcome.GENERATOR_LIMITED, f"{doubts.bound}; it sent {len(latencies)} of {n} requests"
     unsteady = _unsteady(runs, latencies > slo.limit_s, slo, rate_rps, benefit)
     if unsteady:
         return Outcome.UNSTABLE, unsteady + _blame(window)
@@ -372,7 +376,8 @@ def _unsteady(runs: Sequence[Samples], missed: NDArray[np.bool_], slo: SLO, rate
     for run in runs:
         measured = run.measured()
         end = float(measured.scheduled[-1])
-        asked = ~(measured.sent > end)  # what was sent after the end of the schedule is the generator's delay
+        # What was sent after the end of the schedule is the generator's delay.
+        asked = ~(measured.sent > end) & _reached(measured, slo)
         in_time = measured.done <= end + slo.limit_s + benefit_s
         completed = float(np.count_nonzero(asked & in_time)) / max(1, int(asked.sum()))
         if completed < _MIN_COMPLETED:
@@ -386,6 +391,16 @@ def _unsteady(runs: Sequence[Samples], missed: NDArray[np.bool_], slo: SLO, rate
     if _differ(first / inflation, half / inflation, second / inflation, (len(missed) - half) / inflation):
         return f"the load was not steady: {first} requests missed {slo} in the first half, {second} in the second"
     return ""
+
+
+def _reached(window: Samples, slo: SLO) -> NDArray[np.bool_]:
+    """Which requests count for the server. All, but where the generator lacked connections, those that it sent while
+    there was time for an answer: it gives a request up so long after its schedule, however late it was sent."""
+    if not window.starved:
+        return np.ones(len(window), bool)
+    late_by = window.sent - window.scheduled
+    reached: NDArray[np.bool_] = (window.status == Status.OK) | (late_by <= window.timeout_s - slo.limit_s)
+    return reached
 
 
 def _growth(samples: Samples) -> float:

@@ -1,7 +1,24 @@
-"""Training: one network, on one worker or many, with exact resume."""
+"""Training: the loop, the parallel plan, and its execution on torch.distributed."""
 
+from rushhour.train.cost import Constants
+from rushhour.train.divided import Division
+from rushhour.train.launch import launch
 from rushhour.train.loop import train
+from rushhour.train.parallel import Parallel, Relaxed, parallelise
+from rushhour.train.plan import ParallelPlan, plan_for
 from rushhour.train.settings import TrainSettings
 from rushhour.train.tracking import Tracking
 
-__all__ = ["Tracking", "TrainSettings", "train"]
+__all__ = [
+    "Constants",
+    "Division",
+    "Parallel",
+    "ParallelPlan",
+    "Relaxed",
+    "Tracking",
+    "TrainSettings",
+    "launch",
+    "parallelise",
+    "plan_for",
+    "train",
+]

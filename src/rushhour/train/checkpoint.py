@@ -74,7 +74,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._writer: threading.Thread | None = None
         self._error: RushhourError | None = None
         self.path = folder / f"train-{fingerprint[:16]}.safetensors"
@@ -91,7 +91,7 @@ class Checkpoint:
         self.wait()
 
         def work() -> None:
-            state = _State(self._fingerprint, snapshot.step, snapshot.notes)
+            state = _State(self.fingerprint, snapshot.step, snapshot.notes)
             try:
                 write_whole(self.path, save(snapshot.tensors, {_HEADER: msgspec.json.encode(state).decode()}))
             except RushhourError as error:
@@ -127,7 +127,7 @@ class Checkpoint:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, msgspec.DecodeError):
             return None
-        return Snapshot(state.step, state.notes, tensors) if state.fingerprint == self._fingerprint else None
+        return Snapshot(state.step, state.notes, tensors) if state.fingerprint == self.fingerprint else None
 
     def save(
         self,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
+import secrets
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -22,6 +23,10 @@ from torch import multiprocessing
 
 from rushhour import machine
 from rushhour.errors import ModelError, RushhourError
+
+_ECHO_S = 1.0
+_MEET_S = 300.0
+_LOOK_S = 0.02
 
 Backend = Literal["gloo", "nccl", "mpi"]
 
@@ -54,8 +59,8 @@ def launch(
 
     Raises:
         RushhourError: whatever `fn` raised of that kind, as it was.
-        ModelError: if a worker died or raised anything else; torchrun's number of workers is another than `workers`; or
-            torch was built without the backend.
+        ModelError: if a worker raised anything else, or died too often; torchrun's number of workers is another than
+            `workers`; or torch was built without the backend.
     """
     if not dist.is_backend_available(backend):
         raise ModelError(
@@ -70,7 +75,7 @@ def launch(
                 f"say --workers {size}",
             )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        with _group(backend, threads or _threads(here)):
+        with _group(backend, threads or _threads(here), **_met()):
             return [fn(*args)]
     # The store lives here, so its port is free for sure, and a fresh prefix each time forgets the dead.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -87,6 +92,37 @@ def launch(
                 ) from death
             logging.getLogger(__name__).warning("%s; all workers start again from the last checkpoint", death)
     raise AssertionError("unreachable")
+
+
+def _met() -> dict[str, Any]:
+    """How this worker of torchrun's joins the others: store, rank and number of workers.
+
+    Torchrun keeps its store through restarts, with the addresses of the dead. So the first worker gives the group a
+    name of its own, under which nobody has written yet, to those who say hello with a name that is new as well.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", own)
+        group = store.get(f"welcome/{own}").decode()
+        store.set(f"joined/{group}/{rank}", "")
+    else:
+        group, missing, until = own, set(range(1, size)), time.monotonic() + _MEET_S
+        while missing:
+            for other in tuple(missing):
+                if store.check([f"hello/{other}"]):  # perhaps a dead one's, whose successor's will follow
+                    store.set(f"welcome/{store.get(f'hello/{other}').decode()}", group)
+                if store.check([f"joined/{group}/{other}"]):
+                    missing.discard(other)
+            if missing and time.monotonic() > until:
+                raise ModelError(
+                    f"workers {sorted(missing)} of {size} do not come",
+                    "torchrun has started them elsewhere, or they died",
+                    "see what the other machines say",
+                )
+            time.sleep(_LOOK_S)
+    named = dist.PrefixStore(group, store)  # type: ignore[attr-defined]
+    return {"store": named, "rank": rank, "world_size": size}
 
 
 class _Died(Exception):
@@ -116,11 +152,16 @@ def _once(
         sender.close()
     results: dict[int, Any] = {}
     failed: RushhourError | None = None
+    raised: list[tuple[int, str]] = []
     waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
     died: set[int] = set()
     try:
         while waiting and failed is None and not died:
-            for receiver in wait_for_any(list(waiting)):
+            # an error may be the echo of a death, or of a better error, elsewhere
+            heard = wait_for_any(list(waiting), _ECHO_S if raised else None)
+            if not heard:
+                break
+            for receiver in heard:
                 assert isinstance(receiver, Connection)
                 rank = waiting.pop(receiver)
                 try:
@@ -130,8 +171,10 @@ def _once(
                     continue
                 if good:
                     results[rank] = value
-                else:
+                elif isinstance(value, RushhourError):
                     failed = failed or value
+                else:
+                    raised.append((rank, value))
         if failed is not None:
             raise failed
         if died:
@@ -140,6 +183,9 @@ def _once(
             process.join(5)
             code = process.exitcode
             raise _Died(f"worker {first} of {workers} " + (f"got signal {-code}" if code and code < 0 else "failed"))
+        if raised:
+            rank, error = raised[0]
+            raise ModelError(f"worker {rank} of {workers} failed", error, "mend that; its words above say where it was")
         for process in context.processes:
             process.join()
         return [results[rank] for rank in range(workers)]
@@ -167,7 +213,7 @@ def _worker(
     for other, sender in enumerate(senders):
         if other != rank:
             sender.close()  # else its end would not be seen when its worker dies
-    outcome: tuple[bool, Any]
+    outcome: tuple[bool, Any]  # and its result, an error for the user, or the words of any other
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))  # type: ignore[attr-defined]
@@ -175,9 +221,9 @@ def _worker(
             outcome = True, fn(*args)
     except RushhourError as error:
         outcome = False, error
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        sys.exit(1)
+        outcome = False, f"{type(error).__name__}: {error}"
     senders[rank].send(outcome)
     senders[rank].close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rushhour import machine
 from rushhour.bundle import Bundle, Source, Step, TensorSpec
@@ -28,20 +29,28 @@ from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
 from rushhour.progress import Progress, Silent
+from rushhour.storage import write_whole
 from rushhour.train.checkpoint import Checkpoint, shapes
+from rushhour.train.divided import Divided, Division, decide
 from rushhour.train.feed import Batch, Feed
 from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE, Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
-from rushhour.train.workers import Replicas, together
+from rushhour.train.workers import together
+
+PLAN = "plan.json"
+"""In the folder of the tracking, how the workers share the training."""
 
 _SAMPLES = 16
 """Real inputs that a bundle carries."""
 
 _CHECKPOINT_SHARE = 0.05
 """Of the time, at most, goes into taking checkpoints inside an epoch, however large the model."""
+
+_AUGMENTING_THREADS = 2
+"""That get batches ready where pictures are changed on the way."""
 
 _NAMED = 8
 """Samples that a message names, at most."""
@@ -64,6 +73,7 @@ def train(
     tracking: Tracking | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     workers: int = 1,
+    division: Division | None = None,
 ) -> Bundle:
     """Train the network that `source` names on `dataset` and seal it as a bundle.
 
@@ -85,15 +95,20 @@ def train(
             raises ends the training. On one worker only.
         workers: processes that share every batch; under torchrun, it says how many. The order of the data and the
             checkpoint are the same for any number, so a training may go on with another one.
+        division: how they share it; with compressed gradients or relaxed workers, it is another training, which goes
+            on with the same number only.
 
     Raises:
         DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
         TaskError: if the network or the targets do not fit the task; before any training.
         ModelError: if the network cannot be built or run.
+        PlanError: if the workers cannot share it so, or have too little memory.
         Diverged: if the loss is no longer a number. The last good checkpoint stays.
         StorageError: if the disk does not take a checkpoint or the bundle.
     """
-    step = _lineage(dataset, settings)
+    division = division or Division()
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+    step = _lineage(dataset, settings, division, workers)
     there = _sealed(out, dataset, source, step)
     if there is not None:
         return there
@@ -108,6 +123,7 @@ def train(
         tracking=tracking,
         on_epoch=on_epoch,
         workers=workers,
+        division=division,
     )
     short = _short(source)
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +140,9 @@ def train(
             samples=np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES]),
             path=out,
         )
-    Checkpoint(work, _fingerprint(dataset, source, step)).remove()
+    checkpoint = Checkpoint(work, _fingerprint(dataset, source, step))
+    checkpoint.remove()
+    shutil.rmtree(_beside(checkpoint), ignore_errors=True)
     return bundle
 
 
@@ -140,22 +158,24 @@ def learn(
     tracking: Tracking | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     workers: int = 1,
+    division: Division | None = None,
 ) -> dict[str, Tensor]:
     """The weights that `train` seals, and no bundle. The checkpoint stays: called again, this returns them at once.
 
     Arguments and errors are those of `train`. Under torchrun, rank 0 returns; the others end their process well.
     """
-    plan = _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking)
+    division = division or Division()
     workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+    task = _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking, division, workers)
     with torch.random.fork_rng(devices=[]):
         if workers > 1:
-            _check_workers(dataset, settings, workers)
-            plan.check(dataset)
-            if not together(plan, dataset, workers=workers, folder=work, progress=progress):
+            task.check(dataset)
+            folder = _beside(task.checkpoint(dataset))
+            if not together(task, dataset, workers=workers, backend=division.backend, folder=folder, progress=progress):
                 raise SystemExit(0)
-            progress, plan = Silent(), msgspec.structs.replace(plan, tracking=None)
+            progress, task = Silent(), msgspec.structs.replace(task, tracking=None)
         torch.set_num_threads(machine.cores())
-        return plan.alone(dataset, progress, on_epoch)
+        return task.alone(dataset, progress, on_epoch)
 
 
 class _Assignment(msgspec.Struct, frozen=True):
@@ -167,9 +187,18 @@ class _Assignment(msgspec.Struct, frozen=True):
     trusted: tuple[str, ...]
     checkpoint_every_s: float
     tracking: Tracking | None
+    division: Division
+    workers: int
 
     def check(self, dataset: Dataset) -> None:
-        """Raise, before any work, if network, data and settings do not fit each other."""
+        """Raise, before any work, if network, data, settings and workers do not fit each other."""
+        batch = min(self.settings.batch, len(dataset.train))
+        if self.workers > batch:
+            raise ModelError(
+                f"cannot train on {self.workers} workers",
+                f"a step has {batch} samples, and each worker needs one",
+                "use fewer workers, or a larger batch",
+            )
         self._prepared(dataset)
 
     def alone(
@@ -178,15 +207,32 @@ class _Assignment(msgspec.Struct, frozen=True):
         deployed = self._prepared(dataset)
         settings = self.settings.resolved
         stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
-        return self._run(dataset, deployed, stepper, (0, 1), progress, on_epoch)
+        expected = shapes(deployed.network.state_dict())
+        return self._run(dataset, stepper, deployed.head, expected, progress, on_epoch)
 
-    def __call__(self, dataset: Dataset, rank: int, world: int, progress: Progress) -> None:
-        deployed = self._prepared(dataset)
-        settings = self.settings.resolved
-        stepper = Replicas(
-            deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16), seed=settings.seed
+    def __call__(self, dataset: Dataset, progress: Progress) -> None:
+        plan = decide(
+            self.source,
+            _sample_spec(dataset),
+            dataset.task.outputs,
+            division=self.division,
+            batch=min(self.settings.batch, len(dataset.train)),
+            trusted=self.trusted,
+            path=_beside(self.checkpoint(dataset)) / PLAN,
+            progress=progress,
         )
-        self._run(dataset, deployed, stepper, (rank, world), progress, None)
+        deployed = self._prepared(dataset)
+        expected, head = shapes(deployed.network.state_dict()), deployed.head
+        stepper = Divided(deployed, dataset.task, plan, settings=self.settings.resolved, division=self.division)
+        del deployed  # what other workers hold of it is forgotten here
+        if stepper.leads and self.tracking is not None:
+            write_whole(self.tracking.folder / PLAN, msgspec.json.format(msgspec.json.encode(plan)))
+        self._run(dataset, stepper, head, expected, progress, None)
+
+    def checkpoint(self, dataset: Dataset) -> Checkpoint:
+        """Where it keeps how it stands."""
+        step = _lineage(dataset, self.settings, self.division, self.workers)
+        return Checkpoint(self.work, _fingerprint(dataset, self.source, step))
 
     def _prepared(self, dataset: Dataset) -> Deployed:
         torch.manual_seed(self.settings.seed)
@@ -200,26 +246,26 @@ class _Assignment(msgspec.Struct, frozen=True):
     def _run(
         self,
         dataset: Dataset,
-        deployed: Deployed,
         stepper: Stepper,
-        part: tuple[int, int],
+        head: nn.Module,
+        expected: dict[str, tuple[int, ...]],
         progress: Progress,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> dict[str, Tensor]:
-        fingerprint = _fingerprint(dataset, self.source, _lineage(dataset, self.settings))
+        checkpoint = self.checkpoint(dataset)
         course = _Course(
             dataset,
             self.settings,
             stepper,
-            Checkpoint(self.work, fingerprint),
+            checkpoint,
             progress,
             name=_short(self.source),
-            part=part,
-            expected=shapes(deployed.network.state_dict()),
+            head=head,
+            expected=expected,
             checkpoint_every_s=self.checkpoint_every_s,
             on_epoch=on_epoch,
         )
-        return course.run(self.tracking, fingerprint)
+        return course.run(self.tracking, checkpoint.fingerprint)
 
 
 class _Course:
@@ -234,7 +280,7 @@ class _Course:
         progress: Progress,
         *,
         name: str,
-        part: tuple[int, int],
+        head: nn.Module,
         expected: dict[str, tuple[int, ...]],
         checkpoint_every_s: float,
         on_epoch: Callable[[Epoch], None] | None,
@@ -245,7 +291,7 @@ class _Course:
         self._checkpoint = checkpoint
         self._progress = progress
         self._name = name
-        self._part = part
+        self._head = head
         self._expected = expected
         self._every_s = checkpoint_every_s
         self._on_epoch = on_epoch
@@ -266,7 +312,12 @@ class _Course:
         except ValueError as error:
             raise ModelError(f"cannot train {self._name}", str(error), "give the model parameters to learn") from error
         with Feed(
-            self._dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment, part=self._part
+            self._dataset.train,
+            seed=settings.seed,
+            batch=settings.batch,
+            augment=settings.augment,
+            threads=1 if settings.augment is None else _AUGMENTING_THREADS,
+            part=stepper.part,
         ) as feed:
             self._total = feed.steps * settings.epochs
             self._schedule = settings.make_schedule(self._optimizer, self._total)
@@ -284,11 +335,10 @@ class _Course:
                     self._checkpoint.wait()
         last = self._history[-1]
         self._progress.done(f"{last.metric} {self._kept().value:.4f}")
-        if self._best:
+        if self._settings.patience is not None:  # on all workers alike, though only the leading one has them
             return self._best
-        with stepper.judged(self._optimizer) as whole:
-            state = whole.network.state_dict() if whole is not None else {}
-            return {name: tensor.detach().clone() for name, tensor in state.items()}
+        with stepper.averaged(self._optimizer):
+            return stepper.weights()
 
     def _epoch(self, feed: Feed, tracker: Tracker) -> None:
         """What is left of the epoch at hand."""
@@ -304,6 +354,7 @@ class _Course:
                 stepper.clip(settings.clip)
             lr = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
+            stepper.meet()
             self._average()
             self._schedule.step()
             self._done += 1
@@ -344,30 +395,29 @@ class _Course:
 
     def _judge(self, feed: Feed, epoch: Epoch) -> None:
         """Add the epoch to the history, with its figures on the validation part; keep its weights if they are best."""
-        with self._stepper.judged(self._optimizer) as whole:
-            loss, value = self._validate(whole, feed.batch) if whole is not None else (0.0, 0.0)
-            loss, value = self._stepper.agree(loss), self._stepper.agree(value)
+        with self._stepper.averaged(self._optimizer):
+            loss, value = (self._stepper.agree(figure) for figure in self._validate(feed.batch))
             judged = msgspec.structs.replace(epoch, validation_loss=loss, metric=self._dataset.task.metric, value=value)
             is_best = not self._history or value > self._kept().value
             self._history.append(judged)
-            if self._settings.patience is not None and is_best and whole is not None:
-                state = whole.network.state_dict()
-                self._best = {
-                    name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-                }
+            if self._settings.patience is not None and is_best:
+                self._best = self._stepper.weights()
         if self._on_epoch is not None:
             self._on_epoch(judged)
 
-    def _validate(self, deployed: Deployed, batch: int) -> tuple[float, float]:
-        """Loss and metric on the validation part, without augmentation and dropout."""
+    def _validate(self, batch: int) -> tuple[float, float]:
+        """Loss and metric on the validation part, without augmentation and dropout; nothing where not leading."""
         split, loss_of, total = self._dataset.validation, loss_for(self._dataset.task, "sum"), 0.0
         answers: list[NDArray[Any]] = []
-        with torch.inference_mode():
-            for at in range(0, len(split), batch):
-                with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-                    logits = deployed.logits(torch.from_numpy(np.array(split.inputs[at : at + batch])))
+        for at in range(0, len(split), batch):
+            logits = self._stepper.predict(torch.from_numpy(np.array(split.inputs[at : at + batch])))
+            if logits is None:
+                continue
+            with torch.inference_mode():
                 total += loss_of(logits, torch.from_numpy(split.targets[at : at + batch])).item()
-                answers.append(deployed.head(logits.float()).numpy())
+                answers.append(self._head(logits.float()).numpy())
+        if not answers:
+            return 0.0, 0.0
         value, _ = self._dataset.task.evaluate(np.concatenate(answers), split.targets)
         return total / len(split), value
 
@@ -449,16 +499,6 @@ def _sample_spec(dataset: Dataset) -> TensorSpec:
         ) from error
 
 
-def _check_workers(dataset: Dataset, settings: TrainSettings, workers: int) -> None:
-    batch = min(settings.batch, len(dataset.train))
-    if workers > batch:
-        raise ModelError(
-            f"cannot train on {workers} workers",
-            f"a step has {batch} samples, and each worker needs one",
-            "use fewer workers, or a larger batch",
-        )
-
-
 def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: str) -> None:
     """Raise, before any work, if network, targets, task and settings do not fit each other."""
     _sample_spec(dataset)
@@ -490,18 +530,28 @@ def _short(source: Source) -> str:
     return source.factory.rpartition(":")[2]
 
 
-def _lineage(dataset: Dataset, settings: TrainSettings) -> Step:
+def _lineage(dataset: Dataset, settings: TrainSettings, division: Division, workers: int) -> Step:
+    shared: dict[str, Any] = {}
+    if workers > 1 and not division.exact:
+        shared = {"workers": workers, "compression": division.compression}
+        shared |= {} if division.relaxed is None else msgspec.to_builtins(division.relaxed)
     chosen = msgspec.structs.asdict(settings.resolved)
     chosen["augment"] = None if settings.augment is None else str(settings.augment)
     return Step(
         "train",
         {
             **{name: value for name, value in chosen.items() if value is not None},
+            **shared,
             "dataset": dataset.name,
             "fingerprint": dataset.fingerprint,
             "torch": str(torch.__version__),
         },
     )
+
+
+def _beside(checkpoint: Checkpoint) -> Path:
+    """The folder for all else that several workers need."""
+    return checkpoint.path.with_suffix("")
 
 
 def _fingerprint(dataset: Dataset, source: Source, step: Step) -> str:

@@ -25,10 +25,12 @@ class Stepper(Protocol):
     """Every worker makes the same calls in the same order.
 
     Attributes:
-        leads: whether this worker is the one that has the whole network's weights, judges and writes.
+        leads: whether this worker is the one that judges and writes.
+        part: which of how many parts of a batch this worker is given.
     """
 
     leads: bool
+    part: tuple[int, int]
 
     def parameters(self) -> Sequence[Tensor]:
         """Of the network, or of the part of it that this worker has."""
@@ -44,6 +46,10 @@ class Stepper(Protocol):
 
     def clip(self, max_norm: float) -> None:
         """Shorten the gradient of the whole network to this Euclidean norm, if it is longer."""
+        ...
+
+    def meet(self) -> None:
+        """To be called after each step of the optimizer: workers that do not meet in each may do it now."""
         ...
 
     def finite(self) -> bool:
@@ -73,8 +79,16 @@ class Stepper(Protocol):
         """Put a snapshot back, whose shapes fit."""
         ...
 
-    def judged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Deployed | None]:
-        """The whole network in evaluation mode, with its average weights where they are kept; None if not leading."""
+    def averaged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """In it, average weights stand in for the network's, where they are kept."""
+        ...
+
+    def predict(self, inputs: Tensor) -> Tensor | None:
+        """The network's outputs in evaluation mode to samples that all workers are given; None if not leading."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the whole network's state, which share no memory; empty if not leading."""
         ...
 
 
@@ -89,6 +103,7 @@ class Alone:
     """
 
     leads = True
+    part = (0, 1)
 
     def __init__(self, deployed: Deployed, task: Task, *, accumulate: int, bf16: bool) -> None:
         self._deployed = deployed
@@ -122,6 +137,9 @@ class Alone:
         """Shorten the gradient."""
         nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
+    def meet(self) -> None:
+        """There is nobody to meet."""
+
     def finite(self) -> bool:
         """Whether all weights are numbers."""
         return all(bool(parameter.isfinite().all()) for parameter in self.parameters())
@@ -132,7 +150,10 @@ class Alone:
 
     def culprits(self, batch: Batch) -> list[int]:
         """Found by asking for each sample's own loss."""
-        return culprits_of(self._deployed, self._task, batch, bf16=self._bf16)
+        self._deployed.eval()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            losses = loss_for(self._task, "none")(self._deployed.logits(batch.inputs), batch.targets)
+        return [int(row) for row in batch.own[(~losses.isfinite()).numpy()]]
 
     def take(
         self,
@@ -149,27 +170,25 @@ class Alone:
         """Put a snapshot back."""
         put_back(found, self._deployed.network, optimizer, schedule)
 
-    def judged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Deployed | None]:
-        """The network itself."""
-        return averaged(self._deployed, optimizer)
+    @contextmanager
+    def averaged(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Averages stand in, where they are kept."""
+        own = [(parameter, parameter.data) for parameter in self.parameters()]
+        for parameter, _ in own:
+            parameter.data = optimizer.state[parameter].get(AVERAGE, parameter.data)
+        try:
+            yield
+        finally:
+            for parameter, data in own:
+                parameter.data = data
 
+    def predict(self, inputs: Tensor) -> Tensor | None:
+        """All outputs."""
+        self._deployed.eval()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            return self._deployed.logits(inputs)
 
-def culprits_of(deployed: Deployed, task: Task, batch: Batch, *, bf16: bool) -> list[int]:
-    """Of a worker's own samples, as rows of the training part, those whose loss in evaluation mode is no number."""
-    deployed.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = loss_for(task, "none")(deployed.logits(batch.inputs), batch.targets)
-    return [int(row) for row in batch.own[(~losses.isfinite()).numpy()]]
-
-
-@contextmanager
-def averaged(deployed: Deployed, optimizer: torch.optim.Optimizer) -> Iterator[Deployed]:
-    """A whole network in evaluation mode; where averages of its weights are kept, they stand in for them meanwhile."""
-    own = [(parameter, parameter.data) for parameter in deployed.network.parameters()]
-    for parameter, _ in own:
-        parameter.data = optimizer.state[parameter].get(AVERAGE, parameter.data)
-    try:
-        yield deployed.eval()
-    finally:
-        for parameter, data in own:
-            parameter.data = data
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of all."""
+        state = self._deployed.network.state_dict()
+        return {name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in state.items()}

@@ -7,8 +7,11 @@ FOLDER/wandb/           Weights & Biases' own files; `wandb sync` sends what was
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +21,9 @@ import msgspec
 from rushhour.curves import Epoch, write_curves
 from rushhour.errors import ModelError
 from rushhour.storage import explained
+
+_FILES = itertools.count()
+"""Tells the files of one process apart."""
 
 
 class Tracking(msgspec.Struct, frozen=True):
@@ -53,7 +59,7 @@ class Tracker:
         self, tracking: Tracking | None, name: str, *, identity: str, settings: dict[str, Any], first: int
     ) -> None:
         self._folder = tracking.folder if tracking is not None else None
-        self._writer: Any = None
+        self._events: _Events | None = None
         self._run: Any = None
         if tracking is None:
             return
@@ -62,13 +68,7 @@ class Tracker:
         if tracking.wandb is not None:
             self._run = _wandb_run(tracking, name, identity, settings)
         if tracking.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with explained(f"write {tracking.folder / 'tensorboard'}"):
-                # what a killed process wrote after its last checkpoint is taken back, because it happens again
-                self._writer = SummaryWriter(
-                    str(tracking.folder / "tensorboard"), purge_step=first + 1 if first else None
-                )
+            self._events = _Events(tracking.folder / "tensorboard", first)
 
     def __enter__(self) -> Tracker:
         return self
@@ -76,16 +76,15 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
         if self._run is not None:
             self._run.finish(exit_code=0 if error is None else 1)
 
     def step(self, step: int, loss: float, lr: float) -> None:
         """An optimizer step is done; `step` counts from 1."""
-        if self._writer is not None:
-            self._writer.add_scalar("step/loss", loss, step)
-            self._writer.add_scalar("step/lr", lr, step)
+        if self._events is not None:
+            self._events.add(step, {"step/loss": loss, "step/lr": lr})
 
     def epoch(self, history: Sequence[Epoch]) -> None:
         """An epoch is done: the last of `history`, which holds all.
@@ -103,12 +102,56 @@ class Tracker:
         }
         if self._folder is not None:
             write_curves(self._folder, history)
-        if self._writer is not None:
-            for name, value in figures.items():
-                self._writer.add_scalar(f"epoch/{name}", value, last.step)
-            self._writer.flush()
+        if self._events is not None:
+            self._events.add(last.step, {f"epoch/{name}": value for name, value in figures.items()})
+            self._events.flush()
         if self._run is not None:
             self._run.log({**figures, "epoch": last.epoch}, step=last.step)
+
+
+class _Events:
+    """TensorBoard's file of events, written here and now.
+
+    torch's SummaryWriter writes on a thread of its own, and a full disk ends that thread with a traceback, which nobody
+    hears of in words.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        now = time.time()
+        path = folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.{next(_FILES)}"
+        self._doing = f"write {path}"
+        with explained(self._doing):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        if first:
+            # what a killed process wrote after its last checkpoint is taken back, because it happens again
+            self._write(Event(wall_time=now, step=first + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        summary = self._summary(
+            value=[self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
+        self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        with explained(self._doing):
+            self._file.flush()
+
+    def close(self) -> None:
+        with explained(self._doing):
+            self._file.close()
+
+    def _write(self, event: Any) -> None:
+        with explained(self._doing):
+            self._records.write(event.SerializeToString())
 
 
 def _wandb_run(tracking: Tracking, name: str, identity: str, settings: dict[str, Any]) -> Any:
