@@ -219,12 +219,12 @@ def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> N
 
 def test_regression_is_distilled_too(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    inputs = random.normal(size=(400, 8)).astype(np.float32)
+    inputs = random.normal(size=(900, 8)).astype(np.float32)
     values = np.stack([inputs.sum(1), inputs[:, 0] * 2], 1).astype(np.float32)
-    parts = [Split(inputs[at], values[at]) for at in (slice(0, 300), slice(300, 350), slice(350, None))]
+    parts = [Split(inputs[at], values[at]) for at in (slice(0, 800), slice(800, 850), slice(850, None))]
     data = Dataset("sums", Task("regression", outputs=2), *parts, Preprocessing(), "sum")
     torch.manual_seed(0)
-    network = build(source := Source("rushhour.models:mlp", {"inputs": 8, "outputs": 2}))
+    network = build(source := Source("rushhour.models:mlp", {"inputs": 8, "outputs": 2, "hidden": 64, "depth": 2}))
     teacher = export(
         network, name="sums", task=data.task, sample_spec=TensorSpec("input", "float32", (8,)),
         preprocessing=Preprocessing(), source=source, lineage=(), samples=inputs[:4], path=tmp_path / "teacher",
