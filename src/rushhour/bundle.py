@@ -118,11 +118,31 @@ class Preprocessing(msgspec.Struct, frozen=True):
     decoding: Decoding | msgspec.UnsetType = msgspec.UNSET
 
 
+_Size = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Reshape(msgspec.Struct, frozen=True):
+    """How a compressed network differs from what its factory builds, as plain sizes: layers split, then made narrower.
+
+    Attributes:
+        ranks: dense layer -> the width between the two that stand in its place; in the order they were split.
+        shapes: tensor of the network's state -> its shape, where it is another. Never larger than the factory's.
+    """
+
+    ranks: dict[str, _Size] = {}
+    shapes: dict[str, tuple[_Size, ...]] = {}
+
+
 class Source(msgspec.Struct, frozen=True):
-    """The torch module that the weights belong to: `module:factory` and its keyword arguments."""
+    """The torch module that the weights belong to: `module:factory` and its keyword arguments.
+
+    Attributes:
+        reshape: what compression did to it afterwards; unset where it is as the factory built it.
+    """
 
     factory: str
     arguments: dict[str, int | float | str | bool] = {}
+    reshape: Reshape | msgspec.UnsetType = msgspec.UNSET
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
+from rushhour.compressing import compress_options
 from rushhour.errors import GoalError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.storage import write_whole
@@ -194,45 +194,34 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
 @_data
 @_drop
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's folder.")
+@compress_options
 @_json
-def compress(bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_file: Path | None) -> None:
-    """Make BUNDLE smaller and faster: 8-bit weights and activations, judged on the compiled artefact."""
-    from rushhour.bundle import Bundle
-    from rushhour.compress import judge, outputs_of, quantize
-    from rushhour.engines import EngineConfig
-    from rushhour.machine import cores
+def compress(
+    bundle: Path, data: str, max_accuracy_drop: str, out: Path, json_file: Path | None, **options: Any
+) -> None:
+    """Make BUNDLE smaller and faster within an accuracy budget, judged on the compiled artefact of every step.
+
+    A recipe is a list of steps: prune (channels), lowrank (dense layers), distil (learn from BUNDLE's answers), then
+    int8, bf16, f16 or w8. DIR is the best: inside the budget, and never slower than what it was made from. Killed? Run
+    it again: nothing is computed twice.
+
+    \b
+    rushhour compress runs/photos --data photos/ --max-accuracy-drop 1% --out runs/small
+    rushhour compress runs/photos --data photos/ --recipe prune:0.5,lowrank:0.1,distil:10,int8 --out runs/small
+    rushhour compress runs/photos --data photos/ --recipe prune:0.3:ignored=0+2:epochs=3,int8 --out runs/small
+    """
+    from rushhour import compressing
 
     budget, progress = AccuracyBudget.parse(max_accuracy_drop), TerminalProgress()
     try:
-        parent = Bundle.open(bundle)
-        dataset = load_data(data, progress, str(bundle))
-        small = quantize(parent, dataset, out, progress=progress)
-        progress.start("Measuring accuracy on held-out data")
-        split = dataset.test
-        before, after = (
-            outputs_of(
-                each,
-                EngineConfig("openvino", each.manifest.precision, streams=cores(), threads=1, max_batch=64),
-                split,
-            )
-            for each in (parent, small)
-        )
-        was = judge(dataset.task, "test", split.targets, before, None)
-        accuracy = judge(dataset.task, "test", split.targets, after, before)
-        small = small.with_metrics({"test": accuracy})
-        progress.done(f"{accuracy.metric} {accuracy.value:.4f}")
+        found, report = compressing.run(bundle, data, budget, out, progress, **options)
     finally:
         progress.fail()
-    table = Table("", "before", "after", title=f"{parent.manifest.name}, compressed")
-    table.add_row("precision", parent.manifest.precision, small.manifest.precision)
-    table.add_row("size on disk", _size(parent.model_bytes), _size(small.model_bytes))
-    table.add_row(f"{accuracy.metric} (test)", f"{was.value:.4f}", f"{accuracy.value:.4f}")
-    low, high = accuracy.drop_interval
-    table.add_row("drop, points", "", f"{accuracy.drop * 100:.2f} ({low * 100:.2f} to {high * 100:.2f})")
-    Console().print(table)
-    _write_json(json_file, {"bundle": str(out), "accuracy": accuracy, "reference": was, "bytes": small.model_bytes})
-    if accuracy.drop > budget.max_drop:
-        click.echo(f"the drop is over the budget of {budget}: this is the nearest miss", err=True)
+    _write_json(json_file, compressing.result(found, out, report))
+    compressing.print_compression(Console(), found)
+    click.echo(f"{out}; what each step cost and bought: {report}")
+    if found.verdict != "best":
+        click.echo(f"{found.verdict}: {found.said}", err=True)
         sys.exit(1)
 
 
@@ -550,12 +539,19 @@ def compare(
 def report(run: Path, json_file: Path | None) -> None:
     """Write RUN/report.html anew: one file, offline, from RUN's plan and measurements.
 
-    RUN may also be the folder of a training (BUNDLE-training): its report draws the curves.
+    RUN may also be the folder of a training (BUNDLE-training): its report draws the curves; or that of a compression
+    (BUNDLE-steps): its report shows what each step cost and bought.
     """
+    from rushhour.compression import COMPRESSION
     from rushhour.curves import CURVES
     from rushhour.plan import Plan
-    from rushhour.report import summary_table, write_report, write_training_report
+    from rushhour.report import summary_table, write_compression_report, write_report, write_training_report
 
+    if (run / COMPRESSION).is_file() and not (run / "plan.json").exists():
+        file = write_compression_report(run)
+        click.echo(file)
+        _write_json(json_file, {"report": str(file)})
+        return
     if (run / CURVES).is_file() and not (run / "plan.json").exists():
         file = write_training_report(run)
         click.echo(file)

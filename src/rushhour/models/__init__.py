@@ -9,8 +9,9 @@ from rushhour.models.deployed import Deployed, export, load_deployed
 from rushhour.models.imported import from_onnx
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
+from rushhour.models.reshape import split_dense
 from rushhour.models.residual import residual
-from rushhour.models.source import build, source_for
+from rushhour.models.source import build, resized, source_for
 
 __all__ = [
     "Deployed",
@@ -23,5 +24,7 @@ __all__ = [
     "minilm_bundle",
     "mlp",
     "residual",
+    "resized",
     "source_for",
+    "split_dense",
 ]

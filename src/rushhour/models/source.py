@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+from collections.abc import Mapping
 
+import msgspec
 from torch import nn
 
-from rushhour.bundle import Source
+from rushhour.bundle import Reshape, Source
 from rushhour.errors import ModelError, RushhourError
+from rushhour.models.reshape import reshape, reshape_of
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
@@ -57,7 +60,7 @@ def source_for(model: str, dataset_shape: tuple[int, ...], task: Task) -> Source
 
 
 def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
-    """The network that `source` names, with fresh weights.
+    """The network that `source` names, with fresh weights; of a compressed one with its layers split and narrowed.
 
     Only the reference networks of this package are built on a bundle's own word; any other factory must be in
     `trusted`, which is for the person at the machine to say.
@@ -67,7 +70,8 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
         trusted: factories (`module:factory`) that may be imported besides.
 
     Raises:
-        ModelError: if the factory is not trusted, is not there, does not take the arguments, fails, or gives no module.
+        ModelError: if the factory is not trusted, is not there, does not take the arguments, fails, gives no module,
+            or gives one that the recorded sizes do not fit.
     """
     module_name, _, name = source.factory.partition(":")
     ours = module_name == _ROOM and name in (*_NAMES, *_PRETRAINED)
@@ -120,4 +124,26 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
             f"it gave a {type(network).__name__}, not a torch.nn.Module",
             "name a callable that returns a torch.nn.Module",
         )
+    if isinstance(source.reshape, Reshape):
+        reshape(network, source.reshape, source.factory)
     return network
+
+
+def resized(
+    source: Source, network: nn.Module, ranks: Mapping[str, int] | None = None, trusted: tuple[str, ...] = ()
+) -> Source:
+    """`source` so that `build` gives a network of the sizes that `network` has now.
+
+    Args:
+        source: what `network` was built from, before it was pruned or split.
+        network: narrower than that in any of its layers.
+        ranks: dense layers that were split since, in that order; see `Reshape`.
+        trusted: as for `build`.
+
+    Raises:
+        ModelError: if the network differs from its factory's in more than that.
+    """
+    before = source.reshape.ranks if isinstance(source.reshape, Reshape) else {}
+    fresh = build(msgspec.structs.replace(source, reshape=msgspec.UNSET), trusted)
+    change = reshape_of(fresh, network, {**before, **(ranks or {})}, source.factory)
+    return msgspec.structs.replace(source, reshape=change if change != Reshape() else msgspec.UNSET)

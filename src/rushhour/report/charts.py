@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from rushhour.compression import Compression, Stage
 from rushhour.curves import Epoch
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement, Outcome, latency_curve
@@ -327,6 +328,73 @@ def training_metric(epochs: Sequence[Epoch]) -> Markup:
         _legend(axes, [_key(name, _PLAN, line="-", marker="o"), _key("best", _PLAN, marker="*")])
         label = f"{name.capitalize()} by epoch, at best {_metric(best.value, name)} after epoch {best.epoch}."
         return _svg(figure, "training-metric", f"{label} The numbers are in the table of epochs.")
+
+
+def compression_trade(found: Compression) -> Markup:
+    """Accuracy against throughput: one line for each recipe, a point for each step, the answer marked with a star."""
+    with _style("compression-trade"):
+        figure, axes = _canvas(9.4, 4.2)
+        name = found.reference.accuracy.metric
+        axes.plot([1], [found.reference.accuracy.value], color=_BASELINE, marker="s", markersize=7)
+        for attempt in found.attempts:
+            at = [(_times(stage), stage.accuracy.value) for stage in attempt.stages]
+            axes.plot(*zip((1.0, found.reference.accuracy.value), *at, strict=True), color=_SOFT, linewidth=1)
+            for stage, (across, value) in zip(attempt.stages, at, strict=True):
+                low, high = stage.accuracy.interval
+                axes.plot([across] * 2, [low, high], color=_GRID, linewidth=2, zorder=1)
+                axes.plot([across], [value], color=_SOFT, marker="o", markersize=5)
+                axes.annotate(
+                    _short(stage.step, 22), (across, value), xytext=(5, 4), textcoords="offset points", fontsize=8
+                )
+        answer = found.answer
+        axes.plot([_times(answer)], [answer.accuracy.value], color=_PLAN, marker="*", markersize=15)
+        _budget(axes, found.reference.accuracy.value - found.budget.max_drop, f"budget {found.budget}")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, name)))
+        stages = [stage for attempt in found.attempts for stage in attempt.stages]
+        _rate_axis(axes, [1.0, *map(_times, stages)], "throughput over the reference's, engine alone")
+        axes.set_ylabel(f"{name} (validation)")
+        keys = [_key("reference", _BASELINE, marker="s"), _key("step", _SOFT, marker="o")]
+        _legend(axes, [*keys, _key("the answer", _PLAN, marker="*")])
+        label = f"{name.capitalize()} against throughput after each step. The numbers are in the table of steps."
+        return _svg(figure, "compression-trade", label)
+
+
+def compression_sizes(found: Compression) -> Markup | None:
+    """How many times smaller each step of the answer's recipe made it: parameters and bytes.
+
+    Returns:
+        None where the answer is the reference.
+    """
+    if found.best is None:
+        return None
+    stages = found.attempts[found.best[0]].stages[: found.best[1] + 1]
+    with _style("compression-sizes"):
+        figure, axes = _canvas(9.4, 0.9 + 0.62 * len(stages))
+        reference = found.reference
+        fewer = [reference.parameters / max(1, stage.parameters) for stage in stages]
+        smaller = [reference.bytes / stage.bytes for stage in stages]
+        for offset, values, colour in ((-0.19, fewer, _SOFT), (0.19, smaller, _PLAN)):
+            places = [place + offset for place in range(len(stages))]
+            axes.barh(places, values, height=0.34, color=colour)
+            for place, value in zip(places, values, strict=True):
+                at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+                axes.annotate(f"{wording.number(value)}x", (value, place), fontsize=9, **at)
+        axes.set_yticks(range(len(stages)), [_short(stage.step, 30) for stage in stages])
+        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.set_ylim(len(stages) - 0.5, -0.5)
+        axes.set_xlim(0, 1.15 * max(*fewer, *smaller))
+        axes.grid(visible=False)
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.spines["bottom"].set_visible(False)
+        _legend(axes, [_key("fewer parameters", _SOFT, marker="s"), _key("smaller on disk", _PLAN, marker="s")])
+        steps = ", ".join(
+            f"{stage.step} {wording.number(size)} times smaller" for stage, size in zip(stages, smaller, strict=True)
+        )
+        return _svg(figure, "compression-sizes", f"Size after each step of the answer: {steps}")
+
+
+def _times(stage: Stage) -> float:
+    return 1.0 if stage.throughput is None else stage.throughput.value
 
 
 def _epoch_axis(axes: Any, label: str) -> None:

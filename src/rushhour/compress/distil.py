@@ -1,0 +1,249 @@
+"""Distillation: a smaller network learns from the answers of a larger one (Hinton et al. 2015), and from labels.
+
+Both see the same picture, augmented alike, and the schedule is long (Beyer et al. 2022). A teacher answers through its
+torch module, or through its compiled graph where it has none. The order of the data follows from (seed, epoch), and the
+rest is in the checkpoint, so a killed distillation ends with the same weights, bit for bit, as one left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rushhour import machine
+from rushhour.bundle import Bundle, Source
+from rushhour.data.augment import Augmentation, check_pictures
+from rushhour.data.dataset import Dataset
+from rushhour.engines import EngineConfig, Runner, open_engine
+from rushhour.errors import ModelError
+from rushhour.models import Deployed, load_deployed
+from rushhour.progress import Progress
+from rushhour.task import Task
+from rushhour.train import TrainSettings
+from rushhour.train.checkpoint import Checkpoint
+from rushhour.train.feed import Feed
+from rushhour.train.loop import Diverged
+from rushhour.train.loss import loss_for
+from rushhour.train.settings import ScheduleName
+
+_REMEMBERED_BYTES = 256_000_000
+"""Answers of the teacher to the training part are kept, where nothing is augmented, up to this size."""
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+Teacher = Callable[[Tensor], Tensor]
+"""Samples `(n, *shape)` as on the wire (float32 once augmented) -> logits or values `(n, outputs)`, in float32."""
+
+
+class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
+    """Train a network on the answers of the recipe's first bundle, and on labels where there are any.
+
+    Attributes:
+        epochs: passes over the training part.
+        student: the network that learns; without one, the network as the recipe has left it so far.
+        temperature: answers of both are divided by it before they are compared; a classification's only.
+        alpha: weight of the teacher's answers in the loss; the labels have the rest.
+        lr: the peak of the learning rate.
+        batch: samples in a step.
+        schedule: of the learning rate, as in `TrainSettings`.
+        augment: what happens to pictures, for teacher and student alike.
+        dropout: whether the student's layers of dropout work; the teacher's answers keep it from overfitting too.
+    """
+
+    epochs: int = 3
+    student: Source | None = None
+    temperature: float = 4.0
+    alpha: float = 0.9
+    lr: float = 1e-3
+    batch: int = 128
+    schedule: ScheduleName = "one-cycle"
+    augment: Augmentation | None = None
+    dropout: bool = True
+
+    def __post_init__(self) -> None:
+        for name, holds, rule in (
+            ("temperature", 0 < self.temperature < math.inf, "above 0; 4 is usual"),
+            ("alpha", 0 <= self.alpha <= 1, "a share of the loss, from 0 to 1"),
+        ):
+            if not holds:
+                raise ModelError(f"cannot distil with {name}={getattr(self, name):g}", f"it is {rule}", "change it")
+        self.settings(0)
+
+    def settings(self, seed: int) -> TrainSettings:
+        """The part of it that every training has."""
+        return TrainSettings(
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            seed=seed,
+            schedule=self.schedule,
+            augment=self.augment,
+        ).resolved
+
+
+def distil(
+    teacher: Bundle,
+    student: Deployed,
+    dataset: Dataset,
+    step: Distil,
+    *,
+    seed: int,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    trusted: tuple[str, ...] = (),
+    checkpoint_every_s: float = 15.0,
+) -> None:
+    """Train `student`, in place; it ends in evaluation mode.
+
+    Args:
+        teacher: gives the answers.
+        student: with the weights to begin with; a checkpoint replaces them.
+        dataset: its training part; labels are used where there are any.
+        step: how.
+        seed: of order, augmentation and dropout.
+        checkpoint: is gone on from, and stays at the end: called again, all is done already.
+        progress: hears of every step.
+        trusted: factories that may be imported for the teacher; without trust its graph answers.
+        checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step.
+
+    Raises:
+        DataError: if the samples cannot be augmented.
+        Diverged: if the loss is no longer a number. The last good checkpoint stays.
+        StorageError: if the disk does not take a checkpoint.
+    """
+    if step.augment is not None:
+        check_pictures(dataset.train.inputs, dataset.name)
+    torch.set_num_threads(machine.cores())
+    if student.preprocess.pictures:
+        student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    settings, name = step.settings(seed), teacher.manifest.name
+    optimizer = settings.make_optimizer(student.network.parameters())
+    loss_of = _loss(dataset.task, step, dataset.train.labelled)
+    with (
+        torch.random.fork_rng(devices=[]),
+        Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment) as feed,
+        _answering(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)) as asked,
+    ):
+        torch.manual_seed(seed)
+        total = feed.steps * step.epochs
+        schedule = settings.make_schedule(optimizer, total)
+        done, saved = checkpoint.restore(student.network, optimizer, schedule), time.monotonic()
+        remembered = _remembered(asked, dataset, feed.batch, step, progress) if done < total else None
+        progress.start(f"distil from {name} on {dataset.name}", total)
+        if done:
+            progress.advance(done, f"resumed after step {done}")
+        student.train()
+        if not step.dropout:
+            for layer in student.modules():
+                layer.train(layer.training and not isinstance(layer, _DROPOUT))
+        while done < total:
+            epoch, first = divmod(done, feed.steps)
+            for batch in feed.epoch(epoch, first):
+                hints = remembered[batch.own] if remembered is not None else asked(batch.inputs)
+                student.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings.bf16)):
+                    logits = student.logits(batch.inputs)
+                loss = loss_of(logits.float(), hints, batch.targets)
+                if not math.isfinite(value := loss.item()):
+                    raise Diverged(
+                        f"distilling from {name} diverged",
+                        f"the loss became {value} in epoch {epoch + 1}",
+                        f"lower the learning rate, now {step.lr:g}, or check the data for extreme values",
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                done += 1
+                progress.advance(1, f"epoch {epoch + 1}/{step.epochs}, loss {value:.3f}")
+                if done == total or time.monotonic() - saved >= checkpoint_every_s:
+                    checkpoint.save(done, student.network, optimizer, schedule)
+                    saved = time.monotonic()
+        progress.done(f"{step.epochs} epochs")
+    student.eval()
+
+
+def _loss(task: Task, step: Distil, labelled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Of the student's outputs, the teacher's, and the targets: a mean over samples."""
+    of_targets, heat = loss_for(task), step.temperature
+
+    def of_hints(outputs: Tensor, hints: Tensor) -> Tensor:
+        if task.kind != "classification":
+            return functional.mse_loss(outputs, hints)
+        soft, wanted = (functional.log_softmax(each / heat, dim=1) for each in (outputs, hints))
+        # its gradient shrinks with the square of the temperature
+        return functional.kl_div(soft, wanted, reduction="batchmean", log_target=True) * heat**2
+
+    def loss(outputs: Tensor, hints: Tensor, targets: Tensor) -> Tensor:
+        if not labelled:
+            return of_hints(outputs, hints)
+        return step.alpha * of_hints(outputs, hints) + (1 - step.alpha) * of_targets(outputs, targets)
+
+    return loss
+
+
+@contextlib.contextmanager
+def _answering(
+    bundle: Bundle, dataset: Dataset, batch: int, trusted: tuple[str, ...], *, bf16: bool
+) -> Iterator[Teacher]:
+    """The teacher at work."""
+    module = _module(bundle, trusted)
+    if module is not None:
+        if module.preprocess.pictures:
+            module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        def torch_answers(inputs: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return module.logits(inputs).float()
+
+        yield torch_answers
+        return
+    (spec,), output = bundle.manifest.signature.inputs, bundle.manifest.signature.outputs[0].name
+    precision = bundle.manifest.precision
+    config = EngineConfig("onnxruntime", "int8" if precision == "int8" else "f32", 1, machine.cores(), batch)
+    engine = open_engine(bundle, config)
+    try:
+        runner = Runner(engine)
+
+        def compiled_answers(inputs: Tensor) -> Tensor:
+            samples = inputs.numpy()
+            if samples.dtype != spec.dtype:  # augmented pictures; the graph takes whole pixels
+                samples = np.rint(samples).astype(spec.dtype)
+            answers = torch.from_numpy(np.asarray(runner.infer({spec.name: samples})[output], dtype=np.float32))
+            # log-probabilities are logits up to a constant, which softmax at any temperature ignores
+            return answers.clamp_min(1e-12).log() if dataset.task.kind == "classification" else answers
+
+        yield compiled_answers
+    finally:
+        engine.close()
+
+
+def _module(bundle: Bundle, trusted: tuple[str, ...]) -> Deployed | None:
+    """The teacher in torch; None where it has no module, or one whose code nobody trusts: its graph answers alike."""
+    if bundle.manifest.source is None or bundle.weights is None:
+        return None
+    try:
+        return load_deployed(bundle, trusted)
+    except ModelError:
+        return None
+
+
+def _remembered(asked: Teacher, dataset: Dataset, batch: int, step: Distil, progress: Progress) -> Tensor | None:
+    """The teacher's answers to the whole training part, where they are asked for again in every epoch."""
+    inputs, outputs = dataset.train.inputs, dataset.task.outputs
+    if step.augment is not None or step.epochs < 2 or len(inputs) * outputs * 4 > _REMEMBERED_BYTES:
+        return None
+    progress.start(f"the teacher answers on {dataset.name}", len(inputs))
+    answers = torch.empty(len(inputs), outputs)
+    for at in range(0, len(inputs), batch):
+        part = np.ascontiguousarray(inputs[at : at + batch])
+        answers[at : at + len(part)] = asked(torch.from_numpy(part))
+        progress.advance(len(part))
+    progress.done()
+    return answers

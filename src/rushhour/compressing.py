@@ -1,0 +1,137 @@
+"""`rushhour compress` at work: its options, and what is said of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from rushhour.compression import Compression, Factor, Stage
+from rushhour.goal import AccuracyBudget
+from rushhour.terminal import TerminalProgress
+from rushhour.training import load_data
+
+if TYPE_CHECKING:
+    from rushhour.plan import EngineName
+
+# Only what options need is imported here; training takes seconds to import.
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def compress_options(command: C) -> C:
+    """Those of `rushhour compress` alone."""
+    for option in (
+        click.option("--trust", multiple=True, metavar="MODULE:FACTORY",
+                     help="A factory of yours that may be imported, to train what it builds."),
+        click.option("--engine", default="openvino", show_default=True, type=click.Choice(["openvino", "onnxruntime"]),
+                     help="Compiles what is judged."),
+        click.option("--seed", default=0, show_default=True, help="Of all that is random."),
+        click.option("--epochs", default=5, show_default=True, type=click.IntRange(1),
+                     help="Of distillation, in the recipes of auto."),
+        click.option("--steps", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Where all bundles on the way are kept, and the report; OUT-steps by default."),
+        click.option("--recipe", default="auto", show_default=True, metavar="RECIPE",
+                     help="prune:0.5,lowrank:0.1,distil:3,int8 or the like, or a .json file; auto tries some."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def run(
+    bundle: Path,
+    data: str,
+    budget: AccuracyBudget,
+    out: Path,
+    progress: TerminalProgress,
+    *,
+    recipe: str,
+    steps: Path | None,
+    epochs: int,
+    seed: int,
+    engine: EngineName,
+    trust: tuple[str, ...],
+) -> tuple[Compression, Path]:
+    """Compress, and write the report; the result, and the file of the report.
+
+    Raises:
+        RushhourError: as `rushhour.compress.compress`.
+    """
+    from rushhour.bundle import Bundle
+    from rushhour.compress import Recipe, compress, ladder
+    from rushhour.report import write_compression_report
+
+    asked = None if recipe.strip() == "auto" else Recipe.parse(recipe)
+    parent = Bundle.open(bundle)
+    dataset = load_data(data, progress, str(bundle))
+    folder = steps or out.with_name(f"{out.name}-steps")
+    found = compress(
+        parent,
+        dataset,
+        ladder(parent, dataset, epochs=epochs, trusted=trust) if asked is None else (asked,),
+        budget=budget,
+        out=out,
+        steps=folder,
+        seed=seed,
+        engine=engine,
+        progress=progress,
+        trusted=trust,
+    )
+    return found, write_compression_report(folder)
+
+
+def print_compression(console: Console, found: Compression) -> None:
+    """What each step of each recipe cost and bought, as a table; the answer is marked."""
+    metric = found.reference.accuracy.metric
+    table = Table(title=f"{found.model}, compressed; compiled by {found.engine}")
+    for column in ("", "step", "parameters", "on disk", f"{metric} (validation)", "falls by, points", "throughput"):
+        table.add_column(column, justify="left" if column in ("", "step") else "right")
+    table.add_row("", "as it was", *_figures(found.reference))
+    for at, attempt in enumerate(found.attempts):
+        table.add_section()
+        for index, stage in enumerate(attempt.stages):
+            is_best = found.best == (at, index)
+            table.add_row("★" if is_best else "", stage.step, *_figures(stage), style="bold" if is_best else None)
+        if attempt.why:
+            table.add_row("", attempt.recipe, attempt.why)
+    console.print(table)
+    test, answer = found.test, found.answer
+    low, high = test.drop_interval
+    before = found.reference
+    console.print(
+        f"{found.verdict}: {found.said}\n"
+        f"{before.parameters / max(1, answer.parameters):.1f}x fewer parameters, "
+        f"{before.bytes / answer.bytes:.1f}x smaller on disk; on the test part {test.metric} {test.value:.4f} against "
+        f"{found.reference_test.value:.4f}, a fall of {test.drop * 100:.2f} points ({low * 100:.2f} to "
+        f"{high * 100:.2f})",
+        highlight=False,
+        markup=False,
+    )
+
+
+def result(found: Compression, out: Path, report: Path) -> dict[str, Any]:
+    """What `--json` holds."""
+    return {
+        **msgspec.to_builtins(found),
+        "bundle": str(out),
+        "report": str(report),
+        "accuracy": msgspec.to_builtins(found.test),
+        "bytes": found.answer.bytes,
+    }
+
+
+def _figures(stage: Stage) -> tuple[str, ...]:
+    low, high = stage.accuracy.drop_interval
+    drop = f"{stage.accuracy.drop * 100:.2f} ({low * 100:.2f} to {high * 100:.2f})" if stage.throughput else ""
+    size = f"{stage.bytes / 1e6:.2f} MB" if stage.bytes >= 1e5 else f"{stage.bytes / 1e3:.1f} kB"
+    slower = ", slower" if stage.slower else ""
+    return f"{stage.parameters:,}", size, f"{stage.accuracy.value:.4f}", drop, _times(stage.throughput) + slower
+
+
+def _times(factor: Factor | None) -> str:
+    return "" if factor is None else f"{factor.value:.2f}x ({factor.interval[0]:.2f} to {factor.interval[1]:.2f})"

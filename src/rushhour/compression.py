@@ -1,0 +1,134 @@
+"""What compression found: each step of each recipe, judged as it would be served, and which of them is the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from rushhour.errors import DataError
+from rushhour.goal import AccuracyBudget
+from rushhour.measurement import Accuracy, Interval
+from rushhour.plan import EngineName, Precision
+from rushhour.storage import explained, write_whole
+
+COMPRESSION = "compression.json"
+"""The file's name in a compression's folder."""
+
+Verdict = Literal["best", "no gain", "nearest miss"]
+"""`best`: inside the budget and no slower than what it was made from. `no gain`: what is inside is slower, so the
+bundle is as it was. `nearest miss`: nothing is inside the budget."""
+
+
+class Factor(msgspec.Struct, frozen=True):
+    """One artefact's figure over another's, measured in the same blocks: the geometric mean, and its 95% interval."""
+
+    value: float
+    interval: Interval
+    n: int
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One bundle, as it is compiled.
+
+    Attributes:
+        step: what made it, as in a recipe's text; empty for the bundle that all began with.
+        bundle: its folder in the store.
+        hash: of its content.
+        parameters: of the network.
+        bytes: of the graph on disk.
+        precision: what it is compiled in.
+        accuracy: on the validation part, paired with the reference.
+        throughput: samples per second over the reference's; None of the reference itself.
+        over_parent: the same over the bundle that this step began with.
+        latency: seconds for one sample alone, over the reference's.
+        samples_per_s: of the engine alone, all its streams busy.
+        slower: whether it is slower than the reference or than its parent: then it is never the best.
+    """
+
+    step: str
+    bundle: str
+    hash: str
+    parameters: int
+    bytes: int
+    precision: Precision
+    accuracy: Accuracy
+    throughput: Factor | None = None
+    over_parent: Factor | None = None
+    latency: Factor | None = None
+    samples_per_s: float | None = None
+    slower: bool = False
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One recipe.
+
+    Attributes:
+        stages: one for each step that was done.
+        why: what ended it, where it could not be done to its end.
+    """
+
+    recipe: str
+    stages: tuple[Stage, ...]
+    why: str = ""
+
+
+class Compression(msgspec.Struct, frozen=True):
+    """The whole answer.
+
+    Attributes:
+        model: name of the bundle that all began with.
+        engine: that compiled everything.
+        reference: the bundle that all began with.
+        attempts: in the order they were made.
+        best: recipe and step of the answer, as places in `attempts` and its `stages`; None where it is the reference.
+        verdict: see there.
+        said: the verdict in a sentence.
+        test: the answer on the test part, which no decision has seen, paired with the reference.
+        reference_test: the reference on it.
+    """
+
+    model: str
+    engine: EngineName
+    budget: AccuracyBudget
+    reference: Stage
+    attempts: tuple[Attempt, ...]
+    best: tuple[int, int] | None
+    verdict: Verdict
+    said: str
+    test: Accuracy
+    reference_test: Accuracy
+
+    @property
+    def answer(self) -> Stage:
+        """The stage that is the answer."""
+        if self.best is None:
+            return self.reference
+        attempt, stage = self.best
+        return self.attempts[attempt].stages[stage]
+
+    def save(self, folder: Path) -> None:
+        """Keep it.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        write_whole(folder / COMPRESSION, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Compression:
+        """What was kept in `folder`.
+
+        Raises:
+            DataError: if it is damaged.
+            StorageError: if it cannot be read.
+        """
+        with explained(f"read {folder / COMPRESSION}"):
+            content = (folder / COMPRESSION).read_bytes()
+        try:
+            return msgspec.json.decode(content, type=cls)
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f"cannot read {folder / COMPRESSION}", str(error), "compress again; what was made before is kept"
+            ) from error

@@ -1,0 +1,40 @@
+"""What each step of a compression cost and bought, as a page: in the folder that `rushhour compress` keeps."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from rushhour.compression import Compression
+from rushhour.report import wording
+from rushhour.report.page import page_style
+from rushhour.storage import write_whole
+
+
+def write_compression_report(folder: Path) -> Path:
+    """Render `report.html` from the folder's `compression.json`. The file loads nothing from anywhere.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DataError: if what was found is damaged.
+        StorageError: if the disk does not give or take the files.
+    """
+    from rushhour.report import charts  # matplotlib takes a second to import
+
+    found = Compression.load(folder)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["say"] = wording
+    template = environment.from_string(resources.files(__package__).joinpath("compression.html").read_text("utf-8"))
+    path = folder / "report.html"
+    page = template.render(
+        style=page_style(),
+        found=found,
+        trade=charts.compression_trade(found),
+        sizes=charts.compression_sizes(found),
+    )
+    write_whole(path, page.encode("utf-8", "replace"))
+    return path
