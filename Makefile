@@ -6,6 +6,7 @@
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
 # make bench-compress  what compression buys and costs, on a quiet machine; goes on where it was broken off
+# make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
@@ -14,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress bench-train-options fuzz docs
+.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
 
 setup: .venv/.ready
 
@@ -60,6 +61,10 @@ bench-load: setup
 bench-compress: setup
 	$(BIN)/pip install --quiet --editable '.[elpv,text]'
 	$(BIN)/python benchmarks/compress_models.py
+	$(BIN)/python benchmarks/render.py
+
+bench-train: setup
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/render.py
 
 bench-train-options: setup

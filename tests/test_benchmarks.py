@@ -138,6 +138,9 @@ def test_killed_benchmark_leaves_no_server(tmp_path: Path) -> None:
     ) as bench:
         assert bench.stdout is not None
         keeper = int(bench.stdout.readline())
+        deadline = time.monotonic() + 10
+        while not descendants(keeper) and time.monotonic() < deadline:
+            time.sleep(0.02)  # the keeper starts the server in its own time
         assert descendants(keeper)
         bench.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
