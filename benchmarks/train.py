@@ -40,11 +40,11 @@ from rushhour.data.arrays import from_splits
 from rushhour.errors import ModelError, PlanError, RushhourError
 from rushhour.models import article
 from rushhour.progress import Silent
-from rushhour.testing.networks import SMALL, WIDE, all_of, arranged, distance, short_training, table_for
+from rushhour.testing.networks import ANY, SMALL, WIDE, all_of, arranged, distance, short_training, table_for
 from rushhour.train import Division, Tracking, TrainSettings, launch
-from rushhour.train.cost import Constants, Layer, Layout, Link, Mesh, measure
+from rushhour.train.cost import Layer, Layout, Mesh, measure
 from rushhour.train.loop import learn
-from rushhour.train.plan import Mode, ParallelPlan, plan_layers, state_bytes, table_of
+from rushhour.train.plan import Mode, ParallelPlan, plan_layers, ranked_plans, state_bytes, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
@@ -56,19 +56,6 @@ _TIMED = ("5", "7")
 _ROOM = 0.75
 """Share of the free memory that the case study may take."""
 _GB = 1e9
-
-ANY = Constants(
-    workers=0,
-    dense_flops=3e10,
-    convolution_flops=4e10,
-    bandwidth=5e9,
-    operation_s=1e-5,
-    solo=1.0,
-    reduce=Link(1e-4, 1e-9),
-    exchange=Link(1e-4, 1e-9),
-    send=Link(1e-4, 1e-9),
-)
-"""Where it matters only that there is a plan."""
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -385,8 +372,8 @@ def regret(scale: Scale) -> Part:
     checks, rows, measured = [], [], {}
     for name, workers in itertools.product(NETWORKS, (2, 4)):
         plans = _candidates(name, workers)
-        chosen = min(plans, key=lambda mode: plans[mode].predicted.step_s)
-        taken = launch(timed, workers, (name, plans, scale.rounds, scale.steps))[0]
+        found = launch(timed, workers, (name, list(plans.values()), scale.rounds, scale.steps))[0]
+        chosen, taken = found.chosen, found.step_s
         measured[f"{name} {workers}"] = taken
         middle = {mode: float(np.median(times)) for mode, times in taken.items()}
         best = min(middle, key=lambda mode: middle[mode])
@@ -407,11 +394,8 @@ def _candidates(name: str, workers: int) -> dict[str, ParallelPlan]:
     factory, shape, batch = NETWORKS[name]
     with torch.device("meta"):
         table = table_of(factory(), shape, CLASSES)
-    plans = {}
-    for mode in _MODES:
-        with contextlib.suppress(PlanError):
-            plans[str(mode)] = plan_layers(table, workers=workers, batch=batch, mode=mode, constants=measure(workers))
-    return plans
+    found = ranked_plans(table, workers=workers, batch=batch, constants=measure(workers))
+    return {str(plan.mode): plan for plan in found}
 
 
 def _simulated(scale: Scale) -> Table:
@@ -511,9 +495,9 @@ def throughput(scale: Scale) -> Part:
     checks, rows, measured = [], [], {}
     for name in NETWORKS:
         plans = _candidates(name, workers)
-        chosen = min(plans, key=lambda mode: plans[mode].predicted.step_s)
-        ours = {chosen: plans[chosen], "data": plans["data"]}
-        taken = launch(timed, workers, (name, ours, scale.rounds, scale.steps, site, True))[0]
+        given = (name, list(plans.values()), scale.rounds, scale.steps, ("data",), site, True)
+        found = launch(timed, workers, given)[0]
+        chosen, taken = found.chosen, found.step_s
         measured[name] = taken
         batch = NETWORKS[name][2]
         for peer in ("DDP", "Fabric"):
@@ -522,7 +506,7 @@ def throughput(scale: Scale) -> Part:
             why = missing if peer == "Fabric" else ""
             checks.append(judged(f"7.{name}.{peer.lower()}", what, ">= 1", ratios, why=why))
         for one, times in taken.items():
-            label = f"ours, {one}" + (" (chosen)" if one == chosen else "") if one in ours else one
+            label = f"ours, {one}" + (" (chosen)" if one == chosen else "") if one in plans else one
             ratio = mean_ratio([ddp / mine for ddp, mine in zip(taken["DDP"], times, strict=True)])[0]
             rows.append((name, label, batch / float(np.median(times)), ratio))
         _say(f"7  {name}: {', '.join(f'{one} {1e3 * np.median(times):.1f} ms' for one, times in taken.items())}")

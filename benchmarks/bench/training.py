@@ -22,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import loopback_bytes, peak_bytes, sent_bytes
 from rushhour.testing.networks import sum_of_losses, transformer
+from rushhour.train.divided import TRIAL_S
 from rushhour.train.parallel import parallelise
 from rushhour.train.plan import ParallelPlan
+from rushhour.train.trial import fastest
 
 CLASSES = 10
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -135,20 +137,43 @@ def one_epoch(folder: str, plan: ParallelPlan, hidden: int, classes: int) -> lis
 
 
 Step = Callable[[], float]
+_MEMORY = 8e9
+
+
+class Timed(msgspec.Struct):
+    """What took turns, and which plan had been chosen before.
+
+    Attributes:
+        chosen: the mode of the plan that a training would have taken: tried, as a training tries them.
+        step_s: seconds of a step, by contestant and round.
+    """
+
+    chosen: str
+    step_s: dict[str, list[float]]
 
 
 def timed(
-    name: str, plans: dict[str, ParallelPlan], rounds: int, steps: int, fabric: str | None = None, ddp: bool = False
-) -> dict[str, list[float]]:
-    """Seconds of a step, by contestant and round; in each round all take turns, in an order drawn anew.
+    name: str,
+    plans: list[ParallelPlan],
+    rounds: int,
+    steps: int,
+    only: tuple[str, ...] = (),
+    fabric: str | None = None,
+    ddp: bool = False,
+) -> Timed:
+    """Choose a plan; then, in each round, all take turns, in an order drawn anew.
 
     Args:
         name: of one of `NETWORKS`.
-        plans: ours.
+        plans: ours, the fastest by prediction first.
+        only: modes that are timed besides the chosen one; all where none is given.
         fabric: where Lightning Fabric is installed, if it takes part.
         ddp: whether torch's own replicas take part.
     """
-    contestants: dict[str, Step] = {ours: _ours(name, plan) for ours, plan in plans.items()}
+    chosen = fastest(plans, lambda plan: _ours(name, plan), budget_s=TRIAL_S, memory_bytes=_MEMORY).mode
+    contestants: dict[str, Step] = {
+        plan.mode: _ours(name, plan) for plan in plans if not only or plan.mode in (chosen, *only)
+    }
     if ddp:
         contestants["DDP"] = _ddp(name)
     if fabric is not None:
@@ -168,7 +193,7 @@ def timed(
             taken[one].append((time.perf_counter() - began) / steps)
             if not math.isfinite(loss):
                 raise ValueError(f"{one} does not train: its loss is {loss}")
-    return taken
+    return Timed(chosen, taken)
 
 
 def _made(name: str) -> tuple[nn.Module, Tensor, Tensor]:

@@ -27,11 +27,24 @@ from rushhour.train.feed import Batch
 from rushhour.train.launch import Backend
 from rushhour.train.loss import loss_for
 from rushhour.train.parallel import Parallel, Relaxed, parallelise
-from rushhour.train.plan import LayerPlan, Mode, ParallelPlan, Prediction, chain, layer_table, plan_layers
+from rushhour.train.plan import (
+    LayerPlan,
+    Mode,
+    ParallelPlan,
+    Prediction,
+    chain,
+    layer_table,
+    ranked_plans,
+    worker_memory,
+)
 from rushhour.train.reducer import Compression
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE
+from rushhour.train.trial import Step, fastest
 
+TRIAL_S = 20.0
+TRIAL_SHARE = 0.05
+"""Plans are tried for no longer than this, and than this share of the training as predicted."""
 _OWN = "worker"
 """Below it, in a snapshot, each relaxed worker's own state."""
 
@@ -42,7 +55,7 @@ class Division(msgspec.Struct, frozen=True):
     Raises `PlanError` where workers that meet now and then would not each have the whole network.
 
     Attributes:
-        mode: the family of the plan; `auto`: the fastest by prediction.
+        mode: the family of the plan; `auto`: the fastest of all.
         memory_bytes: that each worker may use; by default its share of this machine's.
         compression: of gradients on their way.
         relaxed: workers meet only now and then.
@@ -90,6 +103,8 @@ def decide(
     trusted: tuple[str, ...],
     path: Path,
     progress: Progress,
+    prepare: Callable[[ParallelPlan], Step] | None = None,
+    steps: int = 0,
 ) -> ParallelPlan:
     """The plan of a training, the same on all workers of the default group, which all call this.
 
@@ -102,6 +117,9 @@ def decide(
         trusted: factories that may be imported besides those of `rushhour.models`.
         path: where the plan is kept; one that was kept for the same question is taken again.
         progress: hears why it is this one.
+        prepare: what one step of this training is by some plan; where it is given, and machine and mode are not, the
+            plans that could be fastest are tried before one is taken.
+        steps: that the training will have: trying takes a small share of their time.
 
     Raises:
         PlanError: if no plan of this mode exists, or none fits in memory.
@@ -119,27 +137,31 @@ def decide(
     progress.start(f"plan for {world} workers")
     constants = division.constants or measure_together()
 
-    def planned() -> ParallelPlan:
+    def planned() -> list[ParallelPlan]:
         try:
             layers = layer_table(source, sample, outputs, trusted)
         except ModelError as error:
             if division.mode not in ("auto", "data"):
                 raise
-            made = _replicas(source, trusted, world, batch, str(error))
-        else:
-            made = plan_layers(
-                layers,
-                workers=world,
-                batch=batch,
-                mode=division.mode,
-                memory_bytes=division.memory_bytes,
-                constants=constants,
-                backend=division.backend,
-            )
-        write_whole(path, msgspec.json.encode(_Kept(division, world, batch, made)))
-        return made
+            return [_replicas(source, trusted, world, batch, str(error))]
+        return ranked_plans(
+            layers,
+            workers=world,
+            batch=batch,
+            mode=division.mode,
+            memory_bytes=division.memory_bytes,
+            constants=constants,
+            backend=division.backend,
+        )
 
-    made: ParallelPlan = _only_leader(planned)
+    plans: list[ParallelPlan] = _only_leader(planned)
+    if prepare is not None and division.constants is None:
+        predicted_s = steps * plans[0].predicted.step_s
+        budget_s, memory = min(TRIAL_S, TRIAL_SHARE * predicted_s), division.memory_bytes or worker_memory(world)
+        made = fastest(plans, prepare, budget_s=budget_s, memory_bytes=memory)
+    else:
+        made = plans[0]
+    _only_leader(lambda: write_whole(path, msgspec.json.encode(_Kept(division, world, batch, made))))
     progress.done(made.explain())
     return made
 

@@ -237,15 +237,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """The statistics are combined as by Chan et al. (1979): no cancellation, whatever the mean."""
+    """The statistics are combined as by Chan et al. (1979): no cancellation, whatever the mean.
+
+    What passes over the whole tensor is torch's own: its statistics, and its normalisation by given statistics. The
+    latter's gradients with respect to weight and bias are the two sums that all workers need.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group) -> Any:
-        axes = [0, *range(2, x.dim())]
         # float64 for few numbers: a variance from parts must not lose what one over all rows keeps
         count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64)
         exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        variance, mean = torch.var_mean(exact, axes, correction=0)
+        mean, variance = torch.batch_norm_update_stats(exact, None, None, 0.0)
         parts = exchange(
             [torch.cat([count, mean.double(), variance.double()])] * group.size(),
             [(1 + 2 * x.shape[1],)] * group.size(),
@@ -268,11 +271,10 @@ class _Normalise(torch.autograd.Function):
         grad = grads[0]
         x, weight, mean, variance = ctx.saved_tensors
         total, eps, group, has_bias = ctx.how
-        axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        scale = torch.rsqrt(variance + eps)
-        normal = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
-        grad_bias = grad.to(mean.dtype).sum(axes)
-        grad_weight = (grad * normal).sum(axes)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, eps, [True, True, True]
+        )
         sums = torch.stack(
             exchange(
                 [torch.cat([grad_bias.double(), grad_weight.double()])] * group.size(),
@@ -281,10 +283,14 @@ class _Normalise(torch.autograd.Function):
             )
         ).sum(0)
         all_bias, all_weight = (sums.to(mean.dtype) / total).split(x.shape[1])
+        # dx = factor (dy - mean(dy) - (x - mean) scale mean(dy normal)); the first term is there already
+        scale = torch.rsqrt(variance + eps)
         factor = scale if weight is None else scale * weight
-        grad_x = (grad - all_bias.view(shape) - normal * all_weight.view(shape)) * factor.view(shape)
+        slope = -factor * scale * all_weight
+        offset = -factor * all_bias - slope * mean
+        grad_x.addcmul_(x, slope.to(grad_x.dtype).view(shape)).add_(offset.to(grad_x.dtype).view(shape))
         return (
-            grad_x.to(x.dtype),
+            grad_x,
             None if weight is None else grad_weight.to(weight.dtype),
             grad_bias.to(mean.dtype) if has_bias else None,
             None,

@@ -35,6 +35,7 @@ from rushhour.train.divided import Divided, Division, decide
 from rushhour.train.feed import Batch, Feed
 from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
+from rushhour.train.plan import ParallelPlan
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE, Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
@@ -211,15 +212,18 @@ class _Assignment(msgspec.Struct, frozen=True):
         return self._run(dataset, stepper, deployed.head, expected, progress, on_epoch)
 
     def __call__(self, dataset: Dataset, progress: Progress) -> None:
+        size = min(self.settings.batch, len(dataset.train))
         plan = decide(
             self.source,
             _sample_spec(dataset),
             dataset.task.outputs,
             division=self.division,
-            batch=min(self.settings.batch, len(dataset.train)),
+            batch=size,
             trusted=self.trusted,
             path=_beside(self.checkpoint(dataset)) / PLAN,
             progress=progress,
+            prepare=lambda plan: self._rehearsal(dataset, plan),
+            steps=self.settings.epochs * (len(dataset.train) // size),
         )
         deployed = self._prepared(dataset)
         expected, head = shapes(deployed.network.state_dict()), deployed.head
@@ -228,6 +232,29 @@ class _Assignment(msgspec.Struct, frozen=True):
         if stepper.leads and self.tracking is not None:
             write_whole(self.tracking.folder / PLAN, msgspec.json.format(msgspec.json.encode(plan)))
         self._run(dataset, stepper, head, expected, progress, None)
+
+    def _rehearsal(self, dataset: Dataset, plan: ParallelPlan) -> Callable[[], object]:
+        """The training's first step by a plan, again and again, with a network of its own."""
+        stepper = Divided(
+            self._prepared(dataset), dataset.task, plan, settings=self.settings.resolved, division=self.division
+        )
+        optimizer = self.settings.make_optimizer(stepper.parameters())
+        with Feed(
+            dataset.train,
+            seed=self.settings.seed,
+            batch=self.settings.batch,
+            augment=self.settings.augment,
+            part=stepper.part,
+        ) as feed:
+            batch = next(feed.epoch(0))
+
+        def step() -> None:
+            stepper.step(batch)
+            if self.settings.clip is not None:
+                stepper.clip(self.settings.clip)
+            optimizer.step()
+
+        return step
 
     def checkpoint(self, dataset: Dataset) -> Checkpoint:
         """Where it keeps how it stands."""

@@ -72,12 +72,13 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Alternative(msgspec.Struct, frozen=True):
-    """The best plan of one mode, or why it has none."""
+    """The best plan of one mode, or why it has none; with the median seconds of its steps, where it was tried."""
 
     mode: Mode
     mesh: Mesh | None = None
     predicted: Prediction | None = None
     why_not: str = ""
+    measured_s: float | None = None
 
 
 class ParallelPlan(msgspec.Struct, frozen=True):
@@ -116,15 +117,24 @@ class ParallelPlan(msgspec.Struct, frozen=True):
             *_runs(self.layers),
         ]
         word = "simulated" if self.simulated else "predicted"
-        others = sorted(self.alternatives, key=lambda one: one.predicted.step_s if one.predicted else math.inf)
+        others = sorted(
+            self.alternatives,
+            key=lambda one: (
+                one.measured_s is None,
+                one.measured_s or (one.predicted.step_s if one.predicted else math.inf),
+            ),
+        )
         for one in others:
             if one.predicted is None:
                 lines.append(f"  {one.mode}: not possible: {one.why_not}")
                 continue
             sign = "*" if (one.mode, one.mesh) == (self.mode, self.mesh) else " "
             limit = f"; {one.why_not}" if one.why_not else ""
+            took = f"{word} {1e3 * one.predicted.step_s:,.1f} ms a step"
+            if one.measured_s is not None:
+                took = f"measured {1e3 * one.measured_s:,.1f} ms a step ({took.removesuffix(' a step')})"
             lines.append(
-                f"{sign} {one.mode} ({one.mesh}): {word} {1e3 * one.predicted.step_s:,.1f} ms a step, "
+                f"{sign} {one.mode} ({one.mesh}): {took}, "
                 f"{one.predicted.sent_bytes / 1e6:,.1f} MB sent and {one.predicted.memory_bytes / 1e6:,.0f} MB kept by "
                 f"the busiest worker{limit}"
             )
@@ -192,13 +202,37 @@ def plan_layers(
     backend: Backend = "gloo",
 ) -> ParallelPlan:
     """As `plan_for`, for a layer table that is there already."""
+    return ranked_plans(
+        layers,
+        workers=workers,
+        batch=batch,
+        constants=constants,
+        mode=mode,
+        memory_bytes=memory_bytes,
+        microbatches=microbatches,
+        backend=backend,
+    )[0]
+
+
+def ranked_plans(
+    layers: tuple[Layer, ...],
+    *,
+    workers: int,
+    batch: int,
+    constants: Constants,
+    mode: Mode = "auto",
+    memory_bytes: int | None = None,
+    microbatches: int | None = None,
+    backend: Backend = "gloo",
+) -> list[ParallelPlan]:
+    """The best plan of each mode that `mode` allows and that fits in memory, the fastest by prediction first."""
     if workers < 1 or batch < 1:
         raise PlanError(
             f"cannot plan for {workers} workers and batches of {batch}", "both are at least 1", "change that setting"
         )
     if microbatches is not None and microbatches < 1:
         raise PlanError(f"cannot divide a batch by {microbatches}", "microbatches are at least 1", "use 1 or more")
-    limit = memory_bytes or int(_MEMORY_SHARE * machine.describe().memory_gb * 2**30 / workers)
+    limit = memory_bytes or worker_memory(workers)
     notes = []
     if workers > machine.cores():
         notes.append(
@@ -231,7 +265,6 @@ def plan_layers(
             "use more machines, a smaller batch or a smaller network"
             + ("" if mode == "auto" else ", or --parallel auto"),
         )
-    chosen = min(fitting, key=lambda one: one.step_s)
     alternatives = []
     for name, one in candidates.items():
         if isinstance(one, str):
@@ -241,19 +274,27 @@ def plan_layers(
             alternatives.append(
                 Alternative(name, one.mesh, one.prediction(), f"more than the {limit / 1e6:,.0f} MB" if over else "")
             )
-    return ParallelPlan(
-        workers=workers,
-        mode=chosen.mode,
-        mesh=chosen.mesh,
-        batch=batch,
-        microbatches=chosen.microbatches,
-        layers=chosen.layers,
-        predicted=chosen.prediction(),
-        backend=backend,
-        alternatives=tuple(alternatives),
-        notes=tuple(notes),
-        simulated=constants.workers != workers,
-    )
+    return [
+        ParallelPlan(
+            workers=workers,
+            mode=one.mode,
+            mesh=one.mesh,
+            batch=batch,
+            microbatches=one.microbatches,
+            layers=one.layers,
+            predicted=one.prediction(),
+            backend=backend,
+            alternatives=tuple(alternatives),
+            notes=tuple(notes),
+            simulated=constants.workers != workers,
+        )
+        for one in sorted(fitting, key=lambda one: one.step_s)
+    ]
+
+
+def worker_memory(workers: int) -> int:
+    """Bytes that each of so many workers may use on this machine."""
+    return int(_MEMORY_SHARE * machine.describe().memory_gb * 2**30 / workers)
 
 
 def chain(network: nn.Module) -> list[tuple[str, nn.Module]]:
