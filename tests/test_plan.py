@@ -13,12 +13,12 @@ from rushhour import machine
 from rushhour.bundle import Source, TensorSpec
 from rushhour.errors import ModelError, PlanError
 from rushhour.models import article, mlp
+from rushhour.testing.networks import ANY
 from rushhour.train.cost import Layout, Link, Mesh, boundary_cost, layer_cost, move_cost
 from rushhour.train.plan import LayerPlan, Mode, ParallelPlan, plan_for, plan_layers, state_bytes, table_of
-from test_parallel import CONSTANTS
 
 FAR = msgspec.structs.replace(
-    CONSTANTS,
+    ANY,
     dense_flops=1e11,
     convolution_flops=1e11,
     bandwidth=2e10,
@@ -76,7 +76,7 @@ def dense_chain() -> tuple[nn.Sequential, tuple[int, ...]]:
 @pytest.mark.parametrize("batch", [4, 64])
 def test_layouts_are_the_best_of_all_there_are(beta: float, batch: int) -> None:
     """Against every combination of layouts, priced one by one with the same costs."""
-    constants = msgspec.structs.replace(CONSTANTS, reduce=Link(1e-5, beta), exchange=Link(1e-6, beta))
+    constants = msgspec.structs.replace(ANY, reduce=Link(1e-5, beta), exchange=Link(1e-6, beta))
     network, shape = dense_chain()
     table = table_of(network.to("meta"), shape)
     mesh = Mesh(1, 2, 1)
@@ -106,7 +106,7 @@ def test_stages_are_the_most_even_there_are() -> None:
     network = nn.Sequential(*(nn.Linear(width, width) for width in (64, 64, 64, 64, 64, 64, 64)))
     table = list(table_of(network.to("meta"), (64,)))
     table[2] = msgspec.structs.replace(table[2], flops=table[2].flops * 1000)  # one that is worth all others
-    args = (Mesh(1, 1, 3), 24, 3, CONSTANTS)
+    args = (Mesh(1, 1, 3), 24, 3, ANY)
 
     def slowest(cuts: tuple[int, ...]) -> float:
         edges = (0, *cuts, len(table))
@@ -117,7 +117,7 @@ def test_stages_are_the_most_even_there_are() -> None:
             times.append(time)
         return max(times)
 
-    plan = plan_layers(tuple(table), workers=3, batch=24, mode="pipeline", constants=CONSTANTS, microbatches=3)
+    plan = plan_layers(tuple(table), workers=3, batch=24, mode="pipeline", constants=ANY, microbatches=3)
     stages = [layer.stage for layer in plan.layers]
     cuts = tuple(index for index in range(1, len(table)) if stages[index] != stages[index - 1])
     every = list(itertools.combinations(range(1, len(table)), 2))
@@ -129,7 +129,7 @@ def test_short_memory_makes_plans_smaller_and_slower_until_none_fits() -> None:
         table = table_of(mlp(inputs=256, outputs=10, hidden=1024, depth=8), (256,))
 
     def with_memory(memory: int) -> ParallelPlan:
-        return plan_layers(table, workers=4, batch=4096, constants=CONSTANTS, memory_bytes=memory)
+        return plan_layers(table, workers=4, batch=4096, constants=ANY, memory_bytes=memory)
 
     free = with_memory(16 * GB)
     needed = free.predicted.memory_bytes
@@ -140,7 +140,7 @@ def test_short_memory_makes_plans_smaller_and_slower_until_none_fits() -> None:
     with pytest.raises(PlanError, match=r"no plan fits in memory: the smallest needs 0\.\d\d GB for each of 4 workers"):
         with_memory(10**6)
     with pytest.raises(PlanError, match=r"no data plan fits in memory.*or --parallel auto"):
-        plan_layers(table, workers=4, batch=64, mode="data", constants=CONSTANTS, memory_bytes=10**6)
+        plan_layers(table, workers=4, batch=64, mode="data", constants=ANY, memory_bytes=10**6)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_short_memory_makes_plans_smaller_and_slower_until_none_fits() -> None:
 def test_a_network_in_one_piece_cannot_be_cut(mode: Mode, says: str) -> None:
     table = table_of(nn.Conv2d(1, 2, 3, device="meta"), (1, 8, 8))
     with pytest.raises(PlanError, match=says):
-        plan_layers(table, workers=2, batch=4, mode=mode, constants=CONSTANTS)
-    assert plan_layers(table, workers=2, batch=4, constants=CONSTANTS).mode in ("data", "sharded")
+        plan_layers(table, workers=2, batch=4, mode=mode, constants=ANY)
+    assert plan_layers(table, workers=2, batch=4, constants=ANY).mode in ("data", "sharded")
 
 
 def test_a_plan_says_why_and_goes_through_json() -> None:
@@ -177,11 +177,11 @@ def test_more_workers_than_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(PlanError, match="batches of 0"):
-        plan_for(ARTICLE, PICTURE, 1000, workers=2, batch=0, constants=CONSTANTS)
+        plan_for(ARTICLE, PICTURE, 1000, workers=2, batch=0, constants=ANY)
     with pytest.raises(ModelError, match=r"answers with shape \(1000,\), the task has 7 outputs|7 outputs"):
-        plan_for(ARTICLE, PICTURE, 7, workers=2, batch=4, constants=CONSTANTS)
+        plan_for(ARTICLE, PICTURE, 7, workers=2, batch=4, constants=ANY)
     with pytest.raises(PlanError, match="does not give each of 8 workers a sample"):
-        plan_layers(table_of(mlp(4, 2, 8, 2).to("meta"), (4,)), workers=8, batch=4, mode="data", constants=CONSTANTS)
+        plan_layers(table_of(mlp(4, 2, 8, 2).to("meta"), (4,)), workers=8, batch=4, mode="data", constants=ANY)
 
 
 def test_one_worker_has_nothing_to_divide() -> None:

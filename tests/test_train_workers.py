@@ -23,11 +23,11 @@ from torch import nn
 from rushhour.bundle import Source
 from rushhour.curves import Epoch, read_curves
 from rushhour.errors import ModelError, PlanError
+from rushhour.testing.networks import ANY
 from rushhour.train import Division, Relaxed, Tracking, TrainSettings
 from rushhour.train.loop import Diverged
 from rushhour.train.plan import Mode
 from rushhour.train.reducer import Compression
-from test_parallel import CONSTANTS
 from test_train import ARTICLE as PICTURES
 from test_train import Notes, pictures, table
 from test_train_loop import MLP, learned, same, with_extremes
@@ -38,7 +38,7 @@ SETTINGS = TrainSettings(epochs=3, batch=33, ema=0.9, clip=1.0, bf16=False)  # 9
 
 def divided(mode: Mode = "auto", **how: Any) -> Division:
     """With constants made up, because measuring takes seconds."""
-    return Division(mode, constants=CONSTANTS, **how)
+    return Division(mode, constants=ANY, **how)
 
 
 KILLS = "RUSHHOUR_TEST_KILLS"

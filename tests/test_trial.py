@@ -41,7 +41,7 @@ def test_what_the_steps_say_counts_for_more_than_the_prediction() -> None:
     found = launch(_tried, 2, ({first: 0.15, second: 0.01}, 60.0, 1e12))
     for chosen, _, counts in found:
         assert chosen.mode == second
-        assert counts[second] > counts[first] >= 3  # the slow one leaves early
+        assert counts[second] >= counts[first] >= 4  # one step to get ready, three turns at least
         measured = {one.mode: one.measured_s for one in chosen.alternatives}
         assert measured == {one.mode: one.measured_s for one in found[0][0].alternatives}
         slow, fast = measured[first], measured[second]
