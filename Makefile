@@ -5,7 +5,7 @@
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
-# make bench-compress  what compression buys and costs, on a quiet machine; goes on where it was broken off
+# make bench-compress  what compression buys and costs, an hour and a half; goes on where it was broken off
 # make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
 # make docs     docs/benchmarks.md, from benchmarks/results
@@ -60,7 +60,7 @@ bench-load: setup
 
 bench-compress: setup
 	$(BIN)/pip install --quiet --editable '.[elpv,text]'
-	$(BIN)/python benchmarks/compress_models.py
+	$(BIN)/python benchmarks/compress.py
 	$(BIN)/python benchmarks/render.py
 
 bench-train: setup

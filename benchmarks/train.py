@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import itertools
 import math
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,15 +28,15 @@ from unittest import mock
 import msgspec
 import numpy as np
 import torch
-from bench.blocks import machine_cpu_s
-from bench.record import Check, Record, Table, commit, judged, mean_ratio, record, verdict
+from bench.parts import Part, run_parts, say
+from bench.record import Table, judged, mean_ratio, verdict
 from bench.training import CLASSES, KILLS, NETWORKS, Stepped, deep, one_epoch, stepped, timed
 
 from rushhour.bundle import Source
 from rushhour.curves import read_curves
 from rushhour.data import Dataset, Split
 from rushhour.data.arrays import from_splits
-from rushhour.errors import ModelError, PlanError, RushhourError
+from rushhour.errors import ModelError, PlanError
 from rushhour.models import article
 from rushhour.progress import Silent
 from rushhour.testing.networks import ANY, SMALL, WIDE, all_of, arranged, distance, short_training, table_for
@@ -50,9 +49,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
 BENCH = ROOT / ".bench"
 SEED = 0
-_LOOK_S = 1.0
 _MODES: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
-_TIMED = ("5", "7")
+_TIMED = {"5", "7"}
 _ROOM = 0.75
 """Share of the free memory that the case study may take."""
 _GB = 1e9
@@ -86,19 +84,6 @@ class Scale(msgspec.Struct, frozen=True):
     kills: int = 2
 
 
-class Part(msgspec.Struct, frozen=True):
-    """What one part has shown, and at what commit."""
-
-    checks: tuple[Check, ...]
-    tables: tuple[Table, ...]
-    measured: Any
-    commit: str = ""
-    date: str = ""
-    busy_cores: float = 0.0
-    minutes: float = 0.0
-    versions: dict[str, str] = {}
-
-
 # 1
 
 
@@ -124,7 +109,7 @@ def equality(scale: Scale) -> Part:
             reference = alone[name, double]
             losses = max(abs(mine / theirs - 1) for mine, theirs in zip(one.losses, reference.losses, strict=True))
             found.append((name, workers, kind, double, max(losses, distance(one.state, reference.state))))
-        _say(f"1  {workers} workers: {len(cases)} trainings compared")
+        say(f"1  {workers} workers: {len(cases)} trainings compared")
     checks = []
     for double, bound in bounds.items():
         errors = [error for *_, of, error in found if of is double]
@@ -190,7 +175,7 @@ def wire(scale: Scale) -> Part:
             sent = max(worker[index].sent_bytes for worker in came_to)
             ratios.append(sent / plan.predicted.sent_bytes)
             rows.append((name, workers, plan.mode, plan.predicted.sent_bytes / 1e6, sent / 1e6, ratios[-1]))
-    _say(f"2  {len(ratios)} plans of small networks")
+    say(f"2  {len(ratios)} plans of small networks")
     found = {mode: _article(scale, mode) for mode in ("auto", "data")}
     carried = {}
     for mode, (plan, steps) in found.items():
@@ -200,7 +185,7 @@ def wire(scale: Scale) -> Part:
         name = f"article, {scale.side}x{scale.side}"
         kind = f"{plan.mode} (chosen)" if mode == "auto" else mode
         rows.append((name, scale.workers, kind, plan.predicted.sent_bytes / 1e6, sent / 1e6, ratios[-1]))
-        _say(f"2  {name}, {kind}: {sent / 1e6:,.1f} MB a step and worker")
+        say(f"2  {name}, {kind}: {sent / 1e6:,.1f} MB a step and worker")
     over = [carried[mode] / plan.predicted.sent_bytes for mode, (plan, _) in found.items()]
     which = f"the article's network, {scale.workers} workers, batch {scale.batch}"
     checks = (
@@ -302,7 +287,7 @@ def cases(scale: Scale) -> Part:
                 float(np.median(steps[0].step_s)),
             )
         )
-        _say(f"4  {label}: {rows[-1][1]:,.0f} million parameters")
+        say(f"4  {label}: {rows[-1][1]:,.0f} million parameters")
     short = f"more did not fit in {_free_bytes() / _GB:.1f} GB" if wanted < scale.parameters else ""
     trained = sum(one.parameters for one in runs["chosen"]) / workers
     first = verdict("4.submodels", f"parameters of each of {workers} sub-models, trained at once on this machine",
@@ -384,7 +369,7 @@ def regret(scale: Scale) -> Part:
         for mode, plan in plans.items():
             sign = " (chosen)" if mode == chosen else ""
             rows.append((name, workers, f"{mode}{sign}", 1e3 * plan.predicted.step_s, 1e3 * middle[mode]))
-        _say(f"5  {name}, {workers} workers: {chosen} chosen, {best} fastest")
+        say(f"5  {name}, {workers} workers: {chosen} chosen, {best} fastest")
     note = "Median ms of a step, Adam's included. With 4 workers on fewer cores, they take turns."
     columns = ("network", "workers", "plan", "predicted, ms", "measured, ms")
     return Part(tuple(checks), (Table("Every plan in turns", columns, tuple(rows), note), _simulated(scale)), measured)
@@ -450,7 +435,7 @@ def deaths(scale: Scale) -> Part:
                 error = float(np.max(np.abs(got - undisturbed)))
                 worst, count = max(worst, error), count + 1
                 rows.append((mode, float(rank), float(pass_), f"{error:g}"))
-                _say(f"6  {mode}: worker {rank} killed in pass {pass_}, losses differ by {error:g}")
+                say(f"6  {mode}: worker {rank} killed in pass {pass_}, losses differ by {error:g}")
         reference = trained(Path(at) / "reference", 2, "data")
         folder = Path(at) / "fewer"
         with mock.patch("rushhour.train.workers._RESTARTS", 0):
@@ -509,7 +494,7 @@ def throughput(scale: Scale) -> Part:
             label = f"ours, {one}" + (" (chosen)" if one == chosen else "") if one in plans else one
             ratio = mean_ratio([ddp / mine for ddp, mine in zip(taken["DDP"], times, strict=True)])[0]
             rows.append((name, label, batch / float(np.median(times)), ratio))
-        _say(f"7  {name}: {', '.join(f'{one} {1e3 * np.median(times):.1f} ms' for one, times in taken.items())}")
+        say(f"7  {name}: {', '.join(f'{one} {1e3 * np.median(times):.1f} ms' for one, times in taken.items())}")
     columns = ("network", "who", "samples/s", "by DDP's")
     note = "Adam, single precision, one thread for each worker; the same network, data and processes, in turns."
     return Part(
@@ -540,62 +525,15 @@ def main(given: list[str] | None = None) -> int:
     arguments = _arguments(given)
     scale = msgspec.convert({name: getattr(arguments, name) for name in Scale.__struct_fields__}, Scale)
     whole = scale == Scale()
-    out = Path(arguments.out or (RESULTS if whole else BENCH / "train-smoke.json"))
-    now = commit()
     BENCH.mkdir(exist_ok=True)
-    done: dict[str, Part] = {}
-    if out.exists() and whole:
-        done = msgspec.convert(Record.load(out).data["parts"], dict[str, Part])
-    only = set(arguments.only.split(",")) if arguments.only else None
-    for name, measured in PARTS.items():
-        if only is not None and name not in only:
-            continue
-        if only is None and name in done and done[name].commit == now and not now.endswith("+"):
-            _say(f"{name}  is there already")
-            continue
-        began, before = time.monotonic(), _busy_cores() if name in _TIMED else 0.0
-        try:
-            part = measured(scale)
-        except RushhourError as error:
-            print(f"{error}", file=sys.stderr)
-            return 1
-        done[name] = msgspec.structs.replace(
-            part,
-            commit=now,
-            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            busy_cores=round(before, 3),
-            minutes=round((time.monotonic() - began) / 60, 1),
-        )
-        _write(out, {key: done[key] for key in PARTS if key in done})
-        for check in done[name].checks:
-            _say(f"{'ok  ' if check.holds else 'MISS'} {check.id:22} {check.value} {check.target} {check.why or ''}")
-    _say(f"written to {out}")
-    return 0
-
-
-def _write(out: Path, parts: dict[str, Part]) -> None:
-    rows = tuple((name, part.date, part.commit, part.minutes) for name, part in parts.items())
-    when = Table("When each part was measured", ("part", "date", "commit", "minutes"), rows)
-    data = {
-        "busy_cores_before": max((part.busy_cores for part in parts.values()), default=0.0),
-        "tables": [table for part in parts.values() for table in part.tables] + [when],
-        "parts": parts,
-    }
-    versions = {name: version for part in parts.values() for name, version in part.versions.items()}
-    checks = [check for part in parts.values() for check in part.checks]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record(checks, msgspec.to_builtins(data), {"data and kills": SEED, "bootstrap": 0}, versions).save(out)
-
-
-def _busy_cores() -> float:
-    """Cores that are busy while we do nothing."""
-    before, _ = machine_cpu_s()
-    time.sleep(_LOOK_S)
-    return (machine_cpu_s()[0] - before) / _LOOK_S
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return run_parts(
+        {name: partial(measured, scale) for name, measured in PARTS.items()},
+        Path(arguments.out or (RESULTS if whole else BENCH / "train-smoke.json")),
+        kept=whole,
+        only={name for name in arguments.only.split(",") if name},
+        timed=_TIMED,
+        seeds={"data and kills": SEED, "bootstrap": 0},
+    )
 
 
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:

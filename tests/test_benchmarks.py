@@ -213,13 +213,32 @@ def test_page_is_what_the_results_say() -> None:
     assert subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"]).returncode == 0
 
 
-def test_the_benchmark_of_other_networks_judges_and_times_shapes(tmp_path: Path) -> None:
-    out = tmp_path / "compress_models.json"
-    command = [sys.executable, str(BENCHMARKS / "compress_models.py"), "--only", "shapes", "--side", "16"]
+def test_the_benchmark_of_compression_judges_and_times_shapes(tmp_path: Path) -> None:
+    out = tmp_path / "compress.json"
+    command = [sys.executable, str(BENCHMARKS / "compress.py"), "--only", "shapes", "--side", "16"]
     command += ["--blocks", "2", "--seconds", "0.01", "--batch", "2", "--calibration", "4"]
     subprocess.run([*command, "--work", str(tmp_path / "work"), "--out", str(out)], check=True, capture_output=True)
     found = Record.load(out)
     ids = {check.id for check in found.checks}
     assert {"1.16.openvino.int8", "1.16.onnxruntime.all", "1.16.size"} <= ids
     assert all(check.why for check in found.checks if not check.holds)
-    assert "dense layer of rank 32" in render.render([("compress_models", found)])
+    assert "dense layer of rank 32" in render.render([("compress", found)])
+
+
+@pytest.mark.parametrize("part", ["fashion", "distil"])
+def test_the_benchmark_of_compression_trains_and_judges(part: str, tmp_path: Path) -> None:
+    out = tmp_path / "compress.json"
+    command = [sys.executable, str(BENCHMARKS / "compress.py"), "--only", part, "--samples", "256", "--share", "0.1"]
+    done = subprocess.run(
+        [*command, "--work", str(tmp_path / "work"), "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = Record.load(out)
+    wanted = {
+        "distil": {"2.gain"},
+        "fashion": {f"1.fashion.{of}" for of in ("parameters", "size", "drop", "throughput")},
+    }
+    assert {check.id for check in found.checks} == wanted[part]
+    assert all(check.value is not None for check in found.checks)
+    assert all(check.why for check in found.checks if not check.holds)
+    assert render.render([("compress", found)])

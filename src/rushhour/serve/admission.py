@@ -17,6 +17,9 @@ _MEMORY = 0.02
 """Weight of the newest batch in the profile: about the last 50 batches decide."""
 _NEWEST = 0.1
 """Weight of the newest batch in what is usual."""
+_CAUTION = 3.0
+"""Mean deviations of what was mispredicted that are expected on top of its mean; of normal errors 1 in 120 is larger.
+What is lost by it is the end of the queue, not throughput."""
 _ANCHOR = 0.1
 """Weight of the start's times against that of the recent batches together."""
 
@@ -125,9 +128,10 @@ class Admission:
     def late_s(self) -> float:
         """By how much to distrust a long prediction: what the profile cannot see, and how unevenly it comes.
 
-        Mean and mean deviation, as TCP keeps them for its time-out (Jacobson, Congestion Avoidance and Control, 1988).
+        Mean and mean deviations, as TCP keeps them for its time-out (Jacobson, Congestion Avoidance and Control, 1988),
+        so that of those admitted hardly one in a hundred is late.
         """
-        return max(0.0, self._late + self._uneven)
+        return max(0.0, self._late + _CAUTION * self._uneven)
 
     def finish(self, now: float, rows: int, waiting: int, busy_until: Sequence[float], streams: int) -> float:
         """When the last of `rows` samples that come now would be answered, in seconds of the clock of `now`.

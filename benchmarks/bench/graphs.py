@@ -1,33 +1,27 @@
-"""`make bench-compress`, second half: what 8 bits and smaller shapes buy on networks that are not the article's.
+"""What 8 bits and smaller shapes buy on networks that nobody trains for it: the second half of `make bench-compress`.
 
-Three parts. A residual network, trained on Fashion-MNIST. The pretrained sentence encoder MiniLM-L6, judged without
-labels on sentences of Python's own reference manual (`pydoc_data.topics`, which every Python carries). And the shapes
-that the article's network takes at 224x224 when it is pruned, cut to low rank and quantised: there only the shapes
-are measured, on random weights, because speed hardly depends on their values.
-
-Bundles are kept in `.bench/compress-models`; a second run only measures. A first one takes about seven minutes.
+A residual network, trained on Fashion-MNIST. The pretrained sentence encoder MiniLM-L6, judged without labels on
+sentences of Python's own reference manual (`pydoc_data.topics`, which every Python carries). And the shapes that the
+article's network takes at 224x224 when it is pruned, cut to low rank and quantised: there only the shapes are measured,
+on random weights, because speed hardly depends on their values.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import pydoc_data.topics
 import re
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from bench.models import pictures
-from bench.record import Check, Table, record, verdict
 from torch import nn
 
+from bench.models import pictures
+from bench.record import Check, Table, verdict
 from rushhour.bundle import Bundle, Preprocessing, Source, TensorSpec
 from rushhour.compress import Speed, bench_artefacts, compress_weights, halve_weights, judge, outputs_of, quantize
 from rushhour.compress.speed import Artefact, reason
@@ -35,7 +29,7 @@ from rushhour.data import Dataset, Split, load
 from rushhour.data.arrays import from_splits
 from rushhour.data.text import sentences
 from rushhour.engines import EngineConfig
-from rushhour.errors import BundleError, RushhourError
+from rushhour.errors import BundleError
 from rushhour.machine import cores
 from rushhour.models import article, export, minilm_bundle
 from rushhour.plan import EngineName, Precision
@@ -43,8 +37,6 @@ from rushhour.progress import Silent
 from rushhour.task import Task
 from rushhour.train import TrainSettings, train
 
-RESULTS = Path(__file__).parent / "results" / "compress_models.json"
-BENCH = Path(__file__).resolve().parent.parent / ".bench"
 SEED = 0
 _BUDGET = 0.01
 _FASTER = ">= 1.5"
@@ -99,7 +91,7 @@ class Measured(msgspec.Struct, frozen=True):
 
 def residual(at: Path, scale: Scale) -> tuple[list[Check], list[Measured]]:
     """Trained on Fashion-MNIST, judged by its labels."""
-    data = _cut(load("fashion-mnist"), scale.samples)
+    data = cut(load("fashion-mnist"), scale.samples)
     source = Source("rushhour.models:residual", {"input_size": 28, "channels": 1, "classes": 10})
     settings = TrainSettings(epochs=scale.epochs, seed=SEED)
     parent = train(data, source, settings, out=at / "residual", work=at / ".checkpoints", progress=Silent())
@@ -108,7 +100,7 @@ def residual(at: Path, scale: Scale) -> tuple[list[Check], list[Measured]]:
 
 def minilm(at: Path, scale: Scale) -> tuple[list[Check], list[Measured]]:
     """As published, judged by the cosine to its own answers in f32."""
-    data = _cut(sentences("python-reference", manual(), length=_TOKENS, seed=SEED), scale.samples)
+    data = cut(sentences("python-reference", manual(), length=_TOKENS, seed=SEED), scale.samples)
     parent = _kept(at / "minilm", lambda path: minilm_bundle(path, data.validation.inputs[:32]))
     return _children("minilm", "MiniLM-L6 on sentences of 64 tokens", parent, data, at, scale)
 
@@ -158,13 +150,6 @@ def shapes(at: Path, scale: Scale) -> tuple[list[Check], list[Measured]]:
     what = f"the article's network at {side}x{side}: size on disk over that of half the channels, rank 32 and int8"
     checks.append(verdict(f"1.{side}.size", what, ">= 49", smaller, None, 1))
     return checks, found
-
-
-PARTS: dict[str, Callable[[Path, Scale], tuple[list[Check], list[Measured]]]] = {
-    "residual": residual,
-    "minilm": minilm,
-    "shapes": shapes,
-}
 
 
 def _children(
@@ -244,7 +229,8 @@ def _measured(name: str, artefact: Artefact, speed: Speed | None) -> Measured:
     return Measured(name, config.engine, config.precision, bundle.model_bytes / 1e6, speed)
 
 
-def _tables(found: list[Measured]) -> list[Table]:
+def tables(found: list[Measured]) -> tuple[Table, ...]:
+    """Everything beside its parent."""
     rows = tuple(
         (
             each.name,
@@ -269,14 +255,15 @@ def _tables(found: list[Measured]) -> list[Table]:
         "Engine alone, one stream for each core, each at its best batch, in interleaved blocks. The fall is measured "
         "on the test part against f32 on OpenVINO; without labels it is what the cosine to these lacks to 1."
     )
-    return [Table("What needs no training", columns, rows, note)]
+    return (Table("What needs no training", columns, rows, note),)
 
 
 def _config(engine: EngineName, precision: Precision, batch: int) -> EngineConfig:
     return EngineConfig(engine, precision, streams=cores(), threads=1, max_batch=batch)
 
 
-def _cut(data: Dataset, samples: int) -> Dataset:
+def cut(data: Dataset, samples: int) -> Dataset:
+    """At most so many samples of each part."""
     if samples >= len(data.train):
         return data
     parts = {part: getattr(data, part).head(samples) for part in ("train", "validation", "test")}
@@ -324,53 +311,3 @@ def _kept(path: Path, make: Callable[[Path], Bundle]) -> Bundle:
     with contextlib.suppress(BundleError):
         return Bundle.open(path)
     return make(path)
-
-
-def main(given: list[str] | None = None) -> int:
-    """Measure, and write the record."""
-    arguments = _arguments(given)
-    scale = msgspec.convert({name: getattr(arguments, name) for name in Scale.__struct_fields__}, Scale)
-    began = time.monotonic()
-    checks: list[Check] = []
-    found: list[Measured] = []
-    for part in arguments.only.split(","):
-        try:
-            more, measured = PARTS[part](arguments.work, scale)
-        except RushhourError as error:
-            print(f"{part}: {error}", file=sys.stderr)
-            return 1
-        checks += more
-        found += measured
-        _say(f"{part}: {(time.monotonic() - began) / 60:.1f} minutes")
-    data = {"tables": _tables(found), "measured": found, "minutes": round((time.monotonic() - began) / 60, 1)}
-    out = arguments.out or (RESULTS if arguments == _arguments([]) else BENCH / "compress-models-smoke.json")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    record(checks, msgspec.to_builtins(data), {"all": SEED}, {}).save(Path(out))
-    for check in checks:
-        _say(
-            f"{'ok  ' if check.holds else 'MISS'} {check.id:32} {check.value:>8.4g} {check.target:>8} {check.why or ''}"
-        )
-    _say(f"{data['minutes']} minutes; written to {out}")
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _arguments(given: list[str] | None = None) -> argparse.Namespace:
-    whole = Scale()
-    parser = argparse.ArgumentParser(description="What 8 bits and smaller shapes buy.")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts")
-    parser.add_argument("--work", type=Path, default=BENCH / "compress-models", help="where bundles are kept")
-    for name in Scale.__struct_fields__:
-        value: Any = getattr(whole, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--out", help="the record; by default results/compress_models.json of a whole run")
-    return parser.parse_args(given)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)

@@ -1,0 +1,111 @@
+"""A benchmark in parts: each stays in the record with the commit that it was measured at, so that a run goes on where
+the last was broken off, and single parts can be measured anew."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.blocks import machine_cpu_s
+from bench.record import Check, Record, Table, commit, record
+from rushhour.errors import RushhourError
+
+_LOOK_S = 1.0
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What one part has shown, and at what commit."""
+
+    checks: tuple[Check, ...]
+    tables: tuple[Table, ...]
+    measured: Any
+    commit: str = ""
+    date: str = ""
+    busy_cores: float = 0.0
+    minutes: float = 0.0
+    versions: dict[str, str] = {}
+
+
+def run_parts(
+    parts: Mapping[str, Callable[[], Part]],
+    out: Path,
+    *,
+    kept: bool,
+    only: set[str],
+    timed: set[str],
+    seeds: dict[str, int],
+) -> int:
+    """Measure what is missing, and write the record after each part; the exit code.
+
+    Args:
+        parts: name -> what measures it, in order.
+        out: the record.
+        kept: parts that are in it already stay, and those of this very commit are not measured again.
+        only: measure these, whatever is there; empty for all that are missing.
+        timed: parts before which the machine is looked at: is anything else busy?
+        seeds: of all that is random.
+    """
+    now = commit()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done: dict[str, Part] = {}
+    if out.exists() and kept:
+        done = msgspec.convert(Record.load(out).data["parts"], dict[str, Part])
+    for name, measured in parts.items():
+        if only and name not in only:
+            continue
+        if not only and name in done and done[name].commit == now and not now.endswith("+"):
+            say(f"{name}  is there already")
+            continue
+        began, busy = time.monotonic(), busy_cores() if name in timed else 0.0
+        try:
+            part = measured()
+        except RushhourError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        done[name] = msgspec.structs.replace(
+            part,
+            commit=now,
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            busy_cores=round(busy, 3),
+            minutes=round((time.monotonic() - began) / 60, 1),
+        )
+        _write(out, {key: done[key] for key in parts if key in done}, seeds)
+        for check in done[name].checks:
+            say(f"{'ok  ' if check.holds else 'MISS'} {check.id:26} {_value(check)} {check.target} {check.why or ''}")
+    say(f"written to {out}")
+    return 0
+
+
+def say(text: str) -> None:
+    """To whoever watches."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def busy_cores() -> float:
+    """Cores that are busy while we do nothing."""
+    before, _ = machine_cpu_s()
+    time.sleep(_LOOK_S)
+    return (machine_cpu_s()[0] - before) / _LOOK_S
+
+
+def _value(check: Check) -> str:
+    return "not measured" if check.value is None else f"{check.value:.4g} {check.unit}"
+
+
+def _write(out: Path, parts: dict[str, Part], seeds: dict[str, int]) -> None:
+    rows = tuple((name, part.date, part.commit, part.minutes) for name, part in parts.items())
+    when = Table("When each part was measured", ("part", "date", "commit", "minutes"), rows)
+    data = {
+        "busy_cores_before": max((part.busy_cores for part in parts.values()), default=0.0),
+        "tables": [table for part in parts.values() for table in part.tables] + [when],
+        "parts": parts,
+    }
+    versions = {name: version for part in parts.values() for name, version in part.versions.items()}
+    checks = [check for part in parts.values() for check in part.checks]
+    record(checks, msgspec.to_builtins(data), seeds, versions).save(out)
