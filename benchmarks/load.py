@@ -1,7 +1,10 @@
 """`make bench-load`: is the judge right? The verdict, the search and the generator, put to the test themselves.
 
 1 MLPerf LoadGen, the referee, loads the same server    2 a server that stalls    3 simulated queues of known latency
-4 five searches on one server    5 what one core of generator sends    6 a starved generator, a noisy neighbour
+4 five searches on one server (v: in virtual time)    5 what one core of generator sends
+6 a starved generator, a noisy neighbour
+
+Each part stays in the record with the commit that it was measured at; a run goes on where the last was broken off.
 
     python benchmarks/load.py                                            everything, about 25 minutes, quiet machine
     python benchmarks/load.py --only 3 --runs 20 --lengths 5             a look; its results go to .bench/
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,8 +34,9 @@ from bench.blocks import raw_costs
 from bench.contestants import OURS, PEERS, Setup, request_for, start_ours
 from bench.environments import CannotInstall, python_of, versions_of
 from bench.models import SEED, bundle_of
-from bench.record import Check, Table, record, verdict
-from bench.servers import DidNotStart, free_port, running
+from bench.parts import Part, run_parts, say
+from bench.record import Check, Table, verdict
+from bench.servers import free_port, running
 from bench.wire import answers
 
 from rushhour.goal import SLO
@@ -207,7 +211,7 @@ def timed_server(*extra: float, max_batch: int = _BATCH) -> Iterator[tuple[int, 
     """Our server before an engine that sleeps; gives its port, what it serves, and a folder.
 
     Raises:
-        DidNotStart: if it does not.
+        DidNotStart: if it does not start.
     """
     setup = Setup(
         model="noop",
@@ -268,7 +272,7 @@ def referee(seconds: float) -> list[Check]:
             agreed += agrees
             mine = "none" if ours.p99_ms is None else f"{ours.p99_ms:.1f} ms"
             said.append(f"{rate:.0f}/s: LoadGen {theirs:.1f} ms, ours {mine}")
-            _say(said[-1])
+            say(said[-1])
     return [verdict("1", what, ">= 5", agreed, None, len(_SHARES), unit="rates", why="; ".join(said))]
 
 
@@ -308,7 +312,7 @@ def searches(count: int, budget_s: float) -> tuple[list[Check], list[Search]]:
         for seed in range(count):
             found.append(search_capacity(generator, target, requests, _SLO, seed=seed, budget_s=budget_s))
             last = found[-1]
-            _say(
+            say(
                 f"search {seed}: {last.capacity_rps:g}/s, {last.lowest_failing_rps} fails, {last.seconds:.0f} s, "
                 f"{last.requests} requests, {len(last.runs)} windows, {last.retries} retries {last.reason}"
             )
@@ -484,57 +488,53 @@ def _cores() -> frozenset[int]:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Run, and write the record."""
+    """Measure what is missing, and write the record after each part."""
     arguments = _arguments(given)
-    parts = set(arguments.only.split(","))
-    began = time.monotonic()
-    checks: list[Check] = []
-    data: dict[str, Any] = {}
-    tables: list[Table] = []
-    try:
-        if "1" in parts:
-            checks += referee(arguments.seconds)
-        if "2" in parts:
-            checks += stall()
-        if "3" in parts:
-            lengths = [float(each) for each in arguments.lengths.split(",")]
-            simulated_checks, found, tables = simulations(lengths, arguments.runs, arguments.workers)
-            checks += simulated_checks
-            data |= found
-        if "4" in parts:
-            searched, data["searches"] = searches(arguments.searches, arguments.budget)
-            checks += searched
-        if "v" in parts:
-            checks += virtual_searches(arguments.searches)
-        if "5" in parts:
-            checks += flood(arguments.flood)
-        if "6" in parts:
-            noise_checks, data["disturbed"] = disturbed(arguments.windows, arguments.window)
-            checks += noise_checks
-    except DidNotStart as error:
-        print(f"the server did not start: {error}", file=sys.stderr)
-        return 1
-    data |= {"tables": tables, "minutes": round((time.monotonic() - began) / 60, 1)}
+    whole = arguments == _arguments(["--only", arguments.only])
+    lengths = [float(each) for each in arguments.lengths.split(",")]
+
+    def refereed() -> Part:
+        return Part(tuple(referee(arguments.seconds)), (), None, versions=_referee_versions())
+
+    def simulated_windows() -> Part:
+        checks, found, tables = simulations(lengths, arguments.runs, arguments.workers)
+        return Part(tuple(checks), tuple(tables), found)
+
+    def searched() -> Part:
+        checks, found = searches(arguments.searches, arguments.budget)
+        return Part(tuple(checks), (), found)
+
+    def noisy() -> Part:
+        checks, seen = disturbed(arguments.windows, arguments.window)
+        return Part(tuple(checks), (), seen)
+
+    parts: dict[str, Callable[[], Part]] = {
+        "1": refereed,
+        "2": lambda: Part(tuple(stall()), (), None),
+        "3": simulated_windows,
+        "4": searched,
+        "v": lambda: Part(tuple(virtual_searches(arguments.searches)), (), None),
+        "5": lambda: Part(tuple(flood(arguments.flood)), (), None),
+        "6": noisy,
+    }
+    return run_parts(
+        parts,
+        Path(arguments.out or (RESULTS if whole else BENCH / "load-smoke.json")),
+        kept=whole,
+        only={name for name in arguments.only.split(",") if name},
+        timed={"1", "2", "4", "5", "6"},
+        seeds={"models": SEED, "simulation": 1, "load": 0},
+    )
+
+
+def _referee_versions() -> dict[str, str]:
     python = BENCH / "loadgen" / "bin" / "python"
-    versions = versions_of(python, ("mlcommons-loadgen",)) if python.exists() else {}
-    whole = arguments == _arguments([])
-    out = arguments.out or (RESULTS if whole else BENCH / "load-smoke.json")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    record(checks, msgspec.to_builtins(data), {"models": SEED, "simulation": 1, "load": 0}, versions).save(Path(out))
-    for check in checks:
-        value = "not measured" if check.value is None else f"{check.value:.4g} {check.unit}"
-        _say(f"{'ok  ' if check.holds else 'MISS'} {check.id:40} {value:>16} {check.target:>9}  {check.why or ''}")
-    _say(f"{data['minutes']} minutes; written to {out}")
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return versions_of(python, ("mlcommons-loadgen",)) if python.exists() else {}
 
 
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The verdict, the search and the generator, put to the test.")
-    parser.add_argument("--only", default="1,2,3,4,v,5,6", help="checks; v is 4 in virtual time")
+    parser.add_argument("--only", default="", help="of 1,2,3,4,v,5,6, measured anew; v is 4 in virtual time")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each of the referee's and our windows")
     parser.add_argument("--runs", type=int, default=2000, help="simulated windows of each kind")
     parser.add_argument("--lengths", default=_LENGTHS, help="of the simulated windows, in seconds; the checks' is last")

@@ -14,6 +14,7 @@ import msgspec
 
 from bench.blocks import machine_cpu_s
 from bench.record import Check, Record, Table, commit, record
+from bench.servers import DidNotStart
 from rushhour.errors import RushhourError
 
 _LOOK_S = 1.0
@@ -65,7 +66,7 @@ def run_parts(
         began, busy = time.monotonic(), busy_cores() if name in timed else 0.0
         try:
             part = measured()
-        except RushhourError as error:
+        except (RushhourError, DidNotStart) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
         done[name] = msgspec.structs.replace(
