@@ -82,8 +82,8 @@ CASES = {
         ),
         Case(
             *("large", "elpv", 224),
-            TrainSettings(epochs=6, lr=5e-4, batch=32, augment=_AUGMENT, seed=SEED),
-            "prune:0.5:epochs=1,lowrank:0.05,distil:10:batch=32:augment=flip+crop=0.05+rotate=5,int8",
+            TrainSettings(epochs=3, lr=5e-4, batch=32, augment=_AUGMENT, seed=SEED),
+            "prune:0.5:epochs=1,lowrank:0.05,distil:8:batch=32,int8",
             smaller=49.0,
             faster=10.0,
         ),
