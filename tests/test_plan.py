@@ -157,12 +157,30 @@ def test_a_network_in_one_piece_cannot_be_cut(mode: Mode, says: str) -> None:
     assert plan_layers(table, workers=2, batch=4, constants=ANY).mode in ("data", "sharded")
 
 
+def test_every_stage_has_something_to_learn() -> None:
+    """A worker without parameters has no optimizer, and would end the training of all."""
+    with torch.device("meta"):
+        table = table_of(mlp(inputs=16, outputs=10, hidden=8, depth=3), (16,))
+    learning = sum(layer.parameters > 0 for layer in table)
+    assert learning == 4 < len(table)
+    for workers in (2, 3, 4):
+        plan = plan_layers(table, workers=workers, batch=64, mode="pipeline", constants=ANY)
+        learnt = [0] * workers
+        for layer, planned in zip(table, plan.layers, strict=True):
+            learnt[planned.stage] += layer.parameters
+        assert all(learnt), plan.explain()
+    with pytest.raises(PlanError, match="it has 4 layers that learn, fewer than 5 stages"):
+        plan_layers(table, workers=5, batch=64, mode="pipeline", constants=ANY)
+
+
 def test_a_plan_says_why_and_goes_through_json() -> None:
     plan = for_article()
     said = plan.explain()
     assert "layer 13: cut along its inputs" in said
-    for mode in ("data", "sharded", "model", "pipeline", "hybrid"):
+    for mode in ("data", "sharded", "model", "hybrid"):
         assert f"{mode} (" in said
+    assert "pipeline: not possible: it has 6 layers that learn, fewer than 8 stages" in said
+    assert "pipeline (" in for_article(workers=4).explain()
     assert said.count("*") == 1
     assert msgspec.json.decode(msgspec.json.encode(plan), type=ParallelPlan) == plan
     assert plan.simulated  # its constants are of two workers

@@ -9,6 +9,7 @@ a price, and the price is raised until the plan fits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -509,6 +510,9 @@ class _Search:
         elif mode == "pipeline":
             if len(self._layers) < n:
                 return f"it has {len(self._layers)} layers in sequence, fewer than {n} stages"
+            learning = sum(layer.parameters > 0 for layer in self._layers)
+            if learning < n:
+                return f"it has {learning} layers that learn, fewer than {n} stages"
             meshes = [Mesh(1, 1, n)]
         elif mode == "hybrid":
             meshes = [mesh for mesh in _meshes(n) if mesh.data != n and mesh.pipeline != n]
@@ -561,7 +565,7 @@ class _Search:
     def _stages(
         self, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...], price: float
     ) -> list[tuple[Layout, int]] | None:
-        """Layout and stage of each layer, so that the slowest stage is fastest."""
+        """Layout and stage of each layer, so that the slowest stage is fastest; each stage has something to learn."""
         count, p = len(self._layers), mesh.pipeline
         if p == 1:
             paths = self._paths(0, mode, mesh, m, allowed, price)
@@ -573,6 +577,7 @@ class _Search:
                 costs[start, end_at] = path
         args = (mesh, self._batch, m, self._constants)
         ends = [0.0, *(boundary_cost(layer.outputs, *args).seconds for layer in self._layers)]
+        learnt = [0, *itertools.accumulate(layer.parameters for layer in self._layers)]
         best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
         for stage in range(1, p + 1):
             for end_at in range(stage, count + 1):
@@ -587,7 +592,7 @@ class _Search:
                         start,
                     )
                     for start in range(stage - 1, end_at)
-                    if (stage - 1, start) in best and (start, end_at) in costs
+                    if (stage - 1, start) in best and (start, end_at) in costs and learnt[start] < learnt[end_at]
                 ]
                 if options:
                     best[stage, end_at] = min(options)
