@@ -51,7 +51,7 @@ BENCH = ROOT / ".bench"
 SEED = 0
 _MODES: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
 _TIMED = {"5", "7"}
-_ROOM = 0.75
+_ROOM = 0.85
 """Share of the free memory that the case study may take."""
 _GB = 1e9
 
@@ -255,19 +255,20 @@ def _article(scale: Scale, mode: Mode, adam: bool = False) -> tuple[ParallelPlan
 def cases(scale: Scale) -> Part:
     """A network of 8 sub-models too large for one worker, and 8 replicas that go once through 100,000 rows."""
     workers, depth = scale.workers, 8
-    # parameters, gradient, two moments, and a gradient's worth of room; what a process takes anyway comes first
-    fits = int(_ROOM * (_free_bytes() / workers - 0.35 * _GB) / 20)
+    # parameters, gradient, two moments, and the largest layer's once more; what a process takes anyway comes first
+    room = _ROOM * _free_bytes() / workers
+    fits = int((room - 0.35 * _GB) / 18)
     wanted = min(scale.parameters, fits)
     width = math.isqrt(wanted // depth)
     width += width * (width + 1) * depth < wanted
     arguments = {"width": width, "layers": depth * workers}
     with torch.device("meta"):
         table = table_of(deep(**arguments), (width,), width)
-    plan = plan_layers(table, workers=workers, batch=scale.batch, constants=measure(workers), memory_bytes=10**12)
+    plan = plan_layers(table, workers=workers, batch=scale.batch, constants=measure(workers), memory_bytes=int(room))
     plans = {"chosen": plan}
     if plan.mode != "pipeline":
         plans["pipeline"] = plan_layers(
-            table, workers=workers, batch=scale.batch, mode="pipeline", constants=measure(workers), memory_bytes=10**12
+            table, workers=workers, batch=scale.batch, mode="pipeline", constants=measure(workers), memory_bytes=int(room)
         )
     rows: list[tuple[str | float | None, ...]] = []
     runs = {}
