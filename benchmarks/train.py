@@ -264,12 +264,13 @@ def cases(scale: Scale) -> Part:
     arguments = {"width": width, "layers": depth * workers}
     with torch.device("meta"):
         table = table_of(deep(**arguments), (width,), width)
-    plan = plan_layers(table, workers=workers, batch=scale.batch, constants=measure(workers), memory_bytes=int(room))
+    planned = partial(
+        plan_layers, table, workers=workers, batch=scale.batch, constants=measure(workers), memory_bytes=int(room)
+    )
+    plan = planned()
     plans = {"chosen": plan}
     if plan.mode != "pipeline":
-        plans["pipeline"] = plan_layers(
-            table, workers=workers, batch=scale.batch, mode="pipeline", constants=measure(workers), memory_bytes=int(room)
-        )
+        plans["pipeline"] = planned(mode="pipeline")
     rows: list[tuple[str | float | None, ...]] = []
     runs = {}
     for name, one in plans.items():
