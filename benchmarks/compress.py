@@ -19,12 +19,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from bench.graphs import Measured, Scale, cut, minilm, residual, shapes, tables
-from bench.parts import Part, run_parts, say
+from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Check, Table, verdict
 from scipy import stats
 
@@ -90,7 +89,7 @@ CASES = {
     )
 }
 SMALL = {"width": 0.25, "dense": 64}
-"""Of the article's network, in the part on distillation: 55,402 parameters."""
+"""Of the article's network, in the part on distillation."""
 
 
 def article_case(case: Case, at: Path, share: float, samples: int) -> Part:
@@ -240,7 +239,7 @@ def main(given: list[str] | None = None) -> int:
     whole = arguments == _arguments(["--only", arguments.only])
     at = arguments.work
     short = (at, arguments.share, arguments.samples)
-    scale = msgspec.convert({name: getattr(arguments, name) for name in Scale.__struct_fields__}, Scale)
+    scale = scale_of(arguments, Scale)
     measured: dict[str, Callable[[], Part]] = {
         **{name: partial(article_case, case, *short) for name, case in CASES.items()},
         "distil": partial(distillation, *short),
@@ -257,14 +256,11 @@ def main(given: list[str] | None = None) -> int:
 
 
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:
-    scale = Scale()
     parser = argparse.ArgumentParser(description="What compression buys and costs, on the compiled artefact.")
     parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}, measured anew; the rest is kept")
     parser.add_argument("--work", type=Path, default=BENCH / "compress", help="where everything trained is kept")
     parser.add_argument("--share", type=float, default=1.0, help="of the epochs of the article's networks")
-    for name in Scale.__struct_fields__:
-        value: Any = getattr(scale, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    scale_options(parser, Scale())
     parser.add_argument("--out", help="the record; by default results/compress.json of a whole run, .bench/ of others")
     return parser.parse_args(given)
 

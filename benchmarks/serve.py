@@ -21,12 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
-from bench.blocks import Block, Costs, machine_cpu_s, measure, raw_costs, right_answers, round_to, served
+from bench.blocks import Block, Costs, measure, raw_costs, right_answers, round_to, served
 from bench.closed_loop import Load, generator
 from bench.contestants import OURS, PEERS, Setup
 from bench.crowd import Overload, capacity_of, overload
 from bench.environments import CannotInstall, python_of, versions_of
 from bench.models import SEED, ModelName, bundle_of
+from bench.parts import busy_cores, say
 from bench.record import Check, Table, judged, mean_ratio, record, verdict
 from bench.servers import DidNotStart
 
@@ -160,7 +161,7 @@ class Bench:
                     costs=costs,
                 )
                 self.blocks.append(block)
-                _say(_line(block))
+                say(_line(block))
 
     def of(self, scenario: str, server: str) -> dict[int, Block]:
         """The blocks of one server that went well, by round."""
@@ -181,7 +182,7 @@ class Bench:
             return None
         found = raw_costs(self.setup(scenario, max_batch=max(scenario.sizes)), scenario.sizes, self.seconds / 2)
         self.raw[scenario.name, number] = found
-        _say(f"{number}  {scenario.name:9} {'raw engine':10} {_best_of(found):>10,.0f} inferences/s")
+        say(f"{number}  {scenario.name:9} {'raw engine':10} {_best_of(found):>10,.0f} inferences/s")
         return {size: cpu for size, (cpu, _) in found.items()}
 
 
@@ -191,9 +192,9 @@ def main() -> int:
     if len(os.sched_getaffinity(0)) < 2:
         print("bench-serve needs two cores: one for the server, one for the load", file=sys.stderr)
         return 1
-    busy = _busy_cores()
+    busy = busy_cores(_LOOK_S)
     if busy > _QUIET:
-        _say(f"the machine is not quiet: {busy:.2f} cores are busy with something else; figures will be noisy")
+        say(f"the machine is not quiet: {busy:.2f} cores are busy with something else; figures will be noisy")
     only = {name for name in arguments.only.split(",") if name}
     bench = Bench(only, set(arguments.scenarios.split(",")), arguments.seconds)
     began = time.monotonic()
@@ -220,8 +221,8 @@ def main() -> int:
     record(checks, msgspec.to_builtins(data), {"models": SEED, "bootstrap": 0, "load": 0}, versions).save(Path(out))
     for check in checks:
         word = "ok  " if check.holds else "MISS"
-        _say(f"{word} {check.id:22} {_value(check):>22} {check.target:>8}  {check.why or ''}")
-    _say(f"{data['minutes']} minutes; written to {out}")
+        say(f"{word} {check.id:22} {_value(check):>22} {check.target:>8}  {check.why or ''}")
+    say(f"{data['minutes']} minutes; written to {out}")
     return 0
 
 
@@ -270,7 +271,7 @@ def _crowd(bench: Bench, name: str, budget_s: float, overload_s: float) -> tuple
     try:
         with TemporaryDirectory(prefix="bench-") as folder, served(OURS, None, setup, Path(folder)) as server:
             found = capacity_of(server, setup, _SLO, scenario.load.cores, budget_s=budget_s, seed=0)
-            _say(f"{name}: {found.capacity_rps:g}/s of the raw engine's {best:.0f}/s {found.reason}")
+            say(f"{name}: {found.capacity_rps:g}/s of the raw engine's {best:.0f}/s {found.reason}")
             storms = []
             for factor in (3.0, 10.0) if alone and found.capacity_rps and overload_s else ():
                 storm = overload(
@@ -278,7 +279,7 @@ def _crowd(bench: Bench, name: str, budget_s: float, overload_s: float) -> tuple
                     seconds=overload_s,
                     seed=int(factor),
                 )
-                _say(f"{factor:g} times that: {storm}")
+                say(f"{factor:g} times that: {storm}")
                 storms.append(storm)
     except (DidNotStart, OSError) as error:
         return [
@@ -401,13 +402,6 @@ def _precision(model: ModelName) -> Precision:
     return "bf16" if model == "cnn" and bf16 else "f32"
 
 
-def _busy_cores() -> float:
-    """Cores that are busy while we do nothing."""
-    before, _ = machine_cpu_s()
-    time.sleep(_LOOK_S)
-    return (machine_cpu_s()[0] - before) / _LOOK_S
-
-
 def _in_turn(items: Sequence[Any], number: int) -> list[Any]:
     return list(items) if number % 2 == 0 else list(reversed(items))
 
@@ -429,10 +423,6 @@ def _value(check: Check) -> str:
         return "not measured"
     interval = f" [{check.interval[0]:.3g}, {check.interval[1]:.3g}]" if check.interval else ""
     return f"{check.value:.3g} {check.unit}{interval}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from unittest import mock
 import msgspec
 import numpy as np
 import torch
-from bench.parts import Part, run_parts, say
+from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, judged, mean_ratio, verdict
 from bench.training import CLASSES, KILLS, NETWORKS, Stepped, deep, one_epoch, stepped, timed
 
@@ -534,7 +534,7 @@ PARTS: dict[str, Callable[[Scale], Part]] = {
 def main(given: list[str] | None = None) -> int:
     """Measure what is missing, and write the record after each part."""
     arguments = _arguments(given)
-    scale = msgspec.convert({name: getattr(arguments, name) for name in Scale.__struct_fields__}, Scale)
+    scale = scale_of(arguments, Scale)
     whole = scale == Scale()
     BENCH.mkdir(exist_ok=True)
     return run_parts(
@@ -548,11 +548,9 @@ def main(given: list[str] | None = None) -> int:
 
 
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:
-    whole = Scale()
     parser = argparse.ArgumentParser(description="Training by parallel plans: exactness, bytes, memory, speed.")
     parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}, measured anew; the rest is kept")
-    for name in Scale.__struct_fields__:
-        parser.add_argument(f"--{name}", type=int, default=getattr(whole, name))
+    scale_options(parser, Scale())
     parser.add_argument("--out", help="the record; by default results/train.json of a whole run, .bench/ of any other")
     return parser.parse_args(given)
 

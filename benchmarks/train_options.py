@@ -13,11 +13,11 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from bench.parts import say, scale_of, scale_options
 from bench.record import Check, Table, record, verdict
 from scipy import stats
 
@@ -156,7 +156,7 @@ def _loopback() -> int:
 def main(given: list[str] | None = None) -> int:
     """Measure, and write the record."""
     arguments = _arguments(given)
-    scale = msgspec.convert({name: getattr(arguments, name) for name in Scale.__struct_fields__}, Scale)
+    scale = scale_of(arguments, Scale)
     began = time.monotonic()
     try:
         data = load("fashion-mnist")
@@ -167,7 +167,7 @@ def main(given: list[str] | None = None) -> int:
         for seed in range(scale.seeds):
             for option in OPTIONS:
                 found.append(measure(option, seed, data, scale, arguments.work))
-                _say(f"{option}, seed {seed}: {found[-1].accuracy:.4f} ({(time.monotonic() - began) / 60:.1f} minutes)")
+                say(f"{option}, seed {seed}: {found[-1].accuracy:.4f} ({(time.monotonic() - began) / 60:.1f} minutes)")
     except RushhourError as error:
         print(f"{error}", file=sys.stderr)
         return 1
@@ -176,22 +176,15 @@ def main(given: list[str] | None = None) -> int:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     record(checks, msgspec.to_builtins({"tables": tables, "measured": found}), {"first": 0}, {}).save(Path(out))
     for check in checks:
-        _say(f"{'ok  ' if check.holds else 'MISS'} {check.id:12} {check.value:>8.4g} {check.target} {check.why or ''}")
-    _say(f"written to {out}")
+        say(f"{'ok  ' if check.holds else 'MISS'} {check.id:12} {check.value:>8.4g} {check.target} {check.why or ''}")
+    say(f"written to {out}")
     return 0
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:
-    whole = Scale()
     parser = argparse.ArgumentParser(description="What compressed gradients and rare meetings cost in accuracy.")
     parser.add_argument("--work", type=Path, default=BENCH / "train-options", help="where trainings are kept")
-    for name in Scale.__struct_fields__:
-        value: Any = getattr(whole, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+    scale_options(parser, Scale())
     parser.add_argument("--out", help="the record; by default results/train_options.json of a whole run")
     return parser.parse_args(given)
 

@@ -3,12 +3,13 @@ the last was broken off, and single parts can be measured anew."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,6 +19,8 @@ from bench.servers import DidNotStart
 from rushhour.errors import RushhourError
 
 _LOOK_S = 1.0
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -88,11 +91,23 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def busy_cores() -> float:
-    """Cores that are busy while we do nothing."""
+def busy_cores(seconds: float = _LOOK_S) -> float:
+    """Cores that are busy while we do nothing for so long."""
     before, _ = machine_cpu_s()
-    time.sleep(_LOOK_S)
-    return (machine_cpu_s()[0] - before) / _LOOK_S
+    time.sleep(seconds)
+    return (machine_cpu_s()[0] - before) / seconds
+
+
+def scale_options(parser: argparse.ArgumentParser, whole: msgspec.Struct) -> None:
+    """An option for each field of a benchmark's scale; without any it is `whole`."""
+    for name in whole.__struct_fields__:
+        value: Any = getattr(whole, name)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+
+
+def scale_of(arguments: argparse.Namespace, kind: type[S]) -> S:
+    """What was asked for by `scale_options`."""
+    return msgspec.convert({name: getattr(arguments, name) for name in kind.__struct_fields__}, kind)
 
 
 def _value(check: Check) -> str:
