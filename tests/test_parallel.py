@@ -60,6 +60,7 @@ def cases(workers: int) -> dict[str, tuple[str, ParallelPlan, dict[str, object]]
     for name in ("article", "mlp"):
         found[f"{name} row float32"] = name, by_hand(name, Mesh(1, workers, 1), "row"), {"double": False}
         found[f"{name} data float32"] = name, planned(name, workers, "data"), {"double": False}
+        found[f"{name} data sent"] = name, planned(name, workers, "data"), {"shared_memory": False}
     for name, layout in (("mlp", "row"), ("transformer", "sharded"), ("mlp", "data")):
         one = by_hand(name, Mesh(1, workers, 1), layout, layout if layout == "sharded" else "data")  # type: ignore[arg-type]
         found[f"{name} {layout} clipped"] = name, one, {"clip": 0.05}
@@ -75,9 +76,9 @@ def outcomes(workers: int) -> dict[str, list[Trained]]:
 
 
 @functools.cache
-def alone(name: str, double: bool = True, clip: float | None = None) -> Trained:
+def alone(name: str, double: bool = True, clip: float | None = None, shared_memory: bool = True) -> Trained:
     plan = plan_layers(table_for(name), workers=1, batch=BATCH, constants=ANY)
-    return short_training(name, plan, double=double, clip=clip)
+    return short_training(name, plan, double=double, clip=clip, shared_memory=shared_memory)
 
 
 @pytest.mark.parametrize(("workers", "case"), [(k, case) for k in (2, 4) for case in cases(k)])
@@ -108,6 +109,42 @@ def test_one_worker_is_plain_torch() -> None:
     assert distance(alone(name).state, {key: value.numpy() for key, value in network.state_dict().items()}) == 0
 
 
+def replicas_that_share_gradients(name: str, plan: ParallelPlan) -> dict[str, torch.Tensor]:
+    """What DistributedDataParallel computes, in one process: each part of a batch normalised by itself."""
+    torch.manual_seed(0)
+    network = SMALL[name][0]().double().train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    buffers = {key: one for key, one in network.named_buffers() if one.is_floating_point()}
+    for _ in range(5):
+        inputs = torch.randn(BATCH, *SMALL[name][1], generator=generator, dtype=torch.float64)
+        targets = torch.randint(CLASSES, (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        before = {key: one.clone() for key, one in buffers.items()}
+        after: dict[str, list[torch.Tensor]] = {key: [] for key in buffers}
+        for part in torch.arange(BATCH).tensor_split(plan.workers):
+            for key, one in buffers.items():
+                one.copy_(before[key])
+            (sum_of_losses(network(inputs[part]), targets[part]) / BATCH).backward()
+            for key, one in buffers.items():
+                after[key].append(one.clone())
+        for key, one in buffers.items():
+            one.copy_(torch.stack(after[key]).mean(0))
+        optimizer.step()
+    return {key: one for key, one in network.state_dict().items() if "tracked" not in key}
+
+
+def test_batch_normalisation_of_each_workers_rows_alone_is_that_of_replicas() -> None:
+    name, local = "residual", {"batch_norm": "local"}
+    plans = [planned(name, 2, "data"), planned(name, 2, "sharded")]
+    found = launch(all_of, 2, ([(name, plan, local) for plan in plans],))[0]
+    for plan, trained in zip(plans, found, strict=True):
+        got = {key: one for key, one in trained.state.items() if "tracked" not in key}
+        want = {key: one.detach().numpy() for key, one in replicas_that_share_gradients(name, plan).items()}
+        assert distance(got, want) <= 1e-10
+        assert distance(trained.state, alone(name).state) > 1e-6, "it is not what one process does"
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_shared_state_is_a_kth_on_each_worker(name: str) -> None:
     kept = [one.state_bytes for one in outcomes(4)[f"{name} sharded"]]
@@ -131,7 +168,7 @@ def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Tra
                 plans[name, mode] = plan_layers(
                     table_for(name, True), workers=workers, batch=WIRE_BATCH, mode=mode, constants=ANY
                 )
-    how = {"double": False, "steps": 3, "wide": True}
+    how = {"double": False, "steps": 3, "wide": True, "shared_memory": False}
     by_worker = launch(all_of, workers, ([(name, plan, how) for (name, _), plan in plans.items()],))
     return {key: (plan, [one[index] for one in by_worker]) for index, (key, plan) in enumerate(plans.items())}
 

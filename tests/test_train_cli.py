@@ -79,6 +79,7 @@ def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
         (["--diloco", "2", "--parallel", "pipeline"], "a pipeline plan cannot be relaxed"),
         (["--memory", "0"], "cannot use 0 GB"),
         (["--diloco", "8"], "one worker sends nothing"),
+        (["--batch-norm", "local"], "one worker sends nothing"),
         (["--local-sgd", "0"], "--local-sgd"),
     ],
 )

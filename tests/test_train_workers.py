@@ -29,7 +29,7 @@ from rushhour.train.loop import Diverged
 from rushhour.train.plan import Mode
 from rushhour.train.reducer import Compression
 from test_train import ARTICLE as PICTURES
-from test_train import Notes, pictures, table
+from test_train import RESIDUAL, Notes, pictures, table
 from test_train_loop import MLP, learned, same, with_extremes
 
 ROOT = Path(__file__).parent.parent
@@ -320,6 +320,17 @@ def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Pa
     division, notes = divided("data", compression="powersgd"), Notes()
     learned(tmp_path, pictures(), PICTURES, settings, workers=2, division=division, progress=notes)
     assert float(notes.result.removeprefix("accuracy ")) > 0.9
+
+
+def test_batch_normalisation_of_own_rows_alone_learns_too_and_says_so(tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=5, batch=32, lr=5e-3, bf16=False)
+    whole, local = (divided("data", batch_norm=seen) for seen in ("whole", "local"))
+    notes = Notes()
+    one = learned(tmp_path / "local", pictures(), RESIDUAL, settings, workers=2, division=local, progress=notes)
+    other = learned(tmp_path / "whole", pictures(), RESIDUAL, settings, workers=2, division=whole)
+    assert float(notes.result.removeprefix("accuracy ")) > 0.9
+    assert not close(one, other)
+    assert not local.exact
 
 
 def test_workers_that_meet_rarely_have_plans_of_replicas_only() -> None:

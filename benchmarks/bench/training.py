@@ -23,7 +23,7 @@ from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import loopback_bytes, peak_bytes, sent_bytes
 from rushhour.testing.networks import sum_of_losses, transformer
 from rushhour.train.divided import TRIAL_S
-from rushhour.train.parallel import parallelise
+from rushhour.train.parallel import BatchNorm, parallelise
 from rushhour.train.plan import ParallelPlan
 from rushhour.train.trial import fastest
 
@@ -74,15 +74,17 @@ def stepped(
     plan: ParallelPlan,
     steps: int,
     adam: bool,
+    shared_memory: bool = True,
 ) -> Stepped:
     """Steps on random data; the network never lies whole in any worker but where the plan says so.
 
     Args:
         adam: else plain descent, which keeps no moments: the bytes on the wire are the same.
+        shared_memory: where gradients are added up, instead of sending them.
     """
     with torch.device("meta"):
         network = factory(**arguments)
-    parallel = parallelise(network, plan)
+    parallel = parallelise(network, plan, shared_memory=shared_memory)
     del network
     learned = list(parallel.parameters())
     optimizer: torch.optim.Optimizer = (
@@ -138,6 +140,8 @@ def one_epoch(folder: str, plan: ParallelPlan, hidden: int, classes: int) -> lis
 
 Step = Callable[[], float]
 _MEMORY = 8e9
+OWN_ROWS = "own rows"
+"""The chosen plan, with batch normalisations that see each worker's own rows."""
 
 
 class Timed(msgspec.Struct):
@@ -160,6 +164,7 @@ def timed(
     only: tuple[str, ...] = (),
     fabric: str | None = None,
     ddp: bool = False,
+    own_rows: bool = False,
 ) -> Timed:
     """Choose a plan; then, in each round, all take turns, in an order drawn anew.
 
@@ -169,11 +174,15 @@ def timed(
         only: modes that are timed besides the chosen one; all where none is given.
         fabric: where Lightning Fabric is installed, if it takes part.
         ddp: whether torch's own replicas take part.
+        own_rows: whether the chosen plan takes part once more, with batch normalisations that see a worker's own rows.
     """
     chosen = fastest(plans, lambda plan: _ours(name, plan), budget_s=TRIAL_S, memory_bytes=_MEMORY).mode
     contestants: dict[str, Step] = {
         plan.mode: _ours(name, plan) for plan in plans if not only or plan.mode in (chosen, *only)
     }
+    if own_rows:
+        plan = next(plan for plan in plans if plan.mode == chosen)
+        contestants[OWN_ROWS] = _ours(name, plan, "local")
     if ddp:
         contestants["DDP"] = _ddp(name)
     if fabric is not None:
@@ -204,9 +213,9 @@ def _made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return network, torch.randn(batch, *shape, generator=generator), torch.arange(batch) % CLASSES
 
 
-def _ours(name: str, plan: ParallelPlan) -> Step:
+def _ours(name: str, plan: ParallelPlan, batch_norm: BatchNorm = "whole") -> Step:
     network, inputs, targets = _made(name)
-    parallel = parallelise(network, plan)
+    parallel = parallelise(network, plan, batch_norm=batch_norm)
     optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-4)
     own = parallel.rows(plan.batch)
     inputs, targets = inputs[own], targets[own]

@@ -30,7 +30,7 @@ _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
 
 
-_SHARING = ("parallel", "backend", "memory", "compress_gradients", "local_sgd", "diloco")
+_SHARING = ("parallel", "backend", "memory", "compress_gradients", "batch_norm", "shared_memory", "local_sgd", "diloco")
 """Options on how workers share a training."""
 
 
@@ -92,9 +92,13 @@ def train_options(command: C) -> C:
                      help="Workers meet only every N steps, and an outer optimizer takes their mean change."),
         click.option("--local-sgd", type=click.IntRange(1), metavar="N",
                      help="Workers meet only every N steps, and average their weights."),
+        click.option("--batch-norm", default="whole", show_default=True, type=click.Choice(["whole", "local"]),
+                     help="Whose samples it sees: the whole batch's, or each worker's own: faster, not quite the same."),
         click.option("--compress-gradients", default="none", show_default=True,
                      type=click.Choice(["none", "fp16", "bf16", "powersgd"]),
                      help="Send less between replicas, and train a little differently."),
+        click.option("--shared-memory/--no-shared-memory", default=True, show_default=True,
+                     help="Add up gradients in memory that workers share, where they are on one machine."),
         click.option("--memory", type=float, metavar="GB",
                      help="What each worker may use; its share of this machine's by default."),
         click.option("--backend", default="gloo", show_default=True, type=click.Choice(["gloo", "nccl", "mpi"]),
@@ -143,6 +147,8 @@ def division_of(sharing: dict[str, Any]) -> Division:
         memory_bytes=None if memory is None else int(memory * 1e9),
         compression=sharing["compress_gradients"],
         relaxed=relaxed,
+        batch_norm=sharing["batch_norm"],
+        shared_memory=sharing["shared_memory"],
         backend=sharing["backend"],
     )
 
@@ -229,7 +235,7 @@ def run(
     if workers == 1 and not division.exact:
         raise GoalError(
             "one worker sends nothing and meets nobody",
-            "--compress-gradients, --local-sgd and --diloco are for several",
+            "--compress-gradients, --batch-norm local, --local-sgd and --diloco are for several",
             "say --workers, or leave them out",
         )
     settings = settings_of(training)

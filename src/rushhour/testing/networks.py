@@ -15,7 +15,7 @@ from torch.nn import functional
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import sent_bytes
 from rushhour.train.cost import Constants, Layer, Layout, Link, Mesh
-from rushhour.train.parallel import parallelise
+from rushhour.train.parallel import BatchNorm, parallelise
 from rushhour.train.plan import LayerPlan, ParallelPlan, plan_layers, table_of
 from rushhour.train.reducer import Compression
 
@@ -150,6 +150,8 @@ def short_training(
     steps: int = 5,
     clip: float | None = None,
     compression: Compression = "none",
+    batch_norm: BatchNorm = "whole",
+    shared_memory: bool = True,
     wide: bool = False,
 ) -> Trained:
     """Train one of `SMALL` or `WIDE` for some steps on seeded random data, alone or as a worker of the default group.
@@ -162,7 +164,7 @@ def short_training(
     dtype = torch.float64 if double else torch.float32
     network = factory().to(dtype)
     generator = torch.Generator().manual_seed(1)
-    parallel = parallelise(network, plan, compression=compression)
+    parallel = parallelise(network, plan, compression=compression, batch_norm=batch_norm, shared_memory=shared_memory)
     if double:
         optimizer: torch.optim.Optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-2)
     else:

@@ -18,6 +18,7 @@ from torch import nn
 from rushhour import machine
 from rushhour.train.collectives import Group
 from rushhour.train.launch import Backend, launch
+from rushhour.train.shared import add_up, together
 
 Layout = Literal["local", "data", "sharded", "column", "row"]
 """How a layer lies on the workers of its stage.
@@ -52,7 +53,7 @@ class Constants(msgspec.Struct, frozen=True):
         bandwidth: bytes of memory per second.
         operation_s: fixed time of one operation, forward or backward.
         solo: how many times faster one worker computes while the others wait; 1 where each has cores of its own.
-        reduce: a message of a ring all-reduce.
+        reduce: a message of a ring all-reduce; in shared memory, what comes to the same.
         exchange: a message of an all-to-all.
         send: a message from one stage to the next.
     """
@@ -222,21 +223,26 @@ def boundary_cost(width: int, mesh: Mesh, batch: int, microbatches: int, constan
 
 
 @functools.cache
-def measure(workers: int, backend: Backend = "gloo") -> Constants:
+def measure(workers: int, backend: Backend = "gloo", *, shared_memory: bool = True) -> Constants:
     """The constants of this machine with so many workers at once; takes some seconds, and is kept for the process.
+
+    Args:
+        workers: how many.
+        backend: that they talk over.
+        shared_memory: whether gradients are added up in it; false for what machines apart would do.
 
     Raises:
         ModelError: if the workers cannot be started.
     """
-    found: Constants = launch(measure_together, workers, backend=backend)[0]
+    found: Constants = launch(measure_together, workers, (shared_memory,), backend=backend)[0]
     return found
 
 
-def measure_together() -> Constants:
+def measure_together(shared_memory: bool = True) -> Constants:
     """The same, where all workers of the default group call it at once; each gets what `measure` gives."""
     workers = dist.get_world_size()
     found: list[Any] = [None] * workers
-    dist.all_gather_object(found, _measured(workers))
+    dist.all_gather_object(found, _measured(workers, shared_memory=shared_memory))
     return slowest(found, workers)
 
 
@@ -263,9 +269,11 @@ def slowest(found: list[Constants], workers: int) -> Constants:
 
 
 _LEAST_S = 0.15
+_MANY = 2_000_000
+"""Numbers in a large message."""
 
 
-def _measured(workers: int) -> Constants:
+def _measured(workers: int, *, shared_memory: bool) -> Constants:
     group: Group = dist.group.WORLD  # type: ignore[assignment]
     rank = dist.get_rank()
     a, b = torch.randn(256, 1024), torch.randn(1024, 1024)
@@ -288,8 +296,15 @@ def _measured(workers: int) -> Constants:
         nothing = Link(0.0, 0.0)
         return Constants(1, dense, convolved, bandwidth, operation, 1.0, nothing, nothing, nothing)
 
+    memory = together(_MANY * FLOAT, group) if shared_memory else None
+
     def reduce(tensor: torch.Tensor) -> None:
-        dist.all_reduce(tensor, group=group)
+        if memory is None:
+            dist.all_reduce(tensor, group=group)
+            return
+        dist.barrier()
+        add_up([buffer[: tensor.nbytes].view(tensor.dtype) for buffer in memory], rank)
+        dist.barrier()
 
     def exchange(tensor: torch.Tensor) -> None:
         dist.all_to_all_single(torch.empty_like(tensor), tensor, group=group)
@@ -316,7 +331,7 @@ def _measured(workers: int) -> Constants:
 
 def _link(move: Callable[[torch.Tensor], None], messages: int, share: float, workers: int) -> Link:
     """Alpha and beta from a small and a large message; a fixed number of turns, for all must take part."""
-    few, many = torch.zeros(workers), torch.zeros(2_000_000 // workers * workers)
+    few, many = torch.zeros(workers), torch.zeros(_MANY // workers * workers)
     times = []
     for tensor, turns in ((few, 50), (many, 6)):
         move(tensor)

@@ -26,7 +26,7 @@ from rushhour.train.cost import Constants, Mesh, measure_together
 from rushhour.train.feed import Batch
 from rushhour.train.launch import Backend
 from rushhour.train.loss import loss_for
-from rushhour.train.parallel import Parallel, Relaxed, parallelise
+from rushhour.train.parallel import BatchNorm, Parallel, Relaxed, parallelise
 from rushhour.train.plan import (
     LayerPlan,
     Mode,
@@ -59,6 +59,8 @@ class Division(msgspec.Struct, frozen=True):
         memory_bytes: that each worker may use; by default its share of this machine's.
         compression: of gradients on their way.
         relaxed: workers meet only now and then.
+        batch_norm: sees the whole batch, or `local`: each worker's own rows.
+        shared_memory: add up gradients in memory that workers share, where they are on one machine, instead of sending.
         backend: of torch.distributed.
         constants: of the machine; measured where not given, which takes some seconds.
     """
@@ -67,6 +69,8 @@ class Division(msgspec.Struct, frozen=True):
     memory_bytes: int | None = None
     compression: Compression = "none"
     relaxed: Relaxed | None = None
+    batch_norm: BatchNorm = "whole"
+    shared_memory: bool = True
     backend: Backend = "gloo"
     constants: Constants | None = None
 
@@ -81,7 +85,7 @@ class Division(msgspec.Struct, frozen=True):
     @property
     def exact(self) -> bool:
         """Whether the training is that of one worker, up to rounding."""
-        return self.compression == "none" and self.relaxed is None
+        return self.compression == "none" and self.relaxed is None and self.batch_norm == "whole"
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -135,7 +139,7 @@ def decide(
     if plan is not None:
         return plan
     progress.start(f"plan for {world} workers")
-    constants = division.constants or measure_together()
+    constants = division.constants or measure_together(shared_memory=division.shared_memory)
 
     def planned() -> list[ParallelPlan]:
         try:
@@ -144,6 +148,8 @@ def decide(
             if division.mode not in ("auto", "data"):
                 raise
             return [_replicas(source, trusted, world, batch, str(error))]
+        if division.batch_norm == "local":
+            layers = tuple(msgspec.structs.replace(layer, norms=0) for layer in layers)  # nothing is exchanged for them
         return ranked_plans(
             layers,
             workers=world,
@@ -214,8 +220,8 @@ def _replicas(source: Source, trusted: tuple[str, ...], workers: int, batch: int
 class Divided:
     """A network as a plan divides it; a `Stepper`.
 
-    Dropout follows from (seed, step, sample), and batch normalisation sees the whole batch: every exact plan computes
-    the same up to rounding. A snapshot holds the whole network, under its own names; of relaxed workers each one's own
+    Dropout follows from (seed, step, sample), and batch normalisation sees the whole batch where it is not asked to see
+    each worker's part: every exact plan computes the same up to rounding. A snapshot holds the whole network, under its own names; of relaxed workers each one's own
     state as well.
 
     Args:
@@ -249,6 +255,8 @@ class Divided:
             seed=settings.seed,
             compression=division.compression,
             relaxed=division.relaxed,
+            batch_norm=division.batch_norm,
+            shared_memory=division.shared_memory,
         )
         self._named = dict(self._parallel.named_parameters())
         self.leads = self._rank == 0

@@ -96,8 +96,8 @@ def train(
             raises ends the training. On one worker only.
         workers: processes that share every batch; under torchrun, it says how many. The order of the data and the
             checkpoint are the same for any number, so a training may go on with another one.
-        division: how they share it; with compressed gradients or relaxed workers, it is another training, which goes
-            on with the same number only.
+        division: how they share it; with compressed gradients, relaxed workers or local batch normalisation, it is
+            another training, which goes on with the same number only.
 
     Raises:
         DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
@@ -561,6 +561,7 @@ def _lineage(dataset: Dataset, settings: TrainSettings, division: Division, work
     shared: dict[str, Any] = {}
     if workers > 1 and not division.exact:
         shared = {"workers": workers, "compression": division.compression}
+        shared |= {} if division.batch_norm == "whole" else {"batch_norm": division.batch_norm}
         shared |= {} if division.relaxed is None else msgspec.to_builtins(division.relaxed)
     chosen = msgspec.structs.asdict(settings.resolved)
     chosen["augment"] = None if settings.augment is None else str(settings.augment)

@@ -2,7 +2,7 @@
 
 Every plan computes the same: the loss is a sum over samples divided by the size of the global batch, gradients are
 sums over workers, dropout masks depend on the sample and not on the worker, and batch normalisation sees the whole
-batch. What differs is the order of additions, and so the last bits.
+batch (unless it is asked to see each worker's part alone). What differs is the order of additions, and so the last bits.
 
 A step: each worker is given its own rows of the global batch (`Parallel.rows`), divides them into microbatches, and
 runs forward and backward passes in the order of 1F1B (Narayanan et al., PipeDream, SOSP 2019; flushed each step, so
@@ -30,6 +30,9 @@ from rushhour.train.layers import Column, Dropout, Moment, Row, Sharded, SyncBat
 from rushhour.train.plan import ELEMENTWISE, LayerPlan, ParallelPlan, chain
 from rushhour.train.reducer import Compression, Reducer
 
+BatchNorm = Literal["whole", "local"]
+"""Whose rows batch normalisation sees: those of the whole batch, as one process does, or each worker's own, as torch's
+DistributedDataParallel does it."""
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """Outputs and targets of some rows -> the sum of their losses, a scalar."""
 
@@ -92,6 +95,8 @@ def parallelise(
     seed: int = 0,
     compression: Compression = "none",
     relaxed: Relaxed | None = None,
+    batch_norm: BatchNorm = "whole",
+    shared_memory: bool = True,
 ) -> Parallel:
     """Take this worker's part of a network.
 
@@ -104,12 +109,14 @@ def parallelise(
         seed: of dropout.
         compression: of replicated gradients on their way; all but `none` train a little differently.
         relaxed: workers meet only now and then.
+        shared_memory: add up gradients in memory that workers share, where they are on one machine, instead of sending.
+        batch_norm: `local` spares two exchanges for each batch normalisation, and trains a little differently.
 
     Raises:
         PlanError: if the plan is for another network or number of workers, or cannot be relaxed.
         ModelError: if a layer on the meta device cannot make weights for itself.
     """
-    return Parallel(network, plan, group, precision, seed, compression, relaxed)
+    return Parallel(network, plan, group, precision, seed, compression, relaxed, batch_norm, shared_memory)
 
 
 class Parallel:
@@ -124,6 +131,8 @@ class Parallel:
         seed: int,
         compression: Compression,
         relaxed: Relaxed | None,
+        batch_norm: BatchNorm,
+        shared_memory: bool,
     ) -> None:
         units = chain(network)
         if tuple(name for name, _ in units) != tuple(layer.name for layer in plan.layers):
@@ -147,6 +156,8 @@ class Parallel:
         self._replica, self._tensor = divmod(self._inner, mesh.tensor)
         self._precision = precision
         self._relaxed = relaxed
+        self._couples = batch_norm == "whole" and relaxed is None
+        self._statistics: list[Tensor] = []
         self._moment = Moment(seed=seed)
         self._groups()
         if relaxed is not None and (
@@ -187,7 +198,7 @@ class Parallel:
             layers.append(ToRows(features, self._moment, self._require(self._tensor_group)))
         self._layers = nn.ModuleList(layers)
         self._learned = self._learnable()
-        self._reducers = [] if relaxed else self._make_reducers(compression)
+        self._reducers = [] if relaxed else self._make_reducers(compression, shared_memory=shared_memory)
         reduced = {id(one) for reducer in self._reducers for one in reducer.parameters}
         self._unreduced = [one for one in self._learned.values() if id(one) not in reduced]
         self._outer: dict[str, nn.Parameter] = {}
@@ -256,14 +267,15 @@ class Parallel:
         self._layers.train()
         scale = 1 / (own if self._relaxed else global_batch)
         total = self._one_forward_one_backward(inputs, targets, loss_sum, parts, count, scale)
+        total *= (own if self._relaxed else global_batch) / global_batch
+        losses = torch.tensor([total], dtype=torch.float64)
+        losses_sum = None if self._world is None else dist.all_reduce(losses, group=self._world, async_op=True)
         for reducer in self._reducers:
             reducer.finish()
+        self._share_statistics()
         self._moment.step += 1
-        total *= (own if self._relaxed else global_batch) / global_batch
-        if self._world is None:
-            return total
-        losses = torch.tensor([total], dtype=torch.float64)
-        dist.all_reduce(losses, group=self._world)
+        if losses_sum is not None:
+            losses_sum.wait()
         return float(losses)
 
     def synchronise(self) -> None:
@@ -469,7 +481,7 @@ class Parallel:
         return self._stage == self.plan.mesh.pipeline - 1
 
     def _without_plain_noise(self, unit: nn.Module, numbers: dict[int, int], features: int | None) -> nn.Module:
-        """The unit with dropout and batch normalisation that do not depend on the number of workers."""
+        """The unit with dropout that does not depend on the number of workers, nor batch normalisation if that couples."""
         cut = None
         if features is not None:
             cut = features, sum(shares(features, self.plan.mesh.tensor)[: self._tensor])
@@ -478,8 +490,12 @@ class Parallel:
             if type(module) is nn.Dropout:
                 return Dropout(module.p, numbers[id(module)], self._moment, cut)
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
-                if self._inner_group is not None and self._relaxed is None:
+                if self._inner_group is not None and self._couples:
                     return SyncBatchNorm(module, self._inner_group)
+                if self._inner_group is not None and self._relaxed is None:
+                    self._statistics += [
+                        one for one in (module.running_mean, module.running_var) if one is not None
+                    ]
                 return module
             for name, child in module.named_children():
                 setattr(module, name, replaced(child))
@@ -517,15 +533,15 @@ class Parallel:
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad
         }
 
-    def _make_reducers(self, compression: Compression) -> list[Reducer]:
+    def _make_reducers(self, compression: Compression, *, shared_memory: bool) -> list[Reducer]:
         cuts = {entry.held: entry.cut for entry in self._entries}
         made = []
         whole = [tensor for name, tensor in self._learned.items() if cuts[name] is None]
         cut = [tensor for name, tensor in self._learned.items() if cuts[name] in (0, 1)]
         if self._inner_sums is not None and whole:
-            made.append(Reducer(whole, self._inner_sums, compression))
+            made.append(Reducer(whole, self._inner_sums, compression, shared_memory=shared_memory))
         if self._data_sums is not None and cut:
-            made.append(Reducer(cut, self._data_sums, compression))
+            made.append(Reducer(cut, self._data_sums, compression, shared_memory=shared_memory))
         return made
 
     # Running
@@ -614,6 +630,16 @@ class Parallel:
         for work in sent:
             work.wait()
         return total
+
+    def _share_statistics(self) -> None:
+        """What local batch normalisations remember of their rows becomes the mean over the workers."""
+        if not self._statistics:
+            return
+        flat = torch.cat([one.double() for one in self._statistics])
+        dist.all_reduce(flat, group=self._inner_group)
+        parts = flat.div_(self.plan.mesh.inner).split([len(one) for one in self._statistics])  # type: ignore[no-untyped-call]
+        for one, part in zip(self._statistics, parts, strict=True):
+            one.copy_(part)
 
     def _wire_dtype(self, x: Tensor) -> torch.dtype:
         """Between stages numbers travel in the weights' precision: autocast's is for computing."""

@@ -3,10 +3,13 @@
 After Li et al., "PyTorch Distributed" (VLDB 2020). Torch's own DistributedDataParallel wants one whole module and one
 forward pass for each backward pass; a stage of a pipeline has several, and only some of its parameters are replicated.
 Its communication hooks (fp16, bf16, PowerSGD) are used as they are: a bucket here has the same face as one there.
+
+Where all workers are on one machine, buckets lie in memory that they share, and nothing is sent (`shared`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,23 +20,40 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from rushhour.train.collectives import Group
 from rushhour.train.cost import BUCKET_BYTES
+from rushhour.train.shared import add_up, together
 
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 """What gradients go through on their way: halved, or cut to rank 2 with error feedback (Vogels et al. 2019)."""
 
+_LINE = 64
+"""Bytes: buckets begin at a line of the caches."""
 _POWERSGD_FROM = 10
 """Steps before PowerSGD begins: the first gradients are too rough for it."""
 
 
 class Bucket:
-    """Some gradients in one piece of memory, with the face of `torch.distributed.GradBucket`."""
+    """Some gradients in one piece of memory, with the face of `torch.distributed.GradBucket`.
 
-    def __init__(self, index: int, parameters: list[nn.Parameter]) -> None:
+    Args:
+        index: which bucket.
+        parameters: whose gradients.
+        everybodys: this bucket's memory on each worker, where they share it.
+        rank: of this worker among them.
+    """
+
+    def __init__(
+        self, index: int, parameters: list[nn.Parameter], everybodys: list[Tensor] | None = None, rank: int = 0
+    ) -> None:
         self._index = index
         self._parameters = parameters
+        self._rank = rank
         self.last = False
         first = parameters[0]
-        self._buffer = torch.zeros(sum(one.numel() for one in parameters), dtype=first.dtype, device=first.device)
+        self._everybodys = [] if everybodys is None else [memory.view(first.dtype) for memory in everybodys]
+        if self._everybodys:
+            self._buffer = self._everybodys[rank]
+        else:
+            self._buffer = torch.zeros(sum(one.numel() for one in parameters), dtype=first.dtype, device=first.device)
         self._views = []
         self._in_memory = []
         at = 0
@@ -45,6 +65,7 @@ class Bucket:
             self._in_memory.append(flat.view(one.shape[0], -1) if outermost else flat)
             at += one.numel()
         self.waiting: set[int] = set()
+        self._view_of = {id(one): view for one, view in zip(parameters, self._views, strict=True)}
 
     def index(self) -> int:
         """Which bucket."""
@@ -70,11 +91,29 @@ class Bucket:
         """Whether it is the step's last."""
         return self.last
 
+    def add_up(self) -> None:
+        """This worker's share of the sum over all workers, in the memory that they share."""
+        add_up(self._everybodys, self._rank)
+
     def clear(self) -> None:
-        """Gradients are 0 again, and lie in the buffer."""
-        self._buffer.zero_()
-        for parameter, view in zip(self._parameters, self._views, strict=True):
+        """There are no gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def take(self, parameter: Tensor) -> None:
+        """Have a gradient lie in the buffer. It is copied there where it is fresh, which is half the traffic of adding
+        it to zeros; later ones of the same step are added by autograd itself."""
+        view = self._view_of[id(parameter)]
+        if parameter.grad is not view:
+            assert parameter.grad is not None
+            view.copy_(parameter.grad)
             parameter.grad = view
+
+    def fill(self) -> None:
+        """The gradient of what took no part in the step is 0."""
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            if parameter.grad is not view:
+                parameter.grad = view.zero_()
 
 
 class Reducer:
@@ -84,22 +123,32 @@ class Reducer:
         parameters: replicated on all workers of the group, in the order of the forward pass.
         group: used for nothing else, so that sums and activations cannot overtake one another.
         compression: of what is sent.
+        shared_memory: send nothing where all workers of the group are on one machine.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], group: Group, compression: Compression = "none") -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        group: Group,
+        compression: Compression = "none",
+        *,
+        shared_memory: bool = True,
+    ) -> None:
         self.parameters = parameters
         self._group = group
-        self._buckets: list[Bucket] = []
+        dealt: list[list[nn.Parameter]] = []
         current: list[nn.Parameter] = []
         size = 0
         for parameter in reversed(parameters):  # the order in which the backward pass gives them
             if current and (size + parameter.nbytes > BUCKET_BYTES or parameter.dtype != current[0].dtype):
-                self._buckets.append(Bucket(len(self._buckets), current))
+                dealt.append(current)
                 current, size = [], 0
             current.append(parameter)
             size += parameter.nbytes
         if current:
-            self._buckets.append(Bucket(len(self._buckets), current))
+            dealt.append(current)
+        alike = all(parameter.device.type == "cpu" for parameter in parameters)
+        self._buckets = self._made(dealt, shared=shared_memory and compression == "none" and alike)
         if self._buckets:
             self._buckets[-1].last = True
         self._where = {id(one): bucket for bucket in self._buckets for one in bucket.parameters()}
@@ -110,8 +159,22 @@ class Reducer:
         self._next = 0
         self._pending: list[tuple[Bucket, Any]] = []
 
+    def _made(self, dealt: list[list[nn.Parameter]], *, shared: bool) -> list[Bucket]:
+        """The buckets, side by side in memory that all workers share, if that is wanted and possible."""
+        sizes = [sum(one.nbytes for one in parameters) for parameters in dealt]
+        starts = list(itertools.accumulate((-(-size // _LINE) * _LINE for size in sizes), initial=0))
+        memory = together(starts[-1], self._group) if shared else None
+        self._shares_memory = memory is not None
+        if memory is None:
+            return [Bucket(index, parameters) for index, parameters in enumerate(dealt)]
+        rank = dist.get_rank(self._group)
+        return [
+            Bucket(index, parameters, [whole[start : start + size] for whole in memory], rank)
+            for index, (parameters, start, size) in enumerate(zip(dealt, starts, sizes, strict=False))
+        ]
+
     def clear(self) -> None:
-        """Begin a step: all gradients are 0."""
+        """Begin a step: there are no gradients."""
         self._armed, self._next = False, 0
         for bucket in self._buckets:
             bucket.clear()
@@ -126,6 +189,12 @@ class Reducer:
         """Wait until all gradients are sums over the group."""
         while self._next < len(self._buckets):  # with parameters that took no part
             self._send()
+        if self._shares_memory:
+            for bucket, all_have_it in self._pending:
+                all_have_it.wait()
+                bucket.add_up()
+            dist.barrier(self._group)
+            self._pending = []
         for bucket, future in self._pending:
             result = future.wait()
             result = result[0] if isinstance(result, list | tuple) else result
@@ -135,6 +204,7 @@ class Reducer:
         self._armed = False
 
     def _ready(self, parameter: Tensor) -> None:
+        self._where[id(parameter)].take(parameter)
         if not self._armed:
             return
         self._where[id(parameter)].waiting.discard(id(parameter))
@@ -145,7 +215,10 @@ class Reducer:
     def _send(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
-        if self._hook is not None:
+        bucket.fill()
+        if self._shares_memory:
+            future = dist.barrier(self._group, async_op=True)
+        elif self._hook is not None:
             future = self._hook(bucket)
         else:
             work = dist.all_reduce(bucket.buffer(), group=self._group, async_op=True)

@@ -1,0 +1,109 @@
+"""Workers of one machine add up what lies in memory that all of them see, and send nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rushhour.testing.meters import sent_bytes
+from rushhour.train import launch, shared
+from rushhour.train.reducer import Reducer
+from rushhour.train.shared import add_up, together
+
+SIZES = (1, 7, 100_003)
+
+
+def added(size: int) -> list[float] | None:
+    """Each worker's own buffer after a sum; `None` where memory is not shared."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    buffers = together(size * 8, group)  # type: ignore[arg-type]
+    if buffers is None:
+        return None
+    numbers = [buffer.view(torch.float64) for buffer in buffers]
+    numbers[rank] += torch.arange(size, dtype=torch.float64) * 10**rank
+    dist.barrier()
+    add_up(numbers, rank)
+    dist.barrier()
+    return numbers[rank].tolist()
+
+
+def all_added() -> list[list[float] | None]:
+    return [added(size) for size in SIZES]
+
+
+@pytest.mark.parametrize(("workers", "factor"), [(2, 11.0), (3, 111.0)])
+def test_all_workers_see_the_same_sum(workers: int, factor: float) -> None:
+    for found in launch(all_added, workers):
+        for size, got in zip(SIZES, found, strict=True):
+            assert got == [index * factor for index in range(size)]
+
+
+def elsewhere(what: str) -> tuple[bool, int, list[float]]:
+    """Worker 1 is in another container, has no such memory, or is another user's."""
+    if dist.get_rank() == 1:
+        if what == "container":
+            shared._place = lambda: "another one"
+        elif what == "system":
+            shared._anonymous = lambda nbytes: -1
+        else:
+            shared.os = Forbidding()  # type: ignore[assignment]
+    group = dist.group.WORLD
+    assert group is not None
+    seen = together(800, group) is not None
+    before = sent_bytes()
+    parameter = nn.Parameter(torch.zeros(100_000))
+    reducer = Reducer([parameter], group)
+    reducer.clear()
+    reducer.arm()
+    (parameter * (1.0 + dist.get_rank())).sum().backward()  # type: ignore[no-untyped-call]
+    reducer.finish()
+    assert parameter.grad is not None
+    return seen, sent_bytes() - before, parameter.grad.unique().tolist()
+
+
+class Forbidding:
+    """An `os` that lets nobody look into another process."""
+
+    O_RDWR = os.O_RDWR
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+
+@pytest.mark.parametrize("what", ["container", "system", "user"])
+def test_where_one_worker_is_out_of_sight_all_of_them_send(what: str) -> None:
+    for seen, sent, gradient in launch(elsewhere, 2, (what,)):
+        assert not seen
+        assert sent > 100_000
+        assert gradient == [3.0]
+
+
+def test_nothing_is_sent_but_when(tmp_path: Path) -> None:
+    """A megabyte of gradients; messages that say when are some hundred bytes."""
+    for sent, gradient in launch(summed, 2):
+        assert sent < 10_000
+        assert gradient == [3.0]
+
+
+def summed() -> tuple[int, list[float]]:
+    group = dist.group.WORLD
+    assert group is not None
+    parameter, idle = nn.Parameter(torch.zeros(250_000)), nn.Parameter(torch.zeros(3))
+    reducer = Reducer([parameter, idle], group)
+    for _ in range(3):  # what an earlier step left must not count
+        before = sent_bytes()
+        reducer.clear()
+        reducer.arm()
+        (parameter * (1.0 + dist.get_rank())).sum().backward()  # type: ignore[no-untyped-call]
+        reducer.finish()
+    assert idle.grad is not None and not idle.grad.any()
+    assert parameter.grad is not None
+    return sent_bytes() - before, parameter.grad.unique().tolist()
