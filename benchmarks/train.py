@@ -246,15 +246,11 @@ def _article_table(side: int) -> tuple[Layer, ...]:
         return table_of(article(side), (3, side, side), 1000)
 
 
-def _article(
-    scale: Scale, mode: Mode, *, adam: bool = False, wire: bool = False
-) -> tuple[ParallelPlan, list[Stepped]]:
+def _article(scale: Scale, mode: Mode, *, adam: bool = False, wire: bool = False) -> tuple[ParallelPlan, list[Stepped]]:
     """Steps of the article's network; `wire`: as if each worker were on a machine of its own."""
     workers = scale.workers
     constants = measure(workers, shared_memory=not wire)
-    plan = plan_layers(
-        _article_table(scale.side), workers=workers, batch=scale.batch, mode=mode, constants=constants
-    )
+    plan = plan_layers(_article_table(scale.side), workers=workers, batch=scale.batch, mode=mode, constants=constants)
     given = (article, {"input_size": scale.side}, (3, scale.side, scale.side), 1000, plan, scale.steps, adam, not wire)
     return plan, launch(stepped, workers, given)
 

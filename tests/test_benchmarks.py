@@ -235,7 +235,7 @@ def test_the_benchmark_of_compression_trains_and_judges(part: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     found = Record.load(out)
     wanted = {
-        "distil": {"2.gain"},
+        "distil": {"2.gain.tenth", "2.gain.all"},
         "fashion": {f"1.fashion.{of}" for of in ("parameters", "size", "drop", "throughput")},
     }
     assert {check.id for check in found.checks} == wanted[part]

@@ -107,7 +107,7 @@ def stages(parent: Bundle) -> list[Bundle]:
         ("lowrank:32", (LowRank(rank=32),)),
         ("lowrank:energy=0.9:layers=13+16,f16", (LowRank(energy=0.9, layers=("13", "16")), Precision("f16"))),
         ("prune:parameters=0.9:ignored=0:epochs=4", (Prune(parameters=0.9, ignored=("0",), epochs=4),)),
-        ("distil:2:augment=flip+crop=0.1:dropout=false", (Distil(2, augment=Augmentation(True, 0.1), dropout=False),)),
+        ("distil:2:augment=flip+crop=0.1:dropout=true", (Distil(2, augment=Augmentation(True, 0.1), dropout=True),)),
         ("int8:50", (Quantize(50),)),
         ('[{"step": "prune", "limits": {"0": 0.1}}, {"step": "int8"}]', (Prune(limits={"0": 0.1}), Quantize())),
     ],

@@ -54,22 +54,23 @@ class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
         batch: samples in a step.
         schedule: of the learning rate, as in `TrainSettings`.
         augment: what happens to pictures, for teacher and student alike.
-        dropout: whether the student's layers of dropout work; the teacher's answers keep it from overfitting too.
+        dropout: whether the student's layers of dropout work. Off, because a small network has nothing to spare, and
+            the teacher's answers keep it from overfitting too (`make bench-compress` shows what dropout costs there).
     """
 
     epochs: int = 3
     student: Source | None = None
-    temperature: float = 4.0
+    temperature: float = 2.0
     alpha: float = 0.9
     lr: float = 1e-3
     batch: int = 128
     schedule: ScheduleName = "one-cycle"
     augment: Augmentation | None = None
-    dropout: bool = True
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
-            ("temperature", 0 < self.temperature < math.inf, "above 0; 4 is usual"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0; 2 to 4 is usual"),
             ("alpha", 0 <= self.alpha <= 1, "a share of the loss, from 0 to 1"),
         ):
             if not holds:

@@ -270,9 +270,9 @@ class Parallel:
         total *= (own if self._relaxed else global_batch) / global_batch
         losses = torch.tensor([total], dtype=torch.float64)
         losses_sum = None if self._world is None else dist.all_reduce(losses, group=self._world, async_op=True)
-        for reducer in self._reducers:
-            reducer.finish()
-        self._share_statistics()
+        with self._sharing_statistics():
+            for reducer in self._reducers:
+                reducer.finish()
         self._moment.step += 1
         if losses_sum is not None:
             losses_sum.wait()
@@ -493,9 +493,7 @@ class Parallel:
                 if self._inner_group is not None and self._couples:
                     return SyncBatchNorm(module, self._inner_group)
                 if self._inner_group is not None and self._relaxed is None:
-                    self._statistics += [
-                        one for one in (module.running_mean, module.running_var) if one is not None
-                    ]
+                    self._statistics += [one for one in (module.running_mean, module.running_var) if one is not None]
                 return module
             for name, child in module.named_children():
                 setattr(module, name, replaced(child))
@@ -631,15 +629,19 @@ class Parallel:
             work.wait()
         return total
 
-    def _share_statistics(self) -> None:
-        """What local batch normalisations remember of their rows becomes the mean over the workers."""
+    @contextlib.contextmanager
+    def _sharing_statistics(self) -> Iterator[None]:
+        """What local batch normalisations remember of their rows becomes, meanwhile, the mean over the workers."""
         if not self._statistics:
+            yield
             return
-        flat = torch.cat([one.double() for one in self._statistics])
-        dist.all_reduce(flat, group=self._inner_group)
+        flat = torch.cat(self._statistics)
+        work = dist.all_reduce(flat, group=self._inner_group, async_op=True)
+        yield
+        assert work is not None
+        work.wait()
         parts = flat.div_(self.plan.mesh.inner).split([len(one) for one in self._statistics])  # type: ignore[no-untyped-call]
-        for one, part in zip(self._statistics, parts, strict=True):
-            one.copy_(part)
+        torch._foreach_copy_(self._statistics, parts)
 
     def _wire_dtype(self, x: Tensor) -> torch.dtype:
         """Between stages numbers travel in the weights' precision: autocast's is for computing."""
