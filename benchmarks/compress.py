@@ -209,7 +209,7 @@ def distillation(at: Path, share: float, samples: int) -> Part:
                 (mean - reach, mean + reach),
                 len(gains),
                 unit="points",
-            )  # fmt: skip
+            )
         )
     note = (
         f"All: {taught.schedule} to {taught.lr:g}, batches of {taught.batch}, compiled by OpenVINO. The teacher, with "

@@ -104,6 +104,7 @@ def summed() -> tuple[int, list[float]]:
         reducer.arm()
         (parameter * (1.0 + dist.get_rank())).sum().backward()  # type: ignore[no-untyped-call]
         reducer.finish()
-    assert idle.grad is not None and not idle.grad.any()
+    assert idle.grad is not None
+    assert not idle.grad.any()
     assert parameter.grad is not None
     return sent_bytes() - before, parameter.grad.unique().tolist()

@@ -93,7 +93,7 @@ def train_options(command: C) -> C:
         click.option("--local-sgd", type=click.IntRange(1), metavar="N",
                      help="Workers meet only every N steps, and average their weights."),
         click.option("--batch-norm", default="whole", show_default=True, type=click.Choice(["whole", "local"]),
-                     help="Whose samples it sees: the whole batch's, or each worker's own: faster, not quite the same."),
+                     help="Whose samples it sees: the whole batch's, or each worker's own, which is faster."),
         click.option("--compress-gradients", default="none", show_default=True,
                      type=click.Choice(["none", "fp16", "bf16", "powersgd"]),
                      help="Send less between replicas, and train a little differently."),

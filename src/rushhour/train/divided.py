@@ -221,8 +221,8 @@ class Divided:
     """A network as a plan divides it; a `Stepper`.
 
     Dropout follows from (seed, step, sample), and batch normalisation sees the whole batch where it is not asked to see
-    each worker's part: every exact plan computes the same up to rounding. A snapshot holds the whole network, under its own names; of relaxed workers each one's own
-    state as well.
+    each worker's part: every exact plan computes the same up to rounding. A snapshot holds the whole network, under its
+    own names; of relaxed workers each one's own state as well.
 
     Args:
         deployed: with the network, equal on all workers; it is taken over.

@@ -2,7 +2,7 @@
 
 Every plan computes the same: the loss is a sum over samples divided by the size of the global batch, gradients are
 sums over workers, dropout masks depend on the sample and not on the worker, and batch normalisation sees the whole
-batch (unless it is asked to see each worker's part alone). What differs is the order of additions, and so the last bits.
+batch, if it is not asked to see each worker's part alone. What differs is the order of additions, and so the last bits.
 
 A step: each worker is given its own rows of the global batch (`Parallel.rows`), divides them into microbatches, and
 runs forward and backward passes in the order of 1F1B (Narayanan et al., PipeDream, SOSP 2019; flushed each step, so
@@ -481,7 +481,7 @@ class Parallel:
         return self._stage == self.plan.mesh.pipeline - 1
 
     def _without_plain_noise(self, unit: nn.Module, numbers: dict[int, int], features: int | None) -> nn.Module:
-        """The unit with dropout that does not depend on the number of workers, nor batch normalisation if that couples."""
+        """The unit with dropout that does not depend on the number of workers, nor batch normalisation if so asked."""
         cut = None
         if features is not None:
             cut = features, sum(shares(features, self.plan.mesh.tensor)[: self._tensor])
