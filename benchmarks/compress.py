@@ -187,7 +187,7 @@ def distillation(at: Path, share: float, samples: int) -> Part:
     for id, part, epochs in (("tenth", 10, 40), ("all", 1, 12)):
         train_on = whole.train.head(len(whole.train) // part)
         data = dataclasses.replace(whole, train=train_on, fingerprint=f"{whole.fingerprint}/{part}")
-        taught = Distil(max(1, round(epochs * share)), student)
+        taught = Distil(max(1, round(epochs * share)), student, batch=min(128, len(train_on)))
         labels = msgspec.structs.replace(taught, alpha=0.0)
         variants = (msgspec.structs.replace(labels, dropout=True), labels, taught)
         gains = []

@@ -35,7 +35,7 @@ _DROP = "<= 1"
 """Points of accuracy that an option may cost."""
 
 OPTIONS = {
-    "exact": Division("data"),
+    "exact": Division("data", shared_memory=False),  # so that what it sends can be compared
     "fp16": Division("data", compression="fp16"),
     "bf16": Division("data", compression="bf16"),
     "powersgd": Division("data", compression="powersgd"),
