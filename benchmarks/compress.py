@@ -77,7 +77,7 @@ CASES = {
         Case(
             *("elpv", "elpv", 96),
             TrainSettings(epochs=20, lr=5e-4, batch=32, augment=_AUGMENT, seed=SEED),
-            "prune:0.5:epochs=1,lowrank:0.2,distil:40:batch=32:augment=flip+crop=0.05+rotate=5,int8",
+            "prune:0.3:epochs=1,lowrank:0.2,distil:40:batch=32:augment=flip+crop=0.05+rotate=5,int8",
         ),
         Case(
             *("large", "elpv", 224),
@@ -184,7 +184,7 @@ def distillation(at: Path, share: float, samples: int) -> Part:
     store, progress = Store(at / "distil-steps"), TerminalProgress()
     rows: list[tuple[str | float | None, ...]] = []
     checks = []
-    for id, part, epochs in (("tenth", 10, 40), ("all", 1, 12)):
+    for id, part, epochs in (("tenth", 10, 40), ("all", 1, 8)):
         train_on = whole.train.head(len(whole.train) // part)
         data = dataclasses.replace(whole, train=train_on, fingerprint=f"{whole.fingerprint}/{part}")
         taught = Distil(max(1, round(epochs * share)), student, batch=min(128, len(train_on)))
