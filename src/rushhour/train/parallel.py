@@ -269,13 +269,14 @@ class Parallel:
         total = self._one_forward_one_backward(inputs, targets, loss_sum, parts, count, scale)
         total *= (own if self._relaxed else global_batch) / global_batch
         losses = torch.tensor([total], dtype=torch.float64)
-        losses_sum = None if self._world is None else dist.all_reduce(losses, group=self._world, async_op=True)
+        for reducer in self._reducers:
+            reducer.settle()
         with self._sharing_statistics():
+            if self._world is not None:
+                dist.all_reduce(losses, group=self._world)  # and so all have come this far
             for reducer in self._reducers:
-                reducer.finish()
+                reducer.finish(all_ready=True)
         self._moment.step += 1
-        if losses_sum is not None:
-            losses_sum.wait()
         return float(losses)
 
     def synchronise(self) -> None:

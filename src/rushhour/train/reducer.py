@@ -179,22 +179,34 @@ class Reducer:
         for bucket in self._buckets:
             bucket.clear()
 
+    def settle(self) -> None:
+        """The step's backward passes are over: in memory that workers share, all gradients are there now."""
+        if self._shares_memory:
+            for bucket in self._buckets:
+                bucket.fill()
+
     def arm(self) -> None:
         """The next backward pass is the step's last: what it has finished may go."""
         self._armed = True
         for bucket in self._buckets:
             bucket.waiting = {id(one) for one in bucket.parameters()}
 
-    def finish(self) -> None:
-        """Wait until all gradients are sums over the group."""
-        while self._next < len(self._buckets):  # with parameters that took no part
-            self._send()
+    def finish(self, *, all_ready: bool = False) -> None:
+        """Wait until all gradients are sums over the group.
+
+        Args:
+            all_ready: whether all workers of the group are known to have called `settle`.
+        """
         if self._shares_memory:
-            for bucket, all_have_it in self._pending:
-                all_have_it.wait()
+            if not all_ready:
+                self.settle()
+                dist.barrier(self._group)
+            for bucket in self._buckets:
                 bucket.add_up()
             dist.barrier(self._group)
-            self._pending = []
+            return
+        while self._next < len(self._buckets):  # with parameters that took no part
+            self._send()
         for bucket, future in self._pending:
             result = future.wait()
             result = result[0] if isinstance(result, list | tuple) else result
@@ -205,7 +217,7 @@ class Reducer:
 
     def _ready(self, parameter: Tensor) -> None:
         self._where[id(parameter)].take(parameter)
-        if not self._armed:
+        if not self._armed or self._shares_memory:
             return
         self._where[id(parameter)].waiting.discard(id(parameter))
         # in one order on all workers, whatever the order in which gradients come
@@ -216,9 +228,7 @@ class Reducer:
         bucket = self._buckets[self._next]
         self._next += 1
         bucket.fill()
-        if self._shares_memory:
-            future = dist.barrier(self._group, async_op=True)
-        elif self._hook is not None:
+        if self._hook is not None:
             future = self._hook(bucket)
         else:
             work = dist.all_reduce(bucket.buffer(), group=self._group, async_op=True)

@@ -23,7 +23,7 @@ _WORTH = 2.5
 """Plans predicted to be slower than the fastest by this factor are not tried."""
 _HOPELESS = 1.25
 """A plan whose median is slower than the best one's by this factor takes no further turns."""
-_FEWEST, _MOST = 3, 15
+_FEWEST, _MOST = 3, 30
 """Turns of each plan."""
 
 
