@@ -192,7 +192,11 @@ def distillation(at: Path, share: float, samples: int) -> Part:
         variants = (msgspec.structs.replace(labels, dropout=True), labels, taught)
         gains = []
         for seed in _SEEDS:
-            made = [apply(Recipe((step,)), teacher, data, store, seed=seed, progress=progress)[-1] for step in variants]
+            made = [
+                bundle
+                for step in variants
+                for bundle in apply(Recipe((step,)), teacher, data, store, seed=seed, progress=progress)
+            ]
             values = [100 * _accuracy(bundle, data) for bundle in made]
             gains.append(values[2] - max(values[:2]))
             rows.append((float(len(train_on)), float(taught.epochs), float(seed), *values, gains[-1]))
