@@ -77,7 +77,7 @@ CASES = {
         Case(
             *("elpv", "elpv", 96),
             TrainSettings(epochs=20, lr=5e-4, batch=32, augment=_AUGMENT, seed=SEED),
-            "prune:0.3:epochs=1,lowrank:0.2,distil:40:batch=32:augment=flip+crop=0.05+rotate=5,int8:1500",
+            "prune:0.5:epochs=1,lowrank:0.1,distil:40:batch=32:augment=flip+crop=0.05+rotate=5,bf16",
         ),
         Case(
             *("large", "elpv", 224),
