@@ -33,7 +33,7 @@ dataset = load(data)
 tune_run(
     source_for("article", dataset.sample_shape, dataset.task),
     dataset,
-    Goal(SLO.parse("p90<100ms"), AccuracyBudget.parse("10%")),
+    Goal(SLO.parse("p90<50ms"), AccuracyBudget.parse("10%")),
     run=Path(run),
     training=TrainSettings(epochs=1, batch=32),
     settings=TuneSettings(window_s=0.4, proof_s=2.0, resolution=0.5, race=1),
