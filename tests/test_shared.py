@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +85,7 @@ def test_where_one_worker_is_out_of_sight_all_of_them_send(what: str) -> None:
         assert gradient == [3.0]
 
 
-def test_nothing_is_sent_but_when(tmp_path: Path) -> None:
+def test_nothing_is_sent_but_when() -> None:
     """A megabyte of gradients; messages that say when are some hundred bytes."""
     for sent, gradient in launch(summed, 2):
         assert sent < 10_000

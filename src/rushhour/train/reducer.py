@@ -54,18 +54,17 @@ class Bucket:
             self._buffer = self._everybodys[rank]
         else:
             self._buffer = torch.zeros(sum(one.numel() for one in parameters), dtype=first.dtype, device=first.device)
-        self._views = []
+        self._views: dict[int, Tensor] = {}
         self._in_memory = []
         at = 0
         for one in parameters:
             # strided as the parameter is, or the optimizer would walk the two in different order
-            self._views.append(self._buffer.as_strided(one.size(), one.stride(), at))
+            self._views[id(one)] = self._buffer.as_strided(one.size(), one.stride(), at)
             flat = self._buffer[at : at + one.numel()]
             outermost = one.dim() > 1 and one.stride(0) * one.shape[0] == one.numel()
             self._in_memory.append(flat.view(one.shape[0], -1) if outermost else flat)
             at += one.numel()
         self.waiting: set[int] = set()
-        self._view_of = {id(one): view for one, view in zip(parameters, self._views, strict=True)}
 
     def index(self) -> int:
         """Which bucket."""
@@ -103,7 +102,7 @@ class Bucket:
     def take(self, parameter: Tensor) -> None:
         """Have a gradient lie in the buffer. It is copied there where it is fresh, which is half the traffic of adding
         it to zeros; later ones of the same step are added by autograd itself."""
-        view = self._view_of[id(parameter)]
+        view = self._views[id(parameter)]
         if parameter.grad is not view:
             assert parameter.grad is not None
             view.copy_(parameter.grad)
@@ -111,7 +110,8 @@ class Bucket:
 
     def fill(self) -> None:
         """The gradient of what took no part in the step is 0."""
-        for parameter, view in zip(self._parameters, self._views, strict=True):
+        for parameter in self._parameters:
+            view = self._views[id(parameter)]
             if parameter.grad is not view:
                 parameter.grad = view.zero_()
 
