@@ -451,8 +451,8 @@ def test_rows_that_fill_a_batch_up_are_nobodys_answers(tiny: Bundle, monkeypatch
 def test_service_times_of_an_engine_that_answers_within_start(tmp_path: Path) -> None:
     """It recursed once: each batch's end starts the next."""
     bundle = tiny_bundle(tmp_path / "tiny")
-    times = time_service(FakeEngine(EngineConfig("openvino", max_batch=4)), bundle, 1.0, 0.05)
-    assert times.batch_sizes == (1, 2, 4)
+    times = time_service(FakeEngine(EngineConfig("openvino", max_batch=10)), bundle, 1.0, 0.02)
+    assert times.batch_sizes == (1, 2, 3, 4, 6, 8, 10)
     assert all(seconds > 0 for seconds in times.seconds)
 
 

@@ -17,8 +17,8 @@ from rushhour.measurement import ServiceTimes
 _AT_LEAST = 3
 
 
-def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_size: float = 0.15) -> ServiceTimes:
-    """Time batches of 1, 2, 4 ... on all streams at once, up to the engine's largest.
+def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_size: float = 0.1) -> ServiceTimes:
+    """Time batches of 1, 2, 3, 4, 6, 8, 12 ... on all streams at once, up to the engine's largest.
 
     Args:
         engine: compiled.
@@ -33,16 +33,21 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
     sizes: list[int] = []
     seconds: list[float] = []
     throughput: list[float] = []
-    size = 1
-    while True:
+    for size in _sizes(engine.config.max_batch):
         keep_busy(engine.slots, size, 0.0)
         times, wall = keep_busy(engine.slots, size, seconds_per_size)
         sizes.append(size)
         seconds.append(statistics.median(times))
         throughput.append(len(times) * size / wall)
-        if size == engine.config.max_batch or seconds[-1] > limit_s:
-            return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput))
-        size = min(2 * size, engine.config.max_batch)
+        if seconds[-1] > limit_s:
+            break
+    return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput))
+
+
+def _sizes(largest: int) -> list[int]:
+    """The powers of two and those half as large again, and `largest` itself: what lies between is no straight line."""
+    powers = [2**power for power in range(largest.bit_length())]
+    return sorted({size for power in powers for size in (power, power + power // 2) if size < largest} | {largest})
 
 
 def fill(engine: Engine, bundle: Bundle) -> None:

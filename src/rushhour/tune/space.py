@@ -8,7 +8,9 @@ from rushhour.bundle import Bundle
 from rushhour.engines import EngineConfig
 from rushhour.plan import EngineName, Policy, Precision
 
-BATCH_BOUNDS = (1, 4, 8, 16, 32, 64)
+BATCH_BOUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Of the largest batch. A batch twice as large costs the tail of the latencies more than it gives; half as much again
+may be worth it."""
 QUEUE_BOUND = 1024
 
 _RUNS: dict[Precision, tuple[tuple[EngineName, Precision], ...]] = {
