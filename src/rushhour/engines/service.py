@@ -45,7 +45,10 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
 
 
 def _sizes(largest: int) -> list[int]:
-    """The powers of two and those half as large again, and `largest` itself: what lies between is no straight line."""
+    """The powers of two and those half as large again, and `largest` itself.
+
+    Twice as large a batch may cost the latencies' tail more than it gives, and what lies between is no straight line.
+    """
     powers = [2**power for power in range(largest.bit_length())]
     return sorted({size for power in powers for size in (power, power + power // 2) if size < largest} | {largest})
 

@@ -8,9 +8,7 @@ from rushhour.bundle import Bundle
 from rushhour.engines import EngineConfig
 from rushhour.plan import EngineName, Policy, Precision
 
-BATCH_BOUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Of the largest batch. A batch twice as large costs the tail of the latencies more than it gives; half as much again
-may be worth it."""
+LARGEST_BATCH = 64
 QUEUE_BOUND = 1024
 
 _RUNS: dict[Precision, tuple[tuple[EngineName, Precision], ...]] = {
@@ -81,7 +79,7 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
             content=_content(bundle),
             engine=engine,
             precision=precision,
-            policy=Policy(cells, streams, threads, max_batch=BATCH_BOUNDS[-1], queue_bound=QUEUE_BOUND),
+            policy=Policy(cells, streams, threads, max_batch=LARGEST_BATCH, queue_bound=QUEUE_BOUND),
         )
         for role, bundle in bundles.items()
         for engine, precision in _RUNS[bundle.manifest.precision]

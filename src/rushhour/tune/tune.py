@@ -33,7 +33,7 @@ from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
 from rushhour.progress import Progress
-from rushhour.tune.space import BATCH_BOUNDS, Candidate, baseline, candidates, plain
+from rushhour.tune.space import Candidate, baseline, candidates, plain
 from rushhour.tune.trial import Bench, plan_of
 
 _ATTEMPTS = 2
@@ -186,12 +186,11 @@ class _Tuner:
         return self._journal.measure("service", candidate.compiled, "", ServiceTimes, take)
 
     def _predict(self, state: _State, times: ServiceTimes) -> None:
-        """Choose the batch bound by simulation: the smallest that comes within 2% of the best."""
+        """Choose the batch bound by simulation, of the sizes timed: the smallest that comes within 2% of the best."""
         profile, streams = ServiceProfile(times), state.candidate.streams
         predicted = {
             bound: predicted_capacity(profile, streams=streams, max_batch=bound, slo=self._goal.slo)
-            for bound in BATCH_BOUNDS
-            if bound <= max(times.batch_sizes)
+            for bound in times.batch_sizes
         }
         best = max(predicted.values())
         bound = min(size for size, rate in predicted.items() if rate >= 0.98 * best)
