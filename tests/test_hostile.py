@@ -437,6 +437,18 @@ def test_attackers_leave_nothing_behind(server: Server, tiny: Bundle) -> None:
     assert_served(server, tiny)
 
 
+def test_large_bodies_leave_nothing_behind(server: Server) -> None:
+    """Once glibc had seen a block of 20 MiB freed, it kept as much for itself, and all that came between."""
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n"
+    packed = {mib: gzip.compress(bytes(mib * 2**20), 1) for mib in (20, 12)}
+    sent = {mib: head % (PATH.encode(), len(body)) + body for mib, body in packed.items()}
+    assert say(server, sent[12]).startswith(b"HTTP/1.1 400 ")
+    before = resident_mib(server)
+    for mib in (20, 12, 12):
+        assert say(server, sent[mib]).startswith(b"HTTP/1.1 400 ")
+    assert resident_mib(server) - before < 8
+
+
 @pytest.mark.parametrize("attack", ["a header without end", "chunks in disguise", "one long text", "TLS"])
 def test_what_is_refused_does_not_wait_for_the_collector(server: Server, attack: str) -> None:
     sent, _ = ATTACKS[attack]

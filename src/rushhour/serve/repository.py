@@ -16,7 +16,7 @@ from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, open_engine, time_service
 from rushhour.errors import RushhourError, ServeError
 from rushhour.machine import cores
-from rushhour.serve import log
+from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
@@ -153,7 +153,9 @@ class Repository:
         self._past = together([self._past, {old.version: old.cell.totals()}])
         if old.cell.decoder is not None:
             old.cell.decoder.close()
-        await asyncio.get_running_loop().run_in_executor(None, old.engine.close)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, old.engine.close)
+        await loop.run_in_executor(None, memory.give_back)
 
     def _open(self, target: Target) -> tuple[Engine, Profile, Decoder | None]:
         engine = self._opener(target.bundle, target.engine_config)

@@ -21,7 +21,7 @@ import uvloop
 
 from rushhour.clock import WallClock
 from rushhour.errors import ServeError
-from rushhour.serve import log
+from rushhour.serve import log, memory
 from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
 from rushhour.serve.door import let_nobody_in
@@ -78,6 +78,7 @@ def serve(
     settings.check()
     check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
     _allow_files(settings.limits.connections + _OTHER_FILES)
+    memory.settle()
     if settings.admin_port is not None:
         check_exposure(settings.admin_host or _ADMIN_HOST, settings.api_keys, exposed=settings.exposed)
     context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
