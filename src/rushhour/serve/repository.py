@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
@@ -90,6 +91,8 @@ class Repository:
         self._retiring: list[Cell] = []
         self._past: dict[str, Totals] = {}
         self._changing = asyncio.Lock()
+        # One thread for all models, one after another: each that had opened one would keep its stack and its leftovers.
+        self._opening = ThreadPoolExecutor(1, thread_name_prefix="models")
         self._infer_paths: frozenset[bytes] = frozenset()
 
     def cell_of(self, path: bytes) -> Cell | None:
@@ -114,8 +117,8 @@ class Repository:
             loop = asyncio.get_running_loop()
             target, self._first = self._first, None
             if target is None:
-                target = await loop.run_in_executor(None, open_target, self._path)
-            engine, profile, decoder = await loop.run_in_executor(None, self._open, target)
+                target = await loop.run_in_executor(self._opening, open_target, self._path)
+            engine, profile, decoder = await loop.run_in_executor(self._opening, self._open, target)
             self._version = self._version + 1 if version is None else version
             codec = Codec(
                 self.name,
@@ -154,8 +157,8 @@ class Repository:
         if old.cell.decoder is not None:
             old.cell.decoder.close()
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, old.engine.close)
-        await loop.run_in_executor(None, memory.give_back)
+        await loop.run_in_executor(self._opening, old.engine.close)
+        await loop.run_in_executor(self._opening, memory.give_back)
 
     def _open(self, target: Target) -> tuple[Engine, Profile, Decoder | None]:
         engine = self._opener(target.bundle, target.engine_config)
