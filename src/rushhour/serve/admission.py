@@ -144,15 +144,15 @@ class Admission:
             streams: how many can run at once.
         """
         batches = -(-(waiting + rows) // self._max_batch)
-        full = self._profile.seconds(self._max_batch)
-        free = [max(now, end) for end in busy_until] + [now] * (streams - len(busy_until))
         size = waiting + rows - (batches - 1) * self._max_batch
         if batches > 1 or len(busy_until) >= streams:
             size = max(size, round(self._usual))  # while it waits, others join its batch
         last = self._profile.seconds(size)
         if batches == 1:
-            return min(free) + last
+            return (now if len(busy_until) < streams else max(now, min(busy_until))) + last
         # A long queue keeps all streams busy: all but its end is work shared out evenly.
+        full = self._profile.seconds(self._max_batch)
+        free = [max(now, end) for end in busy_until] + [now] * (streams - len(busy_until))
         skipped = max(0, batches - _REPLAYED) // streams
         free = [end + skipped * full for end in free]
         heapq.heapify(free)

@@ -168,7 +168,8 @@ class Cell:
         job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
             return self._no_room()
-        self._dispatch_soon()
+        if self._free and not self._dispatching:
+            self._dispatch_soon()
         return job
 
     def foresee(self, layout: Layout | None) -> Shed | None:
@@ -208,7 +209,7 @@ class Cell:
         if finish - now > _TELLING * within:  # a short wait says little of how a long one is mistaken
             expected_s = finish - now
             finish += self._admission.late_s
-        if self.idle and not decoding_s:
+        if finish > deadline and self.idle and not decoding_s:
             # What was learned under load may be wrong by now, and only a batch can show it: else all are shed for ever.
             finish = now + self.profile.seconds_at_start(min(rows, self._batcher.max_batch))
         if finish <= deadline:
@@ -308,20 +309,20 @@ class Cell:
 
     def _fill(self, stream: _Stream, parts: list[Part[Job]]) -> int:
         """Write a batch into the stream's input buffers, each request once and in place; returns its rows."""
+        buffers, row_bytes_in = stream.buffers, self._row_bytes_in
         at = 0
         for part in parts:
-            for buffer, tensor, row_bytes in zip(
-                stream.buffers, part.ticket.item.request.tensors, self._row_bytes_in, strict=True
-            ):
-                start = at * row_bytes
-                size = part.rows * row_bytes
-                first = part.first * row_bytes
-                buffer[start : start + size] = tensor[first : first + size]
-            at += part.rows
-            if part.first + part.rows == part.ticket.rows:
+            ticket, first = part.ticket, part.first
+            job, end = ticket.item, at + part.rows
+            whole = part.rows == ticket.rows
+            for buffer, tensor, row_bytes in zip(buffers, job.request.tensors, row_bytes_in, strict=True):
+                rows = tensor if whole else tensor[first * row_bytes : (first + part.rows) * row_bytes]
+                buffer[at * row_bytes : end * row_bytes] = rows
+            at = end
+            if whole or first + part.rows == ticket.rows:
                 # Ticket and job hold each other: a body is to go when it has been copied, not when cycles are sought.
-                part.ticket.item.ticket = None
-                part.ticket.item.request.tensors = ()
+                job.ticket = None
+                job.request.tensors = ()
         return at
 
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
@@ -333,16 +334,14 @@ class Cell:
             self._admission.saw(stream.rows, last.item.expected_s, now - last.arrived)
             outputs = stream.slot.outputs
             views = [outputs[name].data.cast("B") for name in self._output_names]
+            begun, answered = [], []
             at = 0
             for part in parts:
-                self._answer(part, views, at)
+                if part.first == 0:
+                    begun.append(part.ticket.arrived)
+                if self._answer(part, views, at):
+                    answered.append(part.ticket.arrived)
                 at += part.rows
-            begun = [part.ticket.arrived for part in parts if part.first == 0]
-            answered = [
-                part.ticket.arrived
-                for part in parts
-                if part.ticket.item.missing == 0 and part.ticket.item.reply is not None
-            ]
             self.statistics.count(stream, len(parts), begun, answered)
         else:
             for part in parts:
@@ -353,28 +352,31 @@ class Cell:
         if self._batcher.waiting:
             self._dispatch_soon()
 
-    def _answer(self, part: Part[Job], views: list[memoryview], at: int) -> None:
+    def _answer(self, part: Part[Job], views: list[memoryview], at: int) -> bool:
+        """Give a request its rows of a batch, or collect them until all are there; whether this answered it."""
         job = part.ticket.item
         job.missing -= part.rows
         if job.reply is None:
-            return
+            return False
         if part.rows == job.request.rows:
             self.counters.answered += 1
-            job.reply(
-                [
-                    view[at * size : (at + part.rows) * size]
-                    for view, size in zip(views, self._row_bytes_out, strict=True)
-                ]
-            )
-            return
+            end = at + part.rows
+            if len(views) == 1:
+                size = self._row_bytes_out[0]
+                job.reply((views[0][at * size : end * size],))
+            else:
+                job.reply([view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)])
+            return True
         if job.collected is None:
             job.collected = [bytearray(job.request.rows * size) for size in self._row_bytes_out]
         for whole, view, size in zip(job.collected, views, self._row_bytes_out, strict=True):
             first = part.first * size
             whole[first : first + part.rows * size] = view[at * size : (at + part.rows) * size]
-        if job.missing == 0:
-            self.counters.answered += 1
-            job.reply([memoryview(whole) for whole in job.collected])
+        if job.missing:
+            return False
+        self.counters.answered += 1
+        job.reply([memoryview(whole) for whole in job.collected])
+        return True
 
     def _fail(self, ticket: Ticket[Job], error: BaseException) -> None:
         job = ticket.item
@@ -394,7 +396,7 @@ class Cell:
 
 
 def _priority_of(wanted: Wanted) -> int:
-    return min(wanted.priority or _USUAL_PRIORITY, _LOWEST_PRIORITY)
+    return min(wanted.priority, _LOWEST_PRIORITY) if wanted.priority else _USUAL_PRIORITY
 
 
 class _Stream:

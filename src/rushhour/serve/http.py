@@ -159,7 +159,7 @@ class _Repeat:
         self.codec = codec
         self.rows = layout.rows
         self.wanted = layout.wanted
-        self.slices = tuple((len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
+        self.slices = tuple(slice(len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
         self.keep_alive = True
         self.answer: bytes | None = None
         """All of the answer that comes before its tensors, if they follow whole and in the signature's order."""
@@ -171,7 +171,9 @@ class _Repeat:
     def request(self, data: bytes | memoryview) -> InferRequest:
         """The request that `data`, which begins with the prefix and has the right size, holds."""
         view = memoryview(data)
-        return InferRequest(self.rows, tuple([view[start:stop] for start, stop in self.slices]), self.wanted)
+        if len(self.slices) == 1:
+            return InferRequest(self.rows, (view[self.slices[0]],), self.wanted)
+        return InferRequest(self.rows, tuple([view[place] for place in self.slices]), self.wanted)
 
 
 class HttpConnection(asyncio.Protocol):
