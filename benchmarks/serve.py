@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,11 @@ from bench.parts import busy_cores, say
 from bench.record import Check, Table, judged, mean_ratio, record, verdict
 from bench.servers import DidNotStart
 
+from rushhour.capacity import best_batch
 from rushhour.goal import SLO
 from rushhour.load import Search
 from rushhour.machine import describe
+from rushhour.measurement import ServiceTimes
 from rushhour.plan import Precision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +72,8 @@ class Scenario:
         targets: contestant -> how many times its requests per second ours has to reach.
         sizes: of the raw engine's batches.
         cells: of ours; the peers have a worker or an instance on each core.
-        patience: how many times as long as usual it is measured: where batches are slow, a block holds too few.
+        patience: how many times as long as usual it is measured: where batches are slow, a block holds too few; where
+            nothing is computed, each pause of the machine shows.
     """
 
     name: str
@@ -92,7 +96,7 @@ class Scenario:
 # Of two batches that take turns on one stream each has half the connections: with that as its bound every batch of
 # ours is full, and can be compared with the raw engine's of that size.
 SCENARIOS = (
-    Scenario("noop", "no-op model", "noop", _ONE, Load(32, _OTHER), 32, {"triton": 5.0}),
+    Scenario("noop", "no-op model", "noop", _ONE, Load(32, _OTHER), 32, {"triton": 5.0}, patience=3.0),
     Scenario(
         *("cnn", "small CNN", "cnn", _ONE, Load(32, _OTHER), 16),
         {"triton": 1.3, "litserve": 3.0, "bentoml": 3.0, "rayserve": 15.0, "fastapi": 3.0},
@@ -106,7 +110,7 @@ SCENARIOS = (
     ),
     Scenario(
         *("article", "article's network, int8", "article", _ONE, Load(16, _OTHER), 8),
-        *({}, (1, 2, 4, 8, 12, 16)),
+        *({}, (1, 2, 3, 4, 6, 8, 12, 16)),
         patience=3.0,
     ),
     Scenario(
@@ -341,10 +345,16 @@ def _storm_checks(storm: Overload, found: Search) -> list[Check]:
 
 
 def _crowd_batch(bench: Bench, scenario: Scenario) -> int:
-    """The largest batch that keeps the limit for who just missed one: the next one ends, then their own."""
-    costs, streams = _raw_of(bench, scenario.name)[0], scenario.instances
-    fitting = [size for size, (_, rate) in costs.items() if (1 + streams) / rate <= 0.8 * _SLO.limit_s]
-    return max(fitting, default=1)
+    """The bound that `rushhour tune` would choose, from the raw engine's times in all rounds."""
+    rounds, streams = _raw_of(bench, scenario.name), scenario.instances
+    sizes = sorted(rounds[0])
+    rates = [statistics.median(costs[size][1] for costs in rounds) for size in sizes]
+    times = ServiceTimes(
+        batch_sizes=tuple(sizes),
+        seconds=tuple(streams / rate for rate in rates),
+        throughput=tuple(size * rate for size, rate in zip(sizes, rates, strict=True)),
+    )
+    return best_batch(times, streams=streams, slo=_SLO)[0]
 
 
 def _best_of(costs: Mapping[int, tuple[float, float]]) -> float:

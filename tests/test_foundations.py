@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import rushhour
 from rushhour import errors as errors_module
 from rushhour.bundle import Bundle, TensorSpec
-from rushhour.capacity import ServiceProfile, predicted_capacity, simulate
+from rushhour.capacity import ServiceProfile, best_batch, predicted_capacity, simulate
 from rushhour.clock import VirtualClock, WallClock
 from rushhour.errors import BundleError, DataError, GoalError, PlanError, RushhourError, StorageError, TaskError
 from rushhour.goal import SLO, AccuracyBudget, Goal, Workload
@@ -522,6 +522,18 @@ def test_predicted_capacity_lies_where_the_simulation_says() -> None:
         assert (np.quantile(latencies, 0.99) <= slo.limit_s) == holds
     assert predicted_capacity(times, streams=1, max_batch=4, slo=SLO.parse("p99<5ms")) == 0
     assert predicted_capacity(times, streams=2, max_batch=4, slo=slo) > 1.5 * found
+
+
+def test_the_best_batch_is_the_smallest_of_those_alike() -> None:
+    """As measured with the article's network: from 6 on hardly anything is gained, and 12 make others wait."""
+    sizes, seconds = (1, 2, 3, 4, 6, 8, 12), (0.0055, 0.0087, 0.0120, 0.0153, 0.0218, 0.0302, 0.0438)
+    times = ServiceTimes(sizes, seconds, tuple(2 * n / s for n, s in zip(sizes, seconds, strict=True)))
+    slo = SLO.parse("p99<100ms")
+    bound, predicted = best_batch(times, streams=2, slo=slo)
+    assert bound == 6
+    assert predicted == predicted_capacity(ServiceProfile(times), streams=2, max_batch=6, slo=slo)
+    bound, predicted = best_batch(times, streams=2, slo=SLO.parse("p99<3ms"))
+    assert (bound, predicted) == (1, 0.0)
 
 
 def test_a_profile_is_linear_between_what_was_timed() -> None:

@@ -21,7 +21,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
-from rushhour.capacity import ServiceProfile, predicted_capacity
+from rushhour.capacity import ServiceProfile, best_batch, predicted_capacity
 from rushhour.compress import judge, outputs_of
 from rushhour.data import Dataset, Split
 from rushhour.engines import EngineConfig, open_engine, time_service
@@ -186,16 +186,9 @@ class _Tuner:
         return self._journal.measure("service", candidate.compiled, "", ServiceTimes, take)
 
     def _predict(self, state: _State, times: ServiceTimes) -> None:
-        """Choose the batch bound by simulation, of the sizes timed: the smallest that comes within 2% of the best."""
-        profile, streams = ServiceProfile(times), state.candidate.streams
-        predicted = {
-            bound: predicted_capacity(profile, streams=streams, max_batch=bound, slo=self._goal.slo)
-            for bound in times.batch_sizes
-        }
-        best = max(predicted.values())
-        bound = min(size for size, rate in predicted.items() if rate >= 0.98 * best)
+        """Choose the batch bound by simulation, of the sizes timed."""
+        bound, state.predicted = best_batch(times, streams=state.candidate.streams, slo=self._goal.slo)
         state.candidate = state.candidate.with_batch(bound)
-        state.predicted = predicted[bound]
 
     # Accuracy: each compiled artefact on held-out data.
 
