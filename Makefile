@@ -1,7 +1,7 @@
 # make demo     the whole path on real data
 # make test     the tests
 # make check    lint, types, architecture
-# make bench-serve   our server against its peers, 15 minutes on a quiet machine (`apt-get install wrk` first)
+# make bench-serve   our server against its peers, 20 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine

@@ -58,7 +58,7 @@ _PACKAGES = (
 _SLO = SLO(percentile=99, limit_s=0.1)
 _ONE, _OTHER, _BOTH = frozenset({0}), frozenset({1}), frozenset({0, 1})
 _ROUNDS, _SECONDS = 4, 4.0
-_CROWDS = {"article": 1.0, "article.both": 2.5}
+_CROWDS = {"article": 1.0, "article.both": 5.0}
 """Whose capacity is searched, and in how many times the budget: what is claimed needs longer windows for its proof."""
 _QUIET = 0.05
 _LOOK_S = 2.0
