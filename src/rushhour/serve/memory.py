@@ -11,14 +11,16 @@ from __future__ import annotations
 import ctypes
 import gc
 
+from rushhour.machine import cores
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _MAPPED_BYTES = 2**20
 """Blocks from this size on are mapped, and go back whole when they are freed. Smaller ones, such as a picture of
 224x224 pixels, are reused: each mapping anew costs a page fault for every 4 KiB."""
 _KEPT_BYTES = 16 * 2**20
 """What may lie free at the heap's end, so that requests do not make it grow and shrink by turns."""
-_HEAPS = 2
-"""For all threads together: few ask at the same time, for most hold Python's lock when they do."""
+_FEWEST_HEAPS = 2
+"""For all threads together, or one for each core if those are more: as many can ask at the same time."""
 
 
 def settle() -> None:
@@ -27,7 +29,7 @@ def settle() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
         libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_ARENA_MAX, _HEAPS)
+        libc.mallopt(_ARENA_MAX, max(_FEWEST_HEAPS, cores()))
 
 
 def give_back() -> None:
