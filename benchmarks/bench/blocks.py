@@ -229,6 +229,11 @@ def _raw(setup: Setup, *arguments: str) -> str:
     return done.stdout
 
 
+def engine_us(batch: float, costs: Costs) -> float:
+    """CPU microseconds of the raw engine for one sample, in batches of this mean size."""
+    return 1e6 * _engine_s(Batches({batch: 1}), costs) / batch
+
+
 def _engine_s(batches: Batches, costs: Costs) -> float:
     """CPU seconds of the raw engine for these batches; sizes between those measured are interpolated."""
     sizes = sorted(costs)
