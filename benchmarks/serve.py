@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 from bench.blocks import Block, Costs, engine_us, measure, raw_costs, right_answers, round_to, served
 from bench.closed_loop import Load, generator
-from bench.contestants import OURS, PEERS, Setup
+from bench.contestants import OURS, PEERS, Batches, Setup
 from bench.crowd import Overload, capacity_of, overload
 from bench.environments import CannotInstall, python_of, versions_of
 from bench.models import SEED, ModelName, bundle_of
@@ -171,7 +171,7 @@ class Bench:
                     costs=costs,
                 )
                 if name == OURS and costs is not None and block.engine_us is not None:
-                    after = engine_us(block.batch, self._raw(scenario, number) or costs)
+                    after = engine_us(Batches({block.batch: 1}), self._raw(scenario, number) or costs)
                     block = msgspec.structs.replace(block, engine_us=round_to((block.engine_us + after) / 2, 5))
                 self.blocks.append(block)
                 say(_line(block))

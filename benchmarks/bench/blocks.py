@@ -173,7 +173,7 @@ def _loaded(
         errors=answered.errors,
         generator_cpu=answered.generator_cpu,
         cpu_us=round_to(1e6 * cpu / answered.requests, 5),
-        engine_us=None if costs is None or not rows else round_to(1e6 * _engine_s(batches, costs) / rows, 5),
+        engine_us=None if costs is None or not rows else round_to(engine_us(batches, costs), 5),
         batch=round_to(rows / batches.total(), 4) if batches else 0.0,
         foreign_cpu=max(0.0, round_to(foreign / answered.seconds, 3)),
         steal=round_to(stolen / answered.seconds, 3),
@@ -229,9 +229,9 @@ def _raw(setup: Setup, *arguments: str) -> str:
     return done.stdout
 
 
-def engine_us(batch: float, costs: Costs) -> float:
-    """CPU microseconds of the raw engine for one sample, in batches of this mean size."""
-    return 1e6 * _engine_s(Batches({batch: 1}), costs) / batch
+def engine_us(batches: Batches, costs: Costs) -> float:
+    """CPU microseconds of the raw engine for one sample, in these batches."""
+    return 1e6 * _engine_s(batches, costs) / sum(size * count for size, count in batches.items())
 
 
 def _engine_s(batches: Batches, costs: Costs) -> float:

@@ -117,8 +117,7 @@ class Batcher(Generic[T]):
             deadline: when its answer must be there, in seconds of the batcher's clock.
             priority: lower numbers are taken first.
         """
-        waiting = self.waiting
-        if waiting and waiting + rows > self.queue_bound:
+        if self.full(rows):
             return None
         ticket = Ticket(item, rows, self._clock.now(), deadline, priority)
         queue = self._queues.get(priority)
@@ -126,7 +125,7 @@ class Batcher(Generic[T]):
             queue = self._queues[priority] = deque()
             self._order = sorted(self._queues)
         queue.append(ticket)
-        self.waiting = waiting + rows
+        self.waiting += rows
         return ticket
 
     def reserve(self, rows: int) -> bool:

@@ -168,8 +168,7 @@ class Cell:
         job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
             return self._no_room()
-        if self._free and not self._dispatching:
-            self._dispatch_soon()
+        self._dispatch_soon()
         return job
 
     def foresee(self, layout: Layout | None) -> Shed | None:
