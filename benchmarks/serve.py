@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 from bench.blocks import Block, Costs, engine_us, measure, raw_costs, right_answers, round_to, served
 from bench.closed_loop import Load, generator
-from bench.contestants import OURS, PEERS, Batches, Setup
+from bench.contestants import OURS, PEERS, Batches, Setup, peer_of
 from bench.crowd import Overload, capacity_of, overload
 from bench.environments import CannotInstall, python_of, versions_of
 from bench.models import SEED, ModelName, bundle_of
@@ -46,10 +46,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
 TITLES = {
     OURS: "Rushhour",
     "triton": "Triton",
+    "triton.examples": "Triton, as its examples are written",
     "litserve": "LitServe",
     "bentoml": "BentoML",
     "rayserve": "Ray Serve",
     "fastapi": "FastAPI, no batching",
+    "fastapi.threads": "FastAPI, no batching, on its threads",
 }
 _PACKAGES = (
     *("nvidia-pytriton", "litserve", "bentoml", "ray", "fastapi", "uvicorn", "uvloop", "httptools"),
@@ -99,12 +101,20 @@ SCENARIOS = (
     Scenario("noop", "no-op model", "noop", _ONE, Load(32, _OTHER), 32, {"triton": 5.0}, patience=3.0),
     Scenario(
         *("cnn", "small CNN", "cnn", _ONE, Load(32, _OTHER), 16),
-        {"triton": 1.3, "litserve": 3.0, "bentoml": 3.0, "rayserve": 15.0, "fastapi": 3.0},
+        {
+            "triton": 1.3,
+            "triton.examples": 1.3,
+            "litserve": 3.0,
+            "bentoml": 3.0,
+            "rayserve": 15.0,
+            "fastapi": 3.0,
+            "fastapi.threads": 3.0,
+        },
         (1, 2, 4, 8, 12, 16, 24, 32),
     ),
     Scenario(
         *("cnn.both", "small CNN, both cores", "cnn", _BOTH, Load(64, _BOTH), 32),
-        {"triton": 1.9},
+        {"triton": 1.9, "triton.examples": 1.9},
         (1, 2, 4, 8, 12, 16, 24, 32),
         cells=2,
     ),
@@ -133,7 +143,7 @@ class Bench:
         wanted = {peer for scenario in self.scenarios for peer in scenario.targets} & (only or set(TITLES))
         for peer in sorted(wanted):
             try:
-                self.pythons[peer] = python_of(PEERS / peer, BENCH)
+                self.pythons[peer] = python_of(PEERS / peer_of(peer)[0], BENCH)
             except CannotInstall as error:
                 self.missing[peer] = f"it cannot be installed: {error}"
         models = {scenario.model for scenario in self.scenarios}
@@ -200,7 +210,7 @@ class Bench:
         self.raw[scenario.name, number] = {
             size: ((cpu + found[size][0]) / 2, (rate + found[size][1]) / 2) for size, (cpu, rate) in first.items()
         }
-        say(f"{number}  {scenario.name:9} {'raw engine':10} {_best_of(found):>10,.0f} inferences/s")
+        say(f"{number}  {scenario.name:9} {'raw engine':15} {_best_of(found):>10,.0f} inferences/s")
         return {size: cpu for size, (cpu, _) in found.items()}
 
 
@@ -233,13 +243,13 @@ def main() -> int:
     }
     versions = {"load generator": generator()} | {
         f"peer {peer}": ", ".join(f"{name} {version}" for name, version in versions_of(python, _PACKAGES).items())
-        for peer, python in bench.pythons.items()
+        for peer, python in sorted({peer_of(name)[0]: python for name, python in bench.pythons.items()}.items())
     }
     out = arguments.out or (RESULTS if arguments == _arguments([]) else BENCH / "serve-smoke.json")
     record(checks, msgspec.to_builtins(data), {"models": SEED, "bootstrap": 0, "load": 0}, versions).save(Path(out))
     for check in checks:
         word = "ok  " if check.holds else "MISS"
-        say(f"{word} {check.id:22} {_value(check):>22} {check.target:>8}  {check.why or ''}")
+        say(f"{word} {check.id:26} {_value(check):>22} {check.target:>8}  {check.why or ''}")
     say(f"{data['minutes']} minutes; written to {out}")
     return 0
 
@@ -431,7 +441,7 @@ def _in_turn(items: Sequence[Any], number: int) -> list[Any]:
 
 
 def _line(block: Block) -> str:
-    head = f"{block.round}  {block.scenario:9} {block.server:10}"
+    head = f"{block.round}  {block.scenario:9} {block.server:15}"
     if block.failed:
         return f"{head} failed: {block.failed}"
     engine = f" (engine {block.engine_us:,.0f})" if block.engine_us else ""

@@ -18,11 +18,13 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import render  # noqa: E402
 from bench.blocks import _engine_s  # noqa: E402
-from bench.contestants import OURS, Batches, batches_between  # noqa: E402
+from bench.contestants import OURS, Batches, Setup, batches_between, peer_of, start_peer  # noqa: E402
 from bench.crowd import recovery_s  # noqa: E402
 from bench.keeper import descendants  # noqa: E402
+from bench.models import bundle_of  # noqa: E402
 from bench.record import Check, Record, judged, mean_ratio, meets, verdict  # noqa: E402
 from bench.servers import DidNotStart, free_port, running  # noqa: E402
+from serve import SCENARIOS, TITLES  # noqa: E402
 from train_options import OPTIONS, Trained, judge  # noqa: E402
 
 CORES = frozenset(os.sched_getaffinity(0))
@@ -74,6 +76,19 @@ def test_engine_cost_is_interpolated_between_sizes() -> None:
 def test_batches_of_a_window() -> None:
     assert batches_between("triton", Batches({4.0: 1}), Batches({4.0: 3, 8.0: 2})) == {4.0: 2, 8.0: 2}
     assert batches_between(OURS, Batches({15.5: 9}), Batches({15.9: 99})) == {15.9: 99}
+
+
+def test_every_peer_of_a_scenario_can_be_started(tmp_path: Path) -> None:
+    for scenario in SCENARIOS:
+        for peer in scenario.targets:
+            folder, way = peer_of(peer)
+            setup = Setup("noop", bundle_of("noop", tmp_path), "f32", CORES, 1, 4)
+            start = start_peer(peer, Path(sys.executable), setup, 1, tmp_path)
+            assert peer in TITLES
+            assert Path(start.command[1]).is_file()
+            assert (start.env["BENCH_WAY"], start.env["BENCH_PORT"]) == (way, "1")
+            said = (Path(start.command[1]).parent / "README.md").read_text()
+            assert not way or f"`{folder}.{way}`" in said
 
 
 def test_recovery_is_when_misses_become_rare() -> None:

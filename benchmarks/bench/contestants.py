@@ -93,9 +93,17 @@ def plan_of(setup: Setup) -> Plan:
     return Plan(goal=Goal(slo=SLO(percentile=99, limit_s=0.1)), variants=(variant,), policy=policy)
 
 
+def peer_of(name: str) -> tuple[str, str]:
+    """The folder of a peer, and which of its ways to answer it takes part with: of `triton.examples` the second."""
+    folder, _, way = name.partition(".")
+    return folder, way
+
+
 def start_peer(name: str, python: Path, setup: Setup, port: int, work: Path) -> Start:
     """A peer, by its `server.py`, which reads what to do from the environment."""
-    return Start([str(python), str(PEERS / name / "server.py")], model_env(setup, work) | {"BENCH_PORT": str(port)})
+    folder, way = peer_of(name)
+    env = model_env(setup, work) | {"BENCH_PORT": str(port), "BENCH_WAY": way}
+    return Start([str(python), str(PEERS / folder / "server.py")], env)
 
 
 def model_env(setup: Setup, work: Path) -> dict[str, str]:
@@ -119,7 +127,7 @@ def request_for(name: str, setup: Setup, sample: NDArray[Any]) -> Request:
         return protocol_request(
             f"/v2/models/{setup.bundle.manifest.name}/infer", setup.bundle.manifest.signature, sample
         )
-    if name == "triton":
+    if peer_of(name)[0] == "triton":
         model = "noop" if setup.model == "noop" else "cnn"
         return protocol_request(f"/v2/models/{model}/infer", setup.bundle.manifest.signature, sample)
     return bare_request("/predict" if name == "litserve" else "/infer", sample)

@@ -8,6 +8,7 @@ Used in the peers' own environments, so it needs numpy and OpenVINO only. What t
     BENCH_COUNTS      a folder: each process keeps a file there with how many batches of each size it has run
     BENCH_PORT        where the server listens, on 127.0.0.1
     BENCH_INSTANCES   copies of the model that may run at the same time, one core each
+    BENCH_WAY         how the peer answers, where it has more than one way
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CLASSES = 10
 PORT = int(os.environ.get("BENCH_PORT", "0"))
 MAX_BATCH = int(os.environ.get("BENCH_MAX_BATCH", "32"))
 INSTANCES = int(os.environ.get("BENCH_INSTANCES", "1"))
+WAY = os.environ.get("BENCH_WAY", "")
 
 
 class Model:

@@ -1,4 +1,4 @@
-"""Triton's Python backend: the requests of one dynamic batch, written once into a buffer and run by OpenVINO."""
+"""Triton's Python backend: the requests of one dynamic batch, run by OpenVINO together, or one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, os.environ["PYTHONPATH"])
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from bench_model import CLASSES, MAX_BATCH, SHAPE, Model
+from bench_model import CLASSES, MAX_BATCH, SHAPE, WAY, Model
 
 
 class TritonPythonModel:
@@ -29,13 +29,20 @@ class TritonPythonModel:
         """One batch."""
         if self.noop:
             return [_response(self.zeros[:1]) for _ in requests]
+        if WAY == "examples":
+            return [_response(self.model.infer(_image(request))) for request in requests]
         at = 0
         for request in requests:
-            image = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
+            image = _image(request)
             self.batch[at : at + len(image)] = image
             at += len(image)
         answers = self.model.infer(self.batch[:at])
         return [_response(answers[row : row + 1]) for row in range(at)]
+
+
+def _image(request: Any) -> np.ndarray:
+    image: np.ndarray = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
+    return image
 
 
 def _response(answer: np.ndarray) -> Any:
