@@ -86,6 +86,9 @@ QUEUES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "batches of 32": (queues.Batching(0.001, 0.0005, 32), queues.poisson_arrivals, 1810.0),
     "two streams of 16": (queues.Batching(0.005, 0.001, 16, 2), queues.poisson_arrivals, 1432.0),
     "M/D/1 in bursts": (queues.Deterministic(0.002), queues.Bursts(), 400.0),
+    "M/D/1 that turns away": (queues.Deterministic(0.002, 0.05), queues.poisson_arrivals, 486.5),
+    "M/D/1 in bursts that turns away": (queues.Deterministic(0.002, 0.05), queues.Bursts(), 412.0),
+    "M/M/4 that turns away": (queues.Exponential(4, 0.008, 0.045), queues.poisson_arrivals, 424.0),
 }
 """Server, arrivals, and the rate whose true 99th percentile is taken for the limit."""
 

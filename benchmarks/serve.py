@@ -204,7 +204,7 @@ class Bench:
         """One of the raw engine's two turns in a round, before ours and right after it: the machine's speed drifts."""
         if not scenario.sizes:
             return None
-        seconds = self.seconds / 4 * scenario.patience
+        seconds = self.seconds / 2 * scenario.patience
         found = raw_costs(self.setup(scenario, max_batch=max(scenario.sizes)), scenario.sizes, seconds)
         first = self.raw.get((scenario.name, number), found)
         self.raw[scenario.name, number] = {

@@ -63,6 +63,7 @@ from rushhour.testing.queues import (
     Queue,
     VirtualGenerator,
     poisson_arrivals,
+    samples_of,
     true_percentile,
     verdicts,
 )
@@ -347,6 +348,50 @@ def test_one_look_at_a_fixed_n_is_as_careful() -> None:
     slo = SLO(percentile=99, limit_s=true_percentile(queue, poisson_arrivals, rate, n=2_000_000))
     assert share_of_passes(queue, poisson_arrivals, slo, rate, 300, (20,)) <= 0.09
     assert share_of_passes(queue, poisson_arrivals, slo, 0.9 * rate, 50, (40,)) >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("queue", "rate"),
+    [
+        pytest.param(Deterministic(0.002, within_s=0.05), 486.5, id="all that is late is turned away"),
+        pytest.param(Exponential(4, 0.008, within_s=0.045), 424.0, id="most of it"),
+    ],
+)
+def test_a_server_that_turns_away_can_be_proven_inside_its_limit(queue: Queue, rate: float) -> None:
+    """It was not: one request turned away in a minute was an infinite latency, and no tail with it a proof."""
+    slo = SLO(percentile=99, limit_s=true_percentile(queue, poisson_arrivals, rate, n=4_000_000))
+    minute = (7.5, 15, 30, 60)
+    assert share_of_passes(queue, poisson_arrivals, slo, rate, 150, minute) <= 0.09
+    assert share_of_passes(queue, poisson_arrivals, slo, 1.1 * rate, 50, minute) <= 0.04
+    assert share_of_passes(queue, poisson_arrivals, slo, 0.9 * rate, 50, minute) >= 0.8
+
+
+def test_what_is_turned_away_is_what_would_take_too_long() -> None:
+    random = np.random.default_rng(6)
+    arrivals = poisson_arrivals(480.0, 20_000, 4, random)
+    within = Deterministic(0.002, within_s=0.02).latencies(arrivals, random)
+    turned_away = np.isinf(within)
+    assert 0 < turned_away.mean() < 0.1
+    assert within[~turned_away].max() <= 0.02
+    alone = within[:, :1][~turned_away[:, :1]]
+    again = Deterministic(0.002).latencies(arrivals[:, :1][~turned_away[:, :1]][:, None], random)[:, 0]
+    assert np.allclose(alone, again)  # to those that stay it is as if the others had not come
+
+
+def test_errors_in_between_leave_no_tail_to_prove_anything() -> None:
+    """The same window, the same count of misses: turned away they may be counted by their own waves, failed not."""
+    random = np.random.default_rng(2)
+    arrivals = poisson_arrivals(440.0, 26_400, 40, random)
+    latencies = Deterministic(0.002, within_s=0.05).latencies(arrivals, random)
+    away = [samples_of(due, run) for due, run in zip(arrivals.T, latencies.T, strict=True) if np.isinf(run).any()]
+    assert len(away) >= 10
+    failed = [
+        dataclasses.replace(one, status=np.where(one.status == Status.OK, one.status, Status.ERROR).astype(np.uint8))
+        for one in away
+    ]
+    passed = [sum(judge(one, P99, rate_rps=440, seed=1).outcome is Outcome.PASS for one in of) for of in (away, failed)]
+    assert passed[0] > len(away) / 3
+    assert passed[1] < passed[0] / 2
 
 
 def test_misses_alone_would_pass_a_queue_at_its_limit() -> None:

@@ -253,7 +253,8 @@ def decide(
     unsteady = _unsteady(runs, latencies > slo.limit_s, slo, rate_rps, benefit)
     if unsteady:
         return Outcome.UNSTABLE, unsteady + _blame(window)
-    lacking = _lacking(latencies, slo, look.significance)
+    away, broken = window.count(Status.SHED), window.count(Status.ERROR) + window.count(Status.LOST)
+    lacking = _lacking(latencies, slo, look.significance, away, broken)
     if lacking:
         hopeless = _hopeless(latencies > slo.limit_s, slo, look) if grows else ""
         # With a doubt no longer window can pass either.
@@ -279,8 +280,15 @@ def _hopeless(late: NDArray[np.bool_], slo: SLO, look: Look) -> str:
     return said + "it does not hold" if passes(n / waves, on_time, kept, _HOPELESS) else ""
 
 
-def _lacking(latencies: NDArray[np.float64], slo: SLO, significance: float) -> str:
+def _lacking(latencies: NDArray[np.float64], slo: SLO, significance: float, away: int, broken: int) -> str:
     """What the latencies lack to prove the SLO; empty where they prove it.
+
+    Args:
+        latencies: of all requests in the order of the schedule, infinite where there was no answer.
+        slo: what is asked.
+        significance: what this look may spend.
+        away: how many were turned away.
+        broken: how many ended in errors or never: these say nothing of a tail, and with any it proves nothing.
 
     The count of misses has to pass, with bursts discounted. Then the same has to hold with waves discounted, as they
     are seen where a tenth of the requests is slower. Where that is too much to ask of the window, its slow ones may
@@ -288,6 +296,12 @@ def _lacking(latencies: NDArray[np.float64], slo: SLO, significance: float) -> s
     beyond it, P(over the limit) is 0.3 e^(-(limit - u) / m). As much evidence about m as there are waves gives it an
     upper bound (of the gamma distribution), and with that bound P has to be within what is allowed. A tail that falls
     faster than that, as behind a batching server, is judged too strictly, never too kindly.
+
+    A server that turns requests away cuts its own tail off: however slow it is in a bad wave, no more miss than come
+    too many. So where most of what missed was turned away, misses are counted by the waves that they themselves come
+    in. They may be few, and then the tail may prove it all the same. What was turned away would have taken longer than
+    anything that was answered, and how much longer need not be known (a censored sample); what has to be rare is to
+    get as far as the slowest answer, for it is there that this server turns away.
 
     An inflation estimated from 20 blocks is uncertain, and too small just where a window was lucky: what it has over
     1 counts three times, which is what makes 5% of 5% in simulated queues.
@@ -302,23 +316,36 @@ def _lacking(latencies: NDArray[np.float64], slo: SLO, significance: float) -> s
             return said
         worth = f", in bursts that make {n} worth {n / bursts:.0f}" if bursts > 1.05 else ""
         return f"{said}{worth}: too many for a proof, a longer test may give one"
-    seen = max(_wave_inflation(late), _wave_inflation(latencies > np.quantile(latencies, _SLOW)))
-    waves = 1 + _CAUTION * (seen - 1)
-    if passes(n / waves, k / waves, allowed, significance) or _tail_passes(latencies, slo, waves, significance):
+    own, slow = _wave_inflation(late), _wave_inflation(latencies > np.quantile(latencies, _SLOW))
+    waves = 1 + _CAUTION * (max(own, slow) - 1)
+    counted = 1 + _CAUTION * (own - 1) if away and 2 * away >= k else waves
+    if passes(n / counted, k / counted, allowed, significance):
         return ""
-    return f"{said}, but slow ones come in waves that make {n} worth {n / waves:.0f}: a longer test may give a proof"
+    if not broken and _tail_passes(latencies, slo, waves, significance):
+        return ""
+    return f"{said}, but slow ones come in waves that make {n} worth {n / counted:.0f}: a longer test may give a proof"
 
 
 def _tail_passes(latencies: NDArray[np.float64], slo: SLO, waves: float, significance: float) -> bool:
-    """Whether the slowest 30% show that the limit is far enough in the tail; never where the limit is not in it."""
+    """Whether the slowest 30% show that the limit is far enough in the tail; never where the limit is not in it.
+
+    What is infinite was turned away: it counts as having got as far as the slowest answer, and for no evidence.
+    """
     if 3 * slo.allowed_miss_rate > _TAIL:
         return False
     start = float(np.quantile(latencies, 1 - _TAIL))
-    beyond = latencies[latencies > start] - start
-    mean = float(beyond.mean()) if len(beyond) else 0.0
+    slowest = latencies[latencies > start] - start
+    answered = slowest[np.isfinite(slowest)]
+    if not len(answered):
+        return not len(slowest) and start < slo.limit_s
+    furthest, end = float(answered.max()), slo.limit_s - start
+    if len(answered) < len(slowest):
+        end = min(end, furthest)
+    mean = float(np.minimum(slowest, furthest).sum()) / len(answered)
     steps = math.log(_TAIL / slo.allowed_miss_rate)
-    freedom = max(2.0, 2 * _TAIL * len(latencies) / waves)  # the window itself is one wave, at least
-    return mean * steps * freedom < (slo.limit_s - start) * _chi_squared(significance, freedom)
+    evidence = _TAIL * len(latencies) * len(answered) / len(slowest)
+    freedom = max(2.0, 2 * evidence / waves)  # the window itself is one wave, at least
+    return mean * steps * freedom < end * _chi_squared(significance, freedom)
 
 
 def _chi_squared(p: float, freedom: float) -> float:

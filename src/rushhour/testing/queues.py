@@ -31,7 +31,7 @@ class Queue(Protocol):
     """A server: when requests come -> how long each of them takes, both of the shape `(requests, runs)`."""
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
-        """Seconds from each arrival to its answer."""
+        """Seconds from each arrival to its answer; infinite where the request is turned away."""
 
 
 def poisson_arrivals(rate_rps: float, n: int, runs: int, random: np.random.Generator) -> Times:
@@ -70,9 +70,14 @@ class Bursts:
 
 @dataclasses.dataclass(frozen=True)
 class Deterministic:
-    """One request after the other, each taking `service_s`: M/D/1 under Poisson arrivals."""
+    """One request after the other, each taking `service_s`: M/D/1 under Poisson arrivals.
+
+    Attributes:
+        within_s: what would take longer is turned away.
+    """
 
     service_s: float
+    within_s: float = math.inf
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
         """As in `Queue`: what is left when a request comes is what was left before, less the time since (Lindley)."""
@@ -84,15 +89,25 @@ class Deterministic:
             np.maximum(backlog, 0.0, out=backlog)
             backlog += self.service_s
             out[:] = backlog
+            if self.within_s < math.inf:
+                away = backlog > self.within_s
+                out[away] = math.inf
+                backlog[away] -= self.service_s
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Exponential:
-    """`servers` behind one queue, service times exponential: M/M/c under Poisson arrivals."""
+    """`servers` behind one queue, service times exponential: M/M/c under Poisson arrivals.
+
+    Attributes:
+        within_s: what is expected to take longer is turned away. How long a request computes is not known beforehand,
+            only how long they do on average: some of those let in are late.
+    """
 
     servers: int
     service_s: float
+    within_s: float = math.inf
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
         """As in `Queue`: each takes the server that is free first (Kiefer and Wolfowitz)."""
@@ -101,9 +116,12 @@ class Exponential:
         free = np.zeros((self.servers, arrivals.shape[1]))
         for now, out in zip(arrivals, found, strict=True):
             first = free.argmin(axis=0)
-            done = np.maximum(free[first, columns], now) + random.exponential(self.service_s, len(now))
-            free[first, columns] = done
+            begin = np.maximum(free[first, columns], now)
+            done = begin + random.exponential(self.service_s, len(now))
+            away = begin - now + self.service_s > self.within_s
+            free[first, columns] = np.where(away, free[first, columns], done)
             np.subtract(done, now, out=out)
+            out[away] = math.inf
         return found
 
 
@@ -214,13 +232,14 @@ def _verdicts(
 
 
 def samples_of(scheduled: Times, latencies: Times, warmup: int = 0) -> Samples:
-    """What a perfect generator on a quiet machine would have seen."""
+    """What a perfect generator on a quiet machine would have seen; who is turned away hears it at once."""
+    answered = np.isfinite(latencies)
     return Samples(
         scheduled=np.ascontiguousarray(scheduled),
         taken=scheduled,
         sent=scheduled,
-        done=scheduled + latencies,
-        status=np.full(len(scheduled), Status.OK, np.uint8),
+        done=np.where(answered, scheduled + latencies, scheduled),
+        status=np.where(answered, Status.OK, Status.SHED).astype(np.uint8),
         warmup=warmup,
     )
 
