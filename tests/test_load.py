@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -596,6 +598,28 @@ def test_searches_in_virtual_time_agree_and_are_quick() -> None:
     assert max(found) <= 1.03 * 1810
     assert min(found) >= 0.85 * 1810
     assert np.abs(np.array(found) / np.median(found) - 1).max() <= 0.08
+
+
+def test_a_search_with_time_left_goes_up_again() -> None:
+    """It stopped at the first proof, which is tried 5% below the best rate of the way."""
+
+    class Short(Simulated):
+        def __call__(self, rate_rps: float, seed: int) -> Measurement:
+            window = super().__call__(rate_rps, seed)
+            return msgspec.structs.replace(window, outcome=Outcome.FAIL)  # too short for a proof, whatever it sees
+
+    def search(budget_s: float) -> Search:
+        proof = Simulated(1000.0)
+        return find_capacity(Short(1000.0), start_rps=500, slo=P99, confirm=proof, budget_s=budget_s)
+
+    first, again, hurried = search(math.inf), search(1e6), search(1)
+    assert hurried.capacity_rps == first.capacity_rps < again.capacity_rps <= 1000
+    assert 1000 / again.capacity_rps <= 1.04
+    assert again.confirmed is not None
+    assert again.confirmed.rate_rps == again.capacity_rps
+    assert again.lowest_failing_rps is not None
+    assert again.lowest_failing_rps > again.capacity_rps
+    assert len(again.runs) <= len(first.runs) + 3
 
 
 def test_a_search_in_a_hurry_takes_larger_steps() -> None:

@@ -37,6 +37,8 @@ _BY_FAR = 0.3
 """Of a window's requests: where more are late, it was the server."""
 _SHARE_DOWN = 1 / 16
 _FIRST_DROP, _DROP = 0.95, 0.97
+_PATIENCE = 2.0
+"""So many windows must still fit into the budget for another try."""
 _LAST_DROPS = (0.95, 0.93, 0.90, 0.85, 0.75, 0.6)
 _GAIN = 1.05
 _MOST_CONCURRENCY = 512
@@ -348,7 +350,7 @@ class Search(msgspec.Struct, frozen=True):
         capacity_rps: the highest rate that passed, once more, on a fresh seed; 0 where none did.
         lowest_failing_rps: the lowest rate above it that failed or was unstable; None where none was found.
         confirmed: the window that confirmed `capacity_rps`.
-        runs: every window in the order asked, the confirming one last.
+        runs: every window in the order asked; the confirming one is the last of them that passed.
         retries: windows that were asked again because the machine was disturbed or the generator at its limit.
         reason: why the capacity is 0, or what else than the server bounds it; empty otherwise.
         rungs: the closed loops that it started from; empty where `find_capacity` was told where to start.
@@ -386,7 +388,8 @@ def find_capacity(
     First the way is found with short windows: up by `growth` until one misses (or down by halves until one does
     not), then by bisection in the logarithm of the rate. On this way a window counts as good if it passes, or if no
     more requests miss than the SLO allows, proven or not; one that misses is asked a second time. Then the proof: a
-    fresh window has to pass, from the best rate downwards by 3% at a time, and faster when time runs out.
+    fresh window has to pass, from the best rate downwards by 3% at a time, and faster when time runs out. Where
+    there is a budget and some of it is left, it goes up again, by bisection between what was proven and what was not.
 
     All it knows comes from `probe` and `confirm`, and what it asks next depends on nothing else. So answers that
     are kept on file by rate and seed are enough to repeat a search, or to go on with one that was killed.
@@ -422,18 +425,44 @@ def find_capacity(
             high = window
     rate = low.rate_rps if low.outcome is Outcome.PASS else _rounded(low.rate_rps * _FIRST_DROP)
     last_drops = iter((*_LAST_DROPS, 0.0))
-    longest = 0.0
+    longest, unproven = 0.0, None if high is None else high.rate_rps
     while rate > 0:
         window = asked.ask(confirm or probe, rate)
+        longest = max(longest, _cost_s(window))
         if window.outcome is Outcome.PASS:
+            if confirm is not None and math.isfinite(budget_s):
+                window = _up_again(asked, confirm, window, unproven, max(resolution, 1 / _DROP), budget_s)
             limited = high is not None and high.outcome in _RETRIES
             reason = f"at {high.rate_rps:g} requests/s: {high.reason}" if high is not None and limited else ""
-            return asked.search(rate, window, reason)
-        longest = max(longest, _cost_s(window))
-        hurry = asked.cost_s + 2 * longest > budget_s or rate < 0.8 * low.rate_rps
+            return asked.search(window.rate_rps, window, reason)
+        unproven = rate
+        hurry = asked.cost_s + _PATIENCE * longest > budget_s or rate < 0.8 * low.rate_rps
         rate = _rounded(rate * (next(last_drops) if hurry else _DROP))
     last = asked.runs[-1]
     return asked.search(0.0, None, f"no rate down to {last.rate_rps:g} requests/s could be proven: {last.reason}")
+
+
+def _up_again(
+    asked: _Asked, confirm: Probe, proven: Measurement, unproven: float | None, apart: float, budget_s: float
+) -> Measurement:
+    """The window of the highest rate that can be proven in the time that is left.
+
+    What was proven at once lies a drop below the best rate of the way, and may lie that much too low.
+
+    Args:
+        unproven: the lowest rate that was bad on the way or could not be proven.
+        apart: the factor between the two that is near enough.
+    """
+    top, longest = unproven or proven.rate_rps, _cost_s(proven)
+    while top / proven.rate_rps > 1.001 * apart and asked.cost_s + _PATIENCE * longest <= budget_s:
+        middle = _rounded(math.sqrt(proven.rate_rps * top))
+        window = asked.ask(confirm, middle)
+        longest = max(longest, _cost_s(window))
+        if window.outcome is Outcome.PASS:
+            proven = window
+        else:
+            top = middle
+    return proven
 
 
 def _cost_s(window: Measurement) -> float:
