@@ -1,6 +1,7 @@
 """`make bench-load`: is the judge right? The verdict, the search and the generator, put to the test themselves.
 
-1 MLPerf LoadGen, the referee, loads the same server    2 a server that stalls    3 simulated queues of known latency
+1 MLPerf LoadGen, the referee, loads the same server    2 a server that stalls
+3 simulated queues of known latency (a: that turn away what would be late)
 4 five searches on one server (v: in virtual time)    5 what one core of generator sends
 6 a starved generator, a noisy neighbour
 
@@ -86,18 +87,22 @@ QUEUES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "batches of 32": (queues.Batching(0.001, 0.0005, 32), queues.poisson_arrivals, 1810.0),
     "two streams of 16": (queues.Batching(0.005, 0.001, 16, 2), queues.poisson_arrivals, 1432.0),
     "M/D/1 in bursts": (queues.Deterministic(0.002), queues.Bursts(), 400.0),
+}
+"""Server, arrivals, and the rate whose true 99th percentile is taken for the limit."""
+
+TURN_AWAY: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "M/D/1 that turns away": (queues.Deterministic(0.002, 0.05), queues.poisson_arrivals, 486.5),
     "M/D/1 in bursts that turns away": (queues.Deterministic(0.002, 0.05), queues.Bursts(), 412.0),
     "M/M/4 that turns away": (queues.Exponential(4, 0.008, 0.045), queues.poisson_arrivals, 424.0),
 }
-"""Server, arrivals, and the rate whose true 99th percentile is taken for the limit."""
+"""Those that do not let everybody in: about 1% misses there, most of it by being turned away."""
 
 
 class Simulated(msgspec.Struct, frozen=True):
     """How often the verdict passed a simulated queue.
 
     Attributes:
-        queue: its name in `QUEUES`.
+        queue: its name in `QUEUES` or `TURN_AWAY`.
         share: of the rate at the limit.
         seconds: the longest window.
         looks: 1 for a fixed n.
@@ -122,13 +127,13 @@ class Simulated(msgspec.Struct, frozen=True):
 
 def limit_of(name: str, n: int) -> float:
     """The true 99th percentile of a queue at its rate, in seconds, from `n` requests."""
-    queue, arrivals, at_limit = QUEUES[name]
+    queue, arrivals, at_limit = (QUEUES | TURN_AWAY)[name]
     return queues.true_percentile(queue, arrivals, at_limit, n=n)
 
 
 def simulated(name: str, limit: float, share: float, seconds: float, looks: int, runs: int) -> Simulated:
     """Judge `runs` windows of a queue."""
-    queue, arrivals, at_limit = QUEUES[name]
+    queue, arrivals, at_limit = (QUEUES | TURN_AWAY)[name]
     rate = share * at_limit
     n = round(rate * seconds)
     sizes = [max(1, n >> shift) for shift in reversed(range(looks))]
@@ -161,14 +166,16 @@ def _times(name: str) -> int:
     return _MORE.get(name, 1)
 
 
-def simulations(lengths: Sequence[float], runs: int, workers: int) -> tuple[list[Check], dict[str, Any], list[Table]]:
-    """Check 3."""
+def simulations(
+    id: str, names: Sequence[str], lengths: Sequence[float], runs: int, workers: int
+) -> tuple[list[Check], dict[str, Any], list[Table]]:
+    """Checks 3 and a."""
     longest = max(lengths)
     with ProcessPoolExecutor(workers) as pool:
-        limits = list(pool.map(partial(limit_of, n=6_000_000 if runs >= 200 else 500_000), QUEUES))
+        limits = list(pool.map(partial(limit_of, n=6_000_000 if runs >= 200 else 500_000), names))
         jobs = [
             (name, limit, share, seconds, looks, _times(name) * runs if seconds == longest else max(1, runs // _FEWER))
-            for name, limit in zip(QUEUES, limits, strict=True)
+            for name, limit in zip(names, limits, strict=True)
             for share in (1.0, _INSIDE)
             for seconds in lengths
             for looks in (1, 4)
@@ -182,7 +189,7 @@ def simulations(lengths: Sequence[float], runs: int, workers: int) -> tuple[list
         at_limit = each.share == 1.0
         checks.append(
             verdict(
-                f"3.{'false' if at_limit else 'true'}.{'sequential' if each.looks > 1 else 'fixed'}.{each.queue}",
+                f"{id}.{'false' if at_limit else 'true'}.{'sequential' if each.looks > 1 else 'fixed'}.{each.queue}",
                 f"{each.queue}, {how}, at most {each.seconds:g} s: share of windows that pass "
                 + ("exactly at the limit" if at_limit else "10% inside it"),
                 f"<= {_FALSE:g}" if at_limit else f">= {_TRUE:g}",
@@ -194,7 +201,7 @@ def simulations(lengths: Sequence[float], runs: int, workers: int) -> tuple[list
         )
     by = {(each.queue, each.share, each.seconds, each.looks): each for each in found}
     rows: list[tuple[str | float | None, ...]] = []
-    for name in QUEUES:
+    for name in names:
         for seconds in lengths:
             for looks in (1, 4):
                 at, inside = by[name, 1.0, seconds, looks], by[name, _INSIDE, seconds, looks]
@@ -214,12 +221,14 @@ def simulations(lengths: Sequence[float], runs: int, workers: int) -> tuple[list
         *("server", "test", "longest window, s", "requests", "busy periods", "passes at the limit"),
         *("passes 10% inside", "mean window inside, s"),
     )
+    title = "how long a window has to be" + (" where the server turns away" if id == "a" else "")
+    most = max(map(_times, names))
+    more = f" ({most * runs} for bursts)" if most > 1 else ""
     note = (
         "Requests and busy periods are those of the longest window 10% inside. The limit is each server's own 99th "
-        f"percentile at its rate. {runs} runs for the longest window ({max(map(_times, QUEUES)) * runs} for bursts), "
-        f"{max(1, runs // _FEWER)} for the others."
+        f"percentile at its rate. {runs} runs for the longest window{more}, {max(1, runs // _FEWER)} for the others."
     )
-    return checks, {"simulated": found}, [Table("how long a window has to be", columns, tuple(rows), note)]
+    return checks, {"simulated": found}, [Table(title, columns, tuple(rows), note)]
 
 
 @contextlib.contextmanager
@@ -512,8 +521,8 @@ def main(given: list[str] | None = None) -> int:
     def refereed() -> Part:
         return Part(tuple(referee(arguments.seconds)), (), None, versions=_referee_versions())
 
-    def simulated_windows() -> Part:
-        checks, found, tables = simulations(lengths, arguments.runs, arguments.workers)
+    def simulated_windows(id: str, names: Sequence[str]) -> Part:
+        checks, found, tables = simulations(id, names, lengths, arguments.runs, arguments.workers)
         return Part(tuple(checks), tuple(tables), found)
 
     def searched() -> Part:
@@ -527,7 +536,8 @@ def main(given: list[str] | None = None) -> int:
     parts: dict[str, Callable[[], Part]] = {
         "1": refereed,
         "2": lambda: Part(tuple(stall()), (), None),
-        "3": simulated_windows,
+        "3": partial(simulated_windows, "3", tuple(QUEUES)),
+        "a": partial(simulated_windows, "a", tuple(TURN_AWAY)),
         "4": searched,
         "v": lambda: Part(tuple(virtual_searches(arguments.searches)), (), None),
         "5": lambda: Part(tuple(flood(arguments.flood)), (), None),
@@ -550,7 +560,7 @@ def _referee_versions() -> dict[str, str]:
 
 def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The verdict, the search and the generator, put to the test.")
-    parser.add_argument("--only", default="", help="of 1,2,3,4,v,5,6, measured anew; v is 4 in virtual time")
+    parser.add_argument("--only", default="", help="of 1,2,3,a,4,v,5,6, measured anew; see the top of this file")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each of the referee's and our windows")
     parser.add_argument("--runs", type=int, default=2000, help="simulated windows of each kind")
     parser.add_argument("--lengths", default=_LENGTHS, help="of the simulated windows, in seconds; the checks' is last")
