@@ -96,6 +96,7 @@ TURN_AWAY: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "M/M/4 that turns away": (queues.Exponential(4, 0.008, 0.045), queues.poisson_arrivals, 424.0),
 }
 """Those that do not let everybody in: about 1% misses there, most of it by being turned away."""
+_SIMULATED = QUEUES | TURN_AWAY
 
 
 class Simulated(msgspec.Struct, frozen=True):
@@ -127,13 +128,13 @@ class Simulated(msgspec.Struct, frozen=True):
 
 def limit_of(name: str, n: int) -> float:
     """The true 99th percentile of a queue at its rate, in seconds, from `n` requests."""
-    queue, arrivals, at_limit = (QUEUES | TURN_AWAY)[name]
+    queue, arrivals, at_limit = _SIMULATED[name]
     return queues.true_percentile(queue, arrivals, at_limit, n=n)
 
 
 def simulated(name: str, limit: float, share: float, seconds: float, looks: int, runs: int) -> Simulated:
     """Judge `runs` windows of a queue."""
-    queue, arrivals, at_limit = (QUEUES | TURN_AWAY)[name]
+    queue, arrivals, at_limit = _SIMULATED[name]
     rate = share * at_limit
     n = round(rate * seconds)
     sizes = [max(1, n >> shift) for shift in reversed(range(looks))]

@@ -79,10 +79,10 @@ def test_batches_of_a_window() -> None:
 
 
 def test_every_peer_of_a_scenario_can_be_started(tmp_path: Path) -> None:
+    setup = Setup("noop", bundle_of("noop", tmp_path), "f32", CORES, 1, 4)
     for scenario in SCENARIOS:
         for peer in scenario.targets:
             folder, way = peer_of(peer)
-            setup = Setup("noop", bundle_of("noop", tmp_path), "f32", CORES, 1, 4)
             start = start_peer(peer, Path(sys.executable), setup, 1, tmp_path)
             assert peer in TITLES
             assert Path(start.command[1]).is_file()
