@@ -432,8 +432,7 @@ def _remarks(blocks: Sequence[Block]) -> str:
 def _precision(model: ModelName) -> Precision:
     if model == "article":
         return "int8"
-    bf16 = {"avx512_bf16", "amx_bf16"} & set(describe().features)
-    return "bf16" if model == "cnn" and bf16 else "f32"
+    return "bf16" if model == "cnn" and describe().has_bf16 else "f32"
 
 
 def _in_turn(items: Sequence[Any], number: int) -> list[Any]:

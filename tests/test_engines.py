@@ -28,7 +28,7 @@ from rushhour.testing.engines import EngineConformance
 from rushhour.testing.fakes import FakeEngine, at_once, fake_answers, on_a_timer
 
 STREAMS = min(2, cores())
-BF16 = bool({"avx512_bf16", "amx_bf16"} & set(describe().features))
+BF16 = describe().has_bf16
 needs_bf16 = pytest.mark.skipif(not BF16, reason="this processor has no bf16")
 
 

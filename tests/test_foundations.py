@@ -366,7 +366,7 @@ def test_hostile_file_names_are_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"schema": 2}, "upgrade Rushhour"), ({"schema": "x"}, "damaged"), ({"files": {}}, "damaged")],
+    [({"schema": 99}, "upgrade Rushhour"), ({"schema": "x"}, "damaged"), ({"files": {}}, "damaged")],
 )
 def test_a_manifest_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     bundle = tiny_bundle(tmp_path / "a")

@@ -5,6 +5,7 @@
         model.onnx            the whole graph, preprocessing included, dynamic batch
         weights.safetensors   the torch module's parameters, where there is one
         samples.safetensors   a few real inputs, for warm-up, load and checks
+        answers.safetensors   what the graph answers to them: every engine that opens the bundle must answer so
 
 The wire carries what the sensor gives (uint8 pixels); scaling, mean and layout are part of the graph, so a client
 cannot get them wrong.
@@ -22,19 +23,23 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.answers import TOLERANCES, graph_answers
 from rushhour.errors import BundleError
 from rushhour.measurement import Accuracy
 from rushhour.plan import Precision
 from rushhour.storage import building, explained, write_whole
 from rushhour.task import Task
 
-SCHEMA = 1
+SCHEMA = 2
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 SAMPLES: Final = "samples.safetensors"
+ANSWERS: Final = "answers.safetensors"
 _MANIFEST = "bundle.json"
+_ANSWERED = 16
+"""Samples whose answers are recorded, at most."""
 
-FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors"]
+FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors", "answers.safetensors"]
 DType = Literal[
     "bool",
     "uint8",
@@ -166,6 +171,8 @@ class Manifest(msgspec.Struct, frozen=True):
         precision: `int8` where the graph is quantised, `f32` otherwise (an engine may still compute it in bf16).
         parameters: number of weights of the network.
         metrics: split -> accuracy, as measured on the compiled artefact.
+        tolerance: precision -> how far from the recorded answers an engine may be; see `rushhour.answers.deviation`.
+            Unset where no answers are recorded.
         hash: SHA-256 over this manifest (with an empty `hash`), and by its file records over all content.
     """
 
@@ -181,6 +188,7 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[FileName, FileRecord] = {}
     hash: str = ""
     schema: int = SCHEMA
+    tolerance: dict[Precision, float] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Bundle:
@@ -233,16 +241,19 @@ class Bundle:
         cls,
         path: Path,
         manifest: Manifest,
-        model: Callable[[Path], None],
+        model: Callable[[Path], dict[Precision, float] | None],
         weights: Callable[[Path], None] | None = None,
         samples: Mapping[str, NDArray[Any]] | None = None,
     ) -> Bundle:
         """Write a bundle to the folder `path`, whole or not at all; an older one there is replaced.
 
+        What the graph answers to the samples is recorded, unless ONNX Runtime cannot run it.
+
         Args:
             path: the folder.
-            manifest: what is to be said; `files` and `hash` are filled in here.
-            model: writes the ONNX graph to the path it is given, in one file.
+            manifest: what is to be said; `files`, `tolerance` and `hash` are filled in here.
+            model: writes the ONNX graph to the path it is given, in one file; may give tolerances of the recorded
+                answers other than the usual ones, by precision.
             weights: writes the safetensors file to the path it is given.
             samples: input name -> array of shape `(k, *shape)`.
 
@@ -252,15 +263,29 @@ class Bundle:
         from safetensors.numpy import save
 
         with building(path) as folder:
-            model(folder / MODEL)
+            given = model(folder / MODEL)
             if weights is not None:
                 weights(folder / WEIGHTS)
+            held: dict[FileName, FileRecord] = {}
             if samples is not None:
                 arrays = {name: np.ascontiguousarray(array) for name, array in samples.items()}
                 (folder / SAMPLES).write_bytes(save(arrays))  # save_file raises no OSError when the disk is full
-            names: tuple[FileName, ...] = (MODEL, WEIGHTS, SAMPLES)
+                held[SAMPLES] = _record(folder / SAMPLES)
+            answers = _answered(folder / MODEL, cls(folder, msgspec.structs.replace(manifest, files=held)).samples())
+            if answers is not None:
+                (folder / ANSWERS).write_bytes(save(answers))
+            names: tuple[FileName, ...] = (MODEL, WEIGHTS, SAMPLES, ANSWERS)
             files = {name: _record(folder / name) for name in names if (folder / name).exists()}
-            unsealed = msgspec.structs.replace(manifest, files=files, hash="")
+            precisions: tuple[Precision, ...] = ("int8",) if manifest.precision == "int8" else ("f32", "bf16")
+            tolerance = given or {}
+            allowed = {precision: tolerance.get(precision, TOLERANCES[precision]) for precision in precisions}
+            unsealed = msgspec.structs.replace(
+                manifest,
+                files=files,
+                hash="",
+                schema=SCHEMA,
+                tolerance=msgspec.UNSET if answers is None else allowed,
+            )
             sealed = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
             (folder / _MANIFEST).write_bytes(_encode(sealed))
         return cls(path, sealed)
@@ -317,6 +342,15 @@ class Bundle:
         with explained(f"read {self.path / SAMPLES}"):
             return dict(load_file(self.path / SAMPLES))
 
+    def answers(self) -> dict[str, NDArray[Any]] | None:
+        """What the graph answers to the first of `samples()`: output name -> `(n, *shape)`; None if not recorded."""
+        if ANSWERS not in self.manifest.files:
+            return None
+        from safetensors.numpy import load_file
+
+        with explained(f"read {self.path / ANSWERS}"):
+            return dict(load_file(self.path / ANSWERS))
+
 
 class _SchemaOnly(msgspec.Struct):
     schema: int
@@ -329,6 +363,13 @@ def _encode(manifest: Manifest) -> bytes:
 def _hash(manifest: Manifest) -> str:
     unsealed = msgspec.structs.replace(manifest, hash="")
     return hashlib.sha256(msgspec.json.encode(unsealed, order="deterministic")).hexdigest()
+
+
+def _answered(model: Path, samples: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | None:
+    try:
+        return graph_answers(model, {name: array[:_ANSWERED] for name, array in samples.items()})
+    except Exception:  # its exceptions have no base of their own; whether the graph runs at all is for engines to say
+        return None
 
 
 def _record(file: Path) -> FileRecord:

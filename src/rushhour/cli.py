@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -298,16 +299,12 @@ def serve(
     from rushhour.serve import serve as serve_target
 
     opened = open_target(target)
-    policy, variant = opened.plan.policy, opened.plan.variants[0]
 
-    def ready(url: str, grpc: str | None) -> None:
+    def ready(url: str, grpc: str | None, way: str) -> None:
         name = model_name or opened.bundle.manifest.name
         where = f"{url} and, over gRPC, at {grpc}" if grpc else url
-        click.echo(
-            f"{name} is served at {where} by {variant.engine} in {variant.precision}: {policy.streams} streams of "
-            f"{policy.threads} threads, batches up to {policy.max_batch}. Ctrl-C drains and stops."
-        )
-        _write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy})
+        click.echo(f"{name} is served at {where}: {way}. Ctrl-C drains and stops.")
+        _write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": opened.plan.policy, "served": way})
 
     settings = ServeSettings(
         host=host,
@@ -329,6 +326,7 @@ def serve(
         otel=otel,
         otel_sample=otel_sample,
         cells=cells,
+        exact=False,
     )
     serve_target(opened, settings, ready)
 
@@ -564,6 +562,32 @@ def report(run: Path, json_file: Path | None) -> None:
     _write_json(json_file, {"report": str(file), "plan": plan})
 
 
+@cli.command()
+@_json
+def machine(json_file: Path | None) -> None:
+    """What this machine is, and what each engine can do on it. To be added to a report of an error.
+
+    The class decides what int8 means: amx and vnni add products of 8-bit numbers in 32 bits; avx2 adds pairs in 16 bits,
+    which saturate where weights use all 8 bits.
+    """
+    from rushhour.engines import abilities
+    from rushhour.machine import describe, limits
+
+    here, (allowed, quota), engines = describe(), limits(), abilities()
+    granted = "no CPU quota" if quota is None else f"a CPU quota of {quota:g}"
+    rows: dict[str, str] = {
+        "processor": f"{here.cpu}: class {here.isa} ({' '.join(here.features) or 'no vector extensions known'})",
+        "cores": f"{here.cores}: {allowed} by affinity, {granted}",
+        "memory": f"{here.memory_gb:g} GiB",
+        "system": f"{here.system}, Python {here.python}, Rushhour {here.versions.get('rushhour', 'not installed')}",
+        **{str(name): said for name, said in engines.items()},
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<12} {value}")
+    _write_json(json_file, {**msgspec.to_builtins(here), "class": here.isa, "affinity": allowed, "quota": quota,
+                            "engines": engines})  # fmt: skip
+
+
 def main() -> None:
     """The entry point: turns every expected error into one line and an exit code."""
     # `module:factory` on the command line means the user's own file, most often in the folder they stand in.
@@ -582,6 +606,11 @@ def main() -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from rushhour.machine import describe
+
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}: a bug; please report it, with the lines above and this: {describe().report()}")
 
 
 def _fail(line: str) -> None:

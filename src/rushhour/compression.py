@@ -45,6 +45,7 @@ class Stage(msgspec.Struct, frozen=True):
         latency: seconds for one sample alone, over the reference's.
         samples_per_s: of the engine alone, all its streams busy.
         slower: whether it is slower than the reference or than its parent: then it is never the best.
+        needs: the class of machine without which its int8 is not right on every engine; empty where it is right on any.
     """
 
     step: str
@@ -59,6 +60,7 @@ class Stage(msgspec.Struct, frozen=True):
     latency: Factor | None = None
     samples_per_s: float | None = None
     slower: bool = False
+    needs: Literal["", "vnni"] = ""
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -87,6 +89,8 @@ class Compression(msgspec.Struct, frozen=True):
         said: the verdict in a sentence.
         test: the answer on the test part, which no decision has seen, paired with the reference.
         reference_test: the reference on it.
+        also: the same in int8 for other machines, where 7 bits of the weights cost more than they may: its place, as
+            `best`. It lies beside the answer.
     """
 
     model: str
@@ -99,6 +103,7 @@ class Compression(msgspec.Struct, frozen=True):
     said: str
     test: Accuracy
     reference_test: Accuracy
+    also: tuple[int, int] | None = None
 
     @property
     def answer(self) -> Stage:

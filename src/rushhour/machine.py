@@ -7,10 +7,45 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 _VERSIONS = ("rushhour", "numpy", "openvino", "onnxruntime", "torch", "nncf", "onnx", "uvloop", "httptools")
+
+InstructionSet = Literal["amx", "vnni", "avx2", "other"]
+"""The class of a processor, by how it multiplies 8-bit integers.
+
+`amx` and `vnni` add up in 32 bits. `avx2` (and AVX-512 without VNNI) adds pairs of products in 16 bits, which saturate
+where weights use all 8 bits. `other` is everything else, such as Arm.
+"""
+
+_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "neon",
+    "sve",
+)
+_AVX512 = {"avx512f", "avx512_vnni", "avx512_bf16"}
+_AMX = {"amx_bf16", "amx_int8"}
+_MAX_ISA = "ONEDNN_MAX_CPU_ISA"
+_HIDDEN = {
+    "SSE41": {"avx2", "avx_vnni", *_AVX512, *_AMX},
+    "AVX": {"avx2", "avx_vnni", *_AVX512, *_AMX},
+    "AVX2": {"avx_vnni", *_AVX512, *_AMX},
+    "AVX2_VNNI": {*_AVX512, *_AMX},
+    "AVX2_VNNI_2": {*_AVX512, *_AMX},
+    "AVX512_CORE": {"avx_vnni", "avx512_vnni", "avx512_bf16", *_AMX},
+    "AVX512_CORE_VNNI": {"avx512_bf16", *_AMX},
+    "AVX512_CORE_BF16": _AMX,
+    "AVX512_CORE_FP16": _AMX,
+}
+"""What oneDNN's own variable takes away from OpenVINO and torch: this machine then counts as the smaller one."""
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -19,7 +54,8 @@ class Machine(msgspec.Struct, frozen=True):
     Attributes:
         cpu: the processor's own name.
         cores: cores this process may use (affinity and cgroup quota, not the host's count).
-        features: the vector extensions that decide precision: avx512_vnni, avx512_bf16, amx_int8, ...
+        features: the vector extensions that decide precision: avx512_vnni, avx512_bf16, amx_int8, ...; without those
+            that ONEDNN_MAX_CPU_ISA hides.
         memory_gb: total memory, in GiB.
         versions: package -> version.
     """
@@ -32,15 +68,45 @@ class Machine(msgspec.Struct, frozen=True):
     python: str
     versions: dict[str, str]
 
+    @property
+    def isa(self) -> InstructionSet:
+        """Its class."""
+        if "amx_int8" in self.features:
+            return "amx"
+        if not {"avx512_vnni", "avx_vnni"}.isdisjoint(self.features):
+            return "vnni"
+        return "avx2" if "avx2" in self.features else "other"
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it multiplies bfloat16 in hardware."""
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(self.features)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether int8 with weights of the full 8 bits may answer wrongly on it."""
+        return self.isa == "avx2"
+
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.cores} cores, {self.memory_gb:g} GiB"
+        return f"{self.cpu} ({self.isa}), {self.cores} cores, {self.memory_gb:g} GiB"
+
+    def report(self) -> str:
+        """One line for whoever has to reproduce an error."""
+        versions = ", ".join(f"{package} {version}" for package, version in self.versions.items())
+        features = " ".join(self.features) or "none known"
+        return f"{self}; vector extensions: {features}; {self.system}, Python {self.python}; {versions}"
 
 
 def cores() -> int:
     """Cores this process may use: the smaller of its CPU affinity and its cgroup CPU quota, at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    allowed, quota = limits()
     return max(1, min(allowed, int(quota)) if quota is not None else allowed)
+
+
+def limits() -> tuple[int, float | None]:
+    """Cores that this process's CPU affinity allows, and CPUs that its cgroups grant; None without such a quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return allowed, _cgroup_quota(Path("/sys/fs/cgroup"))
 
 
 def _cgroup_quota(root: Path, own: Path = Path("/proc/self/cgroup")) -> float | None:
@@ -96,21 +162,11 @@ def describe() -> Machine:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    wanted = (
-        "avx2",
-        "avx512f",
-        "avx512_vnni",
-        "avx_vnni",
-        "avx512_bf16",
-        "amx_bf16",
-        "amx_int8",
-        "neon",
-        "sve",
-    )
+    flags -= _HIDDEN.get(os.environ.get(_MAX_ISA, "").upper(), set())
     return Machine(
         cpu=cpu,
         cores=cores(),
-        features=tuple(feature for feature in wanted if feature in flags),
+        features=tuple(feature for feature in _FEATURES if feature in flags),
         memory_gb=round(memory_kb / 2**20, 1),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

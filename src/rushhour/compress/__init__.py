@@ -5,7 +5,7 @@ from rushhour.compress.distil import Distil, distil
 from rushhour.compress.judge import judge, outputs_of
 from rushhour.compress.lowrank import LowRank
 from rushhour.compress.prune import Prune
-from rushhour.compress.quantize import quantize
+from rushhour.compress.quantize import quantize, quantize_for_all
 from rushhour.compress.recipe import Precision, Quantize, Recipe, Store, apply, ladder
 from rushhour.compress.speed import Ratio, Speed, bench_artefacts, compare_speed
 from rushhour.compress.weights import compress_weights, halve_weights
@@ -31,4 +31,5 @@ __all__ = [
     "ladder",
     "outputs_of",
     "quantize",
+    "quantize_for_all",
 ]

@@ -14,14 +14,15 @@ from rushhour.compress.distil import Distil
 from rushhour.compress.judge import judge, outputs_of
 from rushhour.compress.lowrank import LowRank
 from rushhour.compress.prune import Prune
-from rushhour.compress.recipe import Recipe, Store, apply, check_data, said
+from rushhour.compress.quantize import COSTLY
+from rushhour.compress.recipe import Quantize, Recipe, Store, apply, check_data, said
 from rushhour.compress.speed import Artefact, Ratio, Speed, bench_artefacts
 from rushhour.compression import Attempt, Compression, Factor, Stage, Verdict
 from rushhour.data.dataset import Dataset, Split
-from rushhour.engines import EngineConfig
+from rushhour.engines import EngineConfig, full_range
 from rushhour.errors import EngineError, ModelError
 from rushhour.goal import AccuracyBudget
-from rushhour.machine import cores
+from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
@@ -52,6 +53,8 @@ def compress(
 ) -> Compression:
     """Apply the recipes, judge the artefact of every step, and leave the best at `out`.
 
+    Where int8 that is right on any machine costs clearly more of the metric than int8 that needs VNNI, both are made.
+
     The best is inside the budget and slower neither than the reference nor than the bundle its step began with; of
     these the fastest, and the smallest of those as fast. Where nothing is inside the budget it is the nearest miss;
     where all that is inside is slower, the bundle as it was. There is always something, and the verdict says what.
@@ -62,7 +65,8 @@ def compress(
         recipes: from gentle to strong: after one that trained and still missed the budget, no stronger one is tried.
             A recipe that cannot be done is noted and passed over, unless it is the only one.
         budget: the most the metric may fall.
-        out: the bundle's folder; any other bundle there is replaced.
+        out: the bundle's folder; any other bundle there is replaced. The int8 for other machines, where there is one,
+            lies beside it: `OUT-vnni`, or `OUT-any` where the answer is the one that needs VNNI.
         steps: the store of all that is made on the way, and of what was found: `compression.json`.
         seed: of all that is random.
         engine: that compiles everything.
@@ -80,7 +84,9 @@ def compress(
     trial = _Trial(reference, dataset, engine, bench or _bench, progress)
     store = Store(steps)
     attempts: list[Attempt] = []
-    for recipe in recipes:
+    queue = list(recipes)
+    while queue:
+        recipe = queue.pop(0)
         stages: list[Stage] = []
         why, before = "", reference
         try:
@@ -102,10 +108,14 @@ def compress(
                 raise
             why = str(error)
         attempts.append(Attempt(str(recipe), tuple(stages), why))
+        if (wider := trial.wider(recipe, stages)) is not None:
+            queue.insert(0, wider)
+            continue
         trains = any(isinstance(step, Prune | LowRank | Distil) for step in recipe.steps)
         if trains and stages and stages[-1].accuracy.drop > budget.max_drop:
             break
     best, verdict, sentence = _chosen(attempts, budget)
+    also = _counterpart(attempts, best)
     found = Compression(
         model=reference.manifest.name,
         engine=engine,
@@ -117,6 +127,7 @@ def compress(
         said=sentence,
         test=trial.reference_test,
         reference_test=trial.reference_test,
+        also=also,
     )
     return _left(found, reference, trial, out, steps)
 
@@ -136,6 +147,12 @@ def _left(found: Compression, reference: Bundle, trial: _Trial, out: Path, steps
                 f"{test.drop * 100:.2f} on the test part, and {found.budget} is allowed: this is the nearest miss",
             )
         found = msgspec.structs.replace(found, test=test)
+        if found.also is not None:
+            attempt, stage_at = found.also
+            other = found.attempts[attempt].stages[stage_at]
+            beside = out.with_name(f"{out.name}-{other.needs or 'any'}")
+            Bundle.open(Path(other.bundle)).copy_to(beside).with_metrics({"validation": other.accuracy})
+            found = msgspec.structs.replace(found, said=f"{found.said}; {_beside(stage, other, beside)}")
         # copied first, so that the store keeps the bundle as its key made it
         chosen.copy_to(out).with_metrics({"validation": stage.accuracy, "test": test})
     found.save(steps)
@@ -176,9 +193,38 @@ def _chosen(attempts: Sequence[Attempt], budget: AccuracyBudget) -> tuple[tuple[
     fastest = max(map(speed, good))
     best = min(
         (place for place in good if speed(place) >= (1 - _ALIKE) * fastest),
-        key=lambda place: (stage(place).bytes, -speed(place)),
+        # of the same network in int8 the one that is right on any machine, if both are inside the budget
+        key=lambda place: (stage(place).needs, stage(place).bytes, -speed(place)),
     )
     return best, "best", f"{attempts[best[0]].recipe}, up to its step {stage(best).step}"
+
+
+def _counterpart(attempts: Sequence[Attempt], best: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The int8 that was made beside the answer for other machines; the two are attempts next to each other."""
+    if best is None:
+        return None
+    at, index = best
+    here = attempts[at].stages[index]
+    step = 1 if not here.needs else -1
+    if here.precision != "int8" or not 0 <= at + step < len(attempts):
+        return None
+    other = attempts[at + step].stages
+    paired = len(other) == index + 1 == len(attempts[at].stages) and other[index].needs != here.needs
+    same = paired and [stage.hash for stage in other[:index]] == [stage.hash for stage in attempts[at].stages[:index]]
+    return (at + step, index) if same else None
+
+
+def _beside(answer: Stage, other: Stage, beside: Path) -> str:
+    wide, safe = (answer, other) if answer.needs else (other, answer)
+    cost = (wide.accuracy.value - safe.accuracy.value) * 100
+    which = (
+        "this one is right only where the processor has VNNI" if answer.needs else "this one is right on any machine"
+    )
+    rest = "is right on any machine" if answer.needs else "is right only where the processor has VNNI"
+    return (
+        f"7 bits of the weights, which are right on any machine, cost {cost:.2f} points of {safe.accuracy.metric} "
+        f"against 8 bits: {which}, and {beside}, which {rest}, lies beside it"
+    )
 
 
 class _Trial:
@@ -235,6 +281,15 @@ class _Trial:
         self._known[bundle.manifest.hash, before.manifest.hash] = stage
         return stage
 
+    def wider(self, recipe: Recipe, stages: Sequence[Stage]) -> Recipe | None:
+        """The same recipe with weights of all 8 bits, if keeping to 7 has cost too much and this machine can tell."""
+        last = recipe.steps[-1]
+        if not isinstance(last, Quantize) or last.target != "any" or len(stages) != len(recipe.steps):
+            return None
+        before = stages[-2] if len(stages) > 1 else self.reference_stage
+        cost = stages[-1].accuracy.drop - before.accuracy.drop
+        return recipe.for_machines("vnni") if cost > COSTLY and not describe().saturates else None
+
     def _timed(self, parent: Bundle, child: Bundle) -> Speed:
         return self._bench(self._artefact(parent), {"child": self._artefact(child)})["child"]
 
@@ -252,6 +307,7 @@ class _Trial:
             bytes=bundle.model_bytes,
             precision=manifest.precision,
             accuracy=accuracy,
+            needs="vnni" if full_range(bundle) else "",
         )
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -22,10 +22,11 @@ from rushhour.bundle import MODEL, Bundle, Step
 from rushhour.compress.derived import OUTCOME, made_before, seal
 from rushhour.compress.judge import judge, named_inputs, outputs_of
 from rushhour.data.dataset import Dataset, Split
-from rushhour.engines import EngineConfig
+from rushhour.engines import EngineConfig, saturates_here
 from rushhour.errors import EngineError, ModelError
-from rushhour.machine import cores
+from rushhour.machine import cores, describe
 from rushhour.models.deployed import strip_origin
+from rushhour.plan import EngineName
 from rushhour.progress import Progress
 from rushhour.storage import explained
 from rushhour.telemetry import keep_home
@@ -35,6 +36,17 @@ _JUDGED = 2_000
 _RANKED = 500
 """Samples that accuracy control measures every attempt with, at most."""
 _ATTENTION = {"Attention", "MultiHeadAttention"}
+_WIDE: Final = ("vnni", "amx")
+COSTLY: Final = 0.003
+"""What weights of 7 bits may cost of the metric; from there on an artefact with all 8 is made beside."""
+
+Target = Literal["any", "avx2", "vnni", "amx"]
+"""The class of machine that an int8 artefact is for.
+
+`any` and `avx2`: weights use 7 of their 8 bits, so that no processor saturates; right everywhere. `vnni` and `amx`:
+weights use all 8 bits; right where products are added in 32 bits. Where they are not, OpenVINO refuses such a bundle,
+and ONNX Runtime takes slower kernels.
+"""
 
 
 def quantize(
@@ -46,6 +58,7 @@ def quantize(
     seed: int = 0,
     max_drop: float | None = None,
     iterations: int = 8,
+    target: Target = "any",
     progress: Progress,
 ) -> Bundle:
     """The bundle with int8 weights and activations, for OpenVINO and ONNX Runtime at any batch size.
@@ -58,6 +71,8 @@ def quantize(
     that cost most go back to f32, one after another. The better of both is kept, inside the budget or not: judging the
     compiled artefact is the caller's.
 
+    What was asked for and what was done is in the last step of its lineage: `for` and `weight bits`.
+
     Args:
         bundle: an f32 bundle; its graph is enough.
         dataset: calibration samples come from its training part.
@@ -67,6 +82,7 @@ def quantize(
         max_drop: of the task's metric, or of fidelity where there are no labels; as in `AccuracyBudget`. None takes
             the plain result as it is.
         iterations: layers that accuracy control gives back, at most.
+        target: the machines that it is for.
 
     Raises:
         DataError: if the data does not fit the bundle's signature.
@@ -94,6 +110,8 @@ def quantize(
             # of the graph, not of the bundle: adding a metric to the parent changes nothing here
             "parent": bundle.manifest.files[MODEL].sha256,
             "nncf": importlib.metadata.version("nncf"),
+            "for": target,
+            "weight bits": 8 if target in _WIDE else 7,
             **({} if max_drop is None else {"max_drop": max_drop, "iterations": iterations}),
         },
     )
@@ -103,15 +121,55 @@ def quantize(
     rows = np.random.default_rng(seed).choice(len(dataset.train), calibration, replace=False)
     samples = {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
     progress.start(f"quantize {name}", calibration)
-    graph = _plain(bundle, samples, progress)
+    wide = target in _WIDE
+    graph = _plain(bundle, samples, progress, wide)
 
     step = asked
     if max_drop is not None:
-        control = _Control(bundle, dataset, max_drop, iterations, seed)
+        control = _Control(bundle, dataset, max_drop, iterations, seed, wide)
         graph, said = control.settled(graph, samples, out)
         step = msgspec.structs.replace(asked, settings={**asked.settings, OUTCOME: said})
     made = seal(bundle, out, graph, step=step, suffix="int8", precision="int8", samples=samples)
     progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
+    return made
+
+
+def quantize_for_all(
+    bundle: Bundle, dataset: Dataset, out: Path, *, calibration: int = 300, seed: int = 0, progress: Progress
+) -> dict[Target, Bundle]:
+    """int8 for any machine; and where that costs more than `COSTLY` against int8 that needs VNNI, that one too.
+
+    Which it is, only a machine with VNNI can tell: elsewhere there is the first alone. Both forms are the same graph
+    with other numbers in it, so they are equally fast.
+
+    Args:
+        bundle: as for `quantize`.
+        dataset: as for `quantize`; its validation part decides.
+        out: folder of the first; the second lies beside it, with `-vnni` at the end of its name.
+
+    Raises:
+        RushhourError: as `quantize`.
+    """
+    made: dict[Target, Bundle] = {
+        "any": quantize(bundle, dataset, out, calibration=calibration, seed=seed, progress=progress)
+    }
+    if describe().saturates:
+        return made
+    split = dataset.validation.head(_JUDGED)
+    progress.start(f"what 7 bits of the weights cost {bundle.manifest.name}")
+    expected = _answers_of(bundle, split)
+
+    def drop(of: Bundle) -> float:
+        return judge(dataset.task, "validation", split.targets, _answers_of(of, split), expected).drop
+
+    cost = drop(made["any"])
+    progress.done(f"{cost * 100:.2f} points at most")
+    if cost <= COSTLY:
+        return made
+    beside = out.with_name(f"{out.name}-vnni")
+    wide = quantize(bundle, dataset, beside, calibration=calibration, seed=seed, target="vnni", progress=progress)
+    if cost - drop(wide) > COSTLY:
+        made["vnni"] = wide
     return made
 
 
@@ -131,8 +189,8 @@ def check_plain(bundle: Bundle) -> None:
         )
 
 
-def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progress) -> onnx.ModelProto:
-    """The QDQ graph."""
+def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progress, wide: bool) -> onnx.ModelProto:
+    """The QDQ graph; `wide`: with weights of all 8 bits."""
     model, count = onnx.load(bundle.model), _count(samples)
 
     def sample(row: int) -> dict[str, NDArray[Any]]:
@@ -145,16 +203,26 @@ def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progre
             nncf.Dataset(range(count), sample),
             subset_size=count,
             model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,
+            advanced_parameters=_advanced(nncf, wide),
         )
     strip_origin(graph)
     return graph
 
 
+def _advanced(nncf: Any, wide: bool) -> Any:
+    """NNCF halves the range of the first layer's weights only, unless it is told."""
+    fix = nncf.OverflowFix.DISABLE if wide else nncf.OverflowFix.ENABLE
+    return nncf.AdvancedQuantizationParameters(overflow_fix=fix)
+
+
 class _Control:
     """Whether a plain result is inside the budget, and what can be given back where it is not."""
 
-    def __init__(self, bundle: Bundle, dataset: Dataset, max_drop: float, iterations: int, seed: int) -> None:
+    def __init__(
+        self, bundle: Bundle, dataset: Dataset, max_drop: float, iterations: int, seed: int, wide: bool
+    ) -> None:
         self._bundle = bundle
+        self._wide = wide
         self._task = dataset.task
         self._max_drop = max_drop
         self._iterations = iterations
@@ -196,8 +264,7 @@ class _Control:
         return judge(self._task, "validation", self._split.targets, self._outputs(made), self._expected).drop
 
     def _outputs(self, bundle: Bundle) -> NDArray[Any]:
-        config = EngineConfig("openvino", bundle.manifest.precision, streams=cores(), max_batch=32)
-        return outputs_of(bundle, config, self._split)
+        return _answers_of(bundle, self._split)
 
     def _controlled(self, samples: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
         model, count = onnx.load(self._bundle.model), _count(samples)
@@ -211,6 +278,7 @@ class _Control:
                 drop_type=nncf.DropType.ABSOLUTE,
                 subset_size=count,
                 model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,
+                advanced_quantization_parameters=_advanced(nncf, self._wide),
                 advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
                     max_num_iterations=self._iterations, ranking_subset_size=min(100, len(self._ranked))
                 ),
@@ -239,6 +307,12 @@ class _Control:
         if self._ranked.labelled:
             return self._task.evaluate(answers, self._ranked.targets[chosen])[0], None
         return self._task.fidelity(self._expected_ranked[chosen], answers)[0], None
+
+
+def _answers_of(bundle: Bundle, split: Split) -> NDArray[Any]:
+    """As the first engine gives them that is right about this bundle here."""
+    engine: EngineName = "onnxruntime" if saturates_here(bundle) else "openvino"
+    return outputs_of(bundle, EngineConfig(engine, bundle.manifest.precision, streams=cores(), max_batch=32), split)
 
 
 def _count(samples: Mapping[str, NDArray[Any]]) -> int:

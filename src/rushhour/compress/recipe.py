@@ -24,7 +24,7 @@ from rushhour.compress.distil import Distil, distil
 from rushhour.compress.judge import named_inputs
 from rushhour.compress.lowrank import LowRank, dominant, split
 from rushhour.compress.prune import Prune, prune
-from rushhour.compress.quantize import check_plain, quantize
+from rushhour.compress.quantize import Target, check_plain, quantize
 from rushhour.compress.weights import compress_weights, halve_weights
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset
@@ -39,9 +39,11 @@ class Quantize(msgspec.Struct, frozen=True, tag_field="step", tag="int8"):
 
     Attributes:
         calibration: samples to find the ranges of activations with.
+        target: the machines that it is for: `any` and `avx2` keep to 7 bits of the weights, `vnni` and `amx` use all 8.
     """
 
     calibration: int = 300
+    target: Target = "any"
 
     def __post_init__(self) -> None:
         if self.calibration < 1:
@@ -135,6 +137,13 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return ",".join(said(step) for step in self.steps)
+
+    def for_machines(self, target: Target) -> Recipe:
+        """The same, with int8 for these machines."""
+        steps = (
+            msgspec.structs.replace(step, target=target) if isinstance(step, Quantize) else step for step in self.steps
+        )
+        return Recipe(tuple(steps))
 
 
 def _read(text: str) -> AnyStep:
@@ -361,6 +370,7 @@ class _Work:
                     calibration=step.calibration,
                     seed=self._seed,
                     max_drop=self._max_drop,
+                    target=step.target,
                     progress=self._progress,
                 )
             case Precision():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from rushhour.bundle import Bundle
+from rushhour.engines.agreement import check_answers, full_range, saturates_here
 from rushhour.engines.engine import Done, Engine, EngineConfig, Runner, Slot
 from rushhour.engines.service import fill, keep_busy, time_service
+from rushhour.machine import describe
+from rushhour.plan import EngineName
 
 __all__ = [
     "Done",
@@ -12,15 +17,18 @@ __all__ = [
     "EngineConfig",
     "Runner",
     "Slot",
+    "abilities",
     "fill",
+    "full_range",
     "keep_busy",
     "open_engine",
+    "saturates_here",
     "time_service",
 ]
 
 
 def open_engine(bundle: Bundle, config: EngineConfig, *, trusted: tuple[str, ...] = ()) -> Engine:
-    """Compile `bundle` for `config`. Only the engine asked for is imported.
+    """Compile `bundle` for `config`, and see that it answers as recorded. Only the engine asked for is imported.
 
     Args:
         bundle: what to run.
@@ -29,8 +37,42 @@ def open_engine(bundle: Bundle, config: EngineConfig, *, trusted: tuple[str, ...
             a bundle's own word is not enough to run code.
 
     Raises:
-        EngineError: if the engine is not installed, or cannot do exactly what `config` says.
+        EngineError: if the engine is not installed, cannot do exactly what `config` says, or answers the bundle's
+            samples otherwise than recorded.
     """
+    engine = _compiled(bundle, config, trusted)
+    try:
+        check_answers(bundle, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def abilities() -> dict[EngineName, str]:
+    """What each engine can do on this machine, in words; imports all that are installed, which takes seconds."""
+    here = describe()
+    int8 = "int8 of 7-bit weights (8 bits saturate here: {})" if here.saturates else "int8"
+    found: dict[EngineName, str] = {}
+    wide: dict[EngineName, str] = {"openvino": "refused", "onnxruntime": "slower kernels", "torch": ""}
+    for name, careful in wide.items():
+        if importlib.util.find_spec(name) is None:
+            found[name] = "not installed"
+            continue
+        precisions = ["f32"]
+        if name == "openvino":
+            from rushhour.engines.openvino import computes_bf16
+
+            precisions += ["bf16"] * computes_bf16()
+        elif name == "torch":
+            precisions += ["bf16"] * here.has_bf16
+        if careful:
+            precisions.append(int8.format(careful))
+        found[name] = f"{here.versions.get(name, '')}: {', '.join(precisions)}"
+    return found
+
+
+def _compiled(bundle: Bundle, config: EngineConfig, trusted: tuple[str, ...]) -> Engine:
     if config.engine == "openvino":
         from rushhour.engines.openvino import OpenVINOEngine
 

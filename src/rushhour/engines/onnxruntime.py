@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rushhour.bundle import Bundle, Signature, TensorSpec
+from rushhour.engines.agreement import saturates_here
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
 from rushhour.telemetry import keep_home
 
 _SPINNING = "session.intra_op.allow_spinning"
+_PRECISION = "session.x64quantprecision"
+"""Without VNNI: weights become unsigned, and kernels that do not saturate run, at about half the speed."""
 
 
 class OnnxRuntimeEngine:
@@ -42,7 +45,8 @@ class OnnxRuntimeEngine:
         self._config = config
         shared = config.threads == 1
         try:
-            sessions = [_session(ort, bundle, config.threads) for _ in range(1 if shared else config.streams)]
+            careful = config.precision == "int8" and saturates_here(bundle)
+            sessions = [_session(ort, bundle, config.threads, careful) for _ in range(1 if shared else config.streams)]
         except Exception as error:  # its exceptions have no base of their own
             raise EngineError(
                 f"ONNX Runtime cannot run the bundle {bundle.manifest.name}",
@@ -70,6 +74,7 @@ class OnnxRuntimeEngine:
             "sessions": str(len(sessions)),
             # A pool that spins takes the cores from the event loop that fills the next batch.
             "spinning": "off" if options.get_session_config_entry(_SPINNING) == "0" else "on",
+            "int8 products": "in 32 bits, for the weights use all 8" if careful else "as the processor adds them",
             "provider": ", ".join(sessions[0].get_providers()),
         }
 
@@ -135,12 +140,13 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _session(ort: Any, bundle: Bundle, threads: int) -> Any:
+def _session(ort: Any, bundle: Bundle, threads: int, careful: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry(_SPINNING, "0")
+    options.add_session_config_entry(_PRECISION, "1" if careful else "0")
     options.log_severity_level = 4  # what goes wrong is raised; a second copy on the screen helps nobody
     return ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
 

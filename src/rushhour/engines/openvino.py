@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rushhour.bundle import Bundle, Signature, TensorSpec
+from rushhour.engines.agreement import check_range
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
@@ -49,6 +50,7 @@ class OpenVINOEngine:
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         ov = _openvino()
         check_precision(bundle, config)
+        check_range(bundle, config)
         self._signature = bundle.manifest.signature
         self._config = config
         sizes = _static_sizes(config.max_batch, bundle.model_bytes)
@@ -183,6 +185,12 @@ def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
     if max_batch == 1:
         return [1]
     return [max_batch, 1] if model_bytes <= _SMALL_BYTES else []
+
+
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this machine."""
+    capabilities: list[str] = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in capabilities
 
 
 def layer_times(bundle: Bundle, config: EngineConfig, runs: int = 10) -> dict[str, float]:

@@ -37,8 +37,8 @@ class TorchEngine:
                 "cannot run in int8 on torch", "it has no int8 kernels for a quantised ONNX graph", "ask for openvino"
             )
         check_precision(bundle, config)
-        features = describe().features
-        if config.precision == "bf16" and "avx2" in features and not {"avx512_bf16", "amx_bf16"} & set(features):
+        here = describe()
+        if config.precision == "bf16" and "avx2" in here.features and not here.has_bf16:
             raise EngineError(
                 "cannot run in bf16 on torch",
                 "this processor has no bf16 instructions, and torch would emulate them, slower than f32",

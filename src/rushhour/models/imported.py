@@ -52,6 +52,7 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
         signature=signature,
         task=task,
         preprocessing=Preprocessing(),
+        precision="int8" if any(node.op_type == "QuantizeLinear" for node in graph.graph.node) else "f32",
         parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer),
         lineage=(Step("import", {"format": "onnx"}),),
     )

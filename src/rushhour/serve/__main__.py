@@ -29,6 +29,10 @@ def _say(said: Said) -> None:
     _write(msgspec.json.encode(said) + b"\n")
 
 
+def _ready(url: str, grpc: str | None, way: str) -> None:
+    _say(Said(url=url, grpc=grpc or "", way=way))
+
+
 def _main(arguments: list[str]) -> int:
     orders = io.FileIO(0, closefd=False)
     try:
@@ -36,7 +40,7 @@ def _main(arguments: list[str]) -> int:
         settings = msgspec.json.decode(orders.readline() if text == "-" else text, type=ServeSettings)
         tether = Tether(orders, _write)
         target = open_target(Path(arguments[0]))
-        serve(target, settings, ready=lambda url, grpc: _say(Said(url=url, grpc=grpc or "")), tether=tether)
+        serve(target, settings, ready=_ready, tether=tether)
     except RushhourError as error:
         _say(Said(error=str(error)))
         return 2

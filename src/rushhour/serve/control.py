@@ -148,7 +148,7 @@ class Control:
         return {
             "model": self._repository.name,
             "version": loaded.version,
-            "bundle_hash": loaded.target.bundle.manifest.hash,
+            "bundle_hash": loaded.way.bundle.manifest.hash,
             "policy": loaded.target.plan.policy,
             "engine": engine.config,
             "effective": dict(engine.effective),

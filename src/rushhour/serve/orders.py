@@ -87,11 +87,13 @@ class Said(msgspec.Struct, frozen=True):
     Attributes:
         url: where it listens for HTTP, once it does.
         grpc: the address for gRPC, where that is served.
+        way: what serves, in words.
         error: why it does not start.
     """
 
     url: str = ""
     grpc: str = ""
+    way: str = ""
     error: str = ""
     id: int = 0
     work: Work | None = None

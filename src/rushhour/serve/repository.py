@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, open_engine, time_service
-from rushhour.errors import RushhourError, ServeError
+from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
@@ -23,7 +23,7 @@ from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
 from rushhour.serve.statistics import Totals, together
-from rushhour.serve.target import Target, open_target
+from rushhour.serve.target import Target, Way, open_target
 from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03
@@ -34,10 +34,11 @@ Opener = Callable[[Bundle, EngineConfig], Engine]
 
 
 class Loaded:
-    """One version of the model, ready: what was opened, and the cell in front of it."""
+    """One version of the model, ready: what was opened, in which way it is served, and the cell in front of it."""
 
-    def __init__(self, target: Target, engine: Engine, cell: Cell) -> None:
+    def __init__(self, target: Target, way: Way, engine: Engine, cell: Cell) -> None:
         self.target = target
+        self.way = way
         self.engine = engine
         self.cell = cell
 
@@ -57,6 +58,7 @@ class Repository:
         version: that the first load gets; each further one gets one more.
         regions: the shared memory that requests may use; None where it is switched off.
         limits: what one request may cost.
+        exact: serve as the plan's first variant says or not at all; else the best way that is right on this machine.
 
     Attributes:
         loaded: what answers requests now.
@@ -73,7 +75,9 @@ class Repository:
         version: int = 1,
         regions: Regions | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
+        exact: bool = True,
     ) -> None:
+        self._exact = exact
         self.name = name or target.bundle.manifest.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise ServeError(
@@ -118,23 +122,23 @@ class Repository:
             target, self._first = self._first, None
             if target is None:
                 target = await loop.run_in_executor(self._opening, open_target, self._path)
-            engine, profile, decoder = await loop.run_in_executor(self._opening, self._open, target)
+            way, engine, profile, decoder = await loop.run_in_executor(self._opening, self._open, target)
             self._version = self._version + 1 if version is None else version
             codec = Codec(
                 self.name,
                 engine.signature,
                 version=str(self._version),
-                labels=target.bundle.manifest.task.classes,
+                labels=way.bundle.manifest.task.classes,
                 regions=self._regions,
                 pictures=self._most_pictures(engine.signature) if decoder else 0,
             )
             cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder)
-            old, self.loaded = self.loaded, Loaded(target, engine, cell)
+            old, self.loaded = self.loaded, Loaded(target, way, engine, cell)
             base = f"/v2/models/{self.name}"
             self._infer_paths = frozenset(
                 path.encode() for path in (f"{base}/infer", f"{base}/versions/{self._version}/infer")
             )
-        log.event(logging.INFO, "loaded", model=self.name, version=codec.version, bundle=target.bundle.manifest.hash)
+        log.event(logging.INFO, "loaded", model=self.name, version=codec.version, bundle=way.bundle.manifest.hash)
         if old is not None:
             await self._retire(old)
 
@@ -160,10 +164,27 @@ class Repository:
         await loop.run_in_executor(self._opening, old.engine.close)
         await loop.run_in_executor(self._opening, memory.give_back)
 
-    def _open(self, target: Target) -> tuple[Engine, Profile, Decoder | None]:
-        engine = self._opener(target.bundle, target.engine_config)
+    def _open(self, target: Target) -> tuple[Way, Engine, Profile, Decoder | None]:
+        if self._exact:
+            way = Way(target.bundle, target.engine_config)
+            return way, *self._opened(way)
+        refused: RushhourError | None = None
+        for way in target.ways(cores()):
+            try:
+                opened = self._opened(way)
+            except (EngineError, ModelError) as error:
+                refused = refused or error
+                continue
+            if refused is not None:
+                log.event(logging.WARNING, "not served as planned", why=str(refused), instead=str(way))
+            return way, *opened
+        assert refused is not None
+        raise refused
+
+    def _opened(self, way: Way) -> tuple[Engine, Profile, Decoder | None]:
+        engine = self._opener(way.bundle, way.config)
         try:
-            profile = Profile(time_service(engine, target.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS))
+            profile = Profile(time_service(engine, way.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS))
             spec = engine.signature.picture
             if spec is None:
                 return engine, profile, None

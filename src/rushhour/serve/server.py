@@ -21,6 +21,7 @@ import uvloop
 
 from rushhour.clock import WallClock
 from rushhour.errors import ServeError
+from rushhour.machine import cores, describe
 from rushhour.serve import log, memory
 from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
@@ -50,8 +51,8 @@ _OTHER_FILES = 256
 _COLLECT_AFTER = (50_000, 20, 20)
 """Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
 
-Ready = Callable[[str, str | None], None]
-"""Called once when requests are welcome: with the URL, and with the address for gRPC where that is served."""
+Ready = Callable[[str, str | None, str], None]
+"""Called once when requests are welcome: with the URL, the address for gRPC where that is served, and what serves."""
 
 
 def serve(
@@ -82,15 +83,23 @@ def serve(
     if settings.admin_port is not None:
         check_exposure(settings.admin_host or _ADMIN_HOST, settings.api_keys, exposed=settings.exposed)
     context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
-    cells = settings.cells or target.plan.policy.cells
+    cells = settings.cells or min(target.plan.policy.cells, target.plan.policy.cells if settings.exact else cores())
     form = settings.log_format or log.usual_format()
     settings = msgspec.structs.replace(settings, log_format=form)
     with log.to_stderr(form, settings.log_level), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if not settings.exact and not settings.one_of_many:
+            _say_differences(target)
         if cells > 1 and not settings.one_of_many:
             runner.run(_supervise(target, settings, cells, ready))
         else:
             opening = open_with or opener(settings.trusted)
             runner.run(_serve(target, settings, opening, context, ready, tether))
+
+
+def _say_differences(target: Target) -> None:
+    """What the plan was measured with and is not so here."""
+    for difference in target.differences(describe(), cores()):
+        log.event(logging.WARNING, "this is not the machine that the plan was made on", difference=difference)
 
 
 def _allow_files(wanted: int) -> None:
@@ -113,9 +122,9 @@ async def _supervise(target: Target, settings: ServeSettings, cells: int, ready:
         log.event(logging.INFO, "start", target=str(target.path), cells=cells)
         supervisor = Supervisor(target.path, shared, pins(cells, sorted(os.sched_getaffinity(0))))
 
-        def all_ready(url: str) -> None:
+        def all_ready(url: str, way: str) -> None:
             log.event(logging.INFO, "all cells ready", url=url, grpc=grpc)
-            ready(url, grpc)
+            ready(url, grpc, f"{cells} cells, each {way}")
 
         await supervisor.run(all_ready)
         log.event(logging.INFO, "all cells stopped")
@@ -150,7 +159,9 @@ async def _serve(
             log.event(logging.INFO, "start", target=str(target.path), cells=1)
         observer = held.enter_context(_observing(settings))
         regions = SharedMemory(settings.limits.body_bytes) if settings.shares_memory else None
-        repository = Repository(target, settings.model, open_with, settings.version, regions, settings.limits)
+        repository = Repository(
+            target, settings.model, open_with, settings.version, regions, settings.limits, settings.exact
+        )
         duties = Duties(repository, regions)
         for region in settings.regions:
             lost = await duties.do(region)
@@ -307,7 +318,8 @@ class _Server:
         address = None if grpc is None else grpc.address
         admin = None if self._admin is None else _url(self._admin, context is not None)
         log.event(logging.INFO, "ready", url=url, grpc=address, admin=admin, model=self._repository.name)
-        ready(url, address)
+        loaded = self._repository.loaded
+        ready(url, address, "nothing, for it is unloaded" if loaded is None else str(loaded.way))
         sweeping = asyncio.ensure_future(self._sweep())
         await stop.wait()
         sweeping.cancel()

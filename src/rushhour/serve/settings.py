@@ -36,6 +36,8 @@ class ServeSettings(msgspec.Struct, frozen=True):
         otel: whether spans are made of requests, and sent to where OTEL_EXPORTER_OTLP_ENDPOINT says.
         otel_sample: the share of requests that are traced where the client does not say; None is all.
         cells: processes behind the port, each with its share of the cores; None takes the plan's.
+        exact: serve as the plan's first variant says or not at all: what is measured must be what was meant. Else a
+            machine that cannot run it rightly takes the best way that it can.
         one_of_many: this server is such a cell: it shares the port, and changes are made in all.
         version: that the model begins with; a cell that is started again begins where the others are.
         unloaded: the model has been unloaded; likewise.
@@ -62,6 +64,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     otel: bool = False
     otel_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     cells: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    exact: bool = True
     one_of_many: bool = False
     version: int = 1
     unloaded: bool = False

@@ -60,8 +60,11 @@ class Supervisor:
         self.changing = asyncio.Lock()
         """Held while something changes that is the same in all cells, and while a cell learns what it is."""
 
-    async def run(self, ready: Callable[[str], None]) -> None:
-        """Start all cells, call `ready` with the URL when all are, and supervise until SIGTERM or SIGINT.
+    async def run(self, ready: Callable[[str, str], None]) -> None:
+        """Start all cells, and supervise them until SIGTERM or SIGINT.
+
+        Args:
+            ready: called once, when all are ready: with the URL, and what serves there.
 
         Raises:
             ServeError: if a cell cannot start for the first time; the others are stopped.
@@ -71,8 +74,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._stopping.set)
         keepers: list[asyncio.Task[None]] = []
         try:
-            urls = await asyncio.gather(*(cell.start() for cell in self._cells))
-            ready(urls[0])
+            said = await asyncio.gather(*(cell.start() for cell in self._cells))
+            ready(said[0].url, said[0].way)
             keepers = [asyncio.create_task(work) for work in (*(cell.keep() for cell in self._cells), self._watch())]
             await self._stopping.wait()
         finally:
@@ -146,8 +149,8 @@ class _Cell:
         self.last: Report | None = None
         """What it last said that it has done."""
 
-    async def start(self) -> str:
-        """Start the process and wait until it is ready; its URL.
+    async def start(self) -> Said:
+        """Start the process and wait until it is ready; what it says then.
 
         Raises:
             ServeError: with the cell's own words, if it does not come up.
@@ -169,7 +172,7 @@ class _Cell:
             await self.stop()
             raise ServeError(f"cell {self._number} does not start", (said and said.error) or "it ended without a word")
         self._listener = asyncio.create_task(self._listen())
-        return said.url
+        return said
 
     async def keep(self) -> None:
         """Start the process again whenever it ends."""

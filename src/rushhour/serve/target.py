@@ -1,16 +1,42 @@
-"""What `rushhour serve` is pointed at: a run, a plan or a bundle; always turned into a plan and its bundles."""
+"""What `rushhour serve` is pointed at: a run, a plan or a bundle; always turned into a plan and its bundles.
+
+A plan may come from another machine. What no longer holds is said (`differences`), and where this machine cannot run
+the plan's first variant rightly, the next best way is taken (`Target.ways`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+import msgspec
 
 from rushhour.bundle import Bundle
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
-from rushhour.machine import cores
-from rushhour.plan import Plan, Policy, Variant
+from rushhour.machine import Machine, cores
+from rushhour.plan import EngineName, Plan, Policy, Precision, Variant
+
+_ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to answer requests: a bundle, and how it is run."""
+
+    bundle: Bundle
+    config: EngineConfig
+
+    def __str__(self) -> str:
+        config = self.config
+        return (
+            f"{self.bundle.manifest.name} by {config.engine} in {config.precision}: {config.streams} streams of "
+            f"{config.threads} threads, batches up to {config.max_batch}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,29 +45,94 @@ class Target:
 
     Attributes:
         path: what was pointed at, to open it again.
+        folder: that the plan's bundles lie in.
     """
 
     path: Path
     plan: Plan
     bundle: Bundle
+    folder: Path
 
     @property
     def engine_config(self) -> EngineConfig:
         """How the plan runs its first variant."""
-        variant, policy = self.plan.variants[0], self.plan.policy
-        return EngineConfig(
-            engine=variant.engine,
-            precision=variant.precision,
-            streams=policy.streams,
-            threads=policy.threads,
-            max_batch=policy.max_batch,
-        )
+        return _config(self.plan.variants[0], self.plan.policy)
+
+    def ways(self, cores: int) -> Iterator[Way]:
+        """The plan's first variant as it says, then what may do where this machine cannot run that rightly.
+
+        No way takes more than `cores` threads. After the first come the plan's further variants, the first one's
+        bundle on another engine and in full precision, and the run's reference in full precision.
+        """
+        first, policy = self.plan.variants[0], _fitted(self.plan.policy, cores)
+        yield Way(self.bundle, _config(first, policy))
+        for variant in self.plan.variants[1:]:
+            with contextlib.suppress(BundleError, PlanError):
+                yield Way(_opened(self.folder, variant), _config(variant, policy))
+        own: Precision = "int8" if first.precision == "int8" else "f32"
+        others: tuple[tuple[Bundle | None, Precision], ...] = ((self.bundle, own), (self._reference(), "f32"))
+        for bundle, precision in others:
+            if bundle is None or bundle.manifest.signature != self.bundle.manifest.signature:
+                continue
+            for engine in _ENGINES:
+                config = msgspec.structs.replace(_config(first, policy), engine=engine, precision=precision)
+                if bundle is not self.bundle or config != _config(first, policy):
+                    yield Way(bundle, config)
+
+    def _reference(self) -> Bundle | None:
+        """What the plan's bundle was made from, where it lies beside it."""
+        try:
+            reference = Bundle.open(self.folder / "bundles" / "reference")
+        except BundleError:
+            return None
+        return reference if reference.manifest.hash != self.bundle.manifest.hash else None
+
+    def differences(self, here: Machine, cores: int) -> list[str]:
+        """What the plan's figures were measured with that this machine has not, in words; empty without evidence.
+
+        Args:
+            here: this machine.
+            cores: that will serve.
+        """
+        if self.plan.evidence is None:
+            return []
+        there, policy, said = self.plan.evidence.machine, self.plan.policy, []
+        missing = [feature for feature in there.features if feature not in here.features]
+        if missing or there.isa != here.isa:
+            lost = f", without {', '.join(missing)}" if missing else ""
+            said.append(f"it was measured on a machine of the class {there.isa}, this one is {here.isa}{lost}")
+        wanted = policy.cells * policy.streams * policy.threads
+        if there.cores != cores:
+            said.append(f"it was measured on {there.cores} cores, {cores} serve here")
+        if wanted > cores:
+            said.append(f"its {wanted} threads are cut to {cores}")
+        if here.memory_gb < 0.9 * there.memory_gb:
+            said.append(f"it was measured with {there.memory_gb:g} GiB of memory, {here.memory_gb:g} are here")
+        return said
+
+
+def _config(variant: Variant, policy: Policy) -> EngineConfig:
+    return EngineConfig(
+        engine=variant.engine,
+        precision=variant.precision,
+        streams=policy.streams,
+        threads=policy.threads,
+        max_batch=policy.max_batch,
+    )
+
+
+def _fitted(policy: Policy, cores: int) -> Policy:
+    """The same on fewer cores: as many streams as there is room for, each with what is left for it."""
+    if policy.streams * policy.threads <= cores:
+        return policy
+    streams = min(policy.streams, cores)
+    return msgspec.structs.replace(policy, streams=streams, threads=max(1, cores // streams))
 
 
 def open_target(path: Path) -> Target:
     """Open a run's folder, a plan's file or a bundle's folder, and check the bundle against its hashes.
 
-    A bundle without a plan is served by OpenVINO with one stream per core.
+    A bundle without a plan is served with one stream per core by OpenVINO, where that can run it.
 
     Raises:
         PlanError: if there is nothing to serve at `path`, or the plan cannot be read.
@@ -49,7 +140,7 @@ def open_target(path: Path) -> Target:
     """
     if (path / "bundle.json").is_file():
         bundle = Bundle.open(path)
-        return Target(path, _plan_of(bundle), bundle)
+        return Target(path, _plan_of(bundle), bundle, path)
     file = path / "plan.json" if path.is_dir() else path
     if not file.is_file():
         raise PlanError(
@@ -58,22 +149,31 @@ def open_target(path: Path) -> Target:
             "name what `rushhour tune`, `rushhour demo` or `rushhour train` made",
         )
     plan = Plan.load(file)
-    variant = plan.variants[0]
+    return Target(path, plan, _opened(file.parent, plan.variants[0]), file.parent)
+
+
+def _opened(folder: Path, variant: Variant) -> Bundle:
+    """A variant's bundle, below the plan's folder.
+
+    Raises:
+        PlanError: if it lies elsewhere.
+        BundleError: if it is missing, damaged, or not the one that the plan was made for.
+    """
     relative = Path(variant.bundle)
     if relative.is_absolute() or ".." in relative.parts:
         raise PlanError(
-            f"the plan {file} names the bundle {variant.bundle!r}",
+            f"the plan in {folder} names the bundle {variant.bundle!r}",
             "a bundle lies below its plan's folder",
             "keep plan and bundles together as `rushhour tune` made them",
         )
-    bundle = Bundle.open(file.parent / relative)
+    bundle = Bundle.open(folder / relative)
     if bundle.manifest.hash != variant.bundle_hash:
         raise BundleError(
-            f"the bundle {bundle.path} is not the one that {file} was made for",
+            f"the bundle {bundle.path} is not the one that the plan in {folder} was made for",
             f"its hash begins {bundle.manifest.hash[:12]}, the plan's {variant.bundle_hash[:12]}",
             "restore the bundle, or tune again",
         )
-    return Target(path, plan, bundle)
+    return bundle
 
 
 def _plan_of(bundle: Bundle) -> Plan:

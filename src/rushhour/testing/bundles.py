@@ -13,7 +13,8 @@ from rushhour.task import Task
 
 INPUT, OUTPUT = "image", "probabilities"
 _SCALE = 1 / 255
-_STEP = 1 / 127  # of quantised activations (pixels / 255) and weights (within -1..1) alike
+_STEP = 1 / 127  # of quantised activations (pixels / 255)
+_STEPS = {7: 1 / 63, 8: 1 / 127}  # of weights (within -1..1) by the bits they use
 
 
 def tiny_bundle(
@@ -23,6 +24,7 @@ def tiny_bundle(
     classes: int = 3,
     seed: int = 0,
     precision: Literal["f32", "int8"] = "f32",
+    weight_bits: Literal[7, 8] = 7,
 ) -> Bundle:
     """Write a bundle whose graph is `softmax(flatten(image / 255) @ weights)`, dynamic in the batch.
 
@@ -32,6 +34,7 @@ def tiny_bundle(
         classes: length of one answer.
         seed: of the weights and of the 8 samples the bundle carries.
         precision: with `int8` the matrix product stands between QuantizeLinear and DequantizeLinear.
+        weight_bits: that int8 weights use: with 8 a processor without VNNI saturates on them.
     """
     import onnx
 
@@ -46,7 +49,7 @@ def tiny_bundle(
         precision=precision,
         parameters=int(np.prod(shape)) * classes,
     )
-    graph = _graph(_weights(shape, classes, seed), shape, precision == "int8")
+    graph = _graph(_weights(shape, classes, seed), shape, weight_bits if precision == "int8" else None)
     return Bundle.create(
         path,
         manifest,
@@ -75,7 +78,7 @@ def _weights(shape: tuple[int, ...], classes: int, seed: int) -> NDArray[np.floa
     return values.astype(np.float32)
 
 
-def _graph(weights: NDArray[np.float32], shape: tuple[int, ...], quantised: bool) -> Any:
+def _graph(weights: NDArray[np.float32], shape: tuple[int, ...], bits: Literal[7, 8] | None) -> Any:
     from onnx import TensorProto, checker, helper, numpy_helper
 
     constants: dict[str, NDArray[Any]] = {"scale": np.array(_SCALE, np.float32)}
@@ -84,16 +87,17 @@ def _graph(weights: NDArray[np.float32], shape: tuple[int, ...], quantised: bool
         helper.make_node("Mul", ["pixels", "scale"], ["scaled"]),
         helper.make_node("Flatten", ["scaled"], ["flat"], axis=1),
     ]
-    if quantised:
+    if bits is not None:
         constants |= {
             "step": np.array(_STEP, np.float32),
             "zero": np.array(0, np.int8),
-            "weights_int8": np.rint(weights / _STEP).astype(np.int8),
+            "weights_step": np.array(_STEPS[bits], np.float32),
+            "weights_int8": np.rint(weights / _STEPS[bits]).astype(np.int8),
         }
         nodes += [
             helper.make_node("QuantizeLinear", ["flat", "step", "zero"], ["flat_int8"]),
             helper.make_node("DequantizeLinear", ["flat_int8", "step", "zero"], ["features"]),
-            helper.make_node("DequantizeLinear", ["weights_int8", "step", "zero"], ["weights"]),
+            helper.make_node("DequantizeLinear", ["weights_int8", "weights_step", "zero"], ["weights"]),
         ]
     else:
         constants["weights"] = weights

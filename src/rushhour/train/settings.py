@@ -95,8 +95,7 @@ class TrainSettings(msgspec.Struct, frozen=True):
         """The same, with `bf16` decided for this machine."""
         if self.bf16 is not None:
             return self
-        able = not {"avx512_bf16", "amx_bf16"}.isdisjoint(machine.describe().features)
-        return msgspec.structs.replace(self, bf16=able)
+        return msgspec.structs.replace(self, bf16=machine.describe().has_bf16)
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimizer of these parameters, all in one group.

@@ -1,6 +1,6 @@
 """A whole run in one folder: train or take the reference, compress it, search, and leave the Plan.
 
-    RUN/bundles/reference, RUN/bundles/int8     what can be served
+    RUN/bundles/reference, RUN/bundles/int8     what can be served; int8-vnni too, where 7 bits of the weights cost much
     RUN/training                                how the reference was trained: curves, TensorBoard
     RUN/measurements.jsonl                      every measurement
     RUN/plan.json                               the answer, written last
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rushhour.bundle import Bundle, Source
-from rushhour.compress import quantize
+from rushhour.compress import quantize_for_all
 from rushhour.data import Dataset
 from rushhour.errors import PlanError, StorageError
 from rushhour.goal import Goal
@@ -69,7 +69,8 @@ def tune_run(
             )
         bundles = {"reference": reference}
         if reference.manifest.precision == "f32":
-            bundles["int8"] = quantize(reference, dataset, run / "bundles" / "int8", progress=progress)
+            made = quantize_for_all(reference, dataset, run / "bundles" / "int8", progress=progress)
+            bundles |= {made_for.path.name: made_for for made_for in made.values()}
         file = run / "plan.json"
         if file.exists() and (finished := _still_true(file, bundles, goal)):
             progress.start("This run is complete: the plan is there")

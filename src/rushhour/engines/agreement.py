@@ -1,0 +1,100 @@
+"""Whether this machine answers as the bundle was recorded to: int8 is where processors differ.
+
+Without VNNI the products of 8-bit numbers are added in pairs in 16 bits, and saturate where weights use all 8 bits:
+on such a machine a graph of that kind is right only on an engine that takes the slower way round it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rushhour.answers import TOLERANCES, deviation
+from rushhour.bundle import Bundle
+from rushhour.engines.engine import Engine, EngineConfig, Runner
+from rushhour.errors import EngineError
+from rushhour.machine import describe
+
+_SAFE = 64
+"""Weights up to this size keep a pair of products with unsigned activations inside 16 bits: 2 x 255 x 64 < 2^15."""
+_MULTIPLIES = {"DequantizeLinear", "QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger"}
+"""What takes weights in 8 bits."""
+_ALONE = 4
+"""Samples that are also run one at a time: a batch of one has a graph of its own on some engines."""
+
+
+def check_answers(bundle: Bundle, engine: Engine) -> None:
+    """Raise unless the engine answers the bundle's samples as recorded, within the recorded tolerance.
+
+    A bundle that was made before answers were recorded passes.
+
+    Raises:
+        EngineError: if it does not, or a batch fails.
+    """
+    recorded, config = bundle.answers(), engine.config
+    if recorded is None:
+        return
+    precisions = bundle.manifest.tolerance
+    allowed = TOLERANCES[config.precision]
+    if isinstance(precisions, dict):
+        allowed = precisions.get(config.precision, allowed)
+    count = len(next(iter(recorded.values())))
+    samples = {name: array[:count] for name, array in bundle.samples().items()}
+    runner = Runner(engine)
+    off = deviation(recorded, runner.infer(samples))
+    if config.max_batch > 1:
+        rows = range(min(_ALONE, count))
+        alone = [runner.infer({name: array[row : row + 1] for name, array in samples.items()}) for row in rows]
+        found = {name: np.concatenate([answers[name] for answers in alone]) for name in alone[0]}
+        off = max(off, deviation({name: array[: len(rows)] for name, array in recorded.items()}, found))
+    if not off <= allowed:
+        raise EngineError(
+            f"{config.engine} in {config.precision} does not answer as the bundle {bundle.manifest.name} should",
+            f"on this machine ({describe().isa}) its answers to the bundle's own samples are off by {off:.1%} of their "
+            f"range, and {allowed:.1%} is allowed",
+            _remedy(config),
+        )
+
+
+def saturates_here(bundle: Bundle) -> bool:
+    """Whether this processor may compute the bundle's graph wrongly: int8 weights of the full range, and no VNNI.
+
+    The graph is read only on such a processor.
+    """
+    return describe().saturates and full_range(bundle)
+
+
+def full_range(bundle: Bundle) -> bool:
+    """Whether the graph multiplies by int8 weights that use more than 7 of their 8 bits."""
+    import onnx
+
+    if bundle.manifest.precision != "int8":
+        return False
+    graph = onnx.load(bundle.model).graph
+    multiplied = {name for node in graph.node if node.op_type in _MULTIPLIES for name in node.input}
+    centres = {onnx.TensorProto.INT8: 0, onnx.TensorProto.UINT8: 128}
+    return any(
+        int(np.abs(onnx.numpy_helper.to_array(tensor).astype(np.int16) - centres[tensor.data_type]).max()) > _SAFE
+        for tensor in graph.initializer
+        if tensor.name in multiplied and tensor.data_type in centres and np.prod(tensor.dims, dtype=int) > 1
+    )
+
+
+def check_range(bundle: Bundle, config: EngineConfig) -> None:
+    """Raise if this processor may saturate on the bundle's graph; for engines that know no way round it.
+
+    Raises:
+        EngineError: if it may.
+    """
+    if config.precision == "int8" and saturates_here(bundle):
+        raise EngineError(
+            f"{config.engine} cannot run the bundle {bundle.manifest.name} in int8 on this machine ({describe().isa})",
+            "its weights use all 8 bits, and without VNNI this processor adds products in 16 bits, which saturate",
+            _remedy(config),
+        )
+
+
+def _remedy(config: EngineConfig) -> str:
+    if config.precision == "int8":
+        other = "serve it on onnxruntime, " if config.engine == "openvino" else ""
+        return f"{other}quantise it again with `rushhour compress --for any`, or serve the bundle that it was made from"
+    return "serve it in f32, or on another engine" if config.precision != "f32" else "serve it on another engine"
