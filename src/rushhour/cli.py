@@ -567,7 +567,7 @@ def report(run: Path, json_file: Path | None) -> None:
 def machine(json_file: Path | None) -> None:
     """What this machine is, and what each engine can do on it. To be added to a report of an error.
 
-    The class decides what int8 means: amx and vnni add products of 8-bit numbers in 32 bits; avx2 adds pairs in 16 bits,
+    The class decides what int8 means: amx and vnni add products of 8-bit numbers in 32 bits; avx2 adds pairs in 16,
     which saturate where weights use all 8 bits.
     """
     from rushhour.engines import abilities
