@@ -8,6 +8,7 @@
 # make bench-compress  what compression buys and costs, an hour and a half; goes on where it was broken off
 # make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
+# make bench-machines  what int8 answers and how fast it is, with and without VNNI, 20 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
@@ -15,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
+.PHONY: setup demo test check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
 
 setup: .venv/.ready
 
@@ -69,6 +70,10 @@ bench-train: setup
 
 bench-train-options: setup
 	$(BIN)/python benchmarks/train_options.py
+	$(BIN)/python benchmarks/render.py
+
+bench-machines: .venv/.dev
+	$(BIN)/python benchmarks/machines.py
 	$(BIN)/python benchmarks/render.py
 
 docs: setup
