@@ -20,6 +20,7 @@ from rushhour.compress import compress_weights, halve_weights, judge, outputs_of
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig
 from rushhour.errors import DataError, EngineError, ModelError, RushhourError
+from rushhour.machine import describe
 from rushhour.models import build, export
 from rushhour.progress import Silent
 from rushhour.task import Task
@@ -234,13 +235,13 @@ def test_accuracy_control_comes_only_where_the_plain_result_misses_the_budget(pa
     inside = quantize(parent, data, tmp_path / "inside", calibration=20, max_drop=1.0, progress=Silent())
     assert inside.manifest.lineage[-1].settings["control"] == "not needed"
     assert inside.manifest.files["model.onnx"] == plain.manifest.files["model.onnx"]
-    tight = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 2, progress=Silent())
+    tight = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 4, progress=Silent())
     said = tight.manifest.lineage[-1].settings["control"]
     assert str(said).endswith("quantizers given back")
     assert 0 < quantizers(tight) < quantizers(plain)
     assert drop_of(tight, parent, data.validation) < missed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "plain", "tight"]
-    again = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 2, progress=_Never())
+    again = quantize(parent, data, tmp_path / "tight", calibration=20, max_drop=missed / 4, progress=_Never())
     assert again.manifest == tight.manifest
     assert quantize(parent, data, tmp_path / "tight", calibration=20, progress=Silent()).manifest == plain.manifest
 
@@ -267,11 +268,10 @@ def test_int8_weights_run_wherever_the_parent_does(parent: Bundle, tmp_path: Pat
     assert small.model_bytes < parent.model_bytes / 2
     split = pictures().test
     before = outputs_of(parent, EngineConfig("onnxruntime", max_batch=16), split)
-    for config in (
-        EngineConfig("openvino", max_batch=16),
-        EngineConfig("openvino", "bf16", max_batch=16),
-        EngineConfig("onnxruntime", max_batch=16),
-    ):
+    configs = [EngineConfig("openvino", max_batch=16), EngineConfig("onnxruntime", max_batch=16)]
+    if describe().has_bf16:
+        configs.append(EngineConfig("openvino", "bf16", max_batch=16))
+    for config in configs:
         assert float(np.abs(outputs_of(small, config, split) - before).mean()) < 0.03
     assert compress_weights(parent, tmp_path / "w8", progress=_Never()).manifest == small.manifest
     with pytest.raises(ModelError, match="quantised already"):
