@@ -1,5 +1,6 @@
 # make demo     the whole path on real data
 # make test     the tests
+# make test-avx2  those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
 # make bench-serve   our server against its peers, 20 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
@@ -16,7 +17,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
+.PHONY: setup demo test test-avx2 check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
 
 setup: .venv/.ready
 
@@ -36,6 +37,12 @@ demo: setup
 
 test: .venv/.dev
 	$(BIN)/pytest
+
+# The engines, compression and training once more, on a processor that has AVX2 and nothing newer.
+test-avx2: .venv/.dev
+	$(BIN)/python -m rushhour.testing.processor $(BIN)/pytest tests/test_engines.py tests/test_compress.py \
+		tests/test_recipe.py tests/test_speed.py tests/test_imported.py tests/test_models.py tests/test_train.py \
+		tests/test_train_loop.py tests/test_train_workers.py tests/test_parallel.py
 
 check: .venv/.dev
 	$(BIN)/ruff check .

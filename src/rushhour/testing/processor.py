@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rushhour.errors import EngineError
+from rushhour.machine import describe
 from rushhour.storage import write_whole
 
 VARIABLES = {
@@ -49,8 +50,11 @@ def restricted(base: dict[str, str] | None = None) -> dict[str, str]:
         base: what to add them to; by default this process's environment.
 
     Raises:
-        EngineError: if the machine does not allow it: it needs x86-64 Linux, a C compiler and the package capstone.
+        EngineError: if the machine does not allow it: it needs x86-64 Linux, a C compiler and the package capstone; or
+            has nothing above AVX2 to hide.
     """
+    if not set(describe().features) - {"avx2"}:
+        raise EngineError("there is nothing to hide", f"this machine has {describe().features}", "run the command as is")
     auditor, sites = _auditor(), _sites()
     environment = dict(os.environ if base is None else base)
     return {**environment, **VARIABLES, "LD_AUDIT": str(auditor), "RUSHHOUR_CPUID_SITES": str(sites)}
