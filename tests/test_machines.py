@@ -453,3 +453,78 @@ def test_for_reaches_every_int8_step() -> None:
     recipe = Recipe.parse("prune:0.5,int8:100").for_machines("vnni")
     assert recipe.steps[-1] == Quantize(100, "vnni")
     assert Recipe.parse(str(recipe)) == recipe
+
+
+# Files that other tools quantised
+
+_IMPORT = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from rushhour.answers import deviation
+from rushhour.engines import EngineConfig, Runner, open_engine
+from rushhour.errors import EngineError
+from rushhour.models import from_onnx
+from rushhour.task import Task
+file, samples = Path(sys.argv[1]), np.load(sys.argv[2])
+bundle = from_onnx(file, Task(kind="regression", outputs=8), Path(sys.argv[3]), samples=samples)
+right, said = np.load(sys.argv[4]), {"precision": bundle.manifest.precision}
+for engine in ("openvino", "onnxruntime"):
+    try:
+        opened = open_engine(bundle, EngineConfig(engine, bundle.manifest.precision, max_batch=8))
+    except EngineError as error:
+        said[engine] = str(error)
+        continue
+    said[engine] = deviation({"y": right}, Runner(opened).infer({"x": samples}))
+    opened.close()
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+@pytest.mark.parametrize(("activations", "weights"), [("QUInt8", "QInt8"), ("QInt8", "QInt8"), ("QUInt8", "QUInt8")])
+def test_what_another_tool_quantised_is_right_or_refused(
+    form: str, activations: str, weights: str, tmp_path: Path
+) -> None:
+    from onnx import TensorProto, helper
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    random = np.random.default_rng(0)
+    samples = random.random((12, 256), dtype=np.float32)
+    matrix = random.uniform(-1, 1, (256, 8)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "plain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 256])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
+        [numpy_helper.from_array(matrix, "w")],
+    )
+    plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rows = iter(samples)
+
+        def get_next(self) -> dict[str, Any] | None:
+            row = next(self.rows, None)
+            return None if row is None else {"x": row[None]}
+
+    file = tmp_path / "theirs.onnx"
+    quantize_static(
+        plain,
+        file,
+        Reader(),
+        quant_format=QuantFormat[form],
+        activation_type=QuantType[activations],
+        weight_type=QuantType[weights],
+    )
+    np.save(tmp_path / "x.npy", samples)
+    np.save(tmp_path / "y.npy", samples @ matrix)
+    arguments = [str(tmp_path / name) for name in ("theirs.onnx", "x.npy", "bundle", "y.npy")]
+    done = subprocess.run([sys.executable, "-c", _IMPORT, *arguments], env=smaller(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["precision"] == "int8"
+    for engine in ("openvino", "onnxruntime"):
+        assert isinstance(said[engine], str) or said[engine] < 0.02, said
+    assert "without VNNI" in said["openvino"]

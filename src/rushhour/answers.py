@@ -14,6 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.errors import EngineError
+from rushhour.machine import describe
 from rushhour.telemetry import keep_home
 
 Answers = Mapping[str, NDArray[Any]]
@@ -22,6 +24,9 @@ Answers = Mapping[str, NDArray[Any]]
 TOLERANCES: Final = {"f32": 1e-3, "bf16": 3e-2, "int8": 1e-2}
 """By precision; what `deviation` may be at most. int8: engines round differently between layers, and what that comes to
 is measured when a graph is quantised; this is the least that is allowed."""
+
+INTEGER_PRODUCTS: Final = frozenset({"QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger", "ConvInteger"})
+"""Operators whose arithmetic is the processor's own, even where nothing is optimised."""
 
 _SPREAD: Final = 1e-3
 """Answers that hardly differ are compared by this share of their size instead of by their range."""
@@ -34,8 +39,16 @@ def graph_answers(model: Path, samples: Answers) -> dict[str, NDArray[Any]]:
         samples: input name -> array of shape `(n, *shape)`; they are run one at a time, so no answer has company.
 
     Raises:
+        EngineError: if the graph multiplies integers by itself and this processor may saturate on them: what it answers
+            here proves nothing.
         Exception: whatever ONNX Runtime raises on a graph that it cannot run.
     """
+    if describe().saturates and _multiplies_integers(model):
+        raise EngineError(
+            f"cannot tell what {model} answers",
+            "it multiplies 8-bit numbers by itself, and without VNNI this processor may saturate on them",
+            "make the bundle on a machine with VNNI",
+        )
     keep_home()
     import onnxruntime
 
@@ -51,6 +64,13 @@ def graph_answers(model: Path, samples: Answers) -> dict[str, NDArray[Any]]:
         for row in range(count)
     ]
     return {name: np.concatenate([row[index] for row in rows]) for index, name in enumerate(names)}
+
+
+def _multiplies_integers(model: Path) -> bool:
+    """Whether integers are multiplied as such, not as floats between QuantizeLinear and DequantizeLinear."""
+    import onnx
+
+    return any(node.op_type in INTEGER_PRODUCTS for node in onnx.load(model, load_external_data=False).graph.node)
 
 
 def deviation(expected: Answers, found: Answers) -> float:

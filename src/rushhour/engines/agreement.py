@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rushhour.answers import TOLERANCES, deviation
+from rushhour.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
 from rushhour.bundle import Bundle
 from rushhour.engines.engine import Engine, EngineConfig, Runner
 from rushhour.errors import EngineError
@@ -16,7 +16,7 @@ from rushhour.machine import describe
 
 _SAFE = 64
 """Weights up to this size keep a pair of products with unsigned activations inside 16 bits: 2 x 255 x 64 < 2^15."""
-_MULTIPLIES = {"DequantizeLinear", "QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger"}
+_MULTIPLIES = INTEGER_PRODUCTS | {"DequantizeLinear"}
 """What takes weights in 8 bits."""
 _ALONE = 4
 """Samples that are also run one at a time: a batch of one has a graph of its own on some engines."""

@@ -9,12 +9,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from rushhour.answers import INTEGER_PRODUCTS
 from rushhour.bundle import Bundle, DType, Manifest, Preprocessing, Signature, Step, TensorSpec
 from rushhour.errors import ModelError
 from rushhour.models.deployed import strip_origin
 from rushhour.task import Task
 from rushhour.telemetry import keep_home
 
+_INT8 = INTEGER_PRODUCTS | {"QuantizeLinear"}
+"""Operators of a graph whose activations are quantised, whichever tool did it."""
 _DYNAMIC = "export it with a dynamic first dimension (torch: dynamic_shapes or dynamic_axes)"
 
 
@@ -52,7 +55,7 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
         signature=signature,
         task=task,
         preprocessing=Preprocessing(),
-        precision="int8" if any(node.op_type == "QuantizeLinear" for node in graph.graph.node) else "f32",
+        precision="int8" if any(node.op_type in _INT8 for node in graph.graph.node) else "f32",
         parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer),
         lineage=(Step("import", {"format": "onnx"}),),
     )

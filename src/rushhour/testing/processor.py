@@ -54,7 +54,9 @@ def restricted(base: dict[str, str] | None = None) -> dict[str, str]:
             has nothing above AVX2 to hide.
     """
     if not set(describe().features) - {"avx2"}:
-        raise EngineError("there is nothing to hide", f"this machine has {describe().features}", "run the command as is")
+        raise EngineError(
+            "there is nothing to hide", "this processor has no more than AVX2", "run the command as it is"
+        )
     auditor, sites = _auditor(), _sites()
     environment = dict(os.environ if base is None else base)
     return {**environment, **VARIABLES, "LD_AUDIT": str(auditor), "RUSHHOUR_CPUID_SITES": str(sites)}
