@@ -8,6 +8,7 @@
 # make bench-compress  what compression buys and costs, an hour and a half; goes on where it was broken off
 # make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
+# make bench-zoo    500 random networks, trained under a checked heap: is any memory corrupted? 5 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
@@ -15,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
+.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -69,6 +70,10 @@ bench-train: setup
 
 bench-train-options: setup
 	$(BIN)/python benchmarks/train_options.py
+	$(BIN)/python benchmarks/render.py
+
+bench-zoo: setup
+	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/render.py
 
 docs: setup

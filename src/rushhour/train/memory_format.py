@@ -73,9 +73,10 @@ class MemoryFormat(msgspec.Struct, frozen=True):
     def lay(self, deployed: Deployed) -> None:
         """Lay the network out, and inputs from now on, in place."""
         for tensor in (*deployed.network.parameters(), *deployed.network.buffers()):
-            if tensor.dim() == 4 and self.channels_last:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-            elif not _is_plain(tensor):
+            if self.channels_last:
+                if tensor.dim() == 4:
+                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            elif tensor.dim() in _STRIDED_RANKS and not _is_plain(tensor):
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
         deployed.preprocess.contiguous = not self.channels_last
 
