@@ -81,7 +81,8 @@ def train(
     """Train the network that `source` names on `dataset` and seal it as a bundle.
 
     A bundle at `out` that came from the very same training is returned as it is. A checkpoint of the very same
-    training in `work` is gone on from. Equal arguments give equal bundles on equal machines.
+    training in `work` is gone on from. Equal arguments give equal bundles on equal machines, up to rounding where trial
+    steps choose between memory formats that are about equally fast (`rushhour.train.memory_format`).
 
     Args:
         dataset: fitted on its training part; the metric in the progress is of its validation part.
