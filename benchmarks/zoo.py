@@ -91,7 +91,7 @@ def measure(scale: Scale) -> list[tuple[Instructions, Outcome]]:
 def judge(found: Sequence[tuple[Instructions, Outcome]], scale: Scale) -> tuple[list[Check], list[Table]]:
     """What they come to."""
     ours = [one for _, one in found if one.way == "rushhour"]
-    tested = [one for one in ours if one.corrupted or one.ended == "well"]
+    tested = [one for one in ours if one.corrupted or one.ended == "well"]  # not what torch refused
     corrupted = {one.number for one in ours if one.corrupted}
     why = "" if checker() else "glibc's malloc debugging is not installed, so corruption showed by crashes only"
     check = verdict(
@@ -114,7 +114,8 @@ def judge(found: Sequence[tuple[Instructions, Outcome]], scale: Scale) -> tuple[
     note = (
         "Trainings of three steps, by how they ended. `rushhour` chooses the memory format; the others force it: "
         "weights and pictures channels-last, both contiguous, or contiguous weights and pictures as they come on the "
-        "wire. A signal or a hang is corruption; an error is a combination that torch refuses."
+        "wire. A signal or a hang is corruption. Errors of torch's are counted apart; those of memory that cannot be "
+        "had, or is invalid, are likely to come from it too."
     )
     return [check], [Table("How trainings ended", ("instructions", "memory format", *kinds), rows, note)]
 

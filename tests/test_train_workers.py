@@ -24,7 +24,7 @@ from rushhour.bundle import Source
 from rushhour.curves import Epoch, read_curves
 from rushhour.errors import ModelError, PlanError
 from rushhour.testing.networks import ANY
-from rushhour.train import Division, Relaxed, Tracking, TrainSettings
+from rushhour.train import Division, Relaxed, Tracking, TrainSettings, launch
 from rushhour.train.loop import Diverged
 from rushhour.train.plan import Mode
 from rushhour.train.position import Position, positions, reached, report_to, watch
@@ -306,14 +306,11 @@ def fatal() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 16), Fatal(), nn.ReLU(inplace=True), nn.Linear(16, 2))
 
 
-def fated(
-    folder: Path, number: int, passes: str, monkeypatch: pytest.MonkeyPatch, every_s: float
-) -> dict[str, torch.Tensor]:
+def fated(folder: Path, number: int, passes: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     monkeypatch.setenv(FATAL, f"{number} {passes} {folder}")
     source = Source("test_train_workers:fatal")
     return learned(
-        folder, table(), source, SETTINGS, workers=2, trusted=(source.factory,), division=divided("data"),
-        checkpoint_every_s=every_s,
+        folder, table(), source, SETTINGS, workers=2, trusted=(source.factory,), division=divided("data")
     )  # fmt: skip
 
 
@@ -322,7 +319,7 @@ def test_a_worker_that_dies_of_a_signal_at_the_same_step_is_not_started_a_third_
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ModelError) as caught:
-        fated(tmp_path, number, "3,3,3", monkeypatch, 1e9)
+        fated(tmp_path, number, "3,3,3", monkeypatch)
     assert caught.value.what == f"worker 1 of 2 died of {number.name} twice at step 4, in Fatal '1', forward"
     assert "--no-channels-last" in caught.value.fix
     assert "--workers" in caught.value.fix
@@ -330,27 +327,28 @@ def test_a_worker_that_dies_of_a_signal_at_the_same_step_is_not_started_a_third_
     assert f"worker 1 of 2 got {number.name} at step 4; all" in caplog.text
 
 
-def test_faults_at_other_steps_end_a_training_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stepping(folder: Path, number: int, steps: list[int]) -> int:
+    """Worker 1 ends itself by the signal at the step that each start has; the starts before are returned."""
+    starts = len(list(folder.glob("died-*")))
+    if dist.get_rank() == 1:
+        for step in range(1, 10):
+            reached(step)
+            if starts < len(steps) and step == steps[starts]:
+                (folder / f"died-{starts}").touch()
+                os.kill(os.getpid(), number)
+    dist.barrier()
+    return starts
+
+
+def test_faults_at_other_steps_end_a_training_too(tmp_path: Path) -> None:
     """Corrupted memory shows at one step or another."""
-    with pytest.raises(
-        ModelError, match=r"worker 1 of 2 died of SIGSEGV at step \d+, in Fatal '1', forward, after others"
-    ):
-        fated(tmp_path, signal.SIGSEGV, "2,1,2", monkeypatch, 0.0)
-    assert len(list(tmp_path.glob("died-*"))) == 3
+    with pytest.raises(ModelError, match=r"worker 1 of 2 died of SIGSEGV at step 6, after others at 3, 5, 6: a native"):
+        launch(stepping, 2, (tmp_path, int(signal.SIGSEGV), [3, 5, 6, 7]), restarts=5)
 
 
-def test_a_worker_that_is_killed_at_other_steps_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_is_killed_at_other_steps_is_started_again(tmp_path: Path) -> None:
     """As by the kernel when memory is short: that may pass."""
-    trained = fated(tmp_path, signal.SIGKILL, "2,1", monkeypatch, 0.0)
-    assert len(list(tmp_path.glob("died-*"))) == 2
-    monkeypatch.delenv(FATAL)
-    source = Source("test_train_workers:fatal")
-    undisturbed = learned(
-        tmp_path / "other", table(), source, SETTINGS, workers=2, trusted=(source.factory,), division=divided("data")
-    )
-    assert same(trained, undisturbed), "also with layers watched"
+    assert launch(stepping, 2, (tmp_path, int(signal.SIGKILL), [3, 4, 5]), restarts=5) == [3, 3]
 
 
 def test_the_layer_of_a_backward_pass_is_known(tmp_path: Path) -> None:
