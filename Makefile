@@ -10,6 +10,7 @@
 # make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
 # make bench-machines  what int8 answers and how fast it is, with and without VNNI, 20 minutes
+# make bench-zoo    500 random networks, trained under a checked heap: is any memory corrupted? 5 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 
@@ -17,7 +18,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-avx2 check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
+.PHONY: setup demo test test-avx2 check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -81,6 +82,10 @@ bench-train-options: setup
 
 bench-machines: .venv/.dev
 	$(BIN)/python benchmarks/machines.py
+	$(BIN)/python benchmarks/render.py
+
+bench-zoo: setup
+	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/render.py
 
 docs: setup

@@ -24,9 +24,10 @@ from rushhour.bundle import Source
 from rushhour.curves import Epoch, read_curves
 from rushhour.errors import ModelError, PlanError
 from rushhour.testing.networks import ANY
-from rushhour.train import Division, Relaxed, Tracking, TrainSettings
+from rushhour.train import Division, Relaxed, Tracking, TrainSettings, launch
 from rushhour.train.loop import Diverged
 from rushhour.train.plan import Mode
+from rushhour.train.position import Position, positions, reached, report_to, watch
 from rushhour.train.reducer import Compression
 from test_train import ARTICLE as PICTURES
 from test_train import RESIDUAL, Notes, pictures, table
@@ -276,6 +277,98 @@ def test_workers_that_die_again_and_again_are_given_up(tmp_path: Path, monkeypat
             tmp_path, table(), Source("test_train_workers:dies"), SETTINGS, workers=2,
             trusted=("test_train_workers:dies",),
         )  # fmt: skip
+
+
+FATAL = "RUSHHOUR_TEST_FATAL"
+"""SIGNAL PASSES FOLDER: worker 1 ends itself by the signal in the forward pass, from 0, that PASSES has for a start."""
+
+
+class Fatal(nn.Module):
+    """Answers with what it is given, and ends its worker by a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and FATAL in os.environ and dist.is_initialized() and dist.get_rank() == 1:
+            number, passes, folder = os.environ[FATAL].split(" ", 2)
+            starts = len(list(Path(folder).glob("died-*")))
+            at = [int(one) for one in passes.split(",")]
+            if starts < len(at) and self._passes == at[starts]:
+                (Path(folder) / f"died-{starts}").touch()
+                os.kill(os.getpid(), int(number))
+            self._passes += 1
+        return x
+
+
+def fatal() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 16), Fatal(), nn.ReLU(inplace=True), nn.Linear(16, 2))
+
+
+def fated(folder: Path, number: int, passes: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    monkeypatch.setenv(FATAL, f"{number} {passes} {folder}")
+    source = Source("test_train_workers:fatal")
+    return learned(
+        folder, table(), source, SETTINGS, workers=2, trusted=(source.factory,), division=divided("data")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_a_worker_that_dies_of_a_signal_at_the_same_step_is_not_started_a_third_time(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        fated(tmp_path, number, "3,3,3", monkeypatch)
+    assert caught.value.what == f"worker 1 of 2 died of {number.name} twice at step 4, in Fatal '1', forward"
+    assert "--no-channels-last" in caught.value.fix
+    assert "--workers" in caught.value.fix
+    assert caplog.text.count("start again") == 1
+    assert f"worker 1 of 2 got {number.name} at step 4; all" in caplog.text
+
+
+def stepping(folder: Path, number: int, steps: list[int]) -> int:
+    """Worker 1 ends itself by the signal at the step that each start has; the starts before are returned."""
+    starts = len(list(folder.glob("died-*")))
+    if dist.get_rank() == 1:
+        for step in range(1, 10):
+            reached(step)
+            if starts < len(steps) and step == steps[starts]:
+                (folder / f"died-{starts}").touch()
+                os.kill(os.getpid(), number)
+    dist.barrier()
+    return starts
+
+
+def test_faults_at_other_steps_end_a_training_too(tmp_path: Path) -> None:
+    """Corrupted memory shows at one step or another."""
+    with pytest.raises(ModelError, match=r"worker 1 of 2 died of SIGSEGV at step 6, after others at 3, 5, 6: a native"):
+        launch(stepping, 2, (tmp_path, int(signal.SIGSEGV), [3, 5, 6, 7]), restarts=5)
+
+
+def test_a_worker_that_is_killed_at_other_steps_is_started_again(tmp_path: Path) -> None:
+    """As by the kernel when memory is short: that may pass."""
+    assert launch(stepping, 2, (tmp_path, int(signal.SIGKILL), [3, 4, 5]), restarts=5) == [3, 3]
+
+
+def test_the_layer_of_a_backward_pass_is_known(tmp_path: Path) -> None:
+    with positions(2) as file:
+        position = Position(file, 1, layers=True)
+        assert Position(file, 0).read() == position.read() == (None, "")
+        report_to(position)
+        try:
+            seen = []
+            network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 1))
+            watch(network)
+            reached(7)
+            out = network(torch.randn(2, 3))
+            assert position.read() == (7, "Linear '2', forward")
+            network[0].weight.register_hook(lambda _: seen.append(position.read()))
+            out.sum().backward()
+        finally:
+            report_to(None)
+        assert seen == [(7, "Linear '0', backward")]
+        assert Position(file, 0).read() == (None, "")
 
 
 def test_more_workers_than_samples_in_a_step_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ line that says what, why and what to do; 130 interrupted.
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import sys
 import traceback
@@ -178,6 +179,8 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
     """
     from rushhour import training
 
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # on one worker, a signal ends this very process: say at least where
     progress = training.progress_of_training()
     try:
         outcome = training.run(model, data, out, progress, **options)

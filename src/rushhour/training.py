@@ -51,11 +51,13 @@ def progress_of_training() -> TerminalProgress:
 def basic_options(command: C) -> C:
     """Those of every command that trains."""
     for option in (
+        click.option("--channels-last/--no-channels-last", default=True, show_default=True,
+                     help="Pictures may lie channels-last in memory, where that is safe and faster."),
         click.option("--seed", default=0, show_default=True, help="Of the weights and the order of the data."),
         click.option("--batch", default=128, show_default=True, help="Samples in one training step."),
         click.option("--lr", default=2e-3, show_default=True, help="The largest learning rate."),
         click.option("--epochs", default=3, show_default=True, help="Passes over the training data."),
-    ):
+    ):  # fmt: skip
         command = option(command)
     return command
 

@@ -32,6 +32,7 @@ from rushhour.train.checkpoint import Checkpoint
 from rushhour.train.feed import Feed
 from rushhour.train.loop import Diverged
 from rushhour.train.loss import loss_for
+from rushhour.train.memory_format import NOTE, MemoryFormat, choose
 from rushhour.train.settings import ScheduleName
 
 _REMEMBERED_BYTES = 256_000_000
@@ -122,12 +123,23 @@ def distil(
     if step.augment is not None:
         check_pictures(dataset.train.inputs, dataset.name)
     torch.set_num_threads(machine.cores())
-    if student.preprocess.pictures:
-        student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     settings, name = step.settings(seed), teacher.manifest.name
+    size = min(step.batch, len(dataset.train))
+    form = choose(
+        student,
+        dataset.train.inputs[:size],
+        bf16=bool(settings.bf16),
+        steps=step.epochs * (len(dataset.train) // size),
+        kept=checkpoint.notes().get(NOTE),
+    )
+    form.lay(student)
+    if form.why:
+        progress.start("choose a memory format")
+        progress.done(str(form))
     optimizer = settings.make_optimizer(student.network.parameters())
     loss_of = _loss(dataset.task, step, dataset.train.labelled)
     with (
+        form.in_force(),
         torch.random.fork_rng(devices=[]),
         Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment) as feed,
         _answering(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)) as asked,
@@ -164,7 +176,8 @@ def distil(
                 done += 1
                 progress.advance(1, f"epoch {epoch + 1}/{step.epochs}, loss {value:.3f}")
                 if done == total or time.monotonic() - saved >= checkpoint_every_s:
-                    checkpoint.save(done, student.network, optimizer, schedule)
+                    notes = {NOTE: msgspec.to_builtins(form)}
+                    checkpoint.save(done, student.network, optimizer, schedule, notes=notes)
                     saved = time.monotonic()
         progress.done(f"{step.epochs} epochs")
     student.eval()
@@ -196,8 +209,7 @@ def _answering(
     """The teacher at work."""
     module = _module(bundle, trusted)
     if module is not None:
-        if module.preprocess.pictures:
-            module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        MemoryFormat(channels_last=module.preprocess.pictures).lay(module)  # only gradients are at fault
 
         def torch_answers(inputs: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -21,6 +21,7 @@ from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
 from rushhour.models import Deployed
 from rushhour.train.loss import loss_for
+from rushhour.train.memory_format import MemoryFormat, guard
 
 _GRADIENT_SAMPLES, _GRADIENT_BATCH = 1024, 128
 _TRIAL_SHARE = 0.25
@@ -135,11 +136,14 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
     loss_of, split = loss_for(dataset.task), dataset.train
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split), generator=generator)[:_GRADIENT_SAMPLES].numpy()
+    form = guard(deployed, split.inputs) or MemoryFormat(channels_last=deployed.preprocess.pictures)
+    form.lay(deployed)
     deployed.network.zero_grad()
-    for at in range(0, len(rows), _GRADIENT_BATCH):
-        part = rows[at : at + _GRADIENT_BATCH]
-        loss = loss_of(deployed.logits(torch.from_numpy(split.inputs[part])), torch.from_numpy(split.targets[part]))
-        (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+    with form.in_force():
+        for at in range(0, len(rows), _GRADIENT_BATCH):
+            part = rows[at : at + _GRADIENT_BATCH]
+            loss = loss_of(deployed.logits(torch.from_numpy(split.inputs[part])), torch.from_numpy(split.targets[part]))
+            (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
 
 
 def _graph(network: nn.Module, example: Tensor, name: str) -> Any:

@@ -33,7 +33,11 @@ _ON_THE_WIRE = ".wire"
 
 
 class Preprocess(nn.Module):
-    """What `Preprocessing` says, in torch: any dtype in the wire's layout to float32 in the network's layout."""
+    """What `Preprocessing` says, in torch: any dtype in the wire's layout to float32 in the network's layout.
+
+    Attributes:
+        contiguous: whether pictures are copied into torch's standard memory format; else they stay channels-last.
+    """
 
     factor: Tensor
     offset: Tensor
@@ -41,6 +45,7 @@ class Preprocess(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.pictures = preprocessing.layout == "NHWC->NCHW"
+        self.contiguous = False
         std = np.asarray(preprocessing.std or (1.0,), dtype=np.float64)
         mean = np.asarray(preprocessing.mean or (0.0,), dtype=np.float64)
         if not (np.isfinite(std) & (std != 0)).all():
@@ -56,9 +61,11 @@ class Preprocess(nn.Module):
         self.register_buffer("offset", torch.from_numpy(offset).float().reshape(trailing), persistent=False)
 
     def forward(self, samples: Tensor) -> Tensor:
-        """`(n, h, w, c)` to `(n, c, h, w)` for pictures (a view: channels-last in memory), else the same shape."""
+        """`(n, h, w, c)` to `(n, c, h, w)` for pictures (channels-last in memory by default), else the same shape."""
         if self.pictures:
             samples = samples.permute(0, 3, 1, 2)
+            if self.contiguous:  # `contiguous()` would leave the strides of a single channel as they are
+                samples = samples.clone(memory_format=torch.contiguous_format)
         samples = samples.to(torch.float32)
         return samples if self.plain else samples * self.factor + self.offset
 

@@ -129,6 +129,21 @@ class Checkpoint:
             return None
         return Snapshot(state.step, state.notes, tensors) if state.fingerprint == self.fingerprint else None
 
+    def notes(self) -> dict[str, Any]:
+        """What is on disk beside the tensors, without reading these; empty where `read` would find nothing.
+
+        Raises:
+            StorageError: if it is there but cannot be read.
+        """
+        if not self.path.is_file():
+            return {}
+        try:
+            with explained(f"read {self.path}"), safe_open(self.path, framework="pt") as file:
+                state = msgspec.json.decode((file.metadata() or {}).get(_HEADER, ""), type=_State)
+        except (SafetensorError, msgspec.DecodeError):
+            return {}
+        return state.notes if state.fingerprint == self.fingerprint else {}
+
     def save(
         self,
         step: int,

@@ -160,14 +160,14 @@ def decide(
             backend=division.backend,
         )
 
-    plans: list[ParallelPlan] = _only_leader(planned)
+    plans: list[ParallelPlan] = only_leader(planned)
     if prepare is not None and division.constants is None:
         predicted_s = steps * plans[0].predicted.step_s
         budget_s, memory = min(TRIAL_S, TRIAL_SHARE * predicted_s), division.memory_bytes or worker_memory(world)
         made = fastest(plans, prepare, budget_s=budget_s, memory_bytes=memory)
     else:
         made = plans[0]
-    _only_leader(lambda: write_whole(path, msgspec.json.encode(_Kept(division, world, batch, made))))
+    only_leader(lambda: write_whole(path, msgspec.json.encode(_Kept(division, world, batch, made))))
     progress.done(made.explain())
     return made
 
@@ -185,7 +185,7 @@ def _from_leader(thing: Any) -> Any:
     return box[0]
 
 
-def _only_leader(work: Callable[[], Any]) -> Any:
+def only_leader(work: Callable[[], Any]) -> Any:
     """What worker 0 makes, on all workers; so are its errors."""
     outcome: Any = None
     if dist.get_rank() == 0:

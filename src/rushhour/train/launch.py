@@ -1,7 +1,8 @@
 """Workers: runs a function in k processes of this machine, or joins those that torchrun started on several.
 
 A worker that dies takes the others with it, for they would wait for it for ever; all are started again, and go on
-from whatever the function keeps on disk.
+from whatever the function keeps on disk. One that a signal ends twice at the same step would die there again, so it is
+not started a third time.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,10 +26,15 @@ from torch import multiprocessing
 
 from rushhour import machine
 from rushhour.errors import ModelError, RushhourError
+from rushhour.train.position import Position, forget, positions, report_to
 
 _ECHO_S = 1.0
 _MEET_S = 300.0
 _LOOK_S = 0.02
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+"""Signals that a process gives itself."""
+_MOST_FAULTS = 3
+"""Of these, at whatever steps: corrupted memory shows at one step or another."""
 
 Backend = Literal["gloo", "nccl", "mpi"]
 
@@ -59,8 +67,8 @@ def launch(
 
     Raises:
         RushhourError: whatever `fn` raised of that kind, as it was.
-        ModelError: if a worker raised anything else, or died too often; torchrun's number of workers is another than
-            `workers`; or torch was built without the backend.
+        ModelError: if a worker raised anything else, or died too often, or twice of one signal at the same step;
+            torchrun's number of workers is another than `workers`; or torch was built without the backend.
     """
     if not dist.is_backend_available(backend):
         raise ModelError(
@@ -79,18 +87,23 @@ def launch(
             return [fn(*args)]
     # The store lives here, so its port is free for sure, and a fresh prefix each time forgets the dead.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
-    for attempt in range(restarts + 1):
-        try:
-            return _once(fn, workers, args, backend, store.port, attempt, threads or _threads(workers))
-        except _Died as death:
-            if attempt == restarts:
-                times = f" {attempt + 1} times" if attempt else ""
-                raise ModelError(
-                    f"a worker died{times}: {death}",
-                    "it was killed from outside, ran out of memory, or met a bug",
-                    "see its words above; use fewer workers if memory was short",
-                ) from death
-            logging.getLogger(__name__).warning("%s; all workers start again from the last checkpoint", death)
+    deaths: list[_Died] = []
+    with positions(workers) as file:
+        for attempt in range(restarts + 1):
+            try:
+                return _once(fn, workers, args, backend, store.port, attempt, threads or _threads(workers), file)
+            except _Died as death:
+                if restarts and (hopeless := _hopeless(death, deaths, workers)) is not None:
+                    raise hopeless from death
+                deaths.append(death)
+                if attempt == restarts:
+                    times = f" {attempt + 1} times" if attempt else ""
+                    raise ModelError(
+                        f"a worker died{times}: {death}",
+                        "it was killed from outside, ran out of memory, or met a bug",
+                        "see its words above; use fewer workers if memory was short",
+                    ) from death
+                logging.getLogger(__name__).warning("%s; all workers start again from the last checkpoint", death)
     raise AssertionError("unreachable")
 
 
@@ -126,7 +139,52 @@ def _met() -> dict[str, Any]:
 
 
 class _Died(Exception):
-    """A worker ended without a result."""
+    """A worker ended without a result.
+
+    Args:
+        who: the worker, in words.
+        signal: that ended it, if one did.
+        step: of the optimizer that it was at, from 1; 0 before the first; None where it never said.
+        layer: that it was at; empty where it is not known.
+    """
+
+    def __init__(self, who: str, signal: int | None, step: int | None, layer: str) -> None:
+        self.who, self.signal, self.step, self.layer = who, signal, step, layer
+        end = "failed" if signal is None else f"got {_named(signal)}"
+        super().__init__(f"{who} {end}{_place(step, layer)}")
+
+
+def _place(step: int | None, layer: str) -> str:
+    at = "" if step is None else f" at step {step}" if step else " before the first step"
+    return at + (f", in {layer}" if layer else "")
+
+
+def _named(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _hopeless(death: _Died, before: Sequence[_Died], workers: int) -> ModelError | None:
+    """The error to end with, where another start would end as this one."""
+    if death.signal is None:
+        return None
+    same = [one for one in before if (one.signal, one.step) == (death.signal, death.step) and one.step is not None]
+    faults = [one for one in (*before, death) if one.signal in _FAULTS]
+    if not same and (death.signal not in _FAULTS or len(faults) < _MOST_FAULTS):
+        return None
+    threads = f"another number of --workers, now {workers}, and so of threads"
+    if same:
+        what = f"{death.who} died of {_named(death.signal)} twice{_place(death.step, death.layer)}"
+    else:
+        steps = ", ".join("?" if one.step is None else str(one.step) for one in faults)
+        what = f"{death.who} died of {_named(death.signal)}{_place(death.step, death.layer)}, after others at {steps}"
+    if death.signal in _FAULTS:
+        return ModelError(
+            what, "a native library failed, or something corrupted memory", f"try --no-channels-last, or {threads}"
+        )
+    return ModelError(what, "memory ran out, or something ends it there", f"free memory, or try {threads}")
 
 
 def _once(
@@ -137,14 +195,16 @@ def _once(
     port: int,
     attempt: int,
     threads: int,
+    file: Path,
 ) -> list[Any]:
+    forget(file, workers)
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]
     quiet = logging.getLogger("torch.multiprocessing.spawn")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # it warns of every process that it ends
     context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
         _worker,
-        (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads),
+        (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads, file),
         workers,
         join=False,
     )
@@ -178,11 +238,13 @@ def _once(
         if failed is not None:
             raise failed
         if died:
-            first = min(died)
-            process = context.processes[first]
-            process.join(5)
-            code = process.exitcode
-            raise _Died(f"worker {first} of {workers} " + (f"got signal {-code}" if code and code < 0 else "failed"))
+            codes = {}
+            for rank in sorted(died):
+                context.processes[rank].join(5)
+                codes[rank] = context.processes[rank].exitcode or 0
+            first = min(codes, key=lambda rank: codes[rank] >= 0)  # one that a signal ended, if there is one
+            ended = -codes[first] if codes[first] < 0 else None
+            raise _Died(f"worker {first} of {workers}", ended, *Position(file, first).read())
         if raised:
             rank, error = raised[0]
             raise ModelError(f"worker {rank} of {workers} failed", error, "mend that; its words above say where it was")
@@ -209,10 +271,12 @@ def _worker(
     port: int,
     attempt: int,
     threads: int,
+    file: Path,
 ) -> None:
     for other, sender in enumerate(senders):
         if other != rank:
             sender.close()  # else its end would not be seen when its worker dies
+    report_to(Position(file, rank, layers=attempt > 0))  # layers only after a death: they take time
     outcome: tuple[bool, Any]  # and its result, an error for the user, or the words of any other
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -31,11 +31,13 @@ from rushhour.models import Deployed, build, export
 from rushhour.progress import Progress, Silent
 from rushhour.storage import write_whole
 from rushhour.train.checkpoint import Checkpoint, shapes
-from rushhour.train.divided import Divided, Division, decide
+from rushhour.train.divided import Divided, Division, decide, only_leader
 from rushhour.train.feed import Batch, Feed
 from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
+from rushhour.train.memory_format import NOTE, MemoryFormat, choose
 from rushhour.train.plan import ParallelPlan
+from rushhour.train.position import reached, watch
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import AVERAGE, Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
@@ -79,7 +81,8 @@ def train(
     """Train the network that `source` names on `dataset` and seal it as a bundle.
 
     A bundle at `out` that came from the very same training is returned as it is. A checkpoint of the very same
-    training in `work` is gone on from. Equal arguments give equal bundles on equal machines.
+    training in `work` is gone on from. Equal arguments give equal bundles on equal machines, up to rounding where trial
+    steps choose between memory formats that are about equally fast (`rushhour.train.memory_format`).
 
     Args:
         dataset: fitted on its training part; the metric in the progress is of its validation part.
@@ -207,11 +210,21 @@ class _Assignment(msgspec.Struct, frozen=True):
     ) -> dict[str, Tensor]:
         deployed = self._prepared(dataset)
         settings = self.settings.resolved
+        form = self._format(dataset, deployed, progress)
+        form.lay(deployed)
         stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
         expected = shapes(deployed.network.state_dict())
-        return self._run(dataset, stepper, deployed.head, expected, progress, on_epoch)
+        with form.in_force():
+            return self._run(dataset, stepper, deployed.head, expected, form, progress, on_epoch)
 
     def __call__(self, dataset: Dataset, progress: Progress) -> None:
+        reached(0)
+        form: MemoryFormat = only_leader(lambda: self._format(dataset, self._prepared(dataset), progress))
+        with form.in_force():
+            self._share(dataset, form, progress)
+
+    def _share(self, dataset: Dataset, form: MemoryFormat, progress: Progress) -> None:
+        """Do this worker's part."""
         size = min(self.settings.batch, len(dataset.train))
         plan = decide(
             self.source,
@@ -222,22 +235,24 @@ class _Assignment(msgspec.Struct, frozen=True):
             trusted=self.trusted,
             path=_beside(self.checkpoint(dataset)) / PLAN,
             progress=progress,
-            prepare=lambda plan: self._rehearsal(dataset, plan),
+            prepare=lambda plan: self._rehearsal(dataset, plan, form),
             steps=self.settings.epochs * (len(dataset.train) // size),
         )
         deployed = self._prepared(dataset)
+        form.lay(deployed)
         expected, head = shapes(deployed.network.state_dict()), deployed.head
+        watch(deployed.network)
         stepper = Divided(deployed, dataset.task, plan, settings=self.settings.resolved, division=self.division)
         del deployed  # what other workers hold of it is forgotten here
         if stepper.leads and self.tracking is not None:
             write_whole(self.tracking.folder / PLAN, msgspec.json.format(msgspec.json.encode(plan)))
-        self._run(dataset, stepper, head, expected, progress, None)
+        self._run(dataset, stepper, head, expected, form, progress, None)
 
-    def _rehearsal(self, dataset: Dataset, plan: ParallelPlan) -> Callable[[], object]:
+    def _rehearsal(self, dataset: Dataset, plan: ParallelPlan, form: MemoryFormat) -> Callable[[], object]:
         """The training's first step by a plan, again and again, with a network of its own."""
-        stepper = Divided(
-            self._prepared(dataset), dataset.task, plan, settings=self.settings.resolved, division=self.division
-        )
+        deployed = self._prepared(dataset)
+        form.lay(deployed)
+        stepper = Divided(deployed, dataset.task, plan, settings=self.settings.resolved, division=self.division)
         optimizer = self.settings.make_optimizer(stepper.parameters())
         with Feed(
             dataset.train,
@@ -265,10 +280,24 @@ class _Assignment(msgspec.Struct, frozen=True):
         torch.manual_seed(self.settings.seed)
         deployed = Deployed(build(self.source, self.trusted), dataset.task, dataset.preprocessing)
         _check(dataset, deployed, self.settings, _short(self.source))
-        if dataset.preprocessing.layout == "NHWC->NCHW":
-            # as the samples come, and twice as fast in oneDNN's convolutions
-            deployed.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return deployed
+
+    def _format(self, dataset: Dataset, deployed: Deployed, progress: Progress) -> MemoryFormat:
+        """How its pictures lie in memory: as the checkpoint says, or else chosen now; what there is to say, is said."""
+        settings, size = self.settings, min(self.settings.batch, len(dataset.train))
+        kept = self.checkpoint(dataset).notes().get(NOTE)
+        form = choose(
+            deployed,
+            dataset.train.inputs[: max(2, size // (self.workers * settings.accumulate))],
+            bf16=bool(settings.resolved.bf16),
+            steps=settings.epochs * (len(dataset.train) // size),
+            allowed=settings.channels_last,
+            kept=kept,
+        )
+        if form.why:
+            progress.start("choose a memory format")
+            progress.done(str(form))
+        return form
 
     def _run(
         self,
@@ -276,6 +305,7 @@ class _Assignment(msgspec.Struct, frozen=True):
         stepper: Stepper,
         head: nn.Module,
         expected: dict[str, tuple[int, ...]],
+        form: MemoryFormat,
         progress: Progress,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> dict[str, Tensor]:
@@ -289,6 +319,7 @@ class _Assignment(msgspec.Struct, frozen=True):
             name=_short(self.source),
             head=head,
             expected=expected,
+            form=form,
             checkpoint_every_s=self.checkpoint_every_s,
             on_epoch=on_epoch,
         )
@@ -309,6 +340,7 @@ class _Course:
         name: str,
         head: nn.Module,
         expected: dict[str, tuple[int, ...]],
+        form: MemoryFormat,
         checkpoint_every_s: float,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> None:
@@ -320,6 +352,7 @@ class _Course:
         self._name = name
         self._head = head
         self._expected = expected
+        self._form = form
         self._every_s = checkpoint_every_s
         self._on_epoch = on_epoch
         self._unit = "images" if dataset.preprocessing.layout == "NHWC->NCHW" else "samples"
@@ -353,7 +386,7 @@ class _Course:
             if self._done:
                 self._progress.advance(self._done, f"resumed after step {self._done}")
             tracked = tracking if stepper.leads else None
-            as_config = msgspec.to_builtins(settings)
+            as_config = {**msgspec.to_builtins(settings), NOTE: str(self._form)}
             with Tracker(tracked, self._name, identity=identity[:16], settings=as_config, first=self._done) as tracker:
                 try:
                     while self._done < self._total and not self._stopped():
@@ -374,6 +407,7 @@ class _Course:
         began = time.monotonic()
         metric = f", {self._history[-1].metric} {self._history[-1].value:.4f}" if self._history else ""
         for at, batch in enumerate(feed.epoch(epoch, first), start=first):
+            reached(self._done + 1)
             loss = stepper.step(batch)
             if not math.isfinite(loss):
                 raise self._broken(f"the loss became {loss}", batch, epoch, at)
@@ -460,7 +494,11 @@ class _Course:
 
     def _save(self) -> None:
         began = time.monotonic()
-        notes = {"history": msgspec.to_builtins(self._history), "epoch_loss": self._epoch_loss}
+        notes = {
+            "history": msgspec.to_builtins(self._history),
+            "epoch_loss": self._epoch_loss,
+            NOTE: msgspec.to_builtins(self._form),
+        }
         more = {f"best.{name}": tensor for name, tensor in self._best.items()}
         taken = self._stepper.take(self._done, self._optimizer, self._schedule, notes, more)
         if taken is not None:
@@ -564,6 +602,7 @@ def _lineage(dataset: Dataset, settings: TrainSettings, division: Division, work
         shared |= {} if division.batch_norm == "whole" else {"batch_norm": division.batch_norm}
         shared |= {} if division.relaxed is None else msgspec.to_builtins(division.relaxed)
     chosen = msgspec.structs.asdict(settings.resolved)
+    del chosen["channels_last"]  # it rounds otherwise and is the same training, which may go on without it
     chosen["augment"] = None if settings.augment is None else str(settings.augment)
     return Step(
         "train",

@@ -45,6 +45,8 @@ class TrainSettings(msgspec.Struct, frozen=True):
         patience: epochs without a better metric on the validation part after which training ends; what is sealed is
             then the best epoch. None: all epochs, and the last one is sealed.
         augment: what happens to pictures in training; never in validation.
+        channels_last: pictures may lie channels-last in memory, which they do where it is safe and no slower; if not,
+            they are contiguous. Results differ by rounding only.
     """
 
     epochs: int = 3
@@ -62,6 +64,7 @@ class TrainSettings(msgspec.Struct, frozen=True):
     ema: float | None = None
     patience: int | None = None
     augment: Augmentation | None = None
+    channels_last: bool = True
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1 or not (math.isfinite(self.lr) and self.lr > 0):

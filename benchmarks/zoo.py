@@ -1,0 +1,161 @@
+"""`make bench-zoo`: does training corrupt memory, whatever the network? Some 5 minutes on 2 cores.
+
+500 random small networks are trained for three steps each under a heap that is checked, with all instructions of this
+machine and with those of AVX2 only: as Rushhour trains them, and, as data, in memory formats that are forced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from bench.parts import say, scale_of, scale_options
+from bench.record import Check, Table, record, verdict
+
+from rushhour.machine import cores
+from rushhour.testing.zoo import WAYS, Instructions, Outcome, checker, outcomes, specimen
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+BENCH = ROOT / ".bench"
+SETS: tuple[Instructions, ...] = ("native", "avx2")
+_TOGETHER = 50
+"""Networks for one child process; it forks for each, so their number is a matter of speed only."""
+_TELL_S = 5.0
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """How much of everything.
+
+    Attributes:
+        networks: trained in each way, with each set of instructions.
+        seed: of the first.
+    """
+
+    networks: int = 500
+    seed: int = 0
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One training that did not end well."""
+
+    instructions: Instructions
+    outcome: Outcome
+    network: str
+
+
+def measure(scale: Scale) -> list[tuple[Instructions, Outcome]]:
+    """Train them all, on all cores, and say how far it is."""
+    numbers = range(scale.seed, scale.seed + scale.networks)
+    chunks: queue.SimpleQueue[tuple[Instructions, Sequence[int]]] = queue.SimpleQueue()
+    for at in range(0, scale.networks, _TOGETHER):
+        for instructions in SETS:
+            chunks.put((instructions, numbers[at : at + _TOGETHER]))
+    found: list[tuple[Instructions, Outcome]] = []
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            while not failed:
+                instructions, some = chunks.get_nowait()
+                found.extend((instructions, one) for one in outcomes(some, WAYS, instructions))
+        except queue.Empty:
+            pass
+        except Exception as error:
+            failed.append(error)
+
+    began, total = time.monotonic(), scale.networks * len(SETS) * len(WAYS)
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(cores())]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        workers[0].join(_TELL_S)
+        time.sleep(0 if workers[0].is_alive() else _TELL_S / 10)
+        done, seconds = len(found), time.monotonic() - began
+        left = f"{seconds * (total / done - 1) / 60:.1f} minutes left" if done else "starting"
+        bad = sum(one.corrupted for _, one in found)
+        say(f"{done:,} of {total:,} trainings, {bad} corrupted; {left}")
+    if failed:
+        raise failed[0]
+    return found
+
+
+def judge(found: Sequence[tuple[Instructions, Outcome]], scale: Scale) -> tuple[list[Check], list[Table]]:
+    """What they come to."""
+    ours = [one for _, one in found if one.way == "rushhour"]
+    tested = [one for one in ours if one.corrupted or one.ended == "well"]  # not what torch refused
+    corrupted = {one.number for one in ours if one.corrupted}
+    why = "" if checker() else "glibc's malloc debugging is not installed, so corruption showed by crashes only"
+    check = verdict(
+        "5",
+        f"networks of {scale.networks} whose training corrupts the heap, with all instructions or with AVX2 only",
+        "<= 0",
+        len(corrupted),
+        None,
+        len(tested),
+        unit="networks",
+        why=why,
+    )
+    counts = collections.Counter((instructions, one.way, _kind(one)) for instructions, one in found)
+    kinds = ("well", "signal", "hung", "error")
+    rows = tuple(
+        (instructions, way, *(float(counts[instructions, way, kind]) for kind in kinds))
+        for instructions in SETS
+        for way in WAYS
+    )
+    note = (
+        "Trainings of three steps, by how they ended. `rushhour` chooses the memory format; the others force it: "
+        "weights and pictures channels-last, both contiguous, or contiguous weights and pictures as they come on the "
+        "wire. A signal or a hang is corruption. Errors of torch's are counted apart; those of memory that cannot be "
+        "had, or is invalid, are likely to come from it too."
+    )
+    return [check], [Table("How trainings ended", ("instructions", "memory format", *kinds), rows, note)]
+
+
+def _kind(one: Outcome) -> str:
+    if one.ended in ("well", "hung"):
+        return one.ended
+    return "signal" if one.corrupted else "error"
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measure, and write the record."""
+    arguments = _arguments(given)
+    scale = scale_of(arguments, Scale)
+    try:
+        found = measure(scale)
+    except (RuntimeError, OSError) as error:
+        print(f"{error}", file=sys.stderr)
+        return 1
+    checks, tables = judge(found, scale)
+    bad = [Found(how, one, str(specimen(one.number))) for how, one in found if one.ended != "well"]
+    bad.sort(key=lambda one: (one.outcome.number, one.instructions, one.outcome.way))
+    out = Path(arguments.out or (RESULTS if scale == Scale() else BENCH / "zoo-smoke.json"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = msgspec.to_builtins({"tables": tables, "ended": bad})
+    record(checks, data, {"first network": scale.seed}, {}).save(out)
+    for check in checks:
+        say(f"{'ok  ' if check.holds else 'MISS'} {check.id:4} {check.value:g} {check.target} {check.why or ''}")
+    say(f"written to {out}")
+    return 0
+
+
+def _arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Random networks under a checked heap.")
+    scale_options(parser, Scale())
+    parser.add_argument("--out", help="the record; by default results/zoo.json of a whole run, .bench/ of any other")
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
