@@ -1,5 +1,6 @@
 # make demo     the whole path on real data
-# make test     the tests
+# make test     the tests, without the slow ones
+# make test-slow     the slow ones; docs/testing.md lists them
 # make check    lint, types, architecture
 # make bench-serve   our server against its peers, 20 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
@@ -15,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check clean bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
+.PHONY: setup demo test test-slow check clean bench-serve bench-load bench-soak bench-compress bench-train bench-train-options fuzz docs
 
 setup: .venv/.ready
 
@@ -35,6 +36,9 @@ demo: setup
 
 test: .venv/.dev
 	$(BIN)/pytest
+
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow
 
 check: .venv/.dev
 	$(BIN)/ruff check .

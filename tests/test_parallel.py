@@ -81,7 +81,13 @@ def alone(name: str, double: bool = True, clip: float | None = None, shared_memo
     return short_training(name, plan, double=double, clip=clip, shared_memory=shared_memory)
 
 
-@pytest.mark.parametrize(("workers", "case"), [(k, case) for k in (2, 4) for case in cases(k)])
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("workers", "case"),
+    [(2, case) for case in cases(2)] + [pytest.param(4, case, marks=pytest.mark.slow) for case in cases(4)],
+)
 def test_every_plan_trains_as_one_process(workers: int, case: str) -> None:
     name, _, how = cases(workers)[case]
     first, *others = outcomes(workers)[case]
@@ -145,6 +151,7 @@ def test_batch_normalisation_of_each_workers_rows_alone_is_that_of_replicas() ->
         assert distance(trained.state, alone(name).state) > 1e-6, "it is not what one process does"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_shared_state_is_a_kth_on_each_worker(name: str) -> None:
     kept = [one.state_bytes for one in outcomes(4)[f"{name} sharded"]]
@@ -173,7 +180,7 @@ def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Tra
     return {key: (plan, [one[index] for one in by_worker]) for index, (key, plan) in enumerate(plans.items())}
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, FOUR])
 @pytest.mark.parametrize("mode", ["data", "sharded", "model", "pipeline", "hybrid"])
 def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> None:
     """Bytes from the kernel's count for each socket; state as it lies in memory."""
@@ -189,6 +196,7 @@ def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> N
     assert seen
 
 
+@pytest.mark.slow
 def test_dense_layers_cut_by_rows_send_a_fraction_of_what_replicas_do() -> None:
     found = sending(4)
     sent = {mode: max(one.sent_bytes for one in found["article", mode][1]) for mode in ("data", "model")}
