@@ -294,7 +294,11 @@ class Branching(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("source", [RESIDUAL, Source("test_recipe:Encoder")], ids=["residual", "transformer"])
+@pytest.mark.parametrize(
+    "source",
+    [RESIDUAL, pytest.param(Source("test_recipe:Encoder"), marks=pytest.mark.slow)],
+    ids=["residual", "transformer"],
+)
 def test_residual_networks_and_transformers_are_pruned(source: Source, tmp_path: Path) -> None:
     trusted = ("test_recipe:Encoder",)
     before = bundle_at(tmp_path / "before", source, pictures(), trusted=trusted)

@@ -127,6 +127,7 @@ def test_data_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_network_that_no_plan_fits_in_memory_is_refused(rows: Path, tmp_path: Path) -> None:
     done = answer_to("train", "mlp", "--data", rows, "--workers", "2", "--memory", "0.0001", "--out", tmp_path / "run")
     refused(done, "no plan fits in memory: the smallest needs", "use more machines")

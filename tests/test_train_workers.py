@@ -292,6 +292,7 @@ def test_more_workers_than_samples_in_a_step_are_refused(tmp_path: Path) -> None
         learned(tmp_path, table(), MLP, TrainSettings(batch=4), workers=5)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_seen_through_is_replicated(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     source, notes = Source("test_train_workers:secretive"), Notes()
     kept = {"trusted": (source.factory,), "progress": notes}
@@ -314,7 +315,8 @@ def secretive() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), Secretive(), nn.Linear(8, 2))
 
 
-@pytest.mark.parametrize("compression", ["fp16", pytest.param("powersgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", ["fp16", "powersgd"])
 def test_compressed_gradients_train_nearly_the_same(
     compression: Compression, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
