@@ -37,8 +37,10 @@ demo: setup
 test: .venv/.dev
 	$(BIN)/pytest
 
+# A whole tuning run proves rates under load, which other tests beside it would take from it.
 test-slow: .venv/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --ignore tests/test_tune.py
+	$(BIN)/pytest -m slow tests/test_tune.py
 
 check: .venv/.dev
 	$(BIN)/ruff check .
