@@ -1,6 +1,7 @@
 # make demo     the whole path on real data
-# make test     the tests
-# make test-avx2  those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
+# make test     the tests, without the slow ones
+# make test-slow     the slow ones; docs/testing.md lists them
+# make test-avx2     those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
 # make bench-serve   our server against its peers, 20 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
@@ -18,7 +19,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-avx2 check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo test test-slow test-avx2 check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -38,6 +39,11 @@ demo: setup
 
 test: .venv/.dev
 	$(BIN)/pytest
+
+# A whole tuning run proves rates under load, which other tests beside it would take from it.
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow --ignore tests/test_tune.py
+	$(BIN)/pytest -m slow tests/test_tune.py
 
 # The engines, compression and training once more, on a processor that has AVX2 and nothing newer.
 test-avx2: .venv/.dev

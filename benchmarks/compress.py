@@ -169,11 +169,17 @@ def _stages(title: str, recipe: Recipe, found: Compression) -> Table:
     return Table(title, columns, tuple(rows), note)
 
 
-def distillation(at: Path, share: float, samples: int) -> Part:
+def distillation(at: Path, share: float, samples: int, most: int) -> Part:
     """The same small network with the same steps, alone and distilled; the teacher is the reference of `fashion`.
 
     On all of its data, and on a tenth, as of one who got the teacher from others. Alone is the labels' part of the
     same loss; a third training has dropout too, as the network would be trained by itself.
+
+    Args:
+        at: where everything is kept.
+        share: of the epochs.
+        samples: of each part of the data, at most.
+        most: seeds of each comparison; at least two, for an interval.
     """
     case = CASES["fashion"]
     whole = cut(load(case.data, size=(case.side, case.side)), samples)
@@ -190,7 +196,7 @@ def distillation(at: Path, share: float, samples: int) -> Part:
         labels = msgspec.structs.replace(taught, alpha=0.0)
         variants = (msgspec.structs.replace(labels, dropout=True), labels, taught)
         gains = []
-        for seed in range(seeds):
+        for seed in range(min(seeds, most)):
             made = [
                 bundle
                 for step in variants
@@ -263,7 +269,7 @@ def main(given: list[str] | None = None) -> int:
     scale = scale_of(arguments, Scale)
     measured: dict[str, Callable[[], Part]] = {
         **{name: partial(article_case, case, *short) for name, case in CASES.items()},
-        "distil": partial(distillation, *short),
+        "distil": partial(distillation, *short, arguments.seeds),
         **{part.__name__: partial(graphs, part, at, scale) for part in (residual, minilm, shapes)},
     }
     return run_parts(
@@ -281,6 +287,7 @@ def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"parts, of {','.join(PARTS)}, measured anew; the rest is kept")
     parser.add_argument("--work", type=Path, default=BENCH / "compress", help="where everything trained is kept")
     parser.add_argument("--share", type=float, default=1.0, help="of the epochs of the article's networks")
+    parser.add_argument("--seeds", type=int, default=5, help="of each comparison in the part distil, at most")
     scale_options(parser, Scale())
     parser.add_argument("--out", help="the record; by default results/compress.json of a whole run, .bench/ of others")
     return parser.parse_args(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,17 @@ from rushhour.bundle import Bundle
 from rushhour.serve import ServeSettings
 from rushhour.testing.bundles import tiny_bundle
 
+# Torch's threads would spin while they wait for each other, on cores that other tests need. Processes inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("rushhour", deadline=None)
 hypothesis.settings.load_profile("rushhour")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for all tests; those that are named run in this one, where a debugger reaches them."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 class Server:

@@ -115,7 +115,11 @@ def test_fashion_mnist_is_read_from_the_cache(
     assert (len(data.train), len(data.validation), len(data.test)) == (2, 5_000, 3)
 
 
-@pytest.mark.parametrize("harm", [b"", b"no gzip", gzip.compress(b"other content"), "cut", "flip"])
+@pytest.mark.parametrize(
+    "harm",
+    [b"", b"no gzip", gzip.compress(b"other content"), "cut", "flip"],
+    ids=["empty", "no gzip", "other content", "cut", "flip"],  # gzip writes the time into its bytes
+)
 def test_fashion_mnist_that_is_not_what_it_should_be_is_not_kept(
     small_fashion: Path, tmp_path: Path, harm: bytes | str
 ) -> None:

@@ -320,8 +320,8 @@ def test_no_disturbance_ever_makes_a_pass(misses: int, canary: float, cpu: float
 
 QUEUES = [
     pytest.param(Deterministic(0.002), poisson_arrivals, 454.0, id="M/D/1"),
-    pytest.param(Exponential(4, 0.008), poisson_arrivals, 430.0, id="M/M/4"),
-    pytest.param(Batching(0.001, 0.0005, 32), poisson_arrivals, 1810.0, id="batches of 32"),
+    pytest.param(Exponential(4, 0.008), poisson_arrivals, 430.0, id="M/M/4", marks=pytest.mark.slow),
+    pytest.param(Batching(0.001, 0.0005, 32), poisson_arrivals, 1810.0, id="batches of 32", marks=pytest.mark.slow),
     pytest.param(Deterministic(0.002), Bursts(), 400.0, id="bursts"),
 ]
 
@@ -356,7 +356,7 @@ def test_one_look_at_a_fixed_n_is_as_careful() -> None:
     ("queue", "rate"),
     [
         pytest.param(Deterministic(0.002, within_s=0.05), 486.5, id="all that is late is turned away"),
-        pytest.param(Exponential(4, 0.008, within_s=0.045), 424.0, id="most of it"),
+        pytest.param(Exponential(4, 0.008, within_s=0.045), 424.0, id="most of it", marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_turns_away_can_be_proven_inside_its_limit(queue: Queue, rate: float) -> None:

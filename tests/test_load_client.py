@@ -91,7 +91,7 @@ BURSTY = Bursty(intensity=10, share=0.1, burst_s=0.5)
 TRACE = Trace("a trace", np.random.default_rng(5).exponential(2.0, 700))
 
 
-@pytest.mark.parametrize("arrivals", [poisson, constant, BURSTY, TRACE], ids=str)
+@pytest.mark.parametrize("arrivals", [poisson, constant, BURSTY, TRACE], ids=["poisson", "constant", "bursty", "trace"])
 def test_every_process_keeps_its_rate_and_its_seed(arrivals: Arrivals) -> None:
     schedule = arrivals(100, n=40_000, seed=7)
     assert len(schedule) == 40_000

@@ -68,9 +68,11 @@ def cases(workers: int) -> dict[str, tuple[str, ParallelPlan, dict[str, object]]
 
 
 @functools.cache
-def outcomes(workers: int) -> dict[str, list[Trained]]:
-    """Case -> what each worker came to. One launch, because starting is slow."""
-    found = cases(workers)
+def launched(workers: int) -> dict[object, list[Trained]]:
+    """Case -> what each worker came to. One launch for all tests of this file, because starting is slow."""
+    found: dict[object, tuple[str, ParallelPlan, dict[str, object]]] = {**cases(workers), **sending_cases(workers)}
+    if workers == 2:
+        found |= {("local", mode): ("residual", plan, {"batch_norm": "local"}) for mode, plan in local_plans().items()}
     by_worker = launch(all_of, workers, (list(found.values()),))
     return {case: [one[index] for one in by_worker] for index, case in enumerate(found)}
 
@@ -81,10 +83,16 @@ def alone(name: str, double: bool = True, clip: float | None = None, shared_memo
     return short_training(name, plan, double=double, clip=clip, shared_memory=shared_memory)
 
 
-@pytest.mark.parametrize(("workers", "case"), [(k, case) for k in (2, 4) for case in cases(k)])
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("workers", "case"),
+    [(2, case) for case in cases(2)] + [pytest.param(4, case, marks=pytest.mark.slow) for case in cases(4)],
+)
 def test_every_plan_trains_as_one_process(workers: int, case: str) -> None:
     name, _, how = cases(workers)[case]
-    first, *others = outcomes(workers)[case]
+    first, *others = launched(workers)[case]
     reference = alone(name, **how)  # type: ignore[arg-type]
     bound = 1e-10 if how.get("double", True) else 1e-5
     assert distance(first.state, reference.state) <= bound
@@ -134,20 +142,24 @@ def replicas_that_share_gradients(name: str, plan: ParallelPlan) -> dict[str, to
     return {key: one for key, one in network.state_dict().items() if "tracked" not in key}
 
 
+def local_plans() -> dict[Mode, ParallelPlan]:
+    return {mode: planned("residual", 2, mode) for mode in ("data", "sharded")}
+
+
 def test_batch_normalisation_of_each_workers_rows_alone_is_that_of_replicas() -> None:
-    name, local = "residual", {"batch_norm": "local"}
-    plans = [planned(name, 2, "data"), planned(name, 2, "sharded")]
-    found = launch(all_of, 2, ([(name, plan, local) for plan in plans],))[0]
-    for plan, trained in zip(plans, found, strict=True):
+    name = "residual"
+    for mode, plan in local_plans().items():
+        trained = launched(2)["local", mode][0]
         got = {key: one for key, one in trained.state.items() if "tracked" not in key}
         want = {key: one.detach().numpy() for key, one in replicas_that_share_gradients(name, plan).items()}
         assert distance(got, want) <= 1e-10
         assert distance(trained.state, alone(name).state) > 1e-6, "it is not what one process does"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_shared_state_is_a_kth_on_each_worker(name: str) -> None:
-    kept = [one.state_bytes for one in outcomes(4)[f"{name} sharded"]]
+    kept = [one.state_bytes for one in launched(4)[f"{name} sharded"]]
     tensors = sum(1 for _ in SMALL[name][0]().parameters())
     # what does not divide by 4 leaves some workers one number more of a tensor, in four copies of 8 bytes
     assert max(kept) <= alone(name).state_bytes / 4 + tensors * 4 * 8
@@ -158,22 +170,25 @@ WIRE_BATCH = 16
 
 
 @functools.cache
-def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Trained]]]:
-    """Network and mode -> the plan, and what each worker came to."""
-    plans: dict[tuple[str, Mode], ParallelPlan] = {}
+def sending_cases(workers: int) -> dict[tuple[str, Mode], tuple[str, ParallelPlan, dict[str, object]]]:
+    """Network and mode -> what to train, by messages alone."""
+    found: dict[tuple[str, Mode], tuple[str, ParallelPlan, dict[str, object]]] = {}
     modes: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
+    how = {"double": False, "steps": 3, "wide": True, "shared_memory": False}
     for name in WIDE:
         for mode in modes:
             with contextlib.suppress(PlanError):
-                plans[name, mode] = plan_layers(
-                    table_for(name, True), workers=workers, batch=WIRE_BATCH, mode=mode, constants=ANY
-                )
-    how = {"double": False, "steps": 3, "wide": True, "shared_memory": False}
-    by_worker = launch(all_of, workers, ([(name, plan, how) for (name, _), plan in plans.items()],))
-    return {key: (plan, [one[index] for one in by_worker]) for index, (key, plan) in enumerate(plans.items())}
+                plan = plan_layers(table_for(name, True), workers=workers, batch=WIRE_BATCH, mode=mode, constants=ANY)
+                found[name, mode] = name, plan, how
+    return found
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Trained]]]:
+    """Network and mode -> the plan, and what each worker came to."""
+    return {key: (plan, launched(workers)[key]) for key, (_, plan, _) in sending_cases(workers).items()}
+
+
+@pytest.mark.parametrize("workers", [2, FOUR])
 @pytest.mark.parametrize("mode", ["data", "sharded", "model", "pipeline", "hybrid"])
 def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> None:
     """Bytes from the kernel's count for each socket; state as it lies in memory."""
@@ -189,6 +204,7 @@ def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> N
     assert seen
 
 
+@pytest.mark.slow
 def test_dense_layers_cut_by_rows_send_a_fraction_of_what_replicas_do() -> None:
     found = sending(4)
     sent = {mode: max(one.sent_bytes for one in found["article", mode][1]) for mode in ("data", "model")}

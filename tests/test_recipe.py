@@ -294,7 +294,11 @@ class Branching(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("source", [RESIDUAL, Source("test_recipe:Encoder")], ids=["residual", "transformer"])
+@pytest.mark.parametrize(
+    "source",
+    [RESIDUAL, pytest.param(Source("test_recipe:Encoder"), marks=pytest.mark.slow)],
+    ids=["residual", "transformer"],
+)
 def test_residual_networks_and_transformers_are_pruned(source: Source, tmp_path: Path) -> None:
     trusted = ("test_recipe:Encoder",)
     before = bundle_at(tmp_path / "before", source, pictures(), trusted=trusted)
@@ -385,13 +389,21 @@ print(made[-1].manifest.hash)
 """
 
 
-def test_killed_in_any_step_it_ends_as_if_left_alone(parent: Bundle, stages: list[Bundle], tmp_path: Path) -> None:
+# in pruning's second training, in low rank, in distillation, in calibration
+_DEATHS = ((4, "distil from quarters on"), (1, "low rank"), (3, "distil from quarters on"), (7, "quanti"))
+
+
+@pytest.mark.parametrize(
+    "deaths", [_DEATHS[:1], pytest.param(_DEATHS, marks=pytest.mark.slow)], ids=["in training", "in every step"]
+)
+def test_killed_in_any_step_it_ends_as_if_left_alone(
+    deaths: tuple[tuple[int, str], ...], parent: Bundle, stages: list[Bundle], tmp_path: Path
+) -> None:
     def run(left: int, doing: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", _KILLED, str(parent.path), str(tmp_path), str(left), doing]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
 
-    # in pruning's second training, in low rank, in distillation, in calibration
-    for left, doing in ((4, "distil from quarters on"), (1, "low rank"), (3, "distil from quarters on"), (7, "quanti")):
+    for left, doing in deaths:
         assert run(left, doing).returncode == -signal.SIGKILL, doing
     last = run(-1, "")
     assert last.stdout.strip() == stages[-1].manifest.hash, last.stderr

@@ -155,6 +155,7 @@ def test_compressed_requests_are_read(server: Server, algorithm: str) -> None:
         (b"plain", "br", 415),
         (gzip.compress(b"\0" * 300_000_000), "gzip", 413),
     ],
+    ids=["two bytes", "cut short", "not deflated", "unknown", "bomb"],
 )
 def test_a_bad_compressed_body_is_refused_and_never_unpacked_beyond_the_limit(
     server: Server, body: bytes, encoding: str, status: int

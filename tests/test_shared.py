@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,34 +37,56 @@ def all_added() -> list[list[float] | None]:
     return [added(size) for size in SIZES]
 
 
+PLACES = ("container", "system", "user")
+
+
+class Seen(NamedTuple):
+    """What a worker saw: its sums, what it sent and got where memory is shared, and in each place where it is not."""
+
+    sums: list[list[float] | None]
+    together: tuple[int, list[float]]
+    elsewhere: dict[str, tuple[bool, int, list[float]]]
+
+
+def seen() -> Seen:
+    return Seen(all_added(), summed(), {what: elsewhere(what) for what in PLACES})
+
+
+@functools.cache
+def two() -> list[Seen]:
+    """Of each of two workers. One launch, because starting is slow."""
+    return launch(seen, 2)
+
+
 @pytest.mark.parametrize(("workers", "factor"), [(2, 11.0), (3, 111.0)])
 def test_all_workers_see_the_same_sum(workers: int, factor: float) -> None:
-    for found in launch(all_added, workers):
+    for found in [one.sums for one in two()] if workers == 2 else launch(all_added, workers):
         for size, got in zip(SIZES, found, strict=True):
             assert got == [index * factor for index in range(size)]
 
 
 def elsewhere(what: str) -> tuple[bool, int, list[float]]:
     """Worker 1 is in another container, has no such memory, or is another user's."""
-    if dist.get_rank() == 1:
-        if what == "container":
-            shared._place = lambda: "another one"
-        elif what == "system":
-            shared._anonymous = lambda nbytes: -1
-        else:
-            shared.os = Forbidding()  # type: ignore[assignment]
-    group = dist.group.WORLD
-    assert group is not None
-    seen = together(800, group) is not None
-    before = sent_bytes()
-    parameter = nn.Parameter(torch.zeros(100_000))
-    reducer = Reducer([parameter], group)
-    reducer.clear()
-    reducer.arm()
-    (parameter * (1.0 + dist.get_rank())).sum().backward()  # type: ignore[no-untyped-call]
-    reducer.finish()
-    assert parameter.grad is not None
-    return seen, sent_bytes() - before, parameter.grad.unique().tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            if what == "container":
+                patch.setattr(shared, "_place", lambda: "another one")
+            elif what == "system":
+                patch.setattr(shared, "_anonymous", lambda nbytes: -1)
+            else:
+                patch.setattr(shared, "os", Forbidding())
+        group = dist.group.WORLD
+        assert group is not None
+        visible = together(800, group) is not None
+        before = sent_bytes()
+        parameter = nn.Parameter(torch.zeros(100_000))
+        reducer = Reducer([parameter], group)
+        reducer.clear()
+        reducer.arm()
+        (parameter * (1.0 + dist.get_rank())).sum().backward()  # type: ignore[no-untyped-call]
+        reducer.finish()
+        assert parameter.grad is not None
+        return visible, sent_bytes() - before, parameter.grad.unique().tolist()
 
 
 class Forbidding:
@@ -77,17 +101,17 @@ class Forbidding:
         raise PermissionError(13, "Permission denied", path)
 
 
-@pytest.mark.parametrize("what", ["container", "system", "user"])
+@pytest.mark.parametrize("what", PLACES)
 def test_where_one_worker_is_out_of_sight_all_of_them_send(what: str) -> None:
-    for seen, sent, gradient in launch(elsewhere, 2, (what,)):
-        assert not seen
+    for visible, sent, gradient in (one.elsewhere[what] for one in two()):
+        assert not visible
         assert sent > 100_000
         assert gradient == [3.0]
 
 
 def test_nothing_is_sent_but_when() -> None:
     """A megabyte of gradients; messages that say when are some hundred bytes."""
-    for sent, gradient in launch(summed, 2):
+    for sent, gradient in (one.together for one in two()):
         assert sent < 10_000
         assert gradient == [3.0]
 

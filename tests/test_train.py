@@ -132,7 +132,7 @@ def test_the_same_training_is_returned_and_another_replaces_it(
 
 
 # in the first epoch, right after it, in the last one, and when all is trained but nothing sealed
-@pytest.mark.parametrize("dies_at", [3, 11, 17, 21])
+@pytest.mark.parametrize("dies_at", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (11, 17, 21))])
 def test_killed_and_resumed_is_the_same_bit_for_bit(
     dies_at: int, undisturbed: tuple[Bundle, Notes], tmp_path: Path
 ) -> None:

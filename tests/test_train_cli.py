@@ -11,7 +11,7 @@ from PIL import Image
 
 from rushhour.bundle import Bundle
 from rushhour.machine import cores
-from test_cli import refused, rushhour
+from test_cli import answer_to, refused, rushhour
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def test_a_folder_of_photos_with_everything_on(photos: Path, tmp_path: Path) -> 
     logs = tmp_path / "run-training"
     assert len((logs / "curves.jsonl").read_text().splitlines()) == 2
     assert list((logs / "tensorboard").iterdir())
-    drawn = rushhour("report", logs, "--json", tmp_path / "report.json")
+    drawn = answer_to("report", logs, "--json", tmp_path / "report.json")
     assert drawn.returncode == 0, drawn.stderr
     assert Path(json.loads((tmp_path / "report.json").read_text())["report"]) == logs / "report.html"
-    refused(rushhour("train", "article", "--data", photos, "--out", tmp_path / "other"), "7.png", "skip")
+    refused(answer_to("train", "article", "--data", photos, "--out", tmp_path / "other"), "7.png", "skip")
     assert not (tmp_path / "other").exists()
 
 
 def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
     (photos / "dark" / "7.png").unlink()
-    done = rushhour(
+    done = answer_to(
         "train", "mlp", "--data", photos, "--epochs", "1", "--batch", "16", "--search", "2", "--no-tensorboard",
         "--out", tmp_path / "best", "--json", tmp_path / "best.json",
     )  # fmt: skip
@@ -86,7 +86,7 @@ def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_in_one_line(options: list[str], says: str, tmp_path: Path) -> None:
     labels = np.arange(60, dtype=np.int64) % 3
     np.savez(tmp_path / "three.npz", x=np.zeros((60, 8, 8, 1), np.uint8), y=labels)
-    done = rushhour("train", "mlp", "--data", tmp_path / "three.npz", *options, "--out", tmp_path / "run")
+    done = answer_to("train", "mlp", "--data", tmp_path / "three.npz", *options, "--out", tmp_path / "run")
     refused(done, says)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["three.npz"]
 
@@ -100,7 +100,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("sharing", [[], ["--workers", "2", "--parallel", "pipeline"]])
 def test_a_loss_that_is_no_number_ends_it_and_names_the_batch(sharing: list[str], rows: Path, tmp_path: Path) -> None:
-    done = rushhour(
+    done = answer_to(
         "train",
         "mlp",
         "--data",
@@ -122,19 +122,20 @@ def test_data_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     inputs = np.random.default_rng(0).normal(size=(120, 6)).astype(np.float32)
     inputs[41] = np.inf
     np.savez(tmp_path / "rows.npz", x=inputs, y=np.arange(120) % 3)
-    done = rushhour("train", "mlp", "--data", tmp_path / "rows.npz", "--out", tmp_path / "run")
+    done = answer_to("train", "mlp", "--data", tmp_path / "rows.npz", "--out", tmp_path / "run")
     refused(done, "the train part of rows holds NaN or infinity")
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_network_that_no_plan_fits_in_memory_is_refused(rows: Path, tmp_path: Path) -> None:
-    done = rushhour("train", "mlp", "--data", rows, "--workers", "2", "--memory", "0.0001", "--out", tmp_path / "run")
+    done = answer_to("train", "mlp", "--data", rows, "--workers", "2", "--memory", "0.0001", "--out", tmp_path / "run")
     refused(done, "no plan fits in memory: the smallest needs", "use more machines")
 
 
 def test_an_empty_class_is_named(photos: Path, tmp_path: Path) -> None:
     (photos / "grey").mkdir()
-    refused(rushhour("train", "mlp", "--data", photos, "--out", tmp_path / "run"), "the class 'grey'", "is empty")
+    refused(answer_to("train", "mlp", "--data", photos, "--out", tmp_path / "run"), "the class 'grey'", "is empty")
 
 
 def test_a_bundle_is_not_trained_again(tiny: Bundle, tmp_path: Path) -> None:
@@ -142,9 +143,10 @@ def test_a_bundle_is_not_trained_again(tiny: Bundle, tmp_path: Path) -> None:
     shape = tiny.manifest.signature.inputs[0].shape
     labels = np.arange(60, dtype=np.int64) % tiny.manifest.task.outputs
     np.savez(tmp_path / "x.npz", x=random.integers(0, 255, (60, *shape), dtype=np.uint8), y=labels)
-    refused(rushhour("train", tiny.path, "--data", tmp_path / "x.npz", "--out", tmp_path / "run"), "is a bundle")
+    refused(answer_to("train", tiny.path, "--data", tmp_path / "x.npz", "--out", tmp_path / "run"), "is a bundle")
 
 
+@pytest.mark.slow
 def test_more_workers_than_cores_are_warned_of_and_work(photos: Path, tmp_path: Path) -> None:
     (photos / "dark" / "7.png").unlink()
     workers = cores() + 1

@@ -130,6 +130,7 @@ def children(pid: int) -> list[int]:
     return sorted({int(child) for child in [*found, *(c for one in threads for c in one)]})
 
 
+@pytest.mark.slow
 def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Each time another plan, too: a checkpoint holds the whole network."""
     shortened(tmp_path, 4, 5, "hybrid")
@@ -142,6 +143,7 @@ def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path
     assert close(final, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["model", "pipeline"])
 def test_plans_compute_in_bfloat16_too(mode: Mode, tmp_path: Path) -> None:
     settings = TrainSettings(epochs=2, batch=33, bf16=True)
@@ -153,6 +155,7 @@ def test_plans_compute_in_bfloat16_too(mode: Mode, tmp_path: Path) -> None:
 NORMS = Source("rushhour.models:residual", {"input_size": 16, "channels": 1, "classes": 4, "width": 4, "blocks": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sharded", "pipeline"])
 def test_batch_normalisation_sees_the_whole_batch(mode: Mode, tmp_path: Path) -> None:
     settings = TrainSettings(epochs=2, batch=60, ema=0.9, patience=1, lr=1e-3, bf16=False)
@@ -197,7 +200,12 @@ def undisturbed(
 
 @pytest.mark.parametrize(
     ("division", "rank", "at"),
-    [("data", 0, 4), ("model", 1, 5), ("pipeline", 0, 12), ("diloco", 1, 10)],
+    [
+        ("data", 0, 4),
+        pytest.param("model", 1, 5, marks=pytest.mark.slow),
+        pytest.param("pipeline", 0, 12, marks=pytest.mark.slow),
+        pytest.param("diloco", 1, 10, marks=pytest.mark.slow),
+    ],
 )
 def test_the_death_of_any_worker_changes_nothing(
     division: str,
@@ -219,6 +227,7 @@ def test_the_death_of_any_worker_changes_nothing(
     assert losses(tmp_path) == curve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("division", ["model", "pipeline"])
 def test_every_plan_trains_alike(
     division: str, undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]]
@@ -376,6 +385,7 @@ def test_more_workers_than_samples_in_a_step_are_refused(tmp_path: Path) -> None
         learned(tmp_path, table(), MLP, TrainSettings(batch=4), workers=5)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_seen_through_is_replicated(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     source, notes = Source("test_train_workers:secretive"), Notes()
     kept = {"trusted": (source.factory,), "progress": notes}
@@ -398,6 +408,7 @@ def secretive() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), Secretive(), nn.Linear(8, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["fp16", "powersgd"])
 def test_compressed_gradients_train_nearly_the_same(
     compression: Compression, alone: dict[str, torch.Tensor], tmp_path: Path
@@ -407,6 +418,7 @@ def test_compressed_gradients_train_nearly_the_same(
     assert 0 < max(far.values()) < 0.05
 
 
+@pytest.mark.slow
 def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Path) -> None:
     """Convolutions keep their weights channels last, which a matrix of PowerSGD must heed."""
     settings = TrainSettings(epochs=5, batch=32, lr=5e-3)  # PowerSGD begins at the tenth step
@@ -415,6 +427,7 @@ def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Pa
     assert float(notes.result.removeprefix("accuracy ")) > 0.9
 
 
+@pytest.mark.slow
 def test_batch_normalisation_of_own_rows_alone_learns_too_and_says_so(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=5, batch=32, lr=5e-3, bf16=False)
     whole, local = (divided("data", batch_norm=seen) for seen in ("whole", "local"))
@@ -442,6 +455,7 @@ def in_torchrun(folder: str) -> None:
     save_file(weights, Path(folder) / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_machines(
     undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
     tmp_path: Path,

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, Preprocessing
+from rushhour.data.dataset import Dataset, Split
+from rushhour.engines import Engine
+from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Journal
+from rushhour.measurement import Measurement, Outcome, ServiceTimes
 from rushhour.plan import Plan
+from rushhour.progress import Silent
 from rushhour.serve import open_target
+from rushhour.testing.bundles import tiny_answers, tiny_bundle
+from rushhour.tune import TuneSettings
+from rushhour.tune.space import Candidate
+from rushhour.tune.tune import tune
 
 RUN = """
 import sys
@@ -59,6 +72,7 @@ def lines(run: Path) -> list[bytes]:
     return file.read_bytes().splitlines(keepends=True) if file.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path) -> None:
     small_data(tmp_path / "small.npz")
@@ -106,3 +120,119 @@ def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path)
     # A run that is complete measures nothing more.
     subprocess.run(command, check=True)
     assert lines(run) == earlier
+
+
+# The search alone: real engines give the answers, but times and load are numbers.
+
+CAPACITY = {"reference/openvino": 1000.0, "reference/onnxruntime": 800.0, "int8/openvino": 3000.0,
+            "int8/onnxruntime": 2000.0}  # fmt: skip
+"""Requests per second that a candidate holds, on file by `BUNDLE/ENGINE`; a tenth of it one by one."""
+
+
+def held(candidate: str) -> float:
+    """By the name of a candidate: BUNDLE@HASH/ENGINE/PRECISION/sStTbB."""
+    artefact, engine, *_ = candidate.split("/")
+    return CAPACITY[f"{artefact.partition('@')[0]}/{engine}"] * (0.1 if candidate.endswith("b1") else 1.0)
+
+
+class Load:
+    """Stands in for servers and for the generator; is killed at every so manyth window."""
+
+    def __init__(self, kill_every: int | None = None) -> None:
+        self.windows = 0
+        self._kill_every = kill_every
+
+    @contextlib.contextmanager
+    def served(self, candidate: Candidate, *_: Any) -> Iterator[str]:
+        yield str(candidate)
+
+    def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
+        self.windows += 1
+        if self._kill_every is not None and self.windows % self._kill_every == 0:
+            raise KeyboardInterrupt
+        rate = asked["rate_rps"]
+        holds = rate <= held(candidate)
+        outcome, late = (Outcome.PASS, 0) if holds else (Outcome.FAIL, 500)
+        interval = (9.0, 11.0) if holds else (90.0, 110.0)
+        return Measurement(
+            slo, rate, asked["seed"], 1.0, 1000, late, 0, 0, 5.0, sum(interval) / 2, interval, rate, 0.1, 0.1, outcome,
+            "so it is", "",
+        )  # fmt: skip
+
+
+def timed(engine: Engine, bundle: Bundle, _: float) -> ServiceTimes:
+    """Batches cost little more than one sample, as `CAPACITY` says."""
+    role = "int8" if bundle.manifest.precision == "int8" else "reference"
+    sizes = tuple(2**power for power in range(engine.config.max_batch.bit_length()))
+    most = 2 * CAPACITY[f"{role}/{engine.config.engine}"]
+    seconds = tuple((9 + size) / most * engine.config.streams for size in sizes)
+    rates = tuple(size * engine.config.streams / batch for size, batch in zip(sizes, seconds, strict=True))
+    return ServiceTimes(sizes, seconds, rates)
+
+
+def searched(run: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Tune the tiny bundle, on data that it answers rightly by definition."""
+    bundles = {
+        role: tiny_bundle(run / "bundles" / role, precision=precision)
+        for role, precision in (("reference", "f32"), ("int8", "int8"))
+    }
+    inputs = np.random.default_rng(1).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
+    labels = tiny_answers(inputs).argmax(1).astype(np.int64)
+    parts = [Split(inputs[at], labels[at]) for at in (slice(0, 100), slice(100, 200), slice(200, None))]
+    data = Dataset("own answers", bundles["reference"].manifest.task, *parts, Preprocessing(1 / 255), "sum")
+    with monkeypatch.context() as patch:
+        tuner, trial = (sys.modules[f"rushhour.tune.{name}"] for name in ("tune", "trial"))
+        patch.setattr(tuner, "Generator", contextlib.nullcontext)
+        patch.setattr(tuner, "time_service", timed)
+        patch.setattr(trial, "served", load.served)
+        patch.setattr(trial, "discover", lambda url: url)
+        patch.setattr(trial, "payloads", lambda *_, **__: [])
+        patch.setattr(trial, "measure", load.measure)
+        goal = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("10%"))
+        return tune(bundles, data, goal, run=run, settings=TuneSettings(), progress=Silent())
+
+
+def test_the_fastest_inside_the_budget_wins_and_the_ladder_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = searched(tmp_path, Load(), monkeypatch)
+    evidence = plan.evidence
+    assert plan.feasible
+    assert evidence is not None
+    assert (plan.variants[0].bundle, plan.variants[0].engine) == ("bundles/int8", "openvino")
+    assert 3000 / 1.05 <= evidence.capacity_rps <= 3000 < (evidence.lowest_failing_rps or 0)
+    assert evidence.baseline_capacity_rps <= 100
+    assert (evidence.reference_accuracy, evidence.accuracy_drop) == (1.0, pytest.approx(0, abs=0.1))
+    assert [rung.step for rung in evidence.ladder] == ["as it is", "compiled", "batched", "quantised"]
+    capacities = [rung.capacity_rps for rung in evidence.ladder]
+    assert max(capacities[:2]) <= 100, "without a torch module it is compiled as it is: the same twice"
+    assert capacities[1] < capacities[2] < capacities[3]
+    fates = {f"{trial.bundle}/{trial.engine}": trial.fate for trial in evidence.trials}
+    assert fates["reference/onnxruntime"] == "dominated", "predicted far below the best, so never loaded"
+    assert [trial.fate for trial in evidence.trials].count("won") == 1
+
+
+def test_a_search_killed_again_and_again_asks_nothing_twice_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Load()
+    expected = searched(tmp_path / "undisturbed", undisturbed, monkeypatch)
+    earlier: list[bytes] = []
+    plan, deaths = None, 0
+    while plan is None:
+        try:
+            plan = searched(tmp_path / "killed", Load(kill_every=8), monkeypatch)
+        except KeyboardInterrupt:
+            deaths += 1
+        now = lines(tmp_path / "killed")
+        assert now[: len(earlier)] == earlier, "nothing that was measured is lost"
+        earlier = now
+    assert deaths == (undisturbed.windows - 1) // 7 > 1, "seven windows more each time"
+    keys = [(entry["phase"], entry["subject"], entry["detail"]) for entry in map(json.loads, earlier)]
+    assert len(keys) == len(set(keys)), "nothing is measured twice"
+    assert len(keys) == len(lines(tmp_path / "undisturbed"))
+    assert plan.evidence is not None
+    assert expected.evidence is not None
+    assert msgspec.structs.replace(plan, evidence=msgspec.structs.replace(plan.evidence, at="")) == (
+        msgspec.structs.replace(expected, evidence=msgspec.structs.replace(expected.evidence, at=""))
+    )
