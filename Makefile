@@ -47,7 +47,7 @@ test-slow: .venv/.dev
 
 # The engines, compression and training once more, on a processor that has AVX2 and nothing newer.
 test-avx2: .venv/.dev
-	$(BIN)/python -m rushhour.testing.processor $(BIN)/pytest tests/test_engines.py tests/test_compress.py \
+	$(BIN)/python -m rushhour.testing.processor $(BIN)/pytest -n 2 tests/test_engines.py tests/test_compress.py \
 		tests/test_recipe.py tests/test_speed.py tests/test_imported.py tests/test_models.py tests/test_train.py \
 		tests/test_train_loop.py tests/test_train_workers.py tests/test_parallel.py
 
