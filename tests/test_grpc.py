@@ -47,6 +47,7 @@ from rushhour.serve.guard import Keys
 from rushhour.serve.repository import Loaded, Repository, opener
 from rushhour.serve.shared_memory import SharedMemory
 from rushhour.serve.supervisor import reserve
+from rushhour.serve.target import Way
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
 from rushhour.wire import Codec, Place, encode_request
@@ -902,7 +903,8 @@ async def face_of(tiny: Bundle, engine: FakeEngine, **policy: Any) -> AsyncItera
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     settings = Policy(max_batch=engine.config.max_batch, **policy)
     cell = Cell(engine, Codec("tiny", engine.signature), settings, profile, WallClock())
-    repository.loaded = Loaded(open_target(tiny.path), engine, cell)
+    target = open_target(tiny.path)
+    repository.loaded = Loaded(target, Way(target.bundle, target.engine_config), engine, cell)
     face = GrpcFace(repository, Control(repository, lambda: False), Limits(), Keys(()))
     with reserve("127.0.0.1", 0) as held:
         await face.start(f"127.0.0.1:{held.getsockname()[1]}", None, None)

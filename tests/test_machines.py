@@ -284,6 +284,41 @@ def test_what_uses_8_bits_is_seen_in_the_graph(tmp_path: Path) -> None:
     assert not full_range(tiny_bundle(tmp_path / "f32"))
 
 
+def test_only_weights_that_are_multiplied_count(tmp_path: Path) -> None:
+    """A table that rows are taken from may use all 8 bits: a sentence encoder's was refused for it."""
+    from onnx import TensorProto, helper
+
+    def bundle(table: int, weights: int) -> Bundle:
+        held = {
+            "table": np.full((10, 4), table, np.int8),
+            "weights": np.full((3, 4), weights, np.int8),
+            "step": np.array(0.01, np.float32),
+            "zero": np.array(0, np.int8),
+        }
+        nodes = [
+            helper.make_node("DequantizeLinear", ["table", "step", "zero"], ["rows"]),
+            helper.make_node("Gather", ["rows", "ids"], ["taken"]),
+            helper.make_node("QuantizeLinear", ["taken", "step", "zero"], ["taken_int8"]),
+            helper.make_node("DequantizeLinear", ["taken_int8", "step", "zero"], ["features"]),
+            helper.make_node("DequantizeLinear", ["weights", "step", "zero"], ["floats"]),
+            helper.make_node("Transpose", ["floats"], ["turned"], perm=[1, 0]),
+            helper.make_node("MatMul", ["features", "turned"], ["y"]),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "encoder",
+            [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch"])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+            [numpy_helper.from_array(value, name) for name, value in held.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        whole = tiny_bundle(tmp_path / "whole", precision="int8").manifest
+        return Bundle.create(tmp_path / "b", whole, lambda file: onnx.save(model, file))
+
+    assert not full_range(bundle(table=127, weights=60))
+    assert full_range(bundle(table=60, weights=127))
+
+
 def wide_run(path: Path) -> Bundle:
     """A run made on a larger machine: an int8 plan whose bundle saturates on a smaller one, the reference beside it."""
     bundle = wide(path / "bundles" / "int8")

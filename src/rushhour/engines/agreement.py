@@ -6,6 +6,8 @@ on such a machine a graph of that kind is right only on an engine that takes the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from rushhour.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
@@ -16,8 +18,9 @@ from rushhour.machine import describe
 
 _SAFE = 64
 """Weights up to this size keep a pair of products with unsigned activations inside 16 bits: 2 x 255 x 64 < 2^15."""
-_MULTIPLIES = INTEGER_PRODUCTS | {"DequantizeLinear"}
-"""What takes weights in 8 bits."""
+_PRODUCTS = INTEGER_PRODUCTS | {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN"}
+_PASSES_ON = {"DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Identity"}
+"""What hands weights on to a product unchanged."""
 _ALONE = 4
 """Samples that are also run one at a time: a batch of one has a graph of its own on some engines."""
 
@@ -70,13 +73,22 @@ def full_range(bundle: Bundle) -> bool:
     if bundle.manifest.precision != "int8":
         return False
     graph = onnx.load(bundle.model).graph
-    multiplied = {name for node in graph.node if node.op_type in _MULTIPLIES for name in node.input}
+    multiplied = _multiplied(graph)
     centres = {onnx.TensorProto.INT8: 0, onnx.TensorProto.UINT8: 128}
     return any(
         int(np.abs(onnx.numpy_helper.to_array(tensor).astype(np.int16) - centres[tensor.data_type]).max()) > _SAFE
         for tensor in graph.initializer
         if tensor.name in multiplied and tensor.data_type in centres and np.prod(tensor.dims, dtype=int) > 1
     )
+
+
+def _multiplied(graph: Any) -> set[str]:
+    """Tensors that get into a product as they are, or dequantised: weights, but not tables that rows are taken from."""
+    found = {name for node in graph.node if node.op_type in _PRODUCTS for name in node.input}
+    for node in reversed(graph.node):  # in the order of the graph, so what comes later is known
+        if node.op_type in _PASSES_ON and not found.isdisjoint(node.output):
+            found.update(node.input)
+    return found
 
 
 def check_range(bundle: Bundle, config: EngineConfig) -> None:

@@ -234,6 +234,8 @@ class _Tuner:
     def _rank(self, states: list[_State]) -> list[_State]:
         """Those worth loading, best prediction first; the others get their fate."""
         alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
+        if not alive:
+            raise EngineError("nothing can be served", states[0].why, "mend the model, or name another")
         best = alive[0].predicted or 0.0
         for position, state in enumerate(alive):
             predicted = state.predicted or 0.0
