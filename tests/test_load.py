@@ -191,7 +191,7 @@ def test_the_warm_up_is_not_judged() -> None:
     assert verdict(samples(latencies, warmup=200)).outcome is Outcome.PASS
 
 
-def test_too_many_misses_fail_and_too_few_to_tell_do_too() -> None:
+def test_too_many_misses_fail_and_too_few_to_tell_are_inconclusive() -> None:
     latencies = quick()
     latencies[::60] = 0.08
     measurement = verdict(samples(latencies))
@@ -200,13 +200,34 @@ def test_too_many_misses_fail_and_too_few_to_tell_do_too() -> None:
     latencies = quick()
     latencies[::110] = 0.08
     measurement = verdict(samples(latencies))
-    assert measurement.outcome is Outcome.FAIL
-    assert "too many for a proof" in measurement.reason
+    assert measurement.outcome is Outcome.INCONCLUSIVE
+    assert "19 of 2000 requests missed" in measurement.reason
+
+
+def test_what_is_alike_in_all_blocks_comes_in_no_waves() -> None:
+    """Rounding made a correlation of what has no variance: 40 late of 2000 then proved nothing."""
+    latencies = quick()
+    latencies[::50] = 0.08
+    assert verdict(samples(latencies)).outcome is Outcome.FAIL
+
+
+def test_an_undecided_window_says_how_much_longer_it_would_take() -> None:
+    """Slow ones in waves: too few for a proof either way, and a longer window of the same kind would give one."""
+    random = np.random.default_rng(3)
+    waves = np.repeat([0.6, 1.3, 0.7, 1.4, 0.6, 0.7, 1.3, 0.6], 500)
+    latencies = random.exponential(0.009, 4000) * waves
+    measurement = verdict(samples(latencies))
+    assert measurement.outcome is Outcome.INCONCLUSIVE, measurement.reason
+    assert measurement.needs_s is not None
+    assert "effective sample size" in measurement.reason
+    assert "more would decide" in measurement.reason
+    assert sum(measurement.blocks) == measurement.late
+    assert len(measurement.blocks) == 20
 
 
 def test_below_299_requests_there_is_no_p99() -> None:
     measurement = verdict(samples(quick(298)))
-    assert measurement.outcome is Outcome.FAIL
+    assert measurement.outcome is Outcome.INCONCLUSIVE
     assert measurement.p99_ms is None
     assert measurement.p99_interval_ms is None
     assert "insufficient samples" in measurement.reason
@@ -262,7 +283,7 @@ def test_halves_that_differ_are_not_a_steady_state() -> None:
     latencies = quick(4000)
     latencies[2000::80] = 0.06
     measurement = verdict(samples(latencies))
-    assert measurement.outcome is Outcome.UNSTABLE
+    assert measurement.outcome is Outcome.INCONCLUSIVE
     assert "first half" in measurement.reason
 
 
@@ -442,7 +463,7 @@ def test_a_window_that_grows_is_decided_early_where_it_can_be() -> None:
     latencies = quick(4000)
     latencies[::110] = 0.08
     close = verdict_at(latencies, Look(0.25))
-    assert (close.outcome, close.decided) == (Outcome.FAIL, False)
+    assert (close.outcome, close.decided) == (Outcome.INCONCLUSIVE, False)
     assert verdict_at(latencies, Look()).decided
     latencies[::20] = 0.08
     hopeless = verdict_at(latencies, Look(0.25))
@@ -606,7 +627,7 @@ def test_a_search_with_time_left_goes_up_again() -> None:
     class Short(Simulated):
         def __call__(self, rate_rps: float, seed: int) -> Measurement:
             window = super().__call__(rate_rps, seed)
-            return msgspec.structs.replace(window, outcome=Outcome.FAIL)  # too short for a proof, whatever it sees
+            return msgspec.structs.replace(window, outcome=Outcome.INCONCLUSIVE)  # too short for a proof
 
     def search(budget_s: float) -> Search:
         proof = Simulated(1000.0)
@@ -617,8 +638,6 @@ def test_a_search_with_time_left_goes_up_again() -> None:
     assert 1000 / again.capacity_rps <= 1.04
     assert again.confirmed is not None
     assert again.confirmed.rate_rps == again.capacity_rps
-    assert again.lowest_failing_rps is not None
-    assert again.lowest_failing_rps > again.capacity_rps
     assert len(again.runs) <= len(first.runs) + 3
 
 

@@ -237,7 +237,7 @@ def _loaded(
 ) -> Loaded:
     outcome = Outcome.VOID if not windows else windows[-1].outcome
     if found is not None and found.capacity_rps:
-        outcome = Outcome.PASS
+        outcome = Outcome.PASS if found.proven else Outcome.INCONCLUSIVE
     elif not is_search:
         outcome = next((window.outcome for window in windows if window.outcome is not Outcome.PASS), outcome)
     result: dict[str, Any] = {
@@ -257,6 +257,8 @@ def _loaded(
         result |= {
             "capacity_rps": found.capacity_rps if found is not None else None,
             "lowest_failing_rps": found.lowest_failing_rps if found is not None else None,
+            "proven": found is not None and found.proven,
+            "estimate": found.estimate if found is not None else None,
         }
         if found is None:
             best = f", the best rate that passed so far is {max(passed):,.6g}/s" if passed else ""
@@ -264,7 +266,10 @@ def _loaded(
         else:
             failing = f"; {found.lowest_failing_rps:,.6g} fails" if found.lowest_failing_rps else ""
             because = f" ({found.reason})" if found.reason else ""
-            headline = f"{found.capacity_rps:,.6g} requests/s keep {slo}{failing}{because}"
+            if found.proven or found.estimate is None:
+                headline = f"{found.capacity_rps:,.6g} requests/s keep {slo}{failing}{because}"
+            else:
+                headline = f"{found.estimate} keep {slo}{failing}{because}"
     elif len(windows) == 1:
         fields = msgspec.to_builtins(windows[0])
         result |= {name: value for name, value in fields.items() if name not in ("slo", "latencies", "kind")}

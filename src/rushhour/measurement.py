@@ -22,11 +22,13 @@ _LOWEST_US, _HIGHEST_US, _DIGITS = 1, 3_600_000_000, 3
 class Outcome(enum.StrEnum):
     """The verdict on one load: does the SLO hold at this rate?
 
-    Only `PASS` is a proof. `FAIL` also covers "could not be proven with this many requests".
+    `PASS` and `FAIL` are proofs; all others are not, and count as neither.
     """
 
     PASS = "pass"
     FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+    """Not enough evidence for either: a longer window may decide."""
     UNSTABLE = "unstable"
     """The server fell behind: the queue grew, so no percentile describes it."""
     GENERATOR_LIMITED = "generator_limited"
@@ -61,7 +63,9 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
         outcome: the verdict; `reason` says it in words.
         latencies: HdrHistogram of the answered requests in microseconds, base64.
         error_kinds: how many of `errors` are of each kind: `mismatch`, `status 500`, `time-out`, `closed`, ...
-        decided: false where only the length of the window stood between this fail and a pass.
+        decided: false where a longer window might decide it.
+        needs_s: seconds more at this rate that would decide it, about; None where it is decided or hardly can be.
+        blocks: late requests in each of 20 blocks of neighbours, for resampling; what fills no block is left out.
         looks: how many times the window was looked at while it grew, each time with requests added.
         retries: disturbed windows that were thrown away for this one.
     """
@@ -87,6 +91,8 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     decided: bool = True
     looks: int = 1
     retries: int = 0
+    needs_s: float | None = None
+    blocks: tuple[int, ...] = ()
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):

@@ -116,7 +116,8 @@ class Evidence(msgspec.Struct, frozen=True):
     """What was measured, in the numbers people ask for. The measurements themselves lie in `measurements.jsonl`.
 
     Attributes:
-        capacity_rps: the highest rate whose verdict was a confirmed pass on fresh seeds.
+        capacity_rps: the highest rate whose verdict was a confirmed pass on fresh seeds; where none was, the estimate
+            from all windows. 0 only where the SLO held at no rate.
         lowest_failing_rps: the lowest rate that did not pass, if one was tried.
         p99_ms: at `capacity_rps`.
         accuracy: of the compiled artefact on the untouched test set.
@@ -127,6 +128,8 @@ class Evidence(msgspec.Struct, frozen=True):
         at: when the plan was made, ISO 8601.
         trials: every candidate and its fate.
         ladder: what each step bought, in order.
+        proven: whether `capacity_rps` is a proof, or an estimate.
+        capacity_interval_rps: the estimate's 95% interval, from all windows of the winner; None where it held at none.
     """
 
     capacity_rps: float
@@ -150,6 +153,8 @@ class Evidence(msgspec.Struct, frozen=True):
     at: str
     trials: tuple[Trial, ...] = ()
     ladder: tuple[Rung, ...] = ()
+    proven: bool = True
+    capacity_interval_rps: Interval | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@
     Generator             the process that sends
     measure               one window of open-loop load -> a Measurement with its verdict
     climb                 a ladder of closed loops: where to start a search
+    estimate              the capacity that all windows tell together, proven or not
     find_capacity         the highest rate that passes, confirmed on a fresh seed
     closed_loop           what so many users that wait for their answers get
     compare               several servers, interleaved on the same arrivals, as ratios with intervals
@@ -15,6 +16,7 @@ Below them: `poisson`, `constant`, `Bursty` and `Trace` make schedules, `judge` 
 from rushhour.load.arrivals import Arrivals, Bursty, Trace, constant, poisson, read_arrivals, read_trace
 from rushhour.load.closed import ClosedResult, closed_loop
 from rushhour.load.contest import Comparison, Ratio, Window, compare
+from rushhour.load.estimate import Estimate, estimate
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
 from rushhour.load.null import null_server, null_throughput
@@ -42,6 +44,7 @@ __all__ = [
     "ClosedResult",
     "Comparison",
     "Endpoint",
+    "Estimate",
     "Generator",
     "Look",
     "OpenJob",
@@ -65,6 +68,7 @@ __all__ = [
     "decide",
     "discover",
     "endpoint",
+    "estimate",
     "find_capacity",
     "folder_payloads",
     "judge",

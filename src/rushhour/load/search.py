@@ -14,6 +14,7 @@ import numpy as np
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.load.arrivals import Arrivals, Trace, check_rate, poisson
+from rushhour.load.estimate import Estimate, estimate
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
 from rushhour.load.null import null_throughput
@@ -347,14 +348,16 @@ class Search(msgspec.Struct, frozen=True):
     """What a search for capacity found, and all it asked on the way.
 
     Attributes:
-        capacity_rps: the highest rate that passed, once more, on a fresh seed; 0 where none did.
+        capacity_rps: the highest rate that passed, once more, on a fresh seed. Where none did, the estimate from all
+            windows; 0 only where the SLO held at no rate.
         lowest_failing_rps: the lowest rate above it that failed or was unstable; None where none was found.
-        confirmed: the window that confirmed `capacity_rps`.
+        confirmed: the window that confirmed `capacity_rps`; None where it is an estimate.
         runs: every window in the order asked; the confirming one is the last of them that passed.
         retries: windows that were asked again because the machine was disturbed or the generator at its limit.
         reason: why the capacity is 0, or what else than the server bounds it; empty otherwise.
         rungs: the closed loops that it started from; empty where `find_capacity` was told where to start.
         seconds: it took, by the clock; 0 where that is not known.
+        estimate: of the capacity, from all windows; None where the SLO held at no rate.
     """
 
     capacity_rps: float
@@ -365,6 +368,12 @@ class Search(msgspec.Struct, frozen=True):
     reason: str = ""
     rungs: tuple[Rung, ...] = ()
     seconds: float = 0.0
+    estimate: Estimate | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether the capacity passed a proof on fresh seeds."""
+        return self.confirmed is not None
 
     @property
     def requests(self) -> int:
@@ -409,11 +418,11 @@ def find_capacity(
         raise LoadError(
             f"cannot start a search at {start_rps:g} requests per second", "a rate is above zero", "start at 1 or more"
         )
-    asked = _Asked(seed)
+    asked = _Asked(seed, slo)
     low, high = _bracket(asked, probe, start_rps, slo, growth)
     if low is None:
         last = asked.runs[-1]
-        return asked.search(0.0, None, f"not even {last.rate_rps:g} requests/s keep {slo}: {last.reason}")
+        return asked.search(None, f"not even {last.rate_rps:g} requests/s keep {slo}: {last.reason}")
     while high is not None and high.rate_rps / low.rate_rps > resolution:
         middle = _rounded(math.sqrt(low.rate_rps * high.rate_rps))
         if not low.rate_rps < middle < high.rate_rps:
@@ -434,12 +443,12 @@ def find_capacity(
                 window = _up_again(asked, confirm, window, unproven, max(resolution, 1 / _DROP), budget_s)
             limited = high is not None and high.outcome in _RETRIES
             reason = f"at {high.rate_rps:g} requests/s: {high.reason}" if high is not None and limited else ""
-            return asked.search(window.rate_rps, window, reason)
+            return asked.search(window, reason)
         unproven = rate
         hurry = asked.cost_s + _PATIENCE * longest > budget_s or rate < 0.8 * low.rate_rps
         rate = _rounded(rate * (next(last_drops) if hurry else _DROP))
     last = asked.runs[-1]
-    return asked.search(0.0, None, f"no rate down to {last.rate_rps:g} requests/s could be proven: {last.reason}")
+    return asked.search(None, f"no rate down to {last.rate_rps:g} requests/s could be proven: {last.reason}")
 
 
 def _up_again(
@@ -473,8 +482,9 @@ def _cost_s(window: Measurement) -> float:
 class _Asked:
     """The windows asked so far. The seed of the next is made from how many there were."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, slo: SLO) -> None:
         self._seed = seed
+        self._slo = slo
         self.runs: list[Measurement] = []
         self._retries = 0
 
@@ -496,14 +506,19 @@ class _Asked:
     def look(self, probe: Probe, rate_rps: float, slo: SLO) -> Measurement:
         """A window on the way; one that misses is asked once more, unless it misses by far.
 
-        A short window fails over one pause of the machine, and would bound the search for good.
+        A short window misses over one pause of the machine, and would bound the search for good.
         """
         window = self.ask(probe, rate_rps)
-        if window.outcome is Outcome.FAIL and not _looks_good(window, slo) and window.late <= _BY_FAR * window.n:
+        undecided = window.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) and not _looks_good(window, slo)
+        if undecided and window.late <= _BY_FAR * window.n:
             window = self.ask(probe, rate_rps)
         return window
 
-    def search(self, capacity_rps: float, confirmed: Measurement | None, reason: str) -> Search:
+    def search(self, confirmed: Measurement | None, reason: str) -> Search:
+        found = estimate(self.runs, self._slo)
+        capacity_rps = 0.0 if found is None else _rounded(found.rate_rps)
+        if confirmed is not None:
+            capacity_rps = confirmed.rate_rps
         failing = [
             run.rate_rps
             for run in self.runs
@@ -516,6 +531,7 @@ class _Asked:
             runs=tuple(self.runs),
             retries=self._retries,
             reason=reason,
+            estimate=found,
         )
 
 
@@ -543,7 +559,7 @@ def _bracket(
 
 
 def _looks_good(window: Measurement, slo: SLO) -> bool:
-    if window.outcome is Outcome.FAIL:
+    if window.outcome is Outcome.INCONCLUSIVE:
         return window.late <= window.n * slo.allowed_miss_rate
     return window.outcome is Outcome.PASS
 

@@ -2,16 +2,17 @@
 
 Pure functions of samples. The order of questions, first answer wins:
 
-1. Are there enough samples for any proof? If not: fail, "insufficient samples".
-2. Is there a steady state, and does the miss rate pass? Where the machine was disturbed or the generator late, the
+1. Are there enough samples for any proof? If not: inconclusive, "insufficient samples".
+2. Is there a steady state, and what do the misses prove? Where the machine was disturbed or the generator late, the
    server is given the benefit of it: what the canary and the generator lost at their 99th percentiles is taken off
    every latency first. A server that is unstable or fails even so is unstable or fails, whoever else was slow:
-   an overloaded server on shared cores disturbs the canary itself, and must not hide behind that.
+   an overloaded server on shared cores disturbs the canary itself, and must not hide behind that. It fails only if
+   the misses prove that the SLO does not hold; what is proven neither way is inconclusive.
 3. Was the generator the bottleneck (its CPU, its bound on connections, what it can send to a server that does
    nothing)? Then generator_limited: the server was not asked at this rate, or was asked in bunches.
 4. Was the machine disturbed? Then void. It comes before the send delay, which a disturbed machine causes too.
 5. Was the generator late? Then generator_limited.
-6. Otherwise pass or fail. So a pass needs everything to be in order; no disturbance ever turns into one.
+6. Otherwise pass, or inconclusive. So a pass needs everything to be in order; no disturbance ever turns into one.
 
 A miss rate is proven twice over. First by its count, with bursts discounted. That alone passes a queue at exactly its
 limit in about every second window of 10 s. For a queue is slow in long waves, a short window easily misses the bad
@@ -53,6 +54,9 @@ _TAIL = 0.3
 _CAUTION = 3.0
 _SPENDING = 1.5
 _HOPELESS = 0.01
+_REFUTED = 0.01
+"""How often a rate that holds may be called failing, at the most."""
+_LONGER = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0, 24.0, 32.0)
 _MAX_CANARY = 0.10
 _MAX_SEND_DELAY = 0.05
 _MAX_STEAL = 0.05
@@ -150,7 +154,7 @@ def _wave_inflation(slow: NDArray[np.bool_]) -> float:
     around = slow[len(slow) - size * _BLOCKS :].reshape(_BLOCKS, size).mean(axis=1)
     around = around - around.mean()
     spread = float((around * around).sum())
-    if spread == 0:
+    if spread < 1e-12:  # all blocks alike, but for rounding
         return 1.0
     # 1/20 is the bias of a correlation estimated from 20 blocks; beyond 0.8 the window is too short to say.
     r = min(max(float((around[1:] * around[:-1]).sum()) / spread + 1 / _BLOCKS, 0.0), 0.8)
@@ -188,7 +192,7 @@ def judge(
         null_rps: what the generator sends to a server that does nothing, where that is known.
 
     Returns:
-        The measurement. Where it is not `decided`, a longer window may turn the fail into a pass.
+        The measurement. Where it is not `decided`, a longer window may decide it.
     """
     runs = [samples] if isinstance(samples, Samples) else list(samples)
     window = joined(runs)
@@ -197,6 +201,10 @@ def judge(
     latencies = window.latencies()
     late = latencies > slo.limit_s
     outcome, reason = decide(runs, slo, rate_rps=rate_rps, look=look, null_rps=null_rps)
+    needs_s = None
+    if outcome in (None, Outcome.INCONCLUSIVE) and n >= needed_n(slo):
+        away, broken = window.count(Status.SHED), window.count(Status.ERROR) + window.count(Status.LOST)
+        needs_s = _needs_s(_Evidence(latencies, slo, away, broken), duration)
     p99, interval = (None, None) if outcome is Outcome.UNSTABLE else _p99(latencies, window.timeout_s)
     answered = latencies[np.isfinite(latencies)]
     send_delay = _quantile(window.sent - window.scheduled, 0.99)
@@ -215,13 +223,20 @@ def judge(
         goodput_rps=(n - int(late.sum())) / duration,
         generator_cpu=window.generator_cpu,
         send_delay_p99_ms=send_delay * 1e3,
-        outcome=outcome or Outcome.FAIL,
+        outcome=outcome or Outcome.INCONCLUSIVE,
         reason=reason,
         latencies=pack_latencies(answered),
         error_kinds=dict(window.error_kinds),
         decided=outcome is not None,
         looks=len(runs),
+        needs_s=needs_s,
+        blocks=_late_by_block(late),
     )
+
+
+def _late_by_block(late: NDArray[np.bool_]) -> tuple[int, ...]:
+    size = len(late) // _BLOCKS
+    return tuple(late[len(late) - size * _BLOCKS :].reshape(_BLOCKS, size).sum(axis=1).tolist()) if size else ()
 
 
 def _duration(run: Samples) -> float:
@@ -238,7 +253,7 @@ def decide(
     grows = look.share < 1
     if n < fewest:
         said = f"insufficient samples: {n} requests, {slo} needs at least {fewest}{_blame(window)}"
-        return None if grows else Outcome.FAIL, said
+        return None if grows else Outcome.INCONCLUSIVE, said
     doubts = _doubts(window, slo, rate_rps, null_rps)
     benefit = 0.0
     latencies = window.latencies()
@@ -250,43 +265,37 @@ def decide(
         on_time = int((latencies <= slo.limit_s).sum())
         if len(latencies) < fewest and not passes(len(latencies), on_time, 1 - slo.allowed_miss_rate, _HOPELESS):
             return Outcome.GENERATOR_LIMITED, f"{doubts.bound}; it sent {len(latencies)} of {n} requests"
-    unsteady = _unsteady(runs, latencies > slo.limit_s, slo, rate_rps, benefit)
-    if unsteady:
-        return Outcome.UNSTABLE, unsteady + _blame(window)
+    late = latencies > slo.limit_s
+    behind = _falls_behind(runs, slo, rate_rps, benefit)
+    if behind:
+        return Outcome.UNSTABLE, behind + _blame(window)
     away, broken = window.count(Status.SHED), window.count(Status.ERROR) + window.count(Status.LOST)
-    lacking = _lacking(latencies, slo, look.significance, away, broken)
-    if lacking:
-        hopeless = _hopeless(latencies > slo.limit_s, slo, look) if grows else ""
-        # With a doubt no longer window can pass either.
-        undecided = grows and not hopeless and not doubts
-        return None if undecided else Outcome.FAIL, (hopeless or lacking) + _blame(window)
+    evidence = _Evidence(latencies, slo, away, broken)
+    if evidence.refutes(_REFUTED * look.significance / (1 - CONFIDENCE)):
+        return Outcome.FAIL, f"{evidence.count} requests missed {slo}: it does not hold{_blame(window)}"
+    drifts = _drifts(late, slo)
+    if drifts or not evidence.proves(look.significance):
+        hopeless = evidence.hopeless(look.share) if grows else ""
+        if grows and not hopeless and not doubts:
+            return None, drifts or evidence.lacking()
+        if not doubts:
+            said = drifts or hopeless or evidence.lacking(_needs_s(evidence, sum(_duration(run) for run in runs)))
+            return Outcome.INCONCLUSIVE, said + _blame(window)
     if doubts.bound:
         return Outcome.GENERATOR_LIMITED, doubts.bound
     if doubts.noise:
         return Outcome.VOID, doubts.noise
     if doubts.delay:
         return Outcome.GENERATOR_LIMITED, doubts.delay
-    return Outcome.PASS, f"{np.count_nonzero(latencies > slo.limit_s)} of {n} requests missed {slo}{_blame(window)}"
+    return Outcome.PASS, f"{evidence.count} requests missed {slo}{_blame(window)}"
 
 
-def _hopeless(late: NDArray[np.bool_], slo: SLO, look: Look) -> str:
-    """Why no longer window can pass, or hardly any: not even if nothing more were late, or with 99% confidence."""
-    n, k, allowed = len(late), int(late.sum()), slo.allowed_miss_rate
-    said = f"{k} of {n} requests missed {slo}: "
-    if not passes(n / look.share, k, allowed):
-        return said + "too many for any longer test"
-    waves = _wave_inflation(late)
-    on_time, kept = (n - k) / waves, 1 - allowed
-    return said + "it does not hold" if passes(n / waves, on_time, kept, _HOPELESS) else ""
-
-
-def _lacking(latencies: NDArray[np.float64], slo: SLO, significance: float, away: int, broken: int) -> str:
-    """What the latencies lack to prove the SLO; empty where they prove it.
+class _Evidence:
+    """What the latencies of a window prove of an SLO, either way.
 
     Args:
         latencies: of all requests in the order of the schedule, infinite where there was no answer.
         slo: what is asked.
-        significance: what this look may spend.
         away: how many were turned away.
         broken: how many ended in errors or never: these say nothing of a tail, and with any it proves nothing.
 
@@ -306,46 +315,122 @@ def _lacking(latencies: NDArray[np.float64], slo: SLO, significance: float, away
     An inflation estimated from 20 blocks is uncertain, and too small just where a window was lucky: what it has over
     1 counts three times, which is what makes 5% of 5% in simulated queues.
     """
-    n, limit, allowed = len(latencies), slo.limit_s, slo.allowed_miss_rate
-    late = latencies > limit
-    k = int(late.sum())
-    said = f"{k} of {n} requests missed {slo}"
-    bursts = variance_inflation(late)
-    if not passes(n / bursts, k / bursts, allowed):
-        if k > n * allowed:
-            return said
-        worth = f", in bursts that make {n} worth {n / bursts:.0f}" if bursts > 1.05 else ""
-        return f"{said}{worth}: too many for a proof, a longer test may give one"
-    own, slow = _wave_inflation(late), _wave_inflation(latencies > np.quantile(latencies, _SLOW))
-    waves = 1 + _CAUTION * (max(own, slow) - 1)
-    counted = 1 + _CAUTION * (own - 1) if away and 2 * away >= k else waves
-    if passes(n / counted, k / counted, allowed, significance):
-        return ""
-    if not broken and _tail_passes(latencies, slo, waves, significance):
-        return ""
-    return f"{said}, but slow ones come in waves that make {n} worth {n / counted:.0f}: a longer test may give a proof"
+
+    def __init__(self, latencies: NDArray[np.float64], slo: SLO, away: int, broken: int) -> None:
+        late = latencies > slo.limit_s
+        self._slo = slo
+        self._n, self._late = len(latencies), int(late.sum())
+        self._bursts = variance_inflation(late)
+        self._own, slow = (
+            _wave_inflation(late),
+            _wave_inflation(latencies > np.quantile(latencies, _SLOW, method="lower")),
+        )
+        waves = 1 + _CAUTION * (max(self._own, slow) - 1)
+        only_away = away and 2 * away >= self._late
+        self._counted = 1 + _CAUTION * (self._own - 1) if only_away else waves
+        self._tail = None if broken else _Tail.of(latencies, slo, waves)
+        p99 = float(np.quantile(latencies, 0.99, method="higher"))
+        self._p99 = f", p99 {p99 * 1e3:.3g} ms" if math.isfinite(p99) else ""
+
+    @property
+    def count(self) -> str:
+        """Misses, in words."""
+        return f"{self._late} of {self._n}"
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether more missed than may."""
+        return self._late > self._n * self._slo.allowed_miss_rate
+
+    def proves(self, significance: float, longer: float = 1.0) -> bool:
+        """Whether the SLO is proven; with `longer`, whether it would be by a window so many times as long."""
+        n, late, allowed = self._n * longer, self._late * longer, self._slo.allowed_miss_rate
+        if not passes(n / self._bursts, late / self._bursts, allowed):
+            return False
+        if passes(n / self._counted, late / self._counted, allowed, significance):
+            return True
+        return self._tail is not None and self._tail.proves(significance, longer)
+
+    def refutes(self, significance: float) -> bool:
+        """Whether it is proven that the SLO does not hold, with the misses' own waves discounted."""
+        waves = 1 + _CAUTION * (self._own - 1)
+        n, on_time = self._n / waves, (self._n - self._late) / waves
+        return passes(n, on_time, 1 - self._slo.allowed_miss_rate, significance)
+
+    def hopeless(self, share: float) -> str:
+        """Why no longer window can pass, or hardly any: not even if nothing more were late, or with 99% confidence."""
+        allowed = self._slo.allowed_miss_rate
+        said = f"{self.count} requests missed {self._slo}: "
+        if not passes(self._n / share, self._late, allowed):
+            return said + "too many for any longer test"
+        n, on_time = self._n / self._own, (self._n - self._late) / self._own
+        return said + "it hardly holds" if passes(n, on_time, 1 - allowed, _HOPELESS) else ""
+
+    def lacking(self, needs_s: float | None = None) -> str:
+        """What is missing for a proof, and how much longer it would take at this rate."""
+        if self.exceeds:
+            return f"{self.count} requests missed {self._slo}, more than may: try a lower rate"
+        worth = self._n / max(self._bursts, self._counted)
+        more = "a lower rate is sooner proven" if needs_s is None else f"about {_long(needs_s)} more would decide"
+        waves = f", but latency is autocorrelated (effective sample size {worth:.0f})" if worth < 0.9 * self._n else ""
+        return f"{self.count} requests missed {self._slo}{self._p99}{waves or ', too near to what may'}: {more}"
 
 
-def _tail_passes(latencies: NDArray[np.float64], slo: SLO, waves: float, significance: float) -> bool:
-    """Whether the slowest 30% show that the limit is far enough in the tail; never where the limit is not in it.
+def _long(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+def _needs_s(evidence: _Evidence, duration_s: float) -> float | None:
+    """Seconds more that would prove it, if they went on as those before; None beyond 32 times the window."""
+    for longer in _LONGER:
+        if evidence.proves(1 - CONFIDENCE, longer):
+            return (longer - 1) * duration_s
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tail:
+    """The slowest 30%: how far the limit lies in a tail that falls exponentially.
 
     What is infinite was turned away: it counts as having got as far as the slowest answer, and for no evidence.
+
+    Attributes:
+        mean_s: way of the slowest beyond where they begin, as steep as the tail is.
+        end_s: way to the limit.
+        steps: by so many times the mean the limit has to lie further.
+        evidence: how many of the slowest were answered.
+        waves: what they have to be discounted by.
     """
-    if 3 * slo.allowed_miss_rate > _TAIL:
-        return False
-    start = float(np.quantile(latencies, 1 - _TAIL))
-    slowest = latencies[latencies > start] - start
-    answered = slowest[np.isfinite(slowest)]
-    if not len(answered):
-        return not len(slowest) and start < slo.limit_s
-    furthest, end = float(answered.max()), slo.limit_s - start
-    if len(answered) < len(slowest):
-        end = min(end, furthest)
-    mean = float(np.minimum(slowest, furthest).sum()) / len(answered)
-    steps = math.log(_TAIL / slo.allowed_miss_rate)
-    evidence = _TAIL * len(latencies) * len(answered) / len(slowest)
-    freedom = max(2.0, 2 * evidence / waves)  # the window itself is one wave, at least
-    return mean * steps * freedom < end * _chi_squared(significance, freedom)
+
+    mean_s: float
+    end_s: float
+    steps: float
+    evidence: float
+    waves: float
+
+    @classmethod
+    def of(cls, latencies: NDArray[np.float64], slo: SLO, waves: float) -> _Tail | None:
+        """None where the limit is not in the tail, or there is none to be seen."""
+        if 3 * slo.allowed_miss_rate > _TAIL:
+            return None
+        start = float(np.quantile(latencies, 1 - _TAIL, method="lower"))
+        if not math.isfinite(start):
+            return None
+        slowest = latencies[latencies > start] - start
+        answered = slowest[np.isfinite(slowest)]
+        steps = math.log(_TAIL / slo.allowed_miss_rate)
+        if not len(answered):
+            return None if len(slowest) or start >= slo.limit_s else cls(0.0, slo.limit_s - start, steps, 1.0, waves)
+        furthest, end = float(answered.max()), slo.limit_s - start
+        if len(answered) < len(slowest):
+            end = min(end, furthest)
+        mean = float(np.minimum(slowest, furthest).sum()) / len(answered)
+        return cls(mean, end, steps, _TAIL * len(latencies) * len(answered) / len(slowest), waves)
+
+    def proves(self, significance: float, longer: float) -> bool:
+        """Whether an upper bound of the mean still leaves the limit far enough out."""
+        freedom = max(2.0, 2 * longer * self.evidence / self.waves)  # the window itself is one wave, at least
+        return self.mean_s * self.steps * freedom < self.end_s * _chi_squared(significance, freedom)
 
 
 def _chi_squared(p: float, freedom: float) -> float:
@@ -398,8 +483,8 @@ def _doubts(measured: Samples, slo: SLO, rate_rps: float, null_rps: float | None
     return _Doubts(bound, noise, delay)
 
 
-def _unsteady(runs: Sequence[Samples], missed: NDArray[np.bool_], slo: SLO, rate_rps: float, benefit_s: float) -> str:
-    """Why the window shows no steady state, so that no percentile describes it; empty where it shows one."""
+def _falls_behind(runs: Sequence[Samples], slo: SLO, rate_rps: float, benefit_s: float) -> str:
+    """Why no percentile describes the window: the server answers less than is asked; empty where it keeps up."""
     for run in runs:
         measured = run.measured()
         end = float(measured.scheduled[-1])
@@ -412,6 +497,11 @@ def _unsteady(runs: Sequence[Samples], missed: NDArray[np.bool_], slo: SLO, rate
         growth = _growth(run)
         if growth >= max(3.0, rate_rps * (_SLOPE_SHARE * slo.limit_s + benefit_s)):
             return f"the server fell behind: {growth:.0f} more requests were in flight at the end than at the start"
+    return ""
+
+
+def _drifts(missed: NDArray[np.bool_], slo: SLO) -> str:
+    """Whether one half of the window was another load than the other; empty where they are alike."""
     inflation = variance_inflation(missed)
     half = len(missed) // 2
     first, second = int(missed[:half].sum()), int(missed[half:].sum())

@@ -38,7 +38,7 @@ def side_by_side(
         Row(
             "capacity",
             wording.rate(found.baseline_capacity_rps),
-            wording.rate(found.capacity_rps),
+            wording.capacity(found),
             wording.factor(found.capacity_rps, found.baseline_capacity_rps),
         ),
         Row(

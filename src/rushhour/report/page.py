@@ -129,7 +129,8 @@ def _headline(found: Findings) -> str:
     gain = wording.factor(evidence.capacity_rps, evidence.baseline_capacity_rps)
     accuracy = wording.metric_with_interval(evidence.accuracy, evidence.accuracy_interval, name)
     return (
-        f"{found.name}: {wording.rate(evidence.capacity_rps).removesuffix('/s')} requests/s inside {plan.goal.slo}, "
+        f"{found.name}: {wording.rate(evidence.capacity_rps).removesuffix('/s')} requests/s "
+        f"{'' if evidence.proven else '(estimated, not proven) '}inside {plan.goal.slo}, "
         + (f"{gain} the baseline, " if gain else "")
         + f"{name} {accuracy}, drop {wording.drop(evidence.accuracy_drop, name)}"
     )

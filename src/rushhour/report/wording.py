@@ -6,7 +6,7 @@ import datetime
 import math
 
 from rushhour.measurement import Interval, Measurement, Outcome
-from rushhour.plan import Policy
+from rushhour.plan import Evidence, Policy
 
 NOT_MEASURED = "not measured"
 INSUFFICIENT = "insufficient samples"
@@ -49,6 +49,17 @@ def rate(rps: float | None) -> str:
 def milliseconds(value: float | None, missing: str = INSUFFICIENT) -> str:
     """A latency: `41.2 ms`; `missing` where there is none."""
     return missing if value is None else f"{number(value)} ms"
+
+
+def capacity(found: Evidence) -> str:
+    """A plan's capacity; an estimate is called one: `2,610/s, estimated (2,400 to 2,700)`."""
+    said = rate(found.capacity_rps)
+    if found.proven or not found.capacity_rps:
+        return said
+    if found.capacity_interval_rps is None:
+        return f"{said}, estimated"
+    low, high = (rate(bound).removesuffix("/s") for bound in found.capacity_interval_rps)
+    return f"{said}, estimated ({low} to {high})"
 
 
 def percentile(value: float | None, interval: Interval | None, n: int | None) -> str:

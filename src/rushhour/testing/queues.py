@@ -223,7 +223,7 @@ def _verdicts(
             look = Look(size / sizes[-1], before / sizes[-1])
             outcome, _ = decide(parts, slo, rate_rps=rate_rps, look=look)
             if outcome is not None or size == sizes[-1]:
-                found[run] = (outcome or Outcome.FAIL, size)
+                found[run] = (outcome or Outcome.INCONCLUSIVE, size)
                 del windows[run]
         before = size
         if not windows:

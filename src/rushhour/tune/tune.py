@@ -28,7 +28,7 @@ from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, Probe, find_capacity
+from rushhour.load import Estimate, Generator, Probe, estimate, find_capacity
 from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
@@ -37,6 +37,13 @@ from rushhour.tune.space import Candidate, baseline, candidates, plain
 from rushhour.tune.trial import Bench, plan_of
 
 _ATTEMPTS = 2
+_RUNNERS_UP = 1
+"""That are tried where the winner cannot be confirmed."""
+_NEARLY = 0.9
+"""Of what is estimated of the winner, a runner-up has to be proven to carry."""
+_PROOFS = 6
+"""Windows of one confirmation, at most."""
+_LONGEST_PROOF_S = 60.0
 _ROUGH = 2.0
 """How much coarser and shorter the searches are that only show what a step bought."""
 
@@ -73,7 +80,10 @@ class _State:
     accuracy: Accuracy | None = None
     predicted: float | None = None
     capacity: float | None = None
+    proven: bool = False
     p99_ms: float | None = None
+    windows: list[Measurement] = dataclasses.field(default_factory=list)
+    """Of load, in the order asked. Not those on file: a search that goes on must ask what it asked before."""
     fate: Fate | None = None
     why: str = ""
 
@@ -151,7 +161,7 @@ class _Tuner:
             self._load_plainly(first_rung, rough=True)
             self._load_plainly(base)
             base.end("baseline", "the untouched model: torch eager, one sample at a time")
-            confirmed = self._confirm(winner)
+            winner, confirmed = self._confirmed([winner, *(state for state in racing if state is not winner)])
         ladder = self._ladder(base, first_rung, compiled, winner)
         return self._answer(winner, confirmed, base, [base, first_rung, *states], ladder)
 
@@ -266,13 +276,15 @@ class _Tuner:
         self._progress.start(f"Can {_short(state.candidate)} carry {rate:,.0f}/s?")
         try:
             with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "challenge") as probe:
-                result = probe(self._settings.proof_s)(rate, self._settings.seed)
+                result = self._noted(state, probe(self._settings.proof_s))(rate, self._settings.seed)
         except EngineError as error:
             state.end("failed", str(error))
             self._progress.done(error.what)
             return False
         self._progress.done(f"{result.outcome}: {result.reason}")
-        if result.outcome is Outcome.PASS:
+        # Not proven is not beaten: only its own search can tell.
+        undecided = result.outcome is Outcome.INCONCLUSIVE and result.late <= result.n * result.slo.allowed_miss_rate
+        if result.outcome is Outcome.PASS or undecided:
             return True
         state.end("beaten", f"at {rate:,.0f}/s: {result.outcome}, {result.reason}")
         state.p99_ms = result.p99_ms
@@ -287,14 +299,14 @@ class _Tuner:
             with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "search") as probe:
                 for attempt in range(_ATTEMPTS):
                     search = find_capacity(
-                        self._noted(probe(self._settings.window_s)),
-                        confirm=self._noted(probe(self._settings.proof_s / step)),
+                        self._noted(state, probe(self._settings.window_s)),
+                        confirm=self._noted(state, probe(self._settings.proof_s / step)),
                         start_rps=max(1.0, 0.8 * expected),
                         slo=self._goal.slo,
                         resolution=1 + step * self._settings.resolution,
                         seed=self._settings.seed + attempt,
                     )
-                    if search.capacity_rps:
+                    if search.proven:
                         break
                     # A neighbour that takes the cores for a minute fails every window; it is gone the next time.
                     self._progress.advance(note=f"once more, because {search.reason}")
@@ -302,16 +314,18 @@ class _Tuner:
             state.end("failed", str(error))
             self._progress.done(error.what)
             return
-        state.capacity = search.capacity_rps
+        state.capacity, state.proven = search.capacity_rps, search.proven
         if search.confirmed is not None:
             state.p99_ms = search.confirmed.p99_ms
             if state.predicted:
                 self._ratio = min(1.5, max(0.1, search.capacity_rps / state.predicted))
-        self._progress.done(f"{search.capacity_rps:,.0f} requests/s inside {self._goal.slo}")
+        how = "" if search.proven or not search.capacity_rps else ", estimated, not proven"
+        self._progress.done(f"{search.capacity_rps:,.0f} requests/s inside {self._goal.slo}{how}")
 
-    def _noted(self, probe: Probe) -> Probe:
+    def _noted(self, state: _State, probe: Probe) -> Probe:
         def noted(rate: float, seed: int) -> Measurement:
             result = probe(rate, seed)
+            state.windows.append(result)
             self._progress.advance(note=f"{rate:,.0f}/s: {result.outcome}")
             return result
 
@@ -341,27 +355,67 @@ class _Tuner:
 
     # The answer.
 
-    def _confirm(self, winner: _State) -> Measurement | None:
-        """The winner again, on fresh seeds and longer windows; each failure costs it 4% of its rate."""
-        rate = winner.capacity or 0.0
-        if not rate:
-            return None
-        self._progress.start("Confirming the winner on fresh seeds")
-        confirmed: Measurement | None = None
-        with self._bench.load(winner.candidate, self._bundles[winner.candidate.bundle], "confirm") as probe:
-            for attempt in range(6):
-                result = self._noted(probe(self._settings.proof_s))(
-                    float(f"{rate:.4g}"), self._settings.seed + 10_000 + attempt
-                )
+    def _confirmed(self, ranked: list[_State]) -> tuple[_State, Measurement | None]:
+        """The winner of the race, confirmed; where it cannot be, a runner-up that can and carries nearly as much.
+
+        Where there is none the winner keeps what is estimated of it: a proof of clearly less is no better answer.
+
+        Args:
+            ranked: the winner, then the others that raced.
+        """
+        winner, *others = ranked
+        confirmed = self._confirm(winner) if winner.capacity else None
+        if confirmed is not None or not winner.capacity:
+            return winner, confirmed
+        least = _NEARLY * winner.capacity
+        for state in sorted(others, key=lambda state: -(state.capacity or state.predicted or 0.0))[:_RUNNERS_UP]:
+            if state.capacity is None and state.fate != "failed":
+                self._search(state)
+            if (state.capacity or 0.0) < least:
+                continue
+            confirmed = self._confirm(state)
+            if confirmed is not None and confirmed.rate_rps >= least:
+                winner.end("beaten", f"it could not be confirmed on fresh seeds: {winner.why}")
+                return state, confirmed
+        return winner, None
+
+    def _confirm(self, state: _State) -> Measurement | None:
+        """A candidate again, on fresh seeds and longer windows.
+
+        The first window is at the rate that its search gave. Each that is no proof lowers the rate to the lower end of
+        what all windows of this candidate tell by then, and the next is longer, as far as the last one asks for it.
+        Where none is a proof, the candidate keeps that estimate.
+        """
+        rate, window_s = state.capacity or 0.0, self._settings.proof_s
+        self._progress.start(f"Confirming {_short(state.candidate)} on fresh seeds")
+        with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "confirm") as probe:
+            for attempt in range(_PROOFS):
+                rate = float(f"{rate:.4g}")
+                result = self._noted(state, probe(window_s))(rate, self._settings.seed + 10_000 + attempt)
                 if result.outcome is Outcome.PASS:
-                    confirmed = result
-                    break
-                if result.outcome in (Outcome.FAIL, Outcome.UNSTABLE):
-                    rate *= 0.96
-        winner.capacity = confirmed.rate_rps if confirmed else 0.0
-        winner.p99_ms = confirmed.p99_ms if confirmed else None
-        self._progress.done(f"{winner.capacity:,.0f} requests/s" if confirmed else "nothing could be confirmed")
-        return confirmed
+                    state.capacity, state.proven, state.p99_ms = result.rate_rps, True, result.p99_ms
+                    self._progress.done(f"{state.capacity:,.0f} requests/s")
+                    return result
+                if result.outcome in (Outcome.FAIL, Outcome.UNSTABLE, Outcome.INCONCLUSIVE):
+                    found = self._estimate(state)
+                    rate = min(0.97 * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
+                    asked = result.duration_s + (result.needs_s or 0.0)
+                    window_s = float(f"{min(_LONGEST_PROOF_S, max(window_s, asked)):.3g}")
+        found = self._estimate(state)
+        state.capacity, state.proven, state.p99_ms = (found.rate_rps if found else 0.0), False, None
+        state.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
+        self._progress.done(state.why)
+        return None
+
+    def _estimate(self, state: _State) -> Estimate | None:
+        """What all windows of a candidate tell."""
+        return estimate(state.windows, self._goal.slo, seed=self._settings.seed)
+
+    def _refuted(self, state: _State) -> bool:
+        """Whether a window proved that it does not hold what it is said to."""
+        failing = (Outcome.FAIL, Outcome.UNSTABLE)
+        capacity = state.capacity or 0.0
+        return any(window.outcome in failing and window.rate_rps <= capacity for window in state.windows)
 
     def _ladder(self, base: _State, first: _State, compiled: _State | None, winner: _State) -> tuple[Rung, ...]:
         last = "quantised" if winner.candidate.precision == "int8" else f"in {winner.candidate.precision}"
@@ -391,8 +445,11 @@ class _Tuner:
         reference, bundle = self._bundles["reference"], self._bundles[winner.candidate.bundle]
         before = self._accuracy(plain(reference, cores()), "test", self._dataset.test)
         after = self._accuracy(winner.candidate, "test", self._dataset.test)
-        feasible = confirmed is not None and after.drop <= self._goal.budget.max_drop
-        winner.end("won", "the highest confirmed rate" if feasible else "the nearest miss: nothing met the whole goal")
+        found = self._estimate(winner)
+        holds = confirmed is not None or (bool(winner.capacity) and not self._refuted(winner))
+        feasible = holds and after.drop <= self._goal.budget.max_drop
+        why = "the highest confirmed rate" if confirmed is not None else f"the highest estimate: {winner.why}"
+        winner.end("won", why if feasible else "the nearest miss: nothing met the whole goal")
         evidence = Evidence(
             capacity_rps=winner.capacity or 0.0,
             lowest_failing_rps=self._lowest_failing(winner),
@@ -415,6 +472,8 @@ class _Tuner:
             at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             trials=tuple(_trial(state) for state in states),
             ladder=ladder,
+            proven=confirmed is not None,
+            capacity_interval_rps=found.interval_rps if found is not None else None,
         )
         plan = plan_of(winner.candidate, bundle, self._goal)
         return msgspec.structs.replace(
