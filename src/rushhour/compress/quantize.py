@@ -140,7 +140,7 @@ def quantize_for_all(
     """int8 for any machine; and where that costs more than `COSTLY` against int8 that needs VNNI, that one too.
 
     Which it is, only a machine with VNNI can tell: elsewhere there is the first alone. Both forms are the same graph
-    with other numbers in it, so they are equally fast.
+    with other numbers in it; how fast they are is measured by `make bench-machines`.
 
     Args:
         bundle: as for `quantize`.
