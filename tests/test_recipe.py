@@ -199,6 +199,7 @@ def test_distillation_learns_what_the_teacher_knows_without_labels(parent: Bundl
     assert float(agree.float().mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> None:
     """A bundle without torch module is a teacher too; the answers it gives are the same."""
     bare = msgspec.structs.replace(parent.manifest, source=None, files={})
@@ -217,6 +218,7 @@ def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> N
     assert float((answers[0] - answers[1]).abs().mean()) < 0.05
 
 
+@pytest.mark.slow
 def test_regression_is_distilled_too(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     inputs = random.normal(size=(900, 8)).astype(np.float32)
