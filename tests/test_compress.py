@@ -227,6 +227,7 @@ def drop_of(bundle: Bundle, parent: Bundle, split: Split) -> float:
     return judge(pictures().task, "validation", split.targets, after, before).drop
 
 
+@pytest.mark.slow
 def test_accuracy_control_comes_only_where_the_plain_result_misses_the_budget(parent: Bundle, tmp_path: Path) -> None:
     data = unlabelled()
     plain = quantize(parent, data, tmp_path / "plain", calibration=20, progress=Silent())

@@ -42,7 +42,7 @@ from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, decode_answer, encode_request
 
 PATH = "/v2/models/tiny/infer"
-BATCHES = (1, 2, 3, 5, 8, 16, 32, 64)
+BATCHES = (1, 3, 8, 64, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 5, 16, 32)))
 
 
 def images_of(rows: int, seed: int) -> np.ndarray:

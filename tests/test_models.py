@@ -200,6 +200,7 @@ def test_loading_leaves_the_caller_s_seed_alone(bundle: Bundle) -> None:
     assert torch.rand(1) == expected
 
 
+@pytest.mark.slow
 def test_equal_weights_give_an_equal_bundle_in_any_process(bundle: Bundle, tmp_path: Path) -> None:
     here = bundle.manifest.hash
     sealed(residual(10, 1, 4, width=4, blocks=1), tmp_path / "other")  # counters of the exporter move on

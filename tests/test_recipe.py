@@ -199,6 +199,7 @@ def test_distillation_learns_what_the_teacher_knows_without_labels(parent: Bundl
     assert float(agree.float().mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> None:
     """A bundle without torch module is a teacher too; the answers it gives are the same."""
     bare = msgspec.structs.replace(parent.manifest, source=None, files={})
@@ -217,6 +218,7 @@ def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> N
     assert float((answers[0] - answers[1]).abs().mean()) < 0.05
 
 
+@pytest.mark.slow
 def test_regression_is_distilled_too(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     inputs = random.normal(size=(900, 8)).astype(np.float32)
@@ -389,21 +391,14 @@ print(made[-1].manifest.hash)
 """
 
 
-# in pruning's second training, in low rank, in distillation, in calibration
-_DEATHS = ((4, "distil from quarters on"), (1, "low rank"), (3, "distil from quarters on"), (7, "quanti"))
-
-
-@pytest.mark.parametrize(
-    "deaths", [_DEATHS[:1], pytest.param(_DEATHS, marks=pytest.mark.slow)], ids=["in training", "in every step"]
-)
-def test_killed_in_any_step_it_ends_as_if_left_alone(
-    deaths: tuple[tuple[int, str], ...], parent: Bundle, stages: list[Bundle], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_killed_in_any_step_it_ends_as_if_left_alone(parent: Bundle, stages: list[Bundle], tmp_path: Path) -> None:
     def run(left: int, doing: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", _KILLED, str(parent.path), str(tmp_path), str(left), doing]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
 
-    for left, doing in deaths:
+    # in pruning's second training, in low rank, in distillation, in calibration
+    for left, doing in ((4, "distil from quarters on"), (1, "low rank"), (3, "distil from quarters on"), (7, "quanti")):
         assert run(left, doing).returncode == -signal.SIGKILL, doing
     last = run(-1, "")
     assert last.stdout.strip() == stages[-1].manifest.hash, last.stderr

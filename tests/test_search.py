@@ -68,6 +68,7 @@ def killed_search(folder: Path) -> None:
     searched(folder, 3, progress=Killed(), checkpoint_every_s=0.0)
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_in_the_middle_of_its_trial(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests'); import test_search as t; "

@@ -58,7 +58,7 @@ def two() -> list[Seen]:
     return launch(seen, 2)
 
 
-@pytest.mark.parametrize(("workers", "factor"), [(2, 11.0), (3, 111.0)])
+@pytest.mark.parametrize(("workers", "factor"), [(2, 11.0), pytest.param(3, 111.0, marks=pytest.mark.slow)])
 def test_all_workers_see_the_same_sum(workers: int, factor: float) -> None:
     for found in [one.sums for one in two()] if workers == 2 else launch(all_added, workers):
         for size, got in zip(SIZES, found, strict=True):

@@ -208,6 +208,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return minilm_bundle(tmp_path_factory.mktemp("minilm") / "minilm", tokens(SAID, length=16))
 
 
+@pytest.mark.slow
 def test_the_pretrained_encoder_knows_what_is_alike(real: Bundle) -> None:
     none = np.zeros((3, 0), np.float32)
     said = outputs_of(real, EngineConfig("openvino", max_batch=4), Split(tokens(SAID, length=16), none))
@@ -216,6 +217,7 @@ def test_the_pretrained_encoder_knows_what_is_alike(real: Bundle) -> None:
     assert real.manifest.parameters == 22_565_376
 
 
+@pytest.mark.slow
 def test_it_answers_as_the_published_implementation(real: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra text is not installed")
     from rushhour.models.minilm import pretrained
@@ -231,6 +233,7 @@ def test_it_answers_as_the_published_implementation(real: Bundle, monkeypatch: p
     np.testing.assert_allclose(said, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lines_of_a_file_are_samples(real: Bundle, tmp_path: Path) -> None:
     (tmp_path / "said.txt").write_text("\n".join([*SAID * 7, "", "  "]), encoding="utf-8")
     data = load(str(tmp_path / "said.txt"), seed=3)

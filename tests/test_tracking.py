@@ -64,6 +64,7 @@ def test_a_resumed_training_leaves_the_curves_of_an_undisturbed_one(tmp_path: Pa
     assert [step for step, _ in seen] == list(range(1, 16)), "what was done twice is there once"
 
 
+@pytest.mark.slow
 def test_weights_and_biases_keeps_a_run_offline(tmp_path: Path) -> None:
     """In a process of its own, because wandb starts another one and sets handlers."""
     code = (

@@ -98,7 +98,9 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows.npz"
 
 
-@pytest.mark.parametrize("sharing", [[], ["--workers", "2", "--parallel", "pipeline"]])
+@pytest.mark.parametrize(
+    "sharing", [[], pytest.param(["--workers", "2", "--parallel", "pipeline"], marks=pytest.mark.slow)]
+)
 def test_a_loss_that_is_no_number_ends_it_and_names_the_batch(sharing: list[str], rows: Path, tmp_path: Path) -> None:
     done = answer_to(
         "train",

@@ -79,7 +79,7 @@ def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path)
     run = tmp_path / "run"
     command = [sys.executable, "-c", RUN, str(tmp_path / "small.npz"), str(run)]
     earlier: list[bytes] = []
-    for stop_after in (1, 12, 20, None):
+    for stop_after in (1, 16, None):
         process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
         while process.poll() is None and (stop_after is None or len(lines(run)) < stop_after):
             time.sleep(0.02)
