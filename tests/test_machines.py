@@ -182,6 +182,7 @@ def differing(path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
         return tiny_bundle(path)
 
 
+@pytest.mark.slow
 def test_every_verb_refuses_a_bundle_that_answers_otherwise_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,7 +517,7 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+@pytest.mark.parametrize("form", ["QDQ", pytest.param("QOperator", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("activations", "weights"), [("QUInt8", "QInt8"), ("QInt8", "QInt8"), ("QUInt8", "QUInt8")])
 def test_what_another_tool_quantised_is_right_or_refused(
     form: str, activations: str, weights: str, tmp_path: Path

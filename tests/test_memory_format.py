@@ -211,7 +211,7 @@ def bad() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_what_corrupted_memory(workers: int, tmp_path: Path) -> None:
     """Died of a signal before, or hung, where there is AVX2 and no more."""
     code = (
@@ -236,6 +236,7 @@ def test_a_slice_of_the_zoo() -> None:
     assert [one.ended for one in ended] == ["well"] * 12
 
 
+@pytest.mark.slow
 def test_the_zoo_sees_what_is_wrong() -> None:
     """The known bad network, forced."""
     if checker() is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):

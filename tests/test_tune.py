@@ -292,6 +292,7 @@ def test_a_winner_that_cannot_be_confirmed_gives_way_to_the_runner_up(
     assert won != load.first
 
 
+@pytest.mark.slow
 def test_a_search_in_waves_asks_nothing_twice_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = searched(tmp_path, Waves(), monkeypatch)
     again = Waves()
