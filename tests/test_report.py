@@ -19,6 +19,7 @@ from rushhour.machine import describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
 from rushhour.plan import Evidence, Plan, Policy, Rung, Trial, Variant
 from rushhour.report import summary_table, wording, write_report
+from rushhour.report.comparison import side_by_side
 
 SLO_50 = SLO(percentile=99, limit_s=0.05)
 HOSTILE = "<script>alert('1')</script>&\"$x^2$ 漢字\x07"
@@ -298,6 +299,29 @@ def test_a_nearest_miss_is_labelled_loudly(tmp_path: Path) -> None:
     assert f"nearest miss: {WINNER}" in text
     assert text.count("Nearest miss") == 3  # the title, the first heading and the banner
     assert "★ winner" not in text
+
+
+def test_windows_of_every_outcome_are_shown(tmp_path: Path) -> None:
+    """One that the page had no mark for ended a tuning run in a traceback."""
+    run = make_run(tmp_path)
+    journal = Journal(run / "measurements.jsonl")
+    for index, outcome in enumerate(Outcome):
+        window = msgspec.structs.replace(load(WINNER, 5000.0 + index, 50 + index), outcome=outcome)
+        journal.measure("search", WINNER, f"every {outcome}", Measurement, lambda window=window: window)
+    text = Page(write_report(run).read_text("utf-8")).text
+    for outcome in Outcome:
+        assert outcome.value.replace("_", " ") in text
+    assert "proven neither way" in text
+    assert "an inconclusive window is neither" in text
+
+
+def test_an_estimate_is_called_one(tmp_path: Path) -> None:
+    plan = make_plan(proven=False, capacity_rps=8930.0, capacity_interval_rps=(8410.0, 9120.0), p99_ms=None)
+    text = Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
+    assert "8,930 requests/s (estimated, not proven) inside p99<50ms" in text
+    assert "8,410/s to 9,120/s" in text
+    assert "none of them was a proof" in text
+    assert "estimated" in "".join(str(row) for row in side_by_side(plan))
 
 
 def test_a_plan_with_numbers_only_still_makes_a_page(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Evidence(msgspec.Struct, frozen=True):
     Attributes:
         capacity_rps: the highest rate whose verdict was a confirmed pass on fresh seeds; where none was, the estimate
             from all windows. 0 only where the SLO held at no rate.
-        lowest_failing_rps: the lowest rate that did not pass, if one was tried.
+        lowest_failing_rps: the lowest rate that was proven not to hold, if one was.
         p99_ms: at `capacity_rps`.
         accuracy: of the compiled artefact on the untouched test set.
         accuracy_drop: reference minus plan, paired on the same samples.

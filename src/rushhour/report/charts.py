@@ -111,6 +111,9 @@ class Point(NamedTuple):
     measured: bool
 
 
+_FAILED = (Outcome.FAIL, Outcome.UNSTABLE)
+
+
 def accuracy_against_capacity(plan: Plan) -> Markup | None:
     """Every candidate that has both: measured under load filled, only predicted hollow; with the Pareto front.
 
@@ -172,7 +175,7 @@ def accuracy_against_capacity(plan: Plan) -> Markup | None:
 
 
 def latency_against_rate(sides: Sequence[Side], slo: SLO) -> Markup | None:
-    """p50 and p99 of every window of load against its rate, with the limit; windows that did not pass are crossed.
+    """p50 and p99 of every window of load against its rate, with the limit; windows that failed are crossed.
 
     Returns:
         None where no window has a latency.
@@ -225,8 +228,10 @@ def _latency(sides: Sequence[Side], slo: SLO, values: Sequence[float]) -> Any:
     for side in sides:
         keys.append(_key(f"{side.name} p99", side.colour, line="-", marker=side.marker))
         keys.append(_key(f"{side.name} p50", side.colour, line=_DOTTED))
-    if any(window.p99_ms and window.outcome is not Outcome.PASS for window in windows):
-        keys.append(_key("did not pass", marker="X", hollow=True))
+    if any(window.p99_ms and window.outcome in _FAILED for window in windows):
+        keys.append(_key("failed", marker="X", hollow=True))
+    if any(window.p99_ms and window.outcome not in (*_FAILED, Outcome.PASS) for window in windows):
+        keys.append(_key("proven neither way", marker="o", hollow=True))
     if any(window.p99_ms is None for window in windows):
         keys.append(_key("no p99: unstable or too few", marker="^", hollow=True))
     _legend(axes, keys, columns=2)
@@ -486,7 +491,8 @@ def _front(points: Sequence[Point]) -> list[Point]:
 
 
 def _window(axes: Any, window: Measurement, side: Side) -> None:
-    """Draw one window of load: its p99 with its interval, crossed where it did not pass, at the top without one."""
+    """Draw one window of load: its p99 with its interval, crossed where it failed, hollow where nothing is
+    proven, at the top without one."""
     if window.p99_ms is None:
         top = axes.get_xaxis_transform()
         marks = {"marker": "^", "markersize": 7, "color": side.colour, "markerfacecolor": "none"}
@@ -494,12 +500,12 @@ def _window(axes: Any, window: Measurement, side: Side) -> None:
         return
     if window.p99_interval_ms is not None:
         axes.vlines(window.rate_rps, *window.p99_interval_ms, color=side.colour, linewidth=1, alpha=0.6)
-    passed = window.outcome is Outcome.PASS
+    passed, failed = window.outcome is Outcome.PASS, window.outcome in _FAILED
     axes.plot(
         window.rate_rps,
         window.p99_ms,
-        marker=side.marker if passed else "X",
-        markersize=6 if passed else 8,
+        marker="X" if failed else side.marker,
+        markersize=8 if failed else 6,
         markerfacecolor=side.colour if passed else _PAPER,
         markeredgecolor=_PAPER if passed else side.colour,
         markeredgewidth=0.6 if passed else 1.2,

@@ -28,7 +28,7 @@ _MOST_SEEDS: Final = 24
 _FATES: Final = ("won", "baseline", "beaten", "over budget", "dominated", "failed")
 MARKS: Final = {
     "won": "★", "baseline": "■", "beaten": "●", "over budget": "▽", "dominated": "○", "failed": "✕",
-    "pass": "✓", "fail": "✕", "unstable": "△", "generator_limited": "⊘", "void": "⊘",
+    "pass": "✓", "fail": "✕", "inconclusive": "◌", "unstable": "△", "generator_limited": "⊘", "void": "⊘",
 }  # fmt: skip
 
 
