@@ -43,7 +43,8 @@ _NEARLY = 0.9
 """Of what is estimated of the winner, a runner-up has to be proven to carry."""
 _PROOFS = 6
 """Windows of one confirmation, at most."""
-_LONGEST_PROOF_S = 60.0
+_LONGEST_PROOF = 6.0
+"""Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
 _ROUGH = 2.0
 """How much coarser and shorter the searches are that only show what a step bought."""
 
@@ -400,7 +401,7 @@ class _Tuner:
                     found = self._estimate(state)
                     rate = min(0.97 * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
                     asked = result.duration_s + (result.needs_s or 0.0)
-                    window_s = float(f"{min(_LONGEST_PROOF_S, max(window_s, asked)):.3g}")
+                    window_s = float(f"{min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked)):.3g}")
         found = self._estimate(state)
         state.capacity, state.proven, state.p99_ms = (found.rate_rps if found else 0.0), False, None
         state.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
