@@ -146,6 +146,8 @@ def test_distance_is_a_share_of_the_range_of_answers() -> None:
     assert off(wanted + 1) == pytest.approx(0.1)
     assert off(wanted * np.nan) == np.inf
     assert off(wanted[:5]) == np.inf
+    signalling = np.full((10, 4), 0x7F800001, np.uint32).view(np.float32)  # numpy warns when it casts such a NaN
+    assert off(signalling, wanted.astype(np.float32)) == np.inf
     unknown = wanted.copy()
     unknown[3] = np.nan  # where the graph itself has no answer, none can be wrong
     assert off(wanted, unknown) == 0

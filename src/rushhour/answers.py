@@ -86,7 +86,8 @@ def deviation(expected: Answers, found: Answers) -> float:
 def _of_one(expected: NDArray[Any], found: NDArray[Any]) -> float:
     if expected.shape != found.shape:
         return float("inf")
-    wanted, given = (array.reshape(len(array), -1).astype(np.float64) for array in (expected, found))
+    with np.errstate(invalid="ignore"):  # an engine may answer what is no number at all: that is far, not a warning
+        wanted, given = (array.reshape(len(array), -1).astype(np.float64) for array in (expected, found))
     known = np.isfinite(wanted).all(axis=1)
     wanted, given = wanted[known], given[known]
     if not wanted.size:
