@@ -188,6 +188,7 @@ def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Tra
     return {key: (plan, launched(workers)[key]) for key, (_, plan, _) in sending_cases(workers).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, FOUR])
 @pytest.mark.parametrize("mode", ["data", "sharded", "model", "pipeline", "hybrid"])
 def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> None:

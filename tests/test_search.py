@@ -87,6 +87,7 @@ def test_a_killed_search_goes_on_in_the_middle_of_its_trial(tmp_path: Path) -> N
     assert bundle.manifest.hash == undisturbed.manifest.hash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["median", pytest.param("hyperband", marks=pytest.mark.slow)])
 def test_hopeless_trials_are_ended_early(pruner: str, tmp_path: Path) -> None:
     settings = TrainSettings(epochs=6, batch=32, lr=3e-3, optimizer="sgd", bf16=False)

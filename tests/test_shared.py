@@ -101,6 +101,7 @@ class Forbidding:
         raise PermissionError(13, "Permission denied", path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", PLACES)
 def test_where_one_worker_is_out_of_sight_all_of_them_send(what: str) -> None:
     for visible, sent, gradient in (one.elsewhere[what] for one in two()):

@@ -279,6 +279,7 @@ def dies() -> nn.Module:
     return nn.Linear(5, 2)
 
 
+@pytest.mark.slow
 def test_workers_that_die_again_and_again_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rushhour.train.workers._RESTARTS", 1)
     with pytest.raises(ModelError, match=r"a worker died 2 times: worker \d of 2 failed"):

@@ -53,6 +53,7 @@ def outcomes() -> list[dict[str, Tried]]:
     return launch(_all_tried, 2, ({first: 0.15, second: 0.01},))
 
 
+@pytest.mark.slow
 def test_what_the_steps_say_counts_for_more_than_the_prediction() -> None:
     first, second = (plan.mode for plan in _plans()[:2])
     found = [one["measured"] for one in outcomes()]
@@ -70,6 +71,7 @@ def test_what_the_steps_say_counts_for_more_than_the_prediction() -> None:
         assert "measured" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no time", "no memory"])
 def test_without_time_or_memory_the_prediction_decides(case: str) -> None:
     for chosen, order, counts in (one[case] for one in outcomes()):
