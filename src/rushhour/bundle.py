@@ -266,12 +266,11 @@ class Bundle:
             given = model(folder / MODEL)
             if weights is not None:
                 weights(folder / WEIGHTS)
-            held: dict[FileName, FileRecord] = {}
+            arrays = _noise(manifest.signature)
             if samples is not None:
                 arrays = {name: np.ascontiguousarray(array) for name, array in samples.items()}
                 (folder / SAMPLES).write_bytes(save(arrays))  # save_file raises no OSError when the disk is full
-                held[SAMPLES] = _record(folder / SAMPLES)
-            answers = _answered(folder / MODEL, cls(folder, msgspec.structs.replace(manifest, files=held)).samples())
+            answers = _answered(folder / MODEL, arrays)
             if answers is not None:
                 (folder / ANSWERS).write_bytes(save(answers))
             names: tuple[FileName, ...] = (MODEL, WEIGHTS, SAMPLES, ANSWERS)
@@ -332,11 +331,7 @@ class Bundle:
     def samples(self) -> dict[str, NDArray[Any]]:
         """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle carries none."""
         if SAMPLES not in self.manifest.files:
-            random = np.random.default_rng(0)
-            return {
-                spec.name: (random.random((8, *spec.shape)) * (255 if spec.dtype == "uint8" else 1)).astype(spec.dtype)
-                for spec in self.manifest.signature.inputs
-            }
+            return _noise(self.manifest.signature)
         from safetensors.numpy import load_file
 
         with explained(f"read {self.path / SAMPLES}"):
@@ -363,6 +358,15 @@ def _encode(manifest: Manifest) -> bytes:
 def _hash(manifest: Manifest) -> str:
     unsealed = msgspec.structs.replace(manifest, hash="")
     return hashlib.sha256(msgspec.json.encode(unsealed, order="deterministic")).hexdigest()
+
+
+def _noise(signature: Signature) -> dict[str, NDArray[Any]]:
+    """8 seeded samples, where a bundle carries none."""
+    random = np.random.default_rng(0)
+    return {
+        spec.name: (random.random((8, *spec.shape)) * (255 if spec.dtype == "uint8" else 1)).astype(spec.dtype)
+        for spec in signature.inputs
+    }
 
 
 def _answered(model: Path, samples: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | None:

@@ -266,10 +266,9 @@ def _loaded(
         else:
             failing = f"; {found.lowest_failing_rps:,.6g} fails" if found.lowest_failing_rps else ""
             because = f" ({found.reason})" if found.reason else ""
-            if found.proven or found.estimate is None:
-                headline = f"{found.capacity_rps:,.6g} requests/s keep {slo}{failing}{because}"
-            else:
-                headline = f"{found.estimate} keep {slo}{failing}{because}"
+            is_exact = found.proven or found.estimate is None
+            rate = f"{found.capacity_rps:,.6g} requests/s" if is_exact else str(found.estimate)
+            headline = f"{rate} keep {slo}{failing}{because}"
     elif len(windows) == 1:
         fields = msgspec.to_builtins(windows[0])
         result |= {name: value for name, value in fields.items() if name not in ("slo", "latencies", "kind")}

@@ -36,6 +36,11 @@ class Outcome(enum.StrEnum):
     VOID = "void"
     """The machine was disturbed during the window, so nothing can be concluded."""
 
+    @property
+    def refutes(self) -> bool:
+        """Whether the server was shown not to hold the rate."""
+        return self in (Outcome.FAIL, Outcome.UNSTABLE)
+
 
 Interval = tuple[float, float]
 """A two-sided 95% confidence interval, low and high."""

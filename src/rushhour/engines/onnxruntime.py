@@ -15,7 +15,7 @@ from rushhour.telemetry import keep_home
 
 _SPINNING = "session.intra_op.allow_spinning"
 _PRECISION = "session.x64quantprecision"
-"""Without VNNI: weights become unsigned, and kernels that do not saturate run, at about half the speed."""
+"""Without VNNI: weights become unsigned, and slower kernels run that do not saturate."""
 
 
 class OnnxRuntimeEngine:

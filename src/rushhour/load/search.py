@@ -427,7 +427,7 @@ def find_capacity(
         middle = _rounded(math.sqrt(low.rate_rps * high.rate_rps))
         if not low.rate_rps < middle < high.rate_rps:
             break
-        window = asked.look(probe, middle, slo)
+        window = asked.look(probe, middle)
         if _looks_good(window, slo):
             low = window
         else:
@@ -503,13 +503,13 @@ class _Asked:
             retries += 1
             self._retries += 1
 
-    def look(self, probe: Probe, rate_rps: float, slo: SLO) -> Measurement:
+    def look(self, probe: Probe, rate_rps: float) -> Measurement:
         """A window on the way; one that misses is asked once more, unless it misses by far.
 
         A short window misses over one pause of the machine, and would bound the search for good.
         """
         window = self.ask(probe, rate_rps)
-        undecided = window.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) and not _looks_good(window, slo)
+        undecided = window.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) and not _looks_good(window, self._slo)
         if undecided and window.late <= _BY_FAR * window.n:
             window = self.ask(probe, rate_rps)
         return window
@@ -519,11 +519,7 @@ class _Asked:
         capacity_rps = 0.0 if found is None else _rounded(found.rate_rps)
         if confirmed is not None:
             capacity_rps = confirmed.rate_rps
-        failing = [
-            run.rate_rps
-            for run in self.runs
-            if run.outcome in (Outcome.FAIL, Outcome.UNSTABLE) and run.rate_rps > capacity_rps
-        ]
+        failing = [run.rate_rps for run in self.runs if run.outcome.refutes and run.rate_rps > capacity_rps]
         return Search(
             capacity_rps=capacity_rps,
             lowest_failing_rps=min(failing, default=None),
@@ -542,7 +538,7 @@ def _bracket(
     low = high = None
     rate = _rounded(start_rps)
     for _ in range(_STEPS_UP):
-        window = asked.look(probe, rate, slo)
+        window = asked.look(probe, rate)
         if _looks_good(window, slo):
             low = window
             if high is not None:

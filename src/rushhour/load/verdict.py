@@ -202,7 +202,7 @@ def judge(
     late = latencies > slo.limit_s
     outcome, reason = decide(runs, slo, rate_rps=rate_rps, look=look, null_rps=null_rps)
     needs_s = None
-    if outcome in (None, Outcome.INCONCLUSIVE) and n >= needed_n(slo):
+    if outcome is Outcome.INCONCLUSIVE and n >= needed_n(slo):
         away, broken = window.count(Status.SHED), window.count(Status.ERROR) + window.count(Status.LOST)
         needs_s = _needs_s(_Evidence(latencies, slo, away, broken), duration)
     p99, interval = (None, None) if outcome is Outcome.UNSTABLE else _p99(latencies, window.timeout_s)

@@ -111,9 +111,6 @@ class Point(NamedTuple):
     measured: bool
 
 
-_FAILED = (Outcome.FAIL, Outcome.UNSTABLE)
-
-
 def accuracy_against_capacity(plan: Plan) -> Markup | None:
     """Every candidate that has both: measured under load filled, only predicted hollow; with the Pareto front.
 
@@ -228,9 +225,9 @@ def _latency(sides: Sequence[Side], slo: SLO, values: Sequence[float]) -> Any:
     for side in sides:
         keys.append(_key(f"{side.name} p99", side.colour, line="-", marker=side.marker))
         keys.append(_key(f"{side.name} p50", side.colour, line=_DOTTED))
-    if any(window.p99_ms and window.outcome in _FAILED for window in windows):
+    if any(window.p99_ms and window.outcome.refutes for window in windows):
         keys.append(_key("failed", marker="X", hollow=True))
-    if any(window.p99_ms and window.outcome not in (*_FAILED, Outcome.PASS) for window in windows):
+    if any(window.p99_ms and not window.outcome.refutes and window.outcome is not Outcome.PASS for window in windows):
         keys.append(_key("proven neither way", marker="o", hollow=True))
     if any(window.p99_ms is None for window in windows):
         keys.append(_key("no p99: unstable or too few", marker="^", hollow=True))
@@ -500,7 +497,7 @@ def _window(axes: Any, window: Measurement, side: Side) -> None:
         return
     if window.p99_interval_ms is not None:
         axes.vlines(window.rate_rps, *window.p99_interval_ms, color=side.colour, linewidth=1, alpha=0.6)
-    passed, failed = window.outcome is Outcome.PASS, window.outcome in _FAILED
+    passed, failed = window.outcome is Outcome.PASS, window.outcome.refutes
     axes.plot(
         window.rate_rps,
         window.p99_ms,

@@ -165,11 +165,8 @@ class Repository:
         await loop.run_in_executor(self._opening, memory.give_back)
 
     def _open(self, target: Target) -> tuple[Way, Engine, Profile, Decoder | None]:
-        if self._exact:
-            way = Way(target.bundle, target.engine_config)
-            return way, *self._opened(way)
         refused: RushhourError | None = None
-        for way in target.ways(cores()):
+        for way in [Way(target.bundle, target.engine_config)] if self._exact else target.ways(cores()):
             try:
                 opened = self._opened(way)
             except (EngineError, ModelError) as error:

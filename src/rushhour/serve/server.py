@@ -83,7 +83,8 @@ def serve(
     if settings.admin_port is not None:
         check_exposure(settings.admin_host or _ADMIN_HOST, settings.api_keys, exposed=settings.exposed)
     context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
-    cells = settings.cells or min(target.plan.policy.cells, target.plan.policy.cells if settings.exact else cores())
+    planned = target.plan.policy.cells
+    cells = settings.cells or (planned if settings.exact else min(planned, cores()))
     form = settings.log_format or log.usual_format()
     settings = msgspec.structs.replace(settings, log_format=form)
     with log.to_stderr(form, settings.log_level), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

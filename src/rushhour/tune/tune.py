@@ -397,7 +397,7 @@ class _Tuner:
                     state.capacity, state.proven, state.p99_ms = result.rate_rps, True, result.p99_ms
                     self._progress.done(f"{state.capacity:,.0f} requests/s")
                     return result
-                if result.outcome in (Outcome.FAIL, Outcome.UNSTABLE, Outcome.INCONCLUSIVE):
+                if result.outcome.refutes or result.outcome is Outcome.INCONCLUSIVE:
                     found = self._estimate(state)
                     rate = min(0.97 * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
                     asked = result.duration_s + (result.needs_s or 0.0)
@@ -414,9 +414,8 @@ class _Tuner:
 
     def _refuted(self, state: _State) -> bool:
         """Whether a window proved that it does not hold what it is said to."""
-        failing = (Outcome.FAIL, Outcome.UNSTABLE)
         capacity = state.capacity or 0.0
-        return any(window.outcome in failing and window.rate_rps <= capacity for window in state.windows)
+        return any(window.outcome.refutes and window.rate_rps <= capacity for window in state.windows)
 
     def _ladder(self, base: _State, first: _State, compiled: _State | None, winner: _State) -> tuple[Rung, ...]:
         last = "quantised" if winner.candidate.precision == "int8" else f"in {winner.candidate.precision}"
@@ -492,9 +491,7 @@ class _Tuner:
     def _lowest_failing(self, state: _State) -> float | None:
         capacity = state.capacity or 0.0
         failing = [
-            window.rate_rps
-            for window in self._windows(state)
-            if window.outcome in (Outcome.FAIL, Outcome.UNSTABLE) and window.rate_rps > capacity
+            window.rate_rps for window in self._windows(state) if window.outcome.refutes and window.rate_rps > capacity
         ]
         return min(failing, default=None)
 
