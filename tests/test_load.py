@@ -710,7 +710,7 @@ def test_measure_reports_progress_and_a_verdict(generator: Generator) -> None:
             assert by >= 0
             said.append(note)
 
-        def done(self, note: str = "") -> None:
+        def done(self, note: str = "", *, good: bool = True) -> None:
             said.append(f"done {note}")
 
     with behaving() as url:

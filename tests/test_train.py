@@ -69,7 +69,7 @@ class Notes:
         if self._dies_at is not None and self.steps >= self._dies_at:
             signal.raise_signal(signal.SIGKILL)
 
-    def done(self, note: str = "") -> None:
+    def done(self, note: str = "", *, good: bool = True) -> None:
         self.result = note
         self.said.append(note)
         if self._dies_at is not None:

@@ -158,7 +158,7 @@ def test_a_stopped_training_stays_stopped(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=40, batch=32, lr=0.3, optimizer="sgd", schedule="constant", patience=1, bf16=False)
 
     class Unsealed(Notes):
-        def done(self, note: str = "") -> None:
+        def done(self, note: str = "", *, good: bool = True) -> None:
             raise KeyboardInterrupt
 
     first, notes = Unsealed(), Notes()

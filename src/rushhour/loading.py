@@ -361,7 +361,7 @@ class _Named:
     def advance(self, by: float = 1.0, note: str = "") -> None:
         self._view.advance(by, note)
 
-    def done(self, note: str = "") -> None:
+    def done(self, note: str = "", *, good: bool = True) -> None:
         self._view.done(note)
 
 

@@ -64,6 +64,9 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
         p99_interval_ms: the 95% interval of `p99_ms` from order statistics; None where `p99_ms` is.
         goodput_rps: answers per second that met the limit.
         generator_cpu: the generator's CPU time over the wall time, 1.0 = one core.
+        server_cpu: the same of the server, all its processes; None where it is not known.
+        speeds: of the host, in each 100 ms of the window: what the server's profile says its batches take, over what
+            they took. Below 1 is slower than when the profile was made; empty where the server does not tell.
         send_delay_p99_ms: how late the generator itself was.
         outcome: the verdict; `reason` says it in words.
         latencies: HdrHistogram of the answered requests in microseconds, base64.
@@ -98,6 +101,8 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     retries: int = 0
     needs_s: float | None = None
     blocks: tuple[int, ...] = ()
+    server_cpu: float | None = None
+    speeds: tuple[float, ...] = ()
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):

@@ -68,6 +68,9 @@ class OperatingPoint(msgspec.Struct, frozen=True):
     outcome: str
 
 
+Fate = Literal["won", "baseline", "beaten", "tied", "dominated", "over budget", "failed", "skipped"]
+
+
 class Trial(msgspec.Struct, frozen=True):
     """One candidate, how far it got, and why it went no further.
 
@@ -77,9 +80,10 @@ class Trial(msgspec.Struct, frozen=True):
         accuracy: on the validation part, of the compiled artefact; None where it never came to that.
         predicted_rps: from its service times alone, by simulation, before any load.
         capacity_rps: under real load; None where it was dropped before its capacity was searched.
-        fate: `won`; `baseline` (the untouched model); `beaten` under load; `dominated` by prediction; `over budget`;
-            `failed` (its engine cannot run it).
+        fate: `won`; `baseline` (the untouched model); `beaten` under load; `tied` with the winner under load;
+            `dominated` by prediction; `over budget`; `failed` (its engine cannot run it); `skipped` (the time was up).
         why: in words, with the numbers.
+        name: for people: `int8 on OpenVINO, 2 streams`.
     """
 
     candidate: str
@@ -93,8 +97,9 @@ class Trial(msgspec.Struct, frozen=True):
     predicted_rps: float | None
     capacity_rps: float | None
     p99_ms: float | None
-    fate: Literal["won", "baseline", "beaten", "dominated", "over budget", "failed"]
+    fate: Fate
     why: str
+    name: str = ""
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -103,6 +108,7 @@ class Rung(msgspec.Struct, frozen=True):
     Attributes:
         step: `as it is`, `compiled`, `batched`, `quantised`: in words for people.
         candidate: what was measured, as in `Trial`.
+        name: the same for people.
     """
 
     step: str
@@ -110,6 +116,7 @@ class Rung(msgspec.Struct, frozen=True):
     capacity_rps: float
     p99_ms: float | None
     accuracy: float | None
+    name: str = ""
 
 
 class Evidence(msgspec.Struct, frozen=True):

@@ -16,8 +16,8 @@ class Progress(Protocol):
         """`by` more is done; `note` is the current state in a few words: `loss 0.31, accuracy 0.902`."""
         ...
 
-    def done(self, note: str = "") -> None:
-        """The piece of work is over; `note` is its result in a few words."""
+    def done(self, note: str = "", *, good: bool = True) -> None:
+        """The piece of work is over; `note` is its result in a few words, `good` whether it is one to be glad of."""
         ...
 
 
@@ -30,5 +30,5 @@ class Silent:
     def advance(self, by: float = 1.0, note: str = "") -> None:
         """Nothing."""
 
-    def done(self, note: str = "") -> None:
+    def done(self, note: str = "", *, good: bool = True) -> None:
         """Nothing."""

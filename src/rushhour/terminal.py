@@ -73,7 +73,7 @@ class LoadView:
     def advance(self, by: float = 1.0, note: str = "") -> None:
         """Nothing: ticks say more."""
 
-    def done(self, note: str = "") -> None:
+    def done(self, note: str = "", *, good: bool = True) -> None:
         """The window is over."""
         if not self._console.is_terminal:
             self._line(f"  {note}")
@@ -173,12 +173,12 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.update(self._task, advance=by, note=escape(self._note))
 
-    def done(self, note: str = "") -> None:
-        """End the line with its result."""
+    def done(self, note: str = "", *, good: bool = True) -> None:
+        """End the line with its result: with a tick where it is a good one."""
         self._close()
         took = time.monotonic() - self._began
         self._console.print(
-            f"[green]✓[/] {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]",
+            f"{'[green]✓[/]' if good else '[yellow]·[/]'} {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]",
             highlight=False,
             soft_wrap=not self._console.is_terminal,
         )

@@ -143,7 +143,7 @@ class _Telling:
     def advance(self, by: float = 1.0, note: str = "") -> None:
         self._tell("advance", by, note)
 
-    def done(self, note: str = "") -> None:
+    def done(self, note: str = "", *, good: bool = True) -> None:
         self._tell("done", note)
 
 

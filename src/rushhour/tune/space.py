@@ -11,6 +11,9 @@ from rushhour.plan import EngineName, Policy, Precision
 LARGEST_BATCH = 64
 QUEUE_BOUND = 1024
 
+ENGINE_NAMES: dict[EngineName, str] = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "torch"}
+"""As their makers write them."""
+
 _RUNS: dict[Precision, tuple[tuple[EngineName, Precision], ...]] = {
     "f32": (("openvino", "f32"), ("openvino", "bf16"), ("onnxruntime", "f32")),
     "int8": (("openvino", "int8"), ("onnxruntime", "int8")),
@@ -49,6 +52,19 @@ class Candidate(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         cells = f"c{self.policy.cells}" if self.policy.cells > 1 else ""
         return f"{self.artefact}/{cells}s{self.policy.streams}t{self.policy.threads}b{self.policy.max_batch}"
+
+    @property
+    def name(self) -> str:
+        """For people: `int8 on OpenVINO, 2 streams`."""
+        what = self.precision if self.bundle in ("reference", self.precision) else f"{self.bundle} in {self.precision}"
+        policy = self.policy
+        cells = f"{policy.cells} processes" if policy.cells > 1 else ""
+        streams = f"{policy.streams} streams" if policy.streams > 1 or not cells else ""
+        streams = "1 stream" if streams == "1 streams" else streams
+        threads = f"of {policy.threads} threads" if policy.threads > 1 else ""
+        batch = ", one sample at a time" if policy.max_batch == 1 else ""
+        layout = " ".join(part for part in (cells, "of" if cells and streams else "", streams, threads) if part)
+        return f"{what} on {ENGINE_NAMES[self.engine]}, {layout}{batch}"
 
     def engine_config(self) -> EngineConfig:
         """How one engine is opened that does what all its cells' engines do, to time and to judge it."""

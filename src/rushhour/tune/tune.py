@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from rushhour.journal import Journal
 from rushhour.load import Estimate, Generator, Probe, estimate, find_capacity
 from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
-from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
+from rushhour.plan import Evidence, Fate, OperatingPoint, Plan, Rung, Trial
 from rushhour.progress import Progress
 from rushhour.tune.space import Candidate, baseline, candidates, plain
 from rushhour.tune.trial import Bench, plan_of
@@ -47,8 +47,6 @@ _LONGEST_PROOF = 6.0
 """Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
 _ROUGH = 2.0
 """How much coarser and shorter the searches are that only show what a step bought."""
-
-Fate = Literal["won", "baseline", "beaten", "dominated", "over budget", "failed"]
 
 
 class TuneSettings(msgspec.Struct, frozen=True):
@@ -430,6 +428,7 @@ class _Tuner:
                 capacity_rps=state.capacity or 0.0,
                 p99_ms=state.p99_ms,
                 accuracy=state.accuracy.value if state.accuracy else None,
+                name=state.candidate.name,
             )
             for step, state in steps
         )
@@ -527,4 +526,5 @@ def _trial(state: _State) -> Trial:
         p99_ms=state.p99_ms,
         fate=state.fate or "failed",
         why=state.why,
+        name=state.candidate.name,
     )
