@@ -155,8 +155,8 @@ class Load:
         outcome, late = (Outcome.PASS, 0) if holds else (Outcome.FAIL, 500)
         interval = (9.0, 11.0) if holds else (90.0, 110.0)
         return Measurement(
-            slo, rate, asked["seed"], 1.0, 1000, late, 0, 0, 5.0, sum(interval) / 2, interval, rate, 0.1, 0.1, outcome,
-            "so it is", "",
+            slo, rate, asked["seed"], 1.0, 1000, late, 0, 0, 5.0, sum(interval) / 2, interval, min(rate, held(candidate)),
+            0.1, 0.1, outcome, "so it is", "",
         )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ class Waves(Load):
     """Load on a host whose speed comes in waves: what holds is seldom proven.
 
     Args:
-        first_only: only the candidate that is loaded first cannot be proven.
+        first_only: only the candidate that is loaded first, of those that batch, cannot be proven.
     """
 
     def __init__(self, *, first_only: bool = False) -> None:
@@ -252,7 +252,8 @@ class Waves(Load):
 
     def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
         window = super().measure(_, candidate, __, slo, **asked)
-        self.first = self.first or candidate
+        if not candidate.endswith("b1"):
+            self.first = self.first or candidate
         if window.outcome is Outcome.PASS and (candidate == self.first or not self._first_only):
             return msgspec.structs.replace(window, outcome=Outcome.INCONCLUSIVE, needs_s=30.0)
         return window

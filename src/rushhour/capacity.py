@@ -1,10 +1,14 @@
 """What a server can carry, predicted from service times: one model for the offline tuner and the online controller.
 
 The server is a queue before `streams` equal streams; a free stream takes all that waits, up to `max_batch`.
+
+An engine alone never serves: reading and answering a request costs CPU too, and so does sending it, where the load
+comes from the same machine. Where the engine has all cores, every second of that is taken from it (`Overhead`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 
 import numpy as np
@@ -12,6 +16,9 @@ from numpy.typing import NDArray
 
 from rushhour.goal import SLO
 from rushhour.measurement import ServiceTimes
+
+_LEAST = 0.02
+"""Of its cores, an engine keeps at least so much: beyond that no prediction means anything."""
 
 
 class ServiceProfile:
@@ -38,10 +45,46 @@ class ServiceProfile:
         return streams * max(n / self.seconds(n) for n in range(1, max_batch + 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Overhead:
+    """What serving takes from the cores that the engine computes on.
+
+    Attributes:
+        request_s: CPU seconds of a request beside the engine: the server's own, and the generator's if it is here.
+        spare: cores that the engine leaves alone.
+    """
+
+    request_s: float = 0.0
+    spare: int = 0
+
+    def stretch(self, rate_rps: float, streams: int) -> float:
+        """How many times longer batches take at this rate.
+
+        The work runs on one core at a time, and whatever stream computes there waits for it, with all its threads:
+        one stream of two threads loses all the time that is taken, two streams of one thread each lose half of it.
+        """
+        taken = max(0.0, rate_rps * self.request_s - self.spare)
+        return 1 / max(_LEAST, 1 - taken / streams)
+
+    @classmethod
+    def seen(cls, profile: ServiceProfile, *, streams: int, max_batch: int, spare: int, most_rps: float) -> Overhead:
+        """The overhead that explains the most that a server was seen to carry, its batches full."""
+        taken = streams * (1 - most_rps / profile.throughput(streams, max_batch))
+        return cls(request_s=(taken + spare) / most_rps if taken > 0 else 0.0, spare=spare)
+
+
 def simulate(
-    profile: ServiceProfile, *, streams: int, max_batch: int, rate_rps: float, n: int, seed: int
+    profile: ServiceProfile,
+    *,
+    streams: int,
+    max_batch: int,
+    rate_rps: float,
+    n: int,
+    seed: int,
+    overhead: Overhead | None = None,
 ) -> NDArray[np.float64]:
     """Latencies of `n` Poisson arrivals at `rate_rps` through the batching server, in seconds, shape `(n,)`."""
+    stretch = overhead.stretch(rate_rps, streams) if overhead is not None else 1.0
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate_rps, n)).tolist()
     latencies = np.empty(n)
     free = [0.0] * streams
@@ -51,7 +94,7 @@ def simulate(
         end = position + 1
         while end < n and end - position < max_batch and arrivals[end] <= start:
             end += 1
-        finish = start + profile.seconds(end - position)
+        finish = start + stretch * profile.seconds(end - position)
         for index in range(position, end):
             latencies[index] = finish - arrivals[index]
         heapq.heappush(free, finish)
@@ -60,12 +103,21 @@ def simulate(
 
 
 def predicted_capacity(
-    profile: ServiceProfile, *, streams: int, max_batch: int, slo: SLO, n: int = 3000, seed: int = 0
+    profile: ServiceProfile,
+    *,
+    streams: int,
+    max_batch: int,
+    slo: SLO,
+    overhead: Overhead | None = None,
+    n: int = 3000,
+    seed: int = 0,
 ) -> float:
     """The highest rate whose simulated percentile meets the SLO, to 2%, in requests per second; 0 if none does."""
 
     def holds(rate: float) -> bool:
-        latencies = simulate(profile, streams=streams, max_batch=max_batch, rate_rps=rate, n=n, seed=seed)
+        latencies = simulate(
+            profile, streams=streams, max_batch=max_batch, rate_rps=rate, n=n, seed=seed, overhead=overhead
+        )
         return bool(np.quantile(latencies, slo.percentile / 100) <= slo.limit_s)
 
     high = profile.throughput(streams, max_batch)
@@ -80,7 +132,7 @@ def predicted_capacity(
     return low
 
 
-def best_batch(times: ServiceTimes, *, streams: int, slo: SLO) -> tuple[int, float]:
+def best_batch(times: ServiceTimes, *, streams: int, slo: SLO, overhead: Overhead | None = None) -> tuple[int, float]:
     """The bound on batches to serve with, of the sizes timed, and the requests per second it is predicted to carry.
 
     The smallest that comes within 2% of the best: what is timed is no more certain than that, and with smaller batches
@@ -88,7 +140,8 @@ def best_batch(times: ServiceTimes, *, streams: int, slo: SLO) -> tuple[int, flo
     """
     profile = ServiceProfile(times)
     predicted = {
-        bound: predicted_capacity(profile, streams=streams, max_batch=bound, slo=slo) for bound in times.batch_sizes
+        bound: predicted_capacity(profile, streams=streams, max_batch=bound, slo=slo, overhead=overhead)
+        for bound in times.batch_sizes
     }
     bound = min(size for size, rate in predicted.items() if rate >= 0.98 * max(predicted.values()))
     return bound, predicted[bound]

@@ -88,15 +88,17 @@ def cli() -> None:
 )
 @_slo
 @_drop
+@click.option("--budget", default="5m", show_default=True, help="How long it may take, about. Training gets its share.")
 @_json
-def demo(out: Path, slo: str, max_accuracy_drop: str, json_file: Path | None) -> None:
+def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, json_file: Path | None) -> None:
     """The whole path on real data: train, compress, serve, load, and return the Plan.
 
     Trains the reference network (VGG style, 28x28) on Fashion-MNIST, quantises it, tries every way to serve it, and
     ends with reference and winner side by side. Killed? Run it again: it goes on where it was.
     """
     goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
-    _tune("article", "fashion-mnist", goal, out, {"epochs": 3, "lr": 2e-3, "batch": 128, "seed": 0}, json_file)
+    training = {"epochs": 3, "lr": 2e-3, "batch": 128, "seed": 0}
+    _tune("article", "fashion-mnist", goal, out, training, json_file, budget_s=_seconds(budget), fit_epochs=True)
 
 
 @cli.command()
@@ -105,10 +107,25 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, json_file: Path | None) ->
 @_slo
 @_drop
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="How long it may take, about: 8m. What decides least is left out, and fewer epochs are trained than the usual "
+    "ones where this machine is slow. Without it, it takes as long as it takes.",
+)
 @basic_options
 @_json
+@click.pass_context
 def tune(
-    model: str, data: str, slo: str, max_accuracy_drop: str, out: Path, json_file: Path | None, **training: Any
+    context: click.Context,
+    model: str,
+    data: str,
+    slo: str,
+    max_accuracy_drop: str,
+    out: Path,
+    budget: str | None,
+    json_file: Path | None,
+    **training: Any,
 ) -> None:
     """Find the way to serve MODEL that carries the most requests per second inside both limits.
 
@@ -117,12 +134,26 @@ def tune(
 
     \b
     rushhour tune runs/demo/bundles/reference --data fashion-mnist --slo 'p99<20ms' --out runs/strict
+    rushhour tune article --data photos/ --budget 8m --out runs/quick
     """
     goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
-    _tune(model, data, goal, out, training, json_file)
+    is_asked = context.get_parameter_source("epochs") is click.core.ParameterSource.COMMANDLINE
+    budget_s = None if budget is None else _seconds(budget)
+    _tune(model, data, goal, out, training, json_file, budget_s=budget_s, fit_epochs=not is_asked)
 
 
-def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any], json_file: Path | None) -> None:
+def _tune(
+    model: str,
+    data: str,
+    goal: Goal,
+    out: Path,
+    training: dict[str, Any],
+    json_file: Path | None,
+    *,
+    budget_s: float | None,
+    fit_epochs: bool,
+) -> None:
+    from rushhour.plan import SO_FAR
     from rushhour.report import summary_table, write_report
     from rushhour.tune import TuneSettings, tune_run
 
@@ -136,13 +167,19 @@ def _tune(model: str, data: str, goal: Goal, out: Path, training: dict[str, Any]
             goal,
             run=out,
             training=settings_of(training),
-            settings=TuneSettings(),
+            settings=TuneSettings(budget_s=budget_s),
             progress=progress,
             trusted=trusted,
+            fit_epochs=fit_epochs,
         )
         progress.start("Writing the report")
         report = write_report(out)
         progress.done(str(report))
+    except KeyboardInterrupt:
+        progress.fail()
+        if (out / SO_FAR).is_file():
+            click.echo(f"stopped. The best way so far: rushhour serve {out}. The same command goes on", err=True)
+        raise
     finally:
         progress.fail()
     _write_json(json_file, plan)
@@ -622,7 +659,7 @@ def _fail(line: str) -> None:
 
 
 def _seconds(text: str) -> float:
-    units = {"s": 1.0, "m": 60.0}
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     try:
         seconds = float(text[:-1]) * units[text[-1:]] if text[-1:] in units else float(text)
     except ValueError:

@@ -14,6 +14,8 @@ from rushhour.measurement import Interval
 from rushhour.storage import explained, write_whole
 
 SCHEMA = 1
+SO_FAR = "plan-so-far.json"
+"""In a run's folder while its search goes on, or where it was broken off: the best plan until then."""
 
 EngineName = Literal["openvino", "onnxruntime", "torch"]
 Precision = Literal["f32", "bf16", "int8"]
@@ -136,6 +138,7 @@ class Evidence(msgspec.Struct, frozen=True):
         trials: every candidate and its fate.
         ladder: what each step bought, in order.
         proven: whether `capacity_rps` is a proof, or an estimate.
+        alone_rps: predicted: the capacity without the load generator on the same machine.
         capacity_interval_rps: the estimate's 95% interval, from all windows of the winner; None where it held at none.
     """
 
@@ -162,6 +165,7 @@ class Evidence(msgspec.Struct, frozen=True):
     ladder: tuple[Rung, ...] = ()
     proven: bool = True
     capacity_interval_rps: Interval | None = None
+    alone_rps: float | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -177,8 +177,9 @@ class TerminalProgress:
         """End the line with its result: with a tick where it is a good one."""
         self._close()
         took = time.monotonic() - self._began
+        mark = "[green]✓[/]" if good else "[yellow]·[/]"
         self._console.print(
-            f"{'[green]✓[/]' if good else '[yellow]·[/]'} {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]",
+            f"{mark} {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]",
             highlight=False,
             soft_wrap=not self._console.is_terminal,
         )

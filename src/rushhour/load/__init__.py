@@ -7,6 +7,7 @@
     estimate              the capacity that all windows tell together, proven or not
     find_capacity         the highest rate that passes, confirmed on a fresh seed
     closed_loop           what so many users that wait for their answers get
+    race                  which of two servers carries more, in as few short windows in turn as that takes
     compare               several servers, interleaved on the same arrivals, as ratios with intervals
     search_capacity       all of it: closed loops, the way to the limit, the proof
 
@@ -21,6 +22,7 @@ from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
 from rushhour.load.null import null_server, null_throughput
 from rushhour.load.payload import Payload, body_payloads, folder_payloads, payloads, read_bodies
+from rushhour.load.race import Race, race
 from rushhour.load.samples import Samples, Status
 from rushhour.load.search import (
     Probe,
@@ -29,6 +31,7 @@ from rushhour.load.search import (
     Sender,
     climb,
     find_capacity,
+    glance_n,
     look_sizes,
     measure,
     search_capacity,
@@ -50,6 +53,7 @@ __all__ = [
     "OpenJob",
     "Payload",
     "Probe",
+    "Race",
     "Ratio",
     "Rung",
     "Samples",
@@ -71,6 +75,7 @@ __all__ = [
     "estimate",
     "find_capacity",
     "folder_payloads",
+    "glance_n",
     "judge",
     "look_sizes",
     "measure",
@@ -80,6 +85,7 @@ __all__ = [
     "payloads",
     "percentile_ranks",
     "poisson",
+    "race",
     "read_arrivals",
     "read_bodies",
     "read_trace",

@@ -72,6 +72,11 @@ def window_n(slo: SLO, rate_rps: float, window_s: float = 3.0) -> int:
     return max(clear, math.ceil(rate_rps * seconds))
 
 
+def glance_n(slo: SLO, rate_rps: float, window_s: float) -> int:
+    """How many requests a window holds that finds the way and proves little: as few as allow for one late request."""
+    return max(math.ceil(rate_rps * max(window_s, _LIMITS * slo.limit_s)), needed_n(slo, _FEWEST_MISSES))
+
+
 def look_sizes(slo: SLO, rate_rps: float, n: int) -> tuple[int, ...]:
     """At how many requests a window that grows up to `n` is looked at: each time twice as many, at the end all.
 
@@ -95,6 +100,7 @@ def measure(
     window_s: float = 3.0,
     n: int | None = None,
     warmup_s: float = 2.0,
+    is_warm: bool = False,
     sequential: bool = True,
     retries: int = 0,
     null_rps: float | None = None,
@@ -120,6 +126,7 @@ def measure(
         window_s: how long to measure, at most; longer where the SLO needs more requests, see `window_n`.
         n: exactly so many requests instead, looked at once.
         warmup_s: how long to load the server before that; longer where that would be less than 200 requests.
+        is_warm: the server was loaded just now: a warm-up of `warmup_s` does, however few requests that is.
         sequential: end the window as soon as it is decided; false for one look at all of it. A recording is replayed
             whole, in one.
         retries: how often to begin anew, on a fresh seed, where the machine was disturbed.
@@ -137,7 +144,8 @@ def measure(
     wanted = window_n(slo, rate_rps, window_s) if n is None else n
     if wanted < 1:
         raise LoadError(f"cannot judge {wanted} requests", "a verdict needs some", "ask for more")
-    warmup = max(math.ceil(rate_rps * warmup_s), min(_WARMUP_REQUESTS, math.ceil(rate_rps * _WARMUP_MOST_S)))
+    least = 1 if is_warm else min(_WARMUP_REQUESTS, math.ceil(rate_rps * _WARMUP_MOST_S))
+    warmup = max(math.ceil(rate_rps * warmup_s), least)
     sizes = (
         look_sizes(slo, rate_rps, wanted) if sequential and n is None and not isinstance(arrivals, Trace) else (wanted,)
     )
@@ -329,8 +337,7 @@ def search_capacity(
         return window
 
     def look(rate_rps: float, with_seed: int) -> Measurement:
-        n = max(math.ceil(rate_rps * max(_WAY_S, _LIMITS * slo.limit_s)), needed_n(slo, _FEWEST_MISSES))
-        return probe(_WAY_S, n, 1.0, rate_rps, with_seed)
+        return probe(_WAY_S, glance_n(slo, rate_rps, _WAY_S), 1.0, rate_rps, with_seed)
 
     search = find_capacity(
         look,
@@ -390,6 +397,7 @@ def find_capacity(
     growth: float = 1.25,
     seed: int = 0,
     confirm: Probe | None = None,
+    prove: bool = True,
     budget_s: float = math.inf,
 ) -> Search:
     """Search the highest rate at which the SLO holds.
@@ -412,6 +420,7 @@ def find_capacity(
         seed: all windows' seeds are made from it.
         confirm: measures the windows of the proof; None for `probe`. Longer ones are worth their time: see
             `docs/benchmarks.md` for how long it takes to prove a queue 10% inside its limit.
+        prove: false to end where the proof would begin: the capacity is an estimate then.
         budget_s: seconds of load after which it is content with a rate that is surer to be proven.
     """
     if not (math.isfinite(start_rps) and start_rps > 0):
@@ -432,6 +441,8 @@ def find_capacity(
             low = window
         else:
             high = window
+    if not prove:
+        return asked.search(None, "no proof was asked for")
     rate = low.rate_rps if low.outcome is Outcome.PASS else _rounded(low.rate_rps * _FIRST_DROP)
     last_drops = iter((*_LAST_DROPS, 0.0))
     longest, unproven = 0.0, None if high is None else high.rate_rps

@@ -19,7 +19,7 @@ from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
 from rushhour.machine import Machine, cores
-from rushhour.plan import EngineName, Plan, Policy, Precision, Variant
+from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
 
 _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 
@@ -132,7 +132,7 @@ def _fitted(policy: Policy, cores: int) -> Policy:
 def open_target(path: Path) -> Target:
     """Open a run's folder, a plan's file or a bundle's folder, and check the bundle against its hashes.
 
-    A bundle without a plan is served with one stream per core by OpenVINO, where that can run it.
+    A run whose search was broken off is served by the best plan until then. A bundle without a plan is served with one stream per core by OpenVINO, where that can run it.
 
     Raises:
         PlanError: if there is nothing to serve at `path`, or the plan cannot be read.
@@ -142,6 +142,8 @@ def open_target(path: Path) -> Target:
         bundle = Bundle.open(path)
         return Target(path, _plan_of(bundle), bundle, path)
     file = path / "plan.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file() and (path / SO_FAR).is_file():
+        file = path / SO_FAR
     if not file.is_file():
         raise PlanError(
             f"there is nothing to serve at {path}",

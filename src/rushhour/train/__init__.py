@@ -3,7 +3,7 @@
 from rushhour.train.cost import Constants
 from rushhour.train.divided import Division
 from rushhour.train.launch import launch
-from rushhour.train.loop import train
+from rushhour.train.loop import step_seconds, train
 from rushhour.train.parallel import Parallel, Relaxed, parallelise
 from rushhour.train.plan import ParallelPlan, plan_for
 from rushhour.train.settings import TrainSettings
@@ -20,5 +20,6 @@ __all__ = [
     "launch",
     "parallelise",
     "plan_for",
+    "step_seconds",
     "train",
 ]

@@ -7,9 +7,11 @@ the order of the data follows from (seed, epoch), and the rest is in the checkpo
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,9 @@ _CHECKPOINT_SHARE = 0.05
 
 _AUGMENTING_THREADS = 2
 """That get batches ready where pictures are changed on the way."""
+
+_PACE_WARM, _PACE_TIMED = 2, 7
+"""Steps that tell how long one takes."""
 
 _NAMED = 8
 """Samples that a message names, at most."""
@@ -182,6 +187,19 @@ def learn(
         return task.alone(dataset, progress, on_epoch)
 
 
+def step_seconds(
+    dataset: Dataset, source: Source, settings: TrainSettings, *, work: Path, trusted: tuple[str, ...] = ()
+) -> float:
+    """How long one step of this training takes on this machine, on one worker: the median of a few, in seconds.
+
+    Nothing is kept of them. Arguments and errors are those of `train`.
+    """
+    task = _Assignment(source, settings, work, trusted, 0.0, None, Division(), 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(machine.cores())
+        return task.step_seconds(dataset)
+
+
 class _Assignment(msgspec.Struct, frozen=True):
     """One training, as it can be handed to another process; called there, it is a worker's part of it."""
 
@@ -216,6 +234,22 @@ class _Assignment(msgspec.Struct, frozen=True):
         expected = shapes(deployed.network.state_dict())
         with form.in_force():
             return self._run(dataset, stepper, deployed.head, expected, form, progress, on_epoch)
+
+    def step_seconds(self, dataset: Dataset) -> float:
+        settings, deployed = self.settings.resolved, self._prepared(dataset)
+        form = self._format(dataset, deployed, Silent())
+        form.lay(deployed)
+        stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
+        optimizer = settings.make_optimizer(stepper.parameters())
+        feed = Feed(dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment)
+        taken = []
+        with feed, form.in_force():
+            for batch in itertools.islice(feed.epoch(0), _PACE_WARM + _PACE_TIMED):
+                began = time.perf_counter()
+                stepper.step(batch)
+                optimizer.step()
+                taken.append(time.perf_counter() - began)
+        return statistics.median(taken[_PACE_WARM:] or taken)
 
     def __call__(self, dataset: Dataset, progress: Progress) -> None:
         reached(0)

@@ -3,6 +3,7 @@
     RUN/bundles/reference, RUN/bundles/int8     what can be served; int8-vnni too, where 7 bits of the weights cost much
     RUN/training                                how the reference was trained: curves, TensorBoard
     RUN/measurements.jsonl                      every measurement
+    RUN/plan-so-far.json                        the best answer until then, while the search goes on
     RUN/plan.json                               the answer, written last
 
 Each part is there whole or not at all, so whatever a killed run has finished is not done again.
@@ -12,19 +13,30 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from rushhour.bundle import Bundle, Source
+from rushhour.clock import Clock, WallClock
 from rushhour.compress import quantize_for_all
 from rushhour.data import Dataset
 from rushhour.errors import PlanError, StorageError
 from rushhour.goal import Goal
-from rushhour.plan import Plan
+from rushhour.journal import Journal
+from rushhour.measurement import ServiceTimes
+from rushhour.plan import SO_FAR, Plan
 from rushhour.progress import Progress
 from rushhour.storage import explained
-from rushhour.train import Tracking, TrainSettings, train
+from rushhour.train import Tracking, TrainSettings, step_seconds, train
 from rushhour.tune.tune import TuneSettings, tune
+
+_TRAINING_SHARE = 0.45
+"""Of the budget, for the training."""
+_LEAST_SHARE = 0.4
+"""Of the budget, that the search has even where training took more than its share."""
 
 
 def tune_run(
@@ -37,6 +49,8 @@ def tune_run(
     settings: TuneSettings,
     progress: Progress,
     trusted: tuple[str, ...] = (),
+    fit_epochs: bool = False,
+    clock: Clock | None = None,
 ) -> Plan:
     """Do everything from a model to a Plan in the folder `run`, going on where an earlier, killed call stopped.
 
@@ -46,17 +60,23 @@ def tune_run(
         goal: what to meet.
         run: the folder; one process at a time works in it.
         training: how a network is trained.
-        settings: how the search goes.
+        settings: how the search goes. Its budget is one for all: training and compression are part of it.
         progress: hears of every step.
         trusted: factories that may be imported; the user's own.
+        fit_epochs: with a budget, train for fewer epochs where this machine would take too much of it.
+        clock: what the budget is read on.
 
     Raises:
         RushhourError: of the part that failed; what was finished before stays.
     """
+    clock = clock or WallClock()
+    ends_at = clock.now() + (math.inf if settings.budget_s is None else settings.budget_s)
     with _alone_in(run):
         if isinstance(model, Bundle):
             reference = _taken(model, run / "bundles" / "reference")
         else:
+            if fit_epochs and settings.budget_s is not None:
+                training = _fitted(training, model, dataset, run, settings.budget_s, progress, trusted)
             reference = train(
                 dataset,
                 model,
@@ -76,9 +96,51 @@ def tune_run(
             progress.start("This run is complete: the plan is there")
             progress.done(f"remove {run} to begin anew")
             return finished
-        plan = tune(bundles, dataset, goal, run=run, settings=settings, progress=progress, trusted=trusted)
+        if settings.budget_s is not None:
+            left_s = max(_LEAST_SHARE * settings.budget_s, ends_at - clock.now())
+            settings = msgspec.structs.replace(settings, budget_s=left_s)
+        so_far = run / SO_FAR
+        plan = tune(
+            bundles,
+            dataset,
+            goal,
+            run=run,
+            settings=settings,
+            progress=progress,
+            trusted=trusted,
+            clock=clock,
+            so_far=lambda plan: plan.save(so_far),
+        )
         plan.save(file)
+        so_far.unlink(missing_ok=True)
         return plan
+
+
+def _fitted(
+    training: TrainSettings,
+    source: Source,
+    dataset: Dataset,
+    run: Path,
+    budget_s: float,
+    progress: Progress,
+    trusted: tuple[str, ...],
+) -> TrainSettings:
+    """With as many epochs as take their share of the budget on this machine, at least one and no more than asked for.
+
+    How long a step takes is on file, so that a run that goes on trains for as long as it began to.
+    """
+    steps = max(1, len(dataset.train) // training.batch)
+
+    def take() -> ServiceTimes:
+        progress.start("Timing a few steps of training")
+        seconds = step_seconds(dataset, source, training, work=run / ".checkpoints", trusted=trusted)
+        progress.done(f"{steps * seconds:,.0f} s for one pass over the data")
+        return ServiceTimes((training.batch,), (seconds,), (training.batch / seconds,))
+
+    detail = f"{training}"
+    taken = Journal(run / "measurements.jsonl").measure("training step", str(source), detail, ServiceTimes, take)
+    fits = int(_TRAINING_SHARE * budget_s / (steps * taken.seconds[0]))
+    return msgspec.structs.replace(training, epochs=min(training.epochs, max(1, fits)))
 
 
 def _still_true(file: Path, bundles: dict[str, Bundle], goal: Goal) -> Plan | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import math
 import os
 import select
 import signal
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -20,14 +23,13 @@ from rushhour.bundle import Bundle
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, Payload, Probe, Target, discover, measure, payloads
+from rushhour.load import Generator, Payload, Probe, Target, discover, glance_n, measure, payloads
 from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
 from rushhour.tune.space import Candidate
 
 _START_SECONDS = 120.0
-_WARMUP_S = 2.0
 
 
 def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal) -> Plan:
@@ -69,43 +71,72 @@ class Bench:
         self._trusted = trusted
 
     @contextlib.contextmanager
-    def load(self, candidate: Candidate, bundle: Bundle, phase: str) -> Iterator[Callable[[float], Probe]]:
-        """Gives probes of `candidate` with windows of so many seconds.
+    def load(self, candidate: Candidate, bundle: Bundle, phase: str) -> Iterator[Loaded]:
+        """`candidate` to be put under load.
 
         Its server starts with the first question that is not on file, and ends here.
-
-        Raises:
-            EngineError: from the probe, if the server does not come up.
         """
         with contextlib.ExitStack() as stack:
-            aimed: tuple[Target, list[Payload]] | None = None
 
             def aim() -> tuple[Target, list[Payload]]:
                 url = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
                 target = discover(url)
                 return target, payloads(target, bundle.samples(), rows=self._goal.workload.rows)
 
-            def probe(window_s: float, rate_rps: float, seed: int) -> Measurement:
-                def take() -> Measurement:
-                    nonlocal aimed
-                    aimed = aimed or aim()
-                    return measure(
-                        self._generator,
-                        *aimed,
-                        self._goal.slo,
-                        rate_rps=rate_rps,
-                        seed=seed,
-                        window_s=window_s,
-                        warmup_s=min(_WARMUP_S, max(1.0, window_s / 5)),
-                    )
+            yield Loaded(self._journal, self._generator, self._goal, candidate, phase, functools.cache(aim))
 
-                detail = (
-                    f"{self._goal.slo} rows {self._goal.workload.rows} rate {rate_rps:g} "
-                    f"window {window_s:g} s seed {seed}"
-                )
-                return self._journal.measure(phase, str(candidate), detail, Measurement, take)
 
-            yield lambda window_s: partial(probe, window_s)
+class Loaded:
+    """A candidate under load, from `Bench.load`. Its windows raise EngineError if its server does not come up."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        generator: Generator,
+        goal: Goal,
+        candidate: Candidate,
+        phase: str,
+        aim: Callable[[], tuple[Target, list[Payload]]],
+    ) -> None:
+        self._journal = journal
+        self._generator = generator
+        self._goal = goal
+        self._candidate = candidate
+        self._phase = phase
+        self._aim = aim
+
+    def windows(self, window_s: float) -> Probe:
+        """Windows of so many seconds, longer where the SLO needs it, that end when they are decided."""
+        return partial(
+            self._take, f"window {window_s:g} s", window_s=window_s, warmup_s=min(2.0, max(1.0, window_s / 5))
+        )
+
+    def glances(self, window_s: float) -> Probe:
+        """Windows that find the way and prove little."""
+
+        def probe(rate_rps: float, seed: int) -> Measurement:
+            n = glance_n(self._goal.slo, rate_rps, window_s)
+            return self._take(f"glance {window_s:g} s", rate_rps, seed, n=n, warmup_s=1.0)
+
+        return probe
+
+    def pushes(self, window_s: float, warmup_s: float) -> Probe:
+        """Windows of exactly so many seconds, of a server that is warm: how many answers meet the limit?"""
+
+        def probe(rate_rps: float, seed: int) -> Measurement:
+            n = max(1, math.ceil(rate_rps * window_s))
+            return self._take(f"push {window_s:g} s", rate_rps, seed, n=n, warmup_s=warmup_s, is_warm=True)
+
+        return probe
+
+    def _take(self, what: str, rate_rps: float, seed: int, **asked: Any) -> Measurement:
+        slo = self._goal.slo
+
+        def take() -> Measurement:
+            return measure(self._generator, *self._aim(), slo, rate_rps=rate_rps, seed=seed, **asked)
+
+        detail = f"{slo} rows {self._goal.workload.rows} rate {rate_rps:g} {what} seed {seed}"
+        return self._journal.measure(self._phase, str(self._candidate), detail, Measurement, take)
 
 
 class _Said(msgspec.Struct):

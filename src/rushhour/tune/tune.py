@@ -3,17 +3,21 @@
     time       each engine alone, batch by batch: seconds                    -> failed
     judge      each compiled artefact on held-out data                       -> over budget
     predict    a simulated batching server on the measured service times     -> dominated
-    race       a real server under real load, at the incumbent's rate        -> beaten
+    race       two real servers at a time, interleaved, under real load       -> beaten, tied
     confirm    the winner on fresh seeds and the untouched test set          -> won
 
 The untouched baseline is always measured too. Every measurement is on file before the next one starts, and what is
-asked next depends on nothing but the measurements: a killed search goes on where it was.
+asked next depends on nothing but the measurements, and on the time that is left where there is a budget: a killed
+search goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +25,28 @@ import msgspec
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
-from rushhour.capacity import ServiceProfile, best_batch, predicted_capacity
+from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
+from rushhour.clock import Clock, WallClock
 from rushhour.compress import judge, outputs_of
 from rushhour.data import Dataset, Split
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Estimate, Generator, Probe, estimate, find_capacity
+from rushhour.load import Estimate, Generator, Probe, Race, estimate, find_capacity, race
 from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.plan import Evidence, Fate, OperatingPoint, Plan, Rung, Trial
 from rushhour.progress import Progress
 from rushhour.tune.space import Candidate, baseline, candidates, plain
-from rushhour.tune.trial import Bench, plan_of
+from rushhour.tune.trial import Bench, Loaded, plan_of
 
-_ATTEMPTS = 2
+_PUSH, _PUSHES, _FULL = 1.25, 5, 0.95
+"""More than a candidate is thought to carry: by so much, doubled so often while it answers so much of it in time."""
+_START = 0.75
+"""Of what meets the limit when more is asked than can be carried: where the search for the capacity begins."""
+_RACE_S, _RACE_LIMITS, _RACE_N = 0.3, 6.0, 60
+"""A race's windows are so long, at least so many times the limit, and hold at least so many requests."""
 _RUNNERS_UP = 1
 """That are tried where the winner cannot be confirmed."""
 _NEARLY = 0.9
@@ -45,8 +55,20 @@ _PROOFS = 6
 """Windows of one confirmation, at most."""
 _LONGEST_PROOF = 6.0
 """Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
+_LOWER = 0.85
+"""Of an estimate: a proof begins no lower, however uncertain the estimate."""
 _ROUGH = 2.0
 """How much coarser and shorter the searches are that only show what a step bought."""
+_FOR_PROOF, _FOR_RUNGS = 0.5, 0.12
+"""Shares of the budget that are left for the winner's capacity and its proof, and for the ladder's other steps."""
+_IN_WORDS = {
+    Outcome.PASS: "holds",
+    Outcome.FAIL: "does not hold",
+    Outcome.INCONCLUSIVE: "not clear yet",
+    Outcome.UNSTABLE: "the server fell behind",
+    Outcome.GENERATOR_LIMITED: "the load generator was at its limit",
+    Outcome.VOID: "the machine was disturbed",
+}
 
 
 class TuneSettings(msgspec.Struct, frozen=True):
@@ -54,21 +76,23 @@ class TuneSettings(msgspec.Struct, frozen=True):
 
     Attributes:
         seed: of all arrival schedules; equal seeds ask equal questions.
-        keep: a candidate predicted below this share of the best prediction is not loaded. Predictions leave out what
-            serving costs beside the engine, which is the same for all, so they are trusted this far and no further.
-        race: candidates that are loaded, at most, beside those that the ladder needs.
+        keep: a candidate predicted below this share of the best prediction is not raced.
+        race: candidates that are raced, at most.
         resolution: highest passing over lowest failing rate at the end of a search, at most 1 + this.
         window_s: length of one load window on the way; longer where the SLO needs more requests.
         proof_s: length of a window that something is claimed from. A queue is slow in long waves; a short window
             near its capacity proves little.
+        budget_s: seconds that all of it may take, about: what decides least is left out, and said so. None: as long as
+            it takes. A search that goes on has all of it again.
     """
 
     seed: int = 0
-    keep: float = 0.6
+    keep: float = 0.7
     race: int = 4
     resolution: float = 0.05
     window_s: float = 3.0
     proof_s: float = 10.0
+    budget_s: float | None = None
 
 
 @dataclasses.dataclass
@@ -78,6 +102,8 @@ class _State:
     candidate: Candidate
     accuracy: Accuracy | None = None
     predicted: float | None = None
+    goodput: float | None = None
+    """Answers a second inside the limit where more was asked than it can carry."""
     capacity: float | None = None
     proven: bool = False
     p99_ms: float | None = None
@@ -99,6 +125,8 @@ def tune(
     settings: TuneSettings,
     progress: Progress,
     trusted: tuple[str, ...] = (),
+    clock: Clock | None = None,
+    so_far: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
     """Find the way to serve that carries the most requests per second inside the goal, and prove it.
 
@@ -110,6 +138,8 @@ def tune(
         settings: of the search.
         progress: hears of every step.
         trusted: as in `open_engine`, for the torch baseline.
+        clock: what the budget is read on.
+        so_far: is given the best plan whenever there is a better one; before its proof it has no evidence.
 
     Returns:
         The plan. Where nothing met the goal it is the nearest miss, with `feasible` false. It is not saved here.
@@ -119,7 +149,7 @@ def tune(
         LoadError: if load cannot be generated.
         StorageError: if the disk does not take a measurement.
     """
-    return _Tuner(bundles, dataset, goal, run, settings, progress, trusted).plan()
+    return _Tuner(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far).plan()
 
 
 class _Tuner:
@@ -132,6 +162,8 @@ class _Tuner:
         settings: TuneSettings,
         progress: Progress,
         trusted: tuple[str, ...],
+        clock: Clock,
+        so_far: Callable[[Plan], None],
     ) -> None:
         self._bundles = bundles
         self._dataset = dataset
@@ -142,8 +174,11 @@ class _Tuner:
         self._trusted = trusted
         self._journal = Journal(run / "measurements.jsonl")
         self._reference_outputs: dict[str, NDArray[Any]] = {}
-        self._ratio = 0.6
-        """Capacity under load over prediction, as last seen: where the next search begins."""
+        self._overhead = Overhead()
+        """Of serving, as the first candidate under load showed it; none before."""
+        self._clock, self._so_far = clock, so_far
+        self._budget_s = math.inf if settings.budget_s is None else settings.budget_s
+        self._ends_at = clock.now() + self._budget_s
 
     def plan(self) -> Plan:
         reference = self._bundles["reference"]
@@ -152,17 +187,19 @@ class _Tuner:
         states = [_State(candidate) for candidate in candidates(self._bundles, cores())]
         self._time(states)
         self._judge(states)
-        racing = self._rank(states)
+        alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
+        if not alive:
+            raise EngineError("nothing can be served", states[0].why, "mend the model, or name another")
         with Generator() as generator:
             self._bench = Bench(self._journal, generator, self._goal, self._run, self._trusted)
-            winner = self._race(racing)
-            compiled = self._compiled_rung(states, winner)
-            self._load_plainly(first_rung, rough=True)
             self._load_plainly(base)
             base.end("baseline", "the untouched model: torch eager, one sample at a time")
-            winner, confirmed = self._confirmed([winner, *(state for state in racing if state is not winner)])
-        ladder = self._ladder(base, first_rung, compiled, winner)
-        return self._answer(winner, confirmed, base, [base, first_rung, *states], ladder)
+            winner, confirmed = self._confirmed(self._race(alive))
+            self._so_far(self._answer(winner, confirmed, base, [base, *states], self._ladder(base, [], winner)))
+            rungs = self._rungs(first_rung, states, winner)
+        ladder = self._ladder(base, rungs, winner)
+        measured = [first_rung] if first_rung.capacity is not None else []
+        return self._answer(winner, confirmed, base, [base, *measured, *states], ladder)
 
     # Service times: the engine alone.
 
@@ -196,7 +233,9 @@ class _Tuner:
 
     def _predict(self, state: _State, times: ServiceTimes) -> None:
         """Choose the batch bound by simulation, of the sizes timed."""
-        bound, state.predicted = best_batch(times, streams=state.candidate.streams, slo=self._goal.slo)
+        bound, state.predicted = best_batch(
+            times, streams=state.candidate.streams, slo=self._goal.slo, overhead=self._overhead_of(state.candidate)
+        )
         state.candidate = state.candidate.with_batch(bound)
 
     # Accuracy: each compiled artefact on held-out data.
@@ -238,124 +277,209 @@ class _Tuner:
         )
         return outputs_of(self._bundles[candidate.bundle], config, split, trusted=self._trusted)
 
-    # The race: real servers under real load.
+    # Under load: real servers.
 
-    def _rank(self, states: list[_State]) -> list[_State]:
-        """Those worth loading, best prediction first; the others get their fate."""
-        alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
-        if not alive:
-            raise EngineError("nothing can be served", states[0].why, "mend the model, or name another")
-        best = alive[0].predicted or 0.0
-        for position, state in enumerate(alive):
+    def _race(self, alive: list[_State]) -> list[_State]:
+        """The one that carries most, by races of two, then those that raced it, best first.
+
+        Args:
+            alive: those inside the budget, best prediction first.
+        """
+        ready = (state for state in alive if state.fate is None and self._push(state))
+        incumbent = next(ready, None)
+        if incumbent is None:
+            raise EngineError("nothing can be served", alive[0].why, "mend the model, or name another")
+        self._learn_overhead(incumbent)
+        self._so_far(plan_of(incumbent.candidate, self._bundles[incumbent.candidate.bundle], self._goal))
+        rivals = self._rank(incumbent, [state for state in alive if state.fate is None and state is not incumbent])
+        raced = [incumbent]
+        with contextlib.ExitStack() as stack:
+            loaded = stack.enter_context(self._loaded(incumbent, "race"))
+            for rival in rivals:
+                if self._left_s() < _FOR_PROOF * self._budget_s:
+                    rival.end("skipped", "the time was up before it could race")
+                    continue
+                with contextlib.ExitStack() as own:
+                    theirs = own.enter_context(self._loaded(rival, "race"))
+                    ended = self._duel(incumbent, loaded, rival, theirs, len(rivals))
+                    raced.append(rival)
+                    if ended is None or ended.order != "faster":
+                        continue
+                    stack.close()
+                    stack = own.pop_all()
+                    incumbent, loaded = rival, theirs
+                    self._so_far(plan_of(rival.candidate, self._bundles[rival.candidate.bundle], self._goal))
+            stack.close()
+        others = [state for state in raced if state is not incumbent and state.fate != "failed"]
+        return [incumbent, *sorted(others, key=lambda state: -(state.goodput or 0.0))]
+
+    def _loaded(self, state: _State, phase: str) -> contextlib.AbstractContextManager[Loaded]:
+        return self._bench.load(state.candidate, self._bundles[state.candidate.bundle], phase)
+
+    def _push(self, state: _State) -> bool:
+        """See how many answers meet the limit where more is asked than it can carry; whether it runs at all."""
+        rate = _PUSH * (state.predicted or 100.0)
+        self._progress.start(f"{state.candidate.name}: how much at most?")
+        try:
+            with self._loaded(state, "push") as loaded:
+                for attempt in range(_PUSHES):
+                    rate = float(f"{rate:.4g}")
+                    window = loaded.glances(1.0)(rate, self._settings.seed + 20_000 + attempt)
+                    state.goodput = max(window.goodput_rps, 1 / window.duration_s)
+                    if window.goodput_rps < _FULL * rate:
+                        break
+                    rate *= 2
+        except EngineError as error:
+            state.end("failed", str(error))
+            self._progress.done(error.what, good=False)
+            return False
+        self._progress.done(f"about {state.goodput:,.0f} requests/s")
+        return True
+
+    def _learn_overhead(self, state: _State) -> None:
+        """What serving costs beside the engine, from the first candidate that was loaded: it is the same for all."""
+        candidate = state.candidate
+        self._overhead = Overhead.seen(
+            ServiceProfile(self._service_times(candidate)),
+            streams=candidate.streams,
+            max_batch=candidate.policy.max_batch,
+            spare=_spare(candidate),
+            most_rps=state.goodput or 1.0,
+        )
+        self._predict_again(state)
+
+    def _predict_again(self, state: _State) -> None:
+        """With what serving costs; its bound on batches stays, because windows are on file under that name."""
+        candidate = state.candidate
+        state.predicted = predicted_capacity(
+            ServiceProfile(self._service_times(candidate)),
+            streams=candidate.streams,
+            max_batch=candidate.policy.max_batch,
+            slo=self._goal.slo,
+            overhead=self._overhead_of(candidate),
+        )
+
+    def _overhead_of(self, candidate: Candidate) -> Overhead:
+        return dataclasses.replace(self._overhead, spare=_spare(candidate))
+
+    def _rank(self, incumbent: _State, rivals: list[_State]) -> list[_State]:
+        """Those worth a race, best prediction first; the others get their fate."""
+        for state in rivals:
+            self._predict(state, self._service_times(state.candidate))
+        rivals = sorted(rivals, key=lambda state: -(state.predicted or 0.0))
+        best = max(state.predicted or 0.0 for state in (incumbent, *rivals))
+        for position, state in enumerate(rivals, 1):
             predicted = state.predicted or 0.0
             if predicted < self._settings.keep * best or position >= self._settings.race:
                 state.end("dominated", f"predicted {predicted:,.0f}/s, the best prediction is {best:,.0f}/s")
-        return [state for state in alive if state.fate is None]
+        return [state for state in rivals if state.fate is None]
 
-    def _race(self, racing: list[_State]) -> _State:
-        incumbent: _State | None = None
-        for state in racing:
-            if incumbent is None or not incumbent.capacity:
-                self._search(state)
-                beaten = incumbent is None or (state.capacity or 0) > (incumbent.capacity or 0)
-                incumbent = state if beaten else incumbent
-            elif self._challenge(state, incumbent):
-                self._search(state)
-                if (state.capacity or 0) > (incumbent.capacity or 0):
-                    incumbent = state
-        assert incumbent is not None
-        for state in racing:
-            if state is not incumbent and state.fate is None:
-                state.end("beaten", f"by {incumbent.candidate} at {incumbent.capacity or 0:,.0f}/s")
-        return incumbent
+    def _duel(self, incumbent: _State, ours: Loaded, rival: _State, theirs: Loaded, rivals: int) -> Race | None:
+        """Which of two carries more? None where the rival does not run."""
+        most = incumbent.goodput or 1.0
+        rate = float(f"{_PUSH * max(most, min(rival.predicted or 0.0, 2 * most)):.4g}")
+        limit_s, seed = self._goal.slo.limit_s, self._settings.seed + 30_000
+        window_s = float(f"{max(_RACE_S, _RACE_LIMITS * limit_s, _RACE_N / rate):.3g}")
+        self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
 
-    def _challenge(self, state: _State, incumbent: _State) -> bool:
-        """Does it hold more than the incumbent does? One window at 3% above decides."""
-        rate = float(f"{(incumbent.capacity or 0) * 1.03:.4g}")
-        self._progress.start(f"Can {_short(state.candidate)} carry {rate:,.0f}/s?")
+        def ask(loaded: Loaded) -> Callable[[int], Measurement]:
+            probe = loaded.pushes(window_s, max(0.1, 3 * limit_s))
+
+            def taken(with_seed: int) -> Measurement:
+                window = probe(rate, with_seed)
+                self._progress.advance()
+                return window
+
+            return taken
+
         try:
-            with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "challenge") as probe:
-                result = self._noted(state, probe(self._settings.proof_s))(rate, self._settings.seed)
+            for loaded in (ours, theirs):
+                loaded.glances(0.5)(rate, seed - 1)  # a server just started
+            ended = race(
+                ask(ours),
+                ask(theirs),
+                seed=seed,
+                rivals=rivals,
+                is_over=lambda: self._left_s() < _FOR_PROOF * self._budget_s,
+            )
         except EngineError as error:
-            state.end("failed", str(error))
-            self._progress.done(error.what)
-            return False
-        self._progress.done(f"{result.outcome}: {result.reason}")
-        # Not proven is not beaten: only its own search can tell.
-        undecided = result.outcome is Outcome.INCONCLUSIVE and result.late <= result.n * result.slo.allowed_miss_rate
-        if result.outcome is Outcome.PASS or undecided:
-            return True
-        state.end("beaten", f"at {rate:,.0f}/s: {result.outcome}, {result.reason}")
-        state.p99_ms = result.p99_ms
-        return False
+            rival.end("failed", str(error))
+            self._progress.done(error.what, good=False)
+            return None
+        incumbent.goodput, rival.goodput = ended.goodput_rps
+        if ended.order == "faster":
+            incumbent.end("beaten", f"{rival.candidate.name} carries {ended}")
+        elif ended.order == "slower":
+            rival.end("beaten", f"it carries {ended} of what {incumbent.candidate.name} does")
+        else:
+            rival.end("tied", f"it carries {ended} of what {incumbent.candidate.name} does")
+        said = {"faster": "it carries more", "slower": "it carries less", "tie": "a tie"}[ended.order]
+        self._progress.done(f"{said}: {ended}", good=ended.order == "faster")
+        return ended
 
-    def _search(self, state: _State, *, rough: bool = False) -> None:
-        """Its capacity, confirmed on a fresh seed; `rough` for a step on the ladder, which decides nothing."""
+    def _approach(self, state: _State, *, rough: bool = False) -> None:
+        """Its capacity, estimated; `rough` for a step on the ladder, which decides nothing."""
         step = _ROUGH if rough else 1.0
-        expected = (state.predicted or 100.0) * self._ratio
-        self._progress.start(f"Searching the capacity of {_short(state.candidate)}")
+        self._progress.start(f"{state.candidate.name}: how much inside {self._goal.slo}?")
         try:
-            with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "search") as probe:
-                for attempt in range(_ATTEMPTS):
-                    search = find_capacity(
-                        self._noted(state, probe(self._settings.window_s)),
-                        confirm=self._noted(state, probe(self._settings.proof_s / step)),
-                        start_rps=max(1.0, 0.8 * expected),
-                        slo=self._goal.slo,
-                        resolution=1 + step * self._settings.resolution,
-                        seed=self._settings.seed + attempt,
-                    )
-                    if search.proven:
-                        break
-                    # A neighbour that takes the cores for a minute fails every window; it is gone the next time.
-                    self._progress.advance(note=f"once more, because {search.reason}")
+            with self._loaded(state, "search") as loaded:
+                search = find_capacity(
+                    self._noted(state, loaded.glances(self._settings.window_s / step)),
+                    start_rps=_START * (state.goodput or 100.0),
+                    slo=self._goal.slo,
+                    resolution=1 + step * self._settings.resolution,
+                    seed=self._settings.seed,
+                    prove=False,
+                )
         except EngineError as error:
             state.end("failed", str(error))
-            self._progress.done(error.what)
+            self._progress.done(error.what, good=False)
             return
-        state.capacity, state.proven = search.capacity_rps, search.proven
-        if search.confirmed is not None:
-            state.p99_ms = search.confirmed.p99_ms
-            if state.predicted:
-                self._ratio = min(1.5, max(0.1, search.capacity_rps / state.predicted))
-        how = "" if search.proven or not search.capacity_rps else ", estimated, not proven"
-        self._progress.done(f"{search.capacity_rps:,.0f} requests/s inside {self._goal.slo}{how}")
+        state.capacity, state.proven = search.capacity_rps, False
+        said = f"about {search.capacity_rps:,.0f} requests/s" if search.capacity_rps else "nothing: too slow"
+        self._progress.done(said, good=search.capacity_rps > 0)
 
     def _noted(self, state: _State, probe: Probe) -> Probe:
         def noted(rate: float, seed: int) -> Measurement:
             result = probe(rate, seed)
             state.windows.append(result)
-            self._progress.advance(note=f"{rate:,.0f}/s: {result.outcome}")
+            self._progress.advance(note=f"{rate:,.0f}/s: {_IN_WORDS[result.outcome]}")
             return result
 
         return noted
 
-    def _load_plainly(self, state: _State, *, rough: bool = False) -> None:
+    def _load_plainly(self, state: _State) -> None:
         """A candidate that is measured for comparison only: how fast is it, and how right?"""
-        profile = ServiceProfile(self._service_times(state.candidate))
-        bound = state.candidate.policy.max_batch
-        state.predicted = predicted_capacity(
-            profile, streams=state.candidate.streams, max_batch=bound, slo=self._goal.slo
-        )
+        self._predict_again(state)
         state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
-        self._search(state, rough=rough)
+        if self._push(state):
+            self._approach(state, rough=True)
         if state.fate is None:
             state.end("beaten", "compiled, but one sample at a time: measured to show what batching buys")
 
-    def _compiled_rung(self, states: list[_State], winner: _State) -> _State | None:
-        """The best way to serve the reference in full precision, under load: what compiling and batching buy."""
+    def _rungs(self, first: _State, states: list[_State], winner: _State) -> list[tuple[str, _State]]:
+        """What is measured to show what each step bought, while there is time: compiled; then batched, too."""
         full = [s for s in states if s.candidate.bundle == "reference" and s.candidate.precision == "f32"]
         full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -(s.predicted or 0.0))
-        if not full or winner in full:
-            return None
-        if full[0].capacity is None:
-            self._search(full[0], rough=True)
-        return full[0]
+        wanted = [("batched", full[0])] if full and winner not in full else []
+        measured = []
+        for step, state in [*wanted, ("compiled", first)]:
+            if self._left_s() <= 0:
+                self._progress.start(f'What "{step}" buys')
+                self._progress.done("skipped: the time was up", good=False)
+                continue
+            if state is first:
+                self._load_plainly(state)
+            elif state.capacity is None and (state.goodput is not None or self._push(state)):
+                self._approach(state, rough=True)
+            if state.capacity is not None:
+                measured.append((step, state))
+        return measured[::-1]
 
     # The answer.
 
     def _confirmed(self, ranked: list[_State]) -> tuple[_State, Measurement | None]:
-        """The winner of the race, confirmed; where it cannot be, a runner-up that can and carries nearly as much.
+        """The winner of the races, confirmed; where it cannot be, a runner-up that can and carries nearly as much.
 
         Where there is none the winner keeps what is estimated of it: a proof of clearly less is no better answer.
 
@@ -363,14 +487,16 @@ class _Tuner:
             ranked: the winner, then the others that raced.
         """
         winner, *others = ranked
+        self._approach(winner)
         confirmed = self._confirm(winner) if winner.capacity else None
-        if confirmed is not None or not winner.capacity:
+        if confirmed is not None:
             return winner, confirmed
-        least = _NEARLY * winner.capacity
-        for state in sorted(others, key=lambda state: -(state.capacity or state.predicted or 0.0))[:_RUNNERS_UP]:
-            if state.capacity is None and state.fate != "failed":
-                self._search(state)
-            if (state.capacity or 0.0) < least:
+        least = _NEARLY * (winner.capacity or 0.0)
+        for state in others[:_RUNNERS_UP]:
+            if self._left_s() < _FOR_RUNGS * self._budget_s:
+                break
+            self._approach(state)
+            if (state.capacity or 0.0) <= least:
                 continue
             confirmed = self._confirm(state)
             if confirmed is not None and confirmed.rate_rps >= least:
@@ -379,32 +505,56 @@ class _Tuner:
         return winner, None
 
     def _confirm(self, state: _State) -> Measurement | None:
-        """A candidate again, on fresh seeds and longer windows.
+        """A proof of a candidate's capacity, on fresh seeds.
 
-        The first window is at the rate that its search gave. Each that is no proof lowers the rate to the lower end of
-        what all windows of this candidate tell by then, and the next is longer, as far as the last one asks for it.
-        Where none is a proof, the candidate keeps that estimate.
+        It begins at the lower end of what all windows of this candidate tell by then. A proof raises the rate, half
+        way to what was not proven; any other window lowers it to the lower end of the estimate as it is then, and the
+        next one is longer, as far as the last one asks for it. Where none is a proof, the candidate keeps the estimate.
         """
-        rate, window_s = state.capacity or 0.0, self._settings.proof_s
-        self._progress.start(f"Confirming {_short(state.candidate)} on fresh seeds")
-        with self._bench.load(state.candidate, self._bundles[state.candidate.bundle], "confirm") as probe:
+        found = self._estimate(state)
+        if found is None:
+            return None
+        proven: Measurement | None = None
+        ceiling, window_s = found.interval_rps[1], self._settings.proof_s
+        rate = max(found.interval_rps[0], _LOWER * found.rate_rps)
+        self._progress.start(f"{state.candidate.name}: proof on fresh seeds")
+        with self._loaded(state, "confirm") as loaded:
             for attempt in range(_PROOFS):
+                if attempt and self._left_s() < _FOR_RUNGS * self._budget_s:
+                    break
                 rate = float(f"{rate:.4g}")
-                result = self._noted(state, probe(window_s))(rate, self._settings.seed + 10_000 + attempt)
+                probe = self._noted(state, loaded.windows(float(f"{window_s:.3g}")))
+                result = probe(rate, self._settings.seed + 10_000 + attempt)
                 if result.outcome is Outcome.PASS:
-                    state.capacity, state.proven, state.p99_ms = result.rate_rps, True, result.p99_ms
-                    self._progress.done(f"{state.capacity:,.0f} requests/s")
-                    return result
-                if result.outcome.refutes or result.outcome is Outcome.INCONCLUSIVE:
+                    proven = result
+                else:
+                    ceiling = min(ceiling, rate)
+                    asked_s = result.duration_s + (result.needs_s or 0.0)
+                    window_s = min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked_s))
+                if proven is not None:
+                    self._kept(state, proven)
+                    if ceiling <= proven.rate_rps * (1 + self._settings.resolution):
+                        break
+                    rate = math.sqrt(proven.rate_rps * ceiling)
+                elif result.outcome.refutes or result.outcome is Outcome.INCONCLUSIVE:
                     found = self._estimate(state)
                     rate = min(0.97 * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
-                    asked = result.duration_s + (result.needs_s or 0.0)
-                    window_s = float(f"{min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked)):.3g}")
+        if proven is not None:
+            self._kept(state, proven)
+            self._progress.done(f"{proven.rate_rps:,.0f} requests/s")
+            return proven
         found = self._estimate(state)
         state.capacity, state.proven, state.p99_ms = (found.rate_rps if found else 0.0), False, None
         state.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
-        self._progress.done(state.why)
+        self._progress.done(state.why, good=False)
         return None
+
+    def _kept(self, state: _State, proven: Measurement) -> None:
+        state.capacity, state.proven, state.p99_ms = proven.rate_rps, True, proven.p99_ms
+
+    def _left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return self._ends_at - self._clock.now()
 
     def _estimate(self, state: _State) -> Estimate | None:
         """What all windows of a candidate tell."""
@@ -415,12 +565,10 @@ class _Tuner:
         capacity = state.capacity or 0.0
         return any(window.outcome.refutes and window.rate_rps <= capacity for window in state.windows)
 
-    def _ladder(self, base: _State, first: _State, compiled: _State | None, winner: _State) -> tuple[Rung, ...]:
+    def _ladder(self, base: _State, rungs: list[tuple[str, _State]], winner: _State) -> tuple[Rung, ...]:
         last = "quantised" if winner.candidate.precision == "int8" else f"in {winner.candidate.precision}"
-        steps = [("as it is", base), ("compiled", first)]
-        if compiled is not None:
-            steps.append(("batched", compiled))
-        steps.append((last if compiled is not None else "batched", winner))
+        if not any(step == "batched" for step, _ in rungs):
+            last = "batched"
         return tuple(
             Rung(
                 step=step,
@@ -430,7 +578,7 @@ class _Tuner:
                 accuracy=state.accuracy.value if state.accuracy else None,
                 name=state.candidate.name,
             )
-            for step, state in steps
+            for step, state in [("as it is", base), *rungs, (last, winner)]
         )
 
     def _answer(
@@ -473,18 +621,42 @@ class _Tuner:
             ladder=ladder,
             proven=confirmed is not None,
             capacity_interval_rps=found.interval_rps if found is not None else None,
+            alone_rps=self._alone(winner),
         )
         plan = plan_of(winner.candidate, bundle, self._goal)
         return msgspec.structs.replace(
             plan, operating_points=self._operating_points(winner), evidence=evidence, feasible=feasible
         )
 
+    def _alone(self, state: _State) -> float | None:
+        """Its capacity without the generator on the same machine: measured with it, and predicted from there."""
+        windows = [window for window in state.windows if window.outcome in (Outcome.PASS, Outcome.INCONCLUSIVE)]
+        if not windows or not state.capacity or not self._overhead.request_s:
+            return None
+        window = max(windows, key=lambda window: window.rate_rps)
+        candidate, whole = state.candidate, self._overhead_of(state.candidate)
+        own_s = max(0.0, whole.request_s - window.generator_cpu / window.rate_rps)
+        shared, alone = (
+            predicted_capacity(
+                ServiceProfile(self._service_times(candidate)),
+                streams=candidate.streams,
+                max_batch=candidate.policy.max_batch,
+                slo=self._goal.slo,
+                overhead=overhead,
+            )
+            for overhead in (whole, dataclasses.replace(whole, request_s=own_s))
+        )
+        return state.capacity * alone / shared if shared else None
+
     def _windows(self, state: _State) -> list[Measurement]:
         subject = str(state.candidate)
         return [
             entry.reading
             for entry in self._journal
-            if entry.subject == subject and isinstance(entry.reading, Measurement) and entry.machine == describe()
+            if entry.subject == subject
+            and entry.phase in ("search", "confirm")  # the others ask for more than can be carried
+            and isinstance(entry.reading, Measurement)
+            and entry.machine == describe()
         ]
 
     def _lowest_failing(self, state: _State) -> float | None:
@@ -501,13 +673,9 @@ class _Tuner:
         )
 
 
-def _short(candidate: Candidate) -> str:
-    policy = candidate.policy
-    cells = f"{policy.cells} cells of " if policy.cells > 1 else ""
-    return (
-        f"{candidate.bundle} on {candidate.engine} {candidate.precision}, "
-        f"{cells}{policy.streams}x{policy.threads} threads, batch <= {policy.max_batch}"
-    )
+def _spare(candidate: Candidate) -> int:
+    """Cores that its engine leaves alone."""
+    return max(0, cores() - candidate.streams * candidate.policy.threads)
 
 
 def _trial(state: _State) -> Trial:

@@ -1,0 +1,121 @@
+"""A race: which of two servers carries more inside the limit? Short windows in turn, until that is sure.
+
+Both are asked for more than either can carry, in pairs of windows on the same arrivals: A B, B A, A B, ... What counts
+is goodput, and of each pair the ratio. A host whose speed comes in waves of seconds slows both windows of a pair alike
+but where a wave begins between them, and a burst of a neighbour spoils a pair now and then; such pairs lie far out. So
+only their signs count (the sign test, exact whatever the ratios are distributed like), and the estimate is the median.
+In simulated waves and bursts that orders two plans as often as any test that weighs the ratios, and sooner than most.
+
+The race is looked at as it goes. Each look may spend a share of the error in proportion to its new pairs, and no more
+is claimed of many rivals than of one: the error is shared out among them (Bonferroni).
+
+Windows minutes apart, one server after the other, order nothing on such a host.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from rushhour.measurement import Interval, Measurement
+
+_ERROR = 0.04
+"""How often one of several equal rivals may be called faster or slower than the incumbent."""
+_TIE = 0.04
+"""Two that are shown to lie no further apart than this are a tie: to tell more would cost time and change little."""
+_LOOKS = (10, 15, 22, 32, 45, 60)
+"""Pairs at which a race is looked at; with fewer than 10, hardly an outcome is rare enough."""
+
+Ask = Callable[[int], Measurement]
+"""One short window of a server, asked for by its seed."""
+
+Order = Literal["faster", "slower", "tie"]
+
+
+class Race(msgspec.Struct, frozen=True):
+    """How a race ended.
+
+    Attributes:
+        order: of the rival, against the incumbent. A tie is no proof that they are equal where the time was up.
+        ratio: the rival's goodput over the incumbent's.
+        interval: its 95% interval.
+        pairs: of windows that it took.
+        goodput_rps: median of the incumbent's windows and of the rival's.
+    """
+
+    order: Order
+    ratio: float
+    interval: Interval
+    pairs: int
+    goodput_rps: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.ratio:.2f}x ({low:.2f} to {high:.2f}) in {self.pairs} pairs of windows"
+
+
+def race(
+    incumbent: Ask, rival: Ask, *, seed: int = 0, rivals: int = 1, is_over: Callable[[], bool] = lambda: False
+) -> Race:
+    """Race two servers.
+
+    Args:
+        incumbent: takes a window of the one to beat, at a rate that it cannot carry.
+        rival: takes one of the other, at the same rate and as long; equal seeds are equal arrivals.
+        seed: of the first pair; the next ones follow.
+        rivals: that race this incumbent, all in all.
+        is_over: whether no further pair is to begin: the time is up. The first look is always taken.
+
+    Raises:
+        LoadError: as the windows do.
+    """
+    servers = (incumbent, rival)
+    goodput: tuple[list[float], list[float]] = ([], [])
+    spent = 0
+    while True:
+        pair = len(goodput[0])
+        for server in (0, 1) if pair % 2 == 0 else (1, 0):
+            window = servers[server](seed + pair)
+            goodput[server].append(max(window.goodput_rps, 1 / window.duration_s))
+        pairs = pair + 1
+        cut_off = pairs >= _LOOKS[0] and is_over()
+        if pairs not in _LOOKS and not cut_off:
+            continue
+        ratios = [theirs / ours for ours, theirs in zip(*goodput, strict=True)]
+        allowed = _ERROR / rivals * (pairs - spent) / _LOOKS[-1]
+        if 2 * 0.5**pairs <= allowed:  # else no outcome could decide, and what was not spent is left for the next look
+            spent = pairs
+        ratio, (low, high) = _median(ratios)
+        order: Order | None = None
+        if _significance(ratios) <= allowed:
+            order = "faster" if ratio > 1 else "slower"
+        elif 1 / (1 + _TIE) < low <= high < 1 + _TIE or cut_off or pairs == _LOOKS[-1]:
+            order = "tie"
+        if order is not None:
+            medians = (statistics.median(goodput[0]), statistics.median(goodput[1]))
+            return Race(order, ratio, (low, high), pairs, medians)
+
+
+def _significance(ratios: Sequence[float]) -> float:
+    """Of the sign test that the median of these is 1, two-sided."""
+    above, below = sum(ratio > 1 for ratio in ratios), sum(ratio < 1 for ratio in ratios)
+    return min(1.0, 2 * _at_most(min(above, below), above + below))
+
+
+def _median(ratios: Sequence[float]) -> tuple[float, Interval]:
+    """The median and its 95% interval: those of the ratios that the sign test would not call off the median."""
+    ordered, n = sorted(ratios), len(ratios)
+    off = 0  # so many on either side
+    while 2 * _at_most(off, n) <= 0.05:
+        off += 1
+    lowest = max(0, off - 1)
+    return statistics.median(ordered), (ordered[lowest], ordered[n - 1 - lowest])
+
+
+def _at_most(k: int, n: int) -> float:
+    """The chance of at most k heads among n coins."""
+    return float(sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
