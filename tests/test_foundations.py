@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import rushhour
 from rushhour import errors as errors_module
 from rushhour.bundle import Bundle, TensorSpec
-from rushhour.capacity import ServiceProfile, best_batch, predicted_capacity, simulate
+from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity, simulate
 from rushhour.clock import VirtualClock, WallClock
 from rushhour.errors import BundleError, DataError, GoalError, PlanError, RushhourError, StorageError, TaskError
 from rushhour.goal import SLO, AccuracyBudget, Goal, Workload
@@ -522,6 +522,25 @@ def test_predicted_capacity_lies_where_the_simulation_says() -> None:
         assert (np.quantile(latencies, 0.99) <= slo.limit_s) == holds
     assert predicted_capacity(times, streams=1, max_batch=4, slo=SLO.parse("p99<5ms")) == 0
     assert predicted_capacity(times, streams=2, max_batch=4, slo=slo) > 1.5 * found
+
+
+def test_what_serving_takes_is_lost_whole_by_one_stream_of_all_cores_and_shared_by_many() -> None:
+    times = ServiceTimes(batch_sizes=(1, 4), seconds=(0.010, 0.016), throughput=(100.0, 250.0))
+    profile, slo = ServiceProfile(times), SLO.parse("p99<50ms")
+    overhead = Overhead(request_s=0.002)
+
+    def kept(streams: int, overhead: Overhead) -> float:
+        alone = predicted_capacity(profile, streams=streams, max_batch=4, slo=slo)
+        return predicted_capacity(profile, streams=streams, max_batch=4, slo=slo, overhead=overhead) / alone
+
+    # x = alone (1 - 0.002 x / streams): both lose the same share, because two streams answer twice as much
+    assert kept(1, overhead) == pytest.approx(kept(2, overhead), abs=0.05)
+    assert kept(1, overhead) < 0.8
+    assert kept(1, Overhead(request_s=0.002, spare=1)) == pytest.approx(1, abs=0.02), "an idle core does it"
+    full = profile.throughput(2, 4)
+    seen = Overhead.seen(profile, streams=2, max_batch=4, spare=0, most_rps=0.7 * full)
+    assert 1 / seen.stretch(0.7 * full, 2) == pytest.approx(0.7), "what it was fitted to, it explains"
+    assert Overhead.seen(profile, streams=2, max_batch=4, spare=0, most_rps=1.1 * full).request_s == 0
 
 
 def test_the_best_batch_is_the_smallest_of_those_alike() -> None:

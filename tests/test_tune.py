@@ -155,8 +155,8 @@ class Load:
         outcome, late = (Outcome.PASS, 0) if holds else (Outcome.FAIL, 500)
         interval = (9.0, 11.0) if holds else (90.0, 110.0)
         return Measurement(
-            slo, rate, asked["seed"], 1.0, 1000, late, 0, 0, 5.0, sum(interval) / 2, interval, min(rate, held(candidate)),
-            0.1, 0.1, outcome, "so it is", "",
+            slo, rate, asked["seed"], 1.0, 1000, late, 0, 0, 5.0, sum(interval) / 2, interval,
+            min(rate, held(candidate)), 0.1, 0.1, outcome, "so it is", "",
         )  # fmt: skip
 
 

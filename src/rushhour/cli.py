@@ -115,9 +115,7 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, json_file: Pa
 )
 @basic_options
 @_json
-@click.pass_context
 def tune(
-    context: click.Context,
     model: str,
     data: str,
     slo: str,
@@ -137,7 +135,7 @@ def tune(
     rushhour tune article --data photos/ --budget 8m --out runs/quick
     """
     goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
-    is_asked = context.get_parameter_source("epochs") is click.core.ParameterSource.COMMANDLINE
+    is_asked = click.get_current_context().get_parameter_source("epochs") is click.core.ParameterSource.COMMANDLINE
     budget_s = None if budget is None else _seconds(budget)
     _tune(model, data, goal, out, training, json_file, budget_s=budget_s, fit_epochs=not is_asked)
 

@@ -132,7 +132,8 @@ def _fitted(policy: Policy, cores: int) -> Policy:
 def open_target(path: Path) -> Target:
     """Open a run's folder, a plan's file or a bundle's folder, and check the bundle against its hashes.
 
-    A run whose search was broken off is served by the best plan until then. A bundle without a plan is served with one stream per core by OpenVINO, where that can run it.
+    A run whose search was broken off is served by the best plan until then. A bundle without a plan is served with one
+    stream per core by OpenVINO, where that can run it.
 
     Raises:
         PlanError: if there is nothing to serve at `path`, or the plan cannot be read.
