@@ -52,6 +52,37 @@ def test_what_was_not_asked_of_the_server_counts_for_nothing() -> None:
     assert "at least" in str(found(*held))
 
 
+def test_what_held_on_a_disturbed_machine_was_seen_to_hold() -> None:
+    """A baseline of 66/s was taken for 0, though it had kept the limit in each window that the machine disturbed."""
+    held = [window(1000, 3, outcome=Outcome.VOID), window(1200, 9, outcome=Outcome.GENERATOR_LIMITED)]
+    assert found(*held).rate_rps == pytest.approx(1200)
+    busy = msgspec.structs.replace(window(1500, 0, outcome=Outcome.GENERATOR_LIMITED), generator_cpu=0.8)
+    assert found(*held, busy).rate_rps == pytest.approx(1200), "a generator at its own limit did not ask for that"
+
+
+def test_on_the_way_a_disturbed_window_that_held_is_not_asked_again() -> None:
+    asked: list[float] = []
+
+    def probe(rate_rps: float, seed: int) -> Measurement:
+        asked.append(rate_rps)
+        late = 0 if rate_rps <= 66 else 2000
+        return window(rate_rps, late, outcome=Outcome.FAIL if late else Outcome.VOID)
+
+    search = find_capacity(probe, start_rps=50, slo=P99, resolution=1.1, prove=False)
+    assert 60 <= search.capacity_rps <= 73
+    assert not search.proven
+    assert len(asked) == len(set(asked)) < 8
+
+
+def test_a_way_that_takes_too_long_ends_with_what_it_knows() -> None:
+    def probe(rate_rps: float, seed: int) -> Measurement:
+        return window(rate_rps, 0 if rate_rps <= 66 else 400)
+
+    quick = find_capacity(probe, start_rps=20, slo=P99, resolution=1.01, prove=False, budget_s=100)
+    assert 20 <= quick.capacity_rps <= 66
+    assert len(quick.runs) == 1, "4,000 requests at 20/s take 200 s"
+
+
 def test_a_server_that_fell_behind_holds_nothing_there() -> None:
     result = found(window(1000, 0), window(2000, 10, outcome=Outcome.UNSTABLE))
     assert 1000 <= result.rate_rps < 1020

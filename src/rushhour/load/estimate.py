@@ -20,7 +20,9 @@ from rushhour.measurement import Interval, Measurement, Outcome
 
 _RESAMPLES = 1_000
 _TOLD = (Outcome.PASS, Outcome.FAIL, Outcome.UNSTABLE, Outcome.INCONCLUSIVE)
-"""Outcomes of windows in which the server was asked at the rate."""
+"""Outcomes of windows in which the server was asked at the rate, on a machine that let it answer."""
+_NOT_ITSELF = 0.5
+"""Of a core: a generator that uses less was held up by the machine, and not near its own limit."""
 _BEHIND = 0.5
 """A server that falls behind is late for all in the end, whatever share was late in a short window: at least this."""
 
@@ -50,11 +52,11 @@ def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Esti
     """The capacity that these windows of one server tell; None where the SLO held at no rate.
 
     Args:
-        windows: any; those in which the server was not asked at the rate are left out.
+        windows: any; those that say nothing of the server are left out, see `tells`.
         slo: what is asked; the windows' own.
         seed: of the resampling.
     """
-    told = sorted((window for window in windows if window.outcome in _TOLD and window.n), key=lambda w: w.rate_rps)
+    told = sorted((window for window in windows if tells(window)), key=lambda window: window.rate_rps)
     if not told:
         return None
     rates = np.log([window.rate_rps for window in told])
@@ -70,6 +72,23 @@ def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Esti
     highest = math.exp(float(rates[-1]))
     bounded = rate < highest * (1 - 1e-9)
     return Estimate(rate, (min(low, rate), max(high, rate)), bounded, sum(window.n for window in told))
+
+
+def tells(window: Measurement) -> bool:
+    """Whether a window says something of the server, which an undisturbed one always does.
+
+    Where the machine was disturbed, or the generator held up, and hardly any request was late all the same, the server
+    carried the rate in spite of it: that proves nothing, but it is seen. Where many were late, who knows why.
+    """
+    if not window.n or window.outcome in _TOLD:
+        return bool(window.n)
+    is_held_up = window.outcome is Outcome.VOID or window.generator_cpu < _NOT_ITSELF
+    return is_held_up and keeps(window)
+
+
+def keeps(window: Measurement) -> bool:
+    """Whether no more of its requests were late than the SLO allows, proven or not."""
+    return window.late <= window.n * window.slo.allowed_miss_rate
 
 
 def _share(window: Measurement, late: float) -> float:

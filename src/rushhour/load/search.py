@@ -14,7 +14,7 @@ import numpy as np
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.load.arrivals import Arrivals, Trace, check_rate, poisson
-from rushhour.load.estimate import Estimate, estimate
+from rushhour.load.estimate import Estimate, estimate, keeps, tells
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
 from rushhour.load.null import null_throughput
@@ -29,6 +29,7 @@ _WARMUP_REQUESTS = 200
 _WARMUP_MOST_S = 10.0
 _MISSES, _FEWEST_MISSES = 10, 1
 _STRETCH = 3.0
+_GLANCE_MOST_S = 10.0
 _LIMITS = 20.0
 _FIRST_LOOK_S = 5.0
 _RETRIES = {Outcome.VOID: 3, Outcome.GENERATOR_LIMITED: 1}
@@ -73,8 +74,12 @@ def window_n(slo: SLO, rate_rps: float, window_s: float = 3.0) -> int:
 
 
 def glance_n(slo: SLO, rate_rps: float, window_s: float) -> int:
-    """How many requests a window holds that finds the way and proves little: as few as allow for one late request."""
-    return max(math.ceil(rate_rps * max(window_s, _LIMITS * slo.limit_s)), needed_n(slo, _FEWEST_MISSES))
+    """How many requests a window holds that finds the way and proves little: as few as allow for one late request.
+
+    Where so few would take long, as many as come in 10 s: then it only tells whether many are late.
+    """
+    fewest = min(needed_n(slo, _FEWEST_MISSES), math.ceil(rate_rps * _GLANCE_MOST_S))
+    return max(math.ceil(rate_rps * max(window_s, _LIMITS * slo.limit_s)), fewest)
 
 
 def look_sizes(slo: SLO, rate_rps: float, n: int) -> tuple[int, ...]:
@@ -421,23 +426,25 @@ def find_capacity(
         confirm: measures the windows of the proof; None for `probe`. Longer ones are worth their time: see
             `docs/benchmarks.md` for how long it takes to prove a queue 10% inside its limit.
         prove: false to end where the proof would begin: the capacity is an estimate then.
-        budget_s: seconds of load after which it is content with a rate that is surer to be proven.
+        budget_s: seconds of load after which it is content with a rate that is surer to be proven; without a proof,
+            after which it is content with what it knows.
     """
     if not (math.isfinite(start_rps) and start_rps > 0):
         raise LoadError(
             f"cannot start a search at {start_rps:g} requests per second", "a rate is above zero", "start at 1 or more"
         )
     asked = _Asked(seed, slo)
-    low, high = _bracket(asked, probe, start_rps, slo, growth)
+    way_s = math.inf if prove else budget_s
+    low, high = _bracket(asked, probe, start_rps, slo, growth, way_s)
     if low is None:
         last = asked.runs[-1]
         return asked.search(None, f"not even {last.rate_rps:g} requests/s keep {slo}: {last.reason}")
-    while high is not None and high.rate_rps / low.rate_rps > resolution:
+    while high is not None and high.rate_rps / low.rate_rps > resolution and asked.cost_s < way_s:
         middle = _rounded(math.sqrt(low.rate_rps * high.rate_rps))
         if not low.rate_rps < middle < high.rate_rps:
             break
         window = asked.look(probe, middle)
-        if _looks_good(window, slo):
+        if _looks_good(window):
             low = window
         else:
             high = window
@@ -504,12 +511,13 @@ class _Asked:
         """Seconds of load so far."""
         return sum(map(_cost_s, self.runs))
 
-    def ask(self, probe: Probe, rate_rps: float) -> Measurement:
+    def ask(self, probe: Probe, rate_rps: float, *, proof: bool = True) -> Measurement:
+        """A window; once more where it says nothing. `proof`: also where it does, but cannot be one."""
         retries = 0
         while True:
             window = probe(rate_rps, self._seed * 1000 + len(self.runs))
             self.runs.append(window)
-            if retries >= _RETRIES.get(window.outcome, 0):
+            if retries >= _RETRIES.get(window.outcome, 0) or (tells(window) and not proof):
                 return window
             retries += 1
             self._retries += 1
@@ -519,10 +527,10 @@ class _Asked:
 
         A short window misses over one pause of the machine, and would bound the search for good.
         """
-        window = self.ask(probe, rate_rps)
-        undecided = window.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) and not _looks_good(window, self._slo)
+        window = self.ask(probe, rate_rps, proof=False)
+        undecided = window.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) and not _looks_good(window)
         if undecided and window.late <= _BY_FAR * window.n:
-            window = self.ask(probe, rate_rps)
+            window = self.ask(probe, rate_rps, proof=False)
         return window
 
     def search(self, confirmed: Measurement | None, reason: str) -> Search:
@@ -543,14 +551,14 @@ class _Asked:
 
 
 def _bracket(
-    asked: _Asked, probe: Probe, start_rps: float, slo: SLO, growth: float
+    asked: _Asked, probe: Probe, start_rps: float, slo: SLO, growth: float, budget_s: float
 ) -> tuple[Measurement | None, Measurement | None]:
     """A good window and a bad one at a higher rate; None for what was not found."""
     low = high = None
     rate = _rounded(start_rps)
     for _ in range(_STEPS_UP):
         window = asked.look(probe, rate)
-        if _looks_good(window, slo):
+        if _looks_good(window):
             low = window
             if high is not None:
                 break
@@ -562,13 +570,13 @@ def _bracket(
             rate = _rounded(rate / 2)
             if rate < start_rps * _SHARE_DOWN:
                 break
+        if asked.cost_s > budget_s:
+            break
     return low, high
 
 
-def _looks_good(window: Measurement, slo: SLO) -> bool:
-    if window.outcome is Outcome.INCONCLUSIVE:
-        return window.late <= window.n * slo.allowed_miss_rate
-    return window.outcome is Outcome.PASS
+def _looks_good(window: Measurement) -> bool:
+    return tells(window) and keeps(window) and not window.outcome.refutes
 
 
 def _rounded(rate_rps: float) -> float:

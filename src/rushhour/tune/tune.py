@@ -59,8 +59,9 @@ _LOWER = 0.85
 """Of an estimate: a proof begins no lower, however uncertain the estimate."""
 _ROUGH = 2.0
 """How much coarser and shorter the searches are that only show what a step bought."""
-_FOR_PROOF, _FOR_RUNGS = 0.5, 0.12
-"""Shares of the budget that are left for the winner's capacity and its proof, and for the ladder's other steps."""
+_FOR_PROOF, _FOR_RUNGS, _FOR_WAY = 0.5, 0.12, 0.2
+"""Shares of the budget: left for the winner's capacity and its proof; left for the ladder's other steps; for the
+estimate of one capacity, at most."""
 _IN_WORDS = {
     Outcome.PASS: "holds",
     Outcome.FAIL: "does not hold",
@@ -430,6 +431,7 @@ class _Tuner:
                     resolution=1 + step * self._settings.resolution,
                     seed=self._settings.seed,
                     prove=False,
+                    budget_s=_FOR_WAY / step * self._budget_s,
                 )
         except EngineError as error:
             state.end("failed", str(error))
