@@ -305,6 +305,14 @@ def test_a_nearest_miss_is_labelled_loudly(tmp_path: Path) -> None:
     assert "★ winner" not in text
 
 
+def test_what_held_at_no_rate_gets_no_star_at_its_prediction(tmp_path: Path) -> None:
+    plan = make_plan(feasible=False, capacity_rps=0.0, p99_ms=None, p99_interval_ms=None)
+    text = Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
+    assert f"nearest miss: {WINNER} predicted only" in text
+    assert f"{WINNER}: 9,480/s predicted" in text
+    assert "No rate held p99<50ms, proven or estimated" in text
+
+
 def test_windows_of_every_outcome_are_shown(tmp_path: Path) -> None:
     """One that the page had no mark for ended a tuning run in a traceback."""
     run = make_run(tmp_path)
@@ -500,7 +508,7 @@ def test_a_plan_with_numbers_only_still_makes_a_page(tmp_path: Path) -> None:
     (tmp_path / "measurements.jsonl").touch()
     page = Page(write_report(tmp_path).read_text("utf-8"))
     assert "svg" not in {tag for tag, _ in page.tags}
-    assert "insufficient samples" in page.text
+    assert "No rate held p99<50ms" in page.text
     assert "The plan names no candidates" in page.text
 
 
@@ -567,7 +575,7 @@ def test_the_summary_of_a_nearest_miss_says_so() -> None:
     text = printed(make_plan(feasible=False, baseline_capacity_rps=0.0, baseline_p99_ms=None))
     assert "NEAREST MISS" in text
     assert "nearest miss" in text
-    assert "insufficient samples" in " ".join(text.split())
+    assert "no rate held" in " ".join(text.split())
 
 
 def test_the_summary_keeps_brackets_of_a_name() -> None:

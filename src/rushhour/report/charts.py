@@ -192,7 +192,7 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
             [
                 *([_key("proven under load", marker="o")] if "proven" in kinds else []),
                 *([_key(wording.ESTIMATED, marker="o", hollow=True)] if "estimated" in kinds else []),
-                *([_key(f"predicted, not loaded{left_out}", marker="o", hollow=True, size=3.5)] if predicted else []),
+                *([_key(f"predicted only{left_out}", marker="o", hollow=True, size=3.5)] if predicted else []),
                 *([_key("Pareto front of the loaded", line="-")] if len(front) > 1 else []),
             ],
             columns=1 if narrow else 4,
@@ -536,10 +536,11 @@ def _accuracy_range(values: Sequence[float], reference: float | None, least: flo
 
 
 def _point(axes: Any, point: Point, plan: Plan, place: float, marker: str | None, name: str) -> None:
-    """Draw one candidate; the plan's and the baseline's are larger and have a shape of their own."""
+    """Draw one candidate; the plan's and the baseline's are larger and have a shape of their own, where they were
+    loaded."""
     colour, is_filled = _colour(point.trial, plan), point.kind == "proven"
     shapes = {_PLAN: ("*", 15.0), _BASELINE: ("s", 8.5)}
-    shape, size = shapes.get(colour, ("o", 3.5 if point.kind == "predicted" else 6.5))
+    shape, size = ("o", 3.5) if point.kind == "predicted" else shapes.get(colour, ("o", 6.5))
     axes.plot(
         point.rps,
         place,
@@ -561,8 +562,9 @@ def _name_role(axes: Any, point: Point, plan: Plan, place: float, name: str) -> 
     if role is None:
         return
     is_right = axes.transAxes.inverted().transform(axes.transData.transform((point.rps, place)))[0] > 0.5
+    unproven = {"estimated": f"\n{wording.ESTIMATED}", "predicted": "\npredicted only"}.get(point.kind, "")
     axes.annotate(
-        f"{role}{name}" + (f"\n{wording.ESTIMATED}" if point.kind == "estimated" else ""),
+        f"{role}{name}{unproven}",
         (point.rps, place),
         xytext=(4 if is_right else -4, 11),
         textcoords="offset points",

@@ -101,7 +101,9 @@ def p99(window: Measurement) -> str:
 
 def p99_of(found: Capacity) -> str:
     """The p99 at a capacity. At an estimate none was measured, so that of the fastest window below that held."""
-    if not found.proven and found.rps:
+    if not found.rps:
+        return "no rate held"
+    if not found.proven:
         if found.window is None or found.window.p99_ms is None:
             return "not measured at that rate"
         return f"{milliseconds(found.window.p99_ms)} at {rate(found.window.rate_rps)} (n = {found.window.n:,})"
