@@ -29,6 +29,7 @@ from rushhour.train.loop import Diverged
 from rushhour.train.plan import Mode
 from rushhour.train.position import Position, positions, reached, report_to, watch
 from rushhour.train.reducer import Compression
+from rushhour.train.workers import _Telling, _telling
 from test_train import ARTICLE as PICTURES
 from test_train import RESIDUAL, Notes, pictures, table
 from test_train_loop import MLP, learned, same, with_extremes
@@ -94,6 +95,36 @@ def test_two_workers_learn_what_one_does(alone: dict[str, torch.Tensor], tmp_pat
     assert list(read_curves(tmp_path / "t")) == heard
     left = sorted(str(file.relative_to(tmp_path / "work")) for file in (tmp_path / "work").rglob("*"))
     assert [name.removeprefix("train-")[16:] for name in left] == ["", ".safetensors", "/plan.json"]
+
+
+class Ends(Notes):
+    """Remembers how each piece of work ended, and the limit of the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[tuple[str, bool]] = []
+        self.limits: list[float] = []
+
+    def done(self, note: str = "", *, good: bool = True) -> None:
+        self.ends.append((note, good))
+
+    def limit(self, seconds: float) -> None:
+        self.limits.append(seconds)
+
+
+def test_all_that_a_worker_says_is_heard(tmp_path: Path) -> None:
+    """A bad end once got the tick of a good one, because only its note was sent on."""
+    heard, told = Ends(), tmp_path / "told"
+    with told.open("w") as stream, _telling(told, heard):
+        worker = _Telling(stream)
+        worker.limit(60.0)
+        worker.start("train", 5)
+        worker.advance(2, "loss 0.3")
+        worker.done("diverged", good=False)
+        worker.done("r2 0.9")
+        stream.flush()
+    assert (heard.total, heard.notes, heard.limits) == (5, ["loss 0.3"], [60.0])
+    assert heard.ends == [("diverged", False), ("r2 0.9", True)]
 
 
 def shortened(folder: Path, workers: int, until: int, mode: Mode) -> None:

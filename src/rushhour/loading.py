@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -362,7 +363,10 @@ class _Named:
         self._view.advance(by, note)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        self._view.done(note)
+        self._view.done(note, good=good)
+
+    def limit(self, seconds: float) -> None:
+        self._view.limit(seconds)
 
 
 def arrivals_name(arrivals: Arrivals) -> str:
@@ -371,10 +375,12 @@ def arrivals_name(arrivals: Arrivals) -> str:
 
 
 def print_windows(console: Console, slo: SLO, windows: Sequence[Measurement]) -> None:
-    """The table of windows, and what kinds of errors there were."""
-    table = Table(title=f"Open-loop load, {slo}", title_justify="left")
+    """The table of windows, and what kinds of errors there were. In 80 columns no number loses a digit."""
+    table = Table(title=f"Open-loop load, {slo}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("rate/s", "n", "late", "p50 ms", "p99 ms", "95% interval", "generator", "verdict"):
-        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+        # rich narrows the columns that may wrap before it cuts any other.
+        may_wrap = name in ("95% interval", "verdict")
+        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=not may_wrap)
     for run in windows:
         interval = "" if run.p99_interval_ms is None else "{:.1f} to {:.1f}".format(*run.p99_interval_ms)
         table.add_row(
@@ -385,7 +391,7 @@ def print_windows(console: Console, slo: SLO, windows: Sequence[Measurement]) ->
             "" if run.p99_ms is None else f"{run.p99_ms:.1f}",
             interval,
             f"{run.generator_cpu:.0%}",
-            run.outcome.value,
+            run.outcome.value.replace("_", " "),
         )
     console.print(table)
     kinds: dict[str, int] = {}

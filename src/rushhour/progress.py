@@ -20,6 +20,10 @@ class Progress(Protocol):
         """The piece of work is over; `note` is its result in a few words, `good` whether it is one to be glad of."""
         ...
 
+    def limit(self, seconds: float) -> None:
+        """The whole run, all its pieces of work, ends within `seconds` from now; a later limit replaces this one."""
+        ...
+
 
 class Silent:
     """Says nothing: for tests and for callers from Python."""
@@ -31,4 +35,7 @@ class Silent:
         """Nothing."""
 
     def done(self, note: str = "", *, good: bool = True) -> None:
+        """Nothing."""
+
+    def limit(self, seconds: float) -> None:
         """Nothing."""

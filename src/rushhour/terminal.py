@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TimeElapsedColumn,
+)
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from rushhour.clock import Clock, WallClock
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement, Outcome
 
@@ -78,6 +88,9 @@ class LoadView:
         if not self._console.is_terminal:
             self._line(f"  {note}")
 
+    def limit(self, seconds: float) -> None:
+        """Nothing: each window says how long it is."""
+
     def add(self, window: Measurement) -> None:
         """Show a window among the past ones from now on."""
         self._past.append(window)
@@ -135,60 +148,123 @@ def _outcome(window: Measurement) -> str:
 class TerminalProgress:
     """Draws `rushhour.progress.Progress` on a terminal; writes one line per piece of work to anything else.
 
+    Each line ends with the time that it took, and where the run has a limit with the time that is left of it.
+
     Args:
         console: where; standard error by default, so that standard output stays the result's.
+        clock: what the times are read from.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, clock: Clock | None = None) -> None:
         self._console = console or Console(stderr=True)
+        self._clock = clock or WallClock()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what = ""
         self._began = 0.0
         self._note = ""
+        self._ends: float | None = None
+        self._is_line_open = False
 
     def start(self, what: str, total: float | None = None) -> None:
         """Begin a line."""
         self._close()
-        self._what, self._note, self._began = what, "", time.monotonic()
+        self._what, self._note, self._began = what, "", self._clock.now()
         if not self._console.is_terminal:
-            self._console.print(f"{what} ...", highlight=False, markup=False, soft_wrap=True)
+            self._print(f"{escape(what)} ... ", end="")
+            self._is_line_open = True
             return
-        counted = [BarColumn(bar_width=24), MofNCompleteColumn()] if total is not None else []
+        counted = [BarColumn(bar_width=16), MofNCompleteColumn()] if total is not None else []
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
+            _Cropped("description", "bold"),
             *counted,
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            _TimeLeft(self._left),
+            _Cropped("note", "dim"),
             console=self._console,
             transient=True,
+            get_time=self._clock.now,
         )
-        self._task = self._bar.add_task(escape(what), total=total, note="")
+        self._task = self._bar.add_task(what, total=total, note="")
         self._bar.start()
 
     def advance(self, by: float = 1.0, note: str = "") -> None:
         """Move the bar."""
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(self._task, advance=by, note=escape(self._note))
+            self._bar.update(self._task, advance=by, note=self._note)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
         """End the line with its result: with a tick where it is a good one."""
+        # Without a terminal the line has begun already, unless something else ended it since.
+        what = "" if self._is_line_open else f"{escape(self._what)}  "
+        self._is_line_open = False
         self._close()
-        took = time.monotonic() - self._began
-        mark = "[green]✓[/]" if good else "[yellow]·[/]"
-        self._console.print(
-            f"{mark} {escape(self._what)}  [bold]{escape(note)}[/]  [dim]{took:.1f} s[/]",
-            highlight=False,
-            soft_wrap=not self._console.is_terminal,
-        )
+        left = self._left()
+        times = f"{self._clock.now() - self._began:.1f} s" + ("" if left is None else f", {_minutes(left)} left")
+        self._print(f"{'[green]✓[/]' if good else '[yellow]·[/]'} {what}[bold]{escape(note)}[/]  [dim]{times}[/]")
+
+    def limit(self, seconds: float) -> None:
+        """Show from now on how much is left of `seconds`."""
+        self._ends = self._clock.now() + seconds
 
     def fail(self) -> None:
         """End whatever is drawn, because an error ends the work."""
         self._close()
 
+    def _left(self) -> float | None:
+        """Seconds until the limit of the run; None where it has none."""
+        return None if self._ends is None else max(0.0, self._ends - self._clock.now())
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        self._console.print(text, end=end, highlight=False, soft_wrap=not self._console.is_terminal)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._is_line_open:
+            self._is_line_open = False
+            self._print("")
+
+
+class _Cropped(ProgressColumn):
+    """What a task is or its note, on one line; where the terminal is narrow it gives way to bar and times."""
+
+    def __init__(self, field: Literal["description", "note"], style: str) -> None:
+        super().__init__(Column(no_wrap=False))  # of columns, rich narrows only those that may wrap
+        self._field, self._style = field, style
+
+    def render(self, task: Task) -> Text:
+        """As much of it as fits."""
+        said = task.description if self._field == "description" else task.fields["note"]
+        return Text(said, style=self._style, no_wrap=True, overflow="ellipsis")
+
+
+class _TimeLeft(ProgressColumn):
+    """Of this piece of work, going by how long it took so far; and of the whole run, where that has a limit.
+
+    rich's own column guesses from the last seconds alone, which jumps where steps take unequal time.
+    """
+
+    def __init__(self, of_run: Callable[[], float | None]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._of_run = of_run
+
+    def render(self, task: Task) -> Text:
+        """`1:20 left, run 3:10`."""
+        said = []
+        if task.total and task.completed and task.elapsed:
+            left = task.elapsed * max(0.0, task.total - task.completed) / task.completed
+            said.append(f"{_minutes(left)} left")
+        if (of_run := self._of_run()) is not None:
+            said.append(f"run {_minutes(of_run)}" if said else f"{_minutes(of_run)} left of the run")
+        return Text(", ".join(said), style="cyan")
+
+
+def _minutes(seconds: float) -> str:
+    """`1:20`, with hours where there are some."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -12,8 +12,8 @@ import io
 import statistics
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.colors
 import matplotlib.style
@@ -25,10 +25,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from rushhour.compression import Compression, Stage
 from rushhour.curves import Epoch
 from rushhour.goal import SLO
-from rushhour.measurement import Measurement, Outcome, latency_curve
-from rushhour.plan import EngineName, Plan, Precision, Rung, Trial
+from rushhour.measurement import Interval, Measurement, Outcome, latency_curve
+from rushhour.plan import EngineName, Plan, Precision, Trial
 from rushhour.report import wording
-from rushhour.report.findings import baseline_of, evidence_of, winner_of
+from rushhour.report.findings import Capacity, Findings, baseline_of, evidence_of, holds, winner_of
 
 _INK, _SOFT, _GRID, _PAPER = "rushhour:ink", "rushhour:soft", "rushhour:grid", "rushhour:paper"
 _PLAN, _BASELINE, _LIMIT = "rushhour:plan", "rushhour:baseline", "rushhour:limit"
@@ -78,18 +78,21 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
 }
 _LOG_FROM = 8.0  # rates that spread over more than this factor get a logarithmic axis
-_NAME = 44  # characters of a name in a chart; the tables have all of it
+_ROUND_FROM = 6.0  # a logarithmic axis of less than this factor has too few round ticks
+_NAME = 60  # characters of a name in a chart; the tables have all of it
+_WIDE, _HALF, _NARROW = 9.4, 5.3, 3.6  # inches: of a whole page, of half of it, of a phone
 _MOST_PREDICTED = 300  # points, the fastest; more would only hide each other and make the file heavy
+_NO_TEST = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
 _DASHED, _DOTTED = (0, (5, 3)), (0, (1.5, 1.8))
 
 
 class Side(NamedTuple):
-    """Baseline or plan: its name for people, its windows of load, and the one at its capacity."""
+    """Baseline or plan: its name for people, its windows of load, and its capacity where there is one."""
 
     name: str
     is_plan: bool
     windows: Sequence[Measurement]
-    proof: Measurement | None
+    capacity: Capacity | None
 
     @property
     def colour(self) -> str:
@@ -102,29 +105,51 @@ class Side(NamedTuple):
         return "o" if self.is_plan else "s"
 
 
+Kind = Literal["proven", "estimated", "predicted"]
+_EDGES: dict[Kind, float] = {"proven": 0.8, "estimated": 1.4, "predicted": 0.7}
+
+
 class Point(NamedTuple):
-    """A candidate in the plane of capacity and accuracy."""
+    """A candidate in the plane of capacity and accuracy; `rps` of a proof is the rate of its window."""
 
     trial: Trial
     rps: float
     accuracy: float
-    measured: bool
+    kind: Kind
+    interval_rps: Interval | None
 
 
-def accuracy_against_capacity(plan: Plan) -> Markup | None:
-    """Every candidate that has both: measured under load filled, only predicted hollow; with the Pareto front.
+def in_both_widths(draw: Callable[[bool], Markup | None]) -> Markup | None:
+    """A chart as a page holds it: drawn for a desk and, with the same letters, for a phone; the style sheet shows one.
+
+    Args:
+        draw: is told whether to draw for a phone.
+
+    Returns:
+        None where there is nothing to draw.
+    """
+    wide, narrow = draw(False), draw(True)
+    if wide is None or narrow is None:
+        return None
+    return Markup('<div class="on-wide">{}</div><div class="on-narrow">{}</div>').format(wide, narrow)
+
+
+def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | None:
+    """Every candidate that has both: proven filled, estimated hollow, only predicted a small ring; with the Pareto
+    front of those that were loaded.
 
     The accuracy is that of the validation part, which candidates were chosen on.
 
     Returns:
         None where no candidate has both.
     """
-    points, reference = _points(plan)
+    plan = run.plan
+    points, reference = _points(run)
     if not points:
         return None
     metric = evidence_of(plan).metric
-    measured = [point for point in points if point.measured]
-    all_predicted = sorted((point for point in points if not point.measured), key=lambda point: -point.rps)
+    measured = [point for point in points if point.kind != "predicted"]
+    all_predicted = sorted((point for point in points if point.kind == "predicted"), key=lambda point: -point.rps)
     predicted = all_predicted[:_MOST_PREDICTED]
     points = [*predicted, *measured]
     left_out = f", {len(predicted)} fastest of {len(all_predicted):,}" if len(predicted) < len(all_predicted) else ""
@@ -132,9 +157,10 @@ def accuracy_against_capacity(plan: Plan) -> Markup | None:
     floor, ceiling = _accuracy_range([point.accuracy for point in points], reference, least)
     margin = 0.12 * (ceiling - floor)
     with _style("pareto"):
-        figure, axes = _canvas(9.4, 4.6)
-        _rate_axis(axes, [point.rps for point in points], "capacity, requests per second")
-        axes.set_ylim(floor - margin, ceiling + margin)
+        figure, axes = _canvas(_NARROW if narrow else _WIDE, 4.6)
+        bounds = [bound for point in points for bound in point.interval_rps or ()]
+        _rate_axis(axes, [*(point.rps for point in points), *bounds], "capacity, requests per second")
+        axes.set_ylim(floor - margin, ceiling + 2 * margin)  # names stand above their points
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, metric)))
         axes.set_ylabel(f"{metric}, validation")
         if least is not None:
@@ -146,33 +172,43 @@ def accuracy_against_capacity(plan: Plan) -> Markup | None:
         tips = {}
         for index, point in enumerate(points):
             name = f"point-{index}"
-            kind = "measured" if point.measured else "predicted"
+            kind = wording.ESTIMATED if point.kind == "estimated" else point.kind
             accuracy = wording.metric(point.accuracy, metric)
-            tips[name] = f"{point.trial.candidate}: {wording.rate(point.rps)} {kind}, {metric} {accuracy}"
+            called = run.name_of(point.trial.candidate)
+            tips[name] = f"{called}: {wording.rate(point.rps)} {kind}, {metric} {accuracy}"
             at_edge = point.accuracy < floor
             place = max(point.accuracy, floor - margin / 2)
             _point(axes, point, plan, place, "v" if at_edge else None, name)
-            interval = point.trial.accuracy_drop_interval
-            if point.measured and interval is not None and reference is not None and not at_edge:
+            interval, colour = point.trial.accuracy_drop_interval, _colour(point.trial, plan)
+            if point.kind != "predicted" and interval is not None and reference is not None and not at_edge:
                 low, high = reference - interval[1], reference - interval[0]
-                axes.vlines(point.rps, low, high, color=_colour(point.trial, plan), linewidth=1, alpha=0.6)
+                axes.vlines(point.rps, low, high, color=colour, linewidth=1, alpha=0.6)
+            if point.interval_rps is not None:
+                axes.hlines(place, *point.interval_rps, color=colour, linewidth=1, alpha=0.6)
+            _name_role(axes, point, plan, place, "" if narrow else f": {_short(called, _NAME)}")
+        kinds = {point.kind for point in measured}
         _legend(
             axes,
             [
-                *([_key("measured under load", marker="o")] if measured else []),
-                *([_key(f"predicted, not loaded{left_out}", marker="o", hollow=True)] if predicted else []),
-                *([_key("Pareto front of the measured", line="-")] if len(front) > 1 else []),
+                *([_key("proven under load", marker="o")] if "proven" in kinds else []),
+                *([_key(wording.ESTIMATED, marker="o", hollow=True)] if "estimated" in kinds else []),
+                *([_key(f"predicted only{left_out}", marker="o", hollow=True, size=3.5)] if predicted else []),
+                *([_key("Pareto front of the loaded", line="-")] if len(front) > 1 else []),
             ],
+            columns=1 if narrow else 4,
         )
         label = (
             f"{metric.capitalize()} against capacity: {len(measured)} candidates measured under load, "
             f"{len(all_predicted)} predicted only. The numbers are in the table of candidates."
         )
-        return _svg(figure, "pareto", label, tips)
+        return _svg(figure, _named("pareto", narrow), label, tips)
 
 
-def latency_against_rate(sides: Sequence[Side], slo: SLO) -> Markup | None:
-    """p50 and p99 of every window of load against its rate, with the limit; windows that failed are crossed.
+def latency_against_rate(sides: Sequence[Side], slo: SLO, narrow: bool = False) -> Markup | None:
+    """p50 and p99 of every window of load against its rate, with the limit.
+
+    Lines join windows that held; all others are marks of their own. A star stands at the window that proves the
+    plan's capacity; a capacity that is only estimated is a band, because nothing was measured there.
 
     Returns:
         None where no window has a latency.
@@ -182,7 +218,8 @@ def latency_against_rate(sides: Sequence[Side], slo: SLO) -> Markup | None:
         return None
     with _style("latency"):
         label = f"Latency against offered rate for {' and '.join(side.name for side in sides)}, with the limit {slo}"
-        return _svg(_latency(sides, slo, values), "latency", f"{label}. The numbers are in the table of load windows.")
+        label = f"{label}. The numbers are in the table of load windows."
+        return _svg(_latency(sides, slo, values, narrow), _named("latency", narrow), label, _proofs(sides))
 
 
 def latency_against_rate_png(sides: Sequence[Side], slo: SLO) -> bytes | None:
@@ -196,7 +233,7 @@ def latency_against_rate_png(sides: Sequence[Side], slo: SLO) -> bytes | None:
         return None
     with _style("latency", _LIGHT):
         drawn = io.BytesIO()
-        _latency(sides, slo, values).savefig(
+        _latency(sides, slo, values, narrow=False).savefig(
             drawn, format="png", dpi=160, facecolor=_PAPER, metadata={"Software": "rushhour"}
         )
         return drawn.getvalue()
@@ -207,36 +244,69 @@ def _latencies(sides: Sequence[Side]) -> list[float]:
     return [ms for window in windows if window.p99_ms for ms in (window.p50_ms, window.p99_ms) if ms]
 
 
-def _latency(sides: Sequence[Side], slo: SLO, values: Sequence[float]) -> Any:
+def _latency(sides: Sequence[Side], slo: SLO, values: Sequence[float], narrow: bool) -> Any:
     windows = [window for side in sides for window in side.windows]
-    figure, axes = _canvas(5.3, 4.5)
-    _rate_axis(axes, [window.rate_rps for window in windows], "offered rate, requests per second")
+    estimates = [(side, side.capacity) for side in sides if side.capacity and side.capacity.rps]
+    estimates = [(side, capacity) for side, capacity in estimates if not capacity.proven]
+    shown = [rps for _, capacity in estimates for rps in (capacity.rps, *(capacity.interval_rps or ()))]
+    figure, axes = _canvas(_NARROW if narrow else _HALF, 5.4 if narrow else 4.8)
+    _rate_axis(axes, [*(window.rate_rps for window in windows), *shown], "offered rate, requests per second")
     _latency_axis(axes, values, slo, name_at=0.5)
+    for side, capacity in estimates:
+        axes.axvline(capacity.rps, color=side.colour, linestyle=_DASHED, linewidth=1, zorder=1)
+        if capacity.interval_rps is not None:
+            axes.axvspan(*capacity.interval_rps, color=side.colour, alpha=0.15, linewidth=0, zorder=1)
     for side in sides:
-        proven = [window for window in side.windows if window.p99_ms is not None]
+        held = [window for window in side.windows if holds(window)]
         for style, at in (
-            (_DOTTED, [(w.rate_rps, w.p50_ms) for w in proven if w.p50_ms]),
-            ("-", [(w.rate_rps, w.p99_ms) for w in proven if w.p99_ms]),
+            (_DOTTED, [(w.rate_rps, w.p50_ms) for w in held if w.p50_ms]),
+            ("-", [(w.rate_rps, w.p99_ms) for w in held if w.p99_ms]),
         ):
-            axes.plot(*_medians(at), color=side.colour, linestyle=style, linewidth=1.5)
+            refuted = [window.rate_rps for window in side.windows if window.outcome.refutes]
+            for line in _unbroken(*_medians(at), refuted):
+                axes.plot(*zip(*line, strict=True), color=side.colour, linestyle=style, linewidth=1.5)
         for window in side.windows:
             _window(axes, window, side)
-    keys = []
-    for side in sides:
-        keys.append(_key(f"{side.name} p99", side.colour, line="-", marker=side.marker))
-        keys.append(_key(f"{side.name} p50", side.colour, line=_DOTTED))
-    if any(window.p99_ms and window.outcome.refutes for window in windows):
-        keys.append(_key("failed", marker="X", hollow=True))
-    if any(window.p99_ms and not window.outcome.refutes and window.outcome is not Outcome.PASS for window in windows):
-        keys.append(_key("proven neither way", marker="o", hollow=True))
-    if any(window.p99_ms is None for window in windows):
-        keys.append(_key("no p99: unstable or too few", marker="^", hollow=True))
-    _legend(axes, keys, columns=2)
+        proof = side.capacity.proof if side.capacity else None
+        if side.is_plan and proof is not None and proof.p99_ms:
+            star = {"marker": "*", "markersize": 15, "color": side.colour, "markeredgecolor": _PAPER}
+            axes.plot(proof.rate_rps, proof.p99_ms, zorder=6, gid="proof", **star)
+    _legend(axes, _latency_keys(sides, windows), columns=1 if narrow else 2)
     return figure
 
 
-def latency_distribution(sides: Sequence[Side], slo: SLO) -> Markup | None:
-    """The latency at each percentile from the median into the tail, for the window at each side's capacity.
+def _proofs(sides: Sequence[Side]) -> dict[str, str]:
+    """What the pointer shows over the star."""
+    proofs = (side.capacity.proof for side in sides if side.is_plan and side.capacity is not None)
+    proof = next(proofs, None)
+    return {} if proof is None else {"proof": f"the proof: {wording.rate(proof.rate_rps)}, p99 {wording.p99(proof)}"}
+
+
+def _latency_keys(sides: Sequence[Side], windows: Sequence[Measurement]) -> list[Line2D]:
+    keys = [_key(f"{side.name} p99, held", side.colour, line="-", marker=side.marker) for side in sides]
+    keys.append(_key("p50 of the same", line=_DOTTED))
+    for side in sides:
+        capacity = side.capacity
+        if capacity is None or not capacity.rps:
+            continue
+        if not capacity.proven:
+            keys.append(_key(f"{side.name}: {wording.ESTIMATED}", side.colour, line=_DASHED))
+        elif side.is_plan and capacity.proof is not None and capacity.proof.p99_ms:
+            keys.append(_key(f"{side.name}: the proof", side.colour, marker="*"))
+    hollow = [window for window in windows if window.p99_ms and window.outcome is Outcome.INCONCLUSIVE]
+    if hollow:
+        keys.append(_key("inconclusive", marker="o", hollow=True))
+    if any(window.p99_ms and window.outcome.refutes for window in windows):
+        keys.append(_key("failed", marker="X", hollow=True))
+    if any(window.p99_ms and window.outcome in _NO_TEST for window in windows):
+        keys.append(_key("void, generator-limited", marker="d", hollow=True))
+    if any(window.p99_ms is None for window in windows):
+        keys.append(_key("no p99", marker="^", hollow=True))
+    return keys
+
+
+def latency_distribution(sides: Sequence[Side], slo: SLO, narrow: bool = False) -> Markup | None:
+    """The latency at each percentile from the median into the tail, for the window that shows each side's capacity.
 
     Unanswered requests count as infinitely late, and a curve ends where its window has too few requests to bound
     the percentile at 95%.
@@ -244,69 +314,84 @@ def latency_distribution(sides: Sequence[Side], slo: SLO) -> Markup | None:
     Returns:
         None where no side has such a window.
     """
-    curves = [(side, side.proof, _tail(side.proof)) for side in sides if side.proof is not None]
-    curves = [(side, proof, tail) for side, proof, tail in curves if tail]
+    windows = [(side, side.capacity.window) for side in sides if side.capacity is not None]
+    curves = [(side, window, _tail(window)) for side, window in windows if window is not None]
+    curves = [(side, window, tail) for side, window, tail in curves if tail]
     if not curves:
         return None
     with _style("tail"):
-        figure, axes = _canvas(5.3, 4.5)
-        _latency_axis(axes, [ms for *_, tail in curves for _, ms in tail], slo, name_at=0.15)
+        figure, axes = _canvas(_NARROW if narrow else _HALF, 4.8)
+        _latency_axis(axes, [ms for *_, tail in curves for _, ms in tail], slo, name_at=0.25 if narrow else 0.15)
         axes.set_xscale("log")
         most = max(100.0, *(tail[-1][0] for *_, tail in curves))
         axes.set_xlim(2, most * 1.1)
-        shown = [p for p in (50, 75, 90, 95, 99, 99.5, 99.9, 99.99) if 100 / (100 - p) <= most * 1.001]
+        ticks = (50, 90, 99, 99.9, 99.99) if narrow else (50, 75, 90, 95, 99, 99.5, 99.9, 99.99)
+        shown = [p for p in ticks if 100 / (100 - p) <= most * 1.001]
         axes.set_xticks([100 / (100 - p) for p in shown], [f"p{p:g}" for p in shown])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("percentile of all scheduled requests")
         axes.axvline(1 / slo.allowed_miss_rate, color=_LIMIT, linestyle=_DOTTED, linewidth=1)
         keys = []
-        for side, proof, tail in curves:
+        for side, window, tail in curves:
             axes.plot(*zip(*tail, strict=True), color=side.colour, linewidth=2)
             axes.plot(*tail[-1], marker=side.marker, color=side.colour, markersize=6)
-            name = f"{side.name} at {wording.rate(proof.rate_rps)}, n = {proof.n:,}"
+            verdict = "" if window.outcome is Outcome.PASS else f", {window.outcome.value}"
+            separator = ",\n" if narrow else ", "
+            name = f"{side.name} at {wording.rate(window.rate_rps)}{verdict}{separator}n = {window.n:,}"
             keys.append(_key(name, side.colour, line="-", marker=side.marker))
         _legend(axes, keys, columns=1)
         numbers = "; ".join(
-            f"{side.name} at {wording.rate(proof.rate_rps)}: p99 {wording.p99(proof)}" for side, proof, _ in curves
+            f"{side.name} at {wording.rate(window.rate_rps)}: p99 {wording.p99(window)}" for side, window, _ in curves
         )
-        return _svg(figure, "tail", f"Latency at each percentile at capacity: {numbers}")
+        return _svg(figure, _named("tail", narrow), f"Latency at each percentile: {numbers}")
 
 
-def ladder(rungs: Sequence[Rung]) -> Markup | None:
-    """One bar for each step, with what it bought over the step before.
+def ladder(run: Findings, narrow: bool = False) -> Markup | None:
+    """One bar for each step, with what it bought over the step before; estimates are hollow.
 
     Returns:
         None where there is no ladder.
     """
+    rungs = run.evidence.ladder
     if not rungs:
         return None
+    capacities = [run.capacity(rung.candidate, rung.capacity_rps, rung.p99_ms) for rung in rungs]
     with _style("ladder"):
-        figure, axes = _canvas(9.4, 0.8 + 0.5 * len(rungs))
+        figure, axes = _canvas(_NARROW if narrow else _WIDE, 0.8 + (0.6 if narrow else 0.5) * len(rungs))
         places, rates = list(range(len(rungs))), [rung.capacity_rps for rung in rungs]
         colours = [_BASELINE, *[_SOFT] * (len(rungs) - 2), _PLAN][-len(rungs) :]
-        axes.barh(places, rates, height=0.6, color=colours)
+        faces = [colour if found.proven else "none" for colour, found in zip(colours, capacities, strict=True)]
+        axes.barh(places, rates, height=0.6, color=faces, edgecolor=colours, linewidth=1.4)
         aside = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center", "color": _SOFT}
-        axes.text(1.0, -0.72, "over the step before", fontsize=9, **aside)
-        for place, rps in enumerate(rates):
+        if not narrow:
+            axes.text(1.0, -0.72, "over the step before", fontsize=9, **aside)
+        for place, found in enumerate(capacities):
             at = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(wording.rate(rps), (rps, place), fontweight="bold", **at)
-            if place:
-                axes.text(1.0, place, wording.factor(rps, rates[place - 1]), fontsize=11, **aside)
+            said = [wording.rate(found.rps), *([wording.ESTIMATED] if found.rps and not found.proven else [])]
+            gain = wording.gain(found, capacities[place - 1]) if place else ""
+            if narrow and gain:
+                said[0] += f", {gain}"
+            axes.annotate(("\n" if narrow else ", ").join(said), (found.rps, place), fontweight="bold", **at)
+            if not narrow:
+                axes.text(1.0, place, gain, fontsize=10, **aside)
         axes.set_yticks(places, [_short(rung.step, 30) for rung in rungs])
         axes.tick_params(axis="y", labelcolor=_INK)
-        axes.set_xlim(0, 1.35 * max(*rates, 1e-9))
+        room = 1.35 if all(found.proven for found in capacities) else 1.65
+        axes.set_xlim(0, (3.2 if narrow else room) * max(*rates, 1e-9))
         axes.set_ylim(len(rungs) - 0.5, -0.95)
         axes.grid(visible=False)
         axes.xaxis.set_major_locator(NullLocator())
         axes.spines["bottom"].set_visible(False)
-        steps = ", ".join(f"{rung.step} {wording.rate(rung.capacity_rps)}" for rung in rungs)
-        return _svg(figure, "ladder", f"Capacity after each step: {steps}")
+        steps = ", ".join(
+            f"{rung.step} {wording.capacity(found)}" for rung, found in zip(rungs, capacities, strict=True)
+        )
+        return _svg(figure, _named("ladder", narrow), f"Capacity after each step: {steps}")
 
 
-def training_loss(epochs: Sequence[Epoch]) -> Markup:
+def training_loss(epochs: Sequence[Epoch], narrow: bool = False) -> Markup:
     """The loss of training and validation part by epoch."""
     with _style("training-loss"):
-        figure, axes = _canvas(5.3, 4)
+        figure, axes = _canvas(_NARROW if narrow else _HALF, 4)
         at = [epoch.epoch for epoch in epochs]
         sides = (("training", _BASELINE, "s", _DOTTED), ("validation", _PLAN, "o", "-"))
         for name, colour, marker, line in sides:
@@ -314,13 +399,13 @@ def training_loss(epochs: Sequence[Epoch]) -> Markup:
             axes.plot(at, values, color=colour, linestyle=line, marker=marker, markersize=4)
         _epoch_axis(axes, "loss")
         _legend(axes, [_key(name, colour, line=line, marker=marker) for name, colour, marker, line in sides])
-        return _svg(figure, "training-loss", "Loss by epoch. The numbers are in the table of epochs.")
+        return _svg(figure, _named("training-loss", narrow), "Loss by epoch. The numbers are in the table of epochs.")
 
 
-def training_metric(epochs: Sequence[Epoch]) -> Markup:
+def training_metric(epochs: Sequence[Epoch], narrow: bool = False) -> Markup:
     """The metric on the validation part by epoch, its best marked with a star."""
     with _style("training-metric"):
-        figure, axes = _canvas(5.3, 4)
+        figure, axes = _canvas(_NARROW if narrow else _HALF, 4)
         best = max(epochs, key=lambda epoch: epoch.value)
         name = best.metric
         axes.plot([e.epoch for e in epochs], [e.value for e in epochs], color=_PLAN, marker="o", markersize=4)
@@ -329,13 +414,13 @@ def training_metric(epochs: Sequence[Epoch]) -> Markup:
         _epoch_axis(axes, name)
         _legend(axes, [_key(name, _PLAN, line="-", marker="o"), _key("best", _PLAN, marker="*")])
         label = f"{name.capitalize()} by epoch, at best {_metric(best.value, name)} after epoch {best.epoch}."
-        return _svg(figure, "training-metric", f"{label} The numbers are in the table of epochs.")
+        return _svg(figure, _named("training-metric", narrow), f"{label} The numbers are in the table of epochs.")
 
 
-def compression_trade(found: Compression) -> Markup:
+def compression_trade(found: Compression, narrow: bool = False) -> Markup:
     """Accuracy against throughput: one line for each recipe, a point for each step, the answer marked with a star."""
     with _style("compression-trade"):
-        figure, axes = _canvas(9.4, 4.2)
+        figure, axes = _canvas(_NARROW if narrow else _WIDE, 4.2)
         name = found.reference.accuracy.metric
         axes.plot([1], [found.reference.accuracy.value], color=_BASELINE, marker="s", markersize=7)
         for attempt in found.attempts:
@@ -353,15 +438,15 @@ def compression_trade(found: Compression) -> Markup:
         _budget(axes, found.reference.accuracy.value - found.budget.max_drop, f"budget {found.budget}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, name)))
         stages = [stage for attempt in found.attempts for stage in attempt.stages]
-        _rate_axis(axes, [1.0, *map(_times, stages)], "throughput over the reference's, engine alone")
+        _rate_axis(axes, [1.0, *map(_times, stages)], "throughput over the reference's")
         axes.set_ylabel(f"{name} (validation)")
         keys = [_key("reference", _BASELINE, marker="s"), _key("step", _SOFT, marker="o")]
-        _legend(axes, [*keys, _key("the answer", _PLAN, marker="*")])
+        _legend(axes, [*keys, _key("the answer", _PLAN, marker="*")], columns=1 if narrow else 3)
         label = f"{name.capitalize()} against throughput after each step. The numbers are in the table of steps."
-        return _svg(figure, "compression-trade", label)
+        return _svg(figure, _named("compression-trade", narrow), label)
 
 
-def compression_sizes(found: Compression) -> Markup | None:
+def compression_sizes(found: Compression, narrow: bool = False) -> Markup | None:
     """How many times smaller each step of the answer's recipe made it: parameters and bytes.
 
     Returns:
@@ -371,7 +456,7 @@ def compression_sizes(found: Compression) -> Markup | None:
         return None
     stages = found.attempts[found.best[0]].stages[: found.best[1] + 1]
     with _style("compression-sizes"):
-        figure, axes = _canvas(9.4, 0.9 + 0.62 * len(stages))
+        figure, axes = _canvas(_NARROW if narrow else _WIDE, 0.9 + 0.62 * len(stages))
         reference = found.reference
         fewer = [reference.parameters / max(1, stage.parameters) for stage in stages]
         smaller = [reference.bytes / stage.bytes for stage in stages]
@@ -388,11 +473,12 @@ def compression_sizes(found: Compression) -> Markup | None:
         axes.grid(visible=False)
         axes.xaxis.set_major_locator(NullLocator())
         axes.spines["bottom"].set_visible(False)
-        _legend(axes, [_key("fewer parameters", _SOFT, marker="s"), _key("smaller on disk", _PLAN, marker="s")])
+        keys = [_key("fewer parameters", _SOFT, marker="s"), _key("smaller on disk", _PLAN, marker="s")]
+        _legend(axes, keys, columns=1 if narrow else 2)
         steps = ", ".join(
             f"{stage.step} {wording.number(size)} times smaller" for stage, size in zip(stages, smaller, strict=True)
         )
-        return _svg(figure, "compression-sizes", f"Size after each step of the answer: {steps}")
+        return _svg(figure, _named("compression-sizes", narrow), f"Size after each step of the answer: {steps}")
 
 
 def _times(stage: Stage) -> float:
@@ -405,12 +491,12 @@ def _epoch_axis(axes: Any, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def _points(plan: Plan) -> tuple[list[Point], float | None]:
+def _points(run: Findings) -> tuple[list[Point], float | None]:
     """The candidates to draw, and the reference's accuracy on the part of the data that they were chosen on.
 
     A compiled artefact has one accuracy whatever its policy, so a candidate without its own takes its artefact's.
     """
-    trials = evidence_of(plan).trials
+    trials = run.evidence.trials
     known = {_artefact(trial): trial.accuracy for trial in trials if trial.accuracy is not None}
     references = (
         trial.accuracy + trial.accuracy_drop
@@ -418,14 +504,20 @@ def _points(plan: Plan) -> tuple[list[Point], float | None]:
         if trial.accuracy is not None and trial.accuracy_drop is not None
     )
     reference = next(references, None)
-    baseline = baseline_of(plan)
+    baseline = baseline_of(run.plan)
     if reference is not None and baseline is not None:
         known.setdefault(_artefact(baseline), reference)
     points = []
     for trial in trials:
-        rps = trial.capacity_rps or trial.predicted_rps
-        if rps and _artefact(trial) in known:
-            points.append(Point(trial, rps, known[_artefact(trial)], measured=bool(trial.capacity_rps)))
+        accuracy = known.get(_artefact(trial))
+        if accuracy is None:
+            continue
+        if trial.capacity_rps:
+            found = run.capacity(trial.candidate, trial.capacity_rps, trial.p99_ms)
+            rps = found.proof.rate_rps if found.proof is not None else found.rps
+            points.append(Point(trial, rps, accuracy, "proven" if found.proven else "estimated", found.interval_rps))
+        elif trial.predicted_rps:
+            points.append(Point(trial, trial.predicted_rps, accuracy, "predicted", None))
     return points, reference
 
 
@@ -444,34 +536,43 @@ def _accuracy_range(values: Sequence[float], reference: float | None, least: flo
 
 
 def _point(axes: Any, point: Point, plan: Plan, place: float, marker: str | None, name: str) -> None:
-    """Draw one candidate; the plan's and the baseline's are larger, have a shape of their own, and are named."""
-    colour = _colour(point.trial, plan)
-    roles = {_PLAN: ("winner" if plan.feasible else "nearest miss", "*", 15), _BASELINE: ("baseline", "s", 8.5)}
-    role, shape, size = roles.get(colour, ("", "o", 6.5))
+    """Draw one candidate; the plan's and the baseline's are larger and have a shape of their own, where they were
+    loaded."""
+    colour, is_filled = _colour(point.trial, plan), point.kind == "proven"
+    shapes = {_PLAN: ("*", 15.0), _BASELINE: ("s", 8.5)}
+    shape, size = ("o", 3.5) if point.kind == "predicted" else shapes.get(colour, ("o", 6.5))
     axes.plot(
         point.rps,
         place,
         marker=marker or shape,
         markersize=size,
         color=colour,
-        markerfacecolor=colour if point.measured else "none",
-        markeredgecolor=_PAPER if point.measured else colour,
-        markeredgewidth=0.8 if point.measured else 1.1,
+        markerfacecolor=colour if is_filled else _PAPER,
+        markeredgecolor=_PAPER if is_filled else colour,
+        markeredgewidth=_EDGES[point.kind],
         gid=name,
-        zorder=5 if role else 4 if point.measured else 3,
+        zorder=5 if colour in shapes else 4 if is_filled else 3,
     )
-    if role:
-        is_right = axes.transAxes.inverted().transform(axes.transData.transform((point.rps, place)))[0] > 0.5
-        axes.annotate(
-            f"{role}: {_short(point.trial.candidate, _NAME)}",
-            (point.rps, place),
-            xytext=(4 if is_right else -4, 11),
-            textcoords="offset points",
-            ha="right" if is_right else "left",
-            color=colour,
-            fontweight="bold",
-            zorder=6,
-        )
+
+
+def _name_role(axes: Any, point: Point, plan: Plan, place: float, name: str) -> None:
+    """Write beside the plan's and the baseline's point what they are; `name` follows, where there is room for it."""
+    colour = _colour(point.trial, plan)
+    role = {_PLAN: "winner" if plan.feasible else "nearest miss", _BASELINE: "baseline"}.get(colour)
+    if role is None:
+        return
+    is_right = axes.transAxes.inverted().transform(axes.transData.transform((point.rps, place)))[0] > 0.5
+    unproven = {"estimated": f"\n{wording.ESTIMATED}", "predicted": "\npredicted only"}.get(point.kind, "")
+    axes.annotate(
+        f"{role}{name}{unproven}",
+        (point.rps, place),
+        xytext=(4 if is_right else -4, 11),
+        textcoords="offset points",
+        ha="right" if is_right else "left",
+        color=colour,
+        fontweight="bold",
+        zorder=6,
+    )
 
 
 def _colour(trial: Trial, plan: Plan) -> str:
@@ -489,7 +590,7 @@ def _front(points: Sequence[Point]) -> list[Point]:
 
 def _window(axes: Any, window: Measurement, side: Side) -> None:
     """Draw one window of load: its p99 with its interval, crossed where it failed, hollow where nothing is
-    proven, at the top without one."""
+    proven, a diamond where the server was not tested, at the top without a p99."""
     if window.p99_ms is None:
         top = axes.get_xaxis_transform()
         marks = {"marker": "^", "markersize": 7, "color": side.colour, "markerfacecolor": "none"}
@@ -501,7 +602,7 @@ def _window(axes: Any, window: Measurement, side: Side) -> None:
     axes.plot(
         window.rate_rps,
         window.p99_ms,
-        marker="X" if failed else side.marker,
+        marker="X" if failed else "d" if window.outcome in _NO_TEST else side.marker,
         markersize=8 if failed else 6,
         markerfacecolor=side.colour if passed else _PAPER,
         markeredgecolor=_PAPER if passed else side.colour,
@@ -514,6 +615,18 @@ def _medians(at: Sequence[tuple[float, float]]) -> tuple[list[float], list[float
     """One value for each rate, ascending: the median over the windows of that rate."""
     rates = sorted({rate for rate, _ in at})
     return rates, [statistics.median(ms for rate, ms in at if rate == wanted) for wanted in rates]
+
+
+def _unbroken(
+    rates: Sequence[float], values: Sequence[float], refuted: Sequence[float]
+) -> list[list[tuple[float, float]]]:
+    """The lines through these points, ended where a rate was refuted: the next point is no continuation."""
+    lines: list[list[tuple[float, float]]] = []
+    for rate, value in zip(rates, values, strict=True):
+        if not lines or any(lines[-1][-1][0] <= bad <= rate for bad in refuted):
+            lines.append([])
+        lines[-1].append((rate, value))
+    return lines
 
 
 def _tail(window: Measurement) -> list[tuple[float, float]]:
@@ -536,15 +649,16 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _rate_axis(axes: Any, rates: Sequence[float], label: str) -> None:
-    """The x axis for rates: logarithmic where they spread far, from zero where they do not."""
+    """The x axis for rates: begins near them, and is logarithmic where they spread far."""
     low, high = min(rates), max(rates)
     if low > 0 and high / low > _LOG_FROM:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.5, high * 1.5)
         _log_ticks(axes.xaxis, high / low)
     else:
-        axes.set_xlim(0, high * 1.12 or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(7))
+        margin = 0.08 * (high - low) or 0.1 * high or 1
+        axes.set_xlim(max(0, low - margin), high + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(5 if _is_narrow(axes) else 7))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel(label)
 
@@ -580,17 +694,37 @@ def _beside_line(axes: Any, across: float, value: float, text: str, **place: Any
 
 
 def _log_ticks(axis: Any, spread: float) -> None:
-    """Ticks at 1, 2, 5 of each decade, or at decades where there are many, written as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 300 else (1,)))
+    """Ticks at 1, 2, 5 of each decade, at fewer where there are many, at round numbers where there is none; written
+    as plain numbers."""
+    many = 30 if _is_narrow(axis.axes) else 300
+    subs = (1, 2, 5) if spread < many else (1, 3) if spread < 10 * many else (1,)
+    axis.set_major_locator(MaxNLocator(6) if spread < _ROUND_FROM else LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_locator(NullLocator())
 
 
+def _is_narrow(axes: Any) -> bool:
+    return bool(axes.figure.get_figwidth() < _HALF)
+
+
+def _named(chart: str, narrow: bool) -> str:
+    """Unique in a page that holds the chart in both widths."""
+    return f"{chart}-narrow" if narrow else chart
+
+
 def _key(
-    label: str, colour: str = _SOFT, *, line: Any = "none", marker: str | None = None, hollow: bool = False
+    label: str,
+    colour: str = _SOFT,
+    *,
+    line: Any = "none",
+    marker: str | None = None,
+    hollow: bool = False,
+    size: float = 6,
 ) -> Line2D:
     face = "none" if hollow else colour
-    return Line2D([], [], color=colour, linestyle=line, marker=marker, markersize=6, markerfacecolor=face, label=label)
+    return Line2D(
+        [], [], color=colour, linestyle=line, marker=marker, markersize=size, markerfacecolor=face, label=label
+    )
 
 
 def _legend(axes: Any, keys: Sequence[Line2D], columns: int = 3) -> None:

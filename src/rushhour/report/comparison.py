@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Trial
 from rushhour.report import wording
-from rushhour.report.findings import baseline_of, evidence_of
+from rushhour.report.findings import Capacity, baseline_of, evidence_of, stated, winner_of
 
 
 class Row(NamedTuple):
@@ -19,33 +18,22 @@ class Row(NamedTuple):
     gain: str = ""
 
 
-def side_by_side(
-    plan: Plan, baseline_proof: Measurement | None = None, plan_proof: Measurement | None = None
-) -> tuple[Row, ...]:
+def side_by_side(plan: Plan, capacities: tuple[Capacity, Capacity] | None = None) -> tuple[Row, ...]:
     """Capacity, latency, accuracy, size and way of serving of baseline and plan.
 
     Args:
         plan: with evidence.
-        baseline_proof: the window of load behind the baseline's capacity, where it is at hand: it knows n.
-        plan_proof: the same of the plan.
+        capacities: of baseline and plan, where the windows behind them are at hand; else what the plan itself states.
 
     Raises:
         PlanError: if the plan carries no evidence.
     """
     found = evidence_of(plan)
     name = found.metric
+    before, after = capacities or stated(plan)
     return (
-        Row(
-            "capacity",
-            wording.rate(found.baseline_capacity_rps),
-            wording.capacity(found),
-            wording.factor(found.capacity_rps, found.baseline_capacity_rps),
-        ),
-        Row(
-            "p99 there",
-            wording.p99_at(found.baseline_p99_ms, None, baseline_proof),
-            wording.p99_at(found.p99_ms, found.p99_interval_ms, plan_proof),
-        ),
+        Row("capacity", wording.capacity(before), wording.capacity(after), wording.gain(after, before)),
+        Row("p99 there", wording.p99_of(before), wording.p99_of(after)),
         Row(
             name,
             wording.metric_with_interval(found.reference_accuracy, found.reference_accuracy_interval, name),
@@ -69,13 +57,19 @@ def side_by_side(
 
 
 def served_by(plan: Plan) -> str:
-    """Engine, precision and policy of the plan: `openvino int8, 2 streams × 1 thread, batches up to 32`."""
-    variant = plan.variants[0]
+    """How the plan serves: `int8 on OpenVINO, 2 streams, batches up to 32`."""
+    winner, variant = winner_of(plan), plan.variants[0]
+    if winner is not None and winner.name:
+        return _served(winner)
     return f"{variant.engine} {variant.precision}, {wording.policy(plan.policy)}"
 
 
 def _served(trial: Trial | None) -> str:
-    return "" if trial is None else f"{trial.engine} {trial.precision}, {wording.policy(trial.policy)}"
+    if trial is None:
+        return ""
+    if not trial.name:
+        return f"{trial.engine} {trial.precision}, {wording.policy(trial.policy)}"
+    return f"{trial.name}, {wording.batches(trial.policy)}" if trial.policy.max_batch > 1 else trial.name
 
 
 def _smaller(after: int, before: int) -> str:

@@ -33,8 +33,8 @@ def write_compression_report(folder: Path) -> Path:
     page = template.render(
         style=page_style(),
         found=found,
-        trade=charts.compression_trade(found),
-        sizes=charts.compression_sizes(found),
+        trade=charts.in_both_widths(lambda narrow: charts.compression_trade(found, narrow)),
+        sizes=charts.in_both_widths(lambda narrow: charts.compression_sizes(found, narrow)),
     )
     write_whole(path, page.encode("utf-8", "replace"))
     return path

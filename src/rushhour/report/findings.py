@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 
 from rushhour.errors import PlanError
 from rushhour.journal import Entry, Journal
 from rushhour.machine import Machine
-from rushhour.measurement import Measurement, Outcome
-from rushhour.plan import Evidence, Plan, Trial
+from rushhour.measurement import Interval, Measurement, Outcome
+from rushhour.plan import Evidence, Plan, Rung, Trial
+
+
+class Capacity(NamedTuple):
+    """A capacity and what stands behind it: told in the same way wherever it appears.
+
+    Attributes:
+        rps: requests per second; 0 where the SLO held at no rate.
+        proven: whether a window passed at this rate; else it is an estimate.
+        interval_rps: of the estimate, 95%; None where it is proven or not known.
+        p99_ms: at this rate; None for an estimate, because nothing was measured there.
+        p99_interval_ms: its 95% interval, where the plan states it.
+        window: the window of load that shows it: the proof, or for an estimate the fastest window that held, at most
+            at this rate. None where none is at hand.
+    """
+
+    rps: float
+    proven: bool
+    interval_rps: Interval | None = None
+    p99_ms: float | None = None
+    p99_interval_ms: Interval | None = None
+    window: Measurement | None = None
+
+    @property
+    def proof(self) -> Measurement | None:
+        """The window that passed at this rate, where it is at hand."""
+        return self.window if self.proven else None
 
 
 class Findings:
@@ -16,7 +45,7 @@ class Findings:
 
     Attributes:
         name: of the run: its folder's.
-        plan: the plan.
+        plan: the plan, with one number for each capacity that it states in several places.
         evidence: the plan's; a run without any has nothing to report.
         entries: every line of the journal, in the order they were measured.
         windows: those of them that are load, with their measurement.
@@ -24,12 +53,14 @@ class Findings:
 
     def __init__(self, name: str, plan: Plan, entries: tuple[Entry, ...]) -> None:
         self.name = name
-        self.plan = plan
-        self.evidence = evidence_of(plan)
+        self.plan = _agreed(plan)
+        self.evidence = evidence_of(self.plan)
         self.entries = entries
         self.windows: tuple[tuple[Entry, Measurement], ...] = tuple(
             (entry, entry.reading) for entry in entries if isinstance(entry.reading, Measurement)
         )
+        called: tuple[Rung | Trial, ...] = (*self.evidence.ladder, *self.evidence.trials)
+        self._names = {each.candidate: each.name for each in called if each.name}
 
     @classmethod
     def read(cls, run: Path) -> Findings:
@@ -63,17 +94,110 @@ class Findings:
         """All windows of load on one candidate."""
         return [window for entry, window in self.windows if entry.subject == candidate]
 
-    def proof(self, candidate: str, rps: float, p99_ms: float | None) -> Measurement | None:
-        """The window that shows a candidate at its capacity: the one with this p99, else the longest at this rate.
+    def name_of(self, candidate: str) -> str:
+        """What people call a candidate; what the journal does, where the plan has no name for it."""
+        return self._names.get(candidate, candidate)
 
-        A confirmation goes before a window of the search. None where nothing within 1% of the rate is on file.
+    def capacity(self, candidate: str, rps: float, p99_ms: float | None) -> Capacity:
+        """A capacity that the plan states, with the windows behind it.
+
+        Whether the plan's own is a proof, the plan says. Any other is one where a window passed at this rate, or where
+        no window is at hand, but its p99 is.
         """
+        winner, evidence = winner_of(self.plan), self.evidence
+        windows = self.of(candidate)
+        proof = self._proof(candidate, rps, p99_ms)
+        if winner is not None and candidate == winner.candidate:
+            proven, interval, p99_interval = evidence.proven, evidence.capacity_interval_rps, evidence.p99_interval_ms
+        else:
+            proven, interval, p99_interval = proof is not None if windows else p99_ms is not None, None, None
+        if proven:
+            return Capacity(rps, True, None, p99_ms, p99_interval, proof)
+        below = [window for window in windows if holds(window) and window.rate_rps <= 1.001 * rps]
+        return Capacity(
+            rps, False, interval, window=max(below, key=lambda window: (window.rate_rps, window.n), default=None)
+        )
+
+    @property
+    def plan_capacity(self) -> Capacity:
+        """Of the plan."""
+        winner, evidence = winner_of(self.plan), self.evidence
+        if winner is None:
+            return stated(self.plan)[1]
+        return self.capacity(winner.candidate, evidence.capacity_rps, evidence.p99_ms)
+
+    @property
+    def baseline_capacity(self) -> Capacity:
+        """Of the untouched model."""
+        baseline, evidence = baseline_of(self.plan), self.evidence
+        if baseline is None:
+            return stated(self.plan)[0]
+        return self.capacity(baseline.candidate, evidence.baseline_capacity_rps, evidence.baseline_p99_ms)
+
+    @property
+    def fastest_pass(self) -> Measurement | None:
+        """The window of the highest rate that the plan passed at."""
+        winner = winner_of(self.plan)
+        passed = [window for window in self.of(winner.candidate) if window.outcome is Outcome.PASS] if winner else []
+        return max(passed, key=lambda window: (window.rate_rps, window.n), default=None)
+
+    def _proof(self, candidate: str, rps: float, p99_ms: float | None) -> Measurement | None:
+        """The passing window at this rate: the one with this p99, else of the confirmation, else the longest."""
         near = [
-            (window.p99_ms == p99_ms, entry.phase == "confirm", window.outcome is Outcome.PASS, window.n, window)
+            (window.p99_ms == p99_ms, entry.phase == "confirm", window.n, window)
             for entry, window in self.windows
-            if entry.subject == candidate and abs(window.rate_rps - rps) <= 0.01 * rps
+            if entry.subject == candidate
+            and window.outcome is Outcome.PASS
+            and abs(window.rate_rps - rps) <= _SAME_RATE * rps
         ]
         return max(near, key=lambda found: found[:-1])[-1] if near else None
+
+
+_SAME_RATE = 0.001
+"""Two rates that differ by less than this are one: plans round."""
+
+
+def holds(window: Measurement) -> bool:
+    """Whether a window is a proof that the SLO holds, or at least none against it: no more late than is allowed."""
+    few = window.late <= window.n * window.slo.allowed_miss_rate
+    return window.outcome is Outcome.PASS or (window.outcome is Outcome.INCONCLUSIVE and few)
+
+
+def stated(plan: Plan) -> tuple[Capacity, Capacity]:
+    """The capacities of baseline and plan as far as the plan itself tells, without its windows.
+
+    A p99 is stated only of what was proven; a percentile below it can be proven with too few samples for a p99.
+
+    Raises:
+        PlanError: if it carries no evidence.
+    """
+    found = evidence_of(plan)
+    p99_ms = found.baseline_p99_ms
+    is_proven = p99_ms is not None or not found.baseline_capacity_rps or plan.goal.slo.percentile < 99
+    before = Capacity(found.baseline_capacity_rps, is_proven, p99_ms=p99_ms)
+    if not found.proven:
+        return before, Capacity(found.capacity_rps, False, found.capacity_interval_rps)
+    return before, Capacity(found.capacity_rps, True, None, found.p99_ms, found.p99_interval_ms)
+
+
+def _agreed(plan: Plan) -> Plan:
+    """The plan with what its headline says of winner and baseline in the list of candidates and on the ladder too.
+
+    The headline is what was confirmed last; the other two may still hold what the search found before.
+    """
+    found, winner, baseline = evidence_of(plan), winner_of(plan), baseline_of(plan)
+    said: dict[str, dict[str, float | None]] = {}
+    if baseline is not None:
+        said[baseline.candidate] = {"capacity_rps": found.baseline_capacity_rps, "p99_ms": found.baseline_p99_ms}
+    if winner is not None:
+        said[winner.candidate] = {"capacity_rps": found.capacity_rps, "p99_ms": found.p99_ms}
+    replace = msgspec.structs.replace
+    evidence = replace(
+        found,
+        trials=tuple(replace(trial, **said.get(trial.candidate, {})) for trial in found.trials),
+        ladder=tuple(replace(rung, **said.get(rung.candidate, {})) for rung in found.ladder),
+    )
+    return replace(plan, evidence=evidence)
 
 
 def evidence_of(plan: Plan) -> Evidence:

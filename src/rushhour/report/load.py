@@ -51,7 +51,7 @@ def write_load_plot(file: Path, name: str, windows: Sequence[Measurement], slo: 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.globals["say"] = wording
         template = environment.from_string(resources.files(__package__).joinpath("load.html").read_text("utf-8"))
-        chart = charts.latency_against_rate(sides, slo)
+        chart = charts.in_both_widths(lambda narrow: charts.latency_against_rate(sides, slo, narrow))
         content = (
             None
             if chart is None

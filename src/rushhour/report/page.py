@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,11 +14,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rushhour.curves import CURVES, read_curves
-from rushhour.measurement import Measurement
-from rushhour.plan import Plan, Trial
+from rushhour.plan import Fate, Plan, Trial
 from rushhour.report import wording
 from rushhour.report.comparison import served_by, side_by_side
-from rushhour.report.findings import Findings, baseline_of, winner_of
+from rushhour.report.findings import Capacity, Findings, baseline_of, winner_of
 from rushhour.storage import write_whole
 
 _MOST_ROWS: Final = (
@@ -25,11 +25,39 @@ _MOST_ROWS: Final = (
 )
 _MOST_OPEN: Final = 30  # rows of candidates shown at once; those dominated by prediction fold away beyond it
 _MOST_SEEDS: Final = 24
-_FATES: Final = ("won", "baseline", "beaten", "over budget", "dominated", "failed")
+_MOST_NAMES: Final = 6  # of the candidates that one line covers; the rest is counted
+_FATES: Final[dict[Fate, str]] = {
+    "won": "won",
+    "baseline": "baseline",
+    "tied": "tied with the winner under load",
+    "beaten": "beaten under load",
+    "over budget": "over the accuracy budget",
+    "dominated": "dominated by prediction, never loaded",
+    "skipped": "skipped, because the time was up",
+    "failed": "failed, because their engine cannot run them",
+}
+"""In the order that a reader looks for them, with what each means of several candidates."""
 MARKS: Final = {
-    "won": "★", "baseline": "■", "beaten": "●", "over budget": "▽", "dominated": "○", "failed": "✕",
+    "won": "★", "baseline": "■", "tied": "=", "beaten": "●", "over budget": "▽", "dominated": "○", "skipped": "…",
+    "failed": "✕",
     "pass": "✓", "fail": "✕", "inconclusive": "◌", "unstable": "△", "generator_limited": "⊘", "void": "⊘",
 }  # fmt: skip
+
+
+class TrialLine(NamedTuple):
+    """One line of the candidates: a candidate, or all that were refused or skipped for one and the same reason.
+
+    Attributes:
+        trial: the first of them.
+        names: of all it covers, as people call them; the first few.
+        covers: how many it covers.
+        capacity: None where it was never searched.
+    """
+
+    trial: Trial
+    names: tuple[str, ...]
+    covers: int
+    capacity: Capacity | None
 
 
 class RungLine(NamedTuple):
@@ -37,7 +65,8 @@ class RungLine(NamedTuple):
 
     step: str
     candidate: str
-    capacity: str
+    name: str
+    capacity: Capacity
     gain: str
     total: str
     p99: str
@@ -68,20 +97,18 @@ def _render(found: Findings, run: Path) -> str:
 
     plan, evidence = found.plan, found.evidence
     epochs = read_curves(run / "training") if (run / "training" / CURVES).is_file() else ()
-    winner, baseline = winner_of(plan), baseline_of(plan)
-    plan_proof = _proof(found, winner, evidence.capacity_rps, evidence.p99_ms)
-    baseline_proof = _proof(found, baseline, evidence.baseline_capacity_rps, evidence.baseline_p99_ms)
+    before, after = found.baseline_capacity, found.plan_capacity
     role = "winner" if plan.feasible else "nearest miss"
     sides = [
-        charts.Side(name, is_plan, found.of(trial.candidate), proof)
-        for name, is_plan, trial, proof in (
-            ("baseline", False, baseline, baseline_proof),
-            (role, True, winner, plan_proof),
+        charts.Side(name, is_plan, found.of(trial.candidate), capacity)
+        for name, is_plan, trial, capacity in (
+            ("baseline", False, baseline_of(plan), before),
+            (role, True, winner_of(plan), after),
         )
         if trial is not None
     ]
-    trials = _sorted(evidence.trials)[:_MOST_ROWS]
-    folded = [trial for trial in trials if trial.fate == "dominated"] if len(trials) > _MOST_OPEN else []
+    lines = _lines(found)[:_MOST_ROWS]
+    folded = [line for line in lines if line.trial.fate == "dominated"] if len(lines) > _MOST_OPEN else []
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["say"] = wording
     template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
@@ -93,19 +120,27 @@ def _render(found: Findings, run: Path) -> str:
         role=role,
         headline=_headline(found),
         misses=_misses(plan),
-        gain=wording.factor(evidence.capacity_rps, evidence.baseline_capacity_rps),
-        rows=side_by_side(plan, baseline_proof, plan_proof),
+        before=before,
+        after=after,
+        gain=wording.gain(after, before),
+        rows=side_by_side(plan, (before, after)),
         served_by=served_by(plan),
-        plan_proof=plan_proof,
-        pareto=charts.accuracy_against_capacity(plan),
-        latency=charts.latency_against_rate(sides, plan.goal.slo),
-        tail=charts.latency_distribution(sides, plan.goal.slo),
-        ladder=charts.ladder(evidence.ladder),
-        training=[charts.training_loss(epochs), charts.training_metric(epochs)] if epochs else None,
+        speeds=wording.speeds(after.proof.speeds) if after.proof is not None and after.proof.speeds else None,
+        pareto=charts.in_both_widths(lambda narrow: charts.accuracy_against_capacity(found, narrow)),
+        latency=charts.in_both_widths(lambda narrow: charts.latency_against_rate(sides, plan.goal.slo, narrow)),
+        tail=charts.in_both_widths(lambda narrow: charts.latency_distribution(sides, plan.goal.slo, narrow)),
+        ladder=charts.in_both_widths(lambda narrow: charts.ladder(found, narrow)),
+        above=_above_the_plan(found),
+        training=[
+            charts.in_both_widths(lambda narrow: charts.training_loss(epochs, narrow)),
+            charts.in_both_widths(lambda narrow: charts.training_metric(epochs, narrow)),
+        ]
+        if epochs
+        else None,
         rungs=_rungs(found),
-        trials=[trial for trial in trials if trial not in folded],
+        lines=[line for line in lines if line not in folded],
         folded=folded,
-        fates=[(fate, count) for fate, count in _count_fates(evidence.trials) if count],
+        fates=_count_fates(evidence.trials),
         windows=found.windows[:_MOST_ROWS],
         most_rows=_MOST_ROWS,
         seeds=found.seeds,
@@ -113,7 +148,7 @@ def _render(found: Findings, run: Path) -> str:
         marks=MARKS,
         verdicts=Counter(window.outcome.value for _, window in found.windows),
         run=shlex.quote(str(run)),
-        reload=_load_at_90_percent(evidence.capacity_rps),
+        reload=_load_at_90_percent(after.rps),
     )
 
 
@@ -126,11 +161,12 @@ def _headline(found: Findings) -> str:
     """The answer in one sentence."""
     plan, evidence = found.plan, found.evidence
     name = evidence.metric
-    gain = wording.factor(evidence.capacity_rps, evidence.baseline_capacity_rps)
+    after = found.plan_capacity
+    gain = wording.gain(after, found.baseline_capacity)
     accuracy = wording.metric_with_interval(evidence.accuracy, evidence.accuracy_interval, name)
     return (
-        f"{found.name}: {wording.rate(evidence.capacity_rps).removesuffix('/s')} requests/s "
-        f"{'' if evidence.proven else '(estimated, not proven) '}inside {plan.goal.slo}, "
+        f"{found.name}: {wording.rate(after.rps).removesuffix('/s')} requests/s "
+        f"{'' if after.proven or not after.rps else f'({wording.ESTIMATED}) '}inside {plan.goal.slo}, "
         + (f"{gain} the baseline, " if gain else "")
         + f"{name} {accuracy}, drop {wording.drop(evidence.accuracy_drop, name)}"
     )
@@ -147,33 +183,66 @@ def _misses(plan: Plan) -> list[str]:
         drop = wording.drop(evidence.accuracy_drop, name, evidence.accuracy_drop_interval)
         misses.append(f"the drop is {drop}, and its interval must stay inside {budget}")
     if evidence.capacity_rps <= 0:
-        misses.append(f"no rate was confirmed inside {slo}")
+        misses.append(f"no rate was proven or estimated inside {slo}")
     elif evidence.p99_ms is not None and slo.percentile == 99 and evidence.p99_ms >= slo.limit_ms:
         misses.append(f"p99 is {wording.percentile(evidence.p99_ms, evidence.p99_interval_ms, None)} against {slo}")
     return misses
 
 
-def _proof(found: Findings, trial: Trial | None, rps: float, p99_ms: float | None) -> Measurement | None:
-    return None if trial is None else found.proof(trial.candidate, rps, p99_ms)
-
-
 def _rungs(found: Findings) -> list[RungLine]:
     rungs = found.evidence.ladder
-    lines = []
-    for index, rung in enumerate(rungs):
-        proof = found.proof(rung.candidate, rung.capacity_rps, rung.p99_ms)
-        lines.append(
-            RungLine(
-                step=rung.step,
-                candidate=rung.candidate,
-                capacity=wording.rate(rung.capacity_rps),
-                gain=wording.factor(rung.capacity_rps, rungs[index - 1].capacity_rps) if index else "",
-                total=wording.factor(rung.capacity_rps, rungs[0].capacity_rps) if index else "",
-                p99=wording.p99_at(rung.p99_ms, None, proof),
-                accuracy=wording.metric(rung.accuracy, found.evidence.metric),
-            )
+    capacities = [found.capacity(rung.candidate, rung.capacity_rps, rung.p99_ms) for rung in rungs]
+    return [
+        RungLine(
+            step=rung.step,
+            candidate=rung.candidate,
+            name=found.name_of(rung.candidate),
+            capacity=capacity,
+            gain=wording.gain(capacity, capacities[index - 1]) if index else "",
+            total=wording.gain(capacity, capacities[0]) if index else "",
+            p99=wording.p99_of(capacity),
+            accuracy=wording.metric(rung.accuracy, found.evidence.metric),
         )
-    return lines
+        for index, (rung, capacity) in enumerate(zip(rungs, capacities, strict=True))
+    ]
+
+
+def _above_the_plan(found: Findings) -> list[str]:
+    """Each step of the ladder that shows more than the plan, and why that is no better answer."""
+    after, said = found.plan_capacity, []
+    for rung in found.evidence.ladder:
+        capacity = found.capacity(rung.candidate, rung.capacity_rps, rung.p99_ms)
+        if capacity.rps <= after.rps or not after.rps:
+            continue
+        if after.proven and not capacity.proven:
+            why = "a proof asks for a lower rate than an estimate"
+        else:
+            why = "the two were not measured side by side, so the difference may be the host's"
+        said.append(
+            f"The step “{rung.step}” shows more than the plan ({wording.capacity(capacity)}, against "
+            f"{wording.capacity(after)}): {why}"
+        )
+    return said
+
+
+def _lines(found: Findings) -> list[TrialLine]:
+    """The candidates, those that one and the same reason ended before any load in one line."""
+    alike: dict[tuple[Fate, str], list[Trial]] = {}
+    for trial in _sorted(found.evidence.trials):
+        is_shared = trial.fate in ("failed", "skipped") and trial.capacity_rps is None
+        alike.setdefault((trial.fate, trial.why if is_shared else trial.candidate), []).append(trial)
+    return [_line(found, trials) for trials in alike.values()]
+
+
+def _line(found: Findings, trials: Sequence[Trial]) -> TrialLine:
+    first = trials[0]
+    rps = first.capacity_rps
+    return TrialLine(
+        trial=first,
+        names=tuple(found.name_of(trial.candidate) for trial in trials[:_MOST_NAMES]),
+        covers=len(trials),
+        capacity=None if rps is None else found.capacity(first.candidate, rps, first.p99_ms),
+    )
 
 
 def _sorted(trials: tuple[Trial, ...]) -> list[Trial]:
@@ -181,7 +250,7 @@ def _sorted(trials: tuple[Trial, ...]) -> list[Trial]:
     return sorted(
         trials,
         key=lambda trial: (
-            _FATES.index(trial.fate),
+            list(_FATES).index(trial.fate),
             -(trial.capacity_rps or 0.0),
             -(trial.predicted_rps or 0.0),
             trial.candidate,
@@ -191,7 +260,7 @@ def _sorted(trials: tuple[Trial, ...]) -> list[Trial]:
 
 def _count_fates(trials: tuple[Trial, ...]) -> list[tuple[str, int]]:
     counts = Counter(trial.fate for trial in trials)
-    return [(fate, counts[fate]) for fate in _FATES]
+    return [(words, counts[fate]) for fate, words in _FATES.items() if counts[fate]]
 
 
 def _load_at_90_percent(capacity_rps: float) -> str:

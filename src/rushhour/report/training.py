@@ -35,8 +35,8 @@ def write_training_report(folder: Path) -> Path:
         name=folder.resolve().name,
         epochs=epochs,
         best=max(epochs, key=lambda epoch: epoch.value),
-        loss=charts.training_loss(epochs),
-        metric=charts.training_metric(epochs),
+        loss=charts.in_both_widths(lambda narrow: charts.training_loss(epochs, narrow)),
+        metric=charts.in_both_widths(lambda narrow: charts.training_metric(epochs, narrow)),
     )
     write_whole(path, page.encode("utf-8", "replace"))
     return path

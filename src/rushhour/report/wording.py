@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from rushhour.measurement import Interval, Measurement, Outcome
-from rushhour.plan import Evidence, Policy
+from rushhour.plan import Policy
+from rushhour.report.findings import Capacity
 
 NOT_MEASURED = "not measured"
 INSUFFICIENT = "insufficient samples"
+ESTIMATED = "estimated, not proven"
 
 _FEWEST_FOR_P99 = 299  # below it no order statistic bounds the 99th percentile at 95% (shared with the load verdict)
 
@@ -51,15 +56,26 @@ def milliseconds(value: float | None, missing: str = INSUFFICIENT) -> str:
     return missing if value is None else f"{number(value)} ms"
 
 
-def capacity(found: Evidence) -> str:
-    """A plan's capacity; an estimate is called one: `2,610/s, estimated (2,400 to 2,700)`."""
-    said = rate(found.capacity_rps)
-    if found.proven or not found.capacity_rps:
+def capacity(found: Capacity) -> str:
+    """A capacity; an estimate is called one: `2,610/s, estimated, not proven (2,400 to 2,700)`."""
+    said = rate(found.rps)
+    if found.proven or not found.rps:
         return said
-    if found.capacity_interval_rps is None:
-        return f"{said}, estimated"
-    low, high = (rate(bound).removesuffix("/s") for bound in found.capacity_interval_rps)
-    return f"{said}, estimated ({low} to {high})"
+    if found.interval_rps is None:
+        return f"{said}, {ESTIMATED}"
+    return f"{said}, {ESTIMATED} ({rates(found.interval_rps)})"
+
+
+def rates(interval: Interval) -> str:
+    """An interval of rates: `2,400 to 2,700`."""
+    low, high = (rate(bound).removesuffix("/s") for bound in interval)
+    return f"{low} to {high}"
+
+
+def gain(after: Capacity, before: Capacity) -> str:
+    """How many times as much: `24×`; `about 24×` where one of them is an estimate; empty where either is 0."""
+    times = factor(after.rps, before.rps)
+    return times if (after.proven and before.proven) or not times else f"about {times}"
 
 
 def percentile(value: float | None, interval: Interval | None, n: int | None) -> str:
@@ -83,11 +99,23 @@ def p99(window: Measurement) -> str:
     return f"none: among the unanswered (n = {window.n:,})"
 
 
-def p99_at(value: float | None, interval: Interval | None, proof: Measurement | None) -> str:
-    """A p99 that a plan states, with what its window of load adds where that is the one: interval and n."""
-    if proof is not None and proof.p99_ms == value:
-        return p99(proof)
-    return percentile(value, interval, None)
+def p99_of(found: Capacity) -> str:
+    """The p99 at a capacity. At an estimate none was measured, so that of the fastest window below that held."""
+    if not found.rps:
+        return "no rate held"
+    if not found.proven:
+        if found.window is None or found.window.p99_ms is None:
+            return "not measured at that rate"
+        return f"{milliseconds(found.window.p99_ms)} at {rate(found.window.rate_rps)} (n = {found.window.n:,})"
+    if found.proof is not None and found.proof.p99_ms == found.p99_ms:
+        return p99(found.proof)
+    return percentile(found.p99_ms, found.p99_interval_ms, None)
+
+
+def speeds(values: Sequence[float]) -> str:
+    """The host's speed in a window: `median 1.02, slow moments 0.83 (10th percentile)`."""
+    slow, middle = np.quantile(values, [0.1, 0.5])
+    return f"median {middle:.2f}, slow moments {slow:.2f} (10th percentile)"
 
 
 def metric(value: float | None, name: str) -> str:
@@ -142,8 +170,12 @@ def policy(value: Policy) -> str:
     cells = f"{value.cells} cells of " if value.cells > 1 else ""
     streams = f"{cells}{value.streams} stream{'s' if value.streams > 1 else ''}"
     threads = f"{value.threads} thread{'s' if value.threads > 1 else ''}"
-    batches = f"batches up to {value.max_batch}" if value.max_batch > 1 else "one at a time"
-    return f"{streams} × {threads}, {batches}"
+    return f"{streams} × {threads}, {batches(value)}"
+
+
+def batches(value: Policy) -> str:
+    """`batches up to 32`."""
+    return f"batches up to {value.max_batch}" if value.max_batch > 1 else "one at a time"
 
 
 def when(at: str) -> str:

@@ -134,8 +134,8 @@ class _Telling:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def _tell(self, *said: Any) -> None:
-        self._stream.write(json.dumps(said) + "\n")
+    def _tell(self, name: str, *said: Any, **named: Any) -> None:
+        self._stream.write(json.dumps([name, said, named]) + "\n")
 
     def start(self, what: str, total: float | None = None) -> None:
         self._tell("start", what, total)
@@ -144,7 +144,10 @@ class _Telling:
         self._tell("advance", by, note)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        self._tell("done", note)
+        self._tell("done", note, good=good)
+
+    def limit(self, seconds: float) -> None:
+        self._tell("limit", seconds)
 
 
 @contextlib.contextmanager
@@ -159,8 +162,8 @@ def _telling(told: Path, progress: Progress) -> Iterator[None]:
                 ending = over.is_set()
                 *lines, rest = (rest + stream.read()).split("\n")
                 for line in lines:
-                    name, *said = json.loads(line)
-                    getattr(progress, name)(*said)
+                    name, said, named = json.loads(line)
+                    getattr(progress, name)(*said, **named)
                 if ending:
                     return
                 over.wait(_LOOK_EVERY_S)
