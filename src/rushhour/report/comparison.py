@@ -31,8 +31,14 @@ def side_by_side(plan: Plan, capacities: tuple[Capacity, Capacity] | None = None
     found = evidence_of(plan)
     name = found.metric
     before, after = capacities or stated(plan)
+    alone = (
+        []
+        if found.alone_rps is None
+        else [Row("without the load generator here", "", f"{wording.rate(found.alone_rps)}, predicted")]
+    )
     return (
         Row("capacity", wording.capacity(before), wording.capacity(after), wording.gain(after, before)),
+        *alone,
         Row("p99 there", wording.p99_of(before), wording.p99_of(after)),
         Row(
             name,

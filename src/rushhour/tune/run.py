@@ -72,6 +72,8 @@ def tune_run(
     clock = clock or WallClock()
     ends_at = clock.now() + (math.inf if settings.budget_s is None else settings.budget_s)
     with _alone_in(run):
+        if settings.budget_s is not None:
+            progress.limit(settings.budget_s)
         if isinstance(model, Bundle):
             reference = _taken(model, run / "bundles" / "reference")
         else:
