@@ -31,7 +31,8 @@ from rushhour.plan import SO_FAR, Plan
 from rushhour.progress import Progress
 from rushhour.storage import explained
 from rushhour.train import Tracking, TrainSettings, step_seconds, train
-from rushhour.tune.tune import TuneSettings, tune
+from rushhour.tune.settings import TuneSettings
+from rushhour.tune.tune import tune
 
 _TRAINING_SHARE = 0.45
 """Of the budget, for the training."""

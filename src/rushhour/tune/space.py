@@ -105,16 +105,16 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
 
 def baseline(reference: Bundle, cores: int) -> Candidate | None:
     """What a user has today: the torch module, eager, one sample at a time; None where there is no torch module."""
-    if reference.manifest.source is None:
+    if reference.manifest.source is None or reference.manifest.precision != "f32":
         return None
     policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
     return Candidate("reference", _content(reference), "torch", "f32", policy)
 
 
 def plain(reference: Bundle, cores: int) -> Candidate:
-    """The reference compiled and nothing else: one sample at a time."""
+    """The reference compiled and nothing else: one sample at a time, in the precision that it has."""
     policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
-    return Candidate("reference", _content(reference), "openvino", "f32", policy)
+    return Candidate("reference", _content(reference), "openvino", reference.manifest.precision, policy)
 
 
 def _content(bundle: Bundle) -> str:

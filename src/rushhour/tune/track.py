@@ -1,0 +1,249 @@
+"""Candidates under load: how much at most, which of two carries more, how much inside the limit, and its proof."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+from rushhour.bundle import Bundle
+from rushhour.errors import EngineError
+from rushhour.goal import Goal
+from rushhour.load import Estimate, Probe, Race, estimate, find_capacity, race
+from rushhour.measurement import Accuracy, Measurement, Outcome
+from rushhour.plan import Fate
+from rushhour.progress import Progress
+from rushhour.tune.settings import Budget, TuneSettings
+from rushhour.tune.space import Candidate
+from rushhour.tune.trial import Bench, Loaded
+
+_PUSH, _PUSHES, _FULL = 1.25, 5, 0.95
+"""More than a candidate is thought to carry: by so much, doubled so often while it answers so much of it in time."""
+_START = 0.75
+"""Of what meets the limit when more is asked than can be carried: where the search for the capacity begins."""
+_RACE_S, _RACE_LIMITS, _RACE_N = 0.3, 6.0, 60
+"""A race's windows are so long, at least so many times the limit, and hold at least so many requests."""
+_PROOFS = 6
+"""Windows of one confirmation, at most."""
+_LONGEST_PROOF = 6.0
+"""Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
+_LOWER = 0.85
+"""Of an estimate: a proof begins no lower, however uncertain the estimate."""
+_ROUGH = 2.0
+"""How much coarser and shorter the searches are that only show what a step bought."""
+_IN_WORDS = {
+    Outcome.PASS: "holds",
+    Outcome.FAIL: "does not hold",
+    Outcome.INCONCLUSIVE: "not clear yet",
+    Outcome.UNSTABLE: "the server fell behind",
+    Outcome.GENERATOR_LIMITED: "the load generator was at its limit",
+    Outcome.VOID: "the machine was disturbed",
+}
+
+
+@dataclasses.dataclass
+class Contender:
+    """A candidate and what is known of it so far."""
+
+    candidate: Candidate
+    accuracy: Accuracy | None = None
+    predicted: float | None = None
+    goodput: float | None = None
+    """Answers a second inside the limit where more was asked than it can carry."""
+    capacity: float | None = None
+    proven: bool = False
+    p99_ms: float | None = None
+    windows: list[Measurement] = dataclasses.field(default_factory=list)
+    """Of load, in the order asked. Not those on file: a search that goes on must ask what it asked before."""
+    fate: Fate | None = None
+    why: str = ""
+
+    def end(self, fate: Fate, why: str) -> None:
+        """It goes no further."""
+        self.fate, self.why = fate, why
+
+
+class Track:
+    """Where contenders are put under load, within a budget.
+
+    Args:
+        bench: gives their servers.
+        bundles: role -> bundle.
+        goal: the limits.
+        settings: of the search.
+        progress: hears of every step.
+        budget: what is left of it decides how much is asked.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        bundles: Mapping[str, Bundle],
+        goal: Goal,
+        settings: TuneSettings,
+        progress: Progress,
+        budget: Budget,
+    ) -> None:
+        self._bench = bench
+        self._bundles = bundles
+        self._goal = goal
+        self._settings = settings
+        self._progress = progress
+        self._budget = budget
+
+    def loaded(self, contender: Contender, phase: str) -> contextlib.AbstractContextManager[Loaded]:
+        """Its server, as a context, for windows of load."""
+        return self._bench.load(contender.candidate, self._bundles[contender.candidate.bundle], phase)
+
+    def push(self, contender: Contender) -> bool:
+        """See how many answers meet the limit where more is asked than it can carry; whether it runs at all."""
+        rate = _PUSH * (contender.predicted or 100.0)
+        self._progress.start(f"{contender.candidate.name}: how much at most?")
+        try:
+            with self.loaded(contender, "push") as loaded:
+                for attempt in range(_PUSHES):
+                    rate = float(f"{rate:.4g}")
+                    window = loaded.glances(1.0)(rate, self._settings.seed + 20_000 + attempt)
+                    contender.goodput = max(window.goodput_rps, 1 / window.duration_s)
+                    if window.goodput_rps < _FULL * rate:
+                        break
+                    rate *= 2
+        except EngineError as error:
+            contender.end("failed", str(error))
+            self._progress.done(error.what, good=False)
+            return False
+        self._progress.done(f"about {contender.goodput:,.0f} requests/s")
+        return True
+
+    def duel(self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, rivals: int) -> Race | None:
+        """Which of two carries more? None where the rival does not run."""
+        most = incumbent.goodput or 1.0
+        rate = float(f"{_PUSH * max(most, min(rival.predicted or 0.0, 2 * most)):.4g}")
+        limit_s, seed = self._goal.slo.limit_s, self._settings.seed + 30_000
+        window_s = float(f"{max(_RACE_S, _RACE_LIMITS * limit_s, _RACE_N / rate):.3g}")
+        self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
+
+        def ask(loaded: Loaded) -> Callable[[int], Measurement]:
+            probe = loaded.pushes(window_s, max(0.1, 3 * limit_s))
+
+            def taken(with_seed: int) -> Measurement:
+                window = probe(rate, with_seed)
+                self._progress.advance()
+                return window
+
+            return taken
+
+        try:
+            for loaded in (ours, theirs):
+                loaded.glances(0.5)(rate, seed - 1)  # a server just started
+            ended = race(
+                ask(ours),
+                ask(theirs),
+                seed=seed,
+                rivals=rivals,
+                is_over=lambda: self._budget.left < Budget.FOR_PROOF,
+            )
+        except EngineError as error:
+            rival.end("failed", str(error))
+            self._progress.done(error.what, good=False)
+            return None
+        incumbent.goodput, rival.goodput = ended.goodput_rps
+        if ended.order == "faster":
+            incumbent.end("beaten", f"{rival.candidate.name} carries {ended}")
+        elif ended.order == "slower":
+            rival.end("beaten", f"it carries {ended} of what {incumbent.candidate.name} does")
+        else:
+            rival.end("tied", f"it carries {ended} of what {incumbent.candidate.name} does")
+        said = {"faster": "it carries more", "slower": "it carries less", "tie": "a tie"}[ended.order]
+        self._progress.done(f"{said}: {ended}", good=ended.order == "faster")
+        return ended
+
+    def approach(self, contender: Contender, *, rough: bool = False) -> None:
+        """Its capacity, estimated; `rough` for a step on the ladder, which decides nothing."""
+        step = _ROUGH if rough else 1.0
+        self._progress.start(f"{contender.candidate.name}: how much inside {self._goal.slo}?")
+        try:
+            with self.loaded(contender, "search") as loaded:
+                search = find_capacity(
+                    self._noted(contender, loaded.glances(self._settings.window_s / step)),
+                    start_rps=_START * (contender.goodput or 100.0),
+                    slo=self._goal.slo,
+                    resolution=1 + step * self._settings.resolution,
+                    seed=self._settings.seed,
+                    prove=False,
+                    budget_s=Budget.FOR_WAY / step * self._budget.seconds,
+                )
+        except EngineError as error:
+            contender.end("failed", str(error))
+            self._progress.done(error.what, good=False)
+            return
+        contender.capacity, contender.proven = search.capacity_rps, False
+        said = f"about {search.capacity_rps:,.0f} requests/s" if search.capacity_rps else "nothing: too slow"
+        self._progress.done(said, good=search.capacity_rps > 0)
+
+    def _noted(self, contender: Contender, probe: Probe) -> Probe:
+        def noted(rate: float, seed: int) -> Measurement:
+            result = probe(rate, seed)
+            contender.windows.append(result)
+            self._progress.advance(note=f"{rate:,.0f}/s: {_IN_WORDS[result.outcome]}")
+            return result
+
+        return noted
+
+    def confirm(self, contender: Contender) -> Measurement | None:
+        """A proof of a candidate's capacity, on fresh seeds.
+
+        It begins at the lower end of what all windows of this candidate tell by then. A proof raises the rate, half
+        way to what was not proven; any other window lowers it to the lower end of the estimate as it is then, and the
+        next one is longer, as far as the last one asks for it. Where none is a proof, the candidate keeps the estimate.
+        """
+        found = self.estimate(contender)
+        if found is None:
+            return None
+        proven: Measurement | None = None
+        ceiling, window_s = found.interval_rps[1], self._settings.proof_s
+        rate = max(found.interval_rps[0], _LOWER * found.rate_rps)
+        self._progress.start(f"{contender.candidate.name}: proof on fresh seeds")
+        with self.loaded(contender, "confirm") as loaded:
+            for attempt in range(_PROOFS):
+                if attempt and self._budget.left < Budget.FOR_RUNGS:
+                    break
+                rate = float(f"{rate:.4g}")
+                probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}")))
+                result = probe(rate, self._settings.seed + 10_000 + attempt)
+                if result.outcome is Outcome.PASS:
+                    proven = result
+                else:
+                    ceiling = min(ceiling, rate)
+                    asked_s = result.duration_s + (result.needs_s or 0.0)
+                    window_s = min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked_s))
+                if proven is not None:
+                    self._kept(contender, proven)
+                    if ceiling <= proven.rate_rps * (1 + self._settings.resolution):
+                        break
+                    rate = math.sqrt(proven.rate_rps * ceiling)
+                elif result.outcome.refutes or result.outcome is Outcome.INCONCLUSIVE:
+                    found = self.estimate(contender)
+                    rate = min(0.97 * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
+        if proven is not None:
+            self._kept(contender, proven)
+            self._progress.done(f"{proven.rate_rps:,.0f} requests/s")
+            return proven
+        found = self.estimate(contender)
+        contender.capacity, contender.proven, contender.p99_ms = (found.rate_rps if found else 0.0), False, None
+        contender.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
+        self._progress.done(contender.why, good=False)
+        return None
+
+    def _kept(self, contender: Contender, proven: Measurement) -> None:
+        contender.capacity, contender.proven, contender.p99_ms = proven.rate_rps, True, proven.p99_ms
+
+    def estimate(self, contender: Contender) -> Estimate | None:
+        """What all windows of a candidate tell."""
+        return estimate(contender.windows, self._goal.slo, seed=self._settings.seed)
+
+    def refuted(self, contender: Contender) -> bool:
+        """Whether a window proved that it does not hold what it is said to."""
+        capacity = contender.capacity or 0.0
+        return any(window.outcome.refutes and window.rate_rps <= capacity for window in contender.windows)
