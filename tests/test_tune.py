@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from rushhour.bundle import Bundle, Preprocessing
+from rushhour.clock import VirtualClock
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import Engine
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Journal
 from rushhour.measurement import Measurement, Outcome, ServiceTimes
-from rushhour.plan import Plan
+from rushhour.plan import Plan, Precision
 from rushhour.progress import Silent
 from rushhour.serve import open_target
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
@@ -140,6 +141,7 @@ class Load:
 
     def __init__(self, kill_every: int | None = None) -> None:
         self.windows = 0
+        self.clock = VirtualClock()
         self._kill_every = kill_every
 
     @contextlib.contextmanager
@@ -148,6 +150,7 @@ class Load:
 
     def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
         self.windows += 1
+        self.clock.advance(2.0)
         if self._kill_every is not None and self.windows % self._kill_every == 0:
             raise KeyboardInterrupt
         rate = asked["rate_rps"]
@@ -170,12 +173,20 @@ def timed(engine: Engine, bundle: Bundle, _: float) -> ServiceTimes:
     return ServiceTimes(sizes, seconds, rates)
 
 
-def searched(run: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> Plan:
+BOTH: dict[str, Precision] = {"reference": "f32", "int8": "int8"}
+
+
+def searched(
+    run: Path,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    roles: dict[str, Precision] = BOTH,
+    settings: TuneSettings | None = None,
+    so_far: Callable[[Plan], None] = lambda plan: None,
+) -> Plan:
     """Tune the tiny bundle, on data that it answers rightly by definition."""
-    bundles = {
-        role: tiny_bundle(run / "bundles" / role, precision=precision)
-        for role, precision in (("reference", "f32"), ("int8", "int8"))
-    }
+    bundles = {role: tiny_bundle(run / "bundles" / role, precision=precision) for role, precision in roles.items()}
     inputs = np.random.default_rng(1).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
     labels = tiny_answers(inputs).argmax(1).astype(np.int64)
     parts = [Split(inputs[at], labels[at]) for at in (slice(0, 100), slice(100, 200), slice(200, None))]
@@ -189,7 +200,16 @@ def searched(run: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> Plan:
         patch.setattr(trial, "payloads", lambda *_, **__: [])
         patch.setattr(trial, "measure", load.measure)
         goal = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("10%"))
-        return tune(bundles, data, goal, run=run, settings=TuneSettings(), progress=Silent())
+        return tune(
+            bundles,
+            data,
+            goal,
+            run=run,
+            settings=settings or TuneSettings(),
+            progress=Silent(),
+            clock=load.clock,
+            so_far=so_far,
+        )
 
 
 def test_the_fastest_inside_the_budget_wins_and_the_ladder_says_why(
@@ -236,6 +256,52 @@ def test_a_search_killed_again_and_again_asks_nothing_twice_and_finds_the_same(
     assert msgspec.structs.replace(plan, evidence=msgspec.structs.replace(plan.evidence, at="")) == (
         msgspec.structs.replace(expected, evidence=msgspec.structs.replace(expected.evidence, at=""))
     )
+
+
+def test_a_budget_leaves_out_what_decides_least_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, short = Load(), Load()
+    answers: list[Plan] = []
+    expected = searched(tmp_path / "whole", whole, monkeypatch)
+    plan = searched(tmp_path / "short", short, monkeypatch, settings=TuneSettings(budget_s=60), so_far=answers.append)
+    assert short.clock.now() < 0.6 * whole.clock.now()
+    assert plan.feasible
+    assert plan.evidence is not None
+    assert plan.evidence.proven
+    assert plan.evidence.capacity_rps > 2400
+    assert expected.evidence is not None
+    assert len(plan.evidence.ladder) < len(expected.evidence.ladder)
+    fates = {trial.fate for trial in plan.evidence.trials}
+    assert "skipped" in fates
+    assert "skipped" not in {trial.fate for trial in expected.evidence.trials}
+    # the best plan so far could be served long before the end, and the last one had its proof
+    assert answers[0].evidence is None
+    assert answers[-1].evidence is not None
+    assert answers[-1].evidence.capacity_rps == plan.evidence.capacity_rps
+    assert answers[-1].variants == plan.variants
+
+
+def test_a_bundle_that_is_quantised_already_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended in "nothing can be served": the reference was asked to run in f32."""
+    plan = searched(tmp_path, Load(), monkeypatch, roles={"reference": "int8"})
+    assert plan.feasible
+    assert plan.variants[0].precision == "int8"
+    assert plan.evidence is not None
+    assert plan.evidence.accuracy_drop == 0
+
+
+def test_who_carries_less_in_the_race_is_beaten_and_who_carries_as_much_ties(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = searched(tmp_path, Load(), monkeypatch)
+    assert plan.evidence is not None
+    trials = {(trial.bundle, trial.engine, trial.policy.cells, trial.policy.streams): trial
+              for trial in plan.evidence.trials if trial.policy.max_batch > 1}  # fmt: skip
+    raced = [trial for trial in trials.values() if trial.fate in ("won", "tied", "beaten")]
+    assert [trial.fate for trial in raced].count("won") == 1
+    tied = [trial for trial in raced if trial.fate == "tied"]
+    assert tied
+    assert {(trial.bundle, trial.engine) for trial in tied} == {("int8", "openvino")}
+    assert all("1.00x" in trial.why for trial in tied)
 
 
 class Waves(Load):
