@@ -1,0 +1,500 @@
+"""`make bench-noise`: the main job on a host that is not quiet, made so on purpose (`rushhour.testing.disturbers`).
+
+1  `rushhour demo` on a processor without AVX-512, disturbed: does it end in an answer, in time, with the right layout?
+2  the same candidate searched again and again: do estimates agree, do proofs hold on fresh seeds?
+3  the verdict in simulation (noise_verdict.py)
+4  races between two plans: are they ordered rightly?
+5  predicted against measured capacity
+6  what generator and server cost a request (noise_costs.py)
+
+What is disturbed runs in a child process, so that everything it starts is disturbed too. The networks are those of
+bench-machines (.bench/machines; trained there if they are missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from bench.parts import Part, run_parts, say, scale_of, scale_options
+from bench.record import Table, verdict
+
+from rushhour.bundle import Bundle
+from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
+from rushhour.clock import WallClock
+from rushhour.engines import open_engine, time_service
+from rushhour.goal import SLO, AccuracyBudget, Goal
+from rushhour.journal import Journal
+from rushhour.load import Generator, race
+from rushhour.machine import cores
+from rushhour.plan import Plan
+from rushhour.progress import Silent
+from rushhour.tune import TuneSettings
+from rushhour.tune.settings import Budget
+from rushhour.tune.space import Candidate, candidates
+from rushhour.tune.track import Contender, Track
+from rushhour.tune.trial import Bench, Loaded
+
+RESULTS = Path(__file__).parent / "results" / "noise.json"
+BENCH = Path(__file__).resolve().parent.parent / ".bench" / "machines"
+SEED = 0
+GOAL = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%"))
+DISTURBED: dict[str, tuple[str, ...]] = {
+    "quiet": (),
+    "bursts 3%": ("--bursts", "0.03"),
+    "bursts 8%": ("--bursts", "0.08"),
+    "bursts 15%": ("--bursts", "0.15"),
+    "two states": ("--waves", "two-state"),
+    "recorded": ("--waves", "recorded"),
+}
+_NOT_ASKED = "bursts 15%"
+"""Of the demo: the line asks for disturbances up to 8%, and waves."""
+_NETWORKS = ("article", "residual", "mlp")
+_APART = 1.1
+_PUSH = 1.25
+_HERE = str(Path(__file__).resolve())
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """How much is measured.
+
+    Attributes:
+        searches: of one candidate, for each disturbance; proofs are tried on 20 windows in all.
+        races: of two plans 10% apart, for each disturbance, and twice as many of equal ones.
+        rounds: of windows of every layout after a demo.
+        plans: of each network, whose capacity is predicted and measured.
+    """
+
+    searches: int = 5
+    races: int = 20
+    rounds: int = 25
+    plans: int = 5
+
+
+def disturbed(name: str, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command under one of the disturbances."""
+    before = [sys.executable, "-m", "rushhour.testing.disturbers", *DISTURBED[name], "--seed", str(SEED), "--"]
+    return subprocess.run([*(before if DISTURBED[name] else ()), *command], text=True, **options)
+
+
+def child(name: str, what: str, **given: Any) -> Any:
+    """Do a part of the work in a disturbed process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        command = [sys.executable, _HERE, "--child", what, "--given", json.dumps(given), "--out", str(out)]
+        disturbed(name, command, check=True)
+        return json.loads(out.read_text())
+
+
+# In a disturbed process.
+
+
+@contextlib.contextmanager
+def track(bundles: dict[str, Bundle], seed: int, generator: Generator) -> Iterator[tuple[Track, Bench]]:
+    """Where candidates of these bundles are put under load, with nothing on file."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "bundles").mkdir()
+        for role, bundle in bundles.items():
+            shutil.copytree(bundle.path, run / "bundles" / role)
+        bench = Bench(Journal(run / "measurements.jsonl"), generator, GOAL, run, ("rushhour.models:build",))
+        settings = TuneSettings(seed=seed)
+        yield Track(bench, bundles, GOAL, settings, Silent(), Budget(None, WallClock())), bench
+
+
+def of(network: str) -> dict[str, Bundle]:
+    """A network as it was trained, and in int8."""
+    return {"reference": Bundle.open(BENCH / network), "int8": Bundle.open(BENCH / f"{network}-7")}
+
+
+def timed(bundles: dict[str, Bundle], candidate: Candidate) -> tuple[Candidate, ServiceProfile, float]:
+    """A candidate with the best bound on its batches, its service times, and what they alone predict."""
+    bundle = bundles[candidate.bundle]
+    engine = open_engine(bundle, candidate.engine_config())
+    try:
+        times = time_service(engine, bundle, GOAL.slo.limit_s)
+    finally:
+        engine.close()
+    bound, predicted = best_batch(times, streams=candidate.streams, slo=GOAL.slo)
+    return candidate.with_batch(bound), ServiceProfile(times), predicted
+
+
+def first_of(bundles: dict[str, Bundle], role: str = "int8") -> Candidate:
+    """The candidate that parts 2 and 4 look at: int8 on OpenVINO, a stream for each core."""
+    return next(
+        each
+        for each in candidates(bundles, cores())
+        if (each.bundle, each.engine, each.policy.cells, each.policy.threads) == (role, "openvino", 1, 1)
+    )
+
+
+def searches(n: int, windows: int) -> dict[str, Any]:
+    """One candidate searched `n` times, and each of its proofs tried on `windows` fresh seeds."""
+    bundles, found = of("article"), []
+    candidate, _, predicted = timed(bundles, first_of(bundles))
+    with Generator() as generator:
+        for seed in range(1, n + 1):
+            with track(bundles, seed, generator) as (course, bench):
+                began = time.monotonic()
+                contender = Contender(candidate, predicted=predicted)
+                course.push(contender)
+                course.approach(contender)
+                estimated = contender.capacity
+                proof = course.confirm(contender)
+                seconds = time.monotonic() - began
+                held: list[bool] = []
+                if proof is not None:
+                    with bench.load(candidate, bundles["int8"], "again") as loaded:
+                        for again in range(windows):
+                            window = loaded.windows(5.0)(proof.rate_rps, 50_000 + again)
+                            held.append(not window.outcome.refutes and window.late <= 0.01 * window.n)
+                found.append(
+                    {
+                        "estimated": estimated,
+                        "proven": proof.rate_rps if proof else None,
+                        "capacity": contender.capacity,
+                        "seconds": round(seconds, 1),
+                        "held": held,
+                    }
+                )
+    return {"candidate": candidate.name, "searches": found}
+
+
+def races(n: int, slower: float) -> list[dict[str, Any]]:
+    """A candidate raced against itself, or against itself on an engine that takes `slower` times as long."""
+    bundles, found = of("article"), []
+    candidate, _, predicted = timed(bundles, first_of(bundles))
+    with Generator() as generator, track(bundles, SEED, generator) as (course, bench):
+        one, two = Contender(candidate, predicted=predicted), Contender(candidate, predicted=predicted)
+        course.push(one)
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(bench.load(candidate, bundles["int8"], "race"))
+            ours.glances(0.5)(1.2 * (one.goodput or 1.0), 0)  # it starts
+            with slowed(slower):
+                theirs = stack.enter_context(bench.load(candidate, bundles["int8"], "race of the other"))
+                theirs.glances(0.5)(1.2 * (one.goodput or 1.0), 0)
+            for again in range(n):
+                began = time.monotonic()
+                first, second = (ours, theirs) if again % 2 == 0 else (theirs, ours)
+                rate = float(f"{_PUSH * (one.goodput or 1.0):.4g}")
+                ended = race(
+                    partial(first.pushes(0.3, 0.15), rate),
+                    partial(second.pushes(0.3, 0.15), rate),
+                    seed=1_000 * (again + 1),
+                )
+                found.append(
+                    {
+                        "order": ended.order,
+                        "expected": "tie" if slower == 1 else "slower" if again % 2 == 0 else "faster",
+                        "ratio": ended.ratio,
+                        "pairs": ended.pairs,
+                        "seconds": round(time.monotonic() - began, 1),
+                    }
+                )
+    del two
+    return found
+
+
+@contextlib.contextmanager
+def slowed(times: float) -> Iterator[None]:
+    """Engines that are opened by processes started here take so many times as long."""
+    from rushhour.testing.disturbers import surroundings
+
+    before = dict(os.environ)
+    if times != 1:
+        os.environ.update(surroundings(None, SEED, slower=times))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def predictions(network: str, plans: int) -> list[dict[str, Any]]:
+    """Capacities of one network's plans: predicted, with the overhead that the best of them shows; and measured."""
+    bundles, found = of(network), []
+    ready = [timed(bundles, candidate) for candidate in candidates(bundles, cores()) if candidate.precision != "bf16"]
+    ready = sorted(ready, key=lambda each: -each[2])
+    chosen = [ready[round(at)] for at in np.linspace(0, len(ready) - 1, min(plans + 1, len(ready)))]
+    overhead: Overhead | None = None
+    with Generator() as generator:
+        for candidate, profile, alone in chosen:
+            with track(bundles, SEED, generator) as (course, _):
+                contender = Contender(candidate, predicted=alone)
+                if not course.push(contender):
+                    continue
+                spare = max(0, cores() - candidate.streams * candidate.policy.threads)
+                shape = {"streams": candidate.streams, "max_batch": candidate.policy.max_batch}
+                is_first = overhead is None
+                if overhead is None:
+                    overhead = Overhead.seen(profile, spare=spare, most_rps=contender.goodput or 1.0, **shape)
+                here = dataclasses.replace(overhead, spare=spare)
+                predicted = predicted_capacity(profile, slo=GOAL.slo, overhead=here, **shape)
+                course.approach(contender)
+                found.append(
+                    {
+                        "network": network,
+                        "plan": f"{candidate.name}, batches up to {candidate.policy.max_batch}",
+                        "engine_alone": alone,
+                        "predicted": predicted,
+                        "measured": contender.capacity,
+                        "learnt_from": is_first,
+                    }
+                )
+    return found
+
+
+def layouts(run: str, rounds: int) -> dict[str, float]:
+    """Answers in time a second of every layout of a plan's variant, asked for more than it can carry: in turn."""
+    plan = Plan.load(Path(run) / "plan.json")
+    variant, role = plan.variants[0], Path(plan.variants[0].bundle).name
+    bundles = {role: Bundle.open(Path(run) / variant.bundle)}
+    wanted = [
+        each
+        for each in candidates(bundles, cores())
+        if (each.engine, each.precision) == (variant.engine, variant.precision)
+    ]
+    bound = plan.policy.max_batch
+    shipped = (plan.policy.cells, plan.policy.streams, plan.policy.threads)
+    assert plan.evidence is not None
+    rate = float(f"{1.5 * plan.evidence.capacity_rps:.4g}")
+    goodput: dict[str, list[float]] = {}
+    with Generator() as generator, track(bundles, SEED, generator) as (_, bench), contextlib.ExitStack() as stack:
+        ready: list[tuple[str, Loaded]] = []
+        for each in wanted:
+            policy = each.policy
+            is_shipped = (policy.cells, policy.streams, policy.threads) == shipped
+            candidate = each.with_batch(bound) if is_shipped else timed(bundles, each)[0]
+            loaded = stack.enter_context(bench.load(candidate, bundles[role], "layout"))
+            loaded.glances(1.0)(rate, 0)
+            ready.append(("shipped" if is_shipped else candidate.name, loaded))
+        for turn in range(rounds):
+            for name, loaded in ready if turn % 2 == 0 else ready[::-1]:
+                goodput.setdefault(name, []).append(loaded.pushes(1.0, 0.2)(rate, 1 + turn).goodput_rps)
+    return {name: statistics.mean(seen) for name, seen in goodput.items()}
+
+
+CHILDREN: dict[str, Callable[..., Any]] = {
+    "searches": searches,
+    "races": races,
+    "predictions": predictions,
+    "layouts": layouts,
+}
+
+
+# The parts.
+
+
+def demos(names: Sequence[str], scale: Scale) -> Part:
+    """Part 1."""
+    rows: list[tuple[str | float | None, ...]] = []
+    seen: dict[str, Any] = {}
+    checks = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            began = time.monotonic()
+            command = [sys.executable, "-m", "rushhour.testing.processor", sys.executable, "-m", "rushhour", "demo"]
+            ended = disturbed(name, [*command, "--out", str(run)], capture_output=True)
+            minutes = (time.monotonic() - began) / 60
+            file = run / "plan.json"
+            evidence = Plan.load(file).evidence if file.exists() else None
+            if evidence is None:
+                seen[name] = {"exit": ended.returncode, "minutes": minutes, "said": ended.stderr[-2000:]}
+                checks.append(verdict(f"1.{name}", f"`rushhour demo`, {name}: a plan", ">= 1", 0.0, None, 1, unit=""))
+                continue
+            all_layouts = child(name, "layouts", run=str(run), rounds=scale.rounds)
+            gain = evidence.capacity_rps / max(evidence.baseline_capacity_rps, 1e-9)
+            share = all_layouts["shipped"] / max(all_layouts.values())
+            seen[name] = {
+                "exit": ended.returncode,
+                "minutes": minutes,
+                "evidence": msgspec.to_builtins(msgspec.structs.replace(evidence, trials=())),
+                "layouts": all_layouts,
+                "said": ended.stderr.splitlines(),
+            }
+            what = f"`rushhour demo`, {name}"
+            checks += [
+                verdict(f"1.{name}.exit", f"{what}: exit code", "<= 0", float(ended.returncode), None, 1, unit=""),
+                verdict(f"1.{name}.capacity", f"{what}: capacity", ">= 1", evidence.capacity_rps, None, 1, unit="/s"),
+                verdict(f"1.{name}.minutes", f"{what}: minutes, installs apart", "<= 9", minutes, None, 1, unit="min"),
+                verdict(f"1.{name}.gain", f"{what}: gain over the baseline", ">= 4", gain, None, 1),
+                verdict(f"1.{name}.accuracy", f"{what}: accuracy", ">= 0.9", evidence.accuracy, None, 1, unit=""),
+                verdict(f"1.{name}.layout", f"{what}: its layout, of the best", ">= 0.95", share, None, scale.rounds),
+            ]
+            proven = "proven" if evidence.proven else "estimated"
+            rows.append((name, minutes, evidence.capacity_rps, proven, gain, evidence.accuracy, share))
+    columns = ("disturbed by", "minutes", "capacity, /s", "", "gain", "accuracy", "layout, of the best")
+    return Part(tuple(checks), (Table("`rushhour demo`, disturbed", columns, tuple(rows)),), seen)
+
+
+def searched(names: Sequence[str], scale: Scale) -> Part:
+    """Part 2."""
+    checks, rows, seen = [], [], {}
+    windows = math.ceil(20 / scale.searches)
+    for name in names:
+        found = seen[name] = child(name, "searches", n=scale.searches, windows=windows)
+        estimates = [each["estimated"] for each in found["searches"] if each["estimated"]]
+        proven = [each["proven"] for each in found["searches"] if each["proven"]]
+        held = [each for search in found["searches"] for each in search["held"]]
+        middle = statistics.median(estimates) if estimates else 0.0
+        off = max((abs(each / middle - 1) for each in estimates), default=1.0)
+        seconds = statistics.median(each["seconds"] for each in found["searches"])
+        what, n = f"{found['candidate']}, {name}", len(estimates)
+        checks.append(
+            verdict(
+                f"2.{name}.spread", f"{what}: estimates, farthest from their median", "<= 0.1", off, None, n, unit=""
+            )
+        )
+        if held:
+            share = sum(held) / len(held)
+            checks.append(
+                verdict(
+                    f"2.{name}.holds",
+                    f"{what}: windows that a proof held in",
+                    ">= 0.95",
+                    share,
+                    None,
+                    len(held),
+                    unit="",
+                )
+            )
+        rows.append(
+            (
+                name,
+                middle,
+                off,
+                len(proven),
+                statistics.median(proven) if proven else None,
+                sum(held),
+                len(held),
+                seconds,
+            )
+        )
+    columns = ("disturbed by", "estimate, /s", "farthest", "proven", "proven, /s", "held", "of windows", "seconds")
+    return Part(tuple(checks), (Table("One candidate, searched again and again", columns, tuple(rows)),), seen)
+
+
+def raced(names: Sequence[str], scale: Scale) -> Part:
+    """Part 4."""
+    checks, rows, seen = [], [], {}
+    for name in names:
+        for slower, n, target in ((_APART, scale.races, 0.95), (1.0, 2 * scale.races, 0.95)):
+            found = seen[f"{name}, {slower:g}"] = child(name, "races", n=n, slower=slower)
+            right = sum(each["order"] == each["expected"] for each in found) / len(found)
+            opposite = sum(each["order"] not in (each["expected"], "tie") for each in found)
+            longest = max(each["seconds"] for each in found)
+            kind = "equal plans: ties" if slower == 1 else "plans 10% apart: ordered rightly"
+            key = "tie" if slower == 1 else "order"
+            checks.append(
+                verdict(f"4.{name}.{key}", f"{kind}, {name}", f">= {target}", right, None, len(found), unit="")
+            )
+            checks.append(
+                verdict(
+                    f"4.{name}.{key}.s",
+                    f"{kind}, {name}: the longest race",
+                    "<= 60",
+                    longest,
+                    None,
+                    len(found),
+                    unit="s",
+                )
+            )
+            middle = statistics.median(each["seconds"] for each in found)
+            ratio = statistics.median(each["ratio"] ** (-1 if each["expected"] == "faster" else 1) for each in found)
+            rows.append((name, kind, right, opposite, ratio, middle, longest, len(found)))
+    columns = ("disturbed by", "", "right", "the opposite", "ratio seen", "seconds, median", "longest", "races")
+    return Part(tuple(checks), (Table("Races of two", columns, tuple(rows)),), seen)
+
+
+def predicted(scale: Scale) -> Part:
+    """Part 5."""
+    found = list(
+        itertools.chain(*(child("quiet", "predictions", network=each, plans=scale.plans) for each in _NETWORKS))
+    )
+    told = [each for each in found if not each["learnt_from"] and each["measured"]]
+    errors = [abs(each["predicted"] / each["measured"] - 1) for each in told]
+    predictions, measured = (np.array([each[key] for each in told]) for key in ("predicted", "measured"))
+    ranks = [values.argsort().argsort() for values in (predictions, measured)]
+    correlation = float(np.corrcoef(*ranks)[0, 1])
+    n = len(told)
+    checks = [
+        verdict("5.plans", "plans whose capacity was predicted and measured", ">= 12", float(n), None, n, unit=""),
+        verdict(
+            "5.error",
+            "predicted against measured, median error",
+            "<= 0.15",
+            statistics.median(errors),
+            None,
+            n,
+            unit="",
+        ),
+        verdict("5.rank", "predicted against measured, rank correlation", ">= 0.9", correlation, None, n, unit=""),
+    ]
+    rows = tuple(
+        (
+            f"{each['network']}: {each['plan']}",
+            each["engine_alone"],
+            each["predicted"],
+            each["measured"],
+            "the overhead is learnt from it" if each["learnt_from"] else None,
+        )
+        for each in found
+    )
+    columns = ("plan", "engine alone, /s", "predicted, /s", "measured, /s", "")
+    return Part(tuple(checks), (Table("Predicted and measured capacity", columns, rows),), found)
+
+
+def main() -> int:
+    """Measure what is missing, and write the record after each part."""
+    parser = argparse.ArgumentParser(description="The main job on a host that is not quiet.")
+    parser.add_argument("--only", default="", help="of 1,2,3,4,5,6, measured anew")
+    parser.add_argument("--disturbed", default=",".join(DISTURBED), help="by which of these")
+    parser.add_argument("--out", type=Path, help="the record; by default results/noise.json")
+    parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
+    parser.add_argument("--given", default="{}", help=argparse.SUPPRESS)
+    scale_options(parser, Scale())
+    arguments = parser.parse_args()
+    if arguments.child:
+        arguments.out.write_text(json.dumps(CHILDREN[arguments.child](**json.loads(arguments.given))))
+        return 0
+    names = [name for name in DISTURBED if name in arguments.disturbed.split(",")]
+    scale = scale_of(arguments, Scale)
+    parts: dict[str, Callable[[], Part]] = {
+        "1": lambda: demos([name for name in names if name != _NOT_ASKED], scale),
+        "2": lambda: searched(names, scale),
+        "4": lambda: raced(names, scale),
+        "5": lambda: predicted(scale),
+    }
+    say(f"disturbed by: {', '.join(names)}")
+    return run_parts(
+        parts,
+        arguments.out or RESULTS,
+        kept=True,
+        only={name for name in arguments.only.split(",") if name},
+        timed={"1", "2", "4", "5"},
+        seeds={"models": SEED, "disturbers": SEED},
+    )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
