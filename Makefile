@@ -4,6 +4,7 @@
 # make test-avx2     those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
 # make bench-serve   our server against its peers, 20 minutes on a quiet machine (`apt-get install wrk` first)
+# make bench-noise   the main job on a host that is disturbed on purpose, 3 hours; parts by `--only`
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
@@ -19,7 +20,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-avx2 check clean bench-machines bench-serve bench-load bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo test test-slow test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -59,6 +60,10 @@ check: .venv/.dev
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/render.py
+
+bench-noise: .venv/.dev
+	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/render.py
 
 bench-soak: setup
