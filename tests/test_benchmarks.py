@@ -141,6 +141,17 @@ def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
+def test_server_whose_keeper_is_slow_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = tmp_path / "keeper.py"  # as on a busy machine: it takes a while until the server is there
+    real = str(BENCHMARKS / "bench" / "keeper.py")
+    keeper.write_text(f"import runpy, time\ntime.sleep(0.5)\nrunpy.run_path({real!r}, {{}}, '__main__')")
+    monkeypatch.setattr("bench.servers._KEEPER", keeper)
+    started = tmp_path / "started"
+    command = [sys.executable, "-c", f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)"]
+    with running(command, os.environ, 1, CORES, tmp_path / "log", started.exists) as server:
+        assert server.pids
+
+
 def test_killed_benchmark_leaves_no_server(tmp_path: Path) -> None:
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom bench.servers import running\n"
