@@ -219,6 +219,7 @@ def test_the_load_benchmark_simulates_and_searches_in_virtual_time(tmp_path: Pat
     found = Record.load(out)
     ids = [check.id for check in found.checks]
     assert {"3.false.sequential.M/D/1", "3.true.fixed.M/D/1 in bursts", "4.virtual.spread"} <= set(ids)
+    assert sum(id.startswith("3.refuted.") for id in ids) == sum(id.startswith("3.false.") for id in ids) == 12
     assert all(check.value is not None for check in found.checks)
     assert "How long a window has to be" in render.render([("load", found)])
 
