@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,12 +21,18 @@ import render  # noqa: E402
 from bench.blocks import _engine_s  # noqa: E402
 from bench.contestants import OURS, Batches, Setup, batches_between, peer_of, start_peer  # noqa: E402
 from bench.crowd import recovery_s  # noqa: E402
+from bench.environments import CannotInstall  # noqa: E402
 from bench.keeper import descendants  # noqa: E402
 from bench.models import bundle_of  # noqa: E402
 from bench.record import Check, Record, judged, mean_ratio, meets, verdict  # noqa: E402
 from bench.servers import DidNotStart, free_port, running  # noqa: E402
-from serve import SCENARIOS, TITLES  # noqa: E402
+from serve import SCENARIOS, TITLES, capacity_check, installed  # noqa: E402
 from train_options import OPTIONS, Trained, judge  # noqa: E402
+
+from rushhour.goal import SLO  # noqa: E402
+from rushhour.load import Target, search_capacity  # noqa: E402
+from rushhour.testing import queues  # noqa: E402
+from rushhour.testing.fakes import SIGNATURE  # noqa: E402
 
 CORES = frozenset(os.sched_getaffinity(0))
 
@@ -89,6 +96,38 @@ def test_every_peer_of_a_scenario_can_be_started(tmp_path: Path) -> None:
             assert (start.env["BENCH_WAY"], start.env["BENCH_PORT"]) == (way, "1")
             said = (Path(start.command[1]).parent / "README.md").read_text()
             assert not way or f"`{folder}.{way}`" in said
+
+
+def test_peer_is_installed_once_for_all_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def python_of(peer: Path, _: Path) -> Path:
+        tried.append(peer.name)
+        if peer.name == "triton":
+            raise CannotInstall("no such wheel")
+        return peer / "python"
+
+    monkeypatch.setattr("serve.python_of", python_of)
+    pythons, missing = installed({"triton", "triton.examples", "rayserve", "rayserve.direct"})
+    assert tried == ["rayserve", "triton"]
+    assert {peer: python.parent.name for peer, python in pythons.items()} == {
+        "rayserve": "rayserve",
+        "rayserve.direct": "rayserve",
+    }
+    assert missing == dict.fromkeys(("triton", "triton.examples"), "it cannot be installed: no such wheel")
+
+
+def test_capacity_holds_only_if_it_is_proven() -> None:
+    slo = SLO(percentile=99, limit_s=0.1)
+    server, target = queues.Batching(0.004, 0.0005, 16), Target("http://virtual", "virtual", 1, "", "noop", SIGNATURE)
+    found = search_capacity(queues.VirtualGenerator(server), target, [b"x"], slo, seed=0)
+    check = capacity_check("", found, 1333.0)
+    assert found.proven
+    assert check.holds
+    guess = capacity_check("", msgspec.structs.replace(found, confirmed=None, lowest_failing_rps=None), 1333.0)
+    assert not guess.holds
+    assert guess.why is not None
+    assert guess.why.startswith("estimated, not proven")
 
 
 def test_recovery_is_when_misses_become_rare() -> None:
