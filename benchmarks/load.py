@@ -352,18 +352,18 @@ def searches(count: int, budget_s: float) -> tuple[list[Check], list[Search]]:
             say(
                 f"search {seed}: {last.capacity_rps:g}/s, {last.lowest_failing_rps} fails, {last.seconds:.0f} s, "
                 f"{last.requests} requests, {len(last.runs)} windows, {last.retries} retries, "
-                f"{'proven' if last.proven else 'estimated'} {last.reason}"
+                f"{_end_of(last)} {last.reason}"
             )
     return spread_checks("4", found, [s.seconds for s in found]), found
 
 
 def spread_checks(id: str, found: Sequence[Search], seconds: Sequence[float]) -> list[Check]:
     """How far searches end from their median, and how long they take."""
-    capacities, proven = [each.capacity_rps for each in found], sum(each.proven for each in found)
+    capacities, ends = [each.capacity_rps for each in found], Counter(map(_end_of, found))
     median = float(np.median(capacities))
     apart = max(abs(each / median - 1) for each in capacities) if median else math.inf
     n = len(capacities)
-    why = f"{proven} of them are proven, the others estimates" if proven < n else ""
+    why = ", ".join(f"{count} {end}" for end, count in ends.items())
     return [
         verdict(
             *(f"{id}.spread", f"{n} searches on one server: farthest from their median", "<= 0.05", apart, None, n),
@@ -371,11 +371,15 @@ def spread_checks(id: str, found: Sequence[Search], seconds: Sequence[float]) ->
         )
         if math.isfinite(apart)
         else Check(
-            *(f"{id}.spread", "searches on one server", "x", "<= 0.05", None, None, n, False),
-            "most of them found no capacity",
+            *(f"{id}.spread", f"{n} searches on one server: farthest from their median", "x", "<= 0.05"),
+            *(None, None, n, False, why),
         ),
         verdict(f"{id}.seconds", "the longest of them", "<= 90", max(seconds), None, n, unit="s"),
     ]
+
+
+def _end_of(search: Search) -> str:
+    return "proven" if search.proven else "estimated" if search.capacity_rps else "without a capacity"
 
 
 def virtual_searches(count: int) -> list[Check]:
@@ -448,7 +452,8 @@ def disturbed(windows: int, window_s: float) -> tuple[list[Check], list[Measurem
                     rate = _NEIGHBOUR * batches_per_s * _BATCH
                     pair[noisy] = _window(generator, target, requests, rate, seed, window_s)
             seen += pair.values()
-            wide += pair[True].outcome is not Outcome.PASS or _width(pair[True]) > _width(pair[False])
+            felt = pair[True].outcome is not Outcome.PASS or _width(pair[True]) > _width(pair[False])
+            wide += pair[False].outcome is Outcome.PASS and felt
             said.append(f"{pair[False].outcome.value} alone, then {pair[True].outcome.value}")
     why = ", ".join(f"{v} times {k}" for k, v in Counter(said).items())
     n = windows
@@ -461,7 +466,7 @@ def disturbed(windows: int, window_s: float) -> tuple[list[Check], list[Measurem
         verdict(
             *(
                 "6.noise",
-                "a network that computes, burners on every core: share void (or no pass), or of wider interval",
+                "a network that computes: share that passes alone, but with burners does not, or with a wider interval",
                 ">= 1",
             ),
             *(wide / n, None, n),
