@@ -25,6 +25,7 @@ def switches() -> dict[str, str]:
         return {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(INSTANCES),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -45,6 +46,10 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    # Ray's own switch for requests per second, and then the way.
-    os.environ |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", **switches()}
+    # Ray's own switch for requests per second; time to start on a core that is shared, or Ray kills its proxy; the way.
+    os.environ |= {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        **switches(),
+    }
     os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("service.py"))])
