@@ -3,7 +3,7 @@
 # make test-slow     the slow ones; docs/testing.md lists them
 # make test-avx2     those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
-# make bench-serve   our server against its peers, 20 minutes on a quiet machine (`apt-get install wrk` first)
+# make bench-serve   our server against its peers, 26 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-noise   the main job on a host that is disturbed on purpose, 3 hours; parts by `--only`
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds

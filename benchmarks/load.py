@@ -70,6 +70,8 @@ _FIXED_S, _EACH_S, _BATCH = 0.004, 0.0005, 16
 _MOST_RPS = _BATCH / (_FIXED_S + _BATCH * _EACH_S)
 _SHARES = (0.3, 0.5, 0.65, 0.75, 0.85)
 _FALSE, _TRUE, _INSIDE = 0.05, 0.90, 0.9
+_REFUTED = 0.01
+"""How often a rate that holds may be called failing or unstable. It is tried at the limit, where it holds only just."""
 _LENGTHS = "10,20,40,60"
 _FEWER = 4
 """The curve over the length of the window rests on a quarter of the runs."""
@@ -100,7 +102,7 @@ _SIMULATED = QUEUES | TURN_AWAY
 
 
 class Simulated(msgspec.Struct, frozen=True):
-    """How often the verdict passed a simulated queue.
+    """What the verdict said of a simulated queue.
 
     Attributes:
         queue: its name in `QUEUES` or `TURN_AWAY`.
@@ -109,6 +111,7 @@ class Simulated(msgspec.Struct, frozen=True):
         looks: 1 for a fixed n.
         limit_ms: the true 99th percentile at share 1.
         passed: of `runs`.
+        refuted: of `runs`; all others proved nothing.
         mean_s: how long a window was on average when it was decided.
         n: requests in the longest window.
         busy_periods: how often the server in such a window falls idle and starts anew, on average.
@@ -121,6 +124,7 @@ class Simulated(msgspec.Struct, frozen=True):
     runs: int
     limit_ms: float
     passed: int
+    refuted: int
     mean_s: float
     n: int
     busy_periods: float
@@ -150,6 +154,7 @@ def simulated(name: str, limit: float, share: float, seconds: float, looks: int,
         runs=runs,
         limit_ms=1e3 * limit,
         passed=sum(outcome is Outcome.PASS for outcome, _ in found),
+        refuted=sum(outcome.refutes for outcome, _ in found),
         mean_s=sum(size for _, size in found) / len(found) / rate,
         n=n,
         busy_periods=float((due[1:] > over[:-1]).sum(axis=0).mean()),
@@ -187,19 +192,22 @@ def simulations(
         if each.seconds != longest:
             continue
         how = "sequential" if each.looks > 1 else "fixed n"
-        at_limit = each.share == 1.0
-        checks.append(
-            verdict(
-                f"{id}.{'false' if at_limit else 'true'}.{'sequential' if each.looks > 1 else 'fixed'}.{each.queue}",
-                f"{each.queue}, {how}, at most {each.seconds:g} s: share of windows that pass "
-                + ("exactly at the limit" if at_limit else "10% inside it"),
-                f"<= {_FALSE:g}" if at_limit else f">= {_TRUE:g}",
-                each.passed / each.runs,
-                proportion(each.passed, each.runs),
-                each.runs,
-                unit="",
+        if each.share == 1.0:
+            kinds = [
+                ("false", "pass exactly at the limit", f"<= {_FALSE:g}", each.passed),
+                ("refuted", "are refuted exactly at the limit", f"<= {_REFUTED:g}", each.refuted),
+            ]
+        else:
+            kinds = [("true", "pass 10% inside it", f">= {_TRUE:g}", each.passed)]
+        for kind, what, target, count in kinds:
+            checks.append(
+                verdict(
+                    f"{id}.{kind}.{'sequential' if each.looks > 1 else 'fixed'}.{each.queue}",
+                    f"{each.queue}, {how}, at most {each.seconds:g} s: share of windows that {what}",
+                    *(target, count / each.runs, proportion(count, each.runs), each.runs),
+                    unit="",
+                )
             )
-        )
     by = {(each.queue, each.share, each.seconds, each.looks): each for each in found}
     rows: list[tuple[str | float | None, ...]] = []
     for name in names:
@@ -214,20 +222,23 @@ def simulations(
                         float(inside.n),
                         inside.busy_periods,
                         at.passed / at.runs,
+                        at.refuted / at.runs,
                         inside.passed / inside.runs,
+                        inside.refuted / inside.runs,
                         inside.mean_s,
                     )
                 )
     columns = (
         *("server", "test", "longest window, s", "requests", "busy periods", "passes at the limit"),
-        *("passes 10% inside", "mean window inside, s"),
+        *("refuted at the limit", "passes 10% inside", "refuted 10% inside", "mean window inside, s"),
     )
     title = "how long a window has to be" + (" where the server turns away" if id == "a" else "")
     most = max(map(_times, names))
     more = f" ({most * runs} for bursts)" if most > 1 else ""
     note = (
         "Requests and busy periods are those of the longest window 10% inside. The limit is each server's own 99th "
-        f"percentile at its rate. {runs} runs for the longest window{more}, {max(1, runs // _FEWER)} for the others."
+        "percentile at its rate. What neither passes nor is refuted (fail, unstable) is inconclusive. "
+        f"{runs} runs for the longest window{more}, {max(1, runs // _FEWER)} for the others."
     )
     return checks, {"simulated": found}, [Table(title, columns, tuple(rows), note)]
 
@@ -340,35 +351,47 @@ def searches(count: int, budget_s: float) -> tuple[list[Check], list[Search]]:
             last = found[-1]
             say(
                 f"search {seed}: {last.capacity_rps:g}/s, {last.lowest_failing_rps} fails, {last.seconds:.0f} s, "
-                f"{last.requests} requests, {len(last.runs)} windows, {last.retries} retries {last.reason}"
+                f"{last.requests} requests, {len(last.runs)} windows, {last.retries} retries, "
+                f"{_end_of(last)} {last.reason}"
             )
-    return spread_checks("4", [s.capacity_rps for s in found], [s.seconds for s in found]), found
+    return spread_checks("4", found, [s.seconds for s in found]), found
 
 
-def spread_checks(id: str, capacities: Sequence[float], seconds: Sequence[float]) -> list[Check]:
+def spread_checks(id: str, found: Sequence[Search], seconds: Sequence[float]) -> list[Check]:
     """How far searches end from their median, and how long they take."""
+    capacities, ends = [each.capacity_rps for each in found], Counter(map(_end_of, found))
     median = float(np.median(capacities))
     apart = max(abs(each / median - 1) for each in capacities) if median else math.inf
     n = len(capacities)
-    why = "" if median else "a search found no capacity"
+    why = ", ".join(f"{count} {end}" for end, count in ends.items())
     return [
-        verdict(f"{id}.spread", f"{n} searches on one server: farthest from their median", "<= 0.05", apart, None, n)
+        verdict(
+            *(f"{id}.spread", f"{n} searches on one server: farthest from their median", "<= 0.05", apart, None, n),
+            why=why,
+        )
         if math.isfinite(apart)
-        else Check(f"{id}.spread", "searches on one server", "x", "<= 0.05", None, None, n, False, why),
+        else Check(
+            *(f"{id}.spread", f"{n} searches on one server: farthest from their median", "x", "<= 0.05"),
+            *(None, None, n, False, why),
+        ),
         verdict(f"{id}.seconds", "the longest of them", "<= 90", max(seconds), None, n, unit="s"),
     ]
+
+
+def _end_of(search: Search) -> str:
+    return "proven" if search.proven else "estimated" if search.capacity_rps else "without a capacity"
 
 
 def virtual_searches(count: int) -> list[Check]:
     """Check 4 as it would be on a perfectly quiet machine: the same search in virtual time."""
     server = queues.Batching(_FIXED_S, _EACH_S, _BATCH)
     target = Target("http://virtual", "virtual", 1, "", "noop", SIGNATURE)
-    capacities, seconds = [], []
+    found, seconds = [], []
     for seed in range(count):
         generator = queues.VirtualGenerator(server)
-        capacities.append(search_capacity(generator, target, [b"x"], _SLO, seed=seed).capacity_rps)
+        found.append(search_capacity(generator, target, [b"x"], _SLO, seed=seed))
         seconds.append(generator.seconds)
-    checks = spread_checks("4.virtual", capacities, seconds)
+    checks = spread_checks("4.virtual", found, seconds)
     return [msgspec.structs.replace(check, what=f"in virtual time, {check.what}") for check in checks]
 
 
@@ -429,7 +452,8 @@ def disturbed(windows: int, window_s: float) -> tuple[list[Check], list[Measurem
                     rate = _NEIGHBOUR * batches_per_s * _BATCH
                     pair[noisy] = _window(generator, target, requests, rate, seed, window_s)
             seen += pair.values()
-            wide += pair[True].outcome is not Outcome.PASS or _width(pair[True]) > _width(pair[False])
+            felt = pair[True].outcome is not Outcome.PASS or _width(pair[True]) > _width(pair[False])
+            wide += pair[False].outcome is Outcome.PASS and felt
             said.append(f"{pair[False].outcome.value} alone, then {pair[True].outcome.value}")
     why = ", ".join(f"{v} times {k}" for k, v in Counter(said).items())
     n = windows
@@ -442,7 +466,7 @@ def disturbed(windows: int, window_s: float) -> tuple[list[Check], list[Measurem
         verdict(
             *(
                 "6.noise",
-                "a network that computes, burners on every core: share void (or no pass), or of wider interval",
+                "a network that computes: share that passes alone, but with burners does not, or with a wider interval",
                 ">= 1",
             ),
             *(wide / n, None, n),

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,12 +21,18 @@ import render  # noqa: E402
 from bench.blocks import _engine_s  # noqa: E402
 from bench.contestants import OURS, Batches, Setup, batches_between, peer_of, start_peer  # noqa: E402
 from bench.crowd import recovery_s  # noqa: E402
+from bench.environments import CannotInstall  # noqa: E402
 from bench.keeper import descendants  # noqa: E402
 from bench.models import bundle_of  # noqa: E402
 from bench.record import Check, Record, judged, mean_ratio, meets, verdict  # noqa: E402
 from bench.servers import DidNotStart, free_port, running  # noqa: E402
-from serve import SCENARIOS, TITLES  # noqa: E402
+from serve import SCENARIOS, TITLES, capacity_check, installed  # noqa: E402
 from train_options import OPTIONS, Trained, judge  # noqa: E402
+
+from rushhour.goal import SLO  # noqa: E402
+from rushhour.load import Target, search_capacity  # noqa: E402
+from rushhour.testing import queues  # noqa: E402
+from rushhour.testing.fakes import SIGNATURE  # noqa: E402
 
 CORES = frozenset(os.sched_getaffinity(0))
 
@@ -91,6 +98,38 @@ def test_every_peer_of_a_scenario_can_be_started(tmp_path: Path) -> None:
             assert not way or f"`{folder}.{way}`" in said
 
 
+def test_peer_is_installed_once_for_all_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def python_of(peer: Path, _: Path) -> Path:
+        tried.append(peer.name)
+        if peer.name == "triton":
+            raise CannotInstall("no such wheel")
+        return peer / "python"
+
+    monkeypatch.setattr("serve.python_of", python_of)
+    pythons, missing = installed({"triton", "triton.examples", "rayserve", "rayserve.direct"})
+    assert tried == ["rayserve", "triton"]
+    assert {peer: python.parent.name for peer, python in pythons.items()} == {
+        "rayserve": "rayserve",
+        "rayserve.direct": "rayserve",
+    }
+    assert missing == dict.fromkeys(("triton", "triton.examples"), "it cannot be installed: no such wheel")
+
+
+def test_capacity_holds_only_if_it_is_proven() -> None:
+    slo = SLO(percentile=99, limit_s=0.1)
+    server, target = queues.Batching(0.004, 0.0005, 16), Target("http://virtual", "virtual", 1, "", "noop", SIGNATURE)
+    found = search_capacity(queues.VirtualGenerator(server), target, [b"x"], slo, seed=0)
+    check = capacity_check("", found, 1333.0)
+    assert found.proven
+    assert check.holds
+    guess = capacity_check("", msgspec.structs.replace(found, confirmed=None, lowest_failing_rps=None), 1333.0)
+    assert not guess.holds
+    assert guess.why is not None
+    assert guess.why.startswith("estimated, not proven")
+
+
 def test_recovery_is_when_misses_become_rare() -> None:
     due = np.arange(1000) / 100
     assert recovery_s(due, due < 1.5) == pytest.approx(1.5, abs=0.1)
@@ -139,6 +178,17 @@ def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         running(command, os.environ, 1, CORES, tmp_path / "log", lambda: False),
     ):
         pass
+
+
+def test_server_whose_keeper_is_slow_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = tmp_path / "keeper.py"  # as on a busy machine: it takes a while until the server is there
+    real = str(BENCHMARKS / "bench" / "keeper.py")
+    keeper.write_text(f"import runpy, time\ntime.sleep(0.5)\nrunpy.run_path({real!r}, {{}}, '__main__')")
+    monkeypatch.setattr("bench.servers._KEEPER", keeper)
+    started = tmp_path / "started"
+    command = [sys.executable, "-c", f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)"]
+    with running(command, os.environ, 1, CORES, tmp_path / "log", started.exists) as server:
+        assert server.pids
 
 
 def test_killed_benchmark_leaves_no_server(tmp_path: Path) -> None:
@@ -208,6 +258,7 @@ def test_the_load_benchmark_simulates_and_searches_in_virtual_time(tmp_path: Pat
     found = Record.load(out)
     ids = [check.id for check in found.checks]
     assert {"3.false.sequential.M/D/1", "3.true.fixed.M/D/1 in bursts", "4.virtual.spread"} <= set(ids)
+    assert sum(id.startswith("3.refuted.") for id in ids) == sum(id.startswith("3.false.") for id in ids) == 12
     assert all(check.value is not None for check in found.checks)
     assert "How long a window has to be" in render.render([("load", found)])
 

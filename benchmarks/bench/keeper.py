@@ -2,7 +2,8 @@
 
 Whatever a server does (forks, daemons, sessions of its own), its processes stay below this one: the kernel hands
 orphans to the nearest subreaper. It ends when its standard input does, so not even a killed benchmark leaves a server
-behind. Needs the standard library only.
+behind. It closes its standard output when the server has been started; what the server says goes to standard error.
+Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main(command: list[str]) -> None:
         signal.signal(number, lambda *_: os.close(0))
     signal.signal(signal.SIGCHLD, _reap)
     # Its input stays open as long as this process lives: some servers stop when it ends.
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True)
+    os.close(1)
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass

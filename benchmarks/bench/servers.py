@@ -98,7 +98,7 @@ def running(
             [sys.executable, "-I", "-S", str(_KEEPER), *command],
             env=dict(env),
             stdin=subprocess.PIPE,
-            stdout=said,
+            stdout=subprocess.PIPE,
             stderr=said,
             start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends its servers
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -106,7 +106,8 @@ def running(
     try:
         server = Server(keeper, port, log)
         deadline = time.monotonic() + patience_s
-        time.sleep(0.2)
+        assert keeper.stdout is not None
+        keeper.stdout.read()  # it ends when the server has been started: before, that there is none says nothing
         while not ready():
             if keeper.poll() is not None or not server.pids:
                 raise DidNotStart(f"it ended: {server.last_words()}")
@@ -116,8 +117,10 @@ def running(
         yield server
     finally:
         assert keeper.stdin is not None
+        assert keeper.stdout is not None
         keeper.stdin.close()
         keeper.wait()
+        keeper.stdout.close()
 
 
 def free_port() -> int:

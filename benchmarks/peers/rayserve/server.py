@@ -1,55 +1,55 @@
-"""Ray Serve: a deployment with `@serve.batch` behind Ray's own HTTP proxy, on a Ray of this process's own."""
+"""Ray Serve: starts the service beside this file behind Ray's HTTP proxy, behind nothing, or behind Ray's HAProxy."""
 
 from __future__ import annotations
 
 import os
-import signal
+import socket
+import sys
+from pathlib import Path
 
-# Ray's own switch for requests per second; it is read at import.
-os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-
-import numpy as np
-import ray
-from bench_model import INSTANCES, MAX_BATCH, PORT, SHAPE, Model
-from numpy.typing import NDArray
-from ray import serve
-from starlette.requests import Request
-from starlette.responses import Response
+from bench_model import INSTANCES, PORT, WAY
 
 
-@serve.deployment(num_replicas=INSTANCES, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})
-class Pictures:
-    """3 KB of pixels in, 10 floats out."""
+def switches() -> dict[str, str]:
+    """What Ray reads from the environment when it is imported, for this way."""
+    if WAY == "direct":
+        # The one replica takes the first port of its range; the proxy, which stays all the same, another one.
+        return {
+            "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(PORT),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(PORT + 1),
+            "BENCH_PORT": str(free_port()),
+        }
+    if WAY == "haproxy":
+        folder = Path(os.environ["BENCH_WORK"]) / "haproxy"
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(INSTANCES),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        }
+    return {}
 
-    def __init__(self) -> None:
-        self.model = Model()
 
-    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=float(os.environ.get("X_T", "0.001")))
-    async def batch(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-        """One batch."""
-        return list(self.model.infer(np.stack(images)))
-
-    async def __call__(self, request: Request) -> Response:
-        """One request."""
-        image = np.frombuffer(await request.body(), np.uint8).reshape(SHAPE)
-        answer = await self.batch(image)
-        return Response(answer.tobytes(), media_type="application/octet-stream")
-
-
-def main() -> None:
-    """Serve until told to stop."""
-    ray.init(
-        num_cpus=INSTANCES,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=os.path.join(os.environ["BENCH_WORK"], "ray"),
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT}, logging_config={"enable_access_log": False})
-    serve.run(Pictures.bind(), route_prefix="/infer")
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+def free_port() -> int:
+    """A port on 127.0.0.1 that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 if __name__ == "__main__":
-    main()
+    # Ray's own switch for requests per second; time to start on a core that is shared, or Ray kills its proxy; the way.
+    os.environ |= {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        **switches(),
+    }
+    os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("service.py"))])
