@@ -119,6 +119,21 @@ class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_t
     throughput: tuple[float, ...]
 
 
+class BatchCost(msgspec.Struct, frozen=True):
+    """CPU time of a batch by itself, after a pause, over all threads of the engine and until they sleep again.
+
+    It is more than a stream's share of `ServiceTimes`: threads wake and find their caches cold, and some spin for a
+    while after the batch in case another follows.
+
+    Attributes:
+        batch_s: CPU seconds of a batch, whatever its size.
+        sample_s: CPU seconds more of each sample in it.
+    """
+
+    batch_s: float
+    sample_s: float
+
+
 class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
     """The task's metric of a compiled artefact on held-out data, and how far it fell below the reference.
 
