@@ -104,6 +104,16 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     server_cpu: float | None = None
     speeds: tuple[float, ...] = ()
 
+    @property
+    def speed(self) -> float | None:
+        """The host's usual speed in the window, the median of `speeds`; None where the server does not tell."""
+        return float(np.median(self.speeds)) if self.speeds else None
+
+    @property
+    def slow_speed(self) -> float | None:
+        """Its speed in its slow moments, the 10th percentile of `speeds`."""
+        return float(np.percentile(self.speeds, 10)) if self.speeds else None
+
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):
     """How long an engine alone takes for a batch, all its streams busy.

@@ -33,9 +33,13 @@ class Profile:
 
     Args:
         times: measured before the first request, all streams busy.
+
+    Attributes:
+        times: the same.
     """
 
     def __init__(self, times: ServiceTimes) -> None:
+        self.times = times
         points = list(zip(times.batch_sizes, times.seconds, strict=True))
         self._start = [sum(column) / len(points) for column in zip(*(_moments(n, s) for n, s in points), strict=True)]
         self._start_a, self._start_b = _line(self._start)

@@ -20,6 +20,7 @@ from rushhour.plan import Policy
 from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.serve.pictures import Decoder, Decoding
+from rushhour.serve.speed import Speedometer, Speeds
 from rushhour.serve.statistics import Batch, Statistics, Totals
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
@@ -124,6 +125,7 @@ class Cell:
         self.profile = profile
         self._loop = asyncio.get_running_loop()
         self._clock = clock
+        self._speedometer = Speedometer(profile.times)
         self._deadline_s = math.inf if policy.deadline_ms is None else policy.deadline_ms / 1e3
         self._admission = Admission(profile, engine.config.max_batch)
         self._batcher: Batcher[Job] = Batcher(
@@ -159,6 +161,15 @@ class Cell:
     def running(self) -> tuple[int, int]:
         """Batches that run, and their samples."""
         return len(self._busy), sum(stream.rows for stream in self._busy)
+
+    @property
+    def speed(self) -> float | None:
+        """Of the host in the last ten seconds of work, 1 as when the profile was made; None before the first batch."""
+        return self._speedometer.recent()
+
+    def speeds(self) -> Speeds:
+        """What batches took in the last minutes, and what they were to take."""
+        return self._speedometer.told(self._clock.now())
 
     def totals(self) -> Totals:
         """What was done here up to now, in numbers. Not a copy."""
@@ -359,6 +370,7 @@ class Cell:
         if error is None:
             now, last = self._clock.now(), parts[-1].ticket
             self.profile.learn(stream.rows, now - stream.started)
+            self._speedometer.saw(stream.rows, stream.ended, stream.ended - stream.started)
             self._admission.saw(stream.rows, last.item.expected_s, now - last.arrived)
             outputs = stream.slot.outputs
             views = [outputs[name].data.cast("B") for name in self._output_names]

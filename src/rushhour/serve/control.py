@@ -19,7 +19,7 @@ from rushhour.errors import WireError
 from rushhour.machine import describe
 from rushhour.serve import log, metrics
 from rushhour.serve.duties import Duties
-from rushhour.serve.orders import Count, Do, Load, Log, LogLevel, Register, Unload, Unregister, done
+from rushhour.serve.orders import Count, Do, Load, Log, LogLevel, Register, Speed, Unload, Unregister, done
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.shared_memory import SharedMemory
 from rushhour.serve.statistics import Report, Totals
@@ -77,6 +77,7 @@ class Control:
             "model_configuration",
             "model_repository",
             "schedule_policy",
+            "speed",
             "statistics",
         ]
         if self._regions is not None:
@@ -130,6 +131,11 @@ class Control:
             return {"model_stats": []}
         totals = (await self.report()).versions.get(loaded.version, Totals())
         return {"model_stats": [totals.shown(self._repository.name, loaded.version)]}
+
+    async def speed(self, name: str, version: str = "") -> dict[str, Any]:
+        """How long batches took in the last minutes, by all cells, against their profile. Not of the protocol."""
+        loaded = self._loaded(name, version)
+        return ((await done(self._do, Speed())).speeds or loaded.cell.speeds()).shown()
 
     async def report(self) -> Report:
         """What all cells have done, and how they are."""

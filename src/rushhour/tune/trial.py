@@ -20,7 +20,20 @@ from rushhour.bundle import Bundle
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, Payload, Probe, Target, discover, measure, payloads
+from rushhour.load import (
+    ClosedJob,
+    Generator,
+    OpenJob,
+    Payload,
+    Probe,
+    Samples,
+    Target,
+    Tick,
+    discover,
+    measure,
+    null_throughput,
+    payloads,
+)
 from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
@@ -78,26 +91,34 @@ class Bench:
             EngineError: from the probe, if the server does not come up.
         """
         with contextlib.ExitStack() as stack:
-            aimed: tuple[Target, list[Payload]] | None = None
+            aimed: tuple[_Metered, Target, list[Payload]] | None = None
 
-            def aim() -> tuple[Target, list[Payload]]:
-                url = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
+            def aim() -> tuple[_Metered, Target, list[Payload]]:
+                url, pid = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
                 target = discover(url)
-                return target, payloads(target, bundle.samples(), rows=self._goal.workload.rows)
+                requests = payloads(target, bundle.samples(), rows=self._goal.workload.rows)
+                return _Metered(self._generator, pid), target, requests
 
             def probe(window_s: float, rate_rps: float, seed: int) -> Measurement:
                 def take() -> Measurement:
                     nonlocal aimed
                     aimed = aimed or aim()
-                    return measure(
-                        self._generator,
-                        *aimed,
+                    metered, target, requests = aimed
+                    metered.clear()
+                    window = measure(
+                        metered,
+                        target,
+                        requests,
                         self._goal.slo,
                         rate_rps=rate_rps,
                         seed=seed,
                         window_s=window_s,
                         warmup_s=min(_WARMUP_S, max(1.0, window_s / 5)),
+                        null_rps=null_throughput(self._generator, requests),
                     )
+                    per_request_s = metered.server_s_per_request
+                    server_cpu = None if per_request_s is None else per_request_s * rate_rps
+                    return msgspec.structs.replace(window, server_cpu=server_cpu)
 
                 detail = (
                     f"{self._goal.slo} rows {self._goal.workload.rows} rate {rate_rps:g} "
@@ -108,14 +129,77 @@ class Bench:
             yield lambda window_s: partial(probe, window_s)
 
 
+class _Metered:
+    """A generator that takes the server's CPU time along.
+
+    It counts whole runs, warm-up included, because the same requests are counted: CPU time per request is what can be
+    compared, and times the rate it is the cores that the server keeps busy.
+
+    Args:
+        generator: sends the load.
+        pid: of the server.
+    """
+
+    def __init__(self, generator: Generator, pid: int) -> None:
+        self._generator = generator
+        self._pid = pid
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._spent_s: float | None = 0.0
+        self._requests = 0
+
+    def run(self, job: OpenJob | ClosedJob, on_progress: Callable[[Tick], None] | None = None) -> Samples:
+        """As `Sender.run`."""
+        before = cpu_seconds(self._pid)
+        samples = self._generator.run(job, on_progress)
+        after = cpu_seconds(self._pid)
+        if self._spent_s is None or before is None or after is None:
+            self._spent_s = None
+        else:
+            self._spent_s += after - before
+        self._requests += len(samples)
+        return samples
+
+    @property
+    def server_s_per_request(self) -> float | None:
+        """CPU seconds of the server for each request sent; None where they are not known."""
+        return self._spent_s / self._requests if self._spent_s is not None and self._requests else None
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time of a process and all its descendants, those that have ended and were waited for included.
+
+    None where there is no /proc, or no such process.
+    """
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = entry.read_text().rpartition(")")[2].split()
+            parents[int(entry.parent.name)] = int(fields[1])
+            ticks[int(entry.parent.name)] = sum(map(int, fields[11:15]))
+    if pid not in ticks:
+        return None
+    tree = {pid}
+    while grown := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= grown
+    return sum(ticks[each] for each in tree) / os.sysconf("SC_CLK_TCK")
+
+
 class _Said(msgspec.Struct):
     url: str = ""
     error: str = ""
 
 
 @contextlib.contextmanager
-def served(candidate: Candidate, bundle: Bundle, goal: Goal, run: Path, trusted: tuple[str, ...]) -> Iterator[str]:
-    """A server for `candidate` on a free loopback port, as a context; gives its URL. Gone at the end, whatever happens.
+def served(
+    candidate: Candidate, bundle: Bundle, goal: Goal, run: Path, trusted: tuple[str, ...]
+) -> Iterator[tuple[str, int]]:
+    """A server for `candidate` on a free loopback port, as a context; gives its URL and its process.
+
+    Gone at the end, whatever happens.
 
     Raises:
         EngineError: if the server does not come up; the message is the server's own.
@@ -135,7 +219,7 @@ def served(candidate: Candidate, bundle: Bundle, goal: Goal, run: Path, trusted:
             if not said.url:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
                 raise EngineError(f"the candidate {candidate} does not start", said.error or last[0])
-            yield said.url
+            yield said.url, server.pid
         finally:
             _stop(server)
     finally:
