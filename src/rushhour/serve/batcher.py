@@ -31,7 +31,7 @@ _REQUEST_S, _BATCH_S = 1e-4, 5e-5
 """CPU seconds that a request and a batch cost beside the engine: sockets, parsing, the event loop's wake-ups. Where a
 batch of one costs no more than its request, the others are not waited for."""
 _SHARE = 0.2
-"""Of the time that a request has left beyond two batches, so much may be spent on waiting for others."""
+"""Of the time that a request has left beyond two batches at their worst, so much may be spent on waiting for others."""
 _BATCHES = 8.0
 """No batch waits for longer than so many batches of the size it waits for. At a quarter of one stream's capacity it is
 filled in about four."""
@@ -46,6 +46,10 @@ class Times(Protocol):
 
     def seconds(self, rows: int) -> float:
         """Seconds that a batch of `rows` samples takes."""
+        ...
+
+    def seconds_at_worst(self, rows: int) -> float:
+        """Seconds that hardly a batch of `rows` samples exceeds."""
         ...
 
     def rows_within(self, seconds: float) -> int:
@@ -102,6 +106,7 @@ class Batcher(Generic[T]):
     Attributes:
         waiting: samples in the queue, and those that room is kept for.
         under_way: requests in the queue or in batches that have not ended.
+        enough: samples that a batch waits for, at most; 1 where none waits.
     """
 
     def __init__(
@@ -126,7 +131,7 @@ class Batcher(Generic[T]):
         self._queues: dict[int, deque[Ticket[T]]] = {}
         self._order: list[int] = []
         self._streams = streams
-        self._enough = 1 if cost is None else large_enough(max_batch, cost)
+        self.enough = 1 if cost is None else large_enough(max_batch, cost)
         self._patience_ends = math.inf
         self.under_way = 0
         self._crowd = 1.0
@@ -170,7 +175,7 @@ class Batcher(Generic[T]):
         queue.append(ticket)
         self.waiting += rows
         self.under_way += 1
-        if self._enough > 1:
+        if self.enough > 1:
             self._notice(ticket)
         return ticket
 
@@ -180,26 +185,30 @@ class Batcher(Generic[T]):
         self._gap += _NEWEST * (now - self._last - self._gap)
         self._last = now
         self._crowd = max(self.under_way, self._crowd + _FADING * (self.under_way - self._crowd))
-        patience = 0.0
-        if ticket.deadline < math.inf:
-            batch_s = self._times.seconds(self._enough)
-            patience = min(_SHARE * (ticket.deadline - now - 2 * batch_s), _BATCHES * batch_s)
-        self._patience_ends = min(self._patience_ends, now + patience)
+        self._patience_ends = min(self._patience_ends, now + self.patience_s(ticket.deadline - now))
+
+    def patience_s(self, within_s: float) -> float:
+        """Seconds for which a request waits for more samples, at most, that is to be answered `within_s`."""
+        if self.enough == 1 or within_s == math.inf:
+            return 0.0
+        worst_s = self._times.seconds_at_worst(self.enough)
+        return max(0.0, min(_SHARE * (within_s - 2 * worst_s), _BATCHES * self._times.seconds(self.enough)))
 
     def leave_at(self) -> float:
         """When the next batch should be taken, if nothing comes before that; in the past for at once.
 
         At once if so many samples wait that more would save little, or if the streams have much to do, for then batches
         grow by themselves. Also if as many requests are under way as usually at most: users who ask again only when
-        they are answered would wait in vain. Else as long as the request with the least time allows, less the time in
-        which the next one is expected: who is alone does not wait.
+        they are answered would wait in vain. Else as long as the request with the least time allows, if the next one
+        is expected within that: who is alone does not wait.
         """
         if self._patience_ends == math.inf or self.under_way > self._crowd - 0.5:
             return -math.inf
-        batch_s, every_s = self._times.seconds(self._enough), self._enough * self._gap
-        if self.waiting >= self._enough or batch_s > _BUSY * self._streams * every_s:
+        batch_s, every_s = self._times.seconds(self.enough), self.enough * self._gap
+        if self.waiting >= self.enough or batch_s > _BUSY * self._streams * every_s:
             return -math.inf
-        return self._patience_ends - self._gap
+        left_s = self._patience_ends - self._clock.now()
+        return self._patience_ends if left_s >= self._gap else -math.inf
 
     def ended(self, parts: Sequence[Part[T]]) -> None:
         """A batch has been computed, or has failed."""

@@ -163,6 +163,11 @@ class Cell:
         return len(self._busy), sum(stream.rows for stream in self._busy)
 
     @property
+    def waits_for(self) -> tuple[int, float]:
+        """Samples that a batch waits for under little load, and seconds, at most, where the plan has a deadline."""
+        return self._batcher.enough, self._batcher.patience_s(_SHARE_OF_DEADLINE * self._deadline_s)
+
+    @property
     def speed(self) -> float | None:
         """Of the host in the last ten seconds of work, 1 as when the profile was made; None before the first batch."""
         return self._speedometer.recent()

@@ -98,6 +98,7 @@ class Control:
         """The model's configuration, in the words of Triton's `ModelConfig`."""
         loaded = self._loaded(name, version)
         config, codec = loaded.engine.config, loaded.cell.codec
+        enough, patience_s = loaded.cell.waits_for
 
         def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
             return [
@@ -114,8 +115,8 @@ class Control:
             "output": tensors(codec.signature.outputs),
             "instance_group": [{"name": codec.model, "kind": "KIND_CPU", "count": config.streams}],
             "dynamic_batching": {
-                "preferred_batch_size": [],
-                "max_queue_delay_microseconds": 0,
+                "preferred_batch_size": [enough] if patience_s else [],
+                "max_queue_delay_microseconds": round(1e6 * patience_s),
                 "preserve_ordering": False,
                 "priority_levels": 8,
                 "default_priority_level": 4,
@@ -151,6 +152,7 @@ class Control:
         """What is in force, as the engine itself reports it. Not of the protocol."""
         loaded = self._loaded(self._repository.name)
         engine, profile = loaded.engine, loaded.cell.profile
+        enough, patience_s = loaded.cell.waits_for
         return {
             "model": self._repository.name,
             "version": loaded.version,
@@ -159,6 +161,8 @@ class Control:
             "engine": engine.config,
             "effective": dict(engine.effective),
             "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,
+            "waits_for_samples": enough,
+            "waits_ms": round(1e3 * patience_s, 3),
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
             "server": {**self._settings, "log_level": logging.getLevelName(log.level()).lower()},
         }
