@@ -33,8 +33,8 @@ batch of one costs no more than its request, the others are not waited for."""
 _SHARE = 0.2
 """Of the time that a request has left beyond two batches at their worst, so much may be spent on waiting for others."""
 _BATCHES = 8.0
-"""No batch waits for longer than so many batches of the size it waits for. At a quarter of one stream's capacity it is
-filled in about four."""
+"""No batch waits for longer than so many batches of the size it waits for take at the start: where they are quick, next
+to nothing. At a quarter of one stream's capacity a batch is filled in about four."""
 _BUSY = 0.5
 """Of what the streams can compute in large batches: with more to do than that, no batch waits."""
 _NEWEST, _FADING = 0.1, 0.02
@@ -132,6 +132,7 @@ class Batcher(Generic[T]):
         self._order: list[int] = []
         self._streams = streams
         self.enough = 1 if cost is None else large_enough(max_batch, cost)
+        self._longest_s = _BATCHES * times.seconds(self.enough)
         self._patience_ends = math.inf
         self.under_way = 0
         self._crowd = 1.0
@@ -192,7 +193,7 @@ class Batcher(Generic[T]):
         if self.enough == 1 or within_s == math.inf:
             return 0.0
         worst_s = self._times.seconds_at_worst(self.enough)
-        return max(0.0, min(_SHARE * (within_s - 2 * worst_s), _BATCHES * self._times.seconds(self.enough)))
+        return max(0.0, min(_SHARE * (within_s - 2 * worst_s), self._longest_s))
 
     def leave_at(self) -> float:
         """When the next batch should be taken, if nothing comes before that; in the past for at once.
