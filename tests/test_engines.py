@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rushhour.bundle import Bundle, Manifest, Signature, TensorSpec
-from rushhour.engines import Engine, EngineConfig, Runner, open_engine, time_service
+from rushhour.engines import Engine, EngineConfig, Runner, batch_cost, open_engine, time_service
 from rushhour.engines.stream import Stream, warm_up
 from rushhour.errors import EngineError, ModelError
 from rushhour.machine import cores, describe
@@ -454,6 +455,26 @@ def test_service_times_of_an_engine_that_answers_within_start(tmp_path: Path) ->
     times = time_service(FakeEngine(EngineConfig("openvino", max_batch=10)), bundle, 1.0, 0.02)
     assert times.batch_sizes == (1, 2, 3, 4, 6, 8, 10)
     assert all(seconds > 0 for seconds in times.seconds)
+
+
+def test_the_cpu_time_of_batches_is_theirs_alone(tmp_path: Path) -> None:
+    def burn(seconds: float, finish: Callable[[], None]) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        finish()
+
+    bundle = tiny_bundle(tmp_path / "tiny")
+    config = EngineConfig("openvino", max_batch=10)
+    cost = batch_cost(FakeEngine(config, service_s=lambda rows: 0.004 + 0.001 * rows, schedule=burn), bundle, 10)
+    assert cost.batch_s == pytest.approx(0.004, rel=0.3)
+    assert cost.sample_s == pytest.approx(0.001, rel=0.3)
+    nothing = batch_cost(FakeEngine(config), bundle, 10)
+    assert nothing.batch_s + 10 * nothing.sample_s < 0.001
+    failing = FakeEngine(config)
+    failing.fail_next(EngineError("it stumbled"))
+    with pytest.raises(EngineError, match="stumbled"):
+        batch_cost(failing, bundle, 10)
 
 
 def test_service_times_show_a_failing_engine(tmp_path: Path) -> None:

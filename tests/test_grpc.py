@@ -372,7 +372,7 @@ def test_what_perf_analyzer_asks_over_http_and_what_it_reads(server: Server) -> 
     assert status == 200
     assert isinstance(shown["name"], str)
     assert isinstance(shown["version"], str)
-    assert {"statistics", "system_shared_memory", "classification"} <= set(shown["extensions"])
+    assert {"statistics", "speed", "system_shared_memory", "classification"} <= set(shown["extensions"])
     for path in ("/v2/models/tiny/stats", "/v2/models/tiny/versions/1/stats", "/v2/models/stats"):
         status, statistics = over_http(server, "GET", path)
         assert status == 200

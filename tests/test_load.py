@@ -888,6 +888,21 @@ def test_against_our_own_server(generator: Generator, server: Server, tiny: Bund
         generator, target, payloads(target, tiny.samples()), GENEROUS, rate_rps=500, seed=1, n=400, warmup_s=0.2
     )
     assert (measurement.n, measurement.late, measurement.errors) == (400, 0, 0), measurement.reason
+    assert 4 <= len(measurement.speeds) <= 14, "one in 100 ms of a window of about 0.8 s"
+    assert measurement.speed is not None
+    assert measurement.slow_speed is not None
+    assert 0 < measurement.slow_speed <= measurement.speed
+    assert target.speeds(0.0, time.monotonic() - 3600) == ()
+
+
+def test_a_server_that_tells_no_speed_is_not_asked_for_it(generator: Generator) -> None:
+    with behaving() as url:
+        target = discover(url)
+        measurement = measure(generator, target, payloads(target), GENEROUS, rate_rps=500, seed=1, n=100, warmup_s=0.2)
+        assert (target.tells_speed, measurement.speeds, measurement.speed) == (False, (), None)
+        # One that says so and then does not costs the figures, not the measurement.
+        assert dataclasses.replace(target, tells_speed=True).speeds(0.0, math.inf) == ()
+    assert dataclasses.replace(target, tells_speed=True).speeds(0.0, math.inf) == ()
 
 
 def test_samples_survive_the_way_between_processes() -> None:

@@ -47,6 +47,9 @@ from rushhour.serve.cell import Cell, Shed
 from rushhour.serve.guard import Keys
 from rushhour.serve.metrics import render
 from rushhour.serve.observe import ObservedConnection, Observer
+from rushhour.serve.orders import Done
+from rushhour.serve.speed import Speedometer, Speeds
+from rushhour.serve.speed import summed as summed_speeds
 from rushhour.serve.statistics import BOUNDS, Report, Statistics, Totals, together
 from rushhour.serve.tracing import Spans, provider
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
@@ -202,7 +205,38 @@ def test_sums_of_versions_share_nothing_and_forget_no_request() -> None:
     assert sum(totals.answered for totals in again.values()) == 101
 
 
+def test_the_speed_is_what_batches_were_to_take_over_what_they_took() -> None:
+    speedometer = Speedometer(ServiceTimes((1, 2, 4), (0.010, 0.012, 0.016), (100.0, 166.0, 250.0)))
+    assert speedometer.recent() is None
+    assert speedometer.told(1.0).parts == {}
+    for rows, ended, took in ((1, 5.01, 0.010), (3, 5.02, 0.028), (2, 5.11, 0.024), (1, 5.09, 0.020), (4, 7.0, 0.016)):
+        speedometer.saw(rows, ended, took)
+    told = speedometer.told(7.01)
+    assert told.parts == {
+        50: pytest.approx((0.024, 0.038)),
+        51: pytest.approx((0.022, 0.044)),  # two streams: the older batch is told of last
+        70: pytest.approx((0.016, 0.016)),
+    }
+    speedometer.saw(4, 7.05, 0.032)
+    assert speedometer.told(8.0).parts[70] == pytest.approx((0.032, 0.048)), "what is asked for is not ended by it"
+    assert speedometer.recent() == pytest.approx(0.078 / 0.130)
+    shown = told.shown()
+    assert shown["age_s"] == pytest.approx([1.96, 1.86, 0.0], abs=1e-9)
+    assert (len(shown["expected_s"]), shown["interval_s"]) == (3, 0.1)
+    for second in range(10_000):
+        speedometer.saw(1, 10.05 + second, 0.010)
+    assert len(speedometer.told(20_000.0).parts) == 3000
+    assert speedometer.recent() == pytest.approx(1.0)
+
+
+def test_the_speeds_of_cells_add_up() -> None:
+    told = [Speeds(9.0, {3: (1.0, 2.0), 5: (1.0, 1.0)}), Speeds(8.0, {4: (1.0, 1.0), 5: (2.0, 5.0)})]
+    assert summed_speeds(told) == Speeds(9.0, {3: (1.0, 2.0), 4: (1.0, 1.0), 5: (3.0, 6.0)})
+
+
 def test_a_report_survives_the_way_between_processes() -> None:
+    done = Done(speeds=Speeds(9.0, {3: (1.0, 2.0)}))
+    assert msgspec.json.decode(msgspec.json.encode(done), type=Done) == done
     totals = Totals(answered=3)
     totals.of_size[2] = msgspec.convert({}, type(totals.stages))
     report = Report("tiny", {"1": totals})
@@ -254,6 +288,7 @@ def test_metrics_count_what_happened(plain: Logging, tiny: Bundle) -> None:
     assert summed(after, "rushhour_ready") == summed(after, "rushhour_cells", state="up") == 1
     assert summed(after, "rushhour_connections", protocol="http") == 1
     assert summed(after, "rushhour_service_time_seconds", coefficient="per_sample") > 0
+    assert summed(after, "rushhour_host_speed") > 0
     assert summed(after, "process_resident_memory_bytes") > 1e6
     assert summed(after, "process_cpu_seconds_total") > 0
     assert summed(after, "rushhour_build_info") == 1
@@ -330,6 +365,10 @@ def test_every_cell_answers_for_all_and_no_counter_falls_when_one_dies(tiny: Bun
             assert summed(samples, "rushhour_cells", state="up") == 2
             assert get(server, "/stats")["answered"] == 40
             assert get(server, "/v2/models/tiny/stats")["model_stats"][0]["inference_count"] == 80
+            told = get(server, "/v2/models/tiny/versions/1/speed")
+            took = summed(samples, "rushhour_inference_seconds_sum")
+            assert sum(told["took_s"]) == pytest.approx(took, abs=1e-4), "of both"
+            assert told["age_s"] == sorted(told["age_s"], reverse=True)
             with triton_grpc.InferenceServerClient(
                 server.grpc, channel_args=[("grpc.use_local_subchannel_pool", 1)]
             ) as client:

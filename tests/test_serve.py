@@ -31,7 +31,7 @@ from rushhour.clock import Clock, VirtualClock, WallClock
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, EngineError, PlanError, ServeError
 from rushhour.goal import SLO, Goal
-from rushhour.measurement import ServiceTimes
+from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.admission import Profile
@@ -548,11 +548,15 @@ def submit(cell: Cell, images: np.ndarray) -> tuple[asyncio.Future[np.ndarray], 
 
 
 def cell_of(
-    engine: FakeEngine, queue_bound: int = 100, deadline_ms: float | None = None, clock: Clock | None = None
+    engine: FakeEngine,
+    queue_bound: int = 100,
+    deadline_ms: float | None = None,
+    clock: Clock | None = None,
+    cost: BatchCost | None = None,
 ) -> Cell:
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))  # 10 ms + 1 ms a sample
     policy = Policy(max_batch=engine.config.max_batch, queue_bound=queue_bound, deadline_ms=deadline_ms)
-    return Cell(engine, Codec("fake", engine.signature), policy, profile, clock or WallClock())
+    return Cell(engine, Codec("fake", engine.signature), policy, profile, clock or WallClock(), cost=cost)
 
 
 def test_requests_of_one_turn_share_a_batch_and_later_ones_wait_for_a_stream() -> None:
@@ -574,6 +578,36 @@ def test_requests_of_one_turn_share_a_batch_and_later_ones_wait_for_a_stream() -
         held.release()
         for picture, answer in zip(pictures, answers, strict=True):
             np.testing.assert_array_equal(await answer, fake_answers(picture))
+        assert cell.idle
+
+    asyncio.run(scenario())
+
+
+def test_under_little_load_a_batch_waits_for_more_and_not_for_ever() -> None:
+    async def scenario() -> None:
+        engine, clock = FakeEngine(EngineConfig("openvino", max_batch=4)), VirtualClock()
+        cell = cell_of(engine, deadline_ms=1000, clock=clock, cost=BatchCost(0.010, 0.001))
+
+        async def crowd(size: int) -> list[asyncio.Future[np.ndarray]]:
+            answers = []
+            for seed in range(size):
+                clock.advance(0.010)
+                answers.append(submit(cell, unique(1, seed))[0])
+            for _ in range(4):
+                await asyncio.sleep(0)
+            return answers
+
+        for _ in range(40):
+            await asyncio.wait_for(asyncio.gather(*await crowd(4)), 10)
+        assert set(engine.batches[-20:]) == {4}
+        (first,) = await crowd(1)
+        assert not first.done(), "three more are usual"
+        (second,) = await crowd(1)
+        assert not second.done()
+        clock.advance(0.2)
+        np.testing.assert_array_equal(await asyncio.wait_for(first, 10), fake_answers(unique(1, 0)))
+        assert second.done(), "in the same batch"
+        assert engine.batches[-1] == 2
         assert cell.idle
 
     asyncio.run(scenario())

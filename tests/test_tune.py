@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from rushhour.serve import open_target
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.tune import TuneSettings
 from rushhour.tune.space import Candidate
+from rushhour.tune.trial import cpu_seconds
 from rushhour.tune.tune import tune
 
 RUN = """
@@ -106,6 +108,9 @@ def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path)
     assert {trial.fate for trial in evidence.trials} >= {"won", "baseline"}
     assert open_target(run).bundle.manifest.hash == plan.variants[0].bundle_hash
     assert len(Journal(run / "measurements.jsonl")) == len(earlier)
+    windows = [entry for entry in map(json.loads, earlier) if entry["reading"]["kind"] == "load"]
+    assert all(entry["reading"]["speeds"] for entry in windows)
+    assert all(0 < entry["reading"]["server_cpu"] < 64 for entry in windows if entry["phase"] != "race")
     assert (run / "report.html").stat().st_size < 2_000_000
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         "plan.json",
@@ -121,6 +126,22 @@ def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path)
     # A run that is complete measures nothing more.
     subprocess.run(command, check=True)
     assert lines(run) == earlier
+
+
+def test_the_cpu_time_of_a_server_is_that_of_all_its_processes() -> None:
+    spin = "import time\nwhile time.process_time() < {}: pass\n"
+    child = "subprocess.run([sys.executable, '-c', {!r}])\n"
+    ended, alive = child.format(spin.format(0.2)), spin.format(0.1) + "print('done', flush=True)\ninput()"
+    parent = f"import subprocess, sys\n{ended}{child.format(alive)}"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"done\n"
+        before = cpu_seconds(process.pid)
+        assert before is not None
+        assert 0.27 <= before < 3
+        assert cpu_seconds(process.pid) == pytest.approx(before, abs=0.05), "they all wait"
+        process.communicate(b"\n")
+    assert cpu_seconds(process.pid) is None
 
 
 # The search alone: real engines give the answers, but times and load are numbers.
@@ -145,8 +166,8 @@ class Load:
         self._kill_every = kill_every
 
     @contextlib.contextmanager
-    def served(self, candidate: Candidate, *_: Any) -> Iterator[str]:
-        yield str(candidate)
+    def served(self, candidate: Candidate, *_: Any) -> Iterator[tuple[str, int]]:
+        yield str(candidate), os.getpid()
 
     def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
         self.windows += 1
@@ -199,6 +220,7 @@ def searched(
         patch.setattr(trial, "discover", lambda url: url)
         patch.setattr(trial, "payloads", lambda *_, **__: [])
         patch.setattr(trial, "measure", load.measure)
+        patch.setattr(trial, "null_throughput", lambda *_: None)
         goal = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("10%"))
         return tune(
             bundles,

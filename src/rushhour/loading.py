@@ -394,6 +394,10 @@ def print_windows(console: Console, slo: SLO, windows: Sequence[Measurement]) ->
             run.outcome.value.replace("_", " "),
         )
     console.print(table)
+    last = windows[-1] if windows else None
+    if last is not None and last.speed and last.slow_speed:  # of one rate: batches of other sizes differ otherwise
+        slow = last.slow_speed / last.speed
+        console.print(f"the last window: {slow:.2f} of its usual speed at this host's slow moments", highlight=False)
     kinds: dict[str, int] = {}
     for run in windows:
         for kind, count in run.error_kinds.items():

@@ -104,6 +104,16 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     server_cpu: float | None = None
     speeds: tuple[float, ...] = ()
 
+    @property
+    def speed(self) -> float | None:
+        """The host's usual speed in the window, the median of `speeds`; None where the server does not tell."""
+        return float(np.median(self.speeds)) if self.speeds else None
+
+    @property
+    def slow_speed(self) -> float | None:
+        """Its speed in its slow moments, the 10th percentile of `speeds`."""
+        return float(np.percentile(self.speeds, 10)) if self.speeds else None
+
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):
     """How long an engine alone takes for a batch, all its streams busy.
@@ -117,6 +127,21 @@ class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_t
     batch_sizes: tuple[int, ...]
     seconds: tuple[float, ...]
     throughput: tuple[float, ...]
+
+
+class BatchCost(msgspec.Struct, frozen=True):
+    """CPU time of a batch by itself, after a pause, over all threads of the engine and until they sleep again.
+
+    It is more than a stream's share of `ServiceTimes`: threads wake and find their caches cold, and some spin for a
+    while after the batch in case another follows.
+
+    Attributes:
+        batch_s: CPU seconds of a batch, whatever its size.
+        sample_s: CPU seconds more of each sample in it.
+    """
+
+    batch_s: float
+    sample_s: float
 
 
 class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):

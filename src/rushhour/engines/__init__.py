@@ -7,7 +7,7 @@ import importlib.util
 from rushhour.bundle import Bundle
 from rushhour.engines.agreement import check_answers, full_range, saturates_here
 from rushhour.engines.engine import Done, Engine, EngineConfig, Runner, Slot
-from rushhour.engines.service import fill, keep_busy, time_service
+from rushhour.engines.service import batch_cost, fill, keep_busy, time_service
 from rushhour.machine import describe
 from rushhour.plan import EngineName
 
@@ -18,6 +18,7 @@ __all__ = [
     "Runner",
     "Slot",
     "abilities",
+    "batch_cost",
     "fill",
     "full_range",
     "keep_busy",

@@ -5,16 +5,21 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 
 import numpy as np
 
 from rushhour.bundle import Bundle
-from rushhour.engines.engine import Engine, Slot
+from rushhour.engines.engine import Done, Engine, Slot
 from rushhour.errors import EngineError
-from rushhour.measurement import ServiceTimes
+from rushhour.measurement import BatchCost, ServiceTimes
 
 _AT_LEAST = 3
+_COST_BATCHES, _COST_S = 8, 0.05
+"""Of each size whose CPU time is taken: so many batches, fewer where they take longer than that."""
+_AFTERMATH_S = 2e-3
+"""After a batch: OpenVINO's threads spin for 1 ms before they sleep (oneTBB 2021.13, which has no setting for it)."""
 
 
 def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_size: float = 0.1) -> ServiceTimes:
@@ -42,6 +47,48 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
         if seconds[-1] > limit_s:
             break
     return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput))
+
+
+def batch_cost(engine: Engine, bundle: Bundle, largest: int) -> BatchCost:
+    """Take the CPU time of single batches, of one sample and of `largest`, with a pause after each.
+
+    It is this process's: what else runs in it meanwhile counts as well.
+
+    Args:
+        engine: compiled.
+        bundle: for its samples.
+        largest: at most the engine's `max_batch`.
+
+    Raises:
+        EngineError: if a batch fails.
+    """
+    fill(engine, bundle)
+    slot, measuring_s = engine.slots[0], _cpu_s(_nothing, 1)
+    one_s = _cpu_s(slot.start, 1) - measuring_s
+    largest_s = _cpu_s(slot.start, largest) - measuring_s
+    sample_s = max(0.0, (largest_s - one_s) / (largest - 1)) if largest > 1 else 0.0
+    return BatchCost(max(0.0, one_s - sample_s), sample_s)
+
+
+def _cpu_s(start: Callable[[int, Done], None], rows: int) -> float:
+    """The median CPU seconds of a batch of `rows`."""
+    spent: list[float] = []
+    end = time.perf_counter() + _COST_S
+    while not spent or (len(spent) < _COST_BATCHES and time.perf_counter() < end):
+        finished: SimpleQueue[BaseException | None] = SimpleQueue()
+        began = time.process_time()
+        start(rows, finished.put)
+        error = finished.get()
+        time.sleep(_AFTERMATH_S)
+        spent.append(time.process_time() - began)
+        if error is not None:
+            raise EngineError(f"a batch of {rows} failed", str(error)) from error
+    return statistics.median(spent)
+
+
+def _nothing(rows: int, done: Done) -> None:
+    """A batch that costs nothing: what measuring costs."""
+    done(None)
 
 
 def _sizes(largest: int) -> list[int]:

@@ -20,7 +20,7 @@ from rushhour.load.job import ClosedJob, OpenJob, Tick
 from rushhour.load.null import null_throughput
 from rushhour.load.payload import Payload
 from rushhour.load.samples import Samples, Status
-from rushhour.load.target import Endpoint
+from rushhour.load.target import Endpoint, Target
 from rushhour.load.verdict import Look, judge, needed_n
 from rushhour.measurement import Measurement, Outcome
 from rushhour.progress import Progress, Silent
@@ -175,14 +175,20 @@ def measure(
             warmup=warmup,
         )
         report.begin()
-        return generator.run(job, report)
+        began = time.monotonic()
+        samples = generator.run(job, report)
+        if isinstance(target, Target) and len(samples) > samples.warmup:
+            since, until = (began + float(samples.scheduled[at]) for at in (samples.warmup, -1))
+            speeds.extend(target.speeds(since, until))
+        return samples
 
     for attempt in range(retries + 1):
+        speeds: list[float] = []
         first_seed = seed + attempt * _SEEDS
         measurement = _grown(run, sizes, slo, rate_rps, first_seed, null_rps)
         if measurement.outcome is not Outcome.VOID:
             break
-    measurement = msgspec.structs.replace(measurement, retries=attempt)
+    measurement = msgspec.structs.replace(measurement, retries=attempt, speeds=tuple(speeds))
     report.progress.done(f"{measurement.outcome}: {measurement.reason}")
     return measurement
 

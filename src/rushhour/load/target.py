@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import time
 import urllib.parse
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ import msgspec
 from rushhour.bundle import Signature
 from rushhour.errors import LoadError, WireError
 from rushhour.wire import read_metadata
+
+_SPEED_S = 2.0
+"""How long to wait for what is of use but not needed."""
 
 Protocol = Literal["http", "grpc"]
 
@@ -55,15 +59,38 @@ class Target(Endpoint):
     Attributes:
         model: the model's name.
         signature: what it takes and gives.
+        tells_speed: the server says how long its batches take against their profile, as Rushhour's do.
     """
 
     model: str
     signature: Signature
+    tells_speed: bool = False
 
     @property
     def infer_path(self) -> str:
         """The path that requests are sent to."""
         return f"{self.prefix}/v2/models/{urllib.parse.quote(self.model, safe='')}/infer"
+
+    def speeds(self, since: float, until: float) -> tuple[float, ...]:
+        """The host's speed in each 100 ms of a time in which a batch ended; empty where the server does not say.
+
+        Args:
+            since, until: on this machine's monotonic clock (`time.monotonic`).
+        """
+        if not self.tells_speed:
+            return ()
+        path = f"/v2/models/{urllib.parse.quote(self.model, safe='')}/speed"
+        try:
+            status, body = _Server(self.url, _SPEED_S).ask("GET", path)
+            told = msgspec.json.decode(body, type=_Told) if status == 200 else _Told()
+        except (LoadError, msgspec.DecodeError):
+            return ()
+        now = time.monotonic()
+        return tuple(
+            round(expected_s / took_s, 3)
+            for age_s, expected_s, took_s in zip(told.age_s, told.expected_s, told.took_s, strict=False)
+            if since <= now - age_s <= until and took_s > 0
+        )
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -107,7 +134,8 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
         found, signature = read_metadata(body)
     except WireError as error:
         raise LoadError(f"cannot use the model {name!r} at {server.url}", error.why, error.fix) from error
-    return Target(server.url, server.host, server.port, server.prefix, found, signature)
+    tells_speed = "speed" in server.extensions()
+    return Target(server.url, server.host, server.port, server.prefix, found, signature, tells_speed)
 
 
 def endpoint(url: str) -> Endpoint:
@@ -187,6 +215,14 @@ class _Server:
             return []
         return sorted({entry.name for entry in entries if entry.state == "READY"})
 
+    def extensions(self) -> list[str]:
+        """The protocol's extensions that it has; none where it does not say."""
+        try:
+            status, body = self.ask("GET", "/v2")
+            return msgspec.json.decode(body, type=_About).extensions if status == 200 else []
+        except (LoadError, msgspec.DecodeError):
+            return []
+
     def only_model(self) -> str:
         """The name of the one model that is ready.
 
@@ -207,6 +243,16 @@ class _Server:
             "the server lists no model that is ready",
             "name it with --model, or load one",
         )
+
+
+class _About(msgspec.Struct):
+    extensions: list[str] = []
+
+
+class _Told(msgspec.Struct):
+    age_s: list[float] = []
+    expected_s: list[float] = []
+    took_s: list[float] = []
 
 
 class _Entry(msgspec.Struct):

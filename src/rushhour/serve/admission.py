@@ -33,19 +33,28 @@ class Profile:
 
     Args:
         times: measured before the first request, all streams busy.
+
+    Attributes:
+        times: the same.
     """
 
     def __init__(self, times: ServiceTimes) -> None:
+        self.times = times
         points = list(zip(times.batch_sizes, times.seconds, strict=True))
         self._start = [sum(column) / len(points) for column in zip(*(_moments(n, s) for n, s in points), strict=True)]
         self._start_a, self._start_b = _line(self._start)
         self._recent = list(self._start)
         self._took, self._expected = 1.0, 1.0
         self._a, self._b = self._start_a, self._start_b
+        self._uneven = 0.0
 
     def seconds(self, rows: int) -> float:
         """Seconds that a batch of `rows` samples takes."""
         return self._a + self._b * rows
+
+    def seconds_at_worst(self, rows: int) -> float:
+        """Seconds that hardly a batch of `rows` samples exceeds, by how unevenly the last ones came."""
+        return self._a + self._b * rows + _CAUTION * self._uneven
 
     def seconds_at_start(self, rows: int) -> float:
         """Seconds that it took when nothing else was going on."""
@@ -59,6 +68,7 @@ class Profile:
 
     def learn(self, rows: int, seconds: float) -> None:
         """A batch of `rows` samples has taken `seconds`."""
+        self._uneven += _NEWEST * (abs(seconds - self.seconds(rows)) - self._uneven)
         # A hiccup of the machine is no property of the engine.
         seconds = min(seconds, 4 * self.seconds(rows))
         expected = self._start_a + self._start_b * rows

@@ -1,9 +1,13 @@
 """Which requests go into the next batch: pure decisions on a queue, a service-time profile and a clock, no I/O.
 
-The rule is "batch what waits when a stream is free": nobody waits for company, and under load batches grow by
-themselves, because requests arrive while the streams are busy. What bounds a batch is its size, and the time that its
-first request has left: a batch that would make the head late is cut to what keeps it, if those behind can afford that.
-A request larger than a batch is split over several; its rows stay in order and come together again at the caller.
+The rule is "batch what waits when a stream is free": under load batches grow by themselves, because requests arrive
+while the streams are busy. What bounds a batch is its size, and the time that its first request has left: a batch that
+would make the head late is cut to what keeps it, if those behind can afford that. A request larger than a batch is
+split over several; its rows stay in order and come together again at the caller.
+
+Under little load a batch of one wastes CPU. There, `leave_at` lets a batch wait for more samples: only where a larger
+batch saves much, only requests that have a deadline, only for a small part of it, and only while more are expected
+(docs/decisions/0021).
 
 Sources: the profile and the deadline queue are Clockwork's (Gujarati et al., OSDI 2020), sizing by the head's
 remaining budget Nexus's (Shen et al., SOSP 2019).
@@ -13,11 +17,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from rushhour.clock import Clock
+from rushhour.measurement import BatchCost
 
 T = TypeVar("T")
+
+_NEAR_BEST = 1.25
+"""A batch is large enough once a sample costs at most so many times what it costs in the largest."""
+_REQUEST_S, _BATCH_S = 1e-4, 5e-5
+"""CPU seconds that a request and a batch cost beside the engine: sockets, parsing, the event loop's wake-ups. Where a
+batch of one costs no more than its request, the others are not waited for."""
+_SHARE = 0.2
+"""Of the time that a request has left beyond two batches at their worst, so much may be spent on waiting for others."""
+_BATCHES = 8.0
+"""No batch waits for longer than so many batches of the size it waits for take at the start: where they are quick, next
+to nothing. At a quarter of one stream's capacity a batch is filled in about four."""
+_BUSY = 0.5
+"""Of what the streams can compute in large batches: with more to do than that, no batch waits."""
+_NEWEST, _FADING = 0.1, 0.02
+"""Weight of the newest gap between two arrivals, and of the newest count of requests under way."""
 
 
 class Times(Protocol):
@@ -25,6 +46,10 @@ class Times(Protocol):
 
     def seconds(self, rows: int) -> float:
         """Seconds that a batch of `rows` samples takes."""
+        ...
+
+    def seconds_at_worst(self, rows: int) -> float:
+        """Seconds that hardly a batch of `rows` samples exceeds."""
         ...
 
     def rows_within(self, seconds: float) -> int:
@@ -75,9 +100,25 @@ class Batcher(Generic[T]):
         queue_bound: samples that may wait, at most.
         times: how long batches take.
         clock: where arrival times are read.
+        cost: CPU time of batches; None where none is to wait for more samples.
+        streams: batches that run at the same time.
+
+    Attributes:
+        waiting: samples in the queue, and those that room is kept for.
+        under_way: requests in the queue or in batches that have not ended.
+        enough: samples that a batch waits for, at most; 1 where none waits.
     """
 
-    def __init__(self, max_batch: int, queue_bound: int, times: Times, clock: Clock) -> None:
+    def __init__(
+        self,
+        max_batch: int,
+        queue_bound: int,
+        times: Times,
+        clock: Clock,
+        *,
+        cost: BatchCost | None = None,
+        streams: int = 1,
+    ) -> None:
         if max_batch < 1 or queue_bound < 1:
             raise ValueError(
                 f"max_batch and queue_bound must be at least 1, but got (max_batch={max_batch}, bound={queue_bound})"
@@ -89,6 +130,14 @@ class Batcher(Generic[T]):
         self._clock = clock
         self._queues: dict[int, deque[Ticket[T]]] = {}
         self._order: list[int] = []
+        self._streams = streams
+        self.enough = 1 if cost is None else large_enough(max_batch, cost)
+        self._longest_s = _BATCHES * times.seconds(self.enough)
+        self._patience_ends = math.inf
+        self.under_way = 0
+        self._crowd = 1.0
+        self._last = clock.now()
+        self._gap = 1.0
 
     def waiting_before(self, priority: int) -> int:
         """Samples that a request of this priority would wait for: all of its own and of higher priorities."""
@@ -126,7 +175,46 @@ class Batcher(Generic[T]):
             self._order = sorted(self._queues)
         queue.append(ticket)
         self.waiting += rows
+        self.under_way += 1
+        if self.enough > 1:
+            self._notice(ticket)
         return ticket
+
+    def _notice(self, ticket: Ticket[T]) -> None:
+        """What this arrival tells of the next ones, and until when it may wait for them."""
+        now = ticket.arrived
+        self._gap += _NEWEST * (now - self._last - self._gap)
+        self._last = now
+        self._crowd = max(self.under_way, self._crowd + _FADING * (self.under_way - self._crowd))
+        self._patience_ends = min(self._patience_ends, now + self.patience_s(ticket.deadline - now))
+
+    def patience_s(self, within_s: float) -> float:
+        """Seconds for which a request waits for more samples, at most, that is to be answered `within_s`."""
+        if self.enough == 1 or within_s == math.inf:
+            return 0.0
+        worst_s = self._times.seconds_at_worst(self.enough)
+        return max(0.0, min(_SHARE * (within_s - 2 * worst_s), self._longest_s))
+
+    def leave_at(self) -> float:
+        """When the next batch should be taken, if nothing comes before that; in the past for at once.
+
+        At once if so many samples wait that more would save little, or if the streams have much to do, for then batches
+        grow by themselves. Also if as many requests are under way as usually at most: users who ask again only when
+        they are answered would wait in vain. Else as long as the request with the least time allows, if the next one
+        is expected within that: who is alone does not wait.
+        """
+        if self._patience_ends == math.inf or self.under_way > self._crowd - 0.5:
+            return -math.inf
+        batch_s, every_s = self._times.seconds(self.enough), self.enough * self._gap
+        if self.waiting >= self.enough or batch_s > _BUSY * self._streams * every_s:
+            return -math.inf
+        left_s = self._patience_ends - self._clock.now()
+        return self._patience_ends if left_s >= self._gap else -math.inf
+
+    def ended(self, parts: Sequence[Part[T]]) -> None:
+        """A batch has been computed, or has failed."""
+        last = parts[-1]
+        self.under_way -= len(parts) - (last.first + last.rows < last.ticket.rows)
 
     def reserve(self, rows: int) -> bool:
         """Keep room for samples that are on their way: they count as waiting. False where the queue is full."""
@@ -144,6 +232,7 @@ class Batcher(Generic[T]):
         if not ticket.cancelled:
             ticket.cancelled = True
             self.waiting -= ticket.rows - ticket.taken
+            self.under_way -= ticket.taken < ticket.rows
 
     def take(self) -> list[Part[T]]:
         """The next batch: what waits, first come first, up to the bound and the head's time; empty if nothing waits."""
@@ -167,6 +256,7 @@ class Batcher(Generic[T]):
                 self.waiting -= rows
                 if ticket.taken == ticket.rows:
                     queue.popleft()
+        self._patience_ends = math.inf
         return parts
 
     def _room(self, queue: deque[Ticket[T]]) -> int:
@@ -191,3 +281,14 @@ class Batcher(Generic[T]):
                 if room < 0:
                     return fits if next_end <= ticket.deadline else self.max_batch
         return fits
+
+
+def large_enough(max_batch: int, cost: BatchCost) -> int:
+    """The fewest samples with which one costs hardly more CPU time than in the largest batch; 1 where all cost little.
+
+    A sample of n costs `a / n + b`, with what request and batch cost beside the engine.
+    """
+    if cost.batch_s + cost.sample_s <= _REQUEST_S:
+        return 1
+    a, b = cost.batch_s + _BATCH_S, cost.sample_s + _REQUEST_S
+    return math.ceil(a / (_NEAR_BEST * (a / max_batch + b) - b))

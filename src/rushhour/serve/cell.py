@@ -15,10 +15,12 @@ import numpy as np
 from rushhour.clock import Clock
 from rushhour.engines import Engine, Slot
 from rushhour.errors import EngineError, WireError
+from rushhour.measurement import BatchCost
 from rushhour.plan import Policy
 from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.serve.pictures import Decoder, Decoding
+from rushhour.serve.speed import Speedometer, Speeds
 from rushhour.serve.statistics import Batch, Statistics, Totals
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
@@ -26,6 +28,8 @@ _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
 """1 is the highest, as the protocol has it; a request that does not say is in the middle."""
 _SHARE_OF_DEADLINE = 0.9
 """Of the time allowed, for queue and engine; the rest is for what the cell cannot see: sockets and the client."""
+_TICK_S = 1e-3
+"""What the loop's timers count in: for less no batch waits."""
 _TELLING = 0.5
 """Of the time allowed: predictions of at least so much are compared with what came."""
 
@@ -100,6 +104,7 @@ class Cell:
         profile: how long the engine's batches take; kept fresh here.
         clock: what deadlines are read on.
         decoder: of encoded pictures; None where the codec takes none.
+        cost: CPU time of the engine's batches; None where no batch is to wait for more samples.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Cell:
         profile: Profile,
         clock: Clock,
         decoder: Decoder | None = None,
+        cost: BatchCost | None = None,
     ) -> None:
         self.codec = codec
         self.engine = engine
@@ -119,9 +125,17 @@ class Cell:
         self.profile = profile
         self._loop = asyncio.get_running_loop()
         self._clock = clock
+        self._speedometer = Speedometer(profile.times)
         self._deadline_s = math.inf if policy.deadline_ms is None else policy.deadline_ms / 1e3
         self._admission = Admission(profile, engine.config.max_batch)
-        self._batcher: Batcher[Job] = Batcher(engine.config.max_batch, policy.queue_bound, profile, clock)
+        self._batcher: Batcher[Job] = Batcher(
+            engine.config.max_batch,
+            policy.queue_bound,
+            profile,
+            clock,
+            cost=cost,
+            streams=len(engine.slots),
+        )
         self._row_bytes_in = tuple(spec.row_bytes for spec in engine.signature.inputs)
         self._row_bytes_out = tuple(spec.row_bytes for spec in engine.signature.outputs)
         self._output_names = tuple(spec.name for spec in engine.signature.outputs)
@@ -129,6 +143,7 @@ class Cell:
         self._busy: list[_Stream] = []
         self._streams = len(self._free)
         self._dispatching = False
+        self._wakes_at = math.inf
         self.answering: Batch | None = None
         """The batch whose requests are being answered: for who follows single requests."""
 
@@ -146,6 +161,20 @@ class Cell:
     def running(self) -> tuple[int, int]:
         """Batches that run, and their samples."""
         return len(self._busy), sum(stream.rows for stream in self._busy)
+
+    @property
+    def waits_for(self) -> tuple[int, float]:
+        """Samples that a batch waits for under little load, and seconds, at most, where the plan has a deadline."""
+        return self._batcher.enough, self._batcher.patience_s(_SHARE_OF_DEADLINE * self._deadline_s)
+
+    @property
+    def speed(self) -> float | None:
+        """Of the host in the last ten seconds of work, 1 as when the profile was made; None before the first batch."""
+        return self._speedometer.recent()
+
+    def speeds(self) -> Speeds:
+        """What batches took in the last minutes, and what they were to take."""
+        return self._speedometer.told(self._clock.now())
 
     def totals(self) -> Totals:
         """What was done here up to now, in numbers. Not a copy."""
@@ -288,6 +317,10 @@ class Cell:
     def _dispatch(self) -> None:
         self._dispatching = False
         while self._free:
+            leave_at = self._batcher.leave_at()
+            if leave_at > -math.inf and leave_at - self._clock.now() >= _TICK_S:
+                self._wake_at(leave_at)
+                return
             parts = self._batcher.take()
             if not parts:
                 return
@@ -305,6 +338,17 @@ class Cell:
                 stream.slot.start(rows, stream.done)
             except Exception as error:
                 self._finished(stream, error)
+
+    def _wake_at(self, time: float) -> None:
+        """Look again at that time. A timer that is there already and comes earlier is enough, whatever it was for."""
+        if time < self._wakes_at:
+            self._wakes_at = time
+            self._loop.call_later(time - self._clock.now(), self._wake, time)
+
+    def _wake(self, time: float) -> None:
+        if time == self._wakes_at:
+            self._wakes_at = math.inf
+        self._dispatch_soon()
 
     def _fill(self, stream: _Stream, parts: list[Part[Job]]) -> int:
         """Write a batch into the stream's input buffers, each request once and in place; returns its rows."""
@@ -327,9 +371,11 @@ class Cell:
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
         parts, stream.parts = stream.parts, []
         self.answering = stream
+        self._batcher.ended(parts)
         if error is None:
             now, last = self._clock.now(), parts[-1].ticket
             self.profile.learn(stream.rows, now - stream.started)
+            self._speedometer.saw(stream.rows, stream.ended, stream.ended - stream.started)
             self._admission.saw(stream.rows, last.item.expected_s, now - last.arrived)
             outputs = stream.slot.outputs
             views = [outputs[name].data.cast("B") for name in self._output_names]

@@ -19,7 +19,7 @@ from rushhour.errors import WireError
 from rushhour.machine import describe
 from rushhour.serve import log, metrics
 from rushhour.serve.duties import Duties
-from rushhour.serve.orders import Count, Do, Load, Log, LogLevel, Register, Unload, Unregister, done
+from rushhour.serve.orders import Count, Do, Load, Log, LogLevel, Register, Speed, Unload, Unregister, done
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.shared_memory import SharedMemory
 from rushhour.serve.statistics import Report, Totals
@@ -77,6 +77,7 @@ class Control:
             "model_configuration",
             "model_repository",
             "schedule_policy",
+            "speed",
             "statistics",
         ]
         if self._regions is not None:
@@ -97,6 +98,7 @@ class Control:
         """The model's configuration, in the words of Triton's `ModelConfig`."""
         loaded = self._loaded(name, version)
         config, codec = loaded.engine.config, loaded.cell.codec
+        enough, patience_s = loaded.cell.waits_for
 
         def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
             return [
@@ -113,8 +115,8 @@ class Control:
             "output": tensors(codec.signature.outputs),
             "instance_group": [{"name": codec.model, "kind": "KIND_CPU", "count": config.streams}],
             "dynamic_batching": {
-                "preferred_batch_size": [],
-                "max_queue_delay_microseconds": 0,
+                "preferred_batch_size": [enough] if patience_s else [],
+                "max_queue_delay_microseconds": round(1e6 * patience_s),
                 "preserve_ordering": False,
                 "priority_levels": 8,
                 "default_priority_level": 4,
@@ -131,6 +133,11 @@ class Control:
         totals = (await self.report()).versions.get(loaded.version, Totals())
         return {"model_stats": [totals.shown(self._repository.name, loaded.version)]}
 
+    async def speed(self, name: str, version: str = "") -> dict[str, Any]:
+        """How long batches took in the last minutes, by all cells, against their profile. Not of the protocol."""
+        loaded = self._loaded(name, version)
+        return ((await done(self._do, Speed())).speeds or loaded.cell.speeds()).shown()
+
     async def report(self) -> Report:
         """What all cells have done, and how they are."""
         report = (await done(self._do, Count())).report
@@ -145,6 +152,7 @@ class Control:
         """What is in force, as the engine itself reports it. Not of the protocol."""
         loaded = self._loaded(self._repository.name)
         engine, profile = loaded.engine, loaded.cell.profile
+        enough, patience_s = loaded.cell.waits_for
         return {
             "model": self._repository.name,
             "version": loaded.version,
@@ -153,6 +161,8 @@ class Control:
             "engine": engine.config,
             "effective": dict(engine.effective),
             "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,
+            "waits_for_samples": enough,
+            "waits_ms": round(1e3 * patience_s, 3),
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
             "server": {**self._settings, "log_level": logging.getLevelName(log.level()).lower()},
         }

@@ -8,7 +8,7 @@ from prometheus_client import ProcessCollector
 
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve import log
-from rushhour.serve.orders import Count, Done, Load, Log, Register, Unload, Unregister, Work
+from rushhour.serve.orders import Count, Done, Load, Log, Register, Speed, Unload, Unregister, Work
 from rushhour.serve.repository import Repository
 from rushhour.serve.shared_memory import SharedMemory
 from rushhour.serve.statistics import Report, State
@@ -38,6 +38,9 @@ class Duties:
             match work:
                 case Count():
                     return Done(report=self.report())
+                case Speed():
+                    loaded = self._repository.loaded
+                    return Done(speeds=None if loaded is None else loaded.cell.speeds())
                 case Load(version):
                     await self._repository.load(version or None)
                 case Unload():
@@ -63,6 +66,7 @@ class Duties:
             cell = loaded.cell
             state.waiting = cell.waiting
             state.batches, state.running = cell.running
+            state.speed = cell.speed
             state.base_s = cell.profile.seconds(0)
             state.sample_s = cell.profile.seconds(1) - state.base_s
         if self.watch is not None:

@@ -132,6 +132,15 @@ def _now(report: Report) -> Iterator[Metric]:
         service.add_metric((str(number), "base"), state.base_s)
         service.add_metric((str(number), "per_sample"), state.sample_s)
     yield service
+    speed = GaugeMetricFamily(
+        "rushhour_host_speed",
+        "In the last ten seconds of work: what batches were to take by the start's profile, over what they took.",
+        labels=("cell",),
+    )
+    for number, state in report.cells.items():
+        if state.speed is not None:
+            speed.add_metric((str(number),), state.speed)
+    yield speed
 
 
 def _processes(cells: dict[int, State]) -> Iterator[Metric]:

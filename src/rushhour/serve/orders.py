@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from rushhour.errors import WireError
+from rushhour.serve.speed import Speeds
 from rushhour.serve.statistics import Report
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -29,6 +30,10 @@ class Unload(msgspec.Struct, frozen=True, tag="unload"):
 
 class Count(msgspec.Struct, frozen=True, tag="count"):
     """Say what was done, and how things are: the work's result is a `Report`."""
+
+
+class Speed(msgspec.Struct, frozen=True, tag="speed"):
+    """Say how long batches took, against their profile: the work's result is `Speeds`."""
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):
@@ -52,7 +57,7 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     level: LogLevel
 
 
-Work = Load | Unload | Count | Register | Unregister | Log
+Work = Load | Unload | Count | Speed | Register | Unregister | Log
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -62,11 +67,13 @@ class Done(msgspec.Struct, frozen=True):
         wrong: what went wrong; empty for nothing.
         status: the HTTP status of that.
         report: of `Count`.
+        speeds: of `Speed`; None where nothing is loaded.
     """
 
     wrong: str = ""
     status: int = 400
     report: Report | None = None
+    speeds: Speeds | None = None
 
 
 Do = Callable[[Work], Awaitable[Done]]

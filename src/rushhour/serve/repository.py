@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
-from rushhour.engines import Engine, EngineConfig, open_engine, time_service
+from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
+from rushhour.measurement import BatchCost
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
@@ -122,7 +123,7 @@ class Repository:
             target, self._first = self._first, None
             if target is None:
                 target = await loop.run_in_executor(self._opening, open_target, self._path)
-            way, engine, profile, decoder = await loop.run_in_executor(self._opening, self._open, target)
+            way, engine, profile, decoder, cost = await loop.run_in_executor(self._opening, self._open, target)
             self._version = self._version + 1 if version is None else version
             codec = Codec(
                 self.name,
@@ -132,7 +133,7 @@ class Repository:
                 regions=self._regions,
                 pictures=self._most_pictures(engine.signature) if decoder else 0,
             )
-            cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder)
+            cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, cost)
             old, self.loaded = self.loaded, Loaded(target, way, engine, cell)
             base = f"/v2/models/{self.name}"
             self._infer_paths = frozenset(
@@ -164,7 +165,7 @@ class Repository:
         await loop.run_in_executor(self._opening, old.engine.close)
         await loop.run_in_executor(self._opening, memory.give_back)
 
-    def _open(self, target: Target) -> tuple[Way, Engine, Profile, Decoder | None]:
+    def _open(self, target: Target) -> tuple[Way, Engine, Profile, Decoder | None, BatchCost]:
         refused: RushhourError | None = None
         for way in [Way(target.bundle, target.engine_config)] if self._exact else target.ways(cores()):
             try:
@@ -178,14 +179,15 @@ class Repository:
         assert refused is not None
         raise refused
 
-    def _opened(self, way: Way) -> tuple[Engine, Profile, Decoder | None]:
+    def _opened(self, way: Way) -> tuple[Engine, Profile, Decoder | None, BatchCost]:
         engine = self._opener(way.bundle, way.config)
         try:
-            profile = Profile(time_service(engine, way.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS))
-            spec = engine.signature.picture
-            if spec is None:
-                return engine, profile, None
-            return engine, profile, Decoder(spec, max_pixels=self._limits.picture_pixels, threads=cores())
+            times = time_service(engine, way.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS)
+            cost = batch_cost(engine, way.bundle, times.batch_sizes[-1])
+            spec, decoder = engine.signature.picture, None
+            if spec is not None:
+                decoder = Decoder(spec, max_pixels=self._limits.picture_pixels, threads=cores())
+            return engine, Profile(times), decoder, cost
         except RushhourError:
             engine.close()
             raise

@@ -113,6 +113,8 @@ class Routes:
                 return {"GET": lambda body: control.config(name, version)}
             case ["stats"]:
                 return {"GET": lambda body: control.statistics(name, version)}
+            case ["speed"]:
+                return {"GET": lambda body: control.speed(name, version)}
             case ["trace", "setting"]:
                 return {
                     "GET": lambda body: control.tracing({}, name),

@@ -178,6 +178,7 @@ class State(msgspec.Struct):
         connections: over HTTP, open.
         calls: over gRPC, under way.
         base_s, sample_s: a batch of n samples is expected to take `base_s + n sample_s`.
+        speed: of the host in the last ten seconds of work, 1 as at the start; None before the first batch.
         process: Prometheus' usual figures of a process, by name.
     """
 
@@ -189,6 +190,7 @@ class State(msgspec.Struct):
     calls: int = 0
     base_s: float = 0.0
     sample_s: float = 0.0
+    speed: float | None = None
     process: dict[str, float] = {}
 
 

@@ -25,8 +25,9 @@ import msgspec
 
 from rushhour.errors import ServeError
 from rushhour.serve import log
-from rushhour.serve.orders import Count, Done, Load, Log, Order, Register, Said, Unload, Unregister, Work
+from rushhour.serve.orders import Count, Done, Load, Log, Order, Register, Said, Speed, Unload, Unregister, Work
 from rushhour.serve.settings import ServeSettings
+from rushhour.serve.speed import summed
 from rushhour.serve.statistics import Report, State, Totals, together
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
@@ -88,6 +89,10 @@ class Supervisor:
         """Have work done in every cell that lives. A cell that is down does it when it starts."""
         if isinstance(work, Count):
             return Done(report=await self._report())
+        if isinstance(work, Speed):
+            told = await asyncio.gather(*(cell.do(work, _COUNT_S) for cell in self._cells))
+            speeds = [done.speeds for done in told if done is not None and done.speeds is not None]
+            return Done(speeds=summed(speeds) if speeds else None)
         async with self.changing:
             if isinstance(work, Load):
                 work = Load(self._settings.version + 1)

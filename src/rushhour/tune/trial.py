@@ -23,7 +23,21 @@ from rushhour.bundle import Bundle
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, Payload, Probe, Target, discover, glance_n, measure, payloads
+from rushhour.load import (
+    ClosedJob,
+    Generator,
+    OpenJob,
+    Payload,
+    Probe,
+    Samples,
+    Target,
+    Tick,
+    discover,
+    glance_n,
+    measure,
+    null_throughput,
+    payloads,
+)
 from rushhour.measurement import Measurement
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
@@ -78,12 +92,13 @@ class Bench:
         """
         with contextlib.ExitStack() as stack:
 
-            def aim() -> tuple[Target, list[Payload]]:
-                url = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
+            def aim() -> tuple[_Metered, Target, list[Payload]]:
+                url, pid = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
                 target = discover(url)
-                return target, payloads(target, bundle.samples(), rows=self._goal.workload.rows)
+                requests = payloads(target, bundle.samples(), rows=self._goal.workload.rows)
+                return _Metered(self._generator, pid), target, requests
 
-            yield Loaded(self._journal, self._generator, self._goal, candidate, phase, functools.cache(aim))
+            yield Loaded(self._journal, self._goal, candidate, phase, functools.cache(aim))
 
 
 class Loaded:
@@ -92,14 +107,12 @@ class Loaded:
     def __init__(
         self,
         journal: Journal,
-        generator: Generator,
         goal: Goal,
         candidate: Candidate,
         phase: str,
-        aim: Callable[[], tuple[Target, list[Payload]]],
+        aim: Callable[[], tuple[_Metered, Target, list[Payload]]],
     ) -> None:
         self._journal = journal
-        self._generator = generator
         self._goal = goal
         self._candidate = candidate
         self._phase = phase
@@ -125,18 +138,96 @@ class Loaded:
 
         def probe(rate_rps: float, seed: int) -> Measurement:
             n = max(1, math.ceil(rate_rps * window_s))
-            return self._take(f"push {window_s:g} s", rate_rps, seed, n=n, warmup_s=warmup_s, is_warm=True)
+            what = f"push {window_s:g} s"
+            return self._take(what, rate_rps, seed, is_metered=False, n=n, warmup_s=warmup_s, is_warm=True)
 
         return probe
 
-    def _take(self, what: str, rate_rps: float, seed: int, **asked: Any) -> Measurement:
+    def _take(self, what: str, rate_rps: float, seed: int, *, is_metered: bool = True, **asked: Any) -> Measurement:
+        """A window. Reading the CPU time of all processes takes as long as a short one, where there are many."""
         slo = self._goal.slo
 
         def take() -> Measurement:
-            return measure(self._generator, *self._aim(), slo, rate_rps=rate_rps, seed=seed, **asked)
+            metered, target, requests = self._aim()
+            metered.clear()
+            window = measure(
+                metered if is_metered else metered.generator,
+                target,
+                requests,
+                slo,
+                rate_rps=rate_rps,
+                seed=seed,
+                null_rps=null_throughput(metered.generator, requests),
+                **asked,
+            )
+            per_request_s = metered.server_s_per_request
+            server_cpu = None if per_request_s is None else per_request_s * rate_rps
+            return msgspec.structs.replace(window, server_cpu=server_cpu)
 
         detail = f"{slo} rows {self._goal.workload.rows} rate {rate_rps:g} {what} seed {seed}"
         return self._journal.measure(self._phase, str(self._candidate), detail, Measurement, take)
+
+
+class _Metered:
+    """A generator that takes the server's CPU time along.
+
+    It counts whole runs, warm-up included, because the same requests are counted: CPU time per request is what can be
+    compared, and times the rate it is the cores that the server keeps busy.
+
+    Args:
+        generator: sends the load.
+        pid: of the server.
+
+    Attributes:
+        generator: the same, without.
+    """
+
+    def __init__(self, generator: Generator, pid: int) -> None:
+        self.generator = generator
+        self._pid = pid
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._spent_s: float | None = 0.0
+        self._requests = 0
+
+    def run(self, job: OpenJob | ClosedJob, on_progress: Callable[[Tick], None] | None = None) -> Samples:
+        """As `Sender.run`."""
+        before = cpu_seconds(self._pid)
+        samples = self.generator.run(job, on_progress)
+        after = cpu_seconds(self._pid)
+        if self._spent_s is None or before is None or after is None:
+            self._spent_s = None
+        else:
+            self._spent_s += after - before
+        self._requests += len(samples)
+        return samples
+
+    @property
+    def server_s_per_request(self) -> float | None:
+        """CPU seconds of the server for each request sent; None where they are not known."""
+        return self._spent_s / self._requests if self._spent_s is not None and self._requests else None
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time of a process and all its descendants, those that have ended and were waited for included.
+
+    None where there is no /proc, or no such process.
+    """
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = entry.read_text().rpartition(")")[2].split()
+            parents[int(entry.parent.name)] = int(fields[1])
+            ticks[int(entry.parent.name)] = sum(map(int, fields[11:15]))
+    if pid not in ticks:
+        return None
+    tree = {pid}
+    while grown := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= grown
+    return sum(ticks[each] for each in tree) / os.sysconf("SC_CLK_TCK")
 
 
 class _Said(msgspec.Struct):
@@ -145,8 +236,12 @@ class _Said(msgspec.Struct):
 
 
 @contextlib.contextmanager
-def served(candidate: Candidate, bundle: Bundle, goal: Goal, run: Path, trusted: tuple[str, ...]) -> Iterator[str]:
-    """A server for `candidate` on a free loopback port, as a context; gives its URL. Gone at the end, whatever happens.
+def served(
+    candidate: Candidate, bundle: Bundle, goal: Goal, run: Path, trusted: tuple[str, ...]
+) -> Iterator[tuple[str, int]]:
+    """A server for `candidate` on a free loopback port, as a context; gives its URL and its process.
+
+    Gone at the end, whatever happens.
 
     Raises:
         EngineError: if the server does not come up; the message is the server's own.
@@ -166,7 +261,7 @@ def served(candidate: Candidate, bundle: Bundle, goal: Goal, run: Path, trusted:
             if not said.url:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
                 raise EngineError(f"the candidate {candidate} does not start", said.error or last[0])
-            yield said.url
+            yield said.url, server.pid
         finally:
             _stop(server)
     finally:
