@@ -34,7 +34,7 @@ from rushhour.train import Tracking, TrainSettings, step_seconds, train
 from rushhour.tune.settings import TuneSettings
 from rushhour.tune.tune import tune
 
-_TRAINING_SHARE = 0.45
+_TRAINING_SHARE = 0.6
 """Of the budget, for the training."""
 _LEAST_SHARE = 0.4
 """Of the budget, that the search has even where training took more than its share."""
