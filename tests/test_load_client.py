@@ -282,7 +282,7 @@ def test_every_protocol_is_answered_and_checked(way: Any, generator: Generator, 
     run = generator.run(job(target, requests, check=True))
     assert run.count(Status.OK) == 300, run.first_error
     assert (run.sent >= run.taken).all()
-    assert (run.done > run.sent).all()
+    assert (run.done >= run.sent).all()
     assert run.error_kinds == {}
     closed = closed_loop(generator, target, requests, concurrency=3, duration_s=0.4, check=True)
     assert (closed.errors, closed.shed) == (0, 0)
