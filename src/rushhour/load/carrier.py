@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 
@@ -61,7 +61,7 @@ class Carrier(Protocol):
         """Send a request as soon as possible."""
         ...
 
-    async def rest(self, until: float, *, prompt: bool) -> None:
+    def rest(self, until: float, *, prompt: bool) -> Awaitable[None] | None:
         """Let time pass, then tell the book of what has come.
 
         Args:
@@ -69,6 +69,9 @@ class Carrier(Protocol):
                 what is there is read all the same.
             prompt: return as soon as anything has come. Without it a carrier may leave answers unread until then, if
                 it knows afterwards when they came.
+
+        Returns:
+            What is to be awaited meanwhile; None if the time has passed already, without an event loop.
         """
         ...
 

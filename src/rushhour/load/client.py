@@ -201,12 +201,6 @@ class _Load:
         except (WireError, RecursionError):
             return False
 
-    def _take(self, index: int) -> None:
-        """A request is due."""
-        self._taken[index] = monotonic() - self._start
-        self._issued += 1
-        self._carry(index)
-
     def _end(self, index: int, status: Status, kind: str = "") -> None:
         """In any other way than well."""
         self._status[index] = status
@@ -273,7 +267,9 @@ class _Load:
         swept = ticked = monotonic()
         while not finished.done():
             due = self._issue_due()
-            await rest(min(due, swept + _SWEEP_S), prompt=due == math.inf)
+            passing = rest(min(due, swept + _SWEEP_S), prompt=due == math.inf)
+            if passing is not None:
+                await passing
             if (now := monotonic()) >= swept + _SWEEP_S:
                 swept = now
                 self._sweep()
@@ -389,13 +385,15 @@ class _OpenLoop(_Load):
         self._start = monotonic() + _START_DELAY_S
 
     def _issue_due(self) -> float:
-        scheduled, index = self._scheduled, self._issued
+        scheduled, index, carry = self._scheduled, self._issued, self._carry
         last = min(self._n, index + _AT_ONCE)
         now = monotonic() - self._start
         while index < last and scheduled[index] <= now:
             if index == self._warmup:
                 self._begin_measuring()
-            self._take(index)
+            self._taken[index] = now
+            self._issued = index + 1
+            carry(index)
             index += 1
         if index >= self._n:
             self._end_measuring()
@@ -439,11 +437,12 @@ class _ClosedLoop(_Load):
                 break
             index = len(self._scheduled)
             self._scheduled.append(now)
-            self._taken.append(_NAN)
+            self._taken.append(now)
             self._sent.append(_NAN)
             self._done.append(_NAN)
             self._status.append(Status.UNANSWERED)
-            self._take(index)
+            self._issued += 1
+            self._carry(index)
         return math.inf
 
 

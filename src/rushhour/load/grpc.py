@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -155,7 +155,7 @@ class GrpcCarrier:
         self._methods: list[Callable[[bytes], Any]] = []
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._wake)
-        self._rested = self._loop.create_future()
+        self._rested: asyncio.Future[None] = self._loop.create_future()
         self._prompt = False
 
     @property
@@ -190,12 +190,12 @@ class GrpcCarrier:
         self._calls[index] = call
         call.add_done_callback(lambda _: self._calls.pop(index, None))
 
-    async def rest(self, until: float, *, prompt: bool) -> None:
+    def rest(self, until: float, *, prompt: bool) -> Awaitable[None]:
         """See `Carrier`."""
         self._rested = self._loop.create_future()
         self._prompt = prompt
         self._alarm.set(until)
-        await self._rested
+        return self._rested
 
     def _wake(self) -> None:
         self._alarm.silence()

@@ -90,7 +90,7 @@ class HttpCarrier:
         if len(self._connections) >= self._job.max_connections:
             self._book.starved(index)
 
-    async def rest(self, until: float, *, prompt: bool) -> None:
+    def rest(self, until: float, *, prompt: bool) -> None:
         """See `Carrier`."""
         now = monotonic()
         if prompt or self._waiting or self._opening or self._blocked or not (self._small and self._stamps.kept):

@@ -32,7 +32,7 @@ class Samples:
 
     Attributes:
         scheduled: when the request was due.
-        taken: when the generator got round to it. `taken - scheduled` is the generator's own lag.
+        taken: when the generator woke up for it. `taken - scheduled` is the generator's own lag.
         sent: when its bytes were written to a connection, NaN where they never were. Between `taken` and `sent` it
             waited for a connection.
         done: when the last byte of its answer arrived at this machine, NaN where none did; where the kernel does not
