@@ -175,8 +175,8 @@ def _setup(rate: int, core: int) -> Setup:
         return Setup(model, bundle_of(model, BENCH / "models"), "f32", frozenset({core}), 1, _BATCH)
 
     network = of("cnn")
-    _, batches_per_s = raw_costs(network, (_BATCH,), 1.0)[_BATCH]
-    return network if batches_per_s * _BATCH >= _HEADROOM * rate else of("noop")
+    cpu_s, _ = raw_costs(network, (_BATCH,), 1.0)[_BATCH]
+    return network if _BATCH / cpu_s >= _HEADROOM * rate else of("noop")
 
 
 @contextlib.contextmanager
