@@ -49,6 +49,8 @@ class Behaviour:
     keep_alive: bool = True
     in_pieces: bool = False
     dated: bool = False
+    hang_up: bool = False
+    large: int = 0
     models: tuple[str, ...] = ("tiny",)
 
 
@@ -91,6 +93,8 @@ class Connection(asyncio.Protocol):
             self.reply(200, json.dumps(models).encode())
         elif path == "/v2/models/tiny":
             self.reply(200, json.dumps(METADATA).encode())
+        elif path == "/large":
+            self.reply(200, bytes(self.state.behaviour.large))
         elif path == "/v2/models/tiny/infer":
             self.infer()
         else:
@@ -149,7 +153,7 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(0.001, self.transport.write, answer[50:])
             return
         self.transport.write(answer)
-        if not self.state.behaviour.keep_alive:
+        if self.state.behaviour.hang_up or not self.state.behaviour.keep_alive:
             self.transport.close()
 
 

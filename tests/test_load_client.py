@@ -6,6 +6,8 @@ import io
 import json
 import math
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -47,6 +49,7 @@ from rushhour.load import (
     read_trace,
 )
 from rushhour.load.contest import t_quantile
+from rushhour.load.stamps import Stamps
 from rushhour.measurement import Measurement, Outcome
 from rushhour.report import write_load_plot
 from rushhour.serve import ServeSettings
@@ -282,7 +285,7 @@ def test_every_protocol_is_answered_and_checked(way: Any, generator: Generator, 
     run = generator.run(job(target, requests, check=True))
     assert run.count(Status.OK) == 300, run.first_error
     assert (run.sent >= run.taken).all()
-    assert (run.done > run.sent).all()
+    assert (run.done >= run.sent).all()
     assert run.error_kinds == {}
     closed = closed_loop(generator, target, requests, concurrency=3, duration_s=0.4, check=True)
     assert (closed.errors, closed.shed) == (0, 0)
@@ -315,6 +318,82 @@ def test_any_endpoint_can_be_loaded(generator: Generator) -> None:
         requests = body_payloads(at, [], method="GET", path="/v2/models/tiny")
         run = generator.run(job(at, requests, check=True))
     assert run.count(Status.OK) == 300, run.first_error
+
+
+def test_answers_and_requests_of_any_size_go_through(generator: Generator) -> None:
+    with behaving(large=3_000_000) as url:
+        at = endpoint(url)
+        (down,) = body_payloads(at, [], method="GET", path="/large")
+        run = generator.run(job(at, [down], rate=100, n=40, check=True))
+        assert run.count(Status.OK) == 40, run.first_error
+        (up,) = body_payloads(at, [("application/octet-stream", bytes(5_000_000))], path="/large")
+        run = generator.run(job(at, [up], rate=50, n=20))
+        assert run.count(Status.OK) == 20, run.first_error
+
+
+def test_an_answer_that_nobody_waited_for_is_timed_by_its_arrival(generator: Generator) -> None:
+    """At 20 requests a second answers lie unread until the next is due: that is no latency."""
+    with behaving(service_s=0.001) as url:
+        target = discover(url)
+        schedule = constant(20, n=30, seed=1).tobytes()
+        run = generator.run(job(target, payloads(target), schedule=schedule))
+    assert run.count(Status.OK) == 30, run.first_error
+    assert np.median(run.latencies()) < 0.025
+
+
+def test_a_server_that_hangs_up_without_a_word_gets_no_request_into_the_closed_door(generator: Generator) -> None:
+    with behaving(hang_up=True) as url:
+        target = discover(url)
+        run = generator.run(job(target, payloads(target), rate=100, n=100))
+    assert run.count(Status.OK) >= 90, run.first_error
+    assert run.count(Status.OK) + run.error_kinds.get("closed", 0) == 100
+
+
+class Clocks:
+    """The time of day and the monotonic clock, as somebody sets them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.day, self.monotonic = 1_000_000.0, 500.0
+        monkeypatch.setattr("rushhour.load.stamps.time", lambda: self.day)
+        monkeypatch.setattr("rushhour.load.stamps.monotonic", lambda: self.monotonic)
+
+    def advance(self, seconds: float) -> None:
+        self.day += seconds
+        self.monotonic += seconds
+
+    def note(self) -> list[tuple[int, int, bytes]]:
+        nanoseconds = round(self.day * 1e9)
+        return [(socket.SOL_SOCKET, 35, struct.pack("@ll", *divmod(nanoseconds, 10**9)))]
+
+
+def test_the_kernel_s_note_is_read_on_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    stamps = Stamps()
+    assert not stamps.kept
+    clocks.advance(1.25)
+    note = clocks.note()
+    clocks.advance(0.04)
+    stamps.refresh()
+    assert stamps.of(note) == pytest.approx(501.25, abs=1e-6)
+    assert stamps.kept
+    assert stamps.of([]) == clocks.monotonic  # nobody noted anything: it is read as soon as it comes from here on
+    assert not stamps.kept
+
+
+@pytest.mark.parametrize("step", [-3600.0, -0.01, 0.01, 3600.0])
+def test_no_answer_is_early_because_the_clock_was_set(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    stamps = Stamps()
+    note = clocks.note()
+    clocks.day += step
+    clocks.advance(0.002)
+    stamps.refresh()
+    assert stamps.of(note) == clocks.monotonic
+    assert stamps.kept
+    later = clocks.note()
+    clocks.advance(0.005)
+    stamps.refresh()
+    assert stamps.of(later) == pytest.approx(clocks.monotonic - 0.005, abs=1e-6)
 
 
 # -- checked answers

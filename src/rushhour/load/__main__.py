@@ -31,6 +31,7 @@ def _serve(channel: socket.socket, lifeline: int, cores: set[int]) -> None:
     with Canary() as canary, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if cores:  # after the canary has started, which is to feel the machine as the server does
             os.sched_setaffinity(0, cores)
+        _wake_in_time()
         while (frame := receive(channel)) is not None:
             job = msgspec.msgpack.decode(frame[1], type=OpenJob | ClosedJob)
             bound = max(1, min(job.max_connections, files - _SPARE_FILES))
@@ -63,6 +64,12 @@ async def _attended(job: OpenJob | ClosedJob, canary: Canary, channel: socket.so
 def _report(channel: socket.socket, tick: Tick) -> None:
     with contextlib.suppress(OSError):  # the parent's end is seen at the lifeline
         send(channel, b"t", msgspec.msgpack.encode(tick))
+
+
+def _wake_in_time() -> None:
+    """Have sleeps end within 1 µs, where the kernel by default takes 50 µs: a twentieth of a limit of 1 ms."""
+    with contextlib.suppress(OSError), open("/proc/self/timerslack_ns", "w") as slack:
+        slack.write("1000")
 
 
 def _allow_files(wanted: int) -> int:

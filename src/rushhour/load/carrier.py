@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 
 class Book(Protocol):
-    """Is told what becomes of each request, which it knows by its index in the schedule."""
+    """Is told what becomes of each request, which it knows by its index in the schedule.
+
+    `at` is when the last byte of an answer arrived, in seconds of `time.monotonic`.
+    """
 
     def sent(self, index: int) -> None:
         """It is on its way: its bytes were written."""
         ...
 
-    def answered(self, index: int, body: bytes, header_length: int | None) -> None:
+    def answered(self, index: int, body: bytes, header_length: int | None, at: float) -> None:
         """A good status, and a body without a fault; `header_length` is its JSON header's where it has one."""
         ...
 
-    def turned_down(self, index: int, status: int, body: bytes) -> None:
+    def turned_down(self, index: int, status: int, body: bytes, at: float) -> None:
         """Any other HTTP status, or what corresponds to it."""
         ...
 
-    def garbled(self, index: int, what: str, why: str) -> None:
+    def garbled(self, index: int, what: str, why: str, at: float) -> None:
         """Bytes that are no answer."""
         ...
 
@@ -56,6 +59,20 @@ class Carrier(Protocol):
 
     def carry(self, index: int) -> None:
         """Send a request as soon as possible."""
+        ...
+
+    def rest(self, until: float, *, prompt: bool) -> Awaitable[None] | None:
+        """Let time pass, then tell the book of what has come.
+
+        Args:
+            until: seconds of `time.monotonic`, within 0.1 ms where the system keeps time so finely; if that is over,
+                what is there is read all the same.
+            prompt: return as soon as anything has come. Without it a carrier may leave answers unread until then, if
+                it knows afterwards when they came.
+
+        Returns:
+            What is to be awaited meanwhile; None if the time has passed already, without an event loop.
+        """
         ...
 
     def sweep(self, is_over: Callable[[int], bool], kind: str, why: str) -> None:

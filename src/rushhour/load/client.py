@@ -1,17 +1,19 @@
-"""The client: when requests go out, and the book of what became of them, on one event loop in the generator's process.
+"""The client: when requests go out, and the book of what became of them, in the generator's process.
 
-How they get to the server is a `Carrier`'s affair: `pool.py` for HTTP, `grpc.py` for gRPC. What is timed is taken from
-`time.monotonic` around the calls themselves, never from the loop's clock, which stands still while the loop works.
+How they get to the server, and how time passes in between, is a `Carrier`'s affair: `pool.py` for HTTP, `grpc.py` for
+gRPC. What is timed is taken from `time.monotonic` around the calls themselves, and from the kernel's note of when an
+answer came; never from an event loop's clock, which stands still while the loop works.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import time
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
+from time import monotonic, process_time
 from typing import Any
 
 import msgspec
@@ -19,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.errors import LoadError, WireError
-from rushhour.load.alarm import Alarm
 from rushhour.load.canary import Canary
 from rushhour.load.carrier import Carrier
 from rushhour.load.job import ClosedJob, Job, OpenJob, Tick
@@ -40,7 +41,7 @@ _RECENT = 4096
 _STOP_GRACE_S = 1.0
 _PREOPENED = 128
 _AT_ONCE = 32
-"""Requests taken up before the loop may look at answers again: a generator that was held up catches up in small
+"""Requests taken up before answers are looked at again: a generator that was held up catches up in small
 steps, so that it does not read answers late as well."""
 _LENGTHS = 64
 """Distinct lengths of answers that are each looked into once. A server with more of them writes numbers as text."""
@@ -85,6 +86,7 @@ class _Load:
         else:
             self._carrier, self._decode = HttpCarrier(job, self), decode_answer
         self._carry = self._carrier.carry
+        self._limit_s = job.limit_s
         self._distinct = len(job.requests)
         self._check = job.check or bool(job.expected)
         self._expected: dict[int, tuple[bytes, int | None]] = {
@@ -113,23 +115,29 @@ class _Load:
 
     def sent(self, index: int) -> None:
         """See `Book`."""
-        self._sent[index] = time.monotonic() - self._start
+        self._sent[index] = monotonic() - self._start
 
-    def answered(self, index: int, body: bytes, header_length: int | None) -> None:
+    def answered(self, index: int, body: bytes, header_length: int | None, at: float) -> None:
         """See `Book`."""
-        now = self._done[index] = time.monotonic() - self._start
+        done = at - self._start
+        if done < self._sent[index]:  # it was here before it was noted that its request is out
+            done = self._sent[index]
+        self._done[index] = done
         self._any_answer = True
         if self._check and not self._is_expected(index % self._distinct, body, header_length):
             self._note("an answer is not the one expected")
             self._end(index, Status.ERROR, "mismatch")
             return
-        if now - self._scheduled[index] > self._job.limit_s:
+        if done - self._scheduled[index] > self._limit_s:
             self._late += 1
-        self._end(index, Status.OK)
+        self._status[index] = Status.OK
+        self._ended += 1
+        if self._ended == self._issued:
+            self._finish_if_over()
 
-    def turned_down(self, index: int, status: int, body: bytes) -> None:
+    def turned_down(self, index: int, status: int, body: bytes, at: float) -> None:
         """See `Book`."""
-        self._done[index] = time.monotonic() - self._start
+        self._done[index] = max(at - self._start, self._sent[index])
         if status in _SHED:
             self._end(index, Status.SHED)
             return
@@ -145,9 +153,9 @@ class _Load:
         self._note(f"status {status}" + (f" ({said})" if said else ""))
         self._end(index, Status.ERROR, f"status {status}")
 
-    def garbled(self, index: int, what: str, why: str) -> None:
+    def garbled(self, index: int, what: str, why: str, at: float) -> None:
         """See `Book`. As the first thing a server says they end the run, later they are errors."""
-        self._done[index] = time.monotonic() - self._start
+        self._done[index] = max(at - self._start, self._sent[index])
         if not self._any_answer:
             self._fail(LoadError(what, why, "check the URL and the server"))
         self._note(f"{what}: {why}")
@@ -193,23 +201,17 @@ class _Load:
         except (WireError, RecursionError):
             return False
 
-    def _take(self, index: int) -> None:
-        """A request is due."""
-        self._taken[index] = time.monotonic() - self._start
-        self._issued += 1
-        self._carry(index)
-
     def _end(self, index: int, status: Status, kind: str = "") -> None:
+        """In any other way than well."""
         self._status[index] = status
         self._ended += 1
-        if status is not Status.OK:
-            self._late += 1
-            if status is Status.SHED:
-                self._shed += 1
-            else:
-                self._errors += 1
-                if index >= self._warmup:
-                    self._kinds[kind] += 1
+        self._late += 1
+        if status is Status.SHED:
+            self._shed += 1
+        else:
+            self._errors += 1
+            if index >= self._warmup:
+                self._kinds[kind] += 1
         if self._ended == self._issued:
             self._finish_if_over()
 
@@ -230,7 +232,7 @@ class _Load:
 
     def _sweep(self) -> None:
         """Give up on what has been under way for too long."""
-        before = time.monotonic() - self._start - self._job.timeout_s
+        before = monotonic() - self._start - self._job.timeout_s
         scheduled = self._scheduled
         why = f"no answer within {self._job.timeout_s:g} s"
         self._carrier.sweep(lambda index: scheduled[index] < before, "time-out", why)
@@ -239,24 +241,46 @@ class _Load:
         """Run, and return what happened."""
         self._loop.set_exception_handler(self._on_error)
         noise = (0.0, 0.0, 0.0)
-        tasks: list[asyncio.Task[None]] = []
+        stopping: asyncio.Task[None] | None = None
         try:
             await self._prepare()
-            tasks = [self._loop.create_task(self._keep_house()), self._loop.create_task(self._stop_on(stop))]
+            stopping = self._loop.create_task(self._stop_on(stop))
+            await self._drive()
             await self._finished
             self._tick()
         finally:
             self._finished.cancel()
-            for task in tasks:
-                task.cancel()
-            self._close()
+            if stopping is not None:
+                stopping.cancel()
             await self._carrier.close()
+            await asyncio.sleep(0)  # what was cancelled ends here, not in the next run
             if self._measured_from:
                 self._end_measuring()
                 noise = self._canary.result()
         if self._stopped and self._issued <= self._warmup:
             raise LoadError("the load was stopped before anything was measured", "", "let it run for longer")
         return self._samples(*noise)
+
+    async def _drive(self) -> None:
+        """Send what is due and read what has come, in turns, until all is over."""
+        rest, finished = self._carrier.rest, self._finished
+        swept = ticked = monotonic()
+        while not finished.done():
+            due = self._issue_due()
+            passing = rest(min(due, swept + _SWEEP_S), prompt=due == math.inf)
+            if passing is not None:
+                await passing
+            if (now := monotonic()) >= swept + _SWEEP_S:
+                swept = now
+                self._sweep()
+                if now >= ticked + _TICK_S:
+                    ticked = now
+                    self._tick()
+                await asyncio.sleep(0)  # the loop's turn: the word to stop, the parent's end
+
+    def _issue_due(self) -> float:
+        """Take up what is due; when to be called again, in seconds of `time.monotonic`: infinity at the next answer."""
+        raise NotImplementedError
 
     async def _stop_on(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -278,32 +302,20 @@ class _Load:
     def _issue_no_more(self) -> None:
         raise NotImplementedError
 
-    def _close(self) -> None:
-        """Whatever a loop has to release."""
-
     def _begin_measuring(self) -> None:
         self._canary.start()
-        self._measured_from, self._cpu_from = time.monotonic(), time.process_time()
+        self._measured_from, self._cpu_from = monotonic(), process_time()
 
     def _end_measuring(self) -> None:
         if not self._measured_to:
-            self._measured_to, self._cpu_to = time.monotonic(), time.process_time()
+            self._measured_to, self._cpu_to = monotonic(), process_time()
             self._canary.stop()
-
-    async def _keep_house(self) -> None:
-        ticked = time.monotonic()
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            self._sweep()
-            if time.monotonic() - ticked >= _TICK_S:
-                ticked = time.monotonic()
-                self._tick()
 
     def _tick(self) -> None:
         p50, p99 = self._recent()
         self._on_tick(
             Tick(
-                at_s=max(0.0, time.monotonic() - self._start),
+                at_s=max(0.0, monotonic() - self._start),
                 sent=self._issued,
                 ended=self._ended,
                 late=self._late,
@@ -321,8 +333,9 @@ class _Load:
         answered = latencies[~np.isnan(latencies)]
         if not len(answered):
             return None, None
-        p50, p99 = np.quantile(answered, (0.5, 0.99)) * 1e3
-        return float(p50), float(p99)
+        answered.sort()
+        last = len(answered) - 1
+        return 1e3 * float(answered[last // 2]), 1e3 * float(answered[math.ceil(0.99 * last)])
 
     def _samples(self, overshoot_s: float, canary_cpu_s: float, steal: float) -> Samples:
         wall = max(1e-9, self._measured_to - self._measured_from)
@@ -346,10 +359,10 @@ class _Load:
 
 
 class _OpenLoop(_Load):
-    """Requests go out when they are due. An alarm rings at the next due time, but not more often than the quantum.
+    """Requests go out when they are due, or a little later.
 
-    The quantum, a hundredth of the limit and at most 0.2 ms, is what bounds the cost of ringing at high rates: all
-    that has become due in the meantime goes out at one ring.
+    The first that is due waits as long as the quantum, half a hundredth of the limit and at most 0.25 ms, for others to
+    go out with: to be woken costs more than to send. That delay counts as latency, as any of the generator's does.
     """
 
     def __init__(self, job: OpenJob, canary: Canary, on_tick: Callable[[Tick], None]) -> None:
@@ -360,46 +373,37 @@ class _OpenLoop(_Load):
         self._taken, self._sent, self._done = array("d", blank), array("d", blank), array("d", blank)
         self._status = bytearray(n)
         self._warmup = job.warmup
-        self._quantum = min(2e-4, 0.01 * job.limit_s)
-        self._next = 0
-        self._alarm = Alarm(self._loop, self._ring)
+        self._quantum = min(2.5e-4, 0.005 * job.limit_s)
 
     def _all_issued(self) -> bool:
-        return self._next == self._n
+        return self._issued == self._n
 
     async def _prepare(self) -> None:
         rate = self._n / max(self._scheduled[-1], 1e-9)
         wanted = 1 + int(rate * self._job.limit_s)  # Little's law: so many are under way when all take the limit
         await self._carrier.open(min(wanted, _PREOPENED))
-        self._start = time.monotonic() + _START_DELAY_S
-        self._alarm.set(self._start + self._scheduled[0])
+        self._start = monotonic() + _START_DELAY_S
 
-    def _ring(self) -> None:
-        scheduled, index = self._scheduled, self._next
+    def _issue_due(self) -> float:
+        scheduled, index, carry = self._scheduled, self._issued, self._carry
         last = min(self._n, index + _AT_ONCE)
-        now = time.monotonic() - self._start
+        now = monotonic() - self._start
         while index < last and scheduled[index] <= now:
             if index == self._warmup:
                 self._begin_measuring()
-            self._next = index + 1
-            self._take(index)
+            self._taken[index] = now
+            self._issued = index + 1
+            carry(index)
             index += 1
         if index >= self._n:
-            self._alarm.silence()
             self._end_measuring()
-        elif index == last:
-            self._alarm.set(0.0)
-        else:
-            self._alarm.set(self._start + max(scheduled[index], now + self._quantum))
+            return math.inf
+        return 0.0 if index == last else self._start + scheduled[index] + self._quantum
 
     def _issue_no_more(self) -> None:
-        self._n = self._next
-        self._alarm.silence()
+        self._n = self._issued
         if self._measured_from:
             self._end_measuring()
-
-    def _close(self) -> None:
-        self._alarm.close()
 
 
 class _ClosedLoop(_Load):
@@ -416,35 +420,30 @@ class _ClosedLoop(_Load):
 
     async def _prepare(self) -> None:
         await self._carrier.open(self._concurrency)
-        self._start = time.monotonic()
+        self._start = monotonic()
         self._begin_measuring()
-        for _ in range(self._concurrency):
-            self._issue()
 
     def _issue_no_more(self) -> None:
         self._duration_s = 0.0
         self._over = True
         self._end_measuring()
 
-    def _issue(self) -> None:
-        now = time.monotonic() - self._start
-        if self._finished.done():
-            return
-        if now >= self._duration_s:
-            self._over = True
-            self._finish_if_over()
-            return
-        index = len(self._scheduled)
-        self._scheduled.append(now)
-        self._taken.append(_NAN)
-        self._sent.append(_NAN)
-        self._done.append(_NAN)
-        self._status.append(Status.UNANSWERED)
-        self._take(index)
-
-    def _end(self, index: int, status: Status, kind: str = "") -> None:
-        super()._end(index, status, kind)
-        self._loop.call_soon(self._issue)  # soon, because the connection is not free yet
+    def _issue_due(self) -> float:
+        for _ in range(self._concurrency - self._issued + self._ended):
+            now = monotonic() - self._start
+            if now >= self._duration_s:
+                self._over = True
+                self._finish_if_over()
+                break
+            index = len(self._scheduled)
+            self._scheduled.append(now)
+            self._taken.append(now)
+            self._sent.append(_NAN)
+            self._done.append(_NAN)
+            self._status.append(Status.UNANSWERED)
+            self._issued += 1
+            self._carry(index)
+        return math.inf
 
 
 def _alike(right: Mapping[str, NDArray[Any]], given: Mapping[str, NDArray[Any]], tolerance: float) -> bool:

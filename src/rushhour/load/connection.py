@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Protocol, cast
+import socket
+from typing import Protocol
 
 import httptools
 
 from rushhour.load.carrier import Book
+from rushhour.load.stamps import ANCILLARY_BYTES, Stamps
 from rushhour.wire import HEADER_LENGTH
 
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
+_PIECE_BYTES = 1 << 16
+"""Read at once."""
+_SMALL_BYTES = 1 << 14
+"""An answer of so many bytes fits a socket's buffer whatever its size: left unread, it holds nobody up."""
 
 
 class Pool(Protocol):
     """Whom a connection belongs to."""
 
-    def opened(self, connection: Connection) -> None:
-        """The connection stands."""
-        ...
-
     def free(self, connection: Connection) -> None:
         """The connection can carry the next request."""
         ...
 
+    def blocked(self, connection: Connection) -> None:
+        """A part of a request is still to be written, by `write_on` when there is room for it."""
+        ...
+
+    def unblocked(self, connection: Connection) -> None:
+        """It has been written, or never will be."""
+        ...
+
+    def came(self, *, small: bool) -> None:
+        """An answer was read in the long way; `small` if it came in one piece of a few KB."""
+        ...
+
     def closed(self, connection: Connection, why: str) -> None:
-        """The connection is gone, and with it the answer it still owed."""
+        """The connection is over, and with it the answer it still owes (`index`)."""
         ...
 
 
@@ -44,8 +57,16 @@ class KnownHead:
         self.total = -1
 
 
-class Connection(asyncio.Protocol):
-    """A connection and the request it carries (`index`, -1 for none)."""
+class Connection:
+    """A connection and the request it carries (`index`, -1 for none).
+
+    Args:
+        wire: a socket that does not block.
+        book: is told of answers.
+        pool: it belongs to.
+        known: shared by all connections to the server.
+        stamps: tells when bytes arrived.
+    """
 
     __slots__ = (
         "_body",
@@ -57,56 +78,84 @@ class Connection(asyncio.Protocol):
         "_known",
         "_parser",
         "_pool",
-        "_transport",
+        "_receive",
+        "_send",
+        "_stamps",
+        "_unsent",
         "index",
+        "opening",
+        "wire",
     )
 
-    def __init__(self, book: Book, pool: Pool, known: KnownHead) -> None:
+    def __init__(self, wire: socket.socket, book: Book, pool: Pool, known: KnownHead, stamps: Stamps) -> None:
+        self.wire = wire
+        self.index = -1
+        self.opening = False
+        self._send = wire.send
+        self._receive = wire.recvmsg
         self._book = book
         self._pool = pool
         self._known = known
+        self._stamps = stamps
         self._parser = httptools.HttpResponseParser(self)
         self._body: list[bytes] = []
         self._header_length: int | None = None
         self._complete = False
         self._keep = True
         self._fresh = True
-        self._transport: asyncio.Transport
-        self.index = -1
-
-    @property
-    def usable(self) -> bool:
-        """Whether it can still be written to."""
-        return not self._transport.is_closing()
+        self._unsent = memoryview(b"")
 
     def send(self, index: int, request: bytes) -> None:
         """Write a whole request; its answer will be reported under `index`."""
         self.index = index
-        self._transport.write(request)
+        try:
+            written = self._send(request)
+        except BlockingIOError:
+            written = 0
+        except OSError as error:
+            self._gone(error)
+            return
+        if written < len(request):
+            self._unsent = memoryview(request)[written:]
+            self._pool.blocked(self)
+
+    def write_on(self) -> None:
+        """Write more of a request that was too long to be written at once."""
+        try:
+            self._unsent = self._unsent[self._send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._gone(error)
+            return
+        if not self._unsent:
+            self._pool.unblocked(self)
 
     def abort(self) -> None:
         """Close at once, without a word about what it carries."""
         self.index = -1
-        self._transport.abort()
+        self._close("")
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which is no subclass
-        self._pool.opened(self)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Called by the loop."""
-        self._pool.closed(self, f"the server closed the connection ({error or 'end of stream'})")
-
-    def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
+    def read(self) -> None:
+        """Take what has arrived."""
+        try:
+            data, ancillary, _, _ = self._receive(_PIECE_BYTES, ANCILLARY_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._gone(error)
+            return
+        if not data:
+            self._gone(None)
+            return
+        at = self._stamps.of(ancillary)
         book, known, index = self._book, self._known, self.index
         if index < 0:  # bytes that nobody asked for: what follows them could not be told from an answer
             self.abort()
             return
-        if self._fresh and len(data) == known.total and data.startswith(known.head):
+        if self._fresh and len(data) == known.total and data.startswith(known.head) and not self._unsent:
             self.index = -1
-            book.answered(index, data[len(known.head) :], known.header_length)
+            book.answered(index, data[len(known.head) :], known.header_length, at)
             self._pool.free(self)
             return
         fresh, self._fresh = self._fresh, False
@@ -114,7 +163,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.abort()
-            book.garbled(index, "the server does not speak HTTP", str(error))
+            book.garbled(index, "the server does not speak HTTP", str(error), at)
             return
         if not self._complete:
             return
@@ -122,19 +171,20 @@ class Connection(asyncio.Protocol):
         status, header_length = self._parser.get_status_code(), self._header_length
         self._body.clear()
         self._header_length, self._complete, self._fresh, self.index = None, False, True, -1
+        self._pool.came(small=fresh and len(data) <= _SMALL_BYTES)
         if not 200 <= status < 300:
-            book.turned_down(index, status, body)
+            book.turned_down(index, status, body, at)
         elif fault := book.fault_of(body, header_length):
-            book.garbled(index, "the server answered 200 with something that is not an answer", fault)
+            book.garbled(index, "the server answered 200 with something that is not an answer", fault, at)
         else:
             head = data[: len(data) - len(body)]
             if fresh and self._keep and head.endswith(b"\r\n\r\n"):  # in one piece, and not in chunks
                 known.head, known.total, known.header_length = head, len(data), header_length
-            book.answered(index, body, header_length)
-        if self._keep:
+            book.answered(index, body, header_length, at)
+        if self._keep and not self._unsent:  # an answer before the question was over says that nobody reads the rest
             self._pool.free(self)
         else:
-            self._transport.close()
+            self._close("")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
@@ -149,3 +199,12 @@ class Connection(asyncio.Protocol):
         """Called by the parser."""
         self._complete = True
         self._keep = self._parser.should_keep_alive()
+
+    def _gone(self, error: OSError | None) -> None:
+        self._close(f"the server closed the connection ({error or 'end of stream'})")
+
+    def _close(self, why: str) -> None:
+        if self._unsent:
+            self._unsent = memoryview(b"")
+            self._pool.unblocked(self)
+        self._pool.closed(self, why)

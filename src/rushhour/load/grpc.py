@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from grpc import aio
 from numpy.typing import NDArray
 
 from rushhour.errors import LoadError, WireError
+from rushhour.load.alarm import Alarm
 from rushhour.load.carrier import Book
 from rushhour.load.job import Job
 from rushhour.load.target import Endpoint, Target
@@ -138,6 +140,8 @@ def decode_grpc_answer(body: bytes, _: int | None = None) -> dict[str, NDArray[A
 class GrpcCarrier:
     """Carries requests as calls over a few shared connections. A request counts as sent when grpcio has taken it.
 
+    Must be made on the running loop, which reads the answers while this rests.
+
     Args:
         job: what to send, and where.
         book: is told what happens.
@@ -149,6 +153,10 @@ class GrpcCarrier:
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._channels: list[Any] = []
         self._methods: list[Callable[[bytes], Any]] = []
+        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._loop, self._wake)
+        self._rested: asyncio.Future[None] = self._loop.create_future()
+        self._prompt = False
 
     @property
     def most_connections(self) -> int:
@@ -178,9 +186,21 @@ class GrpcCarrier:
 
     def carry(self, index: int) -> None:
         """See `Carrier`."""
-        call = asyncio.get_running_loop().create_task(self._call(index))
+        call = self._loop.create_task(self._call(index))
         self._calls[index] = call
         call.add_done_callback(lambda _: self._calls.pop(index, None))
+
+    def rest(self, until: float, *, prompt: bool) -> Awaitable[None]:
+        """See `Carrier`."""
+        self._rested = self._loop.create_future()
+        self._prompt = prompt
+        self._alarm.set(until)
+        return self._rested
+
+    def _wake(self) -> None:
+        self._alarm.silence()
+        if not self._rested.done():
+            self._rested.set_result(None)
 
     def sweep(self, is_over: Callable[[int], bool], kind: str, why: str) -> None:
         """See `Carrier`."""
@@ -190,6 +210,7 @@ class GrpcCarrier:
 
     async def close(self) -> None:
         """See `Carrier`."""
+        self._alarm.close()
         for call in self._calls.values():
             call.cancel()
         await asyncio.gather(*self._calls.values(), return_exceptions=True)
@@ -202,14 +223,18 @@ class GrpcCarrier:
         self._book.sent(index)
         try:
             body = await call
+            at = time.monotonic()
         except aio.AioRpcError as error:
             code, said = error.code(), str(error.details() or "")[:200]
             if code in _LOST:
                 self._book.lost(index, code.name, f"{code.name} ({said})")
             else:
-                self._book.turned_down(index, _HTTP_STATUS.get(code, 500), said.encode())
-            return
-        if fault := self._book.fault_of(body, None):
-            self._book.garbled(index, "the server answered with something that is not an answer", fault)
+                self._book.turned_down(index, _HTTP_STATUS.get(code, 500), said.encode(), time.monotonic())
         else:
-            self._book.answered(index, body, None)
+            if fault := self._book.fault_of(body, None):
+                what = "the server answered with something that is not an answer"
+                self._book.garbled(index, what, fault, at)
+            else:
+                self._book.answered(index, body, None, at)
+        if self._prompt:
+            self._wake()

@@ -32,14 +32,15 @@ class Samples:
 
     Attributes:
         scheduled: when the request was due.
-        taken: when the generator got round to it. `taken - scheduled` is the generator's own lag.
+        taken: when the generator woke up for it. `taken - scheduled` is the generator's own lag.
         sent: when its bytes were written to a connection, NaN where they never were. Between `taken` and `sent` it
             waited for a connection.
-        done: when the last byte of its answer arrived, NaN where none did.
+        done: when the last byte of its answer arrived at this machine, NaN where none did; where the kernel does not
+            note that, when it was read.
         status: a `Status` each, uint8.
         warmup: so many requests at the front prepare the server and are not judged.
         generator_cpu: CPU seconds of the generator per second of wall time: 1.0 is a core.
-        canary_p99_s: how much longer than asked for a sleep of 1 ms took, 99th percentile over time.
+        canary_p99_s: how much longer than asked for short sleeps took, 99th percentile over time.
         steal: share of the time that was taken from the machine: CPU time by its hypervisor, or everything stood
             still for want of memory or disk (PSI).
         connections: the most that were open at once.

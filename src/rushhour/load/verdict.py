@@ -467,7 +467,7 @@ def _doubts(measured: Samples, slo: SLO, rate_rps: float, null_rps: float | None
         )
     if measured.canary_p99_s > _MAX_CANARY * slo.limit_s:
         noise = (
-            f"the machine was disturbed: 1 ms sleeps took up to {measured.canary_p99_s * 1e3:.1f} ms longer (p99), "
+            f"the machine was disturbed: short sleeps took up to {measured.canary_p99_s * 1e3:.1f} ms longer (p99), "
             f"over {_MAX_CANARY:.0%} of the limit"
         )
     elif measured.steal > _MAX_STEAL:
