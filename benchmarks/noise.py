@@ -35,6 +35,7 @@ import msgspec
 import numpy as np
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
+from noise_costs import BEFORE, generator_and_server
 
 from rushhour.bundle import Bundle
 from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
@@ -80,12 +81,15 @@ class Scale(msgspec.Struct, frozen=True):
         races: of two plans 10% apart, for each disturbance, and twice as many of equal ones.
         rounds: of windows of every layout after a demo.
         plans: of each network, whose capacity is predicted and measured.
+        blocks: of windows of so many `seconds` with the generator of before and of now.
     """
 
     searches: int = 5
     races: int = 20
     rounds: int = 25
     plans: int = 5
+    blocks: int = 8
+    seconds: float = 4.0
 
 
 def disturbed(name: str, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -462,6 +466,12 @@ def predicted(scale: Scale) -> Part:
     return Part(tuple(checks), (Table("Predicted and measured capacity", columns, rows),), found)
 
 
+def costs(blocks: int, seconds: float) -> Part:
+    """Part 6."""
+    checks, windows, tables = generator_and_server(BEFORE, blocks, seconds)
+    return Part(tuple(checks), tuple(tables), msgspec.to_builtins(windows))
+
+
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="The main job on a host that is not quiet.")
@@ -482,6 +492,7 @@ def main() -> int:
         "2": lambda: searched(names, scale),
         "4": lambda: raced(names, scale),
         "5": lambda: predicted(scale),
+        "6": lambda: costs(scale.blocks, scale.seconds),
     }
     say(f"disturbed by: {', '.join(names)}")
     return run_parts(
@@ -489,7 +500,7 @@ def main() -> int:
         arguments.out or RESULTS,
         kept=True,
         only={name for name in arguments.only.split(",") if name},
-        timed={"1", "2", "4", "5"},
+        timed={"1", "2", "4", "5", "6"},
         seeds={"models": SEED, "disturbers": SEED},
     )
 
