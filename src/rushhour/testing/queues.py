@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rushhour.goal import SLO
 from rushhour.load import ClosedJob, Look, OpenJob, Samples, Status, Tick, decide
 from rushhour.measurement import Outcome
+from rushhour.testing.waves import STEP_S, Waves
 
 Times = NDArray[np.float64]
 Arrivals = Callable[[float, int, int, np.random.Generator], Times]
@@ -159,8 +160,38 @@ class Batching:
         return finish[:n] - arrivals
 
 
+@dataclasses.dataclass(frozen=True)
+class InWaves:
+    """A queue on a host whose speed comes in waves: whatever it does takes longer while the host is slow.
+
+    In the time that its host's work takes, any queue is the one that it is without waves: arrivals are brought to
+    that time, and answers back. A bound `within_s` is kept in that time too, as by a server that does not learn.
+
+    Attributes:
+        queue: at speed 1.
+        waves: the speed of its host.
+    """
+
+    queue: Queue
+    waves: Waves
+
+    def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
+        """As in `Queue`."""
+        runs = arrivals.shape[1]
+        steps = math.ceil(float(arrivals.max()) / STEP_S) + 1
+        speeds = self.waves.speeds(steps, runs, random)
+        clock = np.append(np.arange(steps + 1) * STEP_S, 1e6)  # after the last arrival it stays as fast
+        done = np.concatenate([np.zeros((1, runs)), speeds, speeds[-1:]]) * np.diff(clock, prepend=0.0)[:, None]
+        work = done.cumsum(axis=0)
+        at = np.stack([np.interp(arrivals[:, run], clock, work[:, run]) for run in range(runs)], axis=1)
+        ends = at + self.queue.latencies(at, random)
+        answered = np.stack([np.interp(ends[:, run], work[:, run], clock) for run in range(runs)], axis=1) - arrivals
+        return np.where(np.isfinite(ends), answered, math.inf)
+
+
 _CHUNK = 250
-"""Runs that are simulated together: memory stays small."""
+"""Runs that are simulated together, of a few requests; of many fewer, so that memory stays small."""
+_CELLS = 8_000_000
 
 
 def true_percentile(
@@ -189,46 +220,47 @@ def verdicts(
 ) -> list[tuple[Outcome, int]]:
     """What the verdict says of each of `runs` windows that are looked at when they hold `sizes` requests.
 
-    Each part between two looks is a run of its own with its own warm-up, as in `measure`.
+    Each part between two looks has its own warm-up, as in `measure`; the parts follow each other on one host.
 
     Returns:
         The outcome, and at how many requests it was decided.
     """
+    warmup = math.ceil(rate_rps * warmup_s)
+    together = max(1, min(_CHUNK, _CELLS // (sizes[-1] + len(sizes) * warmup)))
     found: list[tuple[Outcome, int]] = []
-    for chunk in range(0, runs, _CHUNK):
+    for chunk in range(0, runs, together):
         random = np.random.default_rng([seed, chunk])
-        found += _verdicts(queue, arrivals, slo, rate_rps, sizes, min(_CHUNK, runs - chunk), random, warmup_s)
+        at_once = min(together, runs - chunk)
+        due = arrivals(rate_rps, sizes[-1] + len(sizes) * warmup, at_once, random)
+        latencies = queue.latencies(due, random)
+        for run in range(at_once):
+            found.append(verdict_on(due[:, run], latencies[:, run], slo, rate_rps, sizes, warmup))
     return found
 
 
-def _verdicts(
-    queue: Queue,
-    arrivals: Arrivals,
-    slo: SLO,
-    rate_rps: float,
-    sizes: Sequence[int],
-    runs: int,
-    random: np.random.Generator,
-    warmup_s: float,
-) -> list[tuple[Outcome, int]]:
-    warmup = math.ceil(rate_rps * warmup_s)
-    found: dict[int, tuple[Outcome, int]] = {}
-    windows: dict[int, list[Samples]] = {run: [] for run in range(runs)}
+def verdict_on(
+    due: Times, latencies: Times, slo: SLO, rate_rps: float, sizes: Sequence[int], warmup: int
+) -> tuple[Outcome, int]:
+    """What the verdict says of one run that is looked at when it holds `sizes` requests, warm-ups not counted.
+
+    Args:
+        due: when its requests come, shape `(n,)`: a warm-up before each part.
+        latencies: of them.
+
+    Returns:
+        The outcome, and at how many requests it was decided.
+    """
+    parts: list[Samples] = []
     before = 0
     for size in sizes:
-        due = arrivals(rate_rps, warmup + size - before, len(windows), random)
-        latencies = queue.latencies(due, random)
-        for column, (run, parts) in enumerate(list(windows.items())):
-            parts.append(samples_of(due[:, column], latencies[:, column], warmup))
-            look = Look(size / sizes[-1], before / sizes[-1])
-            outcome, _ = decide(parts, slo, rate_rps=rate_rps, look=look)
-            if outcome is not None or size == sizes[-1]:
-                found[run] = (outcome or Outcome.INCONCLUSIVE, size)
-                del windows[run]
+        start = before + len(parts) * warmup
+        part = slice(start, start + warmup + size - before)
+        parts.append(samples_of(due[part] - due[start], latencies[part], warmup))
+        outcome, _ = decide(parts, slo, rate_rps=rate_rps, look=Look(size / sizes[-1], before / sizes[-1]))
+        if outcome is not None:
+            return outcome, size
         before = size
-        if not windows:
-            break
-    return [found[run] for run in range(runs)]
+    return Outcome.INCONCLUSIVE, sizes[-1]
 
 
 def samples_of(scheduled: Times, latencies: Times, warmup: int = 0) -> Samples:

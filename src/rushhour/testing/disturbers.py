@@ -1,0 +1,267 @@
+"""A host that is not quiet, made so on purpose: for trying everything else on it.
+
+    python -m rushhour.testing.disturbers --bursts 0.08 --waves two-state --seed 1 -- rushhour demo
+
+`Bursts` are a neighbour that takes every core for moments. Waves are a host whose speed changes over seconds: every
+batch of every engine takes longer while the host is slow, in the command and in all Python processes that it starts,
+in the same moments and for the same factor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.resources
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour import engines
+from rushhour.bundle import Bundle, Signature
+from rushhour.clock import Clock, WallClock
+from rushhour.engines import Done, Engine, EngineConfig, Slot
+from rushhour.testing.waves import STEP_S, Recorded, TwoState, Waves
+
+WAVES: Mapping[str, Waves] = {
+    "two-state": TwoState(),
+    "recorded": Recorded(),
+    "recorded-single": Recorded("one stream of one thread"),
+}
+_VARIABLE = "RUSHHOUR_WAVES"
+_STEPS = 36_000
+"""An hour; then it begins anew."""
+_REMEMBERED = 15
+
+
+class Bursts:
+    """A context in which a neighbour takes every core of this process in bursts, before everything else on it.
+
+    One process for each core, pinned, under SCHED_FIFO: that takes the core from whatever runs there, as a busy
+    hypervisor does. It needs root or CAP_SYS_NICE, and a control group may forbid it all the same; then it is the
+    strongest that is allowed, and `how` says so. The kernel leaves others 5% of each second (`sched_rt_runtime_us`),
+    so a burst of a whole second takes a little longer. The processes end with this one, however it ends.
+
+    Args:
+        share: of each core, on average: 0 for none.
+        seed: of the bursts' lengths and pauses.
+    """
+
+    def __init__(self, share: float, seed: int = 0) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"0 <= share < 1 must hold, but got share={share}")
+        self._share = share
+        self._seed = seed
+        self._burners: list[subprocess.Popen[str]] = []
+        self.how: tuple[str, ...] = ()
+        """How cores are taken, in words; more than one where cores differ."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The neighbours' processes, one for each core."""
+        return tuple(burner.pid for burner in self._burners)
+
+    def __enter__(self) -> Bursts:
+        program = str(importlib.resources.files("rushhour.testing") / "burner.py")
+        for core in sorted(os.sched_getaffinity(0)) if self._share else ():
+            command = [sys.executable, "-I", "-S", program, str(core), str(self._share), str(self._seed)]
+            self._burners.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True))
+        said = [burner.stdout.readline().strip() for burner in self._burners if burner.stdout is not None]
+        self.how = tuple(sorted(set(said)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for burner in self._burners:
+            burner.kill()
+            burner.wait()
+            if burner.stdout is not None:
+                burner.stdout.close()
+        self._burners.clear()
+
+
+class HostSpeed:
+    """How fast the host is at this moment, as a share of its fastest: equal in all processes of the machine.
+
+    Args:
+        waves: of its speed.
+        seed: of them.
+        clock: by default the machine's own, which all its processes share.
+    """
+
+    def __init__(self, waves: Waves, seed: int, clock: Clock | None = None) -> None:
+        speeds = waves.speeds(_STEPS, 1, np.random.default_rng(seed))[:, 0]
+        self._shares: list[float] = (speeds / speeds.max()).tolist()
+        self._clock = clock or WallClock()
+
+    def now(self) -> float:
+        """Above 0, at most 1."""
+        return self._shares[int(self._clock.now() / STEP_S) % _STEPS]
+
+
+class Stretched:
+    """An engine on a host whose speed comes in waves: as it is at the fastest moment, and slower at all others.
+
+    What a batch takes longer is computed, not slept: a slow core is busy for longer. Each thread of the stream
+    computes so long, without holding back the interpreter. What is stretched is the shortest of the last batches of the
+    same size: what a batch waited for a busy core is not the engine's.
+
+    Args:
+        engine: to be stretched; closed with this one.
+        speed: of the host.
+        busy: keeps one thread busy for so many seconds.
+        timer: what batches are timed by, in seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        speed: HostSpeed,
+        busy: Callable[[float], None] | None = None,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._engine = engine
+        beside = engine.config.threads - 1
+        self._pool = ThreadPoolExecutor(engine.config.streams * beside) if beside else None
+        on_all = partial(_on_all, busy or compute, self._pool, beside)
+        self._slots = tuple(_Slot(slot, speed, on_all, timer) for slot in engine.slots)
+
+    @property
+    def signature(self) -> Signature:
+        """As `Engine.signature`."""
+        return self._engine.signature
+
+    @property
+    def config(self) -> EngineConfig:
+        """As `Engine.config`."""
+        return self._engine.config
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """As `Engine.effective`."""
+        return self._engine.effective
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """As `Engine.slots`."""
+        return self._slots
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        self._engine.close()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class _Slot:
+    """A slot whose batches are over later."""
+
+    def __init__(self, slot: Slot, speed: HostSpeed, busy: Callable[[float], None], timer: Callable[[], float]) -> None:
+        self._slot = slot
+        self._speed = speed
+        self._busy = busy
+        self._timer = timer
+        self._usual: dict[int, deque[float]] = {}
+
+    @property
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        return self._slot.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[Any]]:
+        return self._slot.outputs
+
+    def start(self, rows: int, done: Done) -> None:
+        began = self._timer()
+
+        def over(error: BaseException | None) -> None:
+            durations = self._usual.setdefault(rows, deque(maxlen=_REMEMBERED))
+            durations.append(self._timer() - began)
+            self._busy(min(durations) * (1 / self._speed.now() - 1))
+            done(error)
+
+        self._slot.start(rows, over)
+
+
+def _on_all(busy: Callable[[float], None], pool: ThreadPoolExecutor | None, beside: int, seconds: float) -> None:
+    if seconds <= 0:
+        return
+    others = [pool.submit(busy, seconds) for _ in range(beside)] if pool is not None else []
+    busy(seconds)
+    for other in others:
+        other.result()
+
+
+@cache
+def _rounds_per_s() -> float:
+    """Of a hash that is computed without the interpreter, on this processor: the best of several tries."""
+    tried = []
+    for _ in range(5):
+        began = time.thread_time()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)
+        tried.append(20_000 / (time.thread_time() - began))
+    return max(tried)
+
+
+def compute(seconds: float) -> None:
+    """Keep this thread busy for about so many seconds, without holding back the interpreter's other threads."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", max(1, round(seconds * _rounds_per_s())))
+
+
+def surroundings(waves: str, seed: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment variables under which a Python command, and whatever Python it starts, has its engines stretched.
+
+    Args:
+        waves: of `WAVES`.
+        seed: of the waves.
+        base: what to add them to; by default this process's environment.
+    """
+    environment = dict(os.environ if base is None else base)
+    hook = str(importlib.resources.files("rushhour.testing") / "hook")
+    folders = [hook, *filter(None, [environment.get("PYTHONPATH")])]
+    settings = json.dumps({"waves": waves, "seed": seed})
+    return {**environment, "PYTHONPATH": os.pathsep.join(folders), _VARIABLE: settings}
+
+
+def stretch_all() -> None:
+    """Stretch every engine that this process opens from now on, as the environment says."""
+    settings = json.loads(os.environ[_VARIABLE])
+    speed = HostSpeed(WAVES[settings["waves"]], settings["seed"])
+    plain = engines._compiled
+
+    def compiled(bundle: Bundle, config: EngineConfig, trusted: tuple[str, ...]) -> Engine:
+        return Stretched(plain(bundle, config, trusted), speed)
+
+    engines._compiled = compiled
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Become the command, disturbed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rushhour.testing.disturbers", description="Runs a command on a host that is not quiet."
+    )
+    parser.add_argument("--bursts", type=float, default=0.0, metavar="SHARE", help="of each core taken, in bursts")
+    parser.add_argument("--waves", choices=sorted(WAVES), help="in which the speed of engines comes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("command", nargs="+", help="after --")
+    given = parser.parse_args(arguments)
+    environment = dict(os.environ) if given.waves is None else surroundings(given.waves, given.seed)
+    neighbour = Bursts(given.bursts, given.seed).__enter__()  # ends when the command does: it is this process
+    for how in neighbour.how:
+        print(f"bursts of {given.bursts:.0%} of each core, {how}", file=sys.stderr, flush=True)
+    os.execvpe(given.command[0], given.command, environment)
+
+
+if __name__ == "__main__":
+    main()
