@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,11 @@ from rushhour.clock import WallClock
 from rushhour.engines import open_engine, time_service
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Journal
-from rushhour.load import Generator, race
+from rushhour.load import Generator
 from rushhour.machine import cores
 from rushhour.plan import Plan
 from rushhour.progress import Silent
+from rushhour.testing.disturbers import VARIABLE, surroundings
 from rushhour.tune import TuneSettings
 from rushhour.tune.settings import Budget
 from rushhour.tune.space import Candidate, candidates
@@ -188,42 +188,38 @@ def races(n: int, slower: float) -> list[dict[str, Any]]:
     with Generator() as generator, track(bundles, SEED, generator) as (course, bench):
         one, two = Contender(candidate, predicted=predicted), Contender(candidate, predicted=predicted)
         course.push(one)
+        two.goodput = one.goodput
         with contextlib.ExitStack() as stack:
-            ours = stack.enter_context(bench.load(candidate, bundles["int8"], "race"))
-            ours.glances(0.5)(1.2 * (one.goodput or 1.0), 0)  # it starts
-            with slowed(slower):
+            with slowed(1.0) if slower != 1 else contextlib.nullcontext():
+                ours = stack.enter_context(bench.load(candidate, bundles["int8"], "race"))
+                ours.glances(0.5)(_PUSH * (one.goodput or 1.0), 0)  # it starts
+            with slowed(slower) if slower != 1 else contextlib.nullcontext():
                 theirs = stack.enter_context(bench.load(candidate, bundles["int8"], "race of the other"))
-                theirs.glances(0.5)(1.2 * (one.goodput or 1.0), 0)
+                theirs.glances(0.5)(_PUSH * (one.goodput or 1.0), 0)
             for again in range(n):
                 began = time.monotonic()
-                first, second = (ours, theirs) if again % 2 == 0 else (theirs, ours)
-                rate = float(f"{_PUSH * (one.goodput or 1.0):.4g}")
-                ended = race(
-                    partial(first.pushes(0.3, 0.15), rate),
-                    partial(second.pushes(0.3, 0.15), rate),
-                    seed=1_000 * (again + 1),
-                )
+                is_first = again % 2 == 0
+                pair = ((one, ours), (two, theirs)) if is_first else ((two, theirs), (one, ours))
+                ended = course.duel(*pair[0], *pair[1], seed=1 + again)
+                assert ended is not None
                 found.append(
                     {
                         "order": ended.order,
-                        "expected": "tie" if slower == 1 else "slower" if again % 2 == 0 else "faster",
+                        "expected": "tie" if slower == 1 else "slower" if is_first else "faster",
                         "ratio": ended.ratio,
                         "pairs": ended.pairs,
                         "seconds": round(time.monotonic() - began, 1),
                     }
                 )
-    del two
     return found
 
 
 @contextlib.contextmanager
 def slowed(times: float) -> Iterator[None]:
-    """Engines that are opened by processes started here take so many times as long."""
-    from rushhour.testing.disturbers import surroundings
-
+    """Engines that are opened by processes started here take so many times as long, in the same waves as before."""
     before = dict(os.environ)
-    if times != 1:
-        os.environ.update(surroundings(None, SEED, slower=times))
+    waves = json.loads(before.get(VARIABLE, "{}"))
+    os.environ.update(surroundings(waves.get("waves"), waves.get("seed", SEED), slower=times))
     try:
         yield
     finally:

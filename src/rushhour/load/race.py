@@ -27,7 +27,7 @@ _ERROR = 0.04
 """How often one of several equal rivals may be called faster or slower than the incumbent."""
 _TIE = 0.04
 """Two that are shown to lie no further apart than this are a tie: to tell more would cost time and change little."""
-_LOOKS = (10, 15, 22, 32, 45, 60)
+_LOOKS = (10, 15, 22, 32, 45, 54)
 """Pairs at which a race is looked at; with fewer than 10, hardly an outcome is rare enough."""
 
 Ask = Callable[[int], Measurement]

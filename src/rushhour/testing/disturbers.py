@@ -31,14 +31,15 @@ from rushhour import engines
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import Clock, WallClock
 from rushhour.engines import Done, Engine, EngineConfig, Slot
-from rushhour.testing.waves import STEP_S, Recorded, TwoState, Waves
+from rushhour.testing.waves import STEP_S, Recorded, Steady, TwoState, Waves
 
 WAVES: Mapping[str, Waves] = {
     "two-state": TwoState(),
     "recorded": Recorded(),
     "recorded-single": Recorded("one stream of one thread"),
 }
-_VARIABLE = "RUSHHOUR_WAVES"
+VARIABLE = "RUSHHOUR_WAVES"
+"""In the environment, which waves stretch engines, as JSON."""
 _STEPS = 36_000
 """An hour; then it begins anew."""
 _REMEMBERED = 15
@@ -98,11 +99,12 @@ class HostSpeed:
         waves: of its speed.
         seed: of them.
         clock: by default the machine's own, which all its processes share.
+        slower: than it would be, by this factor, at all times.
     """
 
-    def __init__(self, waves: Waves, seed: int, clock: Clock | None = None) -> None:
+    def __init__(self, waves: Waves, seed: int, clock: Clock | None = None, *, slower: float = 1.0) -> None:
         speeds = waves.speeds(_STEPS, 1, np.random.default_rng(seed))[:, 0]
-        self._shares: list[float] = (speeds / speeds.max()).tolist()
+        self._shares: list[float] = (speeds / (slower * speeds.max())).tolist()
         self._clock = clock or WallClock()
 
     def now(self) -> float:
@@ -219,25 +221,29 @@ def compute(seconds: float) -> None:
     hashlib.pbkdf2_hmac("sha256", b"", b"", max(1, round(seconds * _rounds_per_s())))
 
 
-def surroundings(waves: str, seed: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def surroundings(
+    waves: str | None, seed: int, base: Mapping[str, str] | None = None, *, slower: float = 1.0
+) -> dict[str, str]:
     """Environment variables under which a Python command, and whatever Python it starts, has its engines stretched.
 
     Args:
-        waves: of `WAVES`.
+        waves: of `WAVES`; None for a speed that stays.
         seed: of the waves.
         base: what to add them to; by default this process's environment.
+        slower: every batch takes so many times as long, beside the waves.
     """
     environment = dict(os.environ if base is None else base)
     hook = str(importlib.resources.files("rushhour.testing") / "hook")
     folders = [hook, *filter(None, [environment.get("PYTHONPATH")])]
-    settings = json.dumps({"waves": waves, "seed": seed})
-    return {**environment, "PYTHONPATH": os.pathsep.join(folders), _VARIABLE: settings}
+    settings = json.dumps({"waves": waves, "seed": seed, "slower": slower})
+    return {**environment, "PYTHONPATH": os.pathsep.join(folders), VARIABLE: settings}
 
 
 def stretch_all() -> None:
     """Stretch every engine that this process opens from now on, as the environment says."""
-    settings = json.loads(os.environ[_VARIABLE])
-    speed = HostSpeed(WAVES[settings["waves"]], settings["seed"])
+    settings = json.loads(os.environ[VARIABLE])
+    waves = WAVES.get(settings["waves"] or "", Steady())
+    speed = HostSpeed(waves, settings["seed"], slower=settings["slower"])
     plain = engines._compiled
 
     def compiled(bundle: Bundle, config: EngineConfig, trusted: tuple[str, ...]) -> Engine:

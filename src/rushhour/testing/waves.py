@@ -27,6 +27,14 @@ class Waves(Protocol):
         ...
 
 
+class Steady:
+    """A host without waves."""
+
+    def speeds(self, steps: int, runs: int, random: np.random.Generator) -> NDArray[np.float64]:
+        """As in `Waves`."""
+        return np.ones((steps, runs))
+
+
 @dataclasses.dataclass(frozen=True)
 class TwoState:
     """Fast and slow in turn, each for an exponentially long time.

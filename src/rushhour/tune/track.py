@@ -18,8 +18,9 @@ from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.space import Candidate
 from rushhour.tune.trial import Bench, Loaded
 
-_PUSH, _PUSHES, _FULL = 1.25, 5, 0.95
-"""More than a candidate is thought to carry: by so much, doubled so often while it answers so much of it in time."""
+_PUSH, _PUSHES, _FULL, _FAR = 1.25, 5, 0.95, 1.6
+"""More is asked than a candidate is thought to carry: by so much, tried so often, more again where it answers so much
+of it in time, and less where it is so many times what it answers."""
 _START = 0.75
 """Of what meets the limit when more is asked than can be carried: where the search for the capacity begins."""
 _RACE_S, _RACE_LIMITS, _RACE_N = 0.3, 6.0, 60
@@ -103,12 +104,14 @@ class Track:
         try:
             with self.loaded(contender, "push") as loaded:
                 for attempt in range(_PUSHES):
-                    rate = float(f"{rate:.4g}")
-                    window = loaded.glances(1.0)(rate, self._settings.seed + 20_000 + attempt)
-                    contender.goodput = max(window.goodput_rps, 1 / window.duration_s)
-                    if window.goodput_rps < _FULL * rate:
+                    window = loaded.glances(1.0)(_rounded(rate), self._settings.seed + 20_000 + attempt)
+                    contender.goodput = most = max(window.goodput_rps, 1 / window.duration_s)
+                    if _FULL * rate < most:
+                        rate *= 2
+                    elif rate > _FAR * most:
+                        rate = _PUSH * most  # turning so many away costs a server what it could answer with
+                    else:
                         break
-                    rate *= 2
         except EngineError as error:
             contender.end("failed", str(error))
             self._progress.done(error.what, good=False)
@@ -116,30 +119,45 @@ class Track:
         self._progress.done(f"about {contender.goodput:,.0f} requests/s")
         return True
 
-    def duel(self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, rivals: int) -> Race | None:
-        """Which of two carries more? None where the rival does not run."""
+    def duel(
+        self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, *, rivals: int = 1, seed: int = 0
+    ) -> Race | None:
+        """Which of two carries more? None where the rival does not run.
+
+        Args:
+            incumbent: the one to beat, with its goodput.
+            ours: its server.
+            rival: the other one.
+            theirs: its server.
+            rivals: that race this incumbent, all in all.
+            seed: of the arrivals; a race that was run is not run again.
+        """
         most = incumbent.goodput or 1.0
-        rate = float(f"{_PUSH * max(most, min(rival.predicted or 0.0, 2 * most)):.4g}")
-        limit_s, seed = self._goal.slo.limit_s, self._settings.seed + 30_000
-        window_s = float(f"{max(_RACE_S, _RACE_LIMITS * limit_s, _RACE_N / rate):.3g}")
+        rate = _PUSH * max(most, min(rival.predicted or 0.0, 2 * most))
+        limit_s, seed = self._goal.slo.limit_s, self._settings.seed + 30_000 + 1_000 * seed
         self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
 
-        def ask(loaded: Loaded) -> Callable[[int], Measurement]:
-            probe = loaded.pushes(window_s, max(0.1, 3 * limit_s))
+        def ask(loaded: Loaded, other: Contender) -> Callable[[int], Measurement]:
+            window_s = float(f"{max(_RACE_S, _RACE_LIMITS * limit_s, _RACE_N / rate):.3g}")
+            probe = loaded.pushes(window_s, max(0.1, 3 * limit_s), str(other.candidate))
 
             def taken(with_seed: int) -> Measurement:
-                window = probe(rate, with_seed)
+                window = probe(_rounded(rate), with_seed)
                 self._progress.advance()
                 return window
 
             return taken
 
         try:
-            for loaded in (ours, theirs):
-                loaded.glances(0.5)(rate, seed - 1)  # a server just started
+            for attempt in range(_PUSHES):  # a server just started; and it takes more than either carries
+                seen = [loaded.glances(0.5)(_rounded(rate), seed - 1 - attempt) for loaded in (ours, theirs)]
+                most = max(window.goodput_rps for window in seen)
+                if most < _FULL * rate:
+                    break
+                rate = _PUSH * rate
             ended = race(
-                ask(ours),
-                ask(theirs),
+                ask(ours, rival),
+                ask(theirs, incumbent),
                 seed=seed,
                 rivals=rivals,
                 is_over=lambda: self._budget.left < Budget.FOR_PROOF,
@@ -209,7 +227,7 @@ class Track:
             for attempt in range(_PROOFS):
                 if attempt and self._budget.left < Budget.FOR_RUNGS:
                     break
-                rate = float(f"{rate:.4g}")
+                rate = _rounded(rate)
                 probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}")))
                 result = probe(rate, self._settings.seed + 10_000 + attempt)
                 if result.outcome is Outcome.PASS:
@@ -247,3 +265,8 @@ class Track:
         """Whether a window proved that it does not hold what it is said to."""
         capacity = contender.capacity or 0.0
         return any(window.outcome.refutes and window.rate_rps <= capacity for window in contender.windows)
+
+
+def _rounded(rate_rps: float) -> float:
+    """To four digits: a rate is part of the name under which its measurement is kept."""
+    return float(f"{rate_rps:.4g}")

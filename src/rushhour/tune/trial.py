@@ -133,12 +133,18 @@ class Loaded:
 
         return probe
 
-    def pushes(self, window_s: float, warmup_s: float) -> Probe:
-        """Windows of exactly so many seconds, of a server that is warm: how many answers meet the limit?"""
+    def pushes(self, window_s: float, warmup_s: float, against: str = "") -> Probe:
+        """Windows of exactly so many seconds, of a server that is warm: how many answers meet the limit?
+
+        Args:
+            window_s: to measure.
+            warmup_s: before that.
+            against: with what they are paired: for another pair they are taken again.
+        """
 
         def probe(rate_rps: float, seed: int) -> Measurement:
             n = max(1, math.ceil(rate_rps * window_s))
-            what = f"push {window_s:g} s"
+            what = f"push {window_s:g} s" + (f" against {against}" if against else "")
             return self._take(what, rate_rps, seed, is_metered=False, n=n, warmup_s=warmup_s, is_warm=True)
 
         return probe

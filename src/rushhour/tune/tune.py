@@ -232,7 +232,7 @@ class _Tuner:
                     continue
                 with contextlib.ExitStack() as own:
                     theirs = own.enter_context(self._track.loaded(rival, "race"))
-                    ended = self._track.duel(incumbent, loaded, rival, theirs, len(rivals))
+                    ended = self._track.duel(incumbent, loaded, rival, theirs, rivals=len(rivals))
                     raced.append(rival)
                     if ended is None or ended.order != "faster":
                         continue
