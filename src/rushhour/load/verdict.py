@@ -58,7 +58,7 @@ _SLOPE_SHARE = 0.25
 _EACH_QUARTER = 0.1
 _SLOW = 0.9
 _TAIL = 0.3
-_NEAR, _FAR_BELOW = 2.0, math.exp(-2.5)
+_NEAR, _FAR_BELOW = 2.0, 1 / 20
 _CAUTION = 3.0
 _SPENDING = 3.0
 _WAVES_S = 12.0
@@ -320,8 +320,8 @@ class _Evidence:
     Where the host's own speed comes in waves, the slowest 30% are those of its slow seconds, and few waves are seen.
     How fast answers are just beyond the percentile is then the better witness: there the waves of speed matter less
     than the queue. So the slowest 2%, for p99, may prove it in the same way, by the waves that they themselves come in.
-    What is extrapolated is little, and the risk is luck: so it counts only if the tail has fallen to a twelfth of what
-    is allowed.
+    What is extrapolated is little, and the risk is luck: so it counts only if the tail has fallen to a twentieth of
+    what is allowed.
 
     A server that turns requests away cuts its own tail off: however slow it is in a bad wave, no more miss than come
     too many. So where most of what missed was turned away, misses are counted by the waves that they themselves come
