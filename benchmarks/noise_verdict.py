@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import msgspec
 from bench.parts import say
@@ -110,13 +109,14 @@ def verdict_part(runs: int, requests: int, workers: int) -> tuple[list[Check], l
 
     Args:
         runs: windows at each capacity; at other rates three eighths of them.
-        requests: that a true percentile rests on.
+        requests: that a true percentile rests on; four times as many where waves make it slow to settle.
         workers: processes.
     """
     fewer = max(1, runs * 3 // 8)
     with ProcessPoolExecutor(workers) as pool:
         names = list(_ALL)
-        limits = dict(zip(names, pool.map(partial(limit_of, n=requests), names), strict=True))
+        asked = [4 * requests if name in WAVES else requests for name in names]
+        limits = dict(zip(names, pool.map(limit_of, names, asked), strict=True))
         jobs = [
             (name, limits[name], share, _MINUTE, runs if share == 1.0 else fewer)
             for name in names
