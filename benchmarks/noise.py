@@ -69,7 +69,6 @@ _NOT_ASKED = "bursts 15%"
 """Of the demo: the line asks for disturbances up to 8%, and waves."""
 _NETWORKS = ("article", "residual", "mlp")
 _APART = 1.1
-_PUSH = 1.25
 _HERE = str(Path(__file__).resolve())
 
 
@@ -188,19 +187,19 @@ def races(n: int, slower: float) -> list[dict[str, Any]]:
     with Generator() as generator, track(bundles, SEED, generator) as (course, bench):
         one, two = Contender(candidate, predicted=predicted), Contender(candidate, predicted=predicted)
         course.push(one)
-        two.goodput = one.goodput
+        two.throughput = one.throughput
         with contextlib.ExitStack() as stack:
             with slowed(1.0) if slower != 1 else contextlib.nullcontext():
                 ours = stack.enter_context(bench.load(candidate, bundles["int8"], "race"))
-                ours.glances(0.5)(_PUSH * (one.goodput or 1.0), 0)  # it starts
+                ours.crowd(8, 0.5, 0)  # it starts
             with slowed(slower) if slower != 1 else contextlib.nullcontext():
                 theirs = stack.enter_context(bench.load(candidate, bundles["int8"], "race of the other"))
-                theirs.glances(0.5)(_PUSH * (one.goodput or 1.0), 0)
+                theirs.crowd(8, 0.5, 0)
             for again in range(n):
                 began = time.monotonic()
                 is_first = again % 2 == 0
                 pair = ((one, ours), (two, theirs)) if is_first else ((two, theirs), (one, ours))
-                ended = course.duel(*pair[0], *pair[1], seed=1 + again)
+                ended = course.duel(*pair[0], *pair[1], again=again)
                 assert ended is not None
                 found.append(
                     {
@@ -244,7 +243,7 @@ def predictions(network: str, plans: int) -> list[dict[str, Any]]:
                 shape = {"streams": candidate.streams, "max_batch": candidate.policy.max_batch}
                 is_first = overhead is None
                 if overhead is None:
-                    overhead = Overhead.seen(profile, spare=spare, most_rps=contender.goodput or 1.0, **shape)
+                    overhead = Overhead.seen(profile, spare=spare, most_rps=contender.throughput or 1.0, **shape)
                 here = dataclasses.replace(overhead, spare=spare)
                 predicted = predicted_capacity(profile, slo=GOAL.slo, overhead=here, **shape)
                 course.approach(contender)
@@ -262,7 +261,7 @@ def predictions(network: str, plans: int) -> list[dict[str, Any]]:
 
 
 def layouts(run: str, rounds: int) -> dict[str, float]:
-    """Answers in time a second of every layout of a plan's variant, asked for more than it can carry: in turn."""
+    """Answers in time a second of every layout of a plan's variant, in turn, by users that ask again when answered."""
     plan = Plan.load(Path(run) / "plan.json")
     variant, role = plan.variants[0], Path(plan.variants[0].bundle).name
     bundles = {role: Bundle.open(Path(run) / variant.bundle)}
@@ -274,8 +273,8 @@ def layouts(run: str, rounds: int) -> dict[str, float]:
     bound = plan.policy.max_batch
     shipped = (plan.policy.cells, plan.policy.streams, plan.policy.threads)
     assert plan.evidence is not None
-    rate = float(f"{1.5 * plan.evidence.capacity_rps:.4g}")
-    goodput: dict[str, list[float]] = {}
+    users = max(1, min(512, round(0.5 * plan.evidence.capacity_rps * GOAL.slo.limit_s)))
+    answered: dict[str, list[float]] = {}
     with Generator() as generator, track(bundles, SEED, generator) as (_, bench), contextlib.ExitStack() as stack:
         ready: list[tuple[str, Loaded]] = []
         for each in wanted:
@@ -283,12 +282,12 @@ def layouts(run: str, rounds: int) -> dict[str, float]:
             is_shipped = (policy.cells, policy.streams, policy.threads) == shipped
             candidate = each.with_batch(bound) if is_shipped else timed(bundles, each)[0]
             loaded = stack.enter_context(bench.load(candidate, bundles[role], "layout"))
-            loaded.glances(1.0)(rate, 0)
+            loaded.crowd(users, 1.0, 0)
             ready.append(("shipped" if is_shipped else candidate.name, loaded))
         for turn in range(rounds):
             for name, loaded in ready if turn % 2 == 0 else ready[::-1]:
-                goodput.setdefault(name, []).append(loaded.pushes(1.0, 0.2)(rate, 1 + turn).goodput_rps)
-    return {name: statistics.mean(seen) for name, seen in goodput.items()}
+                answered.setdefault(name, []).append(loaded.crowd(users, 1.0, 1 + turn).throughput_rps)
+    return {name: statistics.mean(seen) for name, seen in answered.items()}
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {

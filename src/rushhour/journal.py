@@ -16,10 +16,10 @@ import msgspec
 
 from rushhour.errors import GoalError, StorageError
 from rushhour.machine import Machine, describe
-from rushhour.measurement import Accuracy, Measurement, Reading, ServiceTimes
+from rushhour.measurement import Accuracy, Measurement, Reading, Rung, ServiceTimes
 from rushhour.storage import explained
 
-R = TypeVar("R", Measurement, ServiceTimes, Accuracy)
+R = TypeVar("R", Measurement, ServiceTimes, Accuracy, Rung)
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -166,7 +166,31 @@ class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
     drop_interval: Interval = (0.0, 0.0)
 
 
-Reading = Measurement | ServiceTimes | Accuracy
+class Rung(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):
+    """One step of a closed loop.
+
+    Attributes:
+        concurrency: N, requests kept under way.
+        throughput_rps: X, answers per second.
+        latency_s: R, the mean time of an answer.
+    """
+
+    concurrency: int
+    throughput_rps: float
+    latency_s: float
+
+    @property
+    def little(self) -> float:
+        """X R / N: 1 where Little's law is seen to hold, far from it where the generator, not the server, waits."""
+        return self.throughput_rps * self.latency_s / self.concurrency
+
+    @property
+    def consistent(self) -> bool:
+        """Whether Little's law holds within 5%."""
+        return abs(self.little - 1) <= 0.05
+
+
+Reading = Measurement | ServiceTimes | Accuracy | Rung
 """Anything that `measurements.jsonl` holds."""
 
 

@@ -6,6 +6,7 @@
     climb                 a ladder of closed loops: where to start a search
     estimate              the capacity that all windows tell together, proven or not
     find_capacity         the highest rate that passes, confirmed on a fresh seed
+    closed_window         the same for a moment, in one figure
     closed_loop           what so many users that wait for their answers get
     race                  which of two servers carries more, in as few short windows in turn as that takes
     compare               several servers, interleaved on the same arrivals, as ratios with intervals
@@ -26,10 +27,10 @@ from rushhour.load.race import Race, race
 from rushhour.load.samples import Samples, Status
 from rushhour.load.search import (
     Probe,
-    Rung,
     Search,
     Sender,
     climb,
+    closed_window,
     find_capacity,
     glance_n,
     look_sizes,
@@ -39,6 +40,7 @@ from rushhour.load.search import (
 )
 from rushhour.load.target import Endpoint, Target, discover, endpoint
 from rushhour.load.verdict import Look, decide, judge, needed_n, percentile_ranks, variance_inflation
+from rushhour.measurement import Rung
 
 __all__ = [
     "Arrivals",
@@ -67,6 +69,7 @@ __all__ = [
     "body_payloads",
     "climb",
     "closed_loop",
+    "closed_window",
     "compare",
     "constant",
     "decide",

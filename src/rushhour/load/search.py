@@ -22,7 +22,7 @@ from rushhour.load.payload import Payload
 from rushhour.load.samples import Samples, Status
 from rushhour.load.target import Endpoint, Target
 from rushhour.load.verdict import Look, judge, needed_n
-from rushhour.measurement import Measurement, Outcome
+from rushhour.measurement import Measurement, Outcome, Rung
 from rushhour.progress import Progress, Silent
 
 _WARMUP_REQUESTS = 200
@@ -44,7 +44,6 @@ _PATIENCE = 2.0
 _LAST_DROPS = (0.95, 0.93, 0.90, 0.85, 0.75, 0.6)
 _GAIN = 1.05
 _MOST_CONCURRENCY = 512
-_LITTLE = 0.05
 _WARMUP_S = 2.0
 _RUNG_S, _WAY_S = 0.5, 2.5
 _SEEDS, _PARTS = 100_003, 10_007
@@ -215,28 +214,48 @@ def _grown(
         before = size
 
 
-class Rung(msgspec.Struct, frozen=True):
-    """One step of a closed loop.
+def closed_window(
+    generator: Sender,
+    target: Endpoint,
+    requests: Sequence[Payload],
+    *,
+    concurrency: int,
+    seconds: float,
+    within_s: float = math.inf,
+) -> Rung:
+    """So many users, each of whom asks again as soon as it is answered, for so many seconds.
 
-    Attributes:
-        concurrency: N, requests kept under way.
-        throughput_rps: X, answers per second.
-        latency_s: R, the mean time of an answer.
+    Args:
+        generator: sends the load.
+        target: from `discover`.
+        requests: from `payloads`.
+        concurrency: how many users.
+        seconds: how long; the first fifth is not counted.
+        within_s: answers that take longer are not counted.
+
+    Raises:
+        LoadError: as in `measure`, or if the server answers nothing at all.
     """
-
-    concurrency: int
-    throughput_rps: float
-    latency_s: float
-
-    @property
-    def little(self) -> float:
-        """X R / N: 1 where Little's law is seen to hold, far from it where the generator, not the server, waits."""
-        return self.throughput_rps * self.latency_s / self.concurrency
-
-    @property
-    def consistent(self) -> bool:
-        """Whether Little's law holds within 5%."""
-        return abs(self.little - 1) <= _LITTLE
+    job = ClosedJob(
+        host=target.host,
+        port=target.port,
+        requests=tuple(requests),
+        limit_s=seconds,
+        timeout_s=max(5.0, 10 * seconds),
+        outputs=target.outputs,
+        protocol=target.protocol,
+        concurrency=concurrency,
+        duration_s=seconds,
+    )
+    samples = generator.run(job)
+    rung = _rung(samples, concurrency, seconds, within_s)
+    if rung.throughput_rps == 0.0 and not (samples.status == Status.OK).any():
+        raise LoadError(
+            f"{target.url} answers no request",
+            samples.first_error or "all were turned away",
+            "check that the model is ready",
+        )
+    return rung
 
 
 def climb(
@@ -267,25 +286,7 @@ def climb(
     rungs: list[Rung] = []
     best, without_gain, concurrency = 0.0, 0, 1
     while without_gain < 2 and concurrency <= _MOST_CONCURRENCY:
-        job = ClosedJob(
-            host=target.host,
-            port=target.port,
-            requests=tuple(requests),
-            limit_s=rung_s,
-            timeout_s=max(5.0, 10 * rung_s),
-            outputs=target.outputs,
-            protocol=target.protocol,
-            concurrency=concurrency,
-            duration_s=rung_s,
-        )
-        samples = generator.run(job)
-        rung = _rung(samples, concurrency, rung_s)
-        if rung.throughput_rps == 0.0 and concurrency == 1:
-            raise LoadError(
-                f"{target.url} answers no request",
-                samples.first_error or "all were turned away",
-                "check that the model is ready",
-            )
+        rung = closed_window(generator, target, requests, concurrency=concurrency, seconds=rung_s)
         rungs.append(rung)
         without_gain = without_gain + 1 if rung.throughput_rps < _GAIN * best else 0
         best = max(best, rung.throughput_rps)
@@ -594,9 +595,10 @@ def _timeout_s(slo: SLO) -> float:
     return max(5.0, 10 * slo.limit_s)
 
 
-def _rung(samples: Samples, concurrency: int, rung_s: float) -> Rung:
+def _rung(samples: Samples, concurrency: int, rung_s: float, within_s: float) -> Rung:
     """Answers per second and their mean time: in the last four fifths of the rung, or of all of it where few came."""
     answered = samples.status == Status.OK
+    answered &= samples.done - samples.scheduled <= within_s
     settled = answered & (samples.done >= 0.2 * rung_s) & (samples.done <= rung_s)
     count = int(np.count_nonzero(settled))
     if count >= 20:

@@ -40,10 +40,6 @@ class Capacity(NamedTuple):
         return self.window if self.proven else None
 
 
-_ORDERING = ("push", "race")
-"""What `rushhour.tune` calls them."""
-
-
 class Findings:
     """A run's plan with its journal. Read with `Findings.read`.
 
@@ -52,8 +48,7 @@ class Findings:
         plan: the plan, with one number for each capacity that it states in several places.
         evidence: the plan's; a run without any has nothing to report.
         entries: every line of the journal, in the order they were measured.
-        windows: those of them that are load inside or near the limit, with their measurement. Short windows of more
-            than can be carried only put candidates in order.
+        windows: those of them that are open-loop load, with their measurement.
     """
 
     def __init__(self, name: str, plan: Plan, entries: tuple[Entry, ...]) -> None:
@@ -62,9 +57,7 @@ class Findings:
         self.evidence = evidence_of(self.plan)
         self.entries = entries
         self.windows: tuple[tuple[Entry, Measurement], ...] = tuple(
-            (entry, entry.reading)
-            for entry in entries
-            if isinstance(entry.reading, Measurement) and entry.phase not in _ORDERING
+            (entry, entry.reading) for entry in entries if isinstance(entry.reading, Measurement)
         )
         called: tuple[Rung | Trial, ...] = (*self.evidence.ladder, *self.evidence.trials)
         self._names = {each.candidate: each.name for each in called if each.name}

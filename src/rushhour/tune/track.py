@@ -18,13 +18,14 @@ from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.space import Candidate
 from rushhour.tune.trial import Bench, Loaded
 
-_PUSH, _PUSHES, _FULL, _FAR = 1.25, 5, 0.95, 1.6
-"""More is asked than a candidate is thought to carry: by so much, tried so often, more again where it answers so much
-of it in time, and less where it is so many times what it answers."""
+_PUSH_S, _PUSHES, _ALIKE = 0.6, 4, 1.3
+"""A closed loop that shows how much a candidate answers at most: seconds, tries, and how far off its users may be."""
+_RACE_S, _MOMENT_LIMITS = 0.35, 8.0
+"""A race's windows are so long, and at least so many times the limit."""
+_MOST_USERS = 512
+_TURNS = 1_000
 _START = 0.75
-"""Of what meets the limit when more is asked than can be carried: where the search for the capacity begins."""
-_RACE_S, _RACE_LIMITS, _RACE_N = 0.3, 6.0, 60
-"""A race's windows are so long, at least so many times the limit, and hold at least so many requests."""
+"""Of what is answered in time at most: where the search for the capacity begins."""
 _PROOFS = 6
 """Windows of one confirmation, at most."""
 _LONGEST_PROOF = 6.0
@@ -50,8 +51,8 @@ class Contender:
     candidate: Candidate
     accuracy: Accuracy | None = None
     predicted: float | None = None
-    goodput: float | None = None
-    """Answers a second inside the limit where more was asked than it can carry."""
+    throughput: float | None = None
+    """Answers in time a second, of users that ask again as soon as they are answered."""
     capacity: float | None = None
     proven: bool = False
     p99_ms: float | None = None
@@ -98,67 +99,63 @@ class Track:
         return self._bench.load(contender.candidate, self._bundles[contender.candidate.bundle], phase)
 
     def push(self, contender: Contender) -> bool:
-        """See how many answers meet the limit where more is asked than it can carry; whether it runs at all."""
-        rate = _PUSH * (contender.predicted or 100.0)
+        """See how much it answers in time at most; whether it runs at all."""
+        users = self._users(contender.predicted or 100.0)
         self._progress.start(f"{contender.candidate.name}: how much at most?")
         try:
             with self.loaded(contender, "push") as loaded:
-                for attempt in range(_PUSHES):
-                    window = loaded.glances(1.0)(_rounded(rate), self._settings.seed + 20_000 + attempt)
-                    contender.goodput = most = max(window.goodput_rps, 1 / window.duration_s)
-                    if _FULL * rate < most:
-                        rate *= 2
-                    elif rate > _FAR * most:
-                        rate = _PUSH * most  # turning so many away costs a server what it could answer with
-                    else:
+                for turn in range(_PUSHES):
+                    seen = loaded.crowd(users, self._moment_s(users, _PUSH_S), turn)
+                    contender.throughput = max(seen.throughput_rps, 1.0)
+                    wanted = self._users(contender.throughput)
+                    if turn and 1 / _ALIKE <= wanted / users <= _ALIKE:
                         break
+                    users = wanted
         except EngineError as error:
             contender.end("failed", str(error))
             self._progress.done(error.what, good=False)
             return False
-        self._progress.done(f"about {contender.goodput:,.0f} requests/s")
+        self._progress.done(f"about {contender.throughput:,.0f} requests/s")
         return True
 
+    def _users(self, rate_rps: float) -> int:
+        """So many that are answered at this rate after half of the limit (Little's law)."""
+        return max(1, min(_MOST_USERS, round(0.5 * rate_rps * self._goal.slo.limit_s)))
+
+    def _moment_s(self, users: int, seconds: float) -> float:
+        """How long a closed loop takes to tell something: `seconds`, and eight times the limit."""
+        return float(f"{max(seconds, _MOMENT_LIMITS * self._goal.slo.limit_s):.3g}")
+
     def duel(
-        self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, *, rivals: int = 1, seed: int = 0
+        self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, *, rivals: int = 1, again: int = 0
     ) -> Race | None:
         """Which of two carries more? None where the rival does not run.
 
         Args:
-            incumbent: the one to beat, with its goodput.
+            incumbent: the one to beat, after its `push`.
             ours: its server.
             rival: the other one.
             theirs: its server.
             rivals: that race this incumbent, all in all.
-            seed: of the arrivals; a race that was run is not run again.
+            again: which race of these two; one that was run is not run again.
         """
-        most = incumbent.goodput or 1.0
-        rate = _PUSH * max(most, min(rival.predicted or 0.0, 2 * most))
-        limit_s, seed = self._goal.slo.limit_s, self._settings.seed + 30_000 + 1_000 * seed
+        users = self._users(incumbent.throughput or 1.0)
+        seconds = self._moment_s(users, _RACE_S)
         self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
 
-        def ask(loaded: Loaded, other: Contender) -> Callable[[int], Measurement]:
-            window_s = float(f"{max(_RACE_S, _RACE_LIMITS * limit_s, _RACE_N / rate):.3g}")
-            probe = loaded.pushes(window_s, max(0.1, 3 * limit_s), str(other.candidate))
-
-            def taken(with_seed: int) -> Measurement:
-                window = probe(_rounded(rate), with_seed)
+        def ask(loaded: Loaded, other: Contender) -> Callable[[int], float]:
+            def taken(turn: int) -> float:
                 self._progress.advance()
-                return window
+                return loaded.crowd(users, seconds, _TURNS * again + turn, str(other.candidate)).throughput_rps
 
             return taken
 
         try:
-            for attempt in range(_PUSHES):  # a server just started; and it takes more than either carries
-                seen = [loaded.glances(0.5)(_rounded(rate), seed - 1 - attempt) for loaded in (ours, theirs)]
-                most = max(window.goodput_rps for window in seen)
-                if most < _FULL * rate:
-                    break
-                rate = _PUSH * rate
+            for loaded in (ours, theirs):  # a server just started
+                loaded.crowd(users, self._moment_s(users, _PUSH_S), 0)
             ended = race(
                 ask(ours, rival),
                 ask(theirs, incumbent),
-                seed=seed,
                 rivals=rivals,
                 is_over=lambda: self._budget.left < Budget.FOR_PROOF,
             )
@@ -166,7 +163,7 @@ class Track:
             rival.end("failed", str(error))
             self._progress.done(error.what, good=False)
             return None
-        incumbent.goodput, rival.goodput = ended.goodput_rps
+        incumbent.throughput, rival.throughput = ended.throughput_rps
         if ended.order == "faster":
             incumbent.end("beaten", f"{rival.candidate.name} carries {ended}")
         elif ended.order == "slower":
@@ -185,7 +182,7 @@ class Track:
             with self.loaded(contender, "search") as loaded:
                 search = find_capacity(
                     self._noted(contender, loaded.glances(self._settings.window_s / step)),
-                    start_rps=_START * (contender.goodput or 100.0),
+                    start_rps=_START * (contender.throughput or 100.0),
                     slo=self._goal.slo,
                     resolution=1 + step * self._settings.resolution,
                     seed=self._settings.seed,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import math
 import os
 import select
 import signal
@@ -32,13 +31,14 @@ from rushhour.load import (
     Samples,
     Target,
     Tick,
+    closed_window,
     discover,
     glance_n,
     measure,
     null_throughput,
     payloads,
 )
-from rushhour.measurement import Measurement
+from rushhour.measurement import Measurement, Rung
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
 from rushhour.tune.space import Candidate
@@ -133,31 +133,39 @@ class Loaded:
 
         return probe
 
-    def pushes(self, window_s: float, warmup_s: float, against: str = "") -> Probe:
-        """Windows of exactly so many seconds, of a server that is warm: how many answers meet the limit?
+    def crowd(self, concurrency: int, seconds: float, turn: int, against: str = "") -> Rung:
+        """So many users that ask again as soon as they are answered: answers within the limit, for so many seconds.
 
         Args:
-            window_s: to measure.
-            warmup_s: before that.
-            against: with what they are paired: for another pair they are taken again.
+            concurrency: how many users.
+            seconds: how long.
+            turn: which of several such windows.
+            against: with what it is paired: for another pair it is taken again.
         """
 
-        def probe(rate_rps: float, seed: int) -> Measurement:
-            n = max(1, math.ceil(rate_rps * window_s))
-            what = f"push {window_s:g} s" + (f" against {against}" if against else "")
-            return self._take(what, rate_rps, seed, is_metered=False, n=n, warmup_s=warmup_s, is_warm=True)
+        def take() -> Rung:
+            metered, target, requests = self._aim()
+            return closed_window(
+                metered.generator,
+                target,
+                requests,
+                concurrency=concurrency,
+                seconds=seconds,
+                within_s=self._goal.slo.limit_s,
+            )
 
-        return probe
+        detail = f"{self._goal.slo} rows {self._goal.workload.rows} users {concurrency} for {seconds:g} s, turn {turn}"
+        detail += f" against {against}" if against else ""
+        return self._journal.measure(self._phase, str(self._candidate), detail, Rung, take)
 
-    def _take(self, what: str, rate_rps: float, seed: int, *, is_metered: bool = True, **asked: Any) -> Measurement:
-        """A window. Reading the CPU time of all processes takes as long as a short one, where there are many."""
+    def _take(self, what: str, rate_rps: float, seed: int, **asked: Any) -> Measurement:
         slo = self._goal.slo
 
         def take() -> Measurement:
             metered, target, requests = self._aim()
             metered.clear()
             window = measure(
-                metered if is_metered else metered.generator,
+                metered,
                 target,
                 requests,
                 slo,

@@ -242,7 +242,7 @@ class _Tuner:
                     self._so_far(plan_of(rival.candidate, self._bundles[rival.candidate.bundle], self._goal))
             stack.close()
         others = [state for state in raced if state is not incumbent and state.fate != "failed"]
-        return [incumbent, *sorted(others, key=lambda state: -(state.goodput or 0.0))]
+        return [incumbent, *sorted(others, key=lambda state: -(state.throughput or 0.0))]
 
     def _learn_overhead(self, state: Contender) -> None:
         """What serving costs beside the engine, from the first candidate that was loaded: it is the same for all."""
@@ -252,7 +252,7 @@ class _Tuner:
             streams=candidate.streams,
             max_batch=candidate.policy.max_batch,
             spare=_spare(candidate),
-            most_rps=state.goodput or 1.0,
+            most_rps=state.throughput or 1.0,
         )
         self._predict_again(state)
 
@@ -304,7 +304,7 @@ class _Tuner:
                 continue
             if state is first:
                 self._load_plainly(state)
-            elif state.capacity is None and (state.goodput is not None or self._track.push(state)):
+            elif state.capacity is None and (state.throughput is not None or self._track.push(state)):
                 self._track.approach(state, rough=True)
             if state.capacity is not None:
                 measured.append((step, state))
@@ -426,10 +426,7 @@ class _Tuner:
         return [
             entry.reading
             for entry in self._journal
-            if entry.subject == subject
-            and entry.phase in ("search", "confirm")  # the others ask for more than can be carried
-            and isinstance(entry.reading, Measurement)
-            and entry.machine == describe()
+            if entry.subject == subject and isinstance(entry.reading, Measurement) and entry.machine == describe()
         ]
 
     def _lowest_failing(self, state: Contender) -> float | None:
