@@ -11,7 +11,7 @@ import asyncio
 import gc
 import math
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from time import monotonic, process_time
 from typing import Any
@@ -43,6 +43,8 @@ _PREOPENED = 128
 _AT_ONCE = 32
 """Requests taken up before answers are looked at again: a generator that was held up catches up in small
 steps, so that it does not read answers late as well."""
+_PAUSE_S = 0.05
+"""How long a user of a closed loop who was turned away waits."""
 _LENGTHS = 64
 """Distinct lengths of answers that are each looked into once. A server with more of them writes numbers as text."""
 
@@ -70,6 +72,9 @@ async def run(
 
 class _Load:
     """What both loops share: the book, and its beginning and end."""
+
+    _prompt = False
+    """Whether answers are read as they come, because the next request waits for them."""
 
     def __init__(self, job: Job, canary: Canary, on_tick: Callable[[Tick], None]) -> None:
         self._job = job
@@ -267,7 +272,7 @@ class _Load:
         swept = ticked = monotonic()
         while not finished.done():
             due = self._issue_due()
-            passing = rest(min(due, swept + _SWEEP_S), prompt=due == math.inf)
+            passing = rest(min(due, swept + _SWEEP_S), prompt=self._prompt or due == math.inf)
             if passing is not None:
                 await passing
             if (now := monotonic()) >= swept + _SWEEP_S:
@@ -407,13 +412,20 @@ class _OpenLoop(_Load):
 
 
 class _ClosedLoop(_Load):
-    """Each of `concurrency` users sends the next request when the last is answered, until the time is over."""
+    """Each of `concurrency` users sends the next request when the last is answered, until the time is over.
+
+    Who is turned away waits a little before: users who ask again at once keep a server busy with turning them away, and
+    one that was slow for a moment never gets out of that.
+    """
+
+    _prompt = True
 
     def __init__(self, job: ClosedJob, canary: Canary, on_tick: Callable[[Tick], None]) -> None:
         super().__init__(job, canary, on_tick)
         self._concurrency = job.concurrency
         self._duration_s = job.duration_s
         self._over = False
+        self._pausing: deque[float] = deque()  # until when, in seconds from the start
 
     def _all_issued(self) -> bool:
         return self._over
@@ -428,8 +440,16 @@ class _ClosedLoop(_Load):
         self._over = True
         self._end_measuring()
 
+    def _end(self, index: int, status: Status, kind: str = "") -> None:
+        if status is Status.SHED:
+            self._pausing.append(monotonic() - self._start + _PAUSE_S)
+        super()._end(index, status, kind)
+
     def _issue_due(self) -> float:
-        for _ in range(self._concurrency - self._issued + self._ended):
+        pausing = self._pausing
+        while pausing and pausing[0] <= monotonic() - self._start:
+            pausing.popleft()
+        for _ in range(self._concurrency - self._issued + self._ended - len(pausing)):
             now = monotonic() - self._start
             if now >= self._duration_s:
                 self._over = True
@@ -443,7 +463,10 @@ class _ClosedLoop(_Load):
             self._status.append(Status.UNANSWERED)
             self._issued += 1
             self._carry(index)
-        return math.inf
+        if self._ended == self._issued and pausing and pausing[0] >= self._duration_s:
+            self._over = True  # all who are left would ask after the end
+            self._finish_if_over()
+        return self._start + pausing[0] if pausing else math.inf
 
 
 def _alike(right: Mapping[str, NDArray[Any]], given: Mapping[str, NDArray[Any]], tolerance: float) -> bool:

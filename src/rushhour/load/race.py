@@ -1,6 +1,6 @@
 """A race: which of two servers carries more inside the limit? Short windows in turn, until that is sure.
 
-As many users as keep a server busy for half of the limit ask again as soon as they are answered, for a moment, of one
+As many users as a server answers after 0.4 of the limit ask again as soon as they are answered, for a moment, of one
 server and then of the other: A B, B A, A B, ... What counts is how many are answered in time, and of each pair of
 windows the ratio. (Asked by a crowd for more than it can carry, a server answers now 3,500 a second and now 8,500, as
 it turns more or fewer away; near its capacity hardly a request is late. Neither orders two servers in a minute.)

@@ -22,7 +22,7 @@ _PUSH_S, _PUSHES, _ALIKE = 0.6, 4, 1.3
 """A closed loop that shows how much a candidate answers at most: seconds, tries, and how far off its users may be."""
 _RACE_S, _MOMENT_LIMITS = 0.35, 8.0
 """A race's windows are so long, and at least so many times the limit."""
-_MOST_USERS = 512
+_USERS, _MOST_USERS = 0.4, 512
 _TURNS = 1_000
 _START = 0.75
 """Of what is answered in time at most: where the search for the capacity begins."""
@@ -119,8 +119,8 @@ class Track:
         return True
 
     def _users(self, rate_rps: float) -> int:
-        """So many that are answered at this rate after half of the limit (Little's law)."""
-        return max(1, min(_MOST_USERS, round(0.5 * rate_rps * self._goal.slo.limit_s)))
+        """So many that are answered at this rate after 0.4 of the limit (Little's law)."""
+        return max(1, min(_MOST_USERS, round(_USERS * rate_rps * self._goal.slo.limit_s)))
 
     def _moment_s(self, users: int, seconds: float) -> float:
         """How long a closed loop takes to tell something: `seconds`, and eight times the limit."""
