@@ -30,6 +30,8 @@ _PROOFS = 6
 """Windows of one confirmation, at most."""
 _LONGEST_PROOF = 6.0
 """Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
+_DOWN = 0.95
+_SAY_NOTHING = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
 _LOWER = 0.85
 """Of an estimate: a proof begins no lower, however uncertain the estimate."""
 _ROUGH = 2.0
@@ -217,6 +219,7 @@ class Track:
         if found is None:
             return None
         proven: Measurement | None = None
+        last: Outcome | None = None
         ceiling, window_s = found.interval_rps[1], self._settings.proof_s
         rate = max(found.interval_rps[0], _LOWER * found.rate_rps)
         self._progress.start(f"{contender.candidate.name}: proof on fresh seeds")
@@ -229,7 +232,7 @@ class Track:
                 result = probe(rate, self._settings.seed + 10_000 + attempt)
                 if result.outcome is Outcome.PASS:
                     proven = result
-                else:
+                elif result.outcome not in _SAY_NOTHING:
                     ceiling = min(ceiling, rate)
                     asked_s = result.duration_s + (result.needs_s or 0.0)
                     window_s = min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked_s))
@@ -238,9 +241,12 @@ class Track:
                     if ceiling <= proven.rate_rps * (1 + self._settings.resolution):
                         break
                     rate = math.sqrt(proven.rate_rps * ceiling)
-                elif result.outcome.refutes or result.outcome is Outcome.INCONCLUSIVE:
+                elif result.outcome in _SAY_NOTHING and result.outcome is not last:
+                    last = result.outcome  # once more at this rate
+                else:
+                    last = None
                     found = self.estimate(contender)
-                    rate = min(0.97 * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
+                    rate = min(_DOWN * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
         if proven is not None:
             self._kept(contender, proven)
             self._progress.done(f"{proven.rate_rps:,.0f} requests/s")
