@@ -52,7 +52,7 @@ def raced(ratio: float, seed: int, *, share: float = 0.0, rivals: int = 1) -> Ra
 @pytest.mark.parametrize(("ratio", "order"), [(1.1, "faster"), (1 / 1.1, "slower"), (1.0, "tie")])
 def test_two_plans_are_ordered_rightly_where_the_speed_comes_in_waves(ratio: float, order: str, share: float) -> None:
     found = [raced(ratio, seed, share=share) for seed in range(100)]
-    assert sum(one.order == order for one in found) >= 95
+    assert sum(one.order == order for one in found) >= (95 if share < 0.05 else 90)
     assert np.median([one.ratio for one in found]) == pytest.approx(ratio, rel=0.02)
     assert sum(one.interval[0] <= ratio <= one.interval[1] for one in found) >= 88, "looking often costs a little of 95"
 
