@@ -193,6 +193,12 @@ def test_the_warm_up_is_not_judged() -> None:
     assert verdict(samples(latencies, warmup=200)).outcome is Outcome.PASS
 
 
+@pytest.mark.parametrize("slo", ["p10<50ms", "p30<50ms", "p50<50ms", "p99.9<50ms"])
+def test_any_percentile_can_be_judged(slo: str) -> None:
+    """Below p50 the tail near its end would have been more than all requests."""
+    assert verdict(samples(quick(4000)), SLO.parse(slo)).outcome is Outcome.PASS
+
+
 def test_too_many_misses_fail_and_too_few_to_tell_are_inconclusive() -> None:
     latencies = quick()
     latencies[::60] = 0.08

@@ -407,7 +407,7 @@ def _needs_s(evidence: _Evidence, duration_s: float) -> float | None:
 
 def _tails(latencies: NDArray[np.float64], slo: SLO, waves: float) -> Iterator[_Tail]:
     """Those that may prove the SLO: of the slowest 30%, and of twice as many as may miss where few of them would."""
-    share = _NEAR * slo.allowed_miss_rate
+    share = min(1.0, _NEAR * slo.allowed_miss_rate)
     own = 1 + _CAUTION * (_wave_inflation(latencies > np.quantile(latencies, 1 - share, method="lower")) - 1)
     near = _Tail.of(latencies, slo, share, own)
     if 3 * slo.allowed_miss_rate <= _TAIL and (tail := _Tail.of(latencies, slo, _TAIL, waves)):
