@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from rushhour.bundle import Bundle, Preprocessing
+from rushhour.bundle import Bundle, Preprocessing, Source
 from rushhour.clock import VirtualClock
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import Engine
@@ -27,8 +27,10 @@ from rushhour.measurement import Measurement, Outcome, Rung, ServiceTimes
 from rushhour.plan import Plan, Precision
 from rushhour.progress import Silent
 from rushhour.serve import open_target
+from rushhour.task import Task
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
-from rushhour.tune import TuneSettings
+from rushhour.train import TrainSettings
+from rushhour.tune import TuneSettings, tune_run
 from rushhour.tune.space import Candidate
 from rushhour.tune.trial import cpu_seconds
 from rushhour.tune.tune import tune
@@ -142,6 +144,44 @@ def test_the_cpu_time_of_a_server_is_that_of_all_its_processes() -> None:
         assert cpu_seconds(process.pid) == pytest.approx(before, abs=0.05), "they all wait"
         process.communicate(b"\n")
     assert cpu_seconds(process.pid) is None
+
+
+def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trained(Exception):
+        pass
+
+    def train(_: object, __: object, settings: TrainSettings, **___: object) -> None:
+        raise Trained(settings.epochs)
+
+    run = sys.modules["rushhour.tune.run"]
+    monkeypatch.setattr(run, "train", train)
+    parts = [Split(np.zeros((1280, 4, 4, 1), np.uint8), np.zeros(1280, np.int64))] * 3
+    data = Dataset("few", Task("classification", outputs=4), *parts, Preprocessing(1 / 255), "sum")
+
+    def epochs(folder: str, budget_s: float | None, *, step_s: float = 0.5, fit: bool = True) -> int:
+        monkeypatch.setattr(run, "step_seconds", lambda *_, **__: step_s)
+        with pytest.raises(Trained) as found:
+            tune_run(
+                Source("rushhour.models:build", {}),
+                data,
+                Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%")),
+                run=tmp_path / folder,
+                training=TrainSettings(epochs=6, batch=128),
+                settings=TuneSettings(budget_s=budget_s),
+                progress=Silent(),
+                fit_epochs=fit,
+            )
+        (said,) = found.value.args
+        return int(said)
+
+    assert epochs("none", None) == 6
+    assert epochs("fixed", 60, fit=False) == 6
+    assert epochs("long", 600) == 6, "10 steps of half a second are an epoch, and more than was asked for fits"
+    assert epochs("short", 60) == 4, "0.4 of a minute"
+    assert epochs("shorter", 5) == 2, "less teaches too little"
+    assert epochs("short", 60, step_s=0.9) == 4, "how long a step took is on file"
 
 
 # The search alone: real engines give the answers, but times and load are numbers.

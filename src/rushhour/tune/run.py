@@ -34,8 +34,8 @@ from rushhour.train import Tracking, TrainSettings, step_seconds, train
 from rushhour.tune.settings import TuneSettings
 from rushhour.tune.tune import tune
 
-_TRAINING_SHARE = 0.6
-"""Of the budget, for the training."""
+_TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
+"""Of the budget, for the training; more where fewer epochs would be left: one pass over the data teaches too little."""
 _LEAST_SHARE = 0.4
 """Of the budget, that the search has even where training took more than its share."""
 
@@ -128,7 +128,7 @@ def _fitted(
     progress: Progress,
     trusted: tuple[str, ...],
 ) -> TrainSettings:
-    """With as many epochs as take their share of the budget on this machine, at least one and no more than asked for.
+    """With as many epochs as take their share of the budget on this machine, but a few, and no more than asked for.
 
     How long a step takes is on file, so that a run that goes on trains for as long as it began to.
     """
@@ -143,7 +143,7 @@ def _fitted(
     detail = f"{training}"
     taken = Journal(run / "measurements.jsonl").measure("training step", str(source), detail, ServiceTimes, take)
     fits = int(_TRAINING_SHARE * budget_s / (steps * taken.seconds[0]))
-    return msgspec.structs.replace(training, epochs=min(training.epochs, max(1, fits)))
+    return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))
 
 
 def _still_true(file: Path, bundles: dict[str, Bundle], goal: Goal) -> Plan | None:

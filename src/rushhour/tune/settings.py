@@ -29,7 +29,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
     race: int = 4
     resolution: float = 0.05
     window_s: float = 3.0
-    proof_s: float = 10.0
+    proof_s: float = 20.0
     budget_s: float | None = None
 
 

@@ -28,7 +28,7 @@ _START = 0.75
 """Of what is answered in time at most: where the search for the capacity begins."""
 _PROOFS = 6
 """Windows of one confirmation, at most."""
-_LONGEST_PROOF = 6.0
+_LONGEST_PROOF = 3.0
 """Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
 _DOWN = 0.95
 _SAY_NOTHING = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
