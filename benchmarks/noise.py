@@ -35,6 +35,7 @@ import numpy as np
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
 from noise_costs import BEFORE, generator_and_server
+from noise_verdict import verdict_part
 
 from rushhour.bundle import Bundle
 from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
@@ -80,6 +81,7 @@ class Scale(msgspec.Struct, frozen=True):
         races: of two plans 10% apart, for each disturbance, and twice as many of equal ones.
         rounds: of windows of every layout after a demo.
         plans: of each network, whose capacity is predicted and measured.
+        windows: simulated, of each kind at its capacity; `requests` in all tell where that is.
         blocks: of windows of so many `seconds` with the generator of before and of now.
     """
 
@@ -87,6 +89,8 @@ class Scale(msgspec.Struct, frozen=True):
     races: int = 20
     rounds: int = 25
     plans: int = 5
+    windows: int = 400
+    requests: int = 6_000_000
     blocks: int = 8
     seconds: float = 4.0
 
@@ -461,6 +465,12 @@ def predicted(scale: Scale) -> Part:
     return Part(tuple(checks), (Table("Predicted and measured capacity", columns, rows),), found)
 
 
+def simulated(runs: int, requests: int) -> Part:
+    """Part 3."""
+    checks, tables, data = verdict_part(runs, requests, cores())
+    return Part(tuple(checks), tuple(tables), data)
+
+
 def costs(blocks: int, seconds: float) -> Part:
     """Part 6."""
     checks, windows, tables = generator_and_server(BEFORE, blocks, seconds)
@@ -485,6 +495,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Part]] = {
         "1": lambda: demos([name for name in names if name != _NOT_ASKED], scale),
         "2": lambda: searched(names, scale),
+        "3": lambda: simulated(scale.windows, scale.requests),
         "4": lambda: raced(names, scale),
         "5": lambda: predicted(scale),
         "6": lambda: costs(scale.blocks, scale.seconds),
