@@ -93,6 +93,15 @@ def test_where_it_held_at_no_rate_there_is_no_estimate() -> None:
     assert estimate([], P99) is None
 
 
+def test_where_something_held_it_is_never_nothing() -> None:
+    """`demo` ended in 0/s: it had held at 4,664/s, and on a host twice as slow a minute later it failed below that."""
+    result = found(window(4664, 3), window(4000, 2000, outcome=Outcome.FAIL), window(3600, 900, outcome=Outcome.FAIL))
+    assert result.rate_rps == 4664
+    assert result.interval_rps == (3600, 4664)
+    result = found(window(4664, 3), window(4000, 2000, outcome=Outcome.FAIL), window(2500, 8))
+    assert 2500 <= result.rate_rps < 4000
+
+
 def test_bursts_widen_the_interval() -> None:
     even = msgspec.structs.replace(window(2000, 38), blocks=(2,) * 18 + (1,) * 2)
     steady = found(window(1000, 0), even, window(3000, 400))

@@ -49,7 +49,10 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Estimate | None:
-    """The capacity that these windows of one server tell; None where the SLO held at no rate.
+    """The capacity that these windows of one server tell; None where the SLO held in no window.
+
+    Where it held in some, and others at rates no higher were worse, it is the lowest rate at which it was seen to hold:
+    a host that became slower meanwhile is no reason to say that nothing ever held.
 
     Args:
         windows: any; those that say nothing of the server are left out, see `tells`.
@@ -64,7 +67,7 @@ def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Esti
     allowed = slo.allowed_miss_rate
     best = _crossing(rates, np.array([[_share(window, window.late / window.n)] for window in told]), weights, allowed)
     if not math.isfinite(best[0]):
-        return None
+        return _seen(told)
     found = _crossing(rates, _resampled(told, np.random.default_rng(seed)), weights, allowed)
     held = np.where(np.isfinite(found), found, rates[0])
     low, high = (math.exp(float(value)) for value in np.quantile(held, [0.025, 0.975]))
@@ -72,6 +75,13 @@ def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Esti
     highest = math.exp(float(rates[-1]))
     bounded = rate < highest * (1 - 1e-9)
     return Estimate(rate, (min(low, rate), max(high, rate)), bounded, sum(window.n for window in told))
+
+
+def _seen(told: Sequence[Measurement]) -> Estimate | None:
+    held = [window.rate_rps for window in told if keeps(window) and not window.outcome.refutes]
+    if not held:
+        return None
+    return Estimate(min(held), (min(told[0].rate_rps, min(held)), max(held)), True, sum(window.n for window in told))
 
 
 def tells(window: Measurement) -> bool:

@@ -36,7 +36,7 @@ from rushhour.tune.tune import tune
 
 _TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
 """Of the budget, for the training; more where fewer epochs would be left: one pass over the data teaches too little."""
-_LEAST_SHARE = 0.4
+_LEAST_SHARE = 0.6
 """Of the budget, that the search has even where training took more than its share."""
 
 

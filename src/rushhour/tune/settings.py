@@ -17,6 +17,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
         keep: a candidate predicted below this share of the best prediction is not raced.
         race: candidates that are raced, at most.
         resolution: highest passing over lowest failing rate at the end of a search, at most 1 + this.
+        time_s: how long each size of a batch is timed, the engine alone.
         window_s: length of one load window on the way; longer where the SLO needs more requests.
         proof_s: length of a window that something is claimed from. A queue is slow in long waves; a short window
             near its capacity proves little.
@@ -28,6 +29,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
     keep: float = 0.7
     race: int = 4
     resolution: float = 0.05
+    time_s: float = 0.05
     window_s: float = 3.0
     proof_s: float = 20.0
     budget_s: float | None = None
@@ -41,7 +43,7 @@ class Budget:
         clock: what it is read on.
     """
 
-    FOR_PROOF, FOR_RUNGS, FOR_WAY = 0.5, 0.12, 0.2
+    FOR_PROOF, FOR_RUNGS, FOR_WAY = 0.4, 0.1, 0.15
     """Shares of it: kept for the winner's capacity and its proof; kept for the ladder's other steps; for the estimate
     of one capacity, at most."""
 

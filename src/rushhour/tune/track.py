@@ -30,7 +30,9 @@ _PROOFS = 6
 """Windows of one confirmation, at most."""
 _LONGEST_PROOF = 3.0
 """Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
-_DOWN = 0.95
+_DOWN, _AT_ONCE, _BY_FAR = 0.95, 0.8, 0.1
+"""A window that is no proof lowers the rate at least to so much and at most to so much; to the latter where so many of
+its requests were late."""
 _SAY_NOTHING = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
 _LOWER = 0.85
 """Of an estimate: a proof begins no lower, however uncertain the estimate."""
@@ -225,7 +227,7 @@ class Track:
         self._progress.start(f"{contender.candidate.name}: proof on fresh seeds")
         with self.loaded(contender, "confirm") as loaded:
             for attempt in range(_PROOFS):
-                if attempt and self._budget.left < Budget.FOR_RUNGS:
+                if attempt and self._budget.left < Budget.FOR_RUNGS and self._stands(contender):
                     break
                 rate = _rounded(rate)
                 probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}")))
@@ -246,7 +248,10 @@ class Track:
                 else:
                     last = None
                     found = self.estimate(contender)
-                    rate = min(_DOWN * rate, found.interval_rps[0]) if found is not None else 0.9 * rate
+                    least = found.interval_rps[0] if found is not None else 0.9 * rate
+                    rate = max(min(_DOWN * rate, least), _AT_ONCE * rate)
+                    if result.outcome.refutes and result.late > _BY_FAR * result.n:
+                        rate = _AT_ONCE * rate  # the host is another one now, and each window costs time
         if proven is not None:
             self._kept(contender, proven)
             self._progress.done(f"{proven.rate_rps:,.0f} requests/s")
@@ -256,6 +261,13 @@ class Track:
         contender.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
         self._progress.done(contender.why, good=False)
         return None
+
+    def _stands(self, contender: Contender) -> bool:
+        """Whether its windows tell a capacity that none of them refuted: it can be the answer."""
+        found = self.estimate(contender)
+        return found is not None and not any(
+            window.outcome.refutes and window.rate_rps <= found.rate_rps for window in contender.windows
+        )
 
     def _kept(self, contender: Contender, proven: Measurement) -> None:
         contender.capacity, contender.proven, contender.p99_ms = proven.rate_rps, True, proven.p99_ms

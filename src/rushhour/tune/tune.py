@@ -156,7 +156,7 @@ class _Tuner:
         def take() -> ServiceTimes:
             engine = open_engine(bundle, candidate.engine_config(), trusted=self._trusted)
             try:
-                return time_service(engine, bundle, self._goal.slo.limit_s)
+                return time_service(engine, bundle, self._goal.slo.limit_s, self._settings.time_s)
             finally:
                 engine.close()
 
