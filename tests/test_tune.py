@@ -374,6 +374,46 @@ def test_who_carries_less_in_the_race_is_beaten_and_who_carries_as_much_ties(
     assert all("1.00x" in trial.why for trial in tied)
 
 
+class Watched(Load):
+    """Load on servers of which it is known which are up; stopped when a third candidate races.
+
+    Two streams carry more than is predicted, so that the first to race is beaten before that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up: list[str] = []
+        self.raced: set[str] = set()
+
+    @contextlib.contextmanager
+    def served(self, candidate: Candidate, *_: Any) -> Iterator[tuple[str, int]]:
+        self.up.append(str(candidate))
+        try:
+            yield str(candidate), os.getpid()
+        finally:
+            self.up.remove(str(candidate))
+
+    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> Rung:
+        found = super().closed_window(_, candidate, __, concurrency=concurrency, **asked)
+        if len(self.up) == 2:
+            self.raced |= set(self.up)
+        if len(self.raced) == 3:
+            raise KeyboardInterrupt
+        return msgspec.structs.replace(
+            found, throughput_rps=found.throughput_rps * (1.3 if "/s2t1" in candidate else 1)
+        )
+
+
+def test_a_race_that_is_broken_off_leaves_no_server_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server of a rival that had won a race stayed up."""
+    load = Watched()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        searched(tmp_path, load, monkeypatch)
+    assert any("/s2t1" in candidate for candidate in load.raced)
+    assert load.up == []
+    assert stopped.tb is not None, "its frames are held until here: nothing was closed by chance"
+
+
 class Waves(Load):
     """Load on a host whose speed comes in waves: what holds is seldom proven.
 

@@ -237,10 +237,9 @@ class _Tuner:
                     if ended is None or ended.order != "faster":
                         continue
                     stack.close()
-                    stack = own.pop_all()
+                    stack.enter_context(own.pop_all())
                     incumbent, loaded = rival, theirs
                     self._so_far(plan_of(rival.candidate, self._bundles[rival.candidate.bundle], self._goal))
-            stack.close()
         others = [state for state in raced if state is not incumbent and state.fate != "failed"]
         return [incumbent, *sorted(others, key=lambda state: -(state.throughput or 0.0))]
 
