@@ -171,7 +171,7 @@ def searches(n: int, windows: int) -> dict[str, Any]:
                     with bench.load(candidate, bundles["int8"], "again") as loaded:
                         for again in range(windows):
                             window = loaded.windows(5.0)(proof.rate_rps, 50_000 + again)
-                            held.append(not window.outcome.refutes and window.late <= 0.01 * window.n)
+                            held.append(not window.outcome.refutes and window.keeps_slo)
                 found.append(
                     {
                         "estimated": estimated,
@@ -243,7 +243,7 @@ def predictions(network: str, plans: int) -> list[dict[str, Any]]:
                 contender = Contender(candidate, predicted=alone)
                 if not course.push(contender):
                     continue
-                spare = max(0, cores() - candidate.streams * candidate.policy.threads)
+                spare = candidate.spare(cores())
                 shape = {"streams": candidate.streams, "max_batch": candidate.policy.max_batch}
                 is_first = overhead is None
                 if overhead is None:

@@ -73,6 +73,10 @@ class Overhead:
         return cls(request_s=(taken + spare) / most_rps if taken > 0 else 0.0, spare=spare)
 
 
+_ALONE = Overhead()
+"""An engine that no serving takes anything from."""
+
+
 def simulate(
     profile: ServiceProfile,
     *,
@@ -81,10 +85,10 @@ def simulate(
     rate_rps: float,
     n: int,
     seed: int,
-    overhead: Overhead | None = None,
+    overhead: Overhead = _ALONE,
 ) -> NDArray[np.float64]:
     """Latencies of `n` Poisson arrivals at `rate_rps` through the batching server, in seconds, shape `(n,)`."""
-    stretch = overhead.stretch(rate_rps, streams) if overhead is not None else 1.0
+    stretch = overhead.stretch(rate_rps, streams)
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate_rps, n)).tolist()
     latencies = np.empty(n)
     free = [0.0] * streams
@@ -108,7 +112,7 @@ def predicted_capacity(
     streams: int,
     max_batch: int,
     slo: SLO,
-    overhead: Overhead | None = None,
+    overhead: Overhead = _ALONE,
     n: int = 3000,
     seed: int = 0,
 ) -> float:
@@ -132,7 +136,7 @@ def predicted_capacity(
     return low
 
 
-def best_batch(times: ServiceTimes, *, streams: int, slo: SLO, overhead: Overhead | None = None) -> tuple[int, float]:
+def best_batch(times: ServiceTimes, *, streams: int, slo: SLO, overhead: Overhead = _ALONE) -> tuple[int, float]:
     """The bound on batches to serve with, of the sizes timed, and the requests per second it is predicted to carry.
 
     The smallest that comes within 2% of the best: what is timed is no more certain than that, and with smaller batches

@@ -391,7 +391,7 @@ def print_windows(console: Console, slo: SLO, windows: Sequence[Measurement]) ->
             "" if run.p99_ms is None else f"{run.p99_ms:.1f}",
             interval,
             f"{run.generator_cpu:.0%}",
-            run.outcome.value.replace("_", " "),
+            run.outcome.words,
         )
     console.print(table)
     last = windows[-1] if windows else None

@@ -37,6 +37,11 @@ class Outcome(enum.StrEnum):
     """The machine was disturbed during the window, so nothing can be concluded."""
 
     @property
+    def words(self) -> str:
+        """For people: `generator limited`."""
+        return self.value.replace("_", " ")
+
+    @property
     def refutes(self) -> bool:
         """Whether the server was shown not to hold the rate."""
         return self in (Outcome.FAIL, Outcome.UNSTABLE)
@@ -103,6 +108,11 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     blocks: tuple[int, ...] = ()
     server_cpu: float | None = None
     speeds: tuple[float, ...] = ()
+
+    @property
+    def keeps_slo(self) -> bool:
+        """Whether no more of its requests were late than the SLO allows, proven or not."""
+        return self.late <= self.n * self.slo.allowed_miss_rate
 
     @property
     def speed(self) -> float | None:

@@ -136,13 +136,9 @@ class LoadView:
         past = Table.grid(padding=(0, 2))
         for window in self._past:
             p99 = "" if window.p99_ms is None else f"p99 {window.p99_ms:.1f} ms"
-            verdict = Text(_outcome(window), style=_COLOURS.get(window.outcome, "yellow"))
+            verdict = Text(window.outcome.words, style=_COLOURS.get(window.outcome, "yellow"))
             past.add_row(Text(f"{window.rate_rps:,.6g}/s", justify="right"), p99, verdict)
         return Group(head, now, past)
-
-
-def _outcome(window: Measurement) -> str:
-    return window.outcome.value.replace("_", " ")
 
 
 class TerminalProgress:

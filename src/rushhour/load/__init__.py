@@ -35,6 +35,7 @@ from rushhour.load.search import (
     glance_n,
     look_sizes,
     measure,
+    rounded,
     search_capacity,
     window_n,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "read_arrivals",
     "read_bodies",
     "read_trace",
+    "rounded",
     "search_capacity",
     "variance_inflation",
     "window_n",

@@ -463,9 +463,6 @@ class _ClosedLoop(_Load):
             self._status.append(Status.UNANSWERED)
             self._issued += 1
             self._carry(index)
-        if self._ended == self._issued and pausing and pausing[0] >= self._duration_s:
-            self._over = True  # all who are left would ask after the end
-            self._finish_if_over()
         return self._start + pausing[0] if pausing else math.inf
 
 

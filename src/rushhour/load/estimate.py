@@ -78,7 +78,7 @@ def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Esti
 
 
 def _seen(told: Sequence[Measurement]) -> Estimate | None:
-    held = [window.rate_rps for window in told if keeps(window) and not window.outcome.refutes]
+    held = [window.rate_rps for window in told if window.keeps_slo and not window.outcome.refutes]
     if not held:
         return None
     return Estimate(min(held), (min(told[0].rate_rps, min(held)), max(held)), True, sum(window.n for window in told))
@@ -93,12 +93,7 @@ def tells(window: Measurement) -> bool:
     if not window.n or window.outcome in _TOLD:
         return bool(window.n)
     is_held_up = window.outcome is Outcome.VOID or window.generator_cpu < _NOT_ITSELF
-    return is_held_up and keeps(window)
-
-
-def keeps(window: Measurement) -> bool:
-    """Whether no more of its requests were late than the SLO allows, proven or not."""
-    return window.late <= window.n * window.slo.allowed_miss_rate
+    return is_held_up and window.keeps_slo
 
 
 def _share(window: Measurement, late: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.load.arrivals import Arrivals, Trace, check_rate, poisson
-from rushhour.load.estimate import Estimate, estimate, keeps, tells
+from rushhour.load.estimate import Estimate, estimate, tells
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
 from rushhour.load.null import null_throughput
@@ -447,7 +447,7 @@ def find_capacity(
         last = asked.runs[-1]
         return asked.search(None, f"not even {last.rate_rps:g} requests/s keep {slo}: {last.reason}")
     while high is not None and high.rate_rps / low.rate_rps > resolution and asked.cost_s < way_s:
-        middle = _rounded(math.sqrt(low.rate_rps * high.rate_rps))
+        middle = rounded(math.sqrt(low.rate_rps * high.rate_rps))
         if not low.rate_rps < middle < high.rate_rps:
             break
         window = asked.look(probe, middle)
@@ -457,7 +457,7 @@ def find_capacity(
             high = window
     if not prove:
         return asked.search(None, "no proof was asked for")
-    rate = low.rate_rps if low.outcome is Outcome.PASS else _rounded(low.rate_rps * _FIRST_DROP)
+    rate = low.rate_rps if low.outcome is Outcome.PASS else rounded(low.rate_rps * _FIRST_DROP)
     last_drops = iter((*_LAST_DROPS, 0.0))
     longest, unproven = 0.0, None if high is None else high.rate_rps
     while rate > 0:
@@ -471,7 +471,7 @@ def find_capacity(
             return asked.search(window, reason)
         unproven = rate
         hurry = asked.cost_s + _PATIENCE * longest > budget_s or rate < 0.8 * low.rate_rps
-        rate = _rounded(rate * (next(last_drops) if hurry else _DROP))
+        rate = rounded(rate * (next(last_drops) if hurry else _DROP))
     last = asked.runs[-1]
     return asked.search(None, f"no rate down to {last.rate_rps:g} requests/s could be proven: {last.reason}")
 
@@ -489,7 +489,7 @@ def _up_again(
     """
     top, longest = unproven or proven.rate_rps, _cost_s(proven)
     while top / proven.rate_rps > 1.001 * apart and asked.cost_s + _PATIENCE * longest <= budget_s:
-        middle = _rounded(math.sqrt(proven.rate_rps * top))
+        middle = rounded(math.sqrt(proven.rate_rps * top))
         window = asked.ask(confirm, middle)
         longest = max(longest, _cost_s(window))
         if window.outcome is Outcome.PASS:
@@ -542,7 +542,7 @@ class _Asked:
 
     def search(self, confirmed: Measurement | None, reason: str) -> Search:
         found = estimate(self.runs, self._slo)
-        capacity_rps = 0.0 if found is None else _rounded(found.rate_rps)
+        capacity_rps = 0.0 if found is None else rounded(found.rate_rps)
         if confirmed is not None:
             capacity_rps = confirmed.rate_rps
         failing = [run.rate_rps for run in self.runs if run.outcome.refutes and run.rate_rps > capacity_rps]
@@ -562,19 +562,19 @@ def _bracket(
 ) -> tuple[Measurement | None, Measurement | None]:
     """A good window and a bad one at a higher rate; None for what was not found."""
     low = high = None
-    rate = _rounded(start_rps)
+    rate = rounded(start_rps)
     for _ in range(_STEPS_UP):
         window = asked.look(probe, rate)
         if _looks_good(window):
             low = window
             if high is not None:
                 break
-            rate = _rounded(rate * growth)
+            rate = rounded(rate * growth)
         else:
             high = window
             if low is not None:
                 break
-            rate = _rounded(rate / 2)
+            rate = rounded(rate / 2)
             if rate < start_rps * _SHARE_DOWN:
                 break
         if asked.cost_s > budget_s:
@@ -583,10 +583,10 @@ def _bracket(
 
 
 def _looks_good(window: Measurement) -> bool:
-    return tells(window) and keeps(window) and not window.outcome.refutes
+    return tells(window) and window.keeps_slo and not window.outcome.refutes
 
 
-def _rounded(rate_rps: float) -> float:
+def rounded(rate_rps: float) -> float:
     """To four digits: a rate is part of the name under which its measurement is kept."""
     return float(f"{rate_rps:.4g}")
 

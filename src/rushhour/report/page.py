@@ -125,7 +125,7 @@ def _render(found: Findings, run: Path) -> str:
         gain=wording.gain(after, before),
         rows=side_by_side(plan, (before, after)),
         served_by=served_by(plan),
-        speeds=wording.speeds(after.proof.speeds) if after.proof is not None and after.proof.speeds else None,
+        speeds=wording.speeds(after.proof) if after.proof is not None else "",
         pareto=charts.in_both_widths(lambda narrow: charts.accuracy_against_capacity(found, narrow)),
         latency=charts.in_both_widths(lambda narrow: charts.latency_against_rate(sides, plan.goal.slo, narrow)),
         tail=charts.in_both_widths(lambda narrow: charts.latency_distribution(sides, plan.goal.slo, narrow)),

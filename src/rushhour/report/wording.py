@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
-
-import numpy as np
 
 from rushhour.measurement import Interval, Measurement, Outcome
 from rushhour.plan import Policy
@@ -112,10 +109,11 @@ def p99_of(found: Capacity) -> str:
     return percentile(found.p99_ms, found.p99_interval_ms, None)
 
 
-def speeds(values: Sequence[float]) -> str:
-    """The host's speed in a window: `median 1.02, slow moments 0.83 (10th percentile)`."""
-    slow, middle = np.quantile(values, [0.1, 0.5])
-    return f"median {middle:.2f}, slow moments {slow:.2f} (10th percentile)"
+def speeds(window: Measurement) -> str:
+    """The host's speed in a window: `median 1.02, slow moments 0.83 (10th percentile)`; empty where it is not known."""
+    if window.speed is None or window.slow_speed is None:
+        return ""
+    return f"median {window.speed:.2f}, slow moments {window.slow_speed:.2f} (10th percentile)"
 
 
 def metric(value: float | None, name: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from rushhour.plan import SO_FAR, Plan
 from rushhour.progress import Progress
 from rushhour.storage import explained
 from rushhour.train import Tracking, TrainSettings, step_seconds, train
-from rushhour.tune.settings import TuneSettings
+from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.tune import tune
 
 _TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
@@ -71,7 +70,7 @@ def tune_run(
         RushhourError: of the part that failed; what was finished before stays.
     """
     clock = clock or WallClock()
-    ends_at = clock.now() + (math.inf if settings.budget_s is None else settings.budget_s)
+    budget = Budget(settings.budget_s, clock)
     with _alone_in(run):
         if settings.budget_s is not None:
             progress.limit(settings.budget_s)
@@ -100,8 +99,8 @@ def tune_run(
             progress.done(f"remove {run} to begin anew")
             return finished
         if settings.budget_s is not None:
-            left_s = max(_LEAST_SHARE * settings.budget_s, ends_at - clock.now())
-            settings = msgspec.structs.replace(settings, budget_s=left_s)
+            share = max(_LEAST_SHARE, budget.left)
+            settings = msgspec.structs.replace(settings, budget_s=share * settings.budget_s)
         so_far = run / SO_FAR
         plan = tune(
             bundles,

@@ -57,14 +57,18 @@ class Candidate(msgspec.Struct, frozen=True):
     def name(self) -> str:
         """For people: `int8 on OpenVINO, 2 streams`."""
         what = self.precision if self.bundle in ("reference", self.precision) else f"{self.bundle} in {self.precision}"
-        policy = self.policy
-        cells = f"{policy.cells} processes" if policy.cells > 1 else ""
-        streams = f"{policy.streams} streams" if policy.streams > 1 or not cells else ""
-        streams = "1 stream" if streams == "1 streams" else streams
-        threads = f"of {policy.threads} threads" if policy.threads > 1 else ""
-        batch = ", one sample at a time" if policy.max_batch == 1 else ""
-        layout = " ".join(part for part in (cells, "of" if cells and streams else "", streams, threads) if part)
-        return f"{what} on {ENGINE_NAMES[self.engine]}, {layout}{batch}"
+        cells, streams, threads = self.policy.cells, self.policy.streams, self.policy.threads
+        layout = [f"{cells} processes"] if cells > 1 else []
+        if streams > 1 or cells == 1:
+            layout.append(f"{streams} streams" if streams > 1 else "1 stream")
+        if threads > 1:
+            layout.append(f"{threads} threads")
+        batch = ", one sample at a time" if self.policy.max_batch == 1 else ""
+        return f"{what} on {ENGINE_NAMES[self.engine]}, {' of '.join(layout)}{batch}"
+
+    def spare(self, cores: int) -> int:
+        """Of so many cores, those that its engine leaves alone."""
+        return max(0, cores - self.streams * self.policy.threads)
 
     def engine_config(self) -> EngineConfig:
         """How one engine is opened that does what all its cells' engines do, to time and to judge it."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from rushhour.bundle import Bundle
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
-from rushhour.load import Estimate, Probe, Race, estimate, find_capacity, race
+from rushhour.load import Estimate, Probe, Race, estimate, find_capacity, race, rounded
 from rushhour.measurement import Accuracy, Measurement, Outcome
 from rushhour.plan import Fate
 from rushhour.progress import Progress
@@ -58,7 +58,6 @@ class Contender:
     throughput: float | None = None
     """Answers in time a second, of users that ask again as soon as they are answered."""
     capacity: float | None = None
-    proven: bool = False
     p99_ms: float | None = None
     windows: list[Measurement] = dataclasses.field(default_factory=list)
     """Of load, in the order asked. Not those on file: a search that goes on must ask what it asked before."""
@@ -109,7 +108,7 @@ class Track:
         try:
             with self.loaded(contender, "push") as loaded:
                 for turn in range(_PUSHES):
-                    seen = loaded.crowd(users, self._moment_s(users, _PUSH_S), turn)
+                    seen = loaded.crowd(users, self._moment_s(_PUSH_S), turn)
                     contender.throughput = max(seen.throughput_rps, 1.0)
                     wanted = self._users(contender.throughput)
                     if turn and 1 / _ALIKE <= wanted / users <= _ALIKE:
@@ -126,7 +125,7 @@ class Track:
         """So many that are answered at this rate after 0.4 of the limit (Little's law)."""
         return max(1, min(_MOST_USERS, round(_USERS * rate_rps * self._goal.slo.limit_s)))
 
-    def _moment_s(self, users: int, seconds: float) -> float:
+    def _moment_s(self, seconds: float) -> float:
         """How long a closed loop takes to tell something: `seconds`, and eight times the limit."""
         return float(f"{max(seconds, _MOMENT_LIMITS * self._goal.slo.limit_s):.3g}")
 
@@ -144,7 +143,7 @@ class Track:
             again: which race of these two; one that was run is not run again.
         """
         users = self._users(incumbent.throughput or 1.0)
-        seconds = self._moment_s(users, _RACE_S)
+        seconds = self._moment_s(_RACE_S)
         self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
 
         def ask(loaded: Loaded, other: Contender) -> Callable[[int], float]:
@@ -156,7 +155,7 @@ class Track:
 
         try:
             for loaded in (ours, theirs):  # a server just started
-                loaded.crowd(users, self._moment_s(users, _PUSH_S), 0)
+                loaded.crowd(users, self._moment_s(_PUSH_S), 0)
             ended = race(
                 ask(ours, rival),
                 ask(theirs, incumbent),
@@ -197,7 +196,7 @@ class Track:
             contender.end("failed", str(error))
             self._progress.done(error.what, good=False)
             return
-        contender.capacity, contender.proven = search.capacity_rps, False
+        contender.capacity = search.capacity_rps
         said = f"about {search.capacity_rps:,.0f} requests/s" if search.capacity_rps else "nothing: too slow"
         self._progress.done(said, good=search.capacity_rps > 0)
 
@@ -229,7 +228,7 @@ class Track:
             for attempt in range(_PROOFS):
                 if attempt and self._budget.left < Budget.FOR_RUNGS and self._stands(contender):
                     break
-                rate = _rounded(rate)
+                rate = rounded(rate)
                 probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}")))
                 result = probe(rate, self._settings.seed + 10_000 + attempt)
                 if result.outcome is Outcome.PASS:
@@ -239,7 +238,6 @@ class Track:
                     asked_s = result.duration_s + (result.needs_s or 0.0)
                     window_s = min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked_s))
                 if proven is not None:
-                    self._kept(contender, proven)
                     if ceiling <= proven.rate_rps * (1 + self._settings.resolution):
                         break
                     rate = math.sqrt(proven.rate_rps * ceiling)
@@ -253,11 +251,11 @@ class Track:
                     if result.outcome.refutes and result.late > _BY_FAR * result.n:
                         rate = _AT_ONCE * rate  # the host is another one now, and each window costs time
         if proven is not None:
-            self._kept(contender, proven)
+            contender.capacity, contender.p99_ms = proven.rate_rps, proven.p99_ms
             self._progress.done(f"{proven.rate_rps:,.0f} requests/s")
             return proven
         found = self.estimate(contender)
-        contender.capacity, contender.proven, contender.p99_ms = (found.rate_rps if found else 0.0), False, None
+        contender.capacity = found.rate_rps if found else 0.0
         contender.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
         self._progress.done(contender.why, good=False)
         return None
@@ -265,23 +263,12 @@ class Track:
     def _stands(self, contender: Contender) -> bool:
         """Whether its windows tell a capacity that none of them refuted: it can be the answer."""
         found = self.estimate(contender)
-        return found is not None and not any(
-            window.outcome.refutes and window.rate_rps <= found.rate_rps for window in contender.windows
-        )
-
-    def _kept(self, contender: Contender, proven: Measurement) -> None:
-        contender.capacity, contender.proven, contender.p99_ms = proven.rate_rps, True, proven.p99_ms
+        return found is not None and not self.refuted(contender, found.rate_rps)
 
     def estimate(self, contender: Contender) -> Estimate | None:
         """What all windows of a candidate tell."""
         return estimate(contender.windows, self._goal.slo, seed=self._settings.seed)
 
-    def refuted(self, contender: Contender) -> bool:
-        """Whether a window proved that it does not hold what it is said to."""
-        capacity = contender.capacity or 0.0
-        return any(window.outcome.refutes and window.rate_rps <= capacity for window in contender.windows)
-
-
-def _rounded(rate_rps: float) -> float:
-    """To four digits: a rate is part of the name under which its measurement is kept."""
-    return float(f"{rate_rps:.4g}")
+    def refuted(self, contender: Contender, rate_rps: float) -> bool:
+        """Whether a window proved that it does not hold this rate."""
+        return any(window.outcome.refutes and window.rate_rps <= rate_rps for window in contender.windows)

@@ -250,24 +250,26 @@ class _Tuner:
             ServiceProfile(self._service_times(candidate)),
             streams=candidate.streams,
             max_batch=candidate.policy.max_batch,
-            spare=_spare(candidate),
+            spare=candidate.spare(cores()),
             most_rps=state.throughput or 1.0,
         )
         self._predict_again(state)
 
     def _predict_again(self, state: Contender) -> None:
         """With what serving costs; its bound on batches stays, because windows are on file under that name."""
-        candidate = state.candidate
-        state.predicted = predicted_capacity(
+        state.predicted = self._predicted(state.candidate, self._overhead_of(state.candidate))
+
+    def _predicted(self, candidate: Candidate, overhead: Overhead) -> float:
+        return predicted_capacity(
             ServiceProfile(self._service_times(candidate)),
             streams=candidate.streams,
             max_batch=candidate.policy.max_batch,
             slo=self._goal.slo,
-            overhead=self._overhead_of(candidate),
+            overhead=overhead,
         )
 
     def _overhead_of(self, candidate: Candidate) -> Overhead:
-        return dataclasses.replace(self._overhead, spare=_spare(candidate))
+        return dataclasses.replace(self._overhead, spare=candidate.spare(cores()))
 
     def _rank(self, incumbent: Contender, rivals: list[Contender]) -> list[Contender]:
         """Those worth a race, best prediction first; the others get their fate."""
@@ -365,12 +367,13 @@ class _Tuner:
         before = self._accuracy(plain(reference, cores()), "test", self._dataset.test)
         after = self._accuracy(winner.candidate, "test", self._dataset.test)
         found = self._track.estimate(winner)
-        holds = confirmed is not None or (bool(winner.capacity) and not self._track.refuted(winner))
+        capacity = winner.capacity or 0.0
+        holds = confirmed is not None or (capacity > 0 and not self._track.refuted(winner, capacity))
         feasible = holds and after.drop <= self._goal.budget.max_drop
         why = "the highest confirmed rate" if confirmed is not None else f"the highest estimate: {winner.why}"
         winner.end("won", why if feasible else "the nearest miss: nothing met the whole goal")
         evidence = Evidence(
-            capacity_rps=winner.capacity or 0.0,
+            capacity_rps=capacity,
             lowest_failing_rps=self._lowest_failing(winner),
             p99_ms=confirmed.p99_ms if confirmed else None,
             p99_interval_ms=confirmed.p99_interval_ms if confirmed else None,
@@ -408,16 +411,8 @@ class _Tuner:
         window = max(windows, key=lambda window: window.rate_rps)
         candidate, whole = state.candidate, self._overhead_of(state.candidate)
         own_s = max(0.0, whole.request_s - window.generator_cpu / window.rate_rps)
-        shared, alone = (
-            predicted_capacity(
-                ServiceProfile(self._service_times(candidate)),
-                streams=candidate.streams,
-                max_batch=candidate.policy.max_batch,
-                slo=self._goal.slo,
-                overhead=overhead,
-            )
-            for overhead in (whole, dataclasses.replace(whole, request_s=own_s))
-        )
+        shared = self._predicted(candidate, whole)
+        alone = self._predicted(candidate, dataclasses.replace(whole, request_s=own_s))
         return state.capacity * alone / shared if shared else None
 
     def _windows(self, state: Contender) -> list[Measurement]:
@@ -440,11 +435,6 @@ class _Tuner:
         return tuple(
             OperatingPoint(window.rate_rps, window.p50_ms, window.p99_ms, window.outcome.value) for window in windows
         )
-
-
-def _spare(candidate: Candidate) -> int:
-    """Cores that its engine leaves alone."""
-    return max(0, cores() - candidate.streams * candidate.policy.threads)
 
 
 def _trial(state: Contender) -> Trial:
