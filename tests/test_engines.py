@@ -363,6 +363,41 @@ def test_an_engine_is_silent_and_a_forgotten_one_keeps_no_program_alive(
     assert list(tmp_path.iterdir()) == []
 
 
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from rushhour.bundle import Bundle
+from rushhour.compress.quantize import quiet_nncf
+from rushhour.engines import EngineConfig, open_engine
+bundle = Bundle.open(Path(sys.argv[1]))
+if sys.argv[2] == "nncf":
+    with quiet_nncf(bundle) as nncf:
+        import openvino
+        cores = [openvino.Core(), openvino.Core()]
+        for core in cores:
+            core.get_property("CPU", "FULL_DEVICE_NAME")
+        del core
+        for first in range(2):
+            cores.pop(0)
+else:
+    engines = [open_engine(bundle, EngineConfig(sys.argv[2], max_batch=2)) for _ in range(2)]
+    for first in range(2):  # a reload: the new one comes before the old one goes
+        engines.pop(0).close()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("what", ["openvino", "onnxruntime", "nncf"])
+def test_a_signal_after_engines_were_closed_in_any_order_is_not_a_crash(tiny: Bundle, what: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tiny.path), what], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+
+
 # Warming up, and the fakes
 
 

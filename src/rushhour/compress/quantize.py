@@ -28,6 +28,7 @@ from rushhour.machine import cores, describe
 from rushhour.models.deployed import strip_origin
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
+from rushhour.signal_stack import own_signal_stack
 from rushhour.storage import explained
 from rushhour.telemetry import keep_home
 
@@ -364,7 +365,8 @@ def quiet_nncf(bundle: Bundle) -> Iterator[Any]:
         try:
             logger.setLevel(logging.ERROR)
             track.__iter__ = lambda self: iter(self.sequence)
-            yield nncf
+            with own_signal_stack():  # NNCF runs OpenVINO
+                yield nncf
         except Exception as error:
             reason = str(error).strip().splitlines() or [""]
             raise ModelError(

@@ -16,6 +16,7 @@ from rushhour.engines.agreement import check_range
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
+from rushhour.signal_stack import own_signal_stack
 from rushhour.telemetry import keep_home
 
 _HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -189,7 +190,8 @@ def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
 
 def computes_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this machine."""
-    capabilities: list[str] = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with own_signal_stack():
+        capabilities: list[str] = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "BF16" in capabilities
 
 
@@ -226,7 +228,8 @@ def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any, **option
     core, signature = ov.Core(), bundle.manifest.signature
     model = core.read_model(bundle.model)
     model.reshape({spec.name: ov.PartialShape([batch, *spec.shape]) for spec in signature.inputs})
-    compiled = core.compile_model(model, "CPU", {**_options(config), **options})
+    with own_signal_stack():
+        compiled = core.compile_model(model, "CPU", {**_options(config), **options})
     _check_tensors(compiled, signature, bundle)
     return compiled
 
