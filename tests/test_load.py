@@ -607,6 +607,21 @@ def test_a_generator_at_its_end_bounds_the_search_and_is_named() -> None:
     assert "so it is" in search.reason
 
 
+@pytest.mark.parametrize("outcome", [Outcome.GENERATOR_LIMITED, Outcome.VOID])
+def test_a_small_budget_does_not_end_where_the_generator_falls_behind(outcome: Outcome) -> None:
+    """A fast model with a tight limit: three quarters of what it answers in closed loops are far too many there."""
+
+    class Limited(Simulated):
+        def __call__(self, rate_rps: float, seed: int) -> Measurement:
+            window = super().__call__(rate_rps, seed)
+            beyond = {"outcome": outcome, "late": 700} if rate_rps > 6000 else {}
+            return msgspec.structs.replace(window, duration_s=3.0, **beyond)
+
+    search = find_capacity(Limited(6000), start_rps=18_750, slo=P99, prove=False, budget_s=13.5)
+    assert 4000 < search.capacity_rps <= 6000
+    assert len(search.runs) <= 6
+
+
 def test_a_server_that_never_holds_has_no_capacity() -> None:
     search = find_capacity(Simulated(0.0), start_rps=100, slo=P99)
     assert search.capacity_rps == 0

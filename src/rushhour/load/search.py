@@ -40,7 +40,7 @@ _BY_FAR = 0.3
 _SHARE_DOWN = 1 / 16
 _FIRST_DROP, _DROP = 0.95, 0.97
 _PATIENCE = 2.0
-"""So many windows must still fit into the budget for another try."""
+"""So many windows must still fit into the budget for another try. So much of a budget may go until something held."""
 _LAST_DROPS = (0.95, 0.93, 0.90, 0.85, 0.75, 0.6)
 _GAIN = 1.05
 _MOST_CONCURRENCY = 512
@@ -519,12 +519,19 @@ class _Asked:
         return sum(map(_cost_s, self.runs))
 
     def ask(self, probe: Probe, rate_rps: float, *, proof: bool = True) -> Measurement:
-        """A window; once more where it says nothing. `proof`: also where it does, but cannot be one."""
+        """A window; again where it says nothing. `proof`: also where it does, but cannot be one.
+
+        Whatever else kept a window from being judged, where more than `_BY_FAR` were late a lower rate tells more: on
+        the way it is asked again only if the machine was disturbed, and once.
+        """
         retries = 0
         while True:
             window = probe(rate_rps, self._seed * 1000 + len(self.runs))
             self.runs.append(window)
-            if retries >= _RETRIES.get(window.outcome, 0) or (tells(window) and not proof):
+            most = _RETRIES.get(window.outcome, 0)
+            if not proof and window.late > _BY_FAR * window.n:
+                most = min(most, 1 if window.outcome is Outcome.VOID else 0)
+            if retries >= most or (tells(window) and not proof):
                 return window
             retries += 1
             self._retries += 1
@@ -577,7 +584,7 @@ def _bracket(
             rate = rounded(rate / 2)
             if rate < start_rps * _SHARE_DOWN:
                 break
-        if asked.cost_s > budget_s:
+        if asked.cost_s > (budget_s if low is not None else _PATIENCE * budget_s):
             break
     return low, high
 
