@@ -60,6 +60,11 @@ class Race(msgspec.Struct, frozen=True):
     pairs: int
     throughput_rps: tuple[float, float]
 
+    @property
+    def rival_leads(self) -> bool:
+        """Whether the rival is the better choice: it is faster, or looks faster after a tie, where either may be."""
+        return self.order == "faster" or (self.order == "tie" and self.ratio > 1)
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.ratio:.2f}x ({low:.2f} to {high:.2f}) in {self.pairs} pairs of windows"

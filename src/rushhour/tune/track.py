@@ -132,7 +132,7 @@ class Track:
     def duel(
         self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, *, rivals: int = 1, again: int = 0
     ) -> Race | None:
-        """Which of two carries more? None where the rival does not run.
+        """Which of two carries more? None where the rival does not run. Whoever leads has no fate afterwards.
 
         Args:
             incumbent: the one to beat, after its `push`.
@@ -171,10 +171,13 @@ class Track:
             incumbent.end("beaten", f"{rival.candidate.name} carries {ended}")
         elif ended.order == "slower":
             rival.end("beaten", f"it carries {ended} of what {incumbent.candidate.name} does")
+        elif ended.rival_leads:
+            incumbent.end("tied", f"{rival.candidate.name} carries {ended}")
         else:
             rival.end("tied", f"it carries {ended} of what {incumbent.candidate.name} does")
-        said = {"faster": "it carries more", "slower": "it carries less", "tie": "a tie"}[ended.order]
-        self._progress.done(f"{said}: {ended}", good=ended.order == "faster")
+        tie = "a tie, it looks better" if ended.rival_leads else "a tie"
+        said = {"faster": "it carries more", "slower": "it carries less", "tie": tie}[ended.order]
+        self._progress.done(f"{said}: {ended}", good=ended.rival_leads)
         return ended
 
     def approach(self, contender: Contender, *, rough: bool = False) -> None:

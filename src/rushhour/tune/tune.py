@@ -234,7 +234,7 @@ class _Tuner:
                     theirs = own.enter_context(self._track.loaded(rival, "race"))
                     ended = self._track.duel(incumbent, loaded, rival, theirs, rivals=len(rivals))
                     raced.append(rival)
-                    if ended is None or ended.order != "faster":
+                    if ended is None or not ended.rival_leads:
                         continue
                     stack.close()
                     stack.enter_context(own.pop_all())
