@@ -83,6 +83,7 @@ _LOG_FROM = 8.0  # rates that spread over more than this factor get a logarithmi
 _ROUND_FROM = 6.0  # a logarithmic axis of less than this factor has too few round ticks
 _NAME = 60  # characters of a name in a chart; the tables have all of it
 _LINE = 36  # of them in one line beside a point
+_CUT = 4  # times worse than a name that hides another is one that the edge cuts
 _WIDE, _HALF, _NARROW = 9.4, 5.3, 3.6  # inches: of a whole page, of half of it, of a phone
 _MOST_PREDICTED = 300  # points, the fastest; more would only hide each other and make the file heavy
 _NO_TEST = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
@@ -567,6 +568,9 @@ def _role(point: Point, plan: Plan) -> str:
     return roles.get(_colour(point.trial, plan), "")
 
 
+_Side = Literal["right", "left", "center"]
+
+
 class _Named(NamedTuple):
     """A point that has its name written beside it; `at` is where it lies."""
 
@@ -585,10 +589,13 @@ def _name_roles(axes: Any, named: Sequence[_Named]) -> None:
     taken += [text.get_window_extent() for text in axes.texts]
     for each, (across, _) in zip(named, points, strict=True):
         said = {"estimated": [wording.ESTIMATED], "predicted": ["predicted only"]}.get(each.kind, [])
-        is_right = across > (inside.x0 + inside.x1) / 2
+        sides: list[_Side] = ["left", "right", "center"]
+        if across > inside.x0 + inside.width / 2:
+            sides = ["right", "left", "center"]
         text = axes.annotate(
             "\n".join([*textwrap.wrap(each.label, _LINE, break_on_hyphens=False), *said]),
             each.at,
+            xytext=(0, 0),
             textcoords="offset points",
             color=each.colour,
             fontweight="bold",
@@ -596,21 +603,19 @@ def _name_roles(axes: Any, named: Sequence[_Named]) -> None:
             in_layout=False,
         )
 
-        def cost(place: tuple[bool, bool, float], text: Any = text) -> float:
+        def cost(place: tuple[_Side, bool, float], text: Any = text) -> float:
             box = _placed(text, *place)
             hidden = sum(_area(Bbox.intersection(box, other)) for other in taken)
-            return hidden + _area(box) - _area(Bbox.intersection(box, inside))
+            return hidden + _CUT * (_area(box) - _area(Bbox.intersection(box, inside)))
 
-        places = [
-            (side, above, away) for away in (11, 30) for above in (True, False) for side in (is_right, not is_right)
-        ]
+        places = [(side, above, away) for away in (11, 27, 43) for above in (True, False) for side in sides]
         taken.append(_placed(text, *min(places, key=cost)))
 
 
-def _placed(text: Any, is_right: bool, is_above: bool, away: float) -> Bbox:
-    """Put a name `away` points above or below its point, ending or beginning there; the room that it takes."""
-    text.set_position((4 if is_right else -4, away if is_above else -away))
-    text.set_horizontalalignment("right" if is_right else "left")
+def _placed(text: Any, side: _Side, is_above: bool, away: float) -> Bbox:
+    """Put a name `away` points above or below its point, with this side of it there; the room that it takes."""
+    text.set_position(({"right": 4, "left": -4, "center": 0}[side], away if is_above else -away))
+    text.set_horizontalalignment(side)
     text.set_verticalalignment("bottom" if is_above else "top")
     return text.get_window_extent().padded(2)
 
