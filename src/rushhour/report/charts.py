@@ -173,7 +173,7 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
         if len(front) > 1:
             rates, accuracies = [point.rps for point in front], [point.accuracy for point in front]
             axes.step(rates, accuracies, where="pre", color=_SOFT, linewidth=1.1)
-        tips, roles = {}, []
+        tips, roles, marks = {}, [], []
         for index, point in enumerate(points):
             name = f"point-{index}"
             kind = wording.ESTIMATED if point.kind == "estimated" else point.kind
@@ -192,7 +192,9 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
             if role := _role(point, plan):
                 label = role if narrow else f"{role}: {_short(called, _NAME)}"
                 roles.append(_Named(label, colour, point.kind, (point.rps, place)))
-        _name_roles(axes, roles)
+            elif point.kind != "predicted":
+                marks.append((point.rps, place))
+        _name_roles(axes, roles, marks)
         kinds = {point.kind for point in measured}
         _legend(
             axes,
@@ -580,12 +582,13 @@ class _Named(NamedTuple):
     at: tuple[float, float]
 
 
-def _name_roles(axes: Any, named: Sequence[_Named]) -> None:
-    """Write names beside their points, each on that side where it hides the least and stays in the chart."""
+def _name_roles(axes: Any, named: Sequence[_Named], marks: Sequence[tuple[float, float]]) -> None:
+    """Write names beside their points: each inside the chart, where it hides the least of the others and of `marks`."""
     axes.figure.draw_without_rendering()  # only now it is known where the axes lie
     inside = axes.get_window_extent()
     points = [axes.transData.transform(each.at) for each in named]
-    taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in points]
+    drawn = [(9, point) for point in points] + [(6, axes.transData.transform(at)) for at in marks]
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for half, (x, y) in drawn]
     taken += [text.get_window_extent() for text in axes.texts]
     for each, (across, _) in zip(named, points, strict=True):
         said = {"estimated": [wording.ESTIMATED], "predicted": ["predicted only"]}.get(each.kind, [])
