@@ -459,7 +459,10 @@ def test_a_server_that_declares_nothing_can_be_loaded(
     ("inputs", "says"),
     [
         ([], r"metadata names no input; name them with --shape NAME:FP32:SIZE,SIZE, or send .*--payloads"),
-        ([("x", "FP32", [-1, 3, -1, -1])], r"leaves that open; say it with --shape x:3,SIZE,SIZE, or send .*--payloads"),
+        (
+            [("x", "FP32", [-1, 3, -1, -1])],
+            r"leaves that open; say it with --shape x:3,SIZE,SIZE, or send .*--payloads",
+        ),
         ([("x", "FP32", [3, -1])], r"--shape x:3,SIZE"),
         ([("x", "FP32", None)], r"'x'.*--shape x:SIZE"),
         ([("x", "STRING", [-1, 1])], r"'x'.*STRING.*--payloads"),

@@ -17,7 +17,10 @@ _DEFAULT_DATATYPE = "FP32"
 """Of an input of which neither the server nor the user names one."""
 _NAMES = {dtype: datatype_of(TensorSpec("", dtype, ())) for dtype in get_args(DType)}
 """numpy's name of a type -> the protocol's."""
-_VALUE_BYTES = {name: np.dtype(dtype).itemsize for dtype, name in _NAMES.items()} | {"BF16": 4, "BYTES": 64}
+_VALUE_BYTES: dict[str, int] = {name: np.dtype(dtype).itemsize for dtype, name in _NAMES.items()} | {
+    "BF16": 4,
+    "BYTES": 64,
+}
 """The types that are known here, and what one value takes in memory, about."""
 
 

@@ -368,7 +368,7 @@ def _random(declared: Declared, shape: tuple[int, ...], random: np.random.Genera
     if declared.datatype == "BYTES":
         letters = random.integers(ord("a"), ord("z") + 1, (math.prod(shape), _WORD_BYTES), np.uint8)
         return np.fromiter([word.tobytes() for word in letters], object, len(letters)).reshape(shape)
-    dtype = np.dtype(np.float32) if declared.datatype == "BF16" else dtype_of(declared.datatype)
+    dtype: np.dtype[Any] = np.dtype(np.float32) if declared.datatype == "BF16" else dtype_of(declared.datatype)
     if dtype.kind == "f":
         return random.random(shape).astype(dtype)
     if dtype.kind == "b":

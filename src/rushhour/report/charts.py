@@ -620,7 +620,8 @@ def _placed(text: Any, side: _Side, is_above: bool, away: float) -> Bbox:
     text.set_position(({"right": 4, "left": -4, "center": 0}[side], away if is_above else -away))
     text.set_horizontalalignment(side)
     text.set_verticalalignment("bottom" if is_above else "top")
-    return text.get_window_extent().padded(2)
+    box: Bbox = text.get_window_extent().padded(2)
+    return box
 
 
 def _area(box: Bbox | None) -> float:
