@@ -11,8 +11,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from rushhour.cli import cli
 from rushhour.errors import PlanError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Entry, Journal
@@ -441,9 +443,13 @@ def test_a_run_that_was_broken_off_is_reported_so(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "plan.json").rename(run / SO_FAR)
     text = Page(write_report(run).read_text("utf-8")).text
-    assert "The run was broken off. This is the best plan until then" in text
+    assert "The run was broken off, or still goes on. This is the best plan so far" in text
     assert f"winner: {WINNER}" in text
     assert read_plan(run) == (Plan.load(run / SO_FAR), False)
+    done = CliRunner().invoke(cli, ["report", str(run), "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    assert "the run was broken off" in done.output
+    assert msgspec.json.decode((tmp_path / "report.json").read_bytes())["finished"] is False
     make_plan(capacity_rps=9000.0).save(run / "plan.json")
     assert "broken off" not in Page(write_report(run).read_text("utf-8")).text
     assert read_plan(run)[1], "what was found at the end counts, whatever else lies there"

@@ -626,8 +626,8 @@ def report(run: Path, json_file: Path | None) -> None:
     Console().print(summary_table(plan))
     click.echo(file)
     if not is_finished:
-        click.echo(f"the run was broken off: this is its best plan so far, {SO_FAR}", err=True)
-    _write_json(json_file, {"report": str(file), "plan": plan})
+        click.echo(f"the run was broken off, or still goes on: this is its best plan so far, {SO_FAR}", err=True)
+    _write_json(json_file, {"report": str(file), "plan": plan, "finished": is_finished})
 
 
 @cli.command()
