@@ -44,6 +44,7 @@ from rushhour.goal import SLO
 from rushhour.load import (
     ClosedJob,
     Generator,
+    Interface,
     OpenJob,
     Payload,
     Search,
@@ -385,7 +386,7 @@ def _end_of(search: Search) -> str:
 def virtual_searches(count: int) -> list[Check]:
     """Check 4 as it would be on a perfectly quiet machine: the same search in virtual time."""
     server = queues.Batching(_FIXED_S, _EACH_S, _BATCH)
-    target = Target("http://virtual", "virtual", 1, "", "noop", SIGNATURE)
+    target = Target("http://virtual", "virtual", 1, "", "noop", Interface.of(SIGNATURE))
     found, seconds = [], []
     for seed in range(count):
         generator = queues.VirtualGenerator(server)

@@ -29,6 +29,7 @@ from rushhour.goal import SLO
 from rushhour.load import (
     ClosedJob,
     Generator,
+    Interface,
     Look,
     OpenJob,
     Rung,
@@ -652,7 +653,7 @@ class VirtualServer:
         self.generator = VirtualGenerator(server)
 
     def search(self, seed: int) -> Search:
-        target = Target("http://virtual", "virtual", 1, "", "m", SIGNATURE)
+        target = Target("http://virtual", "virtual", 1, "", "m", Interface.of(SIGNATURE))
         return search_capacity(self.generator, target, [b"x"], P99, seed=seed)
 
 
@@ -935,7 +936,7 @@ def test_the_closed_loop_finds_the_throughput(generator: Generator) -> None:
 
 def test_against_our_own_server(generator: Generator, server: Server, tiny: Bundle) -> None:
     target = discover(server.url)
-    assert target.signature == tiny.manifest.signature
+    assert target.interface == Interface.of(tiny.manifest.signature)
     measurement = measure(
         generator, target, payloads(target, tiny.samples()), GENEROUS, rate_rps=500, seed=1, n=400, warmup_s=0.2
     )
@@ -1038,7 +1039,7 @@ def test_discover_finds_the_one_model() -> None:
         target = discover(url + "/")
     assert target.model == "tiny"
     assert target.infer_path == "/v2/models/tiny/infer"
-    assert [spec.name for spec in target.signature.inputs] == ["x"]
+    assert [each.name for each in target.interface.inputs] == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -1076,7 +1077,7 @@ def test_a_model_that_cannot_be_found_is_one_line(behaviour: dict[str, Any], mod
 
 
 def _target(tiny: Bundle) -> Target:
-    return Target("http://h:1", "h", 1, "/at", "a model", tiny.manifest.signature)
+    return Target("http://h:1", "h", 1, "/at", "a model", Interface.of(tiny.manifest.signature))
 
 
 def test_payloads_are_whole_distinct_requests(tiny: Bundle) -> None:
@@ -1086,7 +1087,7 @@ def test_payloads_are_whole_distinct_requests(tiny: Bundle) -> None:
     assert made != payloads(target, tiny.samples(), rows=3, seed=2)
     assert len(made) == 32
     assert len(set(payloads(target))) == 32
-    codec = Codec("a model", target.signature)
+    codec = Codec("a model", tiny.manifest.signature)
     for request in made:
         head, body = request.split(b"\r\n\r\n", 1)
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
@@ -1097,7 +1098,7 @@ def test_payloads_are_whole_distinct_requests(tiny: Bundle) -> None:
 
 def test_payloads_that_do_not_fit_are_refused(tiny: Bundle) -> None:
     target = _target(tiny)
-    name = target.signature.inputs[0].name
+    name = target.interface.inputs[0].name
     right = tiny.samples()[name]
     with pytest.raises(LoadError, match=f"lack the input '{name}'"):
         payloads(target, {})

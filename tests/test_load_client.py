@@ -30,6 +30,7 @@ from rushhour.load import (
     Bursty,
     Endpoint,
     Generator,
+    Interface,
     OpenJob,
     Status,
     Target,
@@ -43,6 +44,7 @@ from rushhour.load import (
     endpoint,
     folder_payloads,
     measure,
+    null_throughput,
     payloads,
     poisson,
     read_arrivals,
@@ -202,7 +204,7 @@ def _split(request: bytes) -> tuple[str, dict[str, str], bytes]:
 
 def test_files_of_a_folder_become_requests(tiny: Bundle, tmp_path: Path) -> None:
     signature = tiny.manifest.signature
-    target = Target("http://h:1", "h", 1, "", "m", signature)
+    target = Target("http://h:1", "h", 1, "", "m", Interface.of(signature))
     name, sample = signature.inputs[0].name, tiny.samples()[signature.inputs[0].name][0]
     np.save(tmp_path / "a.npy", sample)
     np.savez(tmp_path / "b.npz", **{name: np.stack([sample, sample])})
@@ -238,7 +240,7 @@ def test_a_folder_that_cannot_be_sent_is_one_line(
     elif name is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(LoadError, match=says) as caught:
-        folder_payloads(Target("http://h:1", "h", 1, "", "m", tiny.manifest.signature), tmp_path)
+        folder_payloads(Target("http://h:1", "h", 1, "", "m", Interface.of(tiny.manifest.signature)), tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -280,7 +282,7 @@ def test_what_is_not_http_is_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("way", ["binary", "json", "grpc"])
 def test_every_protocol_is_answered_and_checked(way: Any, generator: Generator, both: Server, tiny: Bundle) -> None:
     target = discover(f"grpc://{both.grpc}" if way == "grpc" else both.url)
-    assert target.signature == tiny.manifest.signature
+    assert target.interface == Interface.of(tiny.manifest.signature)
     requests = payloads(target, tiny.samples(), encoding="json" if way == "json" else "binary")
     run = generator.run(job(target, requests, check=True))
     assert run.count(Status.OK) == 300, run.first_error
@@ -297,7 +299,7 @@ def test_grpc_errors_are_told_apart(generator: Generator, tiny: Bundle) -> None:
         target = discover(f"grpc://{server.grpc}")
         with pytest.raises(LoadError, match=r"no model 'other'.*the server has"):
             discover(target.url, "other")
-        wrong = payloads(Target(target.url, target.host, target.port, "", "other", target.signature))
+        wrong = payloads(Target(target.url, target.host, target.port, "", "other", target.interface))
         with pytest.raises(LoadError, match="rejects the request with status 404"):
             generator.run(job(target, wrong))
         right = payloads(target, tiny.samples())
@@ -310,6 +312,16 @@ def test_grpc_errors_are_told_apart(generator: Generator, tiny: Bundle) -> None:
         discover(target.url)
     with pytest.raises(LoadError, match="cannot connect to"):
         generator.run(job(target, right, timeout_s=1.0))
+
+
+def test_the_null_server_speaks_grpc_too(generator: Generator, both: Server, tiny: Bundle) -> None:
+    """It spoke HTTP alone: of a gRPC server every window was `generator_limited`, with 0 requests/s out of nothing."""
+    target = discover(f"grpc://{both.grpc}")
+    requests = payloads(target, tiny.samples())
+    assert null_throughput(generator, requests, "grpc") > 50
+    assert null_throughput(generator, [bytes(3_000_000)], "grpc") > 1, "of many frames, and through many windows"
+    window = measure(generator, target, requests, GENEROUS, rate_rps=200, seed=1, n=320, warmup_s=0.2)
+    assert window.outcome in (Outcome.PASS, Outcome.VOID), window.reason
 
 
 def test_any_endpoint_can_be_loaded(generator: Generator) -> None:

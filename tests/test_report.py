@@ -11,15 +11,17 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from rushhour.cli import cli
 from rushhour.errors import PlanError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Entry, Journal
 from rushhour.machine import describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
-from rushhour.plan import Evidence, Plan, Policy, Rung, Trial, Variant
-from rushhour.report import charts, summary_table, wording, write_report
+from rushhour.plan import SO_FAR, Evidence, Plan, Policy, Rung, Trial, Variant
+from rushhour.report import charts, read_plan, summary_table, wording, write_report
 from rushhour.report.comparison import side_by_side
 from rushhour.report.findings import Capacity, Findings, evidence_of
 
@@ -433,6 +435,45 @@ def test_the_host_s_speed_during_the_proof_is_said(odd: tuple[Plan, str], page: 
     assert "Host speed" not in page.text
 
 
+# -- a run that was broken off
+
+
+def test_a_run_that_was_broken_off_is_reported_so(tmp_path: Path) -> None:
+    """It said that there is no plan."""
+    run = make_run(tmp_path)
+    (run / "plan.json").rename(run / SO_FAR)
+    text = Page(write_report(run).read_text("utf-8")).text
+    assert "The run was broken off, or still goes on. This is the best plan so far" in text
+    assert f"winner: {WINNER}" in text
+    assert read_plan(run) == (Plan.load(run / SO_FAR), False)
+    done = CliRunner().invoke(cli, ["report", str(run), "--json", str(tmp_path / "report.json")])
+    assert done.exit_code == 0, done.output
+    assert "the run was broken off" in done.output
+    assert msgspec.json.decode((tmp_path / "report.json").read_bytes())["finished"] is False
+    make_plan(capacity_rps=9000.0).save(run / "plan.json")
+    assert "broken off" not in Page(write_report(run).read_text("utf-8")).text
+    assert read_plan(run)[1], "what was found at the end counts, whatever else lies there"
+
+
+def test_a_run_that_was_broken_off_early_is_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "plan.json").unlink()
+    with pytest.raises(PlanError, match=r"broken off before it found one; the command that began it goes on"):
+        write_report(run)
+    make_plan(evidence=None).save(run / SO_FAR)
+    with pytest.raises(
+        PlanError, match=r"broken off before its best plan so far, int8, was .*rushhour serve"
+    ) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    (run / SO_FAR).write_text("{")
+    with pytest.raises(PlanError, match="cannot be read"):
+        write_report(run)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(PlanError, match="there is no plan at"):
+        write_report(tmp_path / "nothing")
+
+
 # -- what the charts draw, and where
 
 
@@ -606,3 +647,49 @@ def test_words_for_numbers() -> None:
     assert wording.amount(999) == "999"
     assert wording.milliseconds(None) == "insufficient samples"
     assert wording.policy(Policy(streams=1, threads=2)) == "1 stream × 2 threads, one at a time"
+
+
+LONG = "reference quantised to int8 on OpenVINO, 2 streams of 1 thread, batches up to 32"
+
+
+@pytest.mark.parametrize(
+    ("rates", "drop"),
+    [
+        ((388.0, 9120.0), 0.0042),  # far from each other
+        ((9000.0, 9120.0), 0.0),  # one beside the other
+        ((9120.0, 9120.0), 0.0),  # one on the other
+        ((9120.0, 9121.0), 0.008),
+        ((4500.0, 5200.0), 0.0001),  # in the middle, where either side has half of the width
+        ((100.0, 101.0), -0.004),
+        ((9120.0, 388.0), 0.0042),
+    ],
+)
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("proven", [True, False])
+def test_the_names_of_baseline_and_winner_never_overlap(
+    rates: tuple[float, float], drop: float, narrow: bool, proven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [
+        msgspec.structs.replace(
+            each, name=f"{fate} {LONG}", capacity_rps=rps, accuracy=0.9094 - lost, accuracy_drop=lost
+        )
+        for fate, each, rps, lost in (
+            ("baseline", TRIALS[0], rates[0], 0.0),
+            ("winner", TRIALS[5], rates[1], drop),
+        )
+    ]
+    changes: dict[str, Any] = {} if proven else {"proven": False, "p99_ms": None}
+    plan = make_plan(trials=tuple(trials), ladder=(), capacity_rps=rates[1], baseline_capacity_rps=rates[0], **changes)
+    drawn: list[Any] = []
+    monkeypatch.setattr(charts, "_svg", lambda figure, *_: drawn.append(figure) or "")
+    charts.accuracy_against_capacity(Findings("run", plan, ()), narrow)
+    (axes,) = drawn[0].axes
+    drawn[0].draw_without_rendering()
+    names = {text.get_text().split(":")[0].split("\n")[0]: text.get_window_extent() for text in axes.texts}
+    assert {"baseline", "winner"} <= names.keys()
+    boxes = list(names.values())
+    page = drawn[0].bbox
+    for index, box in enumerate(boxes):
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, "cut at the side"
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :]), list(names)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
+from rushhour.load import Interface
 from rushhour.wire import (
     Codec,
     Place,
@@ -18,7 +19,6 @@ from rushhour.wire import (
     encode_json_request,
     encode_request,
     model_metadata,
-    read_metadata,
 )
 
 IMAGE = TensorSpec("image", "uint8", (2, 2, 1))
@@ -210,11 +210,7 @@ def test_an_answer_that_is_none_is_refused(body: bytes) -> None:
 
 
 def test_metadata_goes_both_ways() -> None:
-    name, signature = read_metadata(model_metadata(Codec("m", TWO), "rushhour_openvino"))
-    assert name == "m"
-    assert signature == TWO
-    with pytest.raises(WireError, match="metadata"):
-        read_metadata(b'{"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1]}], "outputs": []}')
+    assert Interface.read(model_metadata(Codec("m", TWO), "rushhour_openvino")) == Interface.of(TWO)
 
 
 LABELS = ("cat", "dog", "fox")

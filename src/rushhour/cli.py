@@ -380,11 +380,25 @@ def _sending(command: C) -> C:
             "--payloads",
             type=click.Path(path_type=Path),
             metavar="DIR",
-            help="Send the samples of a bundle, or a folder's .npy, .npz, .json, .bin, .jpg and .png files.",
+            help="Send the samples of a bundle, or a folder's .npy, .npz, .json, .bin, .jpg, .png and .txt files.",
+        ),
+        click.option(
+            "--shape",
+            "shapes",
+            multiple=True,
+            metavar="NAME:3,224,224",
+            help="The shape of an input where the server's metadata leaves sizes open: of one sample, or of all the "
+            "tensor where it has as many axes. NAME:FP32:3,224,224 says the type, too.",
         ),
         click.option("--json-tensors", is_flag=True, help="Send tensors as JSON numbers, not as raw bytes."),
         click.option("--seed", default=None, type=int, help="Of the arrivals; a fresh one by default."),
-        click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Samples in one request."),
+        click.option(
+            "--rows",
+            default=1,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Samples in one request, for a model that takes several.",
+        ),
         click.option("--model", default=None, help="The model's name; not needed where the server has only one."),
         click.option(
             "--arrivals",
@@ -398,10 +412,17 @@ def _sending(command: C) -> C:
     return command
 
 
-def _read_sending(arrivals: str, seed: int | None, json_tensors: bool, header: tuple[str, ...], **rest: Any) -> Sending:
+def _read_sending(
+    arrivals: str,
+    seed: int | None,
+    json_tensors: bool,
+    header: tuple[str, ...],
+    shapes: tuple[str, ...],
+    **rest: Any,
+) -> Sending:
     import secrets
 
-    from rushhour.load import read_arrivals
+    from rushhour.load import read_arrivals, read_shapes
     from rushhour.loading import Sending
 
     return Sending(
@@ -409,6 +430,7 @@ def _read_sending(arrivals: str, seed: int | None, json_tensors: bool, header: t
         seed=secrets.randbelow(2**31) if seed is None else seed,
         encoding="json" if json_tensors else "binary",
         headers=header,
+        shapes=read_shapes(shapes),
         **rest,
     )
 
@@ -580,8 +602,14 @@ def report(run: Path, json_file: Path | None) -> None:
     """
     from rushhour.compression import COMPRESSION
     from rushhour.curves import CURVES
-    from rushhour.plan import Plan
-    from rushhour.report import summary_table, write_compression_report, write_report, write_training_report
+    from rushhour.plan import SO_FAR
+    from rushhour.report import (
+        read_plan,
+        summary_table,
+        write_compression_report,
+        write_report,
+        write_training_report,
+    )
 
     if (run / COMPRESSION).is_file() and not (run / "plan.json").exists():
         file = write_compression_report(run)
@@ -594,10 +622,12 @@ def report(run: Path, json_file: Path | None) -> None:
         _write_json(json_file, {"report": str(file)})
         return
     file = write_report(run)
-    plan = Plan.load(run / "plan.json")
+    plan, is_finished = read_plan(run)
     Console().print(summary_table(plan))
     click.echo(file)
-    _write_json(json_file, {"report": str(file), "plan": plan})
+    if not is_finished:
+        click.echo(f"the run was broken off, or still goes on: this is its best plan so far, {SO_FAR}", err=True)
+    _write_json(json_file, {"report": str(file), "plan": plan, "finished": is_finished})
 
 
 @cli.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,7 @@ from rushhour.load import (
     Payload,
     Ratio,
     Search,
+    Shape,
     Target,
     Window,
     body_payloads,
@@ -59,6 +60,7 @@ class Sending:
     Attributes:
         model: the model's name; None for the only one.
         rows: samples in one request.
+        shapes: of inputs, where the server's metadata leaves them open.
         encoding: of tensors over HTTP.
         payloads: a folder of files, or a bundle, whose samples are sent; None for random values.
         body: a file that is sent as it is, to what need not be a server of models; so with method, path and headers.
@@ -69,6 +71,7 @@ class Sending:
     seed: int
     model: str | None = None
     rows: int = 1
+    shapes: Mapping[str, Shape] = dataclasses.field(default_factory=dict)
     encoding: Encoding = "binary"
     payloads: Path | None = None
     body: Path | None = None
@@ -86,18 +89,19 @@ class Sending:
         """The server at `url`, and what to send it."""
         if self.is_plain:
             at = endpoint(url)
-            if at.protocol == "grpc" or self.model is not None or (self.body and self.payloads):
+            is_model = self.model is not None or bool(self.shapes)
+            if at.protocol == "grpc" or is_model or (self.body and self.payloads):
                 raise LoadError(
                     f"cannot load {url} so",
-                    "--body, --method, --path and --header are for plain HTTP, without --model, and --body excludes "
-                    "--payloads",
+                    "--body, --method, --path and --header are for plain HTTP, without --model and --shape, and --body "
+                    "excludes --payloads",
                     "leave one of them out",
                 )
             source = self.body or self.payloads
             bodies = read_bodies(source) if source is not None else []
             method = self.method or ("POST" if bodies else "GET")
             return at, body_payloads(at, bodies, method=method, path=self.path or "", headers=self.headers)
-        target = discover(url, self.model)
+        target = discover(url, self.model).shaped(self.shapes)
         if self.payloads is None or (self.payloads / "bundle.json").exists():
             samples = Bundle.open(self.payloads).samples() if self.payloads is not None else None
             return target, payloads(target, samples, rows=self.rows, seed=self.seed, encoding=self.encoding)

@@ -16,6 +16,7 @@ docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_c
 from __future__ import annotations
 
 import base64
+import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -792,21 +793,41 @@ def _wrong_length(expected: int, found: int) -> WireError:
     )
 
 
-def encode_request(signature: Signature, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, bytes]:
-    """A client's request with binary inputs and binary outputs: the header's length and the body.
+class Content(NamedTuple):
+    """A tensor on its way to a server of any make.
 
-    Args:
-        signature: of the model.
-        inputs: name -> array of shape `(rows, *shape)`.
+    Attributes:
+        datatype: the protocol's name of its type, `BYTES` and `BF16` among them.
+        array: its values; for BYTES `bytes` objects, for BF16 numbers of any float type.
     """
+
+    name: str
+    datatype: str
+    array: NDArray[Any]
+
+    @property
+    def raw(self) -> bytes:
+        """Its values as they are sent behind a header, or over gRPC."""
+        if self.datatype == "BYTES":
+            return b"".join(len(each).to_bytes(4, "little") + each for each in self.array.flat)
+        if self.datatype == "BF16":
+            with np.errstate(over="ignore"):
+                bits = np.ascontiguousarray(self.array, np.float32).view(np.uint32)
+            rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return np.where(np.isnan(self.array), 0x7FC0, rounded).astype("<u2").tobytes()
+        return np.ascontiguousarray(self.array, dtype_of(self.datatype).newbyteorder("<")).tobytes()
+
+
+def encode_tensors(contents: Sequence[Content]) -> tuple[int, bytes]:
+    """A client's request with binary inputs and binary outputs: the header's length and the body."""
     described, blobs = [], []
-    for spec in signature.inputs:
-        blob = np.ascontiguousarray(inputs[spec.name], dtype=np.dtype(spec.dtype).newbyteorder("<")).tobytes()
+    for content in contents:
+        blob = content.raw
         described.append(
             {
-                "name": spec.name,
-                "shape": list(inputs[spec.name].shape),
-                "datatype": datatype_of(spec),
+                "name": content.name,
+                "shape": list(content.array.shape),
+                "datatype": content.datatype,
                 "parameters": {"binary_data_size": len(blob)},
             }
         )
@@ -815,22 +836,56 @@ def encode_request(signature: Signature, inputs: Mapping[str, NDArray[Any]]) -> 
     return len(header), b"".join([header, *blobs])
 
 
-def encode_json_request(signature: Signature, inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    """A client's request with all tensors as JSON numbers."""
-    described = [
-        {
-            "name": spec.name,
-            "shape": list(inputs[spec.name].shape),
-            "datatype": datatype_of(spec),
-            "data": inputs[spec.name].ravel().tolist(),
-        }
-        for spec in signature.inputs
-    ]
+def encode_json_tensors(contents: Sequence[Content]) -> bytes:
+    """A client's request with all tensors as JSON numbers or text.
+
+    Raises:
+        WireError: if JSON cannot carry one of them.
+    """
+    described = []
+    for content in contents:
+        values: list[Any] = content.array.ravel().tolist()
+        if content.datatype == "BYTES":
+            try:
+                values = [each.decode() for each in values]
+            except UnicodeDecodeError as error:
+                raise WireError(
+                    f"the input {content.name!r} cannot be sent as JSON", "its bytes are no text", "send raw tensors"
+                ) from error
+        described.append(
+            {
+                "name": content.name,
+                "shape": list(content.array.shape),
+                "datatype": content.datatype,
+                "data": values,
+            }
+        )
     return msgspec.json.encode({"inputs": described})
 
 
+def encode_request(signature: Signature, inputs: Mapping[str, NDArray[Any]]) -> tuple[int, bytes]:
+    """`encode_tensors` for a bundle's own model.
+
+    Args:
+        signature: of the model.
+        inputs: name -> array of shape `(rows, *shape)`.
+    """
+    return encode_tensors(_contents(signature, inputs))
+
+
+def encode_json_request(signature: Signature, inputs: Mapping[str, NDArray[Any]]) -> bytes:
+    """`encode_json_tensors` for a bundle's own model."""
+    return encode_json_tensors(_contents(signature, inputs))
+
+
+def _contents(signature: Signature, inputs: Mapping[str, NDArray[Any]]) -> list[Content]:
+    return [Content(spec.name, datatype_of(spec), inputs[spec.name]) for spec in signature.inputs]
+
+
 def decode_answer(body: bytes, header_length: int | None) -> dict[str, NDArray[Any]]:
-    """A client's view of an answer: output name -> array of shape `(rows, *shape)`.
+    """A client's view of an answer: output name -> array of the shape that the server says.
+
+    Servers of other makes write `null` for optional fields, `NaN` in JSON or `null` in its place, BYTES and BF16.
 
     Args:
         body: the whole body.
@@ -841,17 +896,20 @@ def decode_answer(body: bytes, header_length: int | None) -> dict[str, NDArray[A
     """
     end = len(body) if header_length is None else header_length
     try:
-        answer = msgspec.json.decode(body[:end], type=_Answer)
+        answer = msgspec.convert(json_of(body[:end]), type=_Answer, strict=False)
         outputs: dict[str, NDArray[Any]] = {}
         for entry in answer.outputs:
-            dtype = np.dtype(_DTYPES[entry.datatype])
             if entry.data is not None:
-                outputs[entry.name] = np.asarray(entry.data, dtype=dtype).reshape(entry.shape)
+                outputs[entry.name] = array_of_values(entry.datatype, entry.data, entry.shape)
                 continue
-            size = int(entry.parameters["binary_data_size"])
-            outputs[entry.name] = np.frombuffer(body[end : end + size], dtype=dtype).reshape(entry.shape)
+            size = (entry.parameters or {}).get("binary_data_size")
+            if not _is_size(size):
+                raise ValueError(f"the output {entry.name!r} has neither data nor binary_data_size")
+            if end + size > len(body):
+                raise ValueError(f"the output {entry.name!r} ends after the body")
+            outputs[entry.name] = array_of_bytes(entry.datatype, body[end : end + size], entry.shape)
             end += size
-    except (msgspec.DecodeError, KeyError, ValueError, TypeError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
         raise WireError(
             "the server's answer is not Open Inference Protocol",
             f"{type(error).__name__}: {error}",
@@ -860,8 +918,72 @@ def decode_answer(body: bytes, header_length: int | None) -> dict[str, NDArray[A
     return outputs
 
 
+def json_of(text: bytes) -> Any:
+    """What a server wrote as JSON; many write `NaN` and `Infinity`, which JSON does not have.
+
+    Raises:
+        msgspec.DecodeError: if it is none.
+        RecursionError: if it is nested too deep.
+    """
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise error from None
+
+
+def array_of_bytes(datatype: str, content: bytes, shape: Sequence[int]) -> NDArray[Any]:
+    """A tensor from its raw bytes: BF16 as float32, BYTES as `bytes` objects, a type that is not known as its bytes.
+
+    Raises:
+        ValueError: if the bytes do not fill the shape.
+    """
+    if datatype == "BYTES":
+        try:
+            elements = _elements(memoryview(content), math.prod(shape))
+        except WireError as error:
+            raise ValueError(f"{error.what}: {error.why}") from error
+        return _objects([bytes(element) for element in elements]).reshape(shape)
+    if datatype == "BF16":
+        return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if datatype not in _DTYPES:
+        return np.frombuffer(content, np.uint8)
+    return np.frombuffer(content, dtype_of(datatype).newbyteorder("<")).reshape(shape)
+
+
+def array_of_values(datatype: str, data: object, shape: Sequence[int]) -> NDArray[Any]:
+    """A tensor from JSON or from a message's typed contents, flat or nested; among floats, None is a NaN.
+
+    Raises:
+        ValueError, TypeError, OverflowError: if they are not values of this type, or do not fill the shape.
+    """
+    if datatype in _DTYPES or datatype == "BF16":
+        with np.errstate(over="ignore"):
+            return np.asarray(data, np.float32 if datatype == "BF16" else dtype_of(datatype)).reshape(shape)
+    flat = data
+    while isinstance(flat, list) and flat and all(isinstance(each, list) for each in flat):
+        flat = list(chain.from_iterable(flat))
+    if not isinstance(flat, list):
+        raise ValueError("the data is no list")
+    return _objects([each.encode() if isinstance(each, str) else each for each in flat]).reshape(shape)
+
+
+def _objects(elements: Sequence[object]) -> NDArray[Any]:
+    return np.fromiter(elements, object, len(elements))
+
+
+class _Output(msgspec.Struct):
+    name: str
+    datatype: str
+    shape: list[int]
+    data: Any = None
+    parameters: dict[str, Any] | None = None
+
+
 class _Answer(msgspec.Struct):
-    outputs: list[InputHeader]
+    outputs: list[_Output]
 
 
 def model_metadata(codec: Codec, platform: str) -> bytes:
@@ -878,34 +1000,4 @@ def model_metadata(codec: Codec, platform: str) -> bytes:
             "inputs": describe(codec.signature.inputs),
             "outputs": describe(codec.signature.outputs),
         }
-    )
-
-
-def read_metadata(body: bytes) -> tuple[str, Signature]:
-    """A client's view of GET v2/models/MODEL: the model's name and signature.
-
-    Raises:
-        WireError: if it is not valid metadata, or a tensor has a shape or type that no sample can be made for.
-    """
-    try:
-        metadata = msgspec.json.decode(body, type=_Metadata)
-        inputs = tuple(_spec(entry) for entry in metadata.inputs)
-        return metadata.name, Signature(inputs=inputs, outputs=tuple(_spec(entry) for entry in metadata.outputs))
-    except (msgspec.DecodeError, KeyError, ValueError, TypeError) as error:
-        raise WireError(
-            "the model's metadata cannot be used", f"{type(error).__name__}: {error}", "check the URL and the server"
-        ) from error
-
-
-class _Metadata(msgspec.Struct):
-    name: str
-    inputs: list[InputHeader]
-    outputs: list[InputHeader]
-
-
-def _spec(entry: InputHeader) -> TensorSpec:
-    if len(entry.shape) < 1 or any(size < 1 for size in entry.shape[1:]):
-        raise ValueError(f"tensor {entry.name!r} has shape {entry.shape}")
-    return msgspec.convert(
-        {"name": entry.name, "dtype": _DTYPES[entry.datatype], "shape": entry.shape[1:]}, type=TensorSpec
     )

@@ -18,6 +18,7 @@ Below them: `poisson`, `constant`, `Bursty` and `Trace` make schedules, `judge` 
 from rushhour.load.arrivals import Arrivals, Bursty, Trace, constant, poisson, read_arrivals, read_trace
 from rushhour.load.closed import ClosedResult, closed_loop
 from rushhour.load.contest import Comparison, Ratio, Window, compare
+from rushhour.load.declared import Interface, Shape, read_shapes
 from rushhour.load.estimate import Estimate, estimate
 from rushhour.load.generator import Generator
 from rushhour.load.job import ClosedJob, OpenJob, Tick
@@ -52,6 +53,7 @@ __all__ = [
     "Endpoint",
     "Estimate",
     "Generator",
+    "Interface",
     "Look",
     "OpenJob",
     "Payload",
@@ -62,6 +64,7 @@ __all__ = [
     "Samples",
     "Search",
     "Sender",
+    "Shape",
     "Status",
     "Target",
     "Tick",
@@ -92,6 +95,7 @@ __all__ = [
     "race",
     "read_arrivals",
     "read_bodies",
+    "read_shapes",
     "read_trace",
     "rounded",
     "search_capacity",

@@ -26,7 +26,7 @@ from rushhour.load.carrier import Carrier
 from rushhour.load.job import ClosedJob, Job, OpenJob, Tick
 from rushhour.load.pool import HttpCarrier
 from rushhour.load.samples import Samples, Status
-from rushhour.wire import decode_answer
+from rushhour.wire import decode_answer, json_of
 
 _NAN = float("nan")
 _SHED = (429, 503)
@@ -97,6 +97,7 @@ class _Load:
         self._expected: dict[int, tuple[bytes, int | None]] = {
             position: (body, None) for position, body in enumerate(job.expected)
         }
+        self._sound: set[int] = set()
         self._valid: set[tuple[int, int | None]] = set()
         self._any_answer = False
         self._first_error = ""
@@ -129,8 +130,8 @@ class _Load:
             done = self._sent[index]
         self._done[index] = done
         self._any_answer = True
-        if self._check and not self._is_expected(index % self._distinct, body, header_length):
-            self._note("an answer is not the one expected")
+        if self._check and (wrong := self._deviation(index % self._distinct, body, header_length)):
+            self._note(f"an answer {wrong}")
             self._end(index, Status.ERROR, "mismatch")
             return
         if done - self._scheduled[index] > self._limit_s:
@@ -152,7 +153,8 @@ class _Load:
                 LoadError(
                     f"the server rejects the request with status {status}",
                     said or "it does not say why",
-                    "check the model's name and the shape and type of the samples",
+                    "check the model's name, the shape and type of the samples (--shape, --payloads), and whether the "
+                    "server takes raw tensors (--json-tensors sends JSON)",
                 )
             )
         self._note(f"status {status}" + (f" ({said})" if said else ""))
@@ -180,7 +182,7 @@ class _Load:
         """See `Book`. Each length is looked into once: answers to requests of one shape that have one length have
         one form."""
         key = (len(body), header_length)
-        if not self._job.outputs or key in self._valid or len(self._valid) >= _LENGTHS:
+        if self._job.outputs is None or key in self._valid or len(self._valid) >= _LENGTHS:
             return ""
         try:
             outputs = self._decode(body, header_length)
@@ -192,19 +194,37 @@ class _Load:
         self._valid.add(key)
         return ""
 
-    def _is_expected(self, position: int, body: bytes, header_length: int | None) -> bool:
-        """Whether an answer is the one expected; where none is, the first to a request becomes it."""
+    def _deviation(self, position: int, body: bytes, header_length: int | None) -> str:
+        """What is wrong with an answer; where none is expected, the first one to a request becomes that."""
         expected, its_header = self._expected.setdefault(position, (body, header_length))
+        if its_header is None:  # one that was given beforehand has no header length of its own
+            its_header = header_length
+        if position not in self._sound:
+            if self._is_void(expected, its_header):
+                if not self._job.expected:
+                    del self._expected[position]
+                return "holds no finite number"
+            self._sound.add(position)
         if body == expected:
-            return True
-        if not self._job.outputs:
-            return False
+            return ""
+        if self._job.outputs is not None:
+            try:
+                right, given = self._decode(expected, its_header), self._decode(body, header_length)
+                if _alike(right, given, self._job.tolerance):
+                    return ""
+            except (WireError, RecursionError):
+                pass
+        return "is not the one expected"
+
+    def _is_void(self, body: bytes, header_length: int | None) -> bool:
+        """Whether an output is nothing but NaN and infinities: a model that is broken answers so, always alike."""
         try:
-            # One that was given beforehand has no header length of its own.
-            right = self._decode(expected, header_length if its_header is None else its_header)
-            return _alike(right, self._decode(body, header_length), self._job.tolerance)
-        except (WireError, RecursionError):
+            if self._job.outputs is None:
+                return _has_void(json_of(body))
+            outputs = self._decode(body, header_length)
+        except (WireError, msgspec.DecodeError, RecursionError):
             return False
+        return any(each.dtype.kind == "f" and each.size and not np.isfinite(each).any() for each in outputs.values())
 
     def _end(self, index: int, status: Status, kind: str = "") -> None:
         """In any other way than well."""
@@ -474,20 +494,43 @@ def _alike(right: Mapping[str, NDArray[Any]], given: Mapping[str, NDArray[Any]],
         found = given[name]
         if wanted.shape != found.shape or wanted.dtype != found.dtype:
             return False
-        if wanted.dtype.kind != "f" or not wanted.size:
+        if wanted.dtype.kind != "f":
             if not np.array_equal(wanted, found):
                 return False
             continue
-        allowed = tolerance * float(np.abs(wanted).max())
-        if not np.all(np.abs(found.astype(np.float64) - wanted) <= allowed):
+        finite = np.isfinite(wanted)
+        if not np.array_equal(finite, np.isfinite(found)):
+            return False
+        if not np.array_equal(wanted[~finite], found[~finite], equal_nan=True):
+            return False
+        numbers = wanted[finite].astype(np.float64)
+        if numbers.size and np.abs(found[finite] - numbers).max() > tolerance * np.abs(numbers).max():
             return False
     return True
+
+
+def _has_void(said: object) -> bool:
+    """Whether a value in an answer of any form is numbers, of which none is finite."""
+    waiting = [said]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+            continue
+        leaves = value if isinstance(value, list) else [value]
+        while any(isinstance(each, list) for each in leaves):
+            leaves = [leaf for each in leaves for leaf in (each if isinstance(each, list) else [each])]
+        numbers = [each for each in leaves if isinstance(each, float | int) and not isinstance(each, bool)]
+        if numbers and not any(isinstance(each, int) or math.isfinite(each) for each in numbers):
+            return True
+        waiting += [each for each in leaves if isinstance(each, dict)]
+    return False
 
 
 def _in_words(body: bytes) -> str:
     """A server's error message: the field `error` of its JSON, or the start of the text."""
     try:
-        error = msgspec.json.decode(body, type=dict[str, object]).get("error", "")
-        return str(error)[:200]
+        error = msgspec.json.decode(body, type=dict[str, object]).get("error")
     except msgspec.DecodeError:
-        return body[:200].decode("utf-8", "replace")
+        error = None
+    return str(error)[:200] if error else body[:200].decode("utf-8", "replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from time import monotonic
 from typing import Protocol
 
 import httptools
@@ -76,12 +77,16 @@ class Connection:
         "_header_length",
         "_keep",
         "_known",
+        "_length",
         "_parser",
         "_pool",
         "_receive",
         "_send",
+        "_sized",
         "_stamps",
+        "_status",
         "_unsent",
+        "_until_end",
         "index",
         "opening",
         "wire",
@@ -103,6 +108,10 @@ class Connection:
         self._complete = False
         self._keep = True
         self._fresh = True
+        self._status = 0
+        self._length: int | None = None
+        self._sized = False
+        self._until_end = False
         self._unsent = memoryview(b"")
 
     def send(self, index: int, request: bytes) -> None:
@@ -146,7 +155,11 @@ class Connection:
             self._gone(error)
             return
         if not data:
-            self._gone(None)
+            if self._until_end:
+                self._keep = False
+                self._finish(monotonic(), b"")
+            else:
+                self._gone(None)
             return
         at = self._stamps.of(ancillary)
         book, known, index = self._book, self._known, self.index
@@ -165,20 +178,29 @@ class Connection:
             self.abort()
             book.garbled(index, "the server does not speak HTTP", str(error), at)
             return
-        if not self._complete:
+        except httptools.HttpParserUpgrade:
+            self.abort()
+            book.garbled(index, "the server does not speak HTTP", "it switches to another protocol", at)
             return
-        body = b"".join(self._body)
-        status, header_length = self._parser.get_status_code(), self._header_length
+        if self._complete:
+            self._finish(at, data if fresh else b"")
+        elif self._until_end:  # its end has no note of its own: it must not lie unread
+            self._pool.came(small=False)
+
+    def _finish(self, at: float, data: bytes) -> None:
+        """Report an answer that is whole; `data` is all of it where it came in one piece."""
+        book, known, index = self._book, self._known, self.index
+        body, length, status, header_length = b"".join(self._body), self._length, self._status, self._header_length
         self._body.clear()
-        self._header_length, self._complete, self._fresh, self.index = None, False, True, -1
-        self._pool.came(small=fresh and len(data) <= _SMALL_BYTES)
+        self._complete, self._until_end, self._fresh, self.index = False, False, True, -1
+        self._pool.came(small=0 < len(data) <= _SMALL_BYTES)
         if not 200 <= status < 300:
             book.turned_down(index, status, body, at)
         elif fault := book.fault_of(body, header_length):
             book.garbled(index, "the server answered 200 with something that is not an answer", fault, at)
         else:
             head = data[: len(data) - len(body)]
-            if fresh and self._keep and head.endswith(b"\r\n\r\n"):  # in one piece, and not in chunks
+            if data and self._keep and length == len(body) and head.endswith(b"\r\n\r\n"):
                 known.head, known.total, known.header_length = head, len(data), header_length
             book.answered(index, body, header_length, at)
         if self._keep and not self._unsent:  # an answer before the question was over says that nobody reads the rest
@@ -186,17 +208,40 @@ class Connection:
         else:
             self._close("")
 
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        if self._complete:  # nobody asked for a second answer
+            self._keep = False
+        else:
+            self._header_length, self._length, self._sized = None, None, False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
-        if name.lower() == _HEADER_LENGTH and value.isdigit():
+        if self._complete:
+            return
+        name = name.lower()
+        if name == _HEADER_LENGTH and value.isdigit():
             self._header_length = int(value)
+        elif name == b"content-length" and value.isdigit():
+            self._length, self._sized = int(value), True
+        elif name == b"transfer-encoding" and value.lower().endswith(b"chunked"):
+            self._sized = True
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        if not self._complete:
+            self._status = self._parser.get_status_code()
+            self._until_end = self._status >= 200 and not self._sized
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
-        self._body.append(body)
+        if not self._complete:
+            self._body.append(body)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
+        if self._complete or self._status < 200:  # 100, 103: the answer is still to come
+            return
         self._complete = True
         self._keep = self._parser.should_keep_alive()
 

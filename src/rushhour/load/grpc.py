@@ -7,14 +7,11 @@ request here: a few thousand requests per second on a core, beyond which the ver
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
-import msgspec
-import numpy as np
 from google.protobuf.message import DecodeError
 from grpc import aio
 from numpy.typing import NDArray
@@ -22,10 +19,11 @@ from numpy.typing import NDArray
 from rushhour.errors import LoadError, WireError
 from rushhour.load.alarm import Alarm
 from rushhour.load.carrier import Book
+from rushhour.load.declared import Interface
 from rushhour.load.job import Job
 from rushhour.load.target import Endpoint, Target
 from rushhour.protocol import message
-from rushhour.wire import datatype_of, dtype_of, read_metadata
+from rushhour.wire import Content, array_of_bytes, array_of_values
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _CHANNELS = 8
@@ -37,21 +35,38 @@ _HTTP_STATUS = {
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.UNIMPLEMENTED: 404,
 }
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Where a message carries values that are not raw."""
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
 def discover_grpc(at: Endpoint, model: str | None, timeout_s: float) -> Target:
     """As `discover`, over gRPC."""
     with grpc.insecure_channel(at.authority, options=_OPTIONS) as channel:
-        ready = []
-        with contextlib.suppress(LoadError) if model is not None else contextlib.nullcontext():
-            index = _ask(channel, at, "RepositoryIndex", timeout_s)
-            ready = sorted({entry.name for entry in index.models if entry.state in ("", "READY")})
+        try:
+            ready, unlisted = _ready_models(channel, at, timeout_s)
+        except LoadError:
+            if model is None:
+                raise
+            ready, unlisted = [], ""
         if model is None and len(ready) != 1:
             raise LoadError(
                 f"cannot tell which model to ask at {at.url}",
-                f"the server has {', '.join(ready[:10]) or 'no model that is ready'}",
-                "name one with --model",
+                unlisted or f"the server has {', '.join(ready[:10]) or 'no model that is ready'}",
+                "name it with --model",
             )
         name = model if model is not None else ready[0]
         try:
@@ -64,21 +79,27 @@ def discover_grpc(at: Endpoint, model: str | None, timeout_s: float) -> Target:
                 f"the server has {', '.join(ready)}",
                 "name one of these with --model",
             ) from error
-    described = {
-        "name": found.name,
-        **{
-            side: [
-                {"name": each.name, "datatype": each.datatype, "shape": list(each.shape)}
-                for each in getattr(found, side)
-            ]
-            for side in ("inputs", "outputs")
-        },
-    }
+    interface = Interface.declared(
+        [(each.name, each.datatype, each.shape) for each in found.inputs], [each.name for each in found.outputs]
+    )
+    return Target(at.url, at.host, at.port, at.prefix, name, interface)
+
+
+def _ready_models(channel: Any, at: Endpoint, timeout_s: float) -> tuple[list[str], str]:
+    """Names of the models that are ready; and why there are none, where the server does not list them.
+
+    Raises:
+        LoadError: if it does not answer at all.
+    """
     try:
-        model_name, signature = read_metadata(msgspec.json.encode(described))
-    except WireError as error:
-        raise LoadError(f"cannot use the model {name!r} at {at.url}", error.why, error.fix) from error
-    return Target(at.url, at.host, at.port, at.prefix, model_name, signature)
+        index = _ask(channel, at, "RepositoryIndex", timeout_s)
+    except _NotAnswered as error:  # RepositoryIndex is an extension of the protocol
+        return [], f"the server does not list its models: {error.why}"
+    return sorted({entry.name for entry in index.models if entry.state in ("", "READY")}), ""
+
+
+class _NotAnswered(LoadError):
+    """A server that is there and answers a call with an error."""
 
 
 def _ask(channel: Any, at: Endpoint, method: str, timeout_s: float, **fields: str) -> Any:
@@ -92,49 +113,51 @@ def _ask(channel: Any, at: Endpoint, method: str, timeout_s: float, **fields: st
         return call(message(f"inference.{method}Request")(**fields), timeout=timeout_s, wait_for_ready=False)
     except grpc.RpcError as error:
         code, said = error.code(), str(error.details() or "")[:200]
-        unreachable = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        raise LoadError(
-            f"cannot reach {at.url}" if unreachable else f"{at.url} does not answer {method}",
-            f"{code.name} ({said})",
-            "check the URL, and that a gRPC server is running there" if unreachable else "check the model's name",
-        ) from error
+        why = f"{code.name} ({said})"
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise LoadError(
+                f"cannot reach {at.url}", why, "check the URL, and that a gRPC server is running there"
+            ) from error
+        raise _NotAnswered(f"{at.url} does not answer {method}", why, "check the model's name") from error
 
 
-def encode_grpc_request(target: Target, inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    """A `ModelInferRequest` with raw tensors.
-
-    Args:
-        target: the model.
-        inputs: name -> array of shape `(rows, *shape)`.
-    """
+def encode_grpc_request(target: Target, contents: Sequence[Content]) -> bytes:
+    """A `ModelInferRequest` with raw tensors."""
     request = message("inference.ModelInferRequest")(model_name=target.model)
-    for spec in target.signature.inputs:
-        array = inputs[spec.name]
-        request.inputs.add(name=spec.name, datatype=datatype_of(spec), shape=array.shape)
-        contiguous = np.ascontiguousarray(array, dtype=np.dtype(spec.dtype).newbyteorder("<"))
-        request.raw_input_contents.append(contiguous.tobytes())
+    for content in contents:
+        request.inputs.add(name=content.name, datatype=content.datatype, shape=content.array.shape)
+        request.raw_input_contents.append(content.raw)
     encoded: bytes = request.SerializeToString()
     return encoded
 
 
 def decode_grpc_answer(body: bytes, _: int | None = None) -> dict[str, NDArray[Any]]:
-    """Output name -> array of a `ModelInferResponse` with raw tensors.
+    """Output name -> array of a `ModelInferResponse`, whose tensors are raw (Triton) or typed contents (MLServer).
 
     Raises:
         WireError: if it is none.
     """
     try:
         answer = message("inference.ModelInferResponse").FromString(body)
+        if not answer.raw_output_contents:
+            return {each.name: _typed(each) for each in answer.outputs}
         return {
-            each.name: np.frombuffer(raw, dtype_of(each.datatype)).reshape(tuple(each.shape))
+            each.name: array_of_bytes(each.datatype, raw, tuple(each.shape))
             for each, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
         }
-    except (DecodeError, KeyError, ValueError) as error:
+    except (DecodeError, ValueError, TypeError, OverflowError) as error:
         raise WireError(
             "the server's answer is not Open Inference Protocol",
             f"{type(error).__name__}: {error}",
             "check the URL and the server",
         ) from error
+
+
+def _typed(output: Any) -> NDArray[Any]:
+    field = _CONTENTS.get(output.datatype)
+    if field is None:
+        raise ValueError(f"the output {output.name!r} has the datatype {output.datatype!r} and no raw bytes")
+    return array_of_values(output.datatype, list(getattr(output.contents, field)), tuple(output.shape))
 
 
 class GrpcCarrier:

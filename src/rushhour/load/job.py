@@ -28,8 +28,8 @@ class Job(msgspec.Struct, frozen=True, tag_field="loop", kw_only=True):
         limit_s: of the SLO; decides how finely time is kept and what counts as late in the live figures.
         timeout_s: after this time from its schedule a request counts as lost.
         max_connections: open at once, at most; reaching it is reported, never hidden.
-        outputs: names of the outputs that an answer has to hold, in Open Inference Protocol; empty where answers
-            are not that, and are not looked into.
+        outputs: names of the outputs that an answer has to hold, in Open Inference Protocol; None where answers are
+            not that, and are not looked into.
         expected: the right answer's body for each of `requests`; empty where it is not known beforehand.
         check: whether answers are compared: with what is expected, else with the first answer to the same request.
         tolerance: how far a number may be off in such a comparison, as a share of the largest in its output: a batch
@@ -43,7 +43,7 @@ class Job(msgspec.Struct, frozen=True, tag_field="loop", kw_only=True):
     limit_s: float
     timeout_s: float
     max_connections: int = MAX_CONNECTIONS
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] | None = None
     expected: tuple[bytes, ...] = ()
     check: bool = False
     tolerance: float = 0.01

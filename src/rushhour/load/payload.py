@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from rushhour.bundle import TensorSpec
-from rushhour.errors import LoadError
+from rushhour.errors import LoadError, WireError
+from rushhour.load.declared import Declared
 from rushhour.load.target import Endpoint, Target
-from rushhour.wire import HEADER_LENGTH, encode_json_request, encode_request
+from rushhour.wire import HEADER_LENGTH, Content, dtype_of, encode_json_tensors, encode_tensors
 
 Payload = bytes
 """A whole request: over HTTP the head and the body, over gRPC the message."""
@@ -25,6 +26,8 @@ _DISTINCT = 32
 """Requests in rotation: enough that no cache answers for the model, few enough to stay in memory."""
 _SMALL_IDS = 100
 """Random values of wide integers lie below this: as token ids or categories they stay inside any vocabulary."""
+_WORD_BYTES = 16
+"""Of a random element of a BYTES tensor."""
 _MOST_FILES = 1000
 _MOST_BYTES = 512 * 2**20
 _IMAGES = (".jpg", ".jpeg", ".png")
@@ -36,6 +39,7 @@ _TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
     ".png": "image/png",
+    ".txt": "text/plain",
 }
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OWN_HEADERS = ("content-length", "transfer-encoding", "connection", "expect")
@@ -49,32 +53,49 @@ def payloads(
     seed: int = 0,
     encoding: Encoding = "binary",
 ) -> list[Payload]:
-    """Whole requests for a model, 32 distinct ones, to be sent in rotation.
+    """Whole requests for a model, 32 distinct ones, to be sent in rotation; fewer where they are large.
 
     Args:
         target: the model.
         samples: input name -> array of shape `(k, *shape)`, real ones if there are any; None for seeded random
-            values in the range of each type.
-        rows: samples in one request.
+            values in the range of each type, and words for BYTES.
+        rows: samples in one request. A model that takes one at a time gets one, without the axis of samples.
         seed: decides which samples go together, or the random values.
-        encoding: tensors as raw bytes or as JSON numbers; gRPC has raw bytes only.
+        encoding: tensors as raw bytes or as JSON; gRPC has raw bytes only.
 
     Raises:
-        LoadError: if the samples do not fit the model.
+        LoadError: if the samples do not fit the model, or its server does not declare what samples are made from.
     """
     if rows < 1:
         raise LoadError(f"cannot send requests of {rows} samples", "a request carries at least one", "use --rows 1")
+    inputs = target.interface.inputs
+    if rows > 1 and inputs and not any(each.takes_rows or each.shape is None for each in inputs):
+        raise LoadError(
+            f"cannot send requests of {rows} samples",
+            f"{target.model} has no axis of samples: it takes {', '.join(map(str, inputs))}",
+            "leave out --rows",
+        )
     random = np.random.default_rng(seed)
     if samples is None:
-        pool = {spec.name: _random(spec, _DISTINCT * rows, random) for spec in target.signature.inputs}
-        chosen = np.arange(_DISTINCT * rows)
-    else:
-        pool, count = _fitting(target, samples)
-        # Whole permutations one after the other: every sample is sent before one is sent twice.
-        rounds = -(-_DISTINCT * rows // count)
-        chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: _DISTINCT * rows]
+        shapes = _shapes(target, rows)
+        return [
+            _infer_request(target, [(each, _random(each, shape, random)) for each, shape in shapes], encoding)
+            for _ in range(_distinct(shapes))
+        ]
+    pool = _fitting(target, samples)
+    counts = {len(array) for _, array in pool}
+    if len(counts) != 1 or 0 in counts:
+        raise LoadError(
+            f"the inputs have {', '.join(map(str, sorted(counts)))} samples",
+            "all inputs have the same number, at least one",
+            "align them",
+        )
+    count = counts.pop()
+    # Whole permutations one after the other: every sample is sent before one is sent twice.
+    rounds = -(-_DISTINCT * rows // count)
+    chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: _DISTINCT * rows]
     return [
-        _infer_request(target, {name: array[part] for name, array in pool.items()}, encoding)
+        _infer_request(target, [(declared, array[part]) for declared, array in pool], encoding)
         for part in chosen.reshape(_DISTINCT, rows)
     ]
 
@@ -83,9 +104,9 @@ def folder_payloads(target: Endpoint, folder: Path, *, encoding: Encoding = "bin
     """One request for each file of a folder, in the order of their names.
 
     For a model (`Target`): `.npy` (the one input), `.npz` (inputs by name) and images (`.jpg`, `.png`; the one input,
-    uint8, height x width x channels) become tensors, with or without the axis of rows; `.json` and `.bin` are bodies
-    as they are, JSON and the raw rows of the one input. For any other endpoint all files are bodies as they are, to
-    be sent by `body_payloads`.
+    uint8, height x width x channels) become tensors, with or without the axis of rows; images and `.txt` are sent as
+    they are where the one input is BYTES; `.json` and `.bin` are bodies as they are, JSON and the raw rows of the one
+    input. For any other endpoint all files are bodies as they are, to be sent by `body_payloads`.
 
     Raises:
         LoadError: if the folder holds no such file, or one of them cannot be read or does not fit the model.
@@ -102,14 +123,10 @@ def folder_payloads(target: Endpoint, folder: Path, *, encoding: Encoding = "bin
             requests.append(http_request(target, "POST", target.infer_path, headers, _content(file)))
             continue
         arrays = _arrays(file, target)
-        for spec in target.signature.inputs:
-            if spec.name in arrays and arrays[spec.name].shape == spec.shape:
-                arrays[spec.name] = arrays[spec.name][None]
         try:
-            pool, _ = _fitting(target, arrays)
+            requests.append(_infer_request(target, _fitting(target, arrays), encoding))
         except LoadError as error:
             raise _bad_file(file, f"{error.what}: {error.why}", error.fix) from error
-        requests.append(_infer_request(target, pool, encoding))
     return requests
 
 
@@ -180,17 +197,39 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _infer_request(target: Target, inputs: Mapping[str, NDArray[Any]], encoding: Encoding) -> Payload:
+def _infer_request(target: Target, tensors: Sequence[tuple[Declared, NDArray[Any]]], encoding: Encoding) -> Payload:
+    contents = [_fitted(target, declared, array) for declared, array in tensors]
     if target.protocol == "grpc":
         from rushhour.load.grpc import encode_grpc_request  # grpcio takes a quarter of a second to import
 
-        return encode_grpc_request(target, inputs)
+        return encode_grpc_request(target, contents)
     if encoding == "json":
-        json = encode_json_request(target.signature, inputs)
+        try:
+            json = encode_json_tensors(contents)
+        except WireError as error:
+            raise LoadError(error.what, error.why, "leave out --json-tensors") from error
         return http_request(target, "POST", target.infer_path, [("Content-Type", "application/json")], json)
-    header_length, body = encode_request(target.signature, inputs)
+    header_length, body = encode_tensors(contents)
     headers = [("Content-Type", "application/octet-stream"), (HEADER_LENGTH, str(header_length))]
     return http_request(target, "POST", target.infer_path, headers, body)
+
+
+def _fitted(target: Target, declared: Declared, array: NDArray[Any]) -> Content:
+    fitted = declared.fitted(array)
+    if fitted is None:
+        raise _misfit(target, declared, array)
+    if declared.datatype == "BYTES":
+        elements = [each.encode() if isinstance(each, str) else bytes(each) for each in fitted.flat]
+        fitted = np.fromiter(elements, object, len(elements)).reshape(fitted.shape)
+    return Content(declared.name, declared.datatype, fitted)
+
+
+def _misfit(target: Target, declared: Declared, array: NDArray[Any]) -> LoadError:
+    return LoadError(
+        f"the samples of {declared.name!r} are {array.dtype} of shape {list(array.shape)}",
+        f"{target.model} takes {declared}",
+        "bring them to that form",
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -221,59 +260,115 @@ def _content(file: Path) -> bytes:
 
 def _arrays(file: Path, target: Target) -> dict[str, NDArray[Any]]:
     """The tensors in a file: by input name, or for the one input."""
+    inputs, kind = target.interface.inputs, file.suffix.lower()
+    only = inputs[0] if len(inputs) == 1 else None
+    is_element = only is not None and only.datatype == "BYTES" and (kind in _IMAGES or kind == ".txt")
+    if is_element or kind == ".txt":
+        if only is None or not is_element:
+            raise _bad_file(file, f"{target.model} does not take one BYTES tensor", "give .npy or .npz files")
+        return {only.name: _element(file, only)}
     try:
-        if file.suffix.lower() == ".npz":
+        if kind == ".npz":
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        if file.suffix.lower() in _IMAGES:
+        if kind in _IMAGES:
             with Image.open(file) as image:
                 array: NDArray[Any] = np.asarray(image)
         else:
             array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise _bad_file(file, str(error), "write it anew") from error
-    if len(target.signature.inputs) != 1:
-        raise _bad_file(file, f"{target.model} has {len(target.signature.inputs)} inputs", "give them by name in .npz")
-    only = target.signature.inputs[0]
-    if array.ndim == 2 and len(only.shape) == 3 and only.shape[-1] == 1:  # a grey image
+    if only is None:
+        how_many = f"has {len(inputs)} inputs" if inputs else "declares no input"
+        raise _bad_file(file, f"{target.model} {how_many}", "give them by name in .npz")
+    if array.ndim == 2 and only.fitted(array) is None:  # a grey image
         array = array[..., None]
     return {only.name: array}
+
+
+def _element(file: Path, only: Declared) -> NDArray[Any]:
+    """A file as the one element of a BYTES tensor."""
+    shape = only.shape or (1,)
+    if not set(shape) <= {-1, 1}:
+        raise _bad_file(file, f"{only.name!r} takes {only}", "give .npy files of so many texts")
+    return np.fromiter([_content(file)], object, 1).reshape([1] * len(shape))
 
 
 def _bad_file(file: Path, why: str, fix: str) -> LoadError:
     return LoadError(f"cannot send {file}", why, fix)
 
 
-def _fitting(target: Target, samples: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], int]:
-    """The samples of the model's inputs, and how many there are."""
-    pool = {}
-    for spec in target.signature.inputs:
-        array = samples.get(spec.name)
+def _fitting(target: Target, samples: Mapping[str, NDArray[Any]]) -> list[tuple[Declared, NDArray[Any]]]:
+    """The model's inputs with their samples, of the right types. Where it declares none, those of the samples."""
+    found = []
+    inputs = target.interface.inputs or [Declared(name, "", None) for name in samples]
+    for declared in inputs:
+        array = samples.get(declared.name)
         if array is None:
             raise LoadError(
-                f"the samples lack the input {spec.name!r}",
+                f"the samples lack the input {declared.name!r}",
                 f"they hold {', '.join(samples) or 'nothing'}",
                 f"give all inputs of {target.model}",
             )
-        if array.shape[1:] != spec.shape or array.dtype != np.dtype(spec.dtype):
-            raise LoadError(
-                f"the samples of {spec.name!r} are {array.dtype} of shape {list(array.shape)}",
-                f"{target.model} takes {spec.dtype} of shape {[-1, *spec.shape]}",
-                "bring them to that form",
-            )
-        pool[spec.name] = array
-    counts = {len(array) for array in pool.values()}
-    if len(counts) != 1 or 0 in counts:
+        declared = declared.typed(array.dtype)
+        if not declared.takes(array.dtype):
+            raise _misfit(target, declared, array)
+        found.append((declared, array))
+    return found
+
+
+def _shapes(target: Target, rows: int) -> list[tuple[Declared, tuple[int, ...]]]:
+    """The model's inputs with the shapes of a request's tensors.
+
+    Raises:
+        LoadError: if the server does not declare them.
+    """
+    if not target.interface.inputs:
         raise LoadError(
-            f"the inputs have {', '.join(map(str, sorted(counts)))} samples",
-            "all inputs have the same number, at least one",
-            "align them",
+            f"cannot make samples for {target.model}",
+            "the server's metadata names no input",
+            "name them with --shape NAME:FP32:SIZE,SIZE, or send .json or .npz files with --payloads",
         )
-    return pool, counts.pop()
+    shapes = []
+    for each in target.interface.inputs:
+        if each.datatype and not each.is_known:
+            raise LoadError(
+                f"cannot make samples of the input {each.name!r}",
+                f"the server declares it as {each}, a type that is not known here",
+                "send .json files with --payloads",
+            )
+        shape = each.whole(rows)
+        if shape is None or not each.datatype:
+            open_type = "" if each.datatype else "FP32:"
+            sizes = open_type + ",".join(
+                "SIZE" if size < 0 else str(size) for size in (each.shape or (-1, -1))[each.takes_rows :]
+            )
+            raise LoadError(
+                f"cannot make samples of the input {each.name!r}",
+                f"the server declares it as {each}, which leaves that open",
+                f"say it with --shape {each.name}:{sizes}, or send files with --payloads",
+            )
+        shapes.append((each, shape))
+    return shapes
 
 
-def _random(spec: TensorSpec, count: int, random: np.random.Generator) -> NDArray[Any]:
-    shape, dtype = (count, *spec.shape), np.dtype(spec.dtype)
+def _distinct(shapes: Sequence[tuple[Declared, tuple[int, ...]]]) -> int:
+    """How many requests of these shapes are kept in memory."""
+    size = sum(math.prod(shape) * each.value_bytes for each, shape in shapes)
+    if size > _MOST_BYTES:
+        raise LoadError(
+            f"a request has {size / 2**20:,.0f} MiB",
+            f"up to {_MOST_BYTES / 2**20:.0f} MiB are kept in memory",
+            "ask for smaller ones with --shape or --rows",
+        )
+    return max(1, min(_DISTINCT, _MOST_BYTES // max(1, size)))
+
+
+def _random(declared: Declared, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[Any]:
+    if declared.datatype == "BYTES":
+        letters = random.integers(ord("a"), ord("z") + 1, (math.prod(shape), _WORD_BYTES), np.uint8)
+        return np.fromiter([word.tobytes() for word in letters], object, len(letters)).reshape(shape)
+    dtype: np.dtype[Any] = np.dtype(np.float32) if declared.datatype == "BF16" else dtype_of(declared.datatype)
     if dtype.kind == "f":
         return random.random(shape).astype(dtype)
     if dtype.kind == "b":

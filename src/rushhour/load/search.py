@@ -154,7 +154,7 @@ def measure(
         look_sizes(slo, rate_rps, wanted) if sequential and n is None and not isinstance(arrivals, Trace) else (wanted,)
     )
     if null_rps is None and isinstance(generator, Generator):
-        null_rps = null_throughput(generator, requests)
+        null_rps = null_throughput(generator, requests, target.protocol)
     report = _Report(progress or Silent(), on_tick)
     report.progress.start(f"{rate_rps:g} requests/s", (wanted + len(sizes) * warmup) / rate_rps)
 

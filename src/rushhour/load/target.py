@@ -6,18 +6,19 @@ import dataclasses
 import http.client
 import time
 import urllib.parse
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from rushhour.bundle import Signature
 from rushhour.errors import LoadError, WireError
-from rushhour.wire import read_metadata
+from rushhour.load.declared import Interface, Shape
 
 _SPEED_S = 2.0
 """How long to wait for what is of use but not needed."""
 
 Protocol = Literal["http", "grpc"]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Endpoint:
         return "grpc" if self.url.startswith("grpc://") else "http"
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs that an answer holds; empty where answers are not looked into."""
-        return ()
+    def outputs(self) -> tuple[str, ...] | None:
+        """Names of the outputs that an answer holds; None where answers are not looked into."""
+        return None
 
     @property
     def authority(self) -> str:
@@ -58,12 +59,12 @@ class Target(Endpoint):
 
     Attributes:
         model: the model's name.
-        signature: what it takes and gives.
+        interface: what it takes and gives, as the server declares it.
         tells_speed: the server says how long its batches take against their profile, as Rushhour's do.
     """
 
     model: str
-    signature: Signature
+    interface: Interface
     tells_speed: bool = False
 
     @property
@@ -95,7 +96,15 @@ class Target(Endpoint):
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs that an answer holds."""
-        return tuple(spec.name for spec in self.signature.outputs)
+        return self.interface.outputs
+
+    def shaped(self, shapes: Mapping[str, Shape]) -> Target:
+        """The same with shapes of inputs that the server's metadata leaves open.
+
+        Raises:
+            LoadError: if the model has no such input.
+        """
+        return dataclasses.replace(self, interface=self.interface.shaped(shapes, self.model))
 
 
 def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Target:
@@ -131,11 +140,11 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
             "check that the model is loaded",
         )
     try:
-        found, signature = read_metadata(body)
+        interface = Interface.read(body)
     except WireError as error:
         raise LoadError(f"cannot use the model {name!r} at {server.url}", error.why, error.fix) from error
     tells_speed = "speed" in server.extensions()
-    return Target(server.url, server.host, server.port, server.prefix, found, signature, tells_speed)
+    return Target(server.url, server.host, server.port, server.prefix, name, interface, tells_speed)
 
 
 def endpoint(url: str) -> Endpoint:
@@ -178,6 +187,7 @@ class _Server:
             LoadError: if there is none.
         """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self._timeout_s)
+        connection.response_class = _FinalResponse
         try:
             headers = {} if body is None else {"Content-Type": "application/json"}
             connection.request(method, self.prefix + path, body, headers)
@@ -206,22 +216,31 @@ class _Server:
 
     def ready_models(self) -> list[str]:
         """Names of the models that are ready; none where the server does not list them."""
-        status, body = self.ask("POST", "/v2/repository/index", b"{}")
-        if status != 200:
-            return []
-        try:
-            entries = msgspec.json.decode(body, type=list[_Entry])
-        except msgspec.DecodeError:
-            return []
-        return sorted({entry.name for entry in entries if entry.state == "READY"})
+        entries = self._answered("POST", "/v2/repository/index", b"{}", list[_Entry])
+        if entries is None:  # KServe lists them elsewhere
+            listed = self._answered("GET", "/v2/models", None, _Listed)
+            return sorted(set(listed.models or ())) if listed is not None else []
+        return sorted({entry.name for entry in entries if entry.state in (None, "", "READY")})
 
     def extensions(self) -> list[str]:
         """The protocol's extensions that it has; none where it does not say."""
         try:
-            status, body = self.ask("GET", "/v2")
-            return msgspec.json.decode(body, type=_About).extensions if status == 200 else []
-        except (LoadError, msgspec.DecodeError):
+            about = self._answered("GET", "/v2", None, _About)
+        except LoadError:
             return []
+        return about.extensions or [] if about is not None else []
+
+    def _answered(self, method: str, path: str, body: bytes | None, kind: type[T]) -> T | None:
+        """What a server says to a question that it need not know; None where it does not.
+
+        Raises:
+            LoadError: if it does not answer at all.
+        """
+        status, content = self.ask(method, path, body)
+        try:
+            return msgspec.json.decode(content, type=kind) if status == 200 else None
+        except (msgspec.DecodeError, RecursionError):
+            return None
 
     def only_model(self) -> str:
         """The name of the one model that is ready.
@@ -245,8 +264,20 @@ class _Server:
         )
 
 
+class _FinalResponse(http.client.HTTPResponse):
+    """Reads on after any 1xx answer, where http.client does so after 100 alone."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, http.client.CONTINUE if 101 < status < 200 else status, reason
+
+
 class _About(msgspec.Struct):
-    extensions: list[str] = []
+    extensions: list[str] | None = None
+
+
+class _Listed(msgspec.Struct):
+    models: list[str] | None = None
 
 
 class _Told(msgspec.Struct):
@@ -257,15 +288,16 @@ class _Told(msgspec.Struct):
 
 class _Entry(msgspec.Struct):
     name: str
-    state: str = "READY"
+    state: str | None = None
 
 
 def _said(body: bytes, before: str = "") -> str:
     """A server's error message, where there is one."""
     try:
-        error = msgspec.json.decode(body, type=dict[str, Any]).get("error")
+        said = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:
         return ""
+    error = said.get("error") or said.get("detail")  # the latter is FastAPI's
     return f"{before}({str(error)[:200]})" if error else ""
 
 

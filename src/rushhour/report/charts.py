@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import statistics
+import textwrap
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from rushhour.compression import Compression, Stage
 from rushhour.curves import Epoch
@@ -80,6 +82,8 @@ _STYLE: dict[str, Any] = {
 _LOG_FROM = 8.0  # rates that spread over more than this factor get a logarithmic axis
 _ROUND_FROM = 6.0  # a logarithmic axis of less than this factor has too few round ticks
 _NAME = 60  # characters of a name in a chart; the tables have all of it
+_LINE = 36  # of them in one line beside a point
+_CUT = 4  # times worse than a name that hides another is one that the edge cuts
 _WIDE, _HALF, _NARROW = 9.4, 5.3, 3.6  # inches: of a whole page, of half of it, of a phone
 _MOST_PREDICTED = 300  # points, the fastest; more would only hide each other and make the file heavy
 _NO_TEST = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
@@ -160,7 +164,7 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
         figure, axes = _canvas(_NARROW if narrow else _WIDE, 4.6)
         bounds = [bound for point in points for bound in point.interval_rps or ()]
         _rate_axis(axes, [*(point.rps for point in points), *bounds], "capacity, requests per second")
-        axes.set_ylim(floor - margin, ceiling + 2 * margin)  # names stand above their points
+        axes.set_ylim(floor - margin, ceiling + (2 if narrow else 3) * margin)  # names stand above their points
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, metric)))
         axes.set_ylabel(f"{metric}, validation")
         if least is not None:
@@ -169,7 +173,7 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
         if len(front) > 1:
             rates, accuracies = [point.rps for point in front], [point.accuracy for point in front]
             axes.step(rates, accuracies, where="pre", color=_SOFT, linewidth=1.1)
-        tips = {}
+        tips, roles, marks = {}, [], []
         for index, point in enumerate(points):
             name = f"point-{index}"
             kind = wording.ESTIMATED if point.kind == "estimated" else point.kind
@@ -185,7 +189,12 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
                 axes.vlines(point.rps, low, high, color=colour, linewidth=1, alpha=0.6)
             if point.interval_rps is not None:
                 axes.hlines(place, *point.interval_rps, color=colour, linewidth=1, alpha=0.6)
-            _name_role(axes, point, plan, place, "" if narrow else f": {_short(called, _NAME)}")
+            if role := _role(point, plan):
+                label = role if narrow else f"{role}: {_short(called, _NAME)}"
+                roles.append(_Named(label, colour, point.kind, (point.rps, place)))
+            elif point.kind != "predicted":
+                marks.append((point.rps, place))
+        _name_roles(axes, roles, marks)
         kinds = {point.kind for point in measured}
         _legend(
             axes,
@@ -555,24 +564,68 @@ def _point(axes: Any, point: Point, plan: Plan, place: float, marker: str | None
     )
 
 
-def _name_role(axes: Any, point: Point, plan: Plan, place: float, name: str) -> None:
-    """Write beside the plan's and the baseline's point what they are; `name` follows, where there is room for it."""
-    colour = _colour(point.trial, plan)
-    role = {_PLAN: "winner" if plan.feasible else "nearest miss", _BASELINE: "baseline"}.get(colour)
-    if role is None:
-        return
-    is_right = axes.transAxes.inverted().transform(axes.transData.transform((point.rps, place)))[0] > 0.5
-    unproven = {"estimated": f"\n{wording.ESTIMATED}", "predicted": "\npredicted only"}.get(point.kind, "")
-    axes.annotate(
-        f"{role}{name}{unproven}",
-        (point.rps, place),
-        xytext=(4 if is_right else -4, 11),
-        textcoords="offset points",
-        ha="right" if is_right else "left",
-        color=colour,
-        fontweight="bold",
-        zorder=6,
-    )
+def _role(point: Point, plan: Plan) -> str:
+    """What the plan's and the baseline's points are; empty for all others."""
+    roles = {_PLAN: "winner" if plan.feasible else "nearest miss", _BASELINE: "baseline"}
+    return roles.get(_colour(point.trial, plan), "")
+
+
+_Side = Literal["right", "left", "center"]
+
+
+class _Named(NamedTuple):
+    """A point that has its name written beside it; `at` is where it lies."""
+
+    label: str
+    colour: str
+    kind: Kind
+    at: tuple[float, float]
+
+
+def _name_roles(axes: Any, named: Sequence[_Named], marks: Sequence[tuple[float, float]]) -> None:
+    """Write names beside their points: each inside the chart, where it hides the least of the others and of `marks`."""
+    axes.figure.draw_without_rendering()  # only now it is known where the axes lie
+    inside = axes.get_window_extent()
+    points = [axes.transData.transform(each.at) for each in named]
+    drawn = [(9, point) for point in points] + [(6, axes.transData.transform(at)) for at in marks]
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for half, (x, y) in drawn]
+    taken += [text.get_window_extent() for text in axes.texts]
+    for each, (across, _) in zip(named, points, strict=True):
+        said = {"estimated": [wording.ESTIMATED], "predicted": ["predicted only"]}.get(each.kind, [])
+        sides: list[_Side] = ["left", "right", "center"]
+        if across > inside.x0 + inside.width / 2:
+            sides = ["right", "left", "center"]
+        text = axes.annotate(
+            "\n".join([*textwrap.wrap(each.label, _LINE, break_on_hyphens=False), *said]),
+            each.at,
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=each.colour,
+            fontweight="bold",
+            zorder=6,
+            in_layout=False,
+        )
+
+        def cost(place: tuple[_Side, bool, float], text: Any = text) -> float:
+            box = _placed(text, *place)
+            hidden = sum(_area(Bbox.intersection(box, other)) for other in taken)
+            return hidden + _CUT * (_area(box) - _area(Bbox.intersection(box, inside)))
+
+        places = [(side, above, away) for away in (11, 27, 43) for above in (True, False) for side in sides]
+        taken.append(_placed(text, *min(places, key=cost)))
+
+
+def _placed(text: Any, side: _Side, is_above: bool, away: float) -> Bbox:
+    """Put a name `away` points above or below its point, with this side of it there; the room that it takes."""
+    text.set_position(({"right": 4, "left": -4, "center": 0}[side], away if is_above else -away))
+    text.set_horizontalalignment(side)
+    text.set_verticalalignment("bottom" if is_above else "top")
+    box: Bbox = text.get_window_extent().padded(2)
+    return box
+
+
+def _area(box: Bbox | None) -> float:
+    return 0.0 if box is None else float(box.width * box.height)
 
 
 def _colour(trial: Trial, plan: Plan) -> str:

@@ -11,7 +11,7 @@ from rushhour.errors import PlanError
 from rushhour.journal import Entry, Journal
 from rushhour.machine import Machine
 from rushhour.measurement import Interval, Measurement, Outcome
-from rushhour.plan import Evidence, Plan, Rung, Trial
+from rushhour.plan import SO_FAR, Evidence, Plan, Rung, Trial
 
 
 class Capacity(NamedTuple):
@@ -49,9 +49,11 @@ class Findings:
         evidence: the plan's; a run without any has nothing to report.
         entries: every line of the journal, in the order they were measured.
         windows: those of them that are open-loop load, with their measurement.
+        is_finished: whether the search came to its end; else the plan is the best until it was broken off.
     """
 
-    def __init__(self, name: str, plan: Plan, entries: tuple[Entry, ...]) -> None:
+    def __init__(self, name: str, plan: Plan, entries: tuple[Entry, ...], *, is_finished: bool = True) -> None:
+        self.is_finished = is_finished
         self.name = name
         self.plan = _agreed(plan)
         self.evidence = evidence_of(self.plan)
@@ -64,21 +66,21 @@ class Findings:
 
     @classmethod
     def read(cls, run: Path) -> Findings:
-        """Read `plan.json` and `measurements.jsonl` of the folder `run`.
+        """Read the plan, the best so far of a run that was broken off, and `measurements.jsonl` of the folder `run`.
 
         Raises:
             PlanError: if either is missing, or the plan is damaged or carries no evidence.
             StorageError: if the disk does not give them, or the journal is damaged.
         """
-        plan = Plan.load(run / "plan.json")
-        journal = run / "measurements.jsonl"
+        plan, is_finished = read_plan(run)
+        journal = run / _JOURNAL
         if not journal.is_file():
             raise PlanError(
                 f"there are no measurements at {journal}",
                 "a report shows what was measured, and the file does not exist",
                 "restore it beside the plan, or make the run anew with `rushhour tune`",
             )
-        return cls(run.resolve().name, plan, tuple(Journal(journal)))
+        return cls(run.resolve().name, plan, tuple(Journal(journal)), is_finished=is_finished)
 
     @property
     def machines(self) -> tuple[Machine, ...]:
@@ -155,6 +157,35 @@ class Findings:
 
 _SAME_RATE = 0.001
 """Two rates that differ by less than this are one: plans round."""
+
+
+_JOURNAL = "measurements.jsonl"
+
+
+def read_plan(run: Path) -> tuple[Plan, bool]:
+    """The plan in a run's folder, and whether it is the final one: a run that was broken off has only the best so far.
+
+    Raises:
+        PlanError: if there is none, it is damaged, or it is one so far that was not measured yet.
+    """
+    file, so_far = run / "plan.json", run / SO_FAR
+    if file.exists() or not run.is_dir():
+        return Plan.load(file), True
+    if not so_far.exists():
+        if not (run / _JOURNAL).is_file():
+            return Plan.load(file), True  # which says that there is none
+        raise PlanError(f"there is no plan in {run} yet", "the run was broken off before it found one", _GO_ON)
+    plan = Plan.load(so_far)
+    if plan.evidence is None:
+        raise PlanError(
+            f"there is nothing to report of {run} yet",
+            f"the run was broken off before its best plan so far, {plan.variants[0].name}, was confirmed",
+            f"{_GO_ON}; `rushhour serve {run}` serves that plan",
+        )
+    return plan, False
+
+
+_GO_ON = "the command that began it goes on where it was"
 
 
 def holds(window: Measurement) -> bool:

@@ -74,7 +74,7 @@ class RungLine(NamedTuple):
 
 
 def write_report(run: Path) -> Path:
-    """Render `report.html` of the folder `run` from its `plan.json` and `measurements.jsonl`.
+    """Render `report.html` of the folder `run` from its plan, the best so far if it was broken off, and its journal.
 
     The same run gives the same bytes. The file loads nothing from anywhere.
 
