@@ -41,12 +41,13 @@ class Duties:
                 case Speed():
                     loaded = self._repository.loaded
                     return Done(speeds=None if loaded is None else loaded.cell.speeds())
-                case Load(version):
-                    await self._repository.load(version or None)
+                case Load(versions):
+                    await self._repository.load(versions)
+                    return Done(report=self.report())
                 case Unload():
                     await self._repository.unload()
-                case Register(name, key, offset, byte_size):
-                    self._shared().register(name, key, offset, byte_size)
+                case Register(name, key, offset, byte_size, access):
+                    self._shared().register(name, key, offset, byte_size, access)
                 case Unregister(name):
                     self._shared().unregister(name)
                 case Log(level):
@@ -71,7 +72,9 @@ class Duties:
             state.sample_s = cell.profile.seconds(1) - state.base_s
         if self.watch is not None:
             self.watch(state)
-        return Report(self._repository.name, self._repository.totals(), {0: state})
+        return Report(
+            self._repository.name, self._repository.totals(), {0: state}, bundles=dict(self._repository.versions)
+        )
 
     def _shared(self) -> SharedMemory:
         if self._regions is None:

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from rushhour.errors import WireError
+from rushhour.serve.shared_memory import Access
 from rushhour.serve.speed import Speeds
 from rushhour.serve.statistics import Report
 
@@ -19,9 +20,13 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Open what lies at the target's path now, and serve it under this version; 0 is one more than the last."""
+    """Open what lies at the target's path now, and serve it: the work's result is a `Report`.
 
-    version: int = 0
+    Attributes:
+        versions: of the bundles that were served in any cell, by their hashes.
+    """
+
+    versions: dict[str, int] = {}
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
@@ -43,6 +48,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     key: str
     offset: int
     byte_size: int
+    access: Access = "write"
 
 
 class Unregister(msgspec.Struct, frozen=True, tag="unregister"):
@@ -66,7 +72,7 @@ class Done(msgspec.Struct, frozen=True):
     Attributes:
         wrong: what went wrong; empty for nothing.
         status: the HTTP status of that.
-        report: of `Count`.
+        report: of `Count` and `Load`.
         speeds: of `Speed`; None where nothing is loaded.
     """
 

@@ -13,7 +13,7 @@ Source: triton-inference-server/server, docs/protocol/extension_statistics.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ _BUCKETS = len(BOUNDS) + 1
 _WAITING = 1024
 """Latencies that wait to be sorted into the buckets together: so many take a tenth of a millisecond."""
 _VERSIONS = 32
-"""Versions of the model that are told apart; those before are one."""
+"""Versions of the model that are told apart, those with the highest numbers; the others are one."""
 _OLDER = "older"
 
 
@@ -203,6 +203,7 @@ class Report(msgspec.Struct):
         cells: how each cell is that answers, by its number.
         down: cells that do not answer.
         restarts: how often a cell had to be started again.
+        bundles: which version each bundle is that was served, by its hash.
     """
 
     model: str
@@ -210,6 +211,7 @@ class Report(msgspec.Struct):
     cells: dict[int, State] = {}
     down: int = 0
     restarts: int = 0
+    bundles: dict[str, int] = {}
 
     @property
     def total(self) -> Totals:
@@ -230,6 +232,12 @@ def together(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
     for version in known[: max(0, len(known) - _VERSIONS)]:
         sums.setdefault(_OLDER, Totals()).add(sums.pop(version))
     return sums
+
+
+def remembered(versions: Mapping[str, int]) -> dict[str, int]:
+    """Of versions by bundle, those that are told apart: a bundle that comes back after many others is a new one."""
+    newest = sorted(versions, key=versions.__getitem__)[-_VERSIONS:]
+    return {bundle: versions[bundle] for bundle in newest}
 
 
 class Batch(Protocol):

@@ -28,7 +28,7 @@ from rushhour.serve import log
 from rushhour.serve.orders import Count, Done, Load, Log, Order, Register, Said, Speed, Unload, Unregister, Work
 from rushhour.serve.settings import ServeSettings
 from rushhour.serve.speed import summed
-from rushhour.serve.statistics import Report, State, Totals, together
+from rushhour.serve.statistics import Report, State, Totals, remembered, together
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
 _STEADY_S = 30.0
@@ -76,6 +76,7 @@ class Supervisor:
         keepers: list[asyncio.Task[None]] = []
         try:
             said = await asyncio.gather(*(cell.start() for cell in self._cells))
+            await self._report()  # which learns the version of the bundle
             ready(said[0].url, said[0].way)
             keepers = [asyncio.create_task(work) for work in (*(cell.keep() for cell in self._cells), self._watch())]
             await self._stopping.wait()
@@ -95,10 +96,11 @@ class Supervisor:
             return Done(speeds=summed(speeds) if speeds else None)
         async with self.changing:
             if isinstance(work, Load):
-                work = Load(self._settings.version + 1)
+                work = Load(self._settings.versions)
             elif isinstance(work, Log):
                 log.set_level(work.level)
             outcomes = await asyncio.gather(*(cell.do(work, _WORK_S) for cell in self._cells))
+            self._learn_versions()
             wrong = [outcome for outcome in outcomes if outcome is not None and outcome.wrong]
             if not wrong:
                 self._settings = _after(work, self._settings)
@@ -112,6 +114,7 @@ class Supervisor:
         """Of all cells together, with what those that do not answer had done when they last did."""
         states = await asyncio.gather(*(cell.count() for cell in self._cells))
         known = [cell.last for cell in self._cells if cell.last is not None]
+        self._learn_versions()
         self._model = known[0].model if known else self._model
         return Report(
             self._model,
@@ -120,6 +123,13 @@ class Supervisor:
             sum(state is None for state in states),
             self.restarts,
         )
+
+    def _learn_versions(self) -> None:
+        """Which version each bundle is, as the cells last said: one that is started again is to say the same."""
+        versions = dict(self._settings.versions)
+        for cell in self._cells:
+            versions |= {} if cell.last is None else cell.last.bundles
+        self._settings = msgspec.structs.replace(self._settings, versions=remembered(versions))
 
     def bury(self, last: Report) -> None:
         """A cell has died: keep what it had done."""
@@ -281,8 +291,8 @@ class _Cell:
 def _after(work: Work, settings: ServeSettings) -> ServeSettings:
     """The settings with which a cell begins that is started after this work."""
     match work:
-        case Load(version):
-            return msgspec.structs.replace(settings, version=version, unloaded=False)
+        case Load():
+            return msgspec.structs.replace(settings, unloaded=False)
         case Unload():
             return msgspec.structs.replace(settings, unloaded=True)
         case Register():
