@@ -12,6 +12,8 @@ from typing import Literal
 import msgspec
 
 from rushhour.errors import WireError
+from rushhour.plan import Plan
+from rushhour.serve.guard import Identity
 from rushhour.serve.speed import Speeds
 from rushhour.serve.statistics import Report
 
@@ -22,6 +24,38 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """Open what lies at the target's path now, and serve it under this version; 0 is one more than the last."""
 
     version: int = 0
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """Open what this plan says, beside what is served; nothing else changes yet.
+
+    Attributes:
+        version: that it gets.
+        folder: that the plan's bundles lie in.
+    """
+
+    version: int
+    plan: Plan
+    folder: str
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """Serve what was prepared."""
+
+
+class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
+    """Close what was prepared, if anything was."""
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Answer, to show that the loop turns."""
+
+
+class Renew(msgspec.Struct, frozen=True, tag="renew"):
+    """Use these from now on; None is as before."""
+
+    api_keys: tuple[str, ...] | None = None
+    identity: Identity | None = None
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
@@ -57,7 +91,7 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     level: LogLevel
 
 
-Work = Load | Unload | Count | Speed | Register | Unregister | Log
+Work = Load | Prepare | Commit | Abandon | Beat | Renew | Unload | Count | Speed | Register | Unregister | Log
 
 
 class Done(msgspec.Struct, frozen=True):

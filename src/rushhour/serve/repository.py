@@ -11,6 +11,8 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
@@ -18,13 +20,14 @@ from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
 from rushhour.measurement import BatchCost
+from rushhour.plan import Plan
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
 from rushhour.serve.statistics import Totals, together
-from rushhour.serve.target import Target, Way, open_target
+from rushhour.serve.target import Target, Way, open_planned, open_target
 from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03
@@ -60,6 +63,7 @@ class Repository:
         regions: the shared memory that requests may use; None where it is switched off.
         limits: what one request may cost.
         exact: serve as the plan's first variant says or not at all; else the best way that is right on this machine.
+        reopen: opens what lies at the path by then, for a reload; as it was opened first by default.
 
     Attributes:
         loaded: what answers requests now.
@@ -77,6 +81,7 @@ class Repository:
         regions: Regions | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         exact: bool = True,
+        reopen: Callable[[], Target] | None = None,
     ) -> None:
         self._exact = exact
         self.name = name or target.bundle.manifest.name
@@ -89,6 +94,8 @@ class Repository:
         self.loaded: Loaded | None = None
         self._path = target.path
         self._first: Target | None = target
+        self._reopen = reopen or partial(open_target, target.path)
+        self._prepared: Loaded | None = None
         self._opener = opener
         self._regions = regions
         self._limits = limits
@@ -119,29 +126,79 @@ class Repository:
             RushhourError: if it cannot be opened; then the old version goes on.
         """
         async with self._changing:
-            loop = asyncio.get_running_loop()
             target, self._first = self._first, None
-            if target is None:
-                target = await loop.run_in_executor(self._opening, open_target, self._path)
-            way, engine, profile, decoder, cost = await loop.run_in_executor(self._opening, self._open, target)
-            self._version = self._version + 1 if version is None else version
-            codec = Codec(
-                self.name,
-                engine.signature,
-                version=str(self._version),
-                labels=way.bundle.manifest.task.classes,
-                regions=self._regions,
-                pictures=self._most_pictures(engine.signature) if decoder else 0,
-            )
-            cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, cost)
-            old, self.loaded = self.loaded, Loaded(target, way, engine, cell)
-            base = f"/v2/models/{self.name}"
-            self._infer_paths = frozenset(
-                path.encode() for path in (f"{base}/infer", f"{base}/versions/{self._version}/infer")
-            )
-        log.event(logging.INFO, "loaded", model=self.name, version=codec.version, bundle=way.bundle.manifest.hash)
+            loaded = await self._made(target, self._version + 1 if version is None else version)
+            old = self._serve(loaded)
         if old is not None:
             await self._retire(old)
+
+    async def prepare(self, version: int, plan: Plan, folder: Path) -> None:
+        """Open what a plan says, beside what is served. What was prepared before is closed.
+
+        Args:
+            version: that it will get.
+            plan: as one that has opened the path has read it: all that do this open the same.
+            folder: that the plan's bundles lie in.
+
+        Raises:
+            RushhourError: if it cannot be opened, or is not what the plan was made for.
+        """
+        await self.abandon()
+        async with self._changing:
+            loop = asyncio.get_running_loop()
+            target = await loop.run_in_executor(self._opening, open_planned, self._path, plan, folder)
+            self._prepared = await self._made(target, version)
+
+    async def commit(self) -> None:
+        """Serve what was prepared, from the next request on.
+
+        Raises:
+            ServeError: if nothing was.
+        """
+        async with self._changing:
+            loaded, self._prepared = self._prepared, None
+            if loaded is None:
+                raise ServeError("cannot serve another version", "none was prepared", "load the model again")
+            self._first = None
+            old = self._serve(loaded)
+        if old is not None:
+            await self._retire(old)
+
+    async def abandon(self) -> None:
+        """Close what was prepared, if anything was."""
+        async with self._changing:
+            loaded, self._prepared = self._prepared, None
+        if loaded is not None:
+            await self._close(loaded)
+
+    async def _made(self, target: Target | None, version: int) -> Loaded:
+        """A version that nobody has asked anything of yet; of what lies at the path now where there is no target."""
+        loop = asyncio.get_running_loop()
+        if target is None:
+            target = await loop.run_in_executor(self._opening, self._reopen)
+        way, engine, profile, decoder, cost = await loop.run_in_executor(self._opening, self._open, target)
+        codec = Codec(
+            self.name,
+            engine.signature,
+            version=str(version),
+            labels=way.bundle.manifest.task.classes,
+            regions=self._regions,
+            pictures=self._most_pictures(engine.signature) if decoder else 0,
+        )
+        cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, cost)
+        return Loaded(target, way, engine, cell)
+
+    def _serve(self, loaded: Loaded) -> Loaded | None:
+        """Put it before the requests; what was there until now."""
+        old, self.loaded = self.loaded, loaded
+        self._version = int(loaded.version)
+        base = f"/v2/models/{self.name}"
+        self._infer_paths = frozenset(
+            path.encode() for path in (f"{base}/infer", f"{base}/versions/{self._version}/infer")
+        )
+        bundle = loaded.way.bundle.manifest.hash
+        log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
+        return old
 
     async def unload(self) -> None:
         """Take no more requests; finish those that were taken."""
@@ -159,6 +216,9 @@ class Repository:
             await asyncio.sleep(0.005)
         self._retiring.remove(old.cell)
         self._past = together([self._past, {old.version: old.cell.totals()}])
+        await self._close(old)
+
+    async def _close(self, old: Loaded) -> None:
         if old.cell.decoder is not None:
             old.cell.decoder.close()
         loop = asyncio.get_running_loop()
@@ -188,7 +248,7 @@ class Repository:
             if spec is not None:
                 decoder = Decoder(spec, max_pixels=self._limits.picture_pixels, threads=cores())
             return engine, Profile(times), decoder, cost
-        except RushhourError:
+        except BaseException:
             engine.close()
             raise
 

@@ -203,6 +203,8 @@ class Report(msgspec.Struct):
         cells: how each cell is that answers, by its number.
         down: cells that do not answer.
         restarts: how often a cell had to be started again.
+        frozen: how often one was killed because it did not answer.
+        dropped: lines of the log that were dropped.
     """
 
     model: str
@@ -210,6 +212,8 @@ class Report(msgspec.Struct):
     cells: dict[int, State] = {}
     down: int = 0
     restarts: int = 0
+    frozen: int = 0
+    dropped: int = 0
 
     @property
     def total(self) -> Totals:
