@@ -590,8 +590,9 @@ def starting(
     try:
         yield process, lambda: len(list(marks.iterdir()))
     finally:
-        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # it has ended
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stderr):
@@ -922,11 +923,12 @@ def commanded(*options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, 
         process = opened.enter_context(
             subprocess.Popen([*command, f"--json={file}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )
-        opened.callback(process.kill)
         errors: list[str] = []
         assert process.stderr is not None
         reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)  # type: ignore[arg-type]
         reader.start()
+        opened.callback(reader.join)
+        opened.callback(process.kill)
         while not file.exists():
             assert process.poll() is None, errors
             time.sleep(0.02)
