@@ -988,6 +988,16 @@ def test_more_cells_than_planned_share_the_cores(tiny: Bundle, tmp_path: Path) -
         assert "1 streams of 1 threads" in said["served"]
 
 
+def test_more_cells_than_planned_share_the_cores_where_the_plan_is_to_be_served_exactly(
+    tiny: Bundle, tmp_path: Path
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for number, policy in enumerate(({"streams": cores}, {"threads": cores}, {"streams": cores, "threads": cores})):
+        run = run_of(tiny, tmp_path / str(number), max_batch=4, **policy)
+        with serving(run, ServeSettings(http_port=0, cells=max(2, cores))) as server:
+            assert answer(server.address, tiny)[0] == 200
+
+
 def test_streams_and_threads_are_options(tiny: Bundle, tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     run = run_of(tiny, tmp_path / "run", streams=cores, threads=1, max_batch=4)

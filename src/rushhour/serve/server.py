@@ -133,15 +133,18 @@ def _with_secrets(settings: ServeSettings) -> ServeSettings:
 
 
 def _laid_out(target: Target, settings: ServeSettings, cells: int) -> Target:
-    """The target with the streams and threads that were asked for.
+    """The target with the streams and threads that were asked for, or that fit as many cells as were.
 
     Raises:
-        ServeError: if there is no room for them. What was not asked for is made to fit later.
+        ServeError: if there is no room for what was asked.
     """
     room = min(map(len, pins(cells, sorted(os.sched_getaffinity(0))))) if cells > 1 else cores()
+    asked = bool(settings.streams or settings.threads)
     target = target.laid_out(settings.streams, settings.threads, room)
     policy = target.plan.policy
-    if (settings.streams or settings.threads) and policy.streams * policy.threads > room:
+    if not asked and cells not in (1, policy.cells):
+        return target.fitted(room)  # the plan's layout is that of another number of cells
+    if asked and policy.streams * policy.threads > room:
         raise ServeError(
             f"cannot run {policy.streams} streams of {policy.threads} threads in each of {cells} cells",
             f"each has {room} of this machine's cores",

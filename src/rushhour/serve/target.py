@@ -71,7 +71,13 @@ class Target:
         policy = self.plan.policy
         threads = threads or policy.threads
         usual = max(1, room // threads) if self.plan.variants[0].bundle == _ITSELF else policy.streams
-        policy = msgspec.structs.replace(policy, streams=streams or usual, threads=threads)
+        return self._with(msgspec.structs.replace(policy, streams=streams or usual, threads=threads))
+
+    def fitted(self, room: int) -> Target:
+        """The same on so many cores: as many streams as there is room for, each with what is left for it."""
+        return self._with(_fitted(self.plan.policy, room))
+
+    def _with(self, policy: Policy) -> Target:
         return dataclasses.replace(self, plan=msgspec.structs.replace(self.plan, policy=policy))
 
     def ways(self, cores: int) -> Iterator[Way]:
