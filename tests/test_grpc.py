@@ -44,9 +44,9 @@ from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
 from rushhour.serve.grpc import GrpcFace
 from rushhour.serve.guard import Keys
+from rushhour.serve.ports import reserve
 from rushhour.serve.repository import Loaded, Repository, opener
 from rushhour.serve.shared_memory import SharedMemory
-from rushhour.serve.supervisor import reserve
 from rushhour.serve.target import Way
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers

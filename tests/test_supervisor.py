@@ -19,7 +19,8 @@ from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.serve import ServeSettings
 from rushhour.serve.door import let_nobody_in
-from rushhour.serve.supervisor import pins, reserve
+from rushhour.serve.ports import reserve
+from rushhour.serve.supervisor import pins
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.wire import encode_request
 

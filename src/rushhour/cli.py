@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,11 +30,51 @@ if TYPE_CHECKING:
     from rushhour.serve.log import LogFormat
     from rushhour.serve.orders import LogLevel
 
+    _Float = click.ParamType[float]
+else:
+    _Float = click.ParamType  # older versions cannot be subscripted
+
 # Only what every command needs is imported here: `rushhour serve` must not pay for what `rushhour train` uses.
 
 C = TypeVar("C", bound=Callable[..., Any])
 
 _SEED = 20_260_101
+
+
+class _Quantity(_Float):
+    """A number with a unit, such as 10s or 64MiB; without one it is in the first unit.
+
+    Args:
+        name: of what it measures.
+        units: each in terms of the first.
+        least: the smallest allowed.
+        most: the largest.
+    """
+
+    def __init__(self, name: str, units: dict[str, float], least: float, most: float) -> None:
+        self.name = name
+        self._units = units
+        self._least = least
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The value in the first unit."""
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?([A-Za-z]*)", str(value).strip())
+        first, unit = next(iter(self._units)), found and found[2]
+        if not found or (unit and unit not in self._units):
+            self.fail(f"{value!r} is not a number with one of the units {', '.join(self._units)}", param, ctx)
+        size = float(found[1]) * self._units[unit or first]
+        if not self._least <= size <= self._most:
+            self.fail(f"{value!r} is not between {self._least:g}{first} and {self._most:g}{first}", param, ctx)
+        return size
+
+
+_UNITS = {"s": 1.0, "ms": 1e-3, "m": 60.0, "h": 3600.0}
+_PERIOD = _Quantity("time", _UNITS, 1e-3, 86_400)
+_DELAY = _Quantity("time", _UNITS, 0, 86_400)
+_SIZE = _Quantity(
+    "size", {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 1e3, "MB": 1e6, "GB": 1e9}, 1, 2**31 - 1
+)
 
 
 def _slo(command: C) -> C:
@@ -281,6 +322,46 @@ def compress(
     help="Another name of the server, as behind a proxy: without keys, changes are taken under its names only.",
 )
 @click.option("--cells", type=click.IntRange(1, 256), help="Processes behind the port; the plan's number by default.")
+@click.option("--streams", type=click.IntRange(1, 1024), help="Batches that each cell runs at the same time.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="CPU threads of each stream; as the plan says, as far as they fit."
+)
+@click.option(
+    "--idle-timeout", default="300s", show_default=True, type=_PERIOD, help="A connection without requests is closed."
+)
+@click.option("--request-timeout", default="30s", show_default=True, type=_PERIOD, help="For a request to be whole.")
+@click.option("--max-body", default="64MiB", show_default=True, type=_SIZE, help="Of a request, unpacked.")
+@click.option(
+    "--drain-delay",
+    default="0s",
+    show_default=True,
+    type=_DELAY,
+    help="At SIGTERM: go on serving for so long, while readiness already says no.",
+)
+@click.option(
+    "--drain-timeout",
+    default="30s",
+    show_default=True,
+    type=_DELAY,
+    help="After that: for requests under way; what takes longer is cut off. A second signal ends at once.",
+)
+@click.option(
+    "--frozen-after", default="5s", show_default=True, type=_PERIOD, help="A cell that is silent so long is replaced."
+)
+@click.option(
+    "--grpc-ping-interval",
+    default="500ms",
+    show_default=True,
+    type=_DELAY,
+    help="The shortest at which gRPC clients may ping (keepalive); 0 lets them as they like.",
+)
+@click.option("--grpc-keepalive", type=_PERIOD, help="Ping gRPC clients that are silent so long; never by default.")
+@click.option(
+    "--grpc-max-age",
+    type=_PERIOD,
+    help="Have gRPC clients connect anew after so long, to another cell perhaps; 60s with several cells, else never.",
+)
+@click.option("--grpc-max-age-grace", type=_PERIOD, help="For calls under way then; as long as they take by default.")
 @click.option("--admin/--no-admin", default=True, show_default=True, help="Whether clients may reload the model.")
 @click.option(
     "--admin-port", type=click.IntRange(0, 65535), help="Where they may, and nowhere else; 0 takes a free one."
@@ -321,6 +402,18 @@ def serve(
     expose: bool,
     known_as: tuple[str, ...],
     cells: int | None,
+    streams: int | None,
+    threads: int | None,
+    idle_timeout: float,
+    request_timeout: float,
+    max_body: float,
+    drain_delay: float,
+    drain_timeout: float,
+    frozen_after: float,
+    grpc_ping_interval: float,
+    grpc_keepalive: float | None,
+    grpc_max_age: float | None,
+    grpc_max_age_grace: float | None,
     admin: bool,
     admin_port: int | None,
     admin_host: str | None,
@@ -333,22 +426,39 @@ def serve(
     trust: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
-    """Answer requests as a Plan says (Open Inference Protocol v2, HTTP and gRPC). SIGTERM or Ctrl-C drains.
+    """Answer requests as a Plan says (Open Inference Protocol v2, HTTP and gRPC).
+
+    SIGTERM or Ctrl-C drains, a second one ends at once. SIGHUP reads keys and certificates again, which also happens
+    when their files change. More in docs/operating.md.
 
     \b
     rushhour serve runs/demo
     curl http://127.0.0.1:8000/v2/models/article-fashion-mnist
     """
-    from rushhour.serve import Keys, ServeSettings, open_target
+    from rushhour.serve import Limits, ServeSettings, open_target
     from rushhour.serve import serve as serve_target
 
     opened = open_target(target)
+    policy = msgspec.structs.replace(
+        opened.plan.policy,
+        streams=streams or opened.plan.policy.streams,
+        threads=threads or opened.plan.policy.threads,
+    )
+    limits = {
+        "idle_s": idle_timeout,
+        "request_s": request_timeout,
+        "body_bytes": int(max_body),
+        "ping_s": grpc_ping_interval,
+        "keepalive_s": grpc_keepalive,
+        "grpc_age_s": grpc_max_age,
+        "grpc_grace_s": grpc_max_age_grace,
+    }
 
     def ready(url: str, grpc: str | None, way: str) -> None:
         name = model_name or opened.name
         where = f"{url} and, over gRPC, at {grpc}" if grpc else url
         click.echo(f"{name} is served at {where}: {way}. Ctrl-C drains and stops.")
-        _write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": opened.plan.policy, "served": way})
+        _write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy, "served": way})
 
     settings = ServeSettings(
         host=host,
@@ -356,7 +466,8 @@ def serve(
         grpc_port=None if no_grpc else grpc_port,
         model=model_name,
         trusted=trust,
-        api_keys=Keys.read(api_key_file) if api_key_file else (),
+        limits=msgspec.convert(limits, Limits),
+        api_key_file=str(api_key_file) if api_key_file else None,
         tls_certificate=str(tls_cert) if tls_cert else None,
         tls_key=str(tls_key) if tls_key else None,
         exposed=expose,
@@ -371,6 +482,11 @@ def serve(
         otel=otel,
         otel_sample=otel_sample,
         cells=cells,
+        streams=streams,
+        threads=threads,
+        drain_delay_s=drain_delay,
+        drain_timeout_s=drain_timeout,
+        frozen_s=frozen_after,
         exact=False,
     )
     serve_target(opened, settings, ready)

@@ -12,12 +12,7 @@ import io
 import sys
 from pathlib import Path
 
-import msgspec
-
-from rushhour.errors import RushhourError
-from rushhour.serve import ServeSettings, open_target, serve
-from rushhour.serve.orders import Said
-from rushhour.serve.tether import Tether
+from rushhour.serve.signals import SIGNALS
 
 
 def _write(line: bytes) -> None:
@@ -25,24 +20,34 @@ def _write(line: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _say(said: Said) -> None:
-    _write(msgspec.json.encode(said) + b"\n")
-
-
-def _ready(url: str, grpc: str | None, way: str) -> None:
-    _say(Said(url=url, grpc=grpc or "", way=way))
-
-
 def _main(arguments: list[str]) -> int:
+    # Signals are heard before the rest is imported, which takes its time.
+    SIGNALS.early()
+    import msgspec
+
+    from rushhour.errors import RushhourError
+    from rushhour.serve.orders import Said
+    from rushhour.serve.server import serve
+    from rushhour.serve.settings import ServeSettings
+    from rushhour.serve.target import open_planned, open_target
+    from rushhour.serve.tether import Tether
+
+    def say(said: Said) -> None:
+        _write(msgspec.json.encode(said) + b"\n")
+
+    def ready(url: str, grpc: str | None, way: str) -> None:
+        say(Said(url=url, grpc=grpc or "", way=way))
+
     orders = io.FileIO(0, closefd=False)
     try:
-        text = arguments[1] if len(arguments) > 1 else "{}"
+        path, text = Path(arguments[0]), arguments[1] if len(arguments) > 1 else "{}"
         settings = msgspec.json.decode(orders.readline() if text == "-" else text, type=ServeSettings)
         tether = Tether(orders, _write)
-        target = open_target(Path(arguments[0]))
-        serve(target, settings, ready=_ready, tether=tether)
+        served = settings.served
+        target = open_target(path) if served is None else open_planned(path, served.plan, Path(served.folder))
+        serve(target, settings, ready=ready, tether=tether)
     except RushhourError as error:
-        _say(Said(error=str(error)))
+        say(Said(error=str(error)))
         return 2
     return 0
 

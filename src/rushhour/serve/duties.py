@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from prometheus_client import ProcessCollector
 
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve import log
-from rushhour.serve.orders import Count, Done, Load, Log, Register, Speed, Unload, Unregister, Work
+from rushhour.serve.orders import (
+    Abandon,
+    Beat,
+    Commit,
+    Count,
+    Done,
+    Load,
+    Log,
+    Prepare,
+    Register,
+    Renew,
+    Speed,
+    Unload,
+    Unregister,
+    Work,
+)
 from rushhour.serve.repository import Repository
 from rushhour.serve.shared_memory import SharedMemory
 from rushhour.serve.statistics import Report, State
@@ -25,15 +41,17 @@ class Duties:
 
     Attributes:
         watch: adds what the faces know to the state of the cell.
+        renew: has the faces use other keys and another certificate.
     """
 
     def __init__(self, repository: Repository, regions: SharedMemory | None = None) -> None:
         self._repository = repository
         self._regions = regions
         self.watch: Callable[[State], None] | None = None
+        self.renew: Callable[[Renew], None] | None = None
 
     async def do(self, work: Work) -> Done:
-        """Do it; an error of the kind that a user can cause is part of the answer."""
+        """Do it. Whatever goes wrong is part of the answer: others wait for one."""
         try:
             match work:
                 case Count():
@@ -44,6 +62,18 @@ class Duties:
                 case Load(versions):
                     await self._repository.load(versions)
                     return Done(report=self.report())
+                case Prepare(versions, plan, folder):
+                    await self._repository.prepare(versions, plan, Path(folder))
+                case Commit():
+                    await self._repository.commit()
+                    return Done(report=self.report())
+                case Abandon():
+                    await self._repository.abandon()
+                case Beat():
+                    pass
+                case Renew():
+                    if self.renew is not None:
+                        self.renew(work)
                 case Unload():
                     await self._repository.unload()
                 case Register(name, key, offset, byte_size, access):
@@ -54,6 +84,9 @@ class Duties:
                     log.set_level(level)
         except RushhourError as error:
             return Done(str(error), error.status if isinstance(error, WireError) else 400)
+        except Exception as error:
+            log.failure("work failed", error, work=type(work).__name__)
+            return Done(f"internal error: {type(error).__name__}", 500)
         return Done()
 
     def report(self) -> Report:
@@ -73,7 +106,11 @@ class Duties:
         if self.watch is not None:
             self.watch(state)
         return Report(
-            self._repository.name, self._repository.totals(), {0: state}, bundles=dict(self._repository.versions)
+            self._repository.name,
+            self._repository.totals(),
+            {0: state},
+            bundles=dict(self._repository.versions),
+            dropped=log.dropped(),
         )
 
     def _shared(self) -> SharedMemory:

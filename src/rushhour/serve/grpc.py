@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -25,7 +24,7 @@ from rushhour.protocol import HEALTH, INFERENCE, message
 from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
 from rushhour.serve.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.control import Control
-from rushhour.serve.guard import Asker, Keys, Limits
+from rushhour.serve.guard import Asker, Certificates, Identity, Keys, Limits
 from rushhour.serve.observe import CANCELLED, Followed, Observer
 from rushhour.serve.repository import Repository
 
@@ -103,27 +102,30 @@ class GrpcFace:
                 ("grpc.max_connection_idle_ms", math.ceil(1e3 * limits.idle_s)),
                 ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * limits.request_s)),
                 ("grpc.so_reuseport", 1),
+                *_keepalive(limits),
             ],
         )
 
-    async def start(self, address: str, certificate: str | None, key: str | None) -> None:
+    async def start(
+        self, address: str, certificates: Certificates | None = None, more: Sequence[str] | None = None
+    ) -> None:
         """Listen, from now on.
 
         Args:
             address: `host:port`. Servers that share the port are joined: whether it is free is to be seen to before.
-            certificate: path of the certificate chain; None serves without TLS.
-            key: path of its private key.
+            certificates: for TLS; None serves without.
+            more: further addresses.
 
         Raises:
-            ServeError: if the address cannot be had.
+            ServeError: if one of them cannot be had.
         """
         self.address = address
         try:
-            if certificate is None or key is None:
-                self._server.add_insecure_port(address)
-            else:
-                pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
-                self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            for each in (address, *(more or ())):
+                if certificates is None:
+                    self._server.add_insecure_port(each)
+                else:
+                    self._server.add_secure_port(each, _credentials(certificates))
             await self._server.start()
         except (RuntimeError, OSError) as error:
             raise ServeError(
@@ -440,6 +442,43 @@ class _Call:
         if not self._answered.done():  # what failed may have been what follows the answer
             self._answered.set_exception(error)
         _end(self._followed, _status(error))
+
+
+def _keepalive(limits: Limits) -> list[tuple[str, int]]:
+    """How pings and long connections are taken. Source: grpc/grpc, doc/keepalive.md; A9-server-side-conn-mgt.md."""
+    options = [
+        ("grpc.http2.min_ping_interval_without_data_ms", math.floor(1e3 * limits.ping_s)),
+        ("grpc.keepalive_permit_without_calls", 1),  # else a client without calls may ping every two hours only
+        *([] if limits.ping_s else [("grpc.http2.max_ping_strikes", 0)]),
+    ]
+    if limits.keepalive_s is not None:
+        options += [
+            ("grpc.keepalive_time_ms", math.ceil(1e3 * limits.keepalive_s)),
+            ("grpc.keepalive_timeout_ms", math.ceil(1e3 * limits.keepalive_s)),
+        ]
+    if limits.grpc_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", math.ceil(1e3 * limits.grpc_age_s)))
+        if limits.grpc_grace_s is not None:
+            options.append(("grpc.max_connection_age_grace_ms", math.ceil(1e3 * limits.grpc_grace_s)))
+    return options
+
+
+def _credentials(certificates: Certificates) -> Any:
+    """TLS with the certificate that is in use when a client comes; grpcio asks before each handshake."""
+    given = certificates.identity
+
+    def pair(identity: Identity) -> Any:
+        chain, key = identity.pem
+        return grpc.ssl_server_certificate_configuration([(key, chain)])
+
+    def renewed() -> Any:
+        nonlocal given
+        if certificates.identity is given:
+            return None
+        given = certificates.identity
+        return pair(given)
+
+    return grpc.dynamic_ssl_server_credentials(pair(given), renewed)
 
 
 def _stopping() -> WireError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
+import os
 import re
 import socket
 import ssl
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -18,6 +20,8 @@ import msgspec
 from rushhour.errors import ServeError, WireError
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
+_BYTES = "latin-1"
+"""Bytes as text, one by one: what stands between the blocks of a PEM file may be in any encoding."""
 
 ASKER_FIELDS = frozenset((b"host", b"origin", b"content-type", b"user-agent", b"sec-fetch-site"))
 """Header fields that tell who asks."""
@@ -38,6 +42,14 @@ class Limits(msgspec.Struct, frozen=True):
         request_s: from a request's first byte to its last. A client that sends slower holds memory for nothing.
         idle_s: without a request; then the connection is closed.
         picture_pixels: of an encoded picture. Each thread that decodes needs 4 bytes for each.
+        ping_s: how often a gRPC client may ping, to see whether the connection lives; one that does so more often is
+            disconnected (GOAWAY, too_many_pings). 0 lets it.
+        keepalive_s: after so long without a word a gRPC client is pinged, and its connection closed if it does not
+            answer; None never does.
+        grpc_age_s: after so long a gRPC connection is renewed: calls under way go on, further ones are made on another
+            connection, which may lead to another cell. None takes 60 s where there are several cells, else never.
+        grpc_grace_s: how long calls may go on then; those that take longer, streams above all, are cancelled. None lets
+            them take as long as they do.
     """
 
     connections: Annotated[int, msgspec.Meta(ge=1)] = 8192
@@ -46,6 +58,10 @@ class Limits(msgspec.Struct, frozen=True):
     request_s: _Positive = 30.0
     idle_s: _Positive = 300.0
     picture_pixels: Annotated[int, msgspec.Meta(ge=1)] = 50_000_000
+    ping_s: Annotated[float, msgspec.Meta(ge=0)] = 0.5
+    keepalive_s: _Positive | None = None
+    grpc_age_s: _Positive | None = None
+    grpc_grace_s: _Positive | None = None
 
 
 class Keys:
@@ -80,6 +96,10 @@ class Keys:
                 "make one with: python3 -c 'import secrets; print(secrets.token_urlsafe())'",
             )
         return keys
+
+    def renew(self, keys: tuple[str, ...]) -> None:
+        """Accept these from now on, and no others."""
+        self._keys = tuple(key.encode() for key in keys)
 
     def admit(self, authorization: bytes | None) -> bool:
         """Whether this `Authorization` field carries one of the keys; a near miss takes as long as any other."""
@@ -221,24 +241,91 @@ def _words(packed: bytes) -> str:
     return "".join(f"{int.from_bytes(packed[at : at + 4], sys.byteorder):08X}" for at in range(0, len(packed), 4))
 
 
-def tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """The TLS context for a certificate chain and its key; None for neither.
+class Identity(msgspec.Struct, frozen=True):
+    """A certificate chain and its private key, both in PEM."""
+
+    chain: str
+    key: str
+
+    @property
+    def pem(self) -> tuple[bytes, bytes]:
+        """The chain and the key as they were read."""
+        return self.chain.encode(_BYTES), self.key.encode(_BYTES)
+
+    def context(self) -> ssl.SSLContext:
+        """A context for TLS with it.
+
+        Raises:
+            OSError, ValueError: if they cannot be used; `ssl.SSLError` is an OSError.
+        """
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        with _in_memory(self.pem[0]) as chain, _in_memory(self.pem[1]) as key:
+            # An encrypted key must not ask for its password: there may be nobody at the terminal.
+            context.load_cert_chain(chain, key, password=lambda: "")
+        return context
+
+
+class Certificates:
+    """The server's side of TLS, over HTTP and gRPC: each handshake is made with what was read last.
+
+    Args:
+        identity: to begin with.
+
+    Attributes:
+        identity: in use.
+        context: for the server, once and for all.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self.identity = identity
+        self.context = identity.context()
+        # Another context for each: a certificate of another kind (ECDSA, RSA) would only be added to the first.
+        self._current = self.context
+        self.context.sni_callback = self._turn  # called in every handshake, whether the client names a server or not
+
+    def renew(self, identity: Identity) -> None:
+        """Use another one in all further handshakes.
+
+        Raises:
+            OSError, ValueError: if it cannot be used; then the old one stays.
+        """
+        self._current = identity.context()
+        self.identity = identity
+
+    def _turn(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """The path of a file that exists in this process alone: OpenSSL reads nothing else."""
+    descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def tls(certificate: Path | None, key: Path | None) -> Identity | None:
+    """Read a certificate chain and its key, and see whether they can be used together; None for neither.
 
     Raises:
-        ServeError: if only one is given, or they cannot be read.
+        ServeError: if only one is given, or they cannot be read or used.
     """
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
         raise ServeError("TLS needs a certificate and a key", "only one was given", "give --tls-cert and --tls-key")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
+        identity = Identity(certificate.read_text(_BYTES), key.read_text(_BYTES))
+        identity.context()
+    except (OSError, ValueError) as error:
         raise ServeError(
             f"cannot use the certificate {certificate} with the key {key}", str(error), "check both files"
         ) from error
-    return context
+    return identity
 
 
 def check_exposure(host: str, keys: tuple[str, ...], *, exposed: bool) -> None:

@@ -346,6 +346,15 @@ class HttpConnection(asyncio.Protocol):
         if self.idle and self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        """Close the connection over whatever is under way: its time is over."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def forget(self) -> None:
+        """Judge the next request anew: the key that was right before may have been withdrawn."""
+        self._known = self._repeat = None
+
     # The parser's side.
 
     def on_message_begin(self) -> None:

@@ -76,6 +76,8 @@ def _counted(report: Report) -> Iterator[Metric]:
     cancelled.add_metric((report.model,), total.cancelled)
     yield cancelled
     yield CounterMetricFamily("rushhour_cell_restarts", "Cells that died and were started again.", report.restarts)
+    yield CounterMetricFamily("rushhour_cell_frozen", "Cells that did not answer and were killed.", report.frozen)
+    yield CounterMetricFamily("rushhour_log_lines_dropped", "Log lines that nobody read in time.", report.dropped)
 
 
 def _latencies(model: str, total: Totals) -> Iterator[Metric]:

@@ -12,6 +12,8 @@ from typing import Literal
 import msgspec
 
 from rushhour.errors import WireError
+from rushhour.plan import Plan
+from rushhour.serve.guard import Identity
 from rushhour.serve.shared_memory import Access
 from rushhour.serve.speed import Speeds
 from rushhour.serve.statistics import Report
@@ -27,6 +29,38 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """
 
     versions: dict[str, int] = {}
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """Open what this plan says, beside what is served; nothing else changes yet.
+
+    Attributes:
+        versions: of the bundles that were served in any cell, by their hashes.
+        folder: that the plan's bundles lie in.
+    """
+
+    versions: dict[str, int]
+    plan: Plan
+    folder: str
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """Serve what was prepared."""
+
+
+class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
+    """Close what was prepared, if anything was."""
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Answer, to show that the loop turns."""
+
+
+class Renew(msgspec.Struct, frozen=True, tag="renew"):
+    """Use these from now on; None is as before."""
+
+    api_keys: tuple[str, ...] | None = None
+    identity: Identity | None = None
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
@@ -63,7 +97,7 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     level: LogLevel
 
 
-Work = Load | Unload | Count | Speed | Register | Unregister | Log
+Work = Load | Prepare | Commit | Abandon | Beat | Renew | Unload | Count | Speed | Register | Unregister | Log
 
 
 class Done(msgspec.Struct, frozen=True):

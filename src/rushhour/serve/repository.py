@@ -13,6 +13,8 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from rushhour.bundle import Bundle, Signature
@@ -21,13 +23,14 @@ from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
 from rushhour.measurement import BatchCost, ServiceTimes
+from rushhour.plan import Plan
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
 from rushhour.serve.statistics import Totals, remembered, together
-from rushhour.serve.target import Target, Way, open_target
+from rushhour.serve.target import Target, Way, open_planned, open_target
 from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03
@@ -84,6 +87,7 @@ class Repository:
         regions: the shared memory that requests may use; None where it is switched off.
         limits: what one request may cost.
         exact: serve as the plan's first variant says or not at all; else the best way that is right on this machine.
+        reopen: opens what lies at the path by then, for a reload; as it was opened first by default.
 
     Attributes:
         loaded: what answers requests now.
@@ -103,6 +107,7 @@ class Repository:
         regions: Regions | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         exact: bool = True,
+        reopen: Callable[[], Target] | None = None,
     ) -> None:
         self._exact = exact
         self.name = name or target.name
@@ -115,6 +120,8 @@ class Repository:
         self.loaded: Loaded | None = None
         self._path = target.path
         self._first: Target | None = target
+        self._reopen = reopen or partial(open_target, target.path)
+        self._prepared: tuple[Loaded, dict[str, int]] | None = None
         self._opener = opener
         self._regions = regions
         self._limits = limits
@@ -146,32 +153,90 @@ class Repository:
         """
         async with self._changing:
             self.versions |= versions or {}
-            loop = asyncio.get_running_loop()
             target, self._first = self._first, None
-            if target is None:
-                target = await loop.run_in_executor(self._opening, open_target, self._path)
-            opened = await loop.run_in_executor(self._opening, self._open, target)
-            way, engine, decoder = opened.way, opened.engine, opened.decoder
-            codec = Codec(
-                self.name,
-                engine.signature,
-                version=str(self._version_of(way.bundle.manifest.hash)),
-                labels=way.bundle.manifest.task.classes,
-                regions=self._regions,
-                pictures=self._most_pictures(engine.signature) if decoder else 0,
-            )
-            profile = Profile(opened.times, is_sure=opened.was_alone)
-            cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, opened.cost)
-            old, self.loaded = self.loaded, Loaded(target, way, engine, cell, opened)
-            base = f"/v2/models/{self.name}"
-            self._infer_paths = frozenset(
-                path.encode() for path in (f"{base}/infer", f"{base}/versions/{codec.version}/infer")
-            )
-        log.event(logging.INFO, "loaded", model=self.name, version=codec.version, bundle=way.bundle.manifest.hash)
-        if old is not None:
-            await self._retire(old)
-            if not opened.was_alone:
-                profile.doubt()  # what it has learned until now, it learned beside the old engine
+            loaded = await self._made(target)
+            old = self._serve(loaded)
+        await self._follow(loaded, old)
+
+    async def prepare(self, versions: Mapping[str, int], plan: Plan, folder: Path) -> None:
+        """Open what a plan says, beside what is served. What was prepared before is closed.
+
+        Args:
+            versions: of bundles that were served elsewhere, by their hashes.
+            plan: as one that has opened the path has read it: all that do this open the same.
+            folder: that the plan's bundles lie in.
+
+        Raises:
+            RushhourError: if it cannot be opened, or is not what the plan was made for.
+        """
+        await self.abandon()
+        async with self._changing:
+            self.versions |= versions
+            known = dict(self.versions)
+            loop = asyncio.get_running_loop()
+            target = await loop.run_in_executor(self._opening, open_planned, self._path, plan, folder)
+            self._prepared = await self._made(target), known
+
+    async def commit(self) -> None:
+        """Serve what was prepared, from the next request on.
+
+        Raises:
+            ServeError: if nothing was.
+        """
+        async with self._changing:
+            prepared, self._prepared = self._prepared, None
+            if prepared is None:
+                raise ServeError("cannot serve another version", "none was prepared", "load the model again")
+            self._first = None
+            loaded, _ = prepared
+            old = self._serve(loaded)
+        await self._follow(loaded, old)
+
+    async def abandon(self) -> None:
+        """Close what was prepared, if anything was: the version that it was to have is free again."""
+        async with self._changing:
+            prepared, self._prepared = self._prepared, None
+            if prepared is not None:
+                loaded, self.versions = prepared
+                await self._close(loaded)
+
+    async def _made(self, target: Target | None) -> Loaded:
+        """A version that nobody has asked anything of yet; of what lies at the path now where there is no target."""
+        loop = asyncio.get_running_loop()
+        if target is None:
+            target = await loop.run_in_executor(self._opening, self._reopen)
+        opened = await loop.run_in_executor(self._opening, self._open, target)
+        way, engine, decoder = opened.way, opened.engine, opened.decoder
+        codec = Codec(
+            self.name,
+            engine.signature,
+            version=str(self._version_of(way.bundle.manifest.hash)),
+            labels=way.bundle.manifest.task.classes,
+            regions=self._regions,
+            pictures=self._most_pictures(engine.signature) if decoder else 0,
+        )
+        profile = Profile(opened.times, is_sure=opened.was_alone)
+        cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, opened.cost)
+        return Loaded(target, way, engine, cell, opened)
+
+    def _serve(self, loaded: Loaded) -> Loaded | None:
+        """Put it before the requests; what was there until now."""
+        old, self.loaded = self.loaded, loaded
+        base = f"/v2/models/{self.name}"
+        self._infer_paths = frozenset(
+            path.encode() for path in (f"{base}/infer", f"{base}/versions/{loaded.version}/infer")
+        )
+        bundle = loaded.way.bundle.manifest.hash
+        log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
+        return old
+
+    async def _follow(self, loaded: Loaded, old: Loaded | None) -> None:
+        """Retire what was there before."""
+        if old is None:
+            return
+        await self._retire(old)
+        if loaded.opened is not None and not loaded.opened.was_alone:
+            loaded.cell.profile.doubt()  # what it has learned until now, it learned beside the old engine
 
     async def unload(self, within_s: float | None = None) -> None:
         """Take no more requests; finish those that were taken.
@@ -203,6 +268,9 @@ class Repository:
             old.cell.give_up(EngineError("the engine does not end its batches", "", "load the model again"))
         self._retiring.remove(old.cell)
         self._past = together([self._past, {old.version: old.cell.totals()}])
+        await self._close(old, ended=ended)
+
+    async def _close(self, old: Loaded, *, ended: bool = True) -> None:
         if old.cell.decoder is not None:
             old.cell.decoder.close()
         if not ended:

@@ -9,10 +9,11 @@ import gc
 import logging
 import os
 import resource
-import signal
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,29 +28,35 @@ from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
 from rushhour.serve.door import let_nobody_in
 from rushhour.serve.duties import Duties
-from rushhour.serve.guard import Asker, Keys, KnownAs, check_exposure, tls
+from rushhour.serve.guard import Asker, Certificates, Keys, KnownAs, check_exposure, tls
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.observe import ObservedConnection, Observer
-from rushhour.serve.orders import Do
+from rushhour.serve.orders import Do, Renew
+from rushhour.serve.ports import Take, claim, everywhere, join, reserve
+from rushhour.serve.renewal import Renewal
 from rushhour.serve.repository import Opener, Repository, opener
 from rushhour.serve.routes import Answer, Routes
 from rushhour.serve.settings import ServeSettings
 from rushhour.serve.shared_memory import SharedMemory
+from rushhour.serve.signals import SIGNALS
 from rushhour.serve.statistics import State
-from rushhour.serve.supervisor import Supervisor, join, pins, reserve
-from rushhour.serve.target import Target
+from rushhour.serve.supervisor import Supervisor, pins
+from rushhour.serve.target import Target, open_target
 from rushhour.serve.tether import Tether
 
 if TYPE_CHECKING:
     from rushhour.serve.grpc import GrpcFace
 
 _ADMIN_HOST = "127.0.0.1"
-_DRAIN_SECONDS = 30.0
-_UNLOAD_SECONDS = 1.0
-"""For what has not ended when draining has: its clients are gone, or the engine does not end its batches."""
 _LINGER_SECONDS = 0.25
 _HANDSHAKE_SECONDS = 0.05
+_LATE_SECONDS = 1.0
+_CLOSE_SECONDS = 5.0
+"""From the end of draining: for the engine to end what it computes, though nobody waits for it any more."""
+_SPANS_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.2
 _OTHER_FILES = 256
+_GRPC_AGE_SECONDS = 60.0
 _COLLECT_AFTER = (50_000, 20, 20)
 """Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
 
@@ -67,6 +74,9 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then take no new connections, answer what is under way, and return.
 
+    A second signal ends the process at once, as does the first one while nothing is served yet; SIGHUP has keys and
+    certificates read again.
+
     Args:
         target: what to serve.
         settings: where.
@@ -78,25 +88,69 @@ def serve(
         ServeError: if the port cannot be had.
         EngineError: if the plan's engine cannot do what the plan says.
     """
-    settings.check()
-    check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
-    _allow_files(settings.limits.connections + _OTHER_FILES)
-    memory.settle()
-    if settings.admin_port is not None:
-        check_exposure(settings.admin_host or _ADMIN_HOST, settings.api_keys, exposed=settings.exposed)
-    context = tls(*(Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key)))
-    planned = target.plan.policy.cells
-    cells = settings.cells or (planned if settings.exact else min(planned, cores()))
-    form = settings.log_format or log.usual_format()
-    settings = msgspec.structs.replace(settings, log_format=form)
-    with log.to_stderr(form, settings.log_level), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if not settings.exact and not settings.one_of_many:
-            _say_differences(target)
-        if cells > 1 and not settings.one_of_many:
-            runner.run(_supervise(target, settings, cells, ready))
-        else:
-            opening = open_with or opener(settings.trusted)
-            runner.run(_serve(target, settings, opening, context, ready, tether))
+    with SIGNALS.held():
+        settings.check()
+        settings = _with_secrets(settings)
+        check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
+        _allow_files(settings.limits.connections + _OTHER_FILES)
+        memory.settle()
+        if settings.admin_port is not None:
+            check_exposure(settings.admin_host or _ADMIN_HOST, settings.api_keys, exposed=settings.exposed)
+        planned = target.plan.policy.cells
+        cells = settings.cells or (planned if settings.exact else min(planned, cores()))
+        several = cells > 1 and not settings.one_of_many
+        target = _laid_out(target, settings, cells if several else 1)
+        limits = settings.limits
+        if limits.grpc_age_s is None and (several or settings.one_of_many):
+            limits = msgspec.structs.replace(limits, grpc_age_s=_GRPC_AGE_SECONDS)
+        form = settings.log_format or log.usual_format()
+        settings = msgspec.structs.replace(settings, log_format=form, limits=limits)
+        with log.to_stderr(form, settings.log_level), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            SIGNALS.last_words = partial(log.flush, _LAST_WORDS_SECONDS)
+            if not settings.exact and not settings.one_of_many:
+                _say_differences(target)
+            if several:
+                started = runner.run(_supervise(target, settings, cells, ready))
+            else:
+                runner.run(_serve(target, settings, open_with or opener(settings.trusted), ready, tether))
+                started = True
+        interrupted = SIGNALS.interrupted
+    if interrupted and not started:
+        sys.exit(130)
+
+
+def _with_secrets(settings: ServeSettings) -> ServeSettings:
+    """The settings with the keys and the certificate that their files hold now.
+
+    Raises:
+        ServeError: if they cannot be used.
+    """
+    if settings.one_of_many:
+        return settings  # its supervisor has read them: a cell that comes later uses what the others do
+    keys = Keys.read(Path(settings.api_key_file)) if settings.api_key_file else settings.api_keys
+    pair = (Path(file) if file else None for file in (settings.tls_certificate, settings.tls_key))
+    return msgspec.structs.replace(settings, api_keys=keys, identity=tls(*pair))
+
+
+def _laid_out(target: Target, settings: ServeSettings, cells: int) -> Target:
+    """The target with the streams and threads that were asked for, or that fit as many cells as were.
+
+    Raises:
+        ServeError: if there is no room for what was asked.
+    """
+    room = min(map(len, pins(cells, sorted(os.sched_getaffinity(0))))) if cells > 1 else cores()
+    asked = bool(settings.streams or settings.threads)
+    target = target.laid_out(settings.streams, settings.threads, room)
+    policy = target.plan.policy
+    if not asked and cells not in (1, policy.cells):
+        return target.fitted(room)  # the plan's layout is that of another number of cells
+    if asked and policy.streams * policy.threads > room:
+        raise ServeError(
+            f"cannot run {policy.streams} streams of {policy.threads} threads in each of {cells} cells",
+            f"each has {room} of this machine's cores",
+            "give smaller --streams, --threads or --cells",
+        )
+    return target
 
 
 def _say_differences(target: Target) -> None:
@@ -114,23 +168,40 @@ def _allow_files(wanted: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
-async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Ready) -> None:
+def _reopened(path: Path, settings: ServeSettings, cells: int) -> Target:
+    return _laid_out(open_target(path), settings, cells)
+
+
+async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Ready) -> bool:
+    """Serve with several cells; whether they were ready before the end."""
     with contextlib.ExitStack() as held:
         ports = {
-            name: None if port is None else held.enter_context(_reserved(name, host, port)).getsockname()[1]
+            name: None if port is None else _held(held, name, host, port, reserve)[0].getsockname()[1]
             for name, (host, port) in _places(settings).items()
         }
         shared = msgspec.structs.replace(settings, **ports, cells=None, one_of_many=True)
         grpc = None if shared.grpc_port is None else _address(settings.host, shared.grpc_port)
         log.event(logging.INFO, "start", target=str(target.path), cells=cells)
-        supervisor = Supervisor(target.path, shared, pins(cells, sorted(os.sched_getaffinity(0))))
+        supervisor = Supervisor(
+            target,
+            shared,
+            pins(cells, sorted(os.sched_getaffinity(0))),
+            partial(_reopened, target.path, settings, cells),
+            _closing_s(settings),
+        )
 
         def all_ready(url: str, way: str) -> None:
             log.event(logging.INFO, "all cells ready", url=url, grpc=grpc)
             ready(url, grpc, f"{cells} cells, each {way}")
 
-        await supervisor.run(all_ready)
+        started = await supervisor.run(all_ready)
         log.event(logging.INFO, "all cells stopped")
+        return started
+
+
+def _closing_s(settings: ServeSettings) -> float:
+    """From the signal to stop to the end of the process, at most."""
+    return settings.drain_delay_s + settings.drain_timeout_s + _CLOSE_SECONDS + _SPANS_SECONDS + 2 * _LATE_SECONDS
 
 
 def _places(settings: ServeSettings) -> dict[str, tuple[str, int | None]]:
@@ -143,27 +214,34 @@ def _places(settings: ServeSettings) -> dict[str, tuple[str, int | None]]:
 
 
 async def _serve(
-    target: Target,
-    settings: ServeSettings,
-    open_with: Opener,
-    context: ssl.SSLContext | None,
-    ready: Ready,
-    tether: Tether | None,
+    target: Target, settings: ServeSettings, open_with: Opener, ready: Ready, tether: Tether | None
 ) -> None:
     # The ports are taken before the model is loaded, so that one in use is said at once; they listen only when ready.
     with contextlib.ExitStack() as held:
-        listener = held.enter_context(_bound(settings, "http_port"))
-        admin = held.enter_context(_bound(settings, "admin_port")) if settings.admin_port is not None else None
-        grpc_port = settings.grpc_port
-        if grpc_port is not None and not settings.one_of_many:
+        take = join if settings.one_of_many else claim
+        places = {name: place for name, place in _places(settings).items() if place[1] is not None}
+        listeners = {
+            name: _held(held, name, host, port, take)
+            for name, (host, port) in places.items()
+            if name != "grpc_port" and port is not None
+        }
+        grpc: list[socket.socket] = []
+        if settings.grpc_port is not None:
             # Held until the end: grpcio binds it by itself, and only when all is ready.
-            grpc_port = held.enter_context(_reserved("grpc_port", settings.host, grpc_port)).getsockname()[1]
+            grpc = _held(held, "grpc_port", *places["grpc_port"], join if settings.one_of_many else reserve)
         if not settings.one_of_many:
             log.event(logging.INFO, "start", target=str(target.path), cells=1)
         observer = held.enter_context(_observing(settings))
         regions = SharedMemory(settings.limits.body_bytes) if settings.shares_memory else None
         repository = Repository(
-            target, settings.model, open_with, settings.versions, regions, settings.limits, settings.exact
+            target,
+            settings.model,
+            open_with,
+            settings.versions,
+            regions,
+            settings.limits,
+            settings.exact,
+            partial(_reopened, target.path, settings, 1),
         )
         duties = Duties(repository, regions)
         for region in settings.regions:
@@ -176,11 +254,13 @@ async def _serve(
             do = tether.ask if settings.one_of_many else do
         try:
             await (repository.unload() if settings.unloaded else repository.load())
-            bound = msgspec.structs.replace(settings, http_port=listener.getsockname()[1], grpc_port=grpc_port)
-            server = _Server(repository, bound, duties, regions, do, observer, admin)
-            await server.run(listener, context, grpc_port, ready)
+            first = listeners["http_port"][0].getsockname()
+            port = grpc[0].getsockname()[1] if grpc else None
+            bound = msgspec.structs.replace(settings, http_port=first[1], grpc_port=port)
+            server = _Server(repository, bound, duties, regions, do, observer, listeners.get("admin_port"))
+            await server.run(listeners["http_port"], [_address(*sock.getsockname()[:2]) for sock in grpc], ready)
         finally:
-            await repository.unload(_UNLOAD_SECONDS)
+            await repository.unload(_CLOSE_SECONDS)
         log.event(logging.INFO, "stopped")
 
 
@@ -196,29 +276,16 @@ def _observing(settings: ServeSettings) -> Iterator[Observer | None]:
     try:
         yield Observer(WallClock(), records=settings.log_requests, spans=tracing.Spans(provider, WallClock()))
     finally:
-        provider.shutdown()
+        if not tracing.end(provider, _SPANS_SECONDS):
+            why = f"the collector did not take them within {_SPANS_SECONDS:g} s"
+            log.event(logging.WARNING, "spans lost", why=why)
 
 
-def _bound(settings: ServeSettings, name: str) -> socket.socket:
-    host, port = _places(settings)[name]
+def _held(held: contextlib.ExitStack, name: str, host: str, port: int | None, take: Take) -> list[socket.socket]:
+    """Take a port on all addresses of the host, for as long as `held` lasts."""
     assert port is not None
     with _explained(name, host, port):
-        if settings.one_of_many:
-            return join(host, port)
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-        return listener
-
-
-def _reserved(name: str, host: str, port: int) -> socket.socket:
-    with _explained(name, host, port):
-        return reserve(host, port)
+        return [held.enter_context(sock) for sock in everywhere(take, host, port)]
 
 
 def _address(host: str, port: int) -> str:
@@ -245,11 +312,13 @@ def _explained(name: str, host: str, port: int) -> Iterator[None]:
 class _Desk:
     """The desk of one listener's connections: which cell, which control answer, and whether the end has begun."""
 
-    def __init__(self, repository: Repository | None, control: Control, settings: ServeSettings) -> None:
+    def __init__(
+        self, repository: Repository | None, control: Control, settings: ServeSettings, keys: Keys | None = None
+    ) -> None:
         self.connections: set[HttpConnection] = set()
         self.draining = False
         self.limits = settings.limits
-        self.keys = Keys(settings.api_keys)
+        self.keys = Keys(settings.api_keys) if keys is None else keys
         self._repository = repository
         self._routes = Routes(control, infers=repository is not None)
         host = settings.host if repository is not None else settings.admin_host or _ADMIN_HOST
@@ -282,15 +351,19 @@ class _Server:
         regions: SharedMemory | None,
         do: Do,
         observer: Observer | None,
-        admin: socket.socket | None,
+        admin: Sequence[socket.socket] | None,
     ) -> None:
         self._settings = settings
         self._repository = repository
         self._observer = observer
-        self._admin = admin
+        self._admin = admin or ()
         self._draining = False
         self._grpc: GrpcFace | None = None
+        self._keys = Keys(settings.api_keys)
+        self._certificates = None if settings.identity is None else Certificates(settings.identity)
+        self._do = do
         duties.watch = self._describe
+        duties.renew = self._renew
 
         def control(*, admin: bool) -> Control:
             return Control(
@@ -303,50 +376,83 @@ class _Server:
                 tracing=_tracing(settings),
             )
 
-        self._control = control(admin=settings.admin and admin is None)
-        self._desk = _Desk(repository, self._control, settings)
+        self._control = control(admin=settings.admin and not admin)
+        self._desk = _Desk(repository, self._control, settings, self._keys)
         self._desks = [self._desk]
-        if admin is not None:
-            self._desks.append(_Desk(None, control(admin=True), settings))
+        if admin:
+            self._desks.append(_Desk(None, control(admin=True), settings, self._keys))
 
-    async def run(
-        self, listener: socket.socket, context: ssl.SSLContext | None, grpc_port: int | None, ready: Ready
-    ) -> None:
+    async def run(self, listeners: Sequence[socket.socket], grpc: Sequence[str], ready: Ready) -> None:
+        """Serve until a signal to stop, then drain.
+
+        Args:
+            listeners: for HTTP, bound.
+            grpc: the addresses for gRPC, `host:port`.
+            ready: called when requests are welcome.
+        """
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        grpc = None if grpc_port is None else await self._open_grpc(listener.getsockname()[0], grpc_port)
+        SIGNALS.stops(lambda: loop.call_soon_threadsafe(stop.set), patient=self._settings.one_of_many)
+        context = None if self._certificates is None else self._certificates.context
+        face = await self._open_grpc(grpc) if grpc else None
         servers = [
             await self._listen(desk, name, sock, context)
-            for desk, name, sock in zip(self._desks, ("http_port", "admin_port"), (listener, self._admin), strict=False)
-            if sock is not None
+            for desk, name, socks in zip(
+                self._desks, ("http_port", "admin_port"), (listeners, self._admin), strict=False
+            )
+            for sock in socks
         ]
         # What is loaded now lives as long as the server: the collector need not walk it during requests.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_COLLECT_AFTER)
-        url = _url(listener, context is not None)
-        address = None if grpc is None else grpc.address
-        admin = None if self._admin is None else _url(self._admin, context is not None)
+        url = _url(listeners[0], context is not None)
+        address = None if face is None else face.address
+        admin = _url(self._admin[0], context is not None) if self._admin else None
         log.event(logging.INFO, "ready", url=url, grpc=address, admin=admin, model=self._repository.name)
         loaded = self._repository.loaded
         ready(url, address, "nothing, for it is unloaded" if loaded is None else str(loaded.way))
-        sweeping = asyncio.ensure_future(self._sweep())
+        tasks = [asyncio.ensure_future(self._sweep())]
+        if self._settings.one_of_many:
+            SIGNALS.renews(lambda: None)  # its supervisor does it, for all cells
+        else:
+            renewal = Renewal(self._settings, self._do)
+            SIGNALS.renews(renewal.ask)
+            tasks.append(asyncio.ensure_future(renewal.run()))
         await stop.wait()
-        sweeping.cancel()
-        log.event(logging.INFO, "drain", connections=len(self._desk.connections))
+        SIGNALS.bound(_closing_s(self._settings))
         self._draining = True
+        if self._settings.drain_delay_s:
+            log.event(logging.INFO, "readiness ends", drain_in_s=self._settings.drain_delay_s)
+            await asyncio.sleep(self._settings.drain_delay_s)
+        log.event(logging.INFO, "drain", connections=len(self._desk.connections))
+        for task in tasks:
+            task.cancel()
         for desk in self._desks:
             desk.draining = True
-        for sock in (listener, self._admin):
-            if sock is not None:
-                let_nobody_in(sock)
+        for sock in (*listeners, *self._admin):
+            let_nobody_in(sock)
         await asyncio.sleep(_HANDSHAKE_SECONDS)
         for server, close in servers:
             server.close()
             await close()
-        await asyncio.gather(self._drain(), *([grpc.drain(_LINGER_SECONDS, _DRAIN_SECONDS)] if grpc else []))
+        within_s = self._settings.drain_timeout_s
+        linger_s = min(_LINGER_SECONDS, within_s)
+        await asyncio.gather(self._drain(linger_s, within_s), *([face.drain(linger_s, within_s)] if face else []))
+        left = self._connections()
+        if left:
+            log.event(logging.WARNING, "connections cut off", connections=len(left), after_s=within_s)
+        for connection in left:
+            connection.abort()
+
+    def _renew(self, new: Renew) -> None:
+        """Use other keys from the next request on, and another certificate from the next handshake on."""
+        if new.api_keys is not None:
+            self._keys.renew(new.api_keys)
+            for connection in self._connections():
+                connection.forget()
+        if new.identity is not None and self._certificates is not None:
+            self._certificates.renew(new.identity)
 
     async def _listen(
         self, desk: _Desk, name: str, listener: socket.socket, context: ssl.SSLContext | None
@@ -366,18 +472,27 @@ class _Server:
                 while True:
                     late.append(door.accept()[0])
             door.close()
-            for accepted in late:
-                with contextlib.suppress(OSError):
-                    await loop.connect_accepted_socket(connection, accepted, ssl=context)
+            letting = [
+                asyncio.ensure_future(loop.connect_accepted_socket(connection, accepted, ssl=context))
+                for accepted in late
+            ]
+            if letting:  # a handshake may take its time, and one that fails is the client's affair
+                done, _ = await asyncio.wait(letting, timeout=_LATE_SECONDS)
+                for one in done:
+                    one.exception()
 
         with _explained(name, *listener.getsockname()[:2]):
-            return await loop.create_server(connection, sock=listener, ssl=context, backlog=4096), close
+            patience_s = None if context is None else desk.limits.request_s
+            server = await loop.create_server(
+                connection, sock=listener, ssl=context, backlog=4096, ssl_handshake_timeout=patience_s
+            )
+            return server, close
 
-    async def _open_grpc(self, host: str, port: int) -> GrpcFace:
+    async def _open_grpc(self, addresses: Sequence[str]) -> GrpcFace:
         from rushhour.serve.grpc import GrpcFace  # grpcio is large: only who wants it pays for it
 
-        face = GrpcFace(self._repository, self._control, self._desk.limits, self._desk.keys, self._observer)
-        await face.start(_address(host, port), self._settings.tls_certificate, self._settings.tls_key)
+        face = GrpcFace(self._repository, self._control, self._desk.limits, self._keys, self._observer)
+        await face.start(addresses[0], self._certificates, addresses[1:])
         self._grpc = face
         return face
 
@@ -398,10 +513,10 @@ class _Server:
                 connection.expire(now)
             gc.collect(1)  # what failed requests have left behind is to be gone soon, whatever the threshold
 
-    async def _drain(self) -> None:
+    async def _drain(self, linger_s: float, within_s: float) -> None:
         # Idle connections live a moment longer: a request that is on its way to one is still answered.
-        deadline = asyncio.get_running_loop().time() + _DRAIN_SECONDS
-        await asyncio.sleep(_LINGER_SECONDS)
+        deadline = asyncio.get_running_loop().time() + within_s
+        await asyncio.sleep(linger_s)
         while (connections := self._connections()) and asyncio.get_running_loop().time() < deadline:
             for connection in connections:
                 connection.close_if_idle()
@@ -412,19 +527,21 @@ def _url(listener: socket.socket, encrypted: bool) -> str:
     return f"http{'s' if encrypted else ''}://{_address(*listener.getsockname()[:2])}"
 
 
-def _shown(settings: ServeSettings, admin: socket.socket | None) -> dict[str, Any]:
+def _shown(settings: ServeSettings, admin: Sequence[socket.socket]) -> dict[str, Any]:
     """How the server was started, as `/config` shows it: with what was left to it filled in, and without secrets."""
     return {
         "host": settings.host,
         "http_port": settings.http_port,
         "grpc_port": settings.grpc_port,
         "admin": settings.admin,
-        "admin_address": None if admin is None else _address(*admin.getsockname()[:2]),
+        "admin_address": _address(*admin[0].getsockname()[:2]) if admin else None,
         "api_keys": bool(settings.api_keys),
         "tls": settings.tls_certificate is not None,
         "exposed": settings.exposed,
         "shared_memory": settings.shares_memory,
         "limits": settings.limits,
+        "drain_delay_s": settings.drain_delay_s,
+        "drain_timeout_s": settings.drain_timeout_s,
         "log_format": settings.log_format,
         "log_requests": settings.log_requests,
         "otel": settings.otel,

@@ -204,6 +204,8 @@ class Report(msgspec.Struct):
         down: cells that do not answer.
         restarts: how often a cell had to be started again.
         bundles: which version each bundle is that was served, by its hash.
+        frozen: how often one was killed because it did not answer.
+        dropped: lines of the log that were dropped.
     """
 
     model: str
@@ -212,6 +214,8 @@ class Report(msgspec.Struct):
     down: int = 0
     restarts: int = 0
     bundles: dict[str, int] = {}
+    frozen: int = 0
+    dropped: int = 0
 
     @property
     def total(self) -> Totals:

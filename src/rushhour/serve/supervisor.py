@@ -1,9 +1,13 @@
 """Several cells behind one port: one process each, pinned to its own cores, sharing nothing but the port.
 
 The kernel spreads connections over the cells (SO_REUSEPORT). A cell that dies is started again, at once the first
-time and with growing pauses after that; only requests in flight on it fail. What must be the same in all cells (a
+time and with growing pauses after that; one that does not answer for some seconds, its loop blocked or its process
+stopped, is killed and started again. Only requests in flight on it fail. What must be the same in all cells (a
 reload, a region of shared memory) is asked of the supervisor by the cell that was asked, and done in each; what is
 asked of all together (statistics, metrics) is added up here, with what dead cells had done.
+
+A reload has two phases: all cells open the new version, and only when all have, all serve it. A cell that is started
+again opens what the others serve, and nothing else that may lie at the path by then.
 
 A cell and its supervisor speak in the words of `orders.py`.
 """
@@ -13,31 +17,53 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from rushhour.errors import ServeError
+from rushhour.errors import RushhourError, ServeError
 from rushhour.serve import log
-from rushhour.serve.orders import Count, Done, Load, Log, Order, Register, Said, Speed, Unload, Unregister, Work
-from rushhour.serve.settings import ServeSettings
+from rushhour.serve.orders import (
+    Abandon,
+    Beat,
+    Commit,
+    Count,
+    Done,
+    Load,
+    Log,
+    Order,
+    Prepare,
+    Register,
+    Renew,
+    Said,
+    Speed,
+    Unload,
+    Unregister,
+    Work,
+)
+from rushhour.serve.renewal import Renewal
+from rushhour.serve.settings import Served, ServeSettings
+from rushhour.serve.signals import SIGNALS
 from rushhour.serve.speed import summed
 from rushhour.serve.statistics import Report, State, Totals, remembered, together
+from rushhour.serve.target import Target
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
 _STEADY_S = 30.0
 _START_S = 300.0
-_STOP_S = 40.0
 _WORK_S = 300.0
 _COUNT_S = 1.0
 _COUNT_EVERY_S = 2.0
 """How often cells are asked without anybody asking: what a cell has done since is lost if it dies."""
+_BEAT_S = 1.0
+_OPENING = 4
+"""So many times longer may a cell be silent that opens a model: an import or a compiler may hold the interpreter."""
 _LINE_BYTES = 2**26
 
 
@@ -48,21 +74,35 @@ class Supervisor:
         target: what the cells serve.
         settings: of each cell, with the port they share.
         pins: for each cell, the cores it may use.
+        reopen: opens what lies at the target's path by then.
+        closing_s: how long a cell may take to stop.
     """
 
-    def __init__(self, target: Path, settings: ServeSettings, pins: Sequence[frozenset[int]]) -> None:
-        self._target = target
-        self._settings = settings
+    def __init__(
+        self,
+        target: Target,
+        settings: ServeSettings,
+        pins: Sequence[frozenset[int]],
+        reopen: Callable[[], Target],
+        closing_s: float,
+    ) -> None:
+        self._target = target.path
+        self._settings = msgspec.structs.replace(settings, served=_served(target))
+        self._reopen = reopen
+        self.closing_s = closing_s
         self._cells = [_Cell(self, number, cores) for number, cores in enumerate(pins)]
         self._stopping = asyncio.Event()
         self._past: dict[str, Totals] = {}
+        self._past_dropped = 0
         self._model = ""
         self.restarts = 0
+        self.frozen = 0
+        self.frozen_s = settings.frozen_s
         self.changing = asyncio.Lock()
         """Held while something changes that is the same in all cells, and while a cell learns what it is."""
 
-    async def run(self, ready: Callable[[str, str], None]) -> None:
-        """Start all cells, and supervise them until SIGTERM or SIGINT.
+    async def run(self, ready: Callable[[str, str], None]) -> bool:
+        """Start all cells, and supervise them until SIGTERM or SIGINT; whether they were ready before that.
 
         Args:
             ready: called once, when all are ready: with the URL, and what serves there.
@@ -71,44 +111,98 @@ class Supervisor:
             ServeError: if a cell cannot start for the first time; the others are stopped.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
-        keepers: list[asyncio.Task[None]] = []
+        say_last = SIGNALS.last_words
+
+        def last_words() -> None:
+            for cell in self._cells:
+                cell.kill()
+            say_last()
+
+        SIGNALS.last_words = last_words
+        SIGNALS.stops(lambda: loop.call_soon_threadsafe(self._stopping.set))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        starting = asyncio.gather(*(cell.start() for cell in self._cells))
+        watching = [asyncio.ensure_future(cell.watch()) for cell in self._cells]
+        keeping: list[asyncio.Future[None]] = []
         try:
-            said = await asyncio.gather(*(cell.start() for cell in self._cells))
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return False
+            said = starting.result()
             await self._report()  # which learns the version of the bundle
             ready(said[0].url, said[0].way)
-            keepers = [asyncio.create_task(work) for work in (*(cell.keep() for cell in self._cells), self._watch())]
-            await self._stopping.wait()
+            renewal = Renewal(self._settings, self.do)
+            SIGNALS.renews(renewal.ask)
+            works = (*(cell.keep() for cell in self._cells), self._count(), renewal.run())
+            keeping = [asyncio.ensure_future(work) for work in works]
+            await stopping
+            return True
         finally:
-            for keeper in keepers:
-                keeper.cancel()
-            await asyncio.gather(*keepers, return_exceptions=True)
+            SIGNALS.bound(self.closing_s + self.frozen_s + _BEAT_S)
+            await _cancelled([stopping, starting, *keeping])
             await asyncio.gather(*(cell.stop() for cell in self._cells))
+            await _cancelled(watching)
+            SIGNALS.last_words = say_last
 
     async def do(self, work: Work) -> Done:
-        """Have work done in every cell that lives. A cell that is down does it when it starts."""
-        if isinstance(work, Count):
-            return Done(report=await self._report())
-        if isinstance(work, Speed):
-            told = await asyncio.gather(*(cell.do(work, _COUNT_S) for cell in self._cells))
-            speeds = [done.speeds for done in told if done is not None and done.speeds is not None]
-            return Done(speeds=summed(speeds) if speeds else None)
+        """Have work done in every cell that lives. A cell that is down does it when it starts.
+
+        Whatever goes wrong is part of the answer.
+        """
+        try:
+            return await self._done(work)
+        except RushhourError as error:
+            return Done(str(error))
+        except Exception as error:
+            log.failure("work failed", error, work=type(work).__name__)
+            return Done(f"internal error: {type(error).__name__}", 500)
+
+    async def _done(self, work: Work) -> Done:
+        match work:
+            case Count():
+                return Done(report=await self._report())
+            case Speed():
+                told = await asyncio.gather(*(cell.do(work, _COUNT_S) for cell in self._cells))
+                speeds = [done.speeds for done in told if done is not None and done.speeds is not None]
+                return Done(speeds=summed(speeds) if speeds else None)
         async with self.changing:
             if isinstance(work, Load):
-                work = Load(self._settings.versions)
-            elif isinstance(work, Log):
+                return await self._load()
+            if isinstance(work, Log):
                 log.set_level(work.level)
-            outcomes = await asyncio.gather(*(cell.do(work, _WORK_S) for cell in self._cells))
-            self._learn_versions()
-            wrong = [outcome for outcome in outcomes if outcome is not None and outcome.wrong]
-            if not wrong:
+            outcome = await self._in_all(work)
+            if not outcome.wrong:
                 self._settings = _after(work, self._settings)
                 return Done()
             if isinstance(work, Register) and work.name not in {region.name for region in self._settings.regions}:
-                undone = Unregister(work.name)  # what one cell cannot open, none shall have
-                await asyncio.gather(*(cell.do(undone, _WORK_S) for cell in self._cells))
-        return Done("; ".join(sorted({outcome.wrong for outcome in wrong})), wrong[0].status)
+                await self._in_all(Unregister(work.name))  # what one cell cannot open, none shall have
+        return outcome
+
+    async def _load(self) -> Done:
+        """Have all cells serve what lies at the path now, or none of them.
+
+        Raises:
+            RushhourError: if there is nothing that can be opened.
+        """
+        served = _served(await asyncio.to_thread(self._reopen))
+        outcome = await self._in_all(Prepare(self._settings.versions, served.plan, served.folder))
+        if outcome.wrong:
+            await self._in_all(Abandon())
+            return outcome
+        # Whoever cannot do this is started again, with these settings: from here on there is one version alone.
+        self._settings = msgspec.structs.replace(self._settings, unloaded=False, served=served)
+        committed = await asyncio.gather(*(cell.do(Commit(), _WORK_S) for cell in self._cells))
+        for cell, done in zip(self._cells, committed, strict=True):
+            if done is not None and done.wrong:
+                cell.kill()
+        await self._report()  # which learns the version of the bundle
+        return Done()
+
+    async def _in_all(self, work: Work) -> Done:
+        """Have work done in all cells that live; what went wrong in any of them."""
+        outcomes = await asyncio.gather(*(cell.do(work, _WORK_S) for cell in self._cells))
+        wrong = [outcome for outcome in outcomes if outcome is not None and outcome.wrong]
+        return Done("; ".join(sorted({outcome.wrong for outcome in wrong})), wrong[0].status) if wrong else Done()
 
     async def _report(self) -> Report:
         """Of all cells together, with what those that do not answer had done when they last did."""
@@ -122,6 +216,8 @@ class Supervisor:
             {number: state for number, state in enumerate(states) if state is not None},
             sum(state is None for state in states),
             self.restarts,
+            frozen=self.frozen,
+            dropped=self._past_dropped + log.dropped() + sum(last.dropped for last in known),
         )
 
     def _learn_versions(self) -> None:
@@ -134,11 +230,15 @@ class Supervisor:
     def bury(self, last: Report) -> None:
         """A cell has died: keep what it had done."""
         self._past = together([self._past, last.versions])
+        self._past_dropped += last.dropped
 
-    async def _watch(self) -> None:
+    async def _count(self) -> None:
         while True:
             await asyncio.sleep(_COUNT_EVERY_S)
-            await self._report()
+            try:
+                await self._report()
+            except Exception as error:  # the next count may go well
+                log.failure("cells not counted", error)
 
     def command(self) -> list[str]:
         """What starts a cell."""
@@ -161,6 +261,8 @@ class _Cell:
         self._asked: set[asyncio.Task[None]] = set()
         self._given: dict[int, asyncio.Future[Done | None]] = {}
         self._next = 0
+        self._opening = False
+        self._heard = -math.inf
         self.last: Report | None = None
         """What it last said that it has done."""
 
@@ -169,6 +271,7 @@ class _Cell:
 
         Raises:
             ServeError: with the cell's own words, if it does not come up.
+            OSError: if the system starts no process.
         """
         process = await asyncio.create_subprocess_exec(
             *self._supervisor.command(),
@@ -178,13 +281,20 @@ class _Cell:
             start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor alone, which drains the cells
         )
         self._process = process
-        os.sched_setaffinity(process.pid, self._cores)
+        try:
+            os.sched_setaffinity(process.pid, self._cores)
+        except OSError as error:  # the cores may have been taken away; better on others than not at all
+            log.event(
+                logging.WARNING, "cell not pinned", cell=self._number, cores=sorted(self._cores), error=str(error)
+            )
         self._tell(self._supervisor.settings())
         said: Said | None = None
         with contextlib.suppress(TimeoutError):
             said = await asyncio.wait_for(self._hear(), _START_S)
         if said is None or not said.url:
-            await self.stop()
+            self.kill()
+            await process.wait()
+            self._forget()
             raise ServeError(f"cell {self._number} does not start", (said and said.error) or "it ended without a word")
         self._listener = asyncio.create_task(self._listen())
         return said
@@ -208,8 +318,36 @@ class _Cell:
                         await self.start()
                     log.event(logging.INFO, "cell restarted", cell=self._number, pid=self._process.pid)
                     break
-                except ServeError as error:
+                except (ServeError, OSError) as error:
                     log.event(logging.ERROR, "cell does not start", cell=self._number, error=str(error))
+                except Exception as error:  # whatever it is, the next try may go well
+                    log.failure("cell does not start", error, cell=self._number)
+
+    async def watch(self) -> None:
+        """Kill the process when it has not answered for too long. It is started again like any that dies.
+
+        What counts is how often it did not answer, not the clock: after a pause of the whole machine, this supervisor
+        with it, a cell has as long as before.
+        """
+        missed = 0
+        while True:
+            process = self._process
+            answered = await self.do(Beat(), _BEAT_S)
+            if answered is None or not answered.wrong or self._heard_within(_BEAT_S) or process is not self._process:
+                missed = 0
+                await asyncio.sleep(_BEAT_S)
+                continue
+            missed += 1
+            if missed * _BEAT_S >= self._supervisor.frozen_s * (_OPENING if self._opening else 1):
+                missed = 0
+                self._supervisor.frozen += 1
+                pid = None if process is None else process.pid
+                silent = round(asyncio.get_running_loop().time() - self._heard, 1)
+                log.event(logging.ERROR, "cell frozen", cell=self._number, pid=pid, silent_s=silent)
+                self.kill()
+
+    def _heard_within(self, seconds: float) -> bool:
+        return asyncio.get_running_loop().time() - self._heard < seconds
 
     async def stop(self) -> None:
         """SIGTERM, so that it drains; SIGKILL if it takes too long."""
@@ -218,11 +356,18 @@ class _Cell:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), _STOP_S)
+                await asyncio.wait_for(process.wait(), self._supervisor.closing_s)
             except TimeoutError:
-                process.kill()
+                log.event(logging.ERROR, "cell killed", cell=self._number, why="it did not end in time")
+                self.kill()
                 await process.wait()
         self._forget()
+
+    def kill(self) -> None:
+        """End the process at once, stopped or not."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def do(self, work: Work, within_s: float) -> Done | None:
         """Have work done in this cell; None from one that is down."""
@@ -232,6 +377,7 @@ class _Cell:
         number = self._next
         future: asyncio.Future[Done | None] = asyncio.get_running_loop().create_future()
         self._given[number] = future
+        self._opening = self._opening or isinstance(work, Prepare)
         self._tell(msgspec.json.encode(Order(number, work=work)))
         try:
             return await asyncio.wait_for(future, within_s)
@@ -239,6 +385,8 @@ class _Cell:
             return Done(f"cell {self._number} does not answer", 503)
         finally:
             del self._given[number]
+            if isinstance(work, Prepare):
+                self._opening = False
 
     async def count(self) -> State | None:
         """How it is, and in `last` what it has done; None if it does not say so soon."""
@@ -247,7 +395,7 @@ class _Cell:
 
     def _tell(self, line: bytes) -> None:
         if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError, RuntimeError):  # it is closed where the process has died
                 self._process.stdin.write(line + b"\n")
 
     async def _hear(self) -> Said | None:
@@ -261,6 +409,7 @@ class _Cell:
 
     async def _listen(self) -> None:
         while (said := await self._hear()) is not None:
+            self._heard = asyncio.get_running_loop().time()
             if said.done is not None:
                 self.last = said.done.report or self.last
                 given = self._given.get(said.id)
@@ -288,11 +437,19 @@ class _Cell:
             self._process.stdin.close()
 
 
+async def _cancelled(futures: Sequence[asyncio.Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
+    await asyncio.gather(*futures, return_exceptions=True)
+
+
+def _served(target: Target) -> Served:
+    return Served(msgspec.structs.replace(target.plan, evidence=None), str(target.folder))
+
+
 def _after(work: Work, settings: ServeSettings) -> ServeSettings:
     """The settings with which a cell begins that is started after this work."""
     match work:
-        case Load():
-            return msgspec.structs.replace(settings, unloaded=False)
         case Unload():
             return msgspec.structs.replace(settings, unloaded=True)
         case Register():
@@ -302,39 +459,13 @@ def _after(work: Work, settings: ServeSettings) -> ServeSettings:
             return msgspec.structs.replace(settings, regions=kept)
         case Log(level):
             return msgspec.structs.replace(settings, log_level=level)
+        case Renew(keys, identity):
+            return msgspec.structs.replace(
+                settings,
+                api_keys=settings.api_keys if keys is None else keys,
+                identity=settings.identity if identity is None else identity,
+            )
     return settings
-
-
-def reserve(host: str, port: int) -> socket.socket:
-    """Take a port for several cells: bound, never listening, so that it stays ours while cells come and go.
-
-    Raises:
-        OSError: if another program has it.
-    """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    # Without SO_REUSEPORT first: with it, a stranger's cells of the same user would be joined, not noticed.
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-        address = probe.getsockname()
-    return join(*address[:2])
-
-
-def join(host: str, port: int) -> socket.socket:
-    """A socket bound to a port that cells share; the kernel gives it connections once it listens.
-
-    Raises:
-        OSError: if another program has the port for itself.
-    """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    shared = socket.socket(family, kind, protocol)
-    try:
-        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        shared.bind(address)
-    except OSError:
-        shared.close()
-        raise
-    return shared
 
 
 def pins(cells: int, cores: Sequence[int]) -> list[frozenset[int]]:

@@ -21,6 +21,8 @@ from rushhour.goal import SLO, Goal
 from rushhour.machine import Machine, cores
 from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
 
+_ITSELF = "."
+"""The folder of the bundle in the plan that is made of a bundle alone."""
 _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 
 
@@ -69,6 +71,26 @@ class Target:
     def engine_config(self) -> EngineConfig:
         """How the plan runs its first variant."""
         return _config(self.plan.variants[0], self.plan.policy)
+
+    def laid_out(self, streams: int | None, threads: int | None, room: int) -> Target:
+        """The same with so many streams and threads of each stream; None is what the plan says.
+
+        Args:
+            streams: batches that run at the same time.
+            threads: of each.
+            room: cores that serve. Where there is no plan, only a bundle, there are as many streams as fit.
+        """
+        policy = self.plan.policy
+        threads = threads or policy.threads
+        usual = max(1, room // threads) if self.plan.variants[0].bundle == _ITSELF else policy.streams
+        return self._with(msgspec.structs.replace(policy, streams=streams or usual, threads=threads))
+
+    def fitted(self, room: int) -> Target:
+        """The same on so many cores: as many streams as there is room for, each with what is left for it."""
+        return self._with(_fitted(self.plan.policy, room))
+
+    def _with(self, policy: Policy) -> Target:
+        return dataclasses.replace(self, plan=msgspec.structs.replace(self.plan, policy=policy))
 
     def ways(self, cores: int) -> Iterator[Way]:
         """The plan's first variant as it says, then what may do where this machine cannot run that rightly.
@@ -167,6 +189,20 @@ def open_target(path: Path) -> Target:
     return Target(path, plan, _opened(file.parent, plan.variants[0]), file.parent)
 
 
+def open_planned(path: Path, plan: Plan, folder: Path) -> Target:
+    """Open what a plan says, whatever lies at the path by now.
+
+    Args:
+        path: what was pointed at when the plan was read.
+        plan: that was read.
+        folder: that its bundles lie in.
+
+    Raises:
+        PlanError, BundleError: if the bundle is missing, damaged, or another by now.
+    """
+    return Target(path, plan, _opened(folder, plan.variants[0]), folder)
+
+
 def _opened(folder: Path, variant: Variant) -> Bundle:
     """A variant's bundle, below the plan's folder.
 
@@ -195,7 +231,7 @@ def _plan_of(bundle: Bundle) -> Plan:
     manifest = bundle.manifest
     variant = Variant(
         name=f"{manifest.name}-{manifest.precision}",
-        bundle=".",
+        bundle=_ITSELF,
         bundle_hash=manifest.hash,
         engine="openvino",
         precision=manifest.precision,

@@ -8,12 +8,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from rushhour.serve.orders import Do, Done, Order, Said, Work
+from rushhour.serve.orders import Count, Do, Done, Order, Said, Speed, Work
+from rushhour.serve.signals import SIGNALS
 
 _CHUNK_BYTES = 2**16
+_ASK_S, _WORK_S = 5.0, 600.0
+"""How long the supervisor may take to answer: to count, and to have all cells do something."""
 
 
 class Tether:
@@ -32,6 +36,8 @@ class Tether:
         self._speaking = asyncio.Lock()
         self._asked: dict[int, asyncio.Future[Done]] = {}
         self._next = 0
+        # Of its own: the loop's threads may all be at work, and a cell that says nothing is taken for frozen.
+        self._speaker = ThreadPoolExecutor(1, thread_name_prefix="tether")
         self._tasks: set[asyncio.Task[None]] = set()
         threading.Thread(target=self._read, name="tether", daemon=True).start()
 
@@ -48,7 +54,9 @@ class Tether:
         self._asked[number] = future
         try:
             await self._tell(Said(id=number, work=work))
-            return await future
+            return await asyncio.wait_for(future, _ASK_S if isinstance(work, Count | Speed) else _WORK_S)
+        except TimeoutError:
+            return Done("the supervisor of the cells does not answer", 503)
         finally:
             del self._asked[number]
 
@@ -63,7 +71,8 @@ class Tether:
                     continue
                 if self._loop is not None:
                     self._loop.call_soon_threadsafe(self._obey, order)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not SIGNALS.stopping:  # a second one would end this process at once
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _obey(self, order: Order) -> None:
         asked = self._asked.get(order.id)
@@ -82,4 +91,4 @@ class Tether:
         # A full pipe would stop the loop: it is a thread that waits for the supervisor to read.
         line = msgspec.json.encode(said) + b"\n"
         async with self._speaking:
-            await asyncio.to_thread(self._say, line)
+            await asyncio.get_running_loop().run_in_executor(self._speaker, self._say, line)

@@ -8,6 +8,7 @@ Source: w3.org/TR/trace-context; opentelemetry.io/docs/specs/semconv.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 
@@ -39,14 +40,29 @@ def provider(sample: float) -> TracerProvider:
     # The user's environment variables go before these.
     named = Resource(usual).merge(OTELResourceDetector().detect())
     resource = Resource.create(named.attributes)
-    return TracerProvider(sampler=ParentBased(TraceIdRatioBased(sample)), resource=resource)
+    # At the end of the program it would wait for the collector once more, for as long as it likes.
+    sampler = ParentBased(TraceIdRatioBased(sample))
+    return TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
 
 
 def exported(sample: float) -> TracerProvider:
-    """The same, with the way out that OpenTelemetry's environment variables name; `shutdown` sends what waits."""
+    """The same, with the way out that OpenTelemetry's environment variables name; `end` sends what waits."""
     made = provider(sample)
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return made
+
+
+def end(made: TracerProvider, within_s: float) -> bool:
+    """Send the spans that wait, for no longer than this; whether they were sent or given up by then.
+
+    Args:
+        made: by `exported`. Its own shutdown takes as long as the collector likes, up to half a minute.
+        within_s: in seconds.
+    """
+    sending = threading.Thread(target=made.shutdown, name="spans", daemon=True)
+    sending.start()
+    sending.join(within_s)
+    return not sending.is_alive()
 
 
 class Spans:
