@@ -38,7 +38,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 _SEED = 20_260_101
 
 
-class _Quantity(click.ParamType):
+class _Quantity(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2, and then only for checkers
     """A number with a unit, such as 10s or 64MiB; without one it is in the first unit.
 
     Args:

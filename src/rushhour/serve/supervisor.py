@@ -191,9 +191,9 @@ class Supervisor:
             return outcome
         # Whoever cannot do this is started again, with these settings: from here on there is one version alone.
         self._settings = msgspec.structs.replace(self._settings, version=version, unloaded=False, served=served)
-        outcomes = await asyncio.gather(*(cell.do(Commit(), _WORK_S) for cell in self._cells))
-        for cell, outcome in zip(self._cells, outcomes, strict=True):
-            if outcome is not None and outcome.wrong:
+        committed = await asyncio.gather(*(cell.do(Commit(), _WORK_S) for cell in self._cells))
+        for cell, done in zip(self._cells, committed, strict=True):
+            if done is not None and done.wrong:
                 cell.kill()
         return Done()
 
