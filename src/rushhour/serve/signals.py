@@ -38,7 +38,7 @@ class Signals:
     def __init__(self) -> None:
         self.last_words: Callable[[], None] = _nothing
         self._stop: Callable[[], object] | None = None
-        self._renew: Callable[[], None] | None = None
+        self._renew: Callable[[], object] | None = None
         self._asked: int | None = None
         self._hung_up = self._patient = False
         self._early = False
@@ -77,7 +77,7 @@ class Signals:
         """
         self._stop, self._patient = stop, patient
 
-    def renews(self, renew: Callable[[], None]) -> None:
+    def renews(self, renew: Callable[[], object]) -> None:
         """From now on SIGHUP calls this, in the handler; at once if one has come before."""
         self._renew = renew
         if self._hung_up:
