@@ -21,7 +21,7 @@ from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.serve.pictures import Decoder, Decoding
 from rushhour.serve.speed import Speedometer, Speeds
-from rushhour.serve.statistics import Batch, Statistics, Totals
+from rushhour.serve.statistics import Batch, Statistics, Totals, reason_of
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
 _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
@@ -33,10 +33,10 @@ _TICK_S = 1e-3
 _TELLING = 0.5
 """Of the time allowed: predictions of at least so much are compared with what came."""
 
-Reply = Callable[[Sequence[memoryview] | Exception], None]
+Reply = Callable[[Sequence[memoryview] | Exception], int | None]
 """Called once, on the loop: the raw rows of each output, in the signature's order, or what went wrong.
 
-The views are valid only during the call.
+The views are valid only during the call. It gives the status of the error that it had to answer instead, if any.
 """
 
 
@@ -243,15 +243,28 @@ class Cell:
         if finish <= deadline:
             return deadline, expected_s
         self.counters.shed_deadline += 1
-        self.statistics.fail.add(1, 0.0)
+        self.statistics.failed("deadline", 0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
         return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
 
     def _no_room(self) -> Shed:
         self.counters.shed_queue += 1
-        self.statistics.fail.add(1, 0.0)
+        self.statistics.failed("queue", 0.0)
         retry = self._admission.backlog_s(self._batcher.waiting, self._streams)
         return Shed("queue", "the queue is full: more requests come than can be answered", retry)
+
+    def refuse(self, status: int, seconds: float) -> None:
+        """Count a request that was answered with an error by whoever read it, or was to write its answer.
+
+        Args:
+            status: of HTTP.
+            seconds: from its arrival to this answer.
+        """
+        if status >= 500 and status != 501:
+            self.counters.failed += 1
+        else:
+            self.counters.invalid += 1
+        self.statistics.failed(reason_of(status), seconds)
 
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
@@ -289,13 +302,13 @@ class Cell:
             batcher.release(rows)
             job.decoding, request.pictures = None, ()
             if isinstance(samples, WireError):
-                self.counters.invalid += 1
+                self.refuse(samples.status, self._clock.now() - arrived)
                 reply(samples)
                 return
             now = self._clock.now()
             if now + self.profile.seconds(min(rows, batcher.max_batch)) > deadline:
                 self.counters.shed_deadline += 1
-                self.statistics.fail.add(1, now - arrived)
+                self.statistics.failed("deadline", now - arrived)
                 reply(WireError("decoding took longer than the deadline leaves time for", status=429))
                 return
             request.tensors = (samples,)
@@ -404,13 +417,17 @@ class Cell:
         if job.reply is None:
             return False
         if part.rows == job.request.rows:
-            self.counters.answered += 1
             end = at + part.rows
             if len(views) == 1:
                 size = self._row_bytes_out[0]
-                job.reply((views[0][at * size : end * size],))
+                status = job.reply((views[0][at * size : end * size],))
             else:
-                job.reply([view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)])
+                status = job.reply(
+                    [view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)]
+                )
+            if status:
+                return self._unanswered(part.ticket, status)
+            self.counters.answered += 1
             return True
         if job.collected is None:
             job.collected = [bytearray(job.request.rows * size) for size in self._row_bytes_out]
@@ -419,15 +436,22 @@ class Cell:
             whole[first : first + part.rows * size] = view[at * size : (at + part.rows) * size]
         if job.missing:
             return False
+        status = job.reply([memoryview(whole) for whole in job.collected])
+        if status:
+            return self._unanswered(part.ticket, status)
         self.counters.answered += 1
-        job.reply([memoryview(whole) for whole in job.collected])
         return True
+
+    def _unanswered(self, ticket: Ticket[Job], status: int) -> bool:
+        """The samples were computed, and yet the request had to be answered with an error."""
+        self.refuse(status, self._clock.now() - ticket.arrived)
+        return False
 
     def _fail(self, ticket: Ticket[Job], error: BaseException) -> None:
         job = ticket.item
         if job.reply is not None:
             self.counters.failed += 1
-            self.statistics.fail.add(1, self._clock.now() - ticket.arrived)
+            self.statistics.failed("engine", self._clock.now() - ticket.arrived)
             reply = job.reply
             self._drop(ticket)
             reply(error if isinstance(error, Exception) else EngineError("the engine stopped", repr(error)))

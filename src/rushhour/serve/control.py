@@ -60,6 +60,11 @@ class Control:
         self._settings = settings or {}
         self._tracing = tracing or {"trace_level": ["OFF"]}
 
+    @property
+    def keyed(self) -> bool:
+        """Whether clients must send an API key."""
+        return bool(self._settings.get("api_keys"))
+
     def ready(self) -> bool:
         """Whether requests are welcome."""
         return not self._draining() and self._repository.loaded is not None
@@ -127,6 +132,8 @@ class Control:
 
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """How many requests, and where their time went; of all models if no name is given."""
+        if version and not name:
+            raise WireError(f"there is no version {version[:40]!r} of no model", "", "name the model", status=404)
         loaded = self._loaded(name, version) if name else self._repository.loaded
         if loaded is None:
             return {"model_stats": []}

@@ -71,7 +71,9 @@ class Duties:
             state.sample_s = cell.profile.seconds(1) - state.base_s
         if self.watch is not None:
             self.watch(state)
-        return Report(self._repository.name, self._repository.totals(), {0: state})
+        return Report(
+            self._repository.name, self._repository.totals(), {0: state}, errors=dict(self._repository.errors)
+        )
 
     def _shared(self) -> SharedMemory:
         if self._regions is None:

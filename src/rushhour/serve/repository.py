@@ -23,7 +23,7 @@ from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
-from rushhour.serve.statistics import Totals, together
+from rushhour.serve.statistics import Totals, add_counts, reason_of, together
 from rushhour.serve.target import Target, Way, open_target
 from rushhour.wire import Codec, Regions
 
@@ -63,6 +63,7 @@ class Repository:
 
     Attributes:
         loaded: what answers requests now.
+        errors: answers with an error that belong to no version, by reason.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
@@ -95,6 +96,7 @@ class Repository:
         self._version = version - 1
         self._retiring: list[Cell] = []
         self._past: dict[str, Totals] = {}
+        self.errors: dict[str, int] = {}
         self._changing = asyncio.Lock()
         # One thread for all models, one after another: each that had opened one would keep its stack and its leftovers.
         self._opening = ThreadPoolExecutor(1, thread_name_prefix="models")
@@ -103,6 +105,19 @@ class Repository:
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers inference requests at this exact path."""
         return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
+
+    def refuse(self, status: int, seconds: float, *, infer: bool) -> None:
+        """Count an answer with an error that no cell has counted.
+
+        Args:
+            status: of HTTP.
+            seconds: from the request to this answer.
+            infer: inference was asked for, of whatever model: counted with the version that is served.
+        """
+        if infer and self.loaded is not None:
+            self.loaded.cell.refuse(status, seconds)
+        else:
+            add_counts(self.errors, {reason_of(status): 1})
 
     def totals(self) -> dict[str, Totals]:
         """What each version has done up to now, those that are gone too. Copies."""

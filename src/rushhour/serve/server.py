@@ -13,6 +13,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,17 +244,31 @@ def _explained(name: str, host: str, port: int) -> Iterator[None]:
 class _Desk:
     """The desk of one listener's connections: which cell, which control answer, and whether the end has begun."""
 
-    def __init__(self, repository: Repository | None, control: Control, settings: ServeSettings) -> None:
+    def __init__(
+        self, repository: Repository, control: Control, settings: ServeSettings, *, infers: bool = True
+    ) -> None:
         self.connections: set[HttpConnection] = set()
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys)
+        self.date = b""
         self._repository = repository
-        self._routes = Routes(control, infers=repository is not None)
+        self._infers = infers
+        self._routes = Routes(control, infers=infers, refused=self.refused)
+        self.tick()
+
+    def tick(self) -> None:
+        """To be called once a second: answers carry the date."""
+        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
 
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers at this path; none at all where there is no inference."""
-        return None if self._repository is None else self._repository.cell_of(path)
+        return self._repository.cell_of(path) if self._infers else None
+
+    def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
+        """Count an answer with an error that no cell has counted."""
+        infer = self._infers and path.startswith(b"/v2/models/") and path.endswith(b"/infer")
+        self._repository.refuse(status, seconds, infer=infer)
 
     def control(self, method: bytes, path: bytes, body: bytes, accept: bytes) -> Answer | Awaitable[Answer]:
         """The answer to anything that is not inference."""
@@ -296,7 +311,7 @@ class _Server:
         self._desk = _Desk(repository, self._control, settings)
         self._desks = [self._desk]
         if admin is not None:
-            self._desks.append(_Desk(None, control(admin=True), settings))
+            self._desks.append(_Desk(repository, control(admin=True), settings, infers=False))
 
     async def run(
         self, listener: socket.socket, context: ssl.SSLContext | None, grpc_port: int | None, ready: Ready
@@ -383,6 +398,8 @@ class _Server:
         while True:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
+            for desk in self._desks:
+                desk.tick()
             for connection in self._connections():
                 connection.expire(now)
             gc.collect(1)  # what failed requests have left behind is to be gone soon, whatever the threshold
@@ -392,6 +409,8 @@ class _Server:
         deadline = asyncio.get_running_loop().time() + _DRAIN_SECONDS
         await asyncio.sleep(_LINGER_SECONDS)
         while (connections := self._connections()) and asyncio.get_running_loop().time() < deadline:
+            for desk in self._desks:
+                desk.tick()
             for connection in connections:
                 connection.close_if_idle()
             await asyncio.sleep(0.02)

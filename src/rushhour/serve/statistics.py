@@ -13,7 +13,7 @@ Source: triton-inference-server/server, docs/protocol/extension_statistics.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -34,6 +34,28 @@ _WAITING = 1024
 _VERSIONS = 32
 """Versions of the model that are told apart; those before are one."""
 _OLDER = "older"
+
+_REASONS = {
+    400: "invalid",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    409: "conflict",
+    413: "too_large",
+    414: "target_too_long",
+    415: "unsupported_media_type",
+    431: "header_too_large",
+    501: "not_implemented",
+    503: "unavailable",
+    505: "version_not_supported",
+}
+
+
+def reason_of(status: int) -> str:
+    """Why a request was answered with an error, in a word, by the HTTP status; `internal` for what is our fault."""
+    return _REASONS.get(status, "internal")
 
 
 class Duration(msgspec.Struct):
@@ -105,6 +127,7 @@ class Totals(msgspec.Struct):
         cancelled: requests whose caller went away before the answer.
         success: requests answered, from arrival to answer.
         fail: requests answered with an error, from arrival to answer; those turned away at once among them.
+        errors: the same by reason: `reason_of` their status, or `queue`, `deadline` or `engine`.
         queue: of requests, from arrival to the batch.
         stages: of requests, in their batches.
         of_size: of batches, by their samples.
@@ -123,6 +146,7 @@ class Totals(msgspec.Struct):
     cancelled: int = 0
     success: Duration = msgspec.field(default_factory=Duration)
     fail: Duration = msgspec.field(default_factory=Duration)
+    errors: dict[str, int] = msgspec.field(default_factory=dict)
     queue: Duration = msgspec.field(default_factory=Duration)
     stages: Stages = msgspec.field(default_factory=Stages)
     of_size: dict[int, Stages] = msgspec.field(default_factory=dict)
@@ -144,6 +168,7 @@ class Totals(msgspec.Struct):
             getattr(self, name).add(getattr(other, name))
         for rows, stages in other.of_size.items():
             self.of_size.setdefault(rows, Stages()).add(stages)
+        add_counts(self.errors, other.errors)
         self.last_s = max(self.last_s, other.last_s)
 
     def shown(self, name: str, version: str) -> dict[str, Any]:
@@ -203,6 +228,7 @@ class Report(msgspec.Struct):
         cells: how each cell is that answers, by its number.
         down: cells that do not answer.
         restarts: how often a cell had to be started again.
+        errors: answers with an error to what was no inference request, or came when nothing was loaded, by reason.
     """
 
     model: str
@@ -210,6 +236,7 @@ class Report(msgspec.Struct):
     cells: dict[int, State] = {}
     down: int = 0
     restarts: int = 0
+    errors: dict[str, int] = {}
 
     @property
     def total(self) -> Totals:
@@ -230,6 +257,12 @@ def together(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
     for version in known[: max(0, len(known) - _VERSIONS)]:
         sums.setdefault(_OLDER, Totals()).add(sums.pop(version))
     return sums
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add counts to those of the same names."""
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count
 
 
 class Batch(Protocol):
@@ -268,6 +301,11 @@ class Statistics:
     def fail(self) -> Duration:
         """Requests answered with an error, from arrival to answer; those turned away at once among them."""
         return self._totals.fail
+
+    def failed(self, reason: str, seconds: float) -> None:
+        """A request was answered with an error, so long after its arrival."""
+        self._totals.fail.add(1, seconds)
+        add_counts(self._totals.errors, {reason: 1})
 
     def count(self, batch: Batch, requests: int, begun: Sequence[float], answered: Sequence[float]) -> None:
         """A batch has been computed and answered, just now.

@@ -28,7 +28,7 @@ from rushhour.serve import log
 from rushhour.serve.orders import Count, Done, Load, Log, Order, Register, Said, Speed, Unload, Unregister, Work
 from rushhour.serve.settings import ServeSettings
 from rushhour.serve.speed import summed
-from rushhour.serve.statistics import Report, State, Totals, together
+from rushhour.serve.statistics import Report, State, Totals, add_counts, together
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
 _STEADY_S = 30.0
@@ -56,6 +56,7 @@ class Supervisor:
         self._cells = [_Cell(self, number, cores) for number, cores in enumerate(pins)]
         self._stopping = asyncio.Event()
         self._past: dict[str, Totals] = {}
+        self._past_errors: dict[str, int] = {}
         self._model = ""
         self.restarts = 0
         self.changing = asyncio.Lock()
@@ -119,11 +120,20 @@ class Supervisor:
             {number: state for number, state in enumerate(states) if state is not None},
             sum(state is None for state in states),
             self.restarts,
+            self._errors([last.errors for last in known]),
         )
+
+    def _errors(self, living: list[dict[str, int]]) -> dict[str, int]:
+        """Those of the cells that live, and of those that have died."""
+        errors = dict(self._past_errors)
+        for each in living:
+            add_counts(errors, each)
+        return errors
 
     def bury(self, last: Report) -> None:
         """A cell has died: keep what it had done."""
         self._past = together([self._past, last.versions])
+        add_counts(self._past_errors, last.errors)
 
     async def _watch(self) -> None:
         while True:
