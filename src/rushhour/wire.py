@@ -129,7 +129,7 @@ class RequestHeader(msgspec.Struct):
 
 
 def _without_null(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    if not parameters:
+    if parameters is None:
         return {}
     if None in parameters.values():
         return {name: value for name, value in parameters.items() if value is not None}
