@@ -708,15 +708,15 @@ class Codec:
     def _from_values(self, entry: InputHeader, position: int) -> memoryview:
         spec = self.signature.inputs[position]
         try:
-            flat, kind = _flat(entry.data, truths=spec.dtype == "bool"), np.dtype(spec.dtype).kind
-            values = np.asarray(flat)
-            if values.dtype.kind not in ("iuf" if kind == "f" else "biu") and flat:
-                raise ValueError(f"found values that are not {datatype_of(spec)}")
-            if values.size != math.prod(entry.shape):
-                raise ValueError(f"found {values.size} values for shape {entry.shape}")
+            kind = np.dtype(spec.dtype).kind
+            flat = _flat(entry.data, {"b": {bool, int}, "f": {int, float}}.get(kind, {int}), datatype_of(spec))
+            if len(flat) != math.prod(entry.shape):
+                raise ValueError(f"found {len(flat)} values for shape {entry.shape}")
+            # numpy's choice would be floats where some integers are beyond 63 bits and others are not.
+            values = np.asarray(flat, np.uint64 if spec.dtype == "uint64" else None)
             if kind != "f" and values.size:
                 least, most = (0, 1) if kind == "b" else (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max)
-                if int(values.min()) < least or int(values.max()) > most:
+                if values.dtype.kind == "f" or int(values.min()) < least or int(values.max()) > most:
                     raise ValueError(f"a value lies outside {least}..{most}")
             with np.errstate(over="raise"):
                 array = values.astype(spec.dtype)
@@ -791,11 +791,16 @@ class Codec:
         return min(asked, len(self.labels))
 
 
-def _flat(data: object, *, truths: bool) -> list[int | float]:
-    """The numbers of a tensor in JSON, flat or nested, as one list; `truths` lets true and false be among them.
+def _flat(data: object, types: set[type], datatype: str) -> list[int | float]:
+    """The values of a tensor in JSON, flat or nested, as one list.
 
     Not by numpy, which gives each element as much room as the largest needs: one text of a megabyte among as many
     empty ones would ask for a terabyte.
+
+    Args:
+        data: as it was parsed.
+        types: that its values may have.
+        datatype: what they are to be, in the protocol's words.
     """
     if not isinstance(data, list):
         raise ValueError("it is no list")
@@ -805,8 +810,10 @@ def _flat(data: object, *, truths: bool) -> list[int | float]:
         data = list(chain.from_iterable(data))
     if not kinds <= {int, float, bool}:
         raise ValueError("found something else than numbers")
-    if bool in kinds and not truths:
+    if bool in kinds - types:
         raise ValueError("found true or false among the numbers")
+    if float in kinds - types:
+        raise ValueError(f"found values that are not {datatype}")
     return data
 
 

@@ -373,7 +373,7 @@ class HttpConnection(asyncio.Protocol):
         """
         method, version = self._parser.get_method(), self._parser.get_http_version().encode()
         expected, counted = self._expected, self._header_bytes
-        self._offered, self._header_bytes = None, 0
+        self._offered, self._header_bytes, self._in_body = None, 0, False
         self._parser = httptools.HttpRequestParser(self)
         head = b"%s / HTTP/%s\r\nhost: x\r\n%s%s\r\n"
         self._parser.feed_data(head % (method, version, _KEEP if message.keep_alive else _CLOSE, self._framing))
@@ -408,6 +408,8 @@ class HttpConnection(asyncio.Protocol):
         if unknown and _REQUEST_LINE.match(data):
             shown = data.partition(b" ")[0][:40].decode()
             return WireError(f"the method is {shown}", "this server does not know it", "see GET /v2", status=501)
+        if str(error) == "Invalid HTTP version":
+            return WireError("the version of HTTP is unknown", "this server speaks 1.1 and 1.0", "use one", status=505)
         return WireError("the request is not valid HTTP/1.1", str(error))
 
     def eof_received(self) -> bool:
@@ -504,7 +506,7 @@ class HttpConnection(asyncio.Protocol):
         self._count_header(len(name) + len(value))
         if self._in_body:
             return  # a trailer says nothing that the header may say (RFC 9110, 6.5.1)
-        lowered, message = name.lower(), self._message
+        lowered, message, value = name.lower(), self._message, value.rstrip(b" \t")
         if lowered == b"inference-header-content-length":
             self._once(name, message.header_length)
             message.header_length = value
