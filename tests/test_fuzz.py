@@ -454,17 +454,16 @@ def test_a_body_without_a_key_is_not_kept(fields: bytes, before: bytes, form: st
             super().on_body(body)
             kept.append(sum(map(len, self._message.body)))
 
-    with contextlib.closing(Stack(keys=(KEY,))) as keyed:
+    with contextlib.closing(Stack(keys=(KEY,))) as keyed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("targets.HttpConnection", Watched)
         cut = len(before) + 250  # in the body, behind the head
         reads = [sent[:cut], *(sent[at : at + 200] for at in range(cut, len(sent), 200))]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("targets.HttpConnection", Watched)
-            (*live, refused), closed = keyed.converse([*reads, HEALTH])
-            again, _ = keyed.converse([reads[0]])
-    live_after = [] if fields else live[-1:]
-    assert [answer.status for answer in live] == [200] * (len(before) // len(HEALTH)) + ([401] if not fields else [])
-    assert refused.status == (401 if fields else 200)
+        answers, closed = keyed.converse([*reads, HEALTH])
+        early, _ = keyed.converse([reads[0]])
+    alive = [200] * (len(before) // len(HEALTH))
+    assert [answer.status for answer in answers] == [*alive, 401, *([] if fields else [200])]
     assert closed == bool(fields)
-    assert not live_after or live_after[0].status == 401
-    assert max(kept[1:]) == 0, "but for what came with the head"
-    assert [answer.status for answer in again][-1] == 401, "before the rest of the body is there"
+    waits = len(alive) > 32  # with those before it, until it is whole
+    assert [answer.status for answer in early] == [*alive, *([] if waits else [401])]
+    assert len(kept) > 5
+    assert max(kept) < 200, "no more than came with the head"

@@ -615,12 +615,16 @@ class DeskOf:
         self.draining = False
         self.limits = Limits()
         self.keys = Keys(())
+        self.date = b""
         self._cell = cell
 
     def cell_of(self, path: bytes) -> Cell | None:
         return self._cell
 
     def control(self, method: bytes, path: bytes, body: bytes, accept: bytes) -> Any:
+        raise AssertionError
+
+    def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
         raise AssertionError
 
 
@@ -809,14 +813,14 @@ POST = "POST /v2/models/tiny/infer HTTP/1.1\r\nhost: x\r\n"
 
 
 def said_to(server: Server, sent: bytes) -> int:
-    """The status of the last answer to some bytes."""
+    """The status of the answer to some bytes."""
     with socket.create_connection(server.address, timeout=10) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
         said = b""
         while chunk := connection.recv(65536):
             said += chunk
-    return int(said.rpartition(b"HTTP/1.1 ")[2][:3])
+    return int(said[len("HTTP/1.1 ") :][:3])
 
 
 def posted(body: bytes, fields: str = "", path: str = "/v2/models/tiny/infer") -> bytes:
@@ -835,7 +839,7 @@ INFERENCES: dict[str, tuple[bytes, int, str]] = {
     "damaged gzip": (posted(b"nonsense", GZIP), 400, "invalid"),
     "gzip cut short": (posted(gzip.compress(RIGHT)[:-9], GZIP), 400, "invalid"),
     "an unknown coding": (posted(RIGHT, "content-encoding: br\r\n"), 415, "unsupported_media_type"),
-    "a picture": (posted(RIGHT, "content-type: image/png\r\n"), 415, "unsupported_media_type"),
+    "no picture": (posted(RIGHT, "content-type: image/png\r\n"), 400, "invalid"),
     "a body too large": (f"{POST}content-length: 99999999\r\n\r\n".encode(), 413, "too_large"),
     "chunks too large": (
         f"{POST}transfer-encoding: chunked\r\n\r\n100000\r\n".encode() + bytes(2**20) + b"\r\n1\r\nx\r\n0\r\n\r\n",

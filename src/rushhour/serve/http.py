@@ -346,8 +346,9 @@ class HttpConnection(asyncio.Protocol):
                     self._refuse(self._too_long())
             elif self._reading:
                 begins = data.rfind(b"\n") + 1
-                self._line_bytes = len(data) - begins
-                self._in_target = data.startswith(self._parser.get_method() + b" ", begins)
+                if begins or not self._line_bytes:
+                    self._line_bytes = len(data) - begins
+                    self._in_target = data.startswith(self._parser.get_method() + b" ", begins)
                 self._check_line()
         if self._begun > _MAX_PIPELINED and self._current is None and not self._advancing:
             self._advancing = True
