@@ -395,11 +395,14 @@ ATTACKS: dict[str, tuple[bytes, int]] = {
     "the same length twice": (post(b"hello", b"content-length: 5\r\n"), 400),
     "length and chunks": (post(b"0\r\n\r\n", b"transfer-encoding: chunked\r\n"), 400),
     "chunks in disguise": (
-        b"POST /v2 HTTP/1.1\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n",
+        b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n",
         501,
     ),
-    "a chunk that is none": (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n\r\n", 400),
-    "a chunk beyond all bounds": (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n", 400),
+    "a chunk that is none": (b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n\r\n", 400),
+    "a chunk beyond all bounds": (
+        b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+        400,
+    ),
     "gzip bomb": (post(gzip.compress(bytes(80_000_000)), b"content-encoding: gzip\r\n"), 413),
     "a header without end": (b"GET /v2 HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * 50_000 + b"\r\n", 431),
     "bare line feeds": (b"GET /v2 HTTP/1.1\nhost: x\n\n", 400),

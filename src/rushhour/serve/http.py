@@ -551,7 +551,7 @@ class HttpConnection(asyncio.Protocol):
         if version != "1.1":
             self._check_old(message, version)
         elif message.host is None:
-            raise self._stop(WireError("the request names no host", "HTTP/1.1 wants the field Host", "send it"))
+            raise self._stop(WireError("the request names no host", "the field Host is missing", "send it"))
         if message.host is not None and not _HOST.fullmatch(message.host):
             raise self._stop(WireError(f"the host is {message.host[:100]!r}", "that is none", "send host:port"))
         if message.target[:1] != b"/":

@@ -78,14 +78,9 @@ def description(control: Control, *, infers: bool = True) -> Schema:
                     },
                     id={"type": "string"},
                 ),
+                "Tensor": _object(_tensor(-1)),
                 "OutputTensor": _object(
-                    {
-                        "name": {"type": "string"},
-                        "datatype": {"type": "string"},
-                        "shape": {"type": "array", "items": _COUNT},
-                    },
-                    data={"type": "array"},
-                    parameters=_object({"binary_data_size": _COUNT}),
+                    _tensor(0), data={"type": "array"}, parameters=_object({"binary_data_size": _COUNT})
                 ),
                 "Ready": _object({"ready": {"type": "boolean"}}),
                 "Statistics": _object(
@@ -112,7 +107,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
 
 def _paths(infers: bool, metadata: Schema | None) -> Schema:
     live = _object({"live": {"const": True}})
-    tensors = {"type": "array", "items": _ref("OutputTensor")}
+    tensors = {"type": "array", "items": _ref("Tensor")}
     described = _object(
         {"name": {"type": "string"}, "versions": _STRINGS, "platform": {"type": "string"}},
         inputs=tensors,
@@ -245,6 +240,12 @@ def _input(tensor: Schema) -> Schema:
         data={"type": "array", "description": words},
         parameters=_PARAMETERS,
     )
+
+
+def _tensor(least: int) -> Schema:
+    """What is said of any tensor; its sizes are at least so much, -1 being any number of samples."""
+    sizes = {"type": "array", "items": {"type": "integer", "minimum": least}}
+    return {"name": {"type": "string"}, "datatype": {"type": "string"}, "shape": sizes}
 
 
 def _example(metadata: Schema) -> Schema:
