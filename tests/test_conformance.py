@@ -434,7 +434,7 @@ def test_a_coding_that_is_not_read_says_which_are(server: Server, coding: str) -
     assert (refused.status, after.status) == (415, 200)
 
 
-@pytest.mark.parametrize("behind", [b"x", gzip.compress(b"{}")])
+@pytest.mark.parametrize("behind", [b"x", gzip.compress(b"{}")], ids=["garbage", "more of it"])
 def test_nothing_behind_a_packed_body_is_lost_in_silence(server: Server, behind: bytes) -> None:
     packed = gzip.compress(b"{}") + behind
     refused, _ = hear(server, post(packed, b"content-encoding: gzip\r\n", target=INFER) + NEXT)
