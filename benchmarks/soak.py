@@ -49,10 +49,10 @@ _GARBAGE: dict[str, bytes] = {
     "huge body": b"POST %s HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n" % _PATH.encode(),
     "two lengths": b"POST %s HTTP/1.1\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello" % _PATH.encode(),
     "length and chunks": b"POST /v2 HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-    "deep JSON": b"POST %s HTTP/1.1\r\ncontent-length: 50000\r\n\r\n" % _PATH.encode() + b"[" * 50_000,
-    "gzip bomb": (lambda bomb: b"POST %s HTTP/1.1\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n%s"
+    "deep JSON": b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 50000\r\n\r\n" % _PATH.encode() + b"[" * 50_000,
+    "gzip bomb": (lambda bomb: b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n%s"
                   % (_PATH.encode(), len(bomb), bomb))(gzip.compress(bytes(100_000_000))),
-    "pipeline": b"GET /v2 HTTP/1.1\r\n\r\n" * 2000 + b"garbage\r\n\r\n",
+    "pipeline": b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n" * 2000 + b"garbage\r\n\r\n",
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ class Soak:
     async def vanish(self) -> None:
         """Ask, and be gone before the answer; or never finish asking."""
         length, body = encode_request(self.signature, {"image": self.images(8)})
-        head = f"POST {_PATH} HTTP/1.1\r\n{HEADER_LENGTH}: {length}\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {_PATH} HTTP/1.1\r\nhost: x\r\n{HEADER_LENGTH}: {length}\r\ncontent-length: {len(body)}\r\n\r\n"
         whole = head.encode() + body
         _, writer = await asyncio.open_connection(self.host, self.port)
         sent = whole if random.random() < 0.5 else whole[: random.randrange(len(whole))]

@@ -266,6 +266,7 @@ class Stack:
 
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [A-Za-z ]+\r\n((?:[a-z-]+: [^\r\n]*\r\n)*)\r\n")
 _LENGTH = re.compile(rb"^content-length: (\d+)\r\n", re.MULTILINE)
+_OFFER = re.compile(rb"\nupgrade:", re.IGNORECASE)
 
 
 def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
@@ -306,7 +307,7 @@ class _Reference:
         self.over = False
         parser = self._parser = httptools.HttpRequestParser(self)
         try:
-            parser.feed_data(sent)
+            parser.feed_data(_OFFER.sub(b"\nignored:", sent))  # else its body would be left to another protocol
         except httptools.HttpParserUpgrade:
             self.over = True
         except httptools.HttpParserError:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
+import itertools
 import json
 import sys
 import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,16 @@ from hypothesis import strategies as st
 
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
+from rushhour.serve import Limits
 from rushhour.serve import http as http_module
+from rushhour.serve.http import HttpConnection
 from rushhour.serve.upload import Upload
 from rushhour.testing.fakes import SIGNATURE, fake_answers
 from rushhour.wire import Codec, decode_answer, encode_json_request, encode_request
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "fuzz"))
 
-from targets import CORPUS, KEY, LIMITS, TARGETS, Answer, Stack
+from targets import CORPUS, KEY, LIMITS, TARGETS, Answer, Stack, _answers, _Transport
 
 PATH = b"/v2/models/tiny/infer"
 GET = b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -241,11 +245,11 @@ def test_thousands_of_requests_behind_one_inference_are_answered(stack: Stack) -
 def test_head_is_answered_without_a_body(stack: Stack) -> None:
     sent = GET.replace(b"GET", b"HEAD") + GET
     answers, _ = stack.converse([sent], methods=[b"HEAD", b"GET"])
-    assert [answer.status for answer in answers] == [405, 200]
+    assert [answer.status for answer in answers] == [200, 200]
 
 
 def test_head_in_pieces_is_refused_without_a_body() -> None:
-    sent = [b"HEAD /v2 HTTP/1.1\r\ncontent-length: 3\r\n\r\nab", b"c" + GET]
+    sent = [b"HEAD /v2 HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nab", b"c" + GET]
     with contextlib.closing(Stack(keys=(KEY,))) as keyed:
         answers, _ = keyed.converse(sent, methods=[b"HEAD", b"GET"])
     assert [answer.status for answer in answers] == [401, 401]
@@ -273,7 +277,7 @@ def test_what_two_servers_may_read_in_two_ways_is_not_read_at_all(stack: Stack, 
 
 
 def test_a_transfer_encoding_beside_chunks_is_not_implemented(stack: Stack) -> None:
-    sent = b"POST /v2 HTTP/1.1\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
+    sent = b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
     assert [answer.status for answer in stack.converse([sent]).answers] == [501]
 
 
@@ -335,7 +339,7 @@ def test_after_an_early_no_the_connection_goes_on(full: Stack, form: str) -> Non
 
 
 def test_a_body_that_is_dropped_keeps_the_bounds_of_any_other(full: Stack) -> None:
-    head = b"POST %b HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" % PATH
+    head = b"POST %b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" % PATH
     chunk = b"200\r\n" + b"x" * 512 + b"\r\n"
     answers, closed = full.converse([head, *[chunk] * (LIMITS.body_bytes // 512 + 1), GET])
     assert [answer.status for answer in answers] == [429]
@@ -347,3 +351,119 @@ def test_a_request_that_says_it_is_the_last_is_read_before_it_is_refused(full: S
     answers, closed = full.converse([sent[:500], sent[500:]])
     assert [(answer.status, answer.last) for answer in answers] == [(429, True)]
     assert closed
+
+
+# Heads in pieces, and bodies of who has no key: what a connection may hold.
+
+
+class _Counting:
+    """The parser of a connection, and how much it is handed."""
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+        self.fed: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> None:
+        self.fed.append(len(data))
+        self._parser.feed_data(data)
+
+
+def read_in_pieces(stack: Stack, limits: Limits, pieces: Iterable[bytes]) -> tuple[list[Answer], int, list[int]]:
+    """The answers, the bytes that were read until the server had enough, and the sizes that its parser was fed."""
+
+    async def scenario() -> tuple[list[Answer], int, list[int]]:
+        connection = HttpConnection(stack._server)
+        connection._limits = limits
+        connection._parser = parser = _Counting(connection._parser)
+        transport = _Transport(connection)
+        connection.connection_made(transport)
+        read = 0
+        for piece in pieces:
+            transport.deliver(piece)
+            read += len(piece)
+            if transport.ended:
+                break
+        answers = _answers(bytes(transport.sent), ())
+        transport.close()
+        await asyncio.sleep(0)
+        return answers, read, parser.fed
+
+    return stack._loop.run_until_complete(scenario())
+
+
+ENDLESS = {
+    "a value": b"GET /v2 HTTP/1.1\r\nhost: x\r\nx: ",
+    "a name": b"GET /v2 HTTP/1.1\r\nhost: x\r\n",
+    "a target": b"GET /v2?",
+    "the first value of many requests": GET * 20 + b"GET /v2 HTTP/1.1\r\nx: ",
+    "a value behind short ones": b"GET /v2 HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * 50 + b"y: ",
+}
+
+
+@pytest.mark.parametrize("piece", [1, 100, 5000])
+@pytest.mark.parametrize("begins", ENDLESS)
+def test_a_head_is_bounded_also_while_a_line_of_it_is_not_whole(stack: Stack, begins: str, piece: int) -> None:
+    limits = Limits(header_bytes=16 * 1024)
+    endless = itertools.chain([ENDLESS[begins]], itertools.repeat(b"y" * piece, 4_000_000 // piece))
+    answers, read, _ = read_in_pieces(stack, limits, endless)
+    assert answers[-1].status in ((414, 431) if "target" in begins else (431,))
+    assert answers[-1].last
+    assert read <= limits.header_bytes + len(ENDLESS[begins]) + piece + 512
+
+
+@pytest.mark.parametrize("begins", ["a value", "a name", "a target"])
+def test_a_line_in_many_pieces_is_not_copied_with_each(stack: Stack, begins: str) -> None:
+    limits, line = Limits(header_bytes=2**20), b"y" * 500_000
+    ends = {"a value": b"\r\n\r\n", "a name": b": z\r\n\r\n", "a target": b" HTTP/1.1\r\nhost: x\r\n\r\n"}[begins]
+    whole = line + ends
+    pieces = [ENDLESS[begins], *(whole[at : at + 100] for at in range(0, len(whole), 100))]
+    answers, _, fed = read_in_pieces(stack, limits, pieces)
+    assert [answer.status for answer in answers] == [200]
+    assert sum(fed) == len(ENDLESS[begins]) + len(whole)
+    assert len(fed) < 30, "it waits for its end outside the parser, which copies all it has with each piece"
+
+
+def test_extensions_of_chunks_and_trailers_are_bounded(stack: Stack) -> None:
+    limits = Limits(header_bytes=1024)
+    head = b"POST /v2/repository/index HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    for begins in (b"2;x=", b"2\r\n{}\r\n0\r\nx: ", b"2\r\n{}\r\n0\r\n"):
+        endless = itertools.chain([head, begins], itertools.repeat(b"y" * 1000, 10_000))
+        answers, read, _ = read_in_pieces(stack, limits, endless)
+        assert [answer.status for answer in answers] == [431]
+        assert read < 100_000
+    chunks = itertools.chain([head], itertools.repeat(b"1;xyz=" + b"y" * 900 + b"\r\n \r\n", 100), [b"0\r\n\r\n"])
+    answers, _, _ = read_in_pieces(stack, limits, chunks)
+    assert answers[0].status == 400, "many short ones are read: the body of spaces is no JSON"
+
+
+HEALTH = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("fields", [b"", b"connection: close\r\n", b"upgrade: h2c\r\nconnection: upgrade, close\r\n"])
+@pytest.mark.parametrize("before", [b"", HEALTH * 3, HEALTH * 60])
+@pytest.mark.parametrize("form", ["binary", "chunked"])
+def test_a_body_without_a_key_is_not_kept(fields: bytes, before: bytes, form: str) -> None:
+    sent = before + request(images_of(150, 0), form, fields)
+    kept: list[int] = []
+
+    class Watched(HttpConnection):
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            kept.append(sum(map(len, self._message.body)))
+
+    with contextlib.closing(Stack(keys=(KEY,))) as keyed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("targets.HttpConnection", Watched)
+        cut = len(before) + 250  # in the body, behind the head
+        reads = [sent[:cut], *(sent[at : at + 200] for at in range(cut, len(sent), 200))]
+        answers, closed = keyed.converse([*reads, HEALTH])
+        early, _ = keyed.converse([reads[0]])
+    alive = [200] * (len(before) // len(HEALTH))
+    assert [answer.status for answer in answers] == [*alive, 401, *([] if fields else [200])]
+    assert closed == bool(fields)
+    waits = len(alive) > 32  # with those before it, until it is whole
+    assert [answer.status for answer in early] == [*alive, *([] if waits else [401])]
+    assert len(kept) > 5
+    assert max(kept) < 200, "no more than came with the head"

@@ -429,7 +429,7 @@ def test_statistics_say_what_happened(tiny: Bundle) -> None:
     for name in ("success", *parts):
         assert stages[name]["count"] == 4
         assert 0 < stages[name]["ns"] < took * 1e9 * (3 if name in parts else 1)
-    assert stages["fail"]["count"] == 0, "what is no request is not a failed one"
+    assert stages["fail"]["count"] == 1
     assert [entry["batch_size"] for entry in after["batch_stats"]] == [1, 5, 8, 16]
     assert [entry["compute_infer"]["count"] for entry in after["batch_stats"]] == [1, 1, 1, 3]
     for name in parts[1:]:
@@ -1075,3 +1075,117 @@ def test_both_faces_have_the_same_request_in_mind(server: Server, client: triton
     raw = response.read()[int(response.headers["Inference-Header-Content-Length"]) :]
     connection.close()
     assert raw == ask(client, images).tobytes()
+
+
+# Before a message is read.
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny: Bundle) -> Iterator[Server]:
+    with serving(tiny.path, ServeSettings(http_port=0, grpc_port=0, api_keys=(KEY,))) as running:
+        yield running
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ModelMetadata", "RepositoryModelUnload"])
+@pytest.mark.parametrize("sent", [{}, {"authorization": "Bearer wrong"}, {"authorization": KEY}])
+def test_who_has_no_key_is_told_so_before_sending_a_message(keyed: Server, method: str, sent: dict[str, str]) -> None:
+    async def scenario(address: str) -> None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream(f"/inference.GRPCInferenceService/{method}")(
+                metadata=tuple(sent.items()), timeout=20
+            )
+            assert await call.code() == grpc.StatusCode.UNAUTHENTICATED, "and nothing has been sent"
+            large = channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await large(bytes(30 * 2**20), metadata=tuple(sent.items()), timeout=20)
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(scenario(keyed.grpc))
+
+
+def test_what_needs_no_key_needs_none(keyed: Server) -> None:
+    with triton.InferenceServerClient(keyed.grpc) as opened:
+        assert opened.is_server_live()
+        assert opened.is_server_ready()
+    with grpc.insecure_channel(keyed.grpc) as channel:
+        assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+        nothing = channel.unary_unary("/inference.GRPCInferenceService/Nothing")
+        with pytest.raises(grpc.RpcError) as caught:
+            nothing(b"")
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+# Names that are empty.
+
+
+def test_an_empty_name_is_no_model(client: triton.InferenceServerClient, server: Server) -> None:
+    for call in (
+        lambda: client.get_model_metadata(""),
+        lambda: client.get_model_config(""),
+        lambda: client.get_model_metadata("", "1"),
+        lambda: client.get_inference_statistics("", "1"),
+        lambda: client.get_inference_statistics("", "9"),
+        lambda: client.get_inference_statistics("tiny", "9"),
+        lambda: client.load_model(""),
+        lambda: client.unload_model(""),
+        lambda: client.infer("", [tensor(unique(1, 0))]),
+        lambda: client.infer("", [tensor(unique(1, 0))], model_version="1"),
+        lambda: client.infer("tiny", [tensor(unique(1, 0))], model_version=" "),
+    ):
+        with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+            call()
+    assert not client.is_model_ready("")
+    assert not client.is_model_ready("", "1")
+    (entry,) = client.get_inference_statistics("").model_stats  # as the protocol has it: of all models
+    assert entry.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v2/models/", "/v2/models//", "/v2/models//ready", "/v2/models//config", "/v2/models//stats"),
+        *("/v2/models//versions/1", "/v2/models//versions/1/stats", "/v2/models/tiny/versions//stats"),
+        *("/v2/models/tiny/versions//ready", "/v2/models/tiny/versions//config", "/v2/models/tiny/versions//speed"),
+        *("/v2/models/tiny//stats", "/v2/models//trace/setting", "/v2/models/tiny/versions//trace/setting"),
+        *("/v2/models/%20/stats", "/v2/models/tiny/versions/%20/stats", "/v2/systemsharedmemory/region//status"),
+    ],
+)
+def test_an_empty_name_or_version_in_a_path_is_none(server: Server, path: str) -> None:
+    assert over_http(server, "GET", path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v2/models//infer", "/v2/models/tiny/versions//infer", "/v2/models//versions/1/infer"),
+        *("/v2/repository/models//load", "/v2/repository/models//unload"),
+        *("/v2/systemsharedmemory/region//register", "/v2/systemsharedmemory/region//unregister"),
+    ],
+)
+def test_nothing_is_done_to_an_empty_name(server: Server, path: str) -> None:
+    assert over_http(server, "POST", path, {})[0] == 404
+    assert over_http(server, "GET", "/v2/models/tiny/ready")[0] == 200
+
+
+# What is null in the JSON of other requests.
+
+
+def test_null_is_absent_in_every_request(server: Server) -> None:
+    index = over_http(server, "POST", "/v2/repository/index")
+    assert over_http(server, "POST", "/v2/repository/index", {"ready": None}) == index
+    assert over_http(server, "POST", "/v2/repository/index", {"ready": "yes"})[0] == 400
+    for parameters in (None, {}, {"config": None}, {"unload_dependents": None, "file:x": None}):
+        assert over_http(server, "POST", "/v2/repository/models/tiny/load", {"parameters": parameters}) == (200, {})
+    assert over_http(server, "POST", "/v2/repository/models/tiny/load", {"parameters": {"config": "{}"}})[0] == 501
+    assert over_http(server, "POST", "/v2/repository/models/tiny/load", {"parameters": []})[0] == 400
+    before = over_http(server, "GET", "/v2/logging")
+    assert over_http(server, "POST", "/v2/logging", {"log_info": None, "log_file": None}) == before
+    tracing = over_http(server, "GET", "/v2/trace/setting")
+    assert over_http(server, "POST", "/v2/trace/setting", {"trace_level": None}) == tracing
+    region = shm.create_shared_memory_region("null", "/rushhour-null", 16)
+    try:
+        asked = {"key": "/rushhour-null", "byte_size": 16, "offset": None}
+        assert over_http(server, "POST", "/v2/systemsharedmemory/region/null/register", asked) == (200, {})
+        assert over_http(server, "POST", "/v2/systemsharedmemory/region/null/unregister") == (200, {})
+    finally:
+        shm.destroy_shared_memory_region(region)

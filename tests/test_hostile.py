@@ -10,7 +10,9 @@ import json
 import math
 import os
 import resource
+import signal
 import socket
+import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -396,13 +398,16 @@ ATTACKS: dict[str, tuple[bytes, int]] = {
     "the same length twice": (post(b"hello", b"content-length: 5\r\n"), 400),
     "length and chunks": (post(b"0\r\n\r\n", b"transfer-encoding: chunked\r\n"), 400),
     "chunks in disguise": (
-        b"POST /v2 HTTP/1.1\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n",
+        b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n",
         501,
     ),
-    "a chunk that is none": (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n\r\n", 400),
-    "a chunk beyond all bounds": (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n", 400),
+    "a chunk that is none": (b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n\r\n", 400),
+    "a chunk beyond all bounds": (
+        b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+        400,
+    ),
     "gzip bomb": (post(gzip.compress(bytes(80_000_000)), b"content-encoding: gzip\r\n"), 413),
-    "a header without end": (b"GET /v2 HTTP/1.1\r\n" + b"x: y\r\n" * 50_000 + b"\r\n", 431),
+    "a header without end": (b"GET /v2 HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * 50_000 + b"\r\n", 431),
     "bare line feeds": (b"GET /v2 HTTP/1.1\nhost: x\n\n", 400),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100), 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
@@ -470,7 +475,7 @@ def test_garbage_behind_requests_is_answered_after_them(server: Server, tiny: Bu
     for _ in range(4):  # each of these cost a stream of the engine once
         said = say(server, packed + b"garbage\r\n\r\n", end=False)
         assert [part[:3] for part in said.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400"]
-    said = say(server, request_bytes(images_of(1, 0), tiny) + b"GET /v2 HTTP/1.1\r\n\r\n" * 5000)
+    said = say(server, request_bytes(images_of(1, 0), tiny) + b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n" * 5000)
     assert said.count(b"HTTP/1.1 200 OK") == 5001
     assert_served(server, tiny)
 
@@ -560,3 +565,99 @@ def test_a_server_may_open_as_many_files_as_it_may_have_connections(tiny: Bundle
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert allowed > 1000
+
+
+# Peers that never read.
+
+CONFIG = b"GET /config HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+def deaf_peer(address: tuple[str, int], sent: bytes, context: ssl.SSLContext | None = None) -> socket.socket:
+    """A client that has asked for more than the buffers on its way hold, and never reads."""
+    peer = socket.socket()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    peer.settimeout(10)
+    peer.connect(address)
+    if context is not None:
+        peer = context.wrap_socket(peer)
+    peer.settimeout(2)
+    with contextlib.suppress(TimeoutError):
+        peer.sendall(sent)
+    peer.settimeout(10)
+    return peer
+
+
+def connections(server: Server) -> int:
+    said = say(server, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").decode()
+    return round(float(said.partition('rushhour_connections{protocol="http"} ')[2].split()[0]))
+
+
+@pytest.mark.parametrize("asked", ["for much", "for much, and goes on", "and half of another"])
+def test_a_peer_that_never_reads_does_not_hold_up_the_end(tiny: Bundle, asked: str) -> None:
+    with serving(tiny.path) as server:
+        sent = CONFIG * 20_000 + (b"GET /v2 HTTP/1.1\r\nho" if "half" in asked else b"")
+        with deaf_peer(server.address, sent) as peer:
+            assert_served(server, tiny)
+            server.process.send_signal(signal.SIGTERM)
+            if "goes on" in asked:
+                with contextlib.suppress(OSError):
+                    peer.sendall(CONFIG * 1000)
+            assert server.process.wait(timeout=20) == 0, "it took 30 s once: as long as a drain may take"
+
+
+def test_a_peer_that_never_reads_is_cut_off_and_one_that_reads_slowly_is_not(tiny: Bundle) -> None:
+    with serving(tiny.path, ServeSettings(http_port=0, limits=Limits(request_s=2.0))) as server:
+        with deaf_peer(server.address, CONFIG * 20_000), deaf_peer(server.address, CONFIG * 1000) as slow:
+            assert connections(server) == 3
+            read = 0
+            deadline = time.monotonic() + 30
+            while connections(server) > 2:
+                read += len(slow.recv(8192))
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            while chunk := slow.recv(65536):
+                read += len(chunk)
+                if read >= 1000 * 500 and chunk.endswith(b"}"):
+                    break
+        assert_served(server, tiny)
+
+
+def test_an_answer_that_is_not_taken_does_not_keep_a_closing_connection(tiny: Bundle, tmp_path: Path) -> None:
+    """The last answer of a connection, of a request that says so: it is flushed for a while, and then no more."""
+    target = planned(tiny, tmp_path / "run", max_batch=64, queue_bound=8192)
+    engine = FakeEngine(EngineConfig("openvino", max_batch=64))
+    body = json.dumps(
+        {"inputs": [{"name": "image", "shape": [4096, 4, 4, 1], "datatype": "UINT8", "data": [255] * 65536}]}
+    ).encode()
+
+    async def scenario() -> None:
+        async with in_process(engine, target) as (address, cell):
+            loop = asyncio.get_running_loop()
+            known: list[HttpConnection] = []
+            patch = pytest.MonkeyPatch()
+
+            def made(self: HttpConnection, transport: asyncio.BaseTransport) -> None:
+                usual(self, transport)
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                known.append(self)
+
+            usual = HttpConnection.connection_made
+            patch.setattr(HttpConnection, "connection_made", made)
+            try:
+                peer = await loop.run_in_executor(None, deaf_peer, address, post(body, b"connection: close\r\n"))
+                with peer:
+                    while not cell.counters.answered:
+                        await asyncio.sleep(0.01)
+                    (connection,) = known
+                    now = loop.time()
+                    for second in (0.0, 1.0, 29.0):
+                        connection.expire(now + second)
+                        await asyncio.sleep(0)
+                        assert connection._transport is not None, "it has its time"
+                    connection.expire(now + 31.0)
+                    await asyncio.sleep(0.01)
+                    assert connection._transport is None
+            finally:
+                patch.undo()
+
+    asyncio.run(scenario())

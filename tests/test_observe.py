@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -615,12 +617,16 @@ class DeskOf:
         self.draining = False
         self.limits = Limits()
         self.keys = Keys(())
+        self.date = b""
         self._cell = cell
 
     def cell_of(self, path: bytes) -> Cell | None:
         return self._cell
 
     def control(self, method: bytes, path: bytes, body: bytes, accept: bytes, asker: Any) -> Any:
+        raise AssertionError
+
+    def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
         raise AssertionError
 
 
@@ -803,3 +809,232 @@ def test_shared_memory_of_an_exposed_server_is_shown_to_be_off(tiny: Bundle, tmp
 def test_an_option_that_cannot_take_effect_is_an_error(settings: ServeSettings, says: str) -> None:
     with pytest.raises(ServeError, match=says):
         settings.check()
+
+
+# Errors: each is counted once, by its reason, and as no success.
+
+POST = "POST /v2/models/tiny/infer HTTP/1.1\r\nhost: x\r\n"
+
+
+def said_to(server: Server, sent: bytes) -> int:
+    """The status of the answer to some bytes."""
+    with socket.create_connection(server.address, timeout=10) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        said = b""
+        while chunk := connection.recv(65536):
+            said += chunk
+    return int(said[len("HTTP/1.1 ") :][:3])
+
+
+def posted(body: bytes, fields: str = "", path: str = "/v2/models/tiny/infer") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nhost: x\r\n{fields}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+RIGHT = json.dumps(
+    {"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1, 4, 4, 1], "data": [0] * 16}]}
+).encode()
+GZIP = "content-encoding: gzip\r\n"
+INFERENCES: dict[str, tuple[bytes, int, str]] = {
+    "no JSON": (posted(b"{"), 400, "invalid"),
+    "another input": (posted(RIGHT.replace(b"image", b"other")), 400, "invalid"),
+    "an unknown output": (posted(RIGHT[:-1] + b',"outputs":[{"name":"z"}]}'), 400, "invalid"),
+    "a length that is none": (posted(RIGHT, "inference-header-content-length: x\r\n"), 400, "invalid"),
+    "damaged gzip": (posted(b"nonsense", GZIP), 400, "invalid"),
+    "gzip cut short": (posted(gzip.compress(RIGHT)[:-9], GZIP), 400, "invalid"),
+    "an unknown coding": (posted(RIGHT, "content-encoding: br\r\n"), 415, "unsupported_media_type"),
+    "no picture": (posted(RIGHT, "content-type: image/png\r\n"), 400, "invalid"),
+    "a body too large": (f"{POST}content-length: 99999999\r\n\r\n".encode(), 413, "too_large"),
+    "chunks too large": (
+        f"{POST}transfer-encoding: chunked\r\n\r\n100000\r\n".encode() + bytes(2**20) + b"\r\n1\r\nx\r\n0\r\n\r\n",
+        413,
+        "too_large",
+    ),
+    "too large unpacked": (posted(gzip.compress(bytes(2**20 + 1)), GZIP), 413, "too_large"),
+    "an unknown model": (posted(RIGHT, path="/v2/models/other/infer"), 404, "not_found"),
+    "an unknown version": (posted(RIGHT, path="/v2/models/tiny/versions/9/infer"), 404, "not_found"),
+    "an empty version": (posted(RIGHT, path="/v2/models/tiny/versions//infer"), 404, "not_found"),
+    "another method": (posted(RIGHT).replace(b"POST", b"PUT"), 405, "method_not_allowed"),
+    "a damaged chunk": (f"{POST}transfer-encoding: chunked\r\n\r\nzz\r\n".encode(), 400, "invalid"),
+    "another transfer coding": (f"{POST}transfer-encoding: gzip, chunked\r\n\r\n".encode(), 501, "not_implemented"),
+    "a field too long": (f"{POST}x: {'y' * 40_000}\r\n\r\n".encode(), 431, "header_too_large"),
+    "shared memory": (
+        posted(
+            json.dumps(
+                {
+                    "inputs": [
+                        {
+                            "name": "image",
+                            "datatype": "UINT8",
+                            "shape": [1, 4, 4, 1],
+                            "parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 16},
+                        }
+                    ]
+                }
+            ).encode()
+        ),
+        501,
+        "not_implemented",
+    ),
+}
+OTHERS: dict[str, tuple[bytes, int, str]] = {
+    "nothing there": (b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n", 404, "not_found"),
+    "another model": (b"GET /v2/models/other HTTP/1.1\r\nhost: x\r\n\r\n", 404, "not_found"),
+    "another version": (b"GET /v2/models/tiny/versions/9/stats HTTP/1.1\r\nhost: x\r\n\r\n", 404, "not_found"),
+    "a method": (b"PUT /v2 HTTP/1.1\r\nhost: x\r\n\r\n", 405, "method_not_allowed"),
+    "no HTTP": (b"garbage\r\n\r\n", 400, "invalid"),
+    "no host": (b"GET /v2 HTTP/1.1\r\n\r\n", 400, "invalid"),
+    "a target too long": (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414, "target_too_long"),
+    "another HTTP": (b"GET /v2 HTTP/2.0\r\nhost: x\r\n\r\n", 505, "version_not_supported"),
+    "no JSON": (posted(b"{", path="/v2/repository/index"), 400, "invalid"),
+    "CUDA": (posted(b"{}", path="/v2/cudasharedmemory/region/r/register"), 501, "not_implemented"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def counted(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Logging]:
+    settings = ServeSettings(http_port=0, grpc_port=0, shared_memory=False, limits=Limits(body_bytes=2**20))
+    with serving(tiny.path, tmp_path_factory.mktemp("counted"), settings) as server:
+        yield server
+
+
+class Counts:
+    """What a server has counted, and what came to that since."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._before = self._now()
+
+    def _now(self) -> tuple[Samples, dict[str, Any]]:
+        (entry,) = get(self._server, "/v2/models/stats")["model_stats"]
+        return scraped(self._server), entry["inference_stats"]
+
+    def assert_one(self, reason: str, *, infer: bool) -> None:
+        """One error has come, and nothing else."""
+        (before, stats_before), (after, stats) = self._before, self._now()
+
+        def more(name: str, **labels: str) -> float:
+            return summed(after, name, **labels) - summed(before, name, **labels)
+
+        model = "tiny" if infer else ""
+        assert more("rushhour_errors_total", model=model, reason=reason) == more("rushhour_errors_total") == 1
+        assert more("rushhour_requests_total") == more("rushhour_requests_total", outcome="success") + infer == infer
+        assert more("rushhour_request_seconds_count") == 0
+        assert stats["fail"]["count"] - stats_before["fail"]["count"] == infer
+        assert stats["success"] == stats_before["success"]
+
+
+@pytest.mark.parametrize("case", INFERENCES)
+def test_an_inference_that_fails_is_counted_once_and_as_no_success(counted: Logging, case: str) -> None:
+    sent, status, reason = INFERENCES[case]
+    counts = Counts(counted)
+    assert said_to(counted, sent) == status
+    counts.assert_one(reason, infer=True)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_any_other_error_is_counted_once_and_with_no_model(counted: Logging, case: str) -> None:
+    sent, status, reason = OTHERS[case]
+    counts = Counts(counted)
+    assert said_to(counted, sent) == status
+    counts.assert_one(reason, infer=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "input", "reason"),
+    [
+        ("tiny", "", "nonsense", "invalid"),
+        ("other", "", "image", "not_found"),
+        ("tiny", "9", "image", "not_found"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_errors_over_grpc_are_counted_alike(
+    counted: Logging, model: str, version: str, input: str, reason: str, streamed: bool
+) -> None:
+    counts = Counts(counted)
+    tensor = triton_grpc.InferInput(input, [1, 4, 4, 1], "UINT8")
+    tensor.set_data_from_numpy(np.zeros((1, 4, 4, 1), np.uint8))
+    with triton_grpc.InferenceServerClient(counted.grpc) as client:
+        if streamed:
+            said: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: said.put(error))
+            client.async_stream_infer(model, [tensor], model_version=version)
+            assert said.get(timeout=10) is not None
+            client.stop_stream()
+        else:
+            with pytest.raises(InferenceServerException):
+                client.infer(model, [tensor], model_version=version)
+    counts.assert_one(reason, infer=True)
+
+
+def test_other_errors_over_grpc_are_counted_alike(counted: Logging) -> None:
+    with triton_grpc.InferenceServerClient(counted.grpc) as client:
+        for call in (
+            lambda: client.get_model_metadata("other"),
+            lambda: client.get_model_metadata(""),
+            lambda: client.get_inference_statistics("tiny", "9"),
+            lambda: client.get_inference_statistics("", "9"),
+            lambda: client.load_model(""),
+        ):
+            counts = Counts(counted)
+            with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+                call()
+            counts.assert_one("not_found", infer=False)
+
+
+def test_who_has_no_key_is_counted(observed: Logging) -> None:
+    def counted() -> Samples:
+        _, _, body = http_request(observed.address, "GET", "/metrics", Authorization=f"Bearer {'k' * 20}")
+        return samples_of(body.decode())
+
+    before = counted()
+    assert said_to(observed, posted(RIGHT)) == 401
+    assert said_to(observed, b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n") == 401
+    with triton_grpc.InferenceServerClient(observed.grpc) as client:
+        with pytest.raises(InferenceServerException):
+            client.infer("tiny", [triton_grpc.InferInput("image", [1, 4, 4, 1], "UINT8")])
+        with pytest.raises(InferenceServerException):
+            client.get_server_metadata()
+    after = counted()
+    for model in ("tiny", ""):
+        labels = {"model": model, "reason": "unauthorized"}
+        assert summed(after, "rushhour_errors_total", **labels) - summed(before, "rushhour_errors_total", **labels) == 2
+
+
+def test_an_answer_that_cannot_be_written_is_no_success() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(EngineConfig("openvino", max_batch=2))
+        profile = Profile(ServiceTimes((1, 2), (0.001, 0.002), (900.0, 900.0)))
+        cell = Cell(engine, Codec("tiny", engine.signature), Policy(max_batch=2), profile, WallClock())
+
+        def submit(rows: int, reply: Callable[[Any], int | None]) -> None:
+            wanted = Wanted("", (0,), (True,))
+            cell.submit(InferRequest(rows, (memoryview(bytes(16 * rows)),), wanted), reply)
+
+        submit(1, lambda result: 404)
+        submit(5, lambda result: 500)  # in several batches
+        submit(1, lambda result: None)
+        while cell.counters.answered + cell.counters.invalid + cell.counters.failed < 3:
+            await asyncio.sleep(0.001)
+        totals = cell.totals()
+        assert (totals.answered, totals.invalid, totals.failed) == (1, 1, 1)
+        assert (totals.success.count, totals.fail.count) == (1, 2)
+        assert totals.errors == {"not_found": 1, "internal": 1}
+        assert sum(totals.request_s.counts) == 1
+        engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_errors_of_cells_are_added_up_and_outlive_a_cell(tiny: Bundle, tmp_path: Path) -> None:
+    with serving(tiny.path, tmp_path, ServeSettings(http_port=0, cells=2)) as server:
+        for _ in range(12):
+            assert said_to(server, b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n") == 404
+            assert said_to(server, posted(b"{")) == 400
+        assert summed(scraped(server), "rushhour_errors_total", model="", reason="not_found") == 12
+        assert summed(scraped(server), "rushhour_errors_total", model="tiny", reason="invalid") == 12
+        os.kill(cells_of(server)[0], signal.SIGKILL)
+        wait_until(lambda: summed(scraped(server), "rushhour_cells", state="up") == 2)
+        assert summed(scraped(server), "rushhour_errors_total", model="", reason="not_found") == 12
+        assert summed(scraped(server), "rushhour_errors_total", model="tiny", reason="invalid") == 12

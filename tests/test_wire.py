@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from rushhour.errors import WireError
 from rushhour.load import Interface
 from rushhour.wire import (
     Codec,
+    InferRequest,
     Place,
+    datatype_of,
     decode_answer,
     encode_json_request,
     encode_request,
@@ -142,7 +145,7 @@ def test_only_the_outputs_asked_for_in_the_order_asked_for() -> None:
         (header(data=[[1, 2], [3]]), None, "cannot be read"),
         (header(data={"a": 1}), None, "cannot be read"),
         (header(data=None), None, "no data"),
-        (b'{"inputs":[{"name":"image","shape":[1,2,2,1],"datatype":"UINT8","data":[1,2,3,NaN]}]}', None, "JSON"),
+        (b'{"inputs":[{"name":"image","shape":[1,2,2,1],"datatype":"UINT8","data":[1,2,3,NaN]}]}', None, "not UINT8"),
         (header(parameters={"binary_data_size": 4}), None, "data twice"),
         (header(data=None, parameters={"binary_data_size": 5}), None, "binary_data_size 5"),
         (header(data=None, parameters={"binary_data_size": True}), None, "binary_data_size True"),
@@ -299,3 +302,182 @@ def test_numbers_beyond_all_bounds_are_refused() -> None:
     for parameters in ({"timeout": 10**400}, {"timeout": 2**63}, {"priority": 2**63}):
         with pytest.raises(WireError):
             Codec("m", ONE).decode(wanting(**parameters), None)
+
+
+# What JSON leaves open: null, NaN and infinities.
+
+FLOATS = Signature(inputs=(TensorSpec("x", "float32", (4,)),), outputs=(TensorSpec("y", "float32", (4,)),))
+NULLS: list[tuple[dict[str, object], dict[str, object]]] = [
+    ({"id": None}, {}),
+    ({"parameters": None}, {}),
+    ({"outputs": None}, {}),
+    ({"id": None, "parameters": None, "outputs": None, "unknown": None}, {}),
+    ({"parameters": {"timeout": None, "priority": None, "binary_data_output": None, "sequence_id": None}}, {}),
+    ({"outputs": [{"name": "probabilities", "parameters": None}]}, {"outputs": [{"name": "probabilities"}]}),
+    (
+        {
+            "outputs": [
+                {
+                    "name": "probabilities",
+                    "parameters": {
+                        "binary_data": None,
+                        "classification": None,
+                        "shared_memory_region": None,
+                        "shared_memory_byte_size": None,
+                    },
+                }
+            ],
+            "parameters": {"binary_data_output": True},
+        },
+        {"outputs": [{"name": "probabilities"}], "parameters": {"binary_data_output": True}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("null", "absent"), NULLS)
+def test_what_is_null_is_absent(null: dict[str, object], absent: dict[str, object]) -> None:
+    entry = {"name": "image", "shape": [1, 2, 2, 1], "datatype": "UINT8"}
+    data = {"data": [1, 2, 3, 4]}
+    wanted = []
+    for said in (null, absent):
+        for parameters in ({}, {"parameters": None}, {"parameters": {"binary_data_size": None, "other": None}}):
+            body = json.dumps({"inputs": [entry | data | parameters]} | said).encode()
+            asked = Codec("m", ONE).decode(body, None)
+            assert bytes(asked.tensors[0]) == b"\1\2\3\4"
+            wanted.append(asked.wanted)
+        header = json.dumps({"inputs": [entry | {"data": None, "parameters": {"binary_data_size": 4}}]} | said).encode()
+        for _ in range(2):
+            wanted.append(Codec("m", ONE).decode(header + b"\1\2\3\4", len(header)).wanted)
+    assert len(set(wanted)) == 1
+
+
+def test_what_is_required_is_not_null() -> None:
+    whole: dict[str, object] = {"name": "image", "shape": [1, 2, 2, 1], "datatype": "UINT8", "data": [1, 2, 3, 4]}
+    for name in whole:
+        with pytest.raises(WireError):
+            Codec("m", ONE).decode(json.dumps({"inputs": [whole | {name: None}]}).encode(), None)
+    for inputs in (None, [None]):
+        with pytest.raises(WireError):
+            Codec("m", ONE).decode(json.dumps({"inputs": inputs}).encode(), None)
+    with pytest.raises(WireError, match="something else than numbers"):
+        Codec("m", ONE).decode(json.dumps({"inputs": [whole | {"data": [1, None, 3, 4]}]}).encode(), None)
+
+
+def test_an_answer_with_nulls_is_read() -> None:
+    outputs = [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1, 2], "parameters": None}]
+    answer = {"model_name": "m", "id": None, "parameters": None, "outputs": outputs}
+    np.testing.assert_array_equal(decode_answer(json.dumps(answer).encode(), None)["y"], [[1, 2]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_nan_and_infinities_are_read(dtype: Any, nested: bool) -> None:
+    signature = Signature(inputs=(TensorSpec("x", dtype, (4,)),), outputs=FLOATS.outputs)
+    data = "[NaN, Infinity, -Infinity, -0.5]"
+    text = f"[{data}]" if nested else data
+    datatype = datatype_of(signature.inputs[0])
+    body = f'{{"inputs":[{{"name":"x","shape":[1,4],"datatype":"{datatype}","data":{text}}}]}}'
+    (tensor,) = Codec("m", signature).decode(body.encode(), None).tensors
+    np.testing.assert_array_equal(np.frombuffer(tensor, dtype), np.array([np.nan, np.inf, -np.inf, -0.5], dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data"),
+    [
+        ("uint8", "[NaN, 1, 1, 1]"),
+        ("int64", "[1, 1, -Infinity, 1]"),
+        ("bool", "[true, true, true, NaN]"),
+        ("bool", "[true, true, true, 0.5]"),
+        ("bool", "[0, 1, 2, 1]"),
+        ("bool", "[0, 1, -1, 1]"),
+        ("float32", "[true, 0.5, 1, 1]"),
+        ("float32", "[NaN, 1e999, 1, 1]"),
+        ("float64", "[NaN, -1e999, 1, 1]"),
+        ("float64", "[NaN, 1" + "0" * 400 + ".0, 1, 1]"),
+        ("float32", "[NaN, 1e300, 1, 1]"),
+        ("float32", "[NaN, null, 1, 1]"),
+        ("float32", '["NaN", 1, 1, 1]'),
+        ("float32", "[nan, 1, 1, 1]"),
+        ("float32", "[+Infinity, 1, 1, 1]"),
+        ("float32", "[inf, NaN, 1, 1]"),
+    ],
+)
+def test_a_value_that_a_type_does_not_have_is_refused_and_never_made_another(dtype: Any, data: str) -> None:
+    signature = Signature(inputs=(TensorSpec("x", dtype, (4,)),), outputs=FLOATS.outputs)
+    datatype = datatype_of(signature.inputs[0])
+    body = f'{{"inputs":[{{"name":"x","shape":[1,4],"datatype":"{datatype}","data":{data}}}]}}'
+    with pytest.raises(WireError, match="cannot be read"):
+        Codec("m", signature).decode(body.encode(), None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data", "values"),
+    [
+        ("bool", "[true, false, 1, 0]", [True, False, True, False]),
+        ("float32", "[1, 2, 3, 4.5]", [1, 2, 3, 4.5]),
+        ("uint64", "[18446744073709551615, 0, 1, 2]", [2**64 - 1, 0, 1, 2]),
+    ],
+)
+def test_a_value_that_a_type_has_is_read(dtype: Any, data: str, values: list[float]) -> None:
+    signature = Signature(inputs=(TensorSpec("x", dtype, (4,)),), outputs=FLOATS.outputs)
+    datatype = datatype_of(signature.inputs[0])
+    body = f'{{"inputs":[{{"name":"x","shape":[1,4],"datatype":"{datatype}","data":{data}}}]}}'
+    (tensor,) = Codec("m", signature).decode(body.encode(), None).tensors
+    np.testing.assert_array_equal(np.frombuffer(tensor, dtype), np.array(values, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nan_and_infinities_are_written(dtype: Any) -> None:
+    values = np.array([[np.nan, np.inf, -np.inf, 0.1], [1, -1, 1e30, 0]], dtype)
+    codec = Codec("m", Signature(inputs=FLOATS.inputs, outputs=(TensorSpec("y", dtype, (4,)),)))
+    request = codec.decode(encode_json_request(codec.signature, {"x": np.zeros((2, 4), np.float32)}), None)
+    length, parts = codec.encode(request.wanted, 2, [memoryview(values.tobytes())])
+    answer = b"".join(parts)
+    assert length is None
+    assert b'"data":[NaN,Infinity,-Infinity,' in answer
+    np.testing.assert_array_equal(decode_answer(answer, None)["y"], values)
+    (output,) = json.loads(answer)["outputs"]  # as Triton's clients read it
+    np.testing.assert_array_equal(np.array(output["data"], dtype).reshape(2, 4), values)
+
+
+def test_a_client_writes_nan_and_infinities_too() -> None:
+    values = np.array([[np.nan, np.inf, -np.inf, 0.1]], np.float32)
+    asked = Codec("m", FLOATS).decode(encode_json_request(FLOATS, {"x": values}), None)
+    np.testing.assert_array_equal(np.frombuffer(asked.tensors[0], np.float32), values[0])
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"NaN \\udfff"'])
+def test_an_id_that_could_not_be_echoed_is_refused(text: str) -> None:
+    body = f'{{"id":{text},"inputs":[{{"name":"x","shape":[1,4],"datatype":"FP32","data":[NaN,1,1,1]}}]}}'
+    with pytest.raises(WireError, match="cannot be read"):
+        Codec("m", FLOATS).decode(body.encode(), None)
+
+
+def test_what_json_cannot_carry_is_refused_before_anything_is_computed() -> None:
+    half = Signature(inputs=FLOATS.inputs, outputs=(TensorSpec("y", "float16", (4,)), TensorSpec("z", "float32", (4,))))
+    codec = Codec("m", half, labels=("a", "b", "c", "d"), pictures=4)
+    asked = json.loads(encode_json_request(half, {"x": np.zeros((1, 4), np.float32)}))
+
+    def decode(**more: object) -> InferRequest:
+        return codec.decode(json.dumps(asked | more).encode(), None)
+
+    for outputs in (None, [{"name": "y"}], [{"name": "z", "parameters": {"binary_data": True}}, {"name": "y"}]):
+        with pytest.raises(WireError, match="'y' is FP16"):
+            decode(outputs=outputs)
+    with pytest.raises(WireError, match="'y' is FP16"):
+        codec.decode_picture(b"a picture")
+    decode(outputs=[{"name": "z"}])
+    decode(outputs=[{"name": "y", "parameters": {"classification": 2}}])
+    decode(outputs=[{"name": "y", "parameters": {"binary_data": True}}])
+    decode(parameters={"binary_data_output": True})
+
+
+@pytest.mark.parametrize("value", ["yes", 1, [], {}])
+def test_what_is_no_truth_is_not_taken_for_one(value: object) -> None:
+    asked = json.loads(encode_json_request(ONE, {"image": np.zeros((1, 2, 2, 1), np.uint8)}))
+    for more in (
+        {"parameters": {"binary_data_output": value}},
+        {"outputs": [{"name": "probabilities", "parameters": {"binary_data": value}}]},
+    ):
+        with pytest.raises(WireError, match="it is true or false"):
+            Codec("m", ONE).decode(json.dumps(asked | more).encode(), None)

@@ -9,6 +9,9 @@ describe a request by a `RequestHeader` and have it read by `Codec.arrange`.
 A model of pictures also takes them as they come, encoded, in a BYTES tensor of shape `[n]` or `[n, 1]`. JSON cannot
 carry bytes: there an element is Base64.
 
+Two things that JSON leaves open are as Triton has them: a field that is null is absent, and NaN and the infinities are
+the literals `NaN`, `Infinity` and `-Infinity`.
+
 Sources: kserve/open-inference-protocol, specification/protocol/inference_rest.md; triton-inference-server/server,
 docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_classification.md.
 """
@@ -18,10 +21,11 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -49,6 +53,15 @@ _DATATYPES = {
 _DTYPES = {datatype: dtype for dtype, datatype in _DATATYPES.items()}
 _MAX_CACHED_HEADERS = 256
 _MAX_CACHED_HEADER_BYTES = 4096
+
+if TYPE_CHECKING:
+    _Parameters = dict[str, Any]
+    _Text = str
+else:  # what is null is taken as absent, once, by `__post_init__`: who reads a header need not know of it
+    _Parameters = dict[str, Any] | None
+    _Text = str | None
+
+_T = TypeVar("_T")
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 100
@@ -80,26 +93,85 @@ class InputHeader(msgspec.Struct):
     datatype: str
     shape: list[int]
     data: Any = None
-    parameters: dict[str, Any] = {}
+    parameters: _Parameters = {}
+
+    def __post_init__(self) -> None:
+        self.parameters = _without_null(self.parameters)
 
 
 class OutputHeader(msgspec.Struct):
     """What a request says of an output that it asks for."""
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: _Parameters = {}
+
+    def __post_init__(self) -> None:
+        self.parameters = _without_null(self.parameters)
+
+
+if TYPE_CHECKING:
+    _Outputs = list[OutputHeader]
+else:
+    _Outputs = list[OutputHeader] | None
 
 
 class RequestHeader(msgspec.Struct):
     """What a request says of itself. Nothing is checked yet."""
 
     inputs: list[InputHeader]
-    outputs: list[OutputHeader] = []
-    id: str = ""
-    parameters: dict[str, Any] = {}
+    outputs: _Outputs = []
+    id: _Text = ""
+    parameters: _Parameters = {}
+
+    def __post_init__(self) -> None:
+        self.outputs, self.id = self.outputs or [], self.id or ""
+        self.parameters = _without_null(self.parameters)
 
 
-_decode_header = msgspec.json.Decoder(RequestHeader).decode
+def _without_null(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    if parameters is None:
+        return {}
+    if None in parameters.values():
+        return {name: value for name, value in parameters.items() if value is not None}
+    return parameters
+
+
+_request_decoder = msgspec.json.Decoder(RequestHeader)
+
+
+def _parsed(text: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
+    """JSON that may hold the literals `NaN`, `Infinity` and `-Infinity`.
+
+    Raises:
+        msgspec.DecodeError, ValueError, RecursionError: if it is none, or not of the decoder's type, or a number in it
+            is beyond 64-bit floats.
+    """
+    try:
+        return decoder.decode(text)
+    except msgspec.DecodeError:
+        if b"NaN" not in text and b"Infinity" not in text:
+            raise
+    # What overflows would become infinite here; looking at each number costs, so only where there may be one.
+    exact = _finite if _MAY_OVERFLOW.search(text) else None
+    return msgspec.convert(json.loads(text.decode(), parse_float=exact), decoder.type)
+
+
+_MAY_OVERFLOW = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{300}")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"the number {_shown(number)} is too large")
+    return value
+
+
+def _numbers(values: NDArray[Any]) -> list[Any] | msgspec.Raw:
+    """A tensor's values for JSON; as `_parsed` reads them where some are not finite."""
+    listed: list[Any] = values.tolist()
+    if values.dtype.kind != "f" or bool(np.isfinite(values).all()):
+        return listed
+    return msgspec.Raw(json.dumps(listed, separators=(",", ":")).encode())
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -328,7 +400,9 @@ class Codec:
                 status=415,
             )
         every = tuple(range(len(self.signature.outputs)))
-        return PictureRequest((memoryview(body),), Wanted(id="", outputs=every, binary=(False,) * len(every)))
+        wanted = Wanted(id="", outputs=every, binary=(False,) * len(every))
+        self._check_json(wanted)
+        return PictureRequest((memoryview(body),), wanted)
 
     def gather(self, layout: Layout, following: Sequence[memoryview]) -> InferRequest:
         """Bring a request's tensors together, wherever they lie.
@@ -434,10 +508,8 @@ class Codec:
                 entry["parameters"] = {"binary_data_size": len(blobs[-1])}
             elif output.words is not None:
                 entry["data"] = output.words
-            elif output.datatype == "FP16":
-                raise WireError(f"the output {output.name!r} is FP16", "JSON cannot carry it", "ask for binary data")
             else:
-                entry["data"] = np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]).tolist()
+                entry["data"] = _numbers(np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]))
             described.append(entry)
         header = self._answer(wanted, described)
         return (len(header) if blobs else None), [header, *blobs]
@@ -472,12 +544,14 @@ class Codec:
 
     def _decode_new(self, header: bytes, body: bytes, header_length: int) -> InferRequest:
         try:
-            parsed = _decode_header(header)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            parsed = _parsed(header, _request_decoder)
+            parsed.id.encode()  # it is echoed: half of a surrogate pair could not be
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise WireError(
                 "the request's JSON cannot be read", str(error), "see the Open Inference Protocol, $inference_request"
             ) from error
         layout = self.arrange(parsed)
+        self._check_json(layout.wanted)
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
         one_of_many = bool(layout.inline) or layout.encoded or bool(parsed.id)
@@ -486,6 +560,14 @@ class Codec:
                 self._layouts.clear()
             self._layouts[header] = layout
         return self._gather(layout, memoryview(body)[header_length:])
+
+    def _check_json(self, wanted: Wanted) -> None:
+        """Refuse now, before anything is computed, what JSON cannot carry."""
+        for number, position in enumerate(wanted.outputs):
+            spec = self.signature.outputs[position]
+            other = wanted.binary[number] or (wanted.top and wanted.top[number])
+            if spec.dtype == "float16" and not other and not (wanted.places and wanted.places[number]):
+                raise WireError(f"the output {spec.name!r} is FP16", "JSON cannot carry it", "ask for binary data")
 
     def _gather(self, layout: Layout, blobs: memoryview) -> InferRequest:
         return self.gather(layout, [blobs[start:stop] for start, stop in layout.slices.values()])
@@ -626,17 +708,16 @@ class Codec:
     def _from_values(self, entry: InputHeader, position: int) -> memoryview:
         spec = self.signature.inputs[position]
         try:
-            values = np.asarray(_flat(entry.data))
-            if values.dtype.kind not in ("biu" if np.dtype(spec.dtype).kind in "iu" else "biuf"):
-                raise ValueError(f"found values that are not {datatype_of(spec)}")
-            if values.dtype.kind == "b" and spec.dtype != "bool":
-                raise ValueError("found true or false among the numbers")
-            if values.size != math.prod(entry.shape):
-                raise ValueError(f"found {values.size} values for shape {entry.shape}")
-            if np.dtype(spec.dtype).kind in "iu" and values.size:
-                limits = np.iinfo(np.dtype(spec.dtype))
-                if int(values.min()) < limits.min or int(values.max()) > limits.max:
-                    raise ValueError(f"a value lies outside {limits.min}..{limits.max}")
+            kind = np.dtype(spec.dtype).kind
+            flat = _flat(entry.data, {"b": {bool, int}, "f": {int, float}}.get(kind, {int}), datatype_of(spec))
+            if len(flat) != math.prod(entry.shape):
+                raise ValueError(f"found {len(flat)} values for shape {entry.shape}")
+            # numpy's choice would be floats where some integers are beyond 63 bits and others are not.
+            values = np.asarray(flat, np.uint64 if spec.dtype == "uint64" else None)
+            if kind != "f" and values.size:
+                least, most = (0, 1) if kind == "b" else (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max)
+                if values.dtype.kind == "f" or int(values.min()) < least or int(values.max()) > most:
+                    raise ValueError(f"a value lies outside {least}..{most}")
             with np.errstate(over="raise"):
                 array = values.astype(spec.dtype)
         except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
@@ -648,7 +729,7 @@ class Codec:
         return memoryview(array.tobytes())
 
     def _wanted(self, header: RequestHeader, rows: int) -> Wanted:
-        all_binary = header.parameters.get("binary_data_output") is True
+        all_binary = _truth(header.parameters, "binary_data_output", default=False)
         asked = header.outputs or [OutputHeader(name) for name in self._outputs]
         positions: list[int] = []
         binary, top = [], []
@@ -662,7 +743,7 @@ class Codec:
                     f"ask GET v2/models/{self.model}",
                 )
             positions.append(position)
-            binary.append(output.parameters.get("binary_data", all_binary) is True)
+            binary.append(_truth(output.parameters, "binary_data", default=all_binary))
             top.append(self._top(output, position))
             size = rows * self.signature.outputs[position].row_bytes
             place = self._place(output)
@@ -710,11 +791,16 @@ class Codec:
         return min(asked, len(self.labels))
 
 
-def _flat(data: object) -> list[int | float]:
-    """The numbers of a tensor in JSON, flat or nested, as one list.
+def _flat(data: object, types: set[type], datatype: str) -> list[int | float]:
+    """The values of a tensor in JSON, flat or nested, as one list.
 
     Not by numpy, which gives each element as much room as the largest needs: one text of a megabyte among as many
     empty ones would ask for a terabyte.
+
+    Args:
+        data: as it was parsed.
+        types: that its values may have.
+        datatype: what they are to be, in the protocol's words.
     """
     if not isinstance(data, list):
         raise ValueError("it is no list")
@@ -724,7 +810,18 @@ def _flat(data: object) -> list[int | float]:
         data = list(chain.from_iterable(data))
     if not kinds <= {int, float, bool}:
         raise ValueError("found something else than numbers")
+    if bool in kinds - types:
+        raise ValueError("found true or false among the numbers")
+    if float in kinds - types:
+        raise ValueError(f"found values that are not {datatype}")
     return data
+
+
+def _truth(parameters: Mapping[str, object], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise WireError(f"the parameter {name} is {_shown(value)}", "it is true or false", "send one of them")
+    return value
 
 
 def _is_size(value: object) -> TypeGuard[int]:
@@ -844,14 +941,16 @@ def encode_json_tensors(contents: Sequence[Content]) -> bytes:
     """
     described = []
     for content in contents:
-        values: list[Any] = content.array.ravel().tolist()
+        values: list[Any] | msgspec.Raw
         if content.datatype == "BYTES":
             try:
-                values = [each.decode() for each in values]
+                values = [each.decode() for each in content.array.ravel().tolist()]
             except UnicodeDecodeError as error:
                 raise WireError(
                     f"the input {content.name!r} cannot be sent as JSON", "its bytes are no text", "send raw tensors"
                 ) from error
+        else:
+            values = _numbers(content.array.ravel())
         described.append(
             {
                 "name": content.name,
@@ -909,7 +1008,7 @@ def decode_answer(body: bytes, header_length: int | None) -> dict[str, NDArray[A
                 raise ValueError(f"the output {entry.name!r} ends after the body")
             outputs[entry.name] = array_of_bytes(entry.datatype, body[end : end + size], entry.shape)
             end += size
-    except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+    except (msgspec.DecodeError, RecursionError, ValueError, TypeError, OverflowError) as error:
         raise WireError(
             "the server's answer is not Open Inference Protocol",
             f"{type(error).__name__}: {error}",

@@ -21,7 +21,7 @@ from rushhour.serve.admission import Admission, Profile
 from rushhour.serve.batcher import Batcher, Part, Ticket
 from rushhour.serve.pictures import Decoder, Decoding
 from rushhour.serve.speed import Speedometer, Speeds
-from rushhour.serve.statistics import Batch, Statistics, Totals
+from rushhour.serve.statistics import Batch, Statistics, Totals, reason_of
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
 _USUAL_PRIORITY, _LOWEST_PRIORITY = 4, 8
@@ -35,10 +35,11 @@ _TELLING = 0.5
 _PROBE_EVERY_S = 1.0
 """After a probe that was late, the next one is let in after this time."""
 
-Reply = Callable[[Sequence[memoryview] | Exception], None]
+Reply = Callable[[Sequence[memoryview] | Exception], int | None]
 """Called once, on the loop: the raw rows of each output, in the signature's order, or what went wrong.
 
-The views are valid only during the call. What it raises is reported to the loop, and costs nobody else anything.
+The views are valid only during the call. It gives the status of the error that it had to answer instead, if any.
+What it raises is reported to the loop, and costs nobody else anything.
 """
 
 
@@ -272,17 +273,30 @@ class Cell:
         if self.idle and now >= self._probe_from:
             return deadline, 0.0, True
         self.counters.shed_deadline += 1
-        self.statistics.fail.add(1, 0.0)
+        self.statistics.failed("deadline", 0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
         return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
 
     def _no_room(self) -> Shed:
         self.counters.shed_queue += 1
-        self.statistics.fail.add(1, 0.0)
+        self.statistics.failed("queue", 0.0)
         return Shed("queue", "the queue is full: more requests come than can be answered", self._retry_after_s())
 
     def _retry_after_s(self) -> float:
         return self._admission.backlog_s(self._batcher.waiting, self._streams)
+
+    def refuse(self, status: int, seconds: float) -> None:
+        """Count a request that was answered with an error by whoever read it, or was to write its answer.
+
+        Args:
+            status: of HTTP.
+            seconds: from its arrival to this answer.
+        """
+        if status >= 500 and status != 501:
+            self.counters.failed += 1
+        else:
+            self.counters.invalid += 1
+        self.statistics.failed(reason_of(status), seconds)
 
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
@@ -345,14 +359,14 @@ class Cell:
             self._decoded(job)
             request.pictures = ()
             if isinstance(samples, WireError):
-                self.counters.invalid += 1
+                self.refuse(samples.status, self._clock.now() - arrived)
                 self._reply_once(job, samples)
                 return
             now = self._clock.now()
             expected_s = 0.0 if is_probe else self.profile.seconds(min(rows, batcher.max_batch))
             if now + expected_s > deadline:
                 self.counters.shed_deadline += 1
-                self.statistics.fail.add(1, now - arrived)
+                self.statistics.failed("deadline", now - arrived)
                 self._probed(job)
                 why = "decoding took longer than the deadline leaves time for"
                 self._reply_once(job, TurnedAway(why, self._retry_after_s()))
@@ -499,13 +513,17 @@ class Cell:
             job.reply = None
             if job.probe_until is not None:
                 self._probed(job)
-            self.counters.answered += 1
             end = at + part.rows
             if len(views) == 1:
                 size = self._row_bytes_out[0]
-                reply((views[0][at * size : end * size],))
+                status = reply((views[0][at * size : end * size],))
             else:
-                reply([view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)])
+                status = reply(
+                    [view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)]
+                )
+            if status:
+                return self._unanswered(part.ticket, status)
+            self.counters.answered += 1
             return True
         if job.collected is None:
             job.collected = [bytearray(job.request.rows * size) for size in self._row_bytes_out]
@@ -517,9 +535,16 @@ class Cell:
         job.reply = None
         if job.probe_until is not None:
             self._probed(job)
+        status = reply([memoryview(whole) for whole in job.collected])
+        if status:
+            return self._unanswered(part.ticket, status)
         self.counters.answered += 1
-        reply([memoryview(whole) for whole in job.collected])
         return True
+
+    def _unanswered(self, ticket: Ticket[Job], status: int) -> bool:
+        """The samples were computed, and yet the request had to be answered with an error."""
+        self.refuse(status, self._clock.now() - ticket.arrived)
+        return False
 
     def _probed(self, job: Job) -> None:
         """A probe has ended. In time: the profile is wrong, the next is welcome. Late: it is believed for a while."""
@@ -543,7 +568,7 @@ class Cell:
 
     def _count_failed(self, took_s: float) -> None:
         self.counters.failed += 1
-        self.statistics.fail.add(1, took_s)
+        self.statistics.failed("engine", took_s)
 
     def _reply_once(self, job: Job, result: Exception) -> None:
         """Tell a caller that there is no answer. What the reply raises harms nobody else."""

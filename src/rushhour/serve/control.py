@@ -63,6 +63,11 @@ class Control:
         self._settings = settings or {}
         self._tracing = tracing or {"trace_level": ["OFF"]}
 
+    @property
+    def keyed(self) -> bool:
+        """Whether clients must send an API key."""
+        return bool(self._settings.get("api_keys"))
+
     def ready(self) -> bool:
         """Whether requests are welcome."""
         return not self._draining() and self._repository.loaded is not None

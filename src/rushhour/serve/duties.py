@@ -111,6 +111,7 @@ class Duties:
             {0: state},
             bundles=dict(self._repository.versions),
             dropped=log.dropped(),
+            errors=dict(self._repository.errors),
         )
 
     def _shared(self) -> SharedMemory:

@@ -43,6 +43,7 @@ _OPEN_METHODS = frozenset(("ServerLive", "ServerReady"))
 """Asked by whoever watches over the server, as is all of the health service; they carry no key."""
 _ASK_WHO = frozenset(("SystemSharedMemoryRegister",))
 """Methods whose answer depends on who calls."""
+_INFERENCE_METHODS = frozenset(("ModelInfer", "ModelStreamInfer"))
 _REFUSE_SECONDS = 0.1
 """For so long at the end everybody is told that it is the end; grpcio itself would only cancel them."""
 _STREAM_WINDOW = 256
@@ -91,7 +92,7 @@ class GrpcFace:
         self._active = 0
         self._readers: set[asyncio.Task[None]] = set()
         self._server = aio.server(
-            handlers=[self._inference(), self._health()],
+            handlers=[_Gate(self._inference(), self._unknown), self._health()],
             maximum_concurrent_rpcs=limits.connections,
             options=[
                 ("grpc.max_receive_message_length", limits.body_bytes),
@@ -162,7 +163,6 @@ class GrpcFace:
         self._active += 1
         followed = self._follow("ModelInfer", context)
         try:
-            self._admit(context)
             return await self._submit(sent, context.time_remaining(), followed).answer()
         except Exception as error:
             _end(followed, _status(error))
@@ -172,10 +172,6 @@ class GrpcFace:
 
     async def _stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Answers in the order of their requests, which are computed together. One that fails does not end the rest."""
-        try:
-            self._admit(context)
-        except WireError as error:
-            await _refuse(context, error)
         begun: asyncio.Queue[_Call | bytes | None] = asyncio.Queue()
         room = asyncio.Semaphore(_STREAM_WINDOW)
         reader = asyncio.create_task(self._read(messages, begun, room, context))
@@ -222,6 +218,18 @@ class GrpcFace:
         return self._observer.begin("grpc", method, "", fields)
 
     def _submit(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
+        """Put a request to its cell. Every error from here on is counted, and so is one in its answer."""
+        arrived = asyncio.get_running_loop().time()
+        try:
+            return self._submitted(sent, within_s, followed)
+        except TurnedAway:
+            raise  # the cell has counted it
+        except Exception as error:
+            seconds = asyncio.get_running_loop().time() - arrived
+            self._repository.refuse(_status(error), seconds, infer=True)
+            raise
+
+    def _submitted(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
         if self._stopping:
             raise _stopping()
         loaded = self._repository.loaded
@@ -231,22 +239,28 @@ class GrpcFace:
         if codec is None or codec.codec is not loaded.cell.codec:
             codec = self._codec = GrpcCodec(loaded.cell.codec)
         cell = loaded.cell if followed is None else followed.into(loaded.cell)
-        try:
-            asked = codec.decode(sent)
-        except WireError:
-            cell.counters.invalid += 1
-            raise
+        asked = codec.decode(sent)
         if followed is not None:
             followed.id = asked.id.decode() or followed.id
         return _Call(cell, codec, asked, within_s, followed)
 
-    def _admit(self, context: Context) -> None:
-        if not self._keys:
-            return
-        sent = dict(context.invocation_metadata() or ()).get("authorization")
-        if not self._keys.admit(sent.encode() if isinstance(sent, str) else sent):
+    def _unknown(self, details: Any) -> Any | None:
+        """What answers a caller without a key, from its metadata alone: its message is never read."""
+        name = details.method.rpartition("/")[2]
+        if not self._keys or name in _OPEN_METHODS:
+            return None
+        sent = dict(details.invocation_metadata or ()).get("authorization")
+        if self._keys.admit(sent.encode() if isinstance(sent, str) else sent):
+            return None
+
+        async def deny(messages: AsyncIterator[bytes], context: Context) -> None:
+            followed = self._follow(name, context)
+            self._repository.refuse(401, 0.0, infer=name in _INFERENCE_METHODS)
+            _end(followed, 401)
             why = "this server takes requests with an API key only"
-            raise WireError(why, "", "send the metadata 'authorization: Bearer KEY'", status=401)
+            await _refuse(context, WireError(why, "", "send the metadata 'authorization: Bearer KEY'", status=401))
+
+        return grpc.stream_stream_rpc_method_handler(deny)
 
     def _inference(self) -> Any:
         """The service."""
@@ -268,8 +282,6 @@ class GrpcFace:
         async def answering(sent: bytes, context: Context) -> Any:
             followed = self._follow(method.name, context)
             try:
-                if method.name not in _OPEN_METHODS:
-                    self._admit(context)
                 parsed = _parsed(request, sent)
                 answered = answer(parsed, self._asker(context)) if method.name in _ASK_WHO else answer(parsed)
                 if isinstance(answered, Awaitable):
@@ -278,6 +290,7 @@ class GrpcFace:
                 _end(followed, 200)
                 return encoded
             except Exception as error:
+                self._repository.refuse(_status(error), 0.0, infer=False)
                 _end(followed, _status(error))
                 await _refuse(context, error)
 
@@ -353,6 +366,7 @@ class GrpcFace:
             if status == _SERVICE_UNKNOWN:
                 raise WireError(f"there is no service {service[:100]!r}", status=404)
         except WireError as error:
+            self._repository.refuse(error.status, 0.0, infer=False)
             await _refuse(context, error)
         return _health(status)
 
@@ -360,6 +374,7 @@ class GrpcFace:
         try:
             service = _parsed(_HealthRequest, sent).service
         except WireError as error:
+            self._repository.refuse(error.status, 0.0, infer=False)
             await _refuse(context, error)
         said = None
         while not self._ending.is_set():
@@ -375,6 +390,24 @@ class GrpcFace:
         if service not in ("", INFERENCE.full_name):
             return _SERVICE_UNKNOWN
         return _SERVING if self._control.ready() else _NOT_SERVING
+
+
+class _Gate(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Handlers that are asked for only after another had its chance to answer in their place.
+
+    Args:
+        behind: these handlers.
+        before: gives the handler that answers instead, if any.
+    """
+
+    def __init__(self, behind: Any, before: Callable[[Any], Any | None]) -> None:
+        self._behind = behind
+        self._before = before
+
+    def service(self, handler_call_details: Any) -> Any | None:
+        """What answers a call; None if that is for others."""
+        found = self._behind.service(handler_call_details)
+        return found and (self._before(handler_call_details) or found)
 
 
 class _Call:
@@ -422,21 +455,24 @@ class _Call:
             self._job = None
             _end(self._followed, CANCELLED)
 
-    def _reply(self, result: Sequence[memoryview] | Exception) -> None:
+    def _reply(self, result: Sequence[memoryview] | Exception) -> int | None:
         self._job = None
         if self._answered.done():
-            return
+            return None
         if isinstance(result, Exception):
             self._fail(result)
-            return
+            return None
         try:
             self._answered.set_result(self._codec.encode(self._asked, result))
             _end(self._followed, 200)
         except WireError as error:
             # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
             self._fail(error.with_traceback(None))
+            return error.status
         except Exception as error:
             self._fail(error)
+            return 500
+        return None
 
     def _fail(self, error: Exception) -> None:
         if not self._answered.done():  # what failed may have been what follows the answer

@@ -361,7 +361,7 @@ def inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
     Raises:
         WireError: 415 for another encoding, 413 beyond the limit, 400 for damaged data.
     """
-    if encoding not in (b"gzip", b"deflate"):
+    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
         raise WireError(
             f"the body is compressed with {encoding[:40].decode('latin-1')}",
             "this server reads gzip and deflate",
@@ -369,12 +369,14 @@ def inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
             status=415,
         )
     try:
-        stream = zlib.decompressobj(wbits=31 if encoding == b"gzip" else 15)
+        stream = zlib.decompressobj(wbits=15 if encoding == b"deflate" else 31)
         content = stream.decompress(body, limit + 1)
         if len(content) > limit:
             raise WireError("the body is too large", f"the limit is {limit} bytes unpacked", "split it", status=413)
         if not stream.eof:
             raise zlib.error("it ends too early")
+        if stream.unused_data:
+            raise zlib.error("something follows its end")
     except zlib.error as error:
         raise WireError(f"the {encoding.decode()} body is damaged", str(error), "compress it again") from error
     return content

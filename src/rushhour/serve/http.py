@@ -7,11 +7,15 @@ No framework between the socket and the batcher: on one core a 3 KB request cost
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import re
+import struct
+import termios
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import httptools
 import msgspec
@@ -19,18 +23,27 @@ import msgspec
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
 from rushhour.serve.guard import ASKER_FIELDS, Asker, Keys, Limits, inflate
-from rushhour.serve.routes import Answer
+from rushhour.serve.routes import JSON, Answer, not_allowed
 from rushhour.serve.upload import Upload
 from rushhour.wire import Codec, InferRequest, Layout
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
 _CHALLENGE = b"www-authenticate: Bearer\r\n"
-_JSON = b"application/json"
 _MAX_PIPELINED = 32
 """Requests of one connection that may wait, before no more is read; and that are begun in one turn of the loop."""
 _TWICE = "a field that may come once came twice"
 _LINGER_SECONDS = 1.0
+_FLUSH_SECONDS = 2.0
+"""So long, at the end, a client may take nothing of what was written for it."""
+_LEAST_TAKEN = 1024
+"""Bytes: a client that has taken fewer in its time has as good as taken none."""
+_LONG_LINE = 1024
+"""Bytes of a line in a head, from which on it waits for its end before the parser sees it."""
+_BETWEEN_FIELDS = 256
+"""Bytes of a head that are not counted elsewhere: colons, line ends and the usual spaces."""
+_BETWEEN_CHUNKS = 64 * 1024
+"""Bytes that may follow each other in a body of chunks without a byte of the body among them, beside a header's."""
 _LARGE = 32 * 1024
 """Bytes still to come, from which on a request is worth a buffer of its own."""
 
@@ -45,19 +58,28 @@ _REASONS = {
     409: "Conflict",
     411: "Length Required",
     413: "Content Too Large",
+    414: "URI Too Long",
     415: "Unsupported Media Type",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     501: "Not Implemented",
     503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
 }
 
-
+_OK = b"HTTP/1.1 200 OK\r\n"
 _BINARY = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
-    b"%scontent-length: %d\r\n\r\n"
+    b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n%scontent-length: %d\r\n\r\n"
 )
+"""What follows the status and the date of an answer with tensors."""
+_CLOSE, _KEEP = b"connection: close\r\n", b"connection: keep-alive\r\n"
+_PACKINGS = b"accept-encoding: gzip, deflate\r\n"
+
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-fvV:.%]+\])(?::[0-9]*)?")
+"""RFC 3986, 3.2.2; without the comma, which would let a list of hosts pass."""
+_REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.[01]\r\n")
 
 
 class Desk(Protocol):
@@ -67,6 +89,8 @@ class Desk(Protocol):
     draining: bool
     limits: Limits
     keys: Keys
+    date: bytes
+    """The field `date` of an answer now, with its line end."""
 
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers inference requests at this exact path, if there is one."""
@@ -82,9 +106,17 @@ class Desk(Protocol):
         """Raise a `WireError` where a web page asks for what only programs of this machine may have done."""
         ...
 
+    def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
+        """Count an answer with an error that neither a cell nor `control` has counted."""
+        ...
+
 
 class Message:
-    """One request, as far as it has been read."""
+    """One request, as far as it has been read.
+
+    Attributes:
+        old: it is HTTP/1.0, whose connections close unless both sides say otherwise.
+    """
 
     __slots__ = (
         "accept",
@@ -93,10 +125,12 @@ class Message:
         "body",
         "encoding",
         "header_length",
+        "host",
         "is_picture",
         "keep_alive",
         "known",
         "method",
+        "old",
         "target",
     )
 
@@ -110,7 +144,9 @@ class Message:
         self.authorization: bytes | None = None
         self.accept = b""
         self.asker: dict[bytes, bytes] = {}
+        self.host: bytes | None = None
         self.keep_alive = True
+        self.old = False
         self.known: _Known | None = None
 
 
@@ -172,7 +208,7 @@ class _Repeat:
         self.slices = tuple(slice(len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
         self.keep_alive = True
         self.answer: bytes | None = None
-        """All of the answer that comes before its tensors, if they follow whole and in the signature's order."""
+        """The answer between its date and its tensors, if they follow whole and in the signature's order."""
         described = codec.answer_header(layout.wanted, layout.rows)
         if described is not None:
             size = len(described) + layout.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
@@ -207,11 +243,19 @@ class HttpConnection(asyncio.Protocol):
         self._expected = False
         self._foreseen = False
         self._dropping = False
+        self._denied = False
+        self._last = False
+        self._framing = b""
+        self._offered: Message | None = None
+        self._line_bytes = 0
+        self._line: list[bytes] = []
+        self._in_target = False
+        self._between = 0
         self._begun = 0
         self._advancing = False
         self._deaf = False
         self._refused: WireError | None = None
-        self._broken: WireError | None = None
+        self._broken: tuple[WireError, bytes] | None = None
         self._ready: deque[Message] = deque()
         self._current: Message | _Repeat | None = None
         self._cell: Cell | None = None
@@ -224,6 +268,8 @@ class HttpConnection(asyncio.Protocol):
         self._chunked = False
         self._ended = False
         self._unread = False
+        self._unsent = 0
+        self._unsent_since = 0.0
         self._reading = False
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[None] | None = None
@@ -279,34 +325,109 @@ class HttpConnection(asyncio.Protocol):
             if known.size - len(data) >= _LARGE and self._current is None and not self._ready:
                 self._gather(known, data)
                 return
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        """What the parser is to read."""
         self._chunk = b"" if self._reading else data
+        if self._reading and not self._in_body:
+            whole = self._lines(data)
+            if whole is None:
+                return
+            data = whole
+        self._between += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # An offer that may be ignored (RFC 9110, 7.8): the request is answered, and nothing after it is read.
-            self._deaf = True
-            self.eof_received()
-            self.close_if_idle()
+            self._feed(data)
         except httptools.HttpParserError as error:
-            self._refuse(self._refused or WireError("the request is not valid HTTP/1.1", str(error)))
+            self._refuse(self._refused or self._unreadable(data, error))
             if self._refused is not None:
                 # It was raised over what was read, and the parser keeps it: all that would wait for the collector.
                 self._refused.__traceback__ = None
                 self._refused = None
         else:
-            if self._in_body and not self._foreseen:
-                self._foreseen = True
-                self._head = self._head_of_chunk()
-                self._message.method = self._parser.get_method()
-                self._message.keep_alive = self._parser.should_keep_alive()
-                self._foresee(self._message)
+            if self._in_body:
+                if not self._foreseen:
+                    self._foreseen = True
+                    self._head = self._head_of_chunk()
+                    self._message.method = self._parser.get_method()
+                    self._message.keep_alive = self._parser.should_keep_alive()
+                    self._foresee(self._message)
+                elif self._chunked and self._between > self._limits.header_bytes + _BETWEEN_CHUNKS:
+                    self._refuse(self._too_long())
+            elif self._reading:
+                begins = data.rfind(b"\n") + 1
+                if begins or not self._line_bytes:
+                    self._line_bytes = len(data) - begins
+                    self._in_target = data.startswith(self._parser.get_method() + b" ", begins)
+                self._check_line()
         if self._begun > _MAX_PIPELINED and self._current is None and not self._advancing:
             self._advancing = True
             asyncio.get_running_loop().call_soon(self._advance)
         self._begun, self._chunk = 0, b""
 
+    def _feed(self, data: bytes | memoryview) -> None:
+        while True:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                data = memoryview(data)[offer.args[0] :]
+                if self._offered is not None:
+                    self._decline(self._offered)
+            else:
+                return
+
+    def _decline(self, message: Message) -> None:
+        """Go on in HTTP/1.1 with a request that offers another protocol, as one may (RFC 9110, 7.8).
+
+        httptools leaves the body of such a request to the other protocol. Here it is read behind a head that offers
+        none and frames it alike.
+        """
+        method, version = self._parser.get_method(), self._parser.get_http_version().encode()
+        expected, counted = self._expected, self._header_bytes
+        self._offered, self._header_bytes, self._in_body = None, 0, False
+        self._parser = httptools.HttpRequestParser(self)
+        head = b"%s / HTTP/%s\r\nhost: x\r\n%s%s\r\n"
+        self._parser.feed_data(head % (method, version, _KEEP if message.keep_alive else _CLOSE, self._framing))
+        self._message, self._expected, self._header_bytes = message, expected, counted
+
+    def _lines(self, data: bytes) -> bytes | None:
+        """More of a head, and what was held of it before; None while a long line is not whole.
+
+        The parser copies all that it has of a line with each piece that comes.
+        """
+        end = data.find(b"\n")
+        self._line_bytes += len(data) if end < 0 else end + 1
+        if not self._check_line():
+            return None
+        if end < 0 and self._line_bytes > _LONG_LINE:
+            self._line.append(data)
+            return None
+        if self._line:
+            data = b"".join((*self._line, data))
+            self._line.clear()
+        return data
+
+    def _check_line(self) -> bool:
+        """Whether a head is within its bounds together with its line that is not whole yet."""
+        within = self._header_bytes + self._line_bytes <= self._limits.header_bytes + _BETWEEN_FIELDS
+        if not within:
+            self._refuse(self._too_long())
+        return within
+
+    def _unreadable(self, data: bytes, error: httptools.HttpParserError) -> WireError:
+        unknown = isinstance(error, httptools.HttpParserInvalidMethodError) and not self._begun
+        if unknown and _REQUEST_LINE.match(data):
+            shown = data.partition(b" ")[0][:40].decode()
+            return WireError(f"the method is {shown}", "this server does not know it", "see GET /v2", status=501)
+        if str(error) == "Invalid HTTP version":
+            return WireError("the version of HTTP is unknown", "this server speaks 1.1 and 1.0", "use one", status=505)
+        return WireError("the request is not valid HTTP/1.1", str(error))
+
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked for is still answered."""
+        if self._line and not self._deaf:  # which may show that it is no request
+            self._line_bytes = 0
+            self._read(b"")
         self._ended = self._current is not None or bool(self._ready)
         return self._ended
 
@@ -318,9 +439,11 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The client reads again."""
-        self._unread = False
+        self._unread, self._unsent = False, 0
         if self._transport is not None and not self._paused:
             self._transport.resume_reading()
+        if self._ready and self._current is None and not self._advancing:
+            self._advance()
 
     def expire(self, now: float) -> None:
         """Close the connection if the client's time is over: for sending a request, or for not sending any.
@@ -328,7 +451,12 @@ class HttpConnection(asyncio.Protocol):
         Args:
             now: in seconds of the loop's clock.
         """
-        if self._transport is None or self._current is not None or self._lingering is not None:
+        if self._transport is None:
+            return
+        if self._untaken(now, self._limits.request_s):
+            self._transport.abort()
+            return
+        if self._current is not None or self._lingering is not None or self._unread:
             return
         if not self.idle and now - self._since > self._limits.request_s:
             said = f"the request was not whole after {self._limits.request_s:g} s"
@@ -336,14 +464,34 @@ class HttpConnection(asyncio.Protocol):
         elif self.idle and now - self._since > self._limits.idle_s:
             self._transport.close()
 
+    def _untaken(self, now: float, within_s: float) -> bool:
+        """Whether the client has for so long taken nothing of what was written for it."""
+        transport = self._transport
+        assert transport is not None
+        if not (self._unread or transport.is_closing()):
+            return False
+        waiting = transport.get_write_buffer_size()
+        unsent = waiting + _in_kernel(transport) if waiting else 0
+        if not unsent or not self._unsent or unsent <= self._unsent - _LEAST_TAKEN:
+            self._unsent, self._unsent_since = unsent, now
+        self._unsent = max(self._unsent, unsent)
+        return unsent > 0 and now - self._unsent_since > within_s
+
     @property
     def idle(self) -> bool:
         """No request is being answered or read."""
         return self._current is None and not self._ready and not self._reading
 
     def close_if_idle(self) -> None:
-        """Close the connection unless it has work: for draining."""
-        if self.idle and self._transport is not None:
+        """Close the connection unless it has work: for draining. To be called again until it has closed.
+
+        What was written for a client that does not take it is dropped after a moment.
+        """
+        if self._transport is None:
+            return
+        if self._untaken(self._clock(), _FLUSH_SECONDS):
+            self._transport.abort()
+        elif self.idle:
             self._transport.close()
 
     def abort(self) -> None:
@@ -361,12 +509,16 @@ class HttpConnection(asyncio.Protocol):
         """A new request begins."""
         self._message = Message()
         self._reading = True
-        self._chunked = self._expected = self._foreseen = self._dropping = False
+        self._chunked = self._expected = self._foreseen = self._dropping = self._denied = False
+        self._framing, self._between, self._line_bytes, self._in_target = b"", 0, 0, False
         self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
         """The request's target, possibly in parts."""
-        self._count_header(len(url))
+        self._header_bytes += len(url)
+        if self._header_bytes > self._limits.header_bytes:
+            self._in_target = True
+            raise self._stop(self._too_long())
         self._message.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -374,7 +526,7 @@ class HttpConnection(asyncio.Protocol):
         self._count_header(len(name) + len(value))
         if self._in_body:
             return  # a trailer says nothing that the header may say (RFC 9110, 6.5.1)
-        lowered, message = name.lower(), self._message
+        lowered, message, value = name.lower(), self._message, value.rstrip(b" \t")
         if lowered in ASKER_FIELDS:
             before = message.asker.get(lowered)
             message.asker[lowered] = value if before is None else before + b", " + value
@@ -386,8 +538,13 @@ class HttpConnection(asyncio.Protocol):
             message.encoding = value.lower()
         elif lowered == b"content-type":
             message.is_picture = value.lower().startswith(b"image/")
-        elif lowered == b"content-length" and int(value) > self._limits.body_bytes:
-            raise self._stop(self._too_large())
+        elif lowered == b"host":
+            self._once(name, message.host)
+            message.host = value
+        elif lowered == b"content-length":
+            if int(value) > self._limits.body_bytes:
+                raise self._stop(self._too_large())
+            self._framing = b"content-length: %s\r\n" % value if int(value) else b""
         elif lowered == b"authorization":
             self._once(name, message.authorization)
             message.authorization = value
@@ -395,10 +552,9 @@ class HttpConnection(asyncio.Protocol):
             message.accept = value
         elif lowered == b"transfer-encoding":
             self._once(name, value if self._chunked else None)
-            self._chunked = True
+            self._chunked, self._framing = True, b"transfer-encoding: chunked\r\n"
             if value.lower() != b"chunked":
-                why = "this server reads 'chunked' alone"
-                raise self._stop(WireError("the transfer encoding is another", why, "use Content-Encoding", status=501))
+                raise self._stop(_no_transfer(value))
         elif lowered == b"expect" and value.lower() == b"100-continue":
             self._expected = True
 
@@ -410,21 +566,56 @@ class HttpConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """The header is whole; a body may follow."""
         self._in_body = True
-        if self._expected and self._transport is not None:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._line_bytes = 0
+        message, version = self._message, self._parser.get_http_version()
+        if self._parser.should_upgrade() and self._parser.get_method() == b"CONNECT":
+            raise self._stop(WireError("the method is CONNECT", "this server is no proxy", "see GET /v2", status=501))
+        if version != "1.1":
+            self._check_old(message, version)
+        elif message.host is None:
+            raise self._stop(WireError("the request names no host", "the field Host is missing", "send it"))
+        if message.host is not None and not _HOST.fullmatch(message.host):
+            raise self._stop(WireError(f"the host is {message.host[:100]!r}", "that is none", "send host:port"))
+        if message.target[:1] != b"/":
+            self._check_target(message)
+
+    def _check_old(self, message: Message, version: str) -> None:
+        if version != "1.0":
+            what = f"the version of HTTP is {version}"
+            raise self._stop(WireError(what, "this server speaks 1.1 and 1.0", "use one of them", status=505))
+        if self._chunked:  # whoever stands in front of this server may not know of chunks (RFC 9112, 6.1)
+            raise self._stop(WireError("the body is sent in chunks", "HTTP/1.0 has none", "send Content-Length"))
+        message.old = True
+        self._expected = False
+
+    def _check_target(self, message: Message) -> None:
+        """The forms of a target that are not a path (RFC 9112, 3.2)."""
+        absolute = _ABSOLUTE.fullmatch(message.target)
+        if absolute is not None and absolute[1] and _HOST.fullmatch(absolute[1]):
+            rest = absolute[2]
+            message.host, message.target = absolute[1], rest if rest[:1] == b"/" else b"/" + rest
+            message.asker[b"host"] = absolute[1]
+        elif message.target != b"*" or self._parser.get_method() != b"OPTIONS":
+            shown = message.target[:100].decode("latin-1")
+            raise self._stop(WireError(f"the target is {shown!r}", "it is no path", "send one that begins with /"))
+
+    def on_chunk_header(self) -> None:
+        """A chunk begins, or the trailers do."""
+        self._between = 0
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._body_bytes += len(body)
+        self._between = 0
         if self._body_bytes > self._limits.body_bytes:
             raise self._stop(self._too_large())
-        if not self._dropping:
+        if not (self._dropping or self._denied):
             self._message.body.append(body)
 
     def _gather(self, known: _Known, data: bytes) -> None:
         """The first read of a large request whose head is known: the rest needs no parser, and no copies."""
         assert self._transport is not None
-        self._reading, self._dropping = True, False
+        self._reading, self._dropping, self._expected = True, False, False
         self._since = self._clock()
         Upload(self._transport, self, data, known.size, partial(self._gathered, known))
         self._foresee(known.again(data))
@@ -434,7 +625,7 @@ class HttpConnection(asyncio.Protocol):
         self._reading = False
         self._since = self._clock()
         if self._dropping or self._deaf:
-            self._dropping = False
+            self._dropped()
             return
         repeat = self._repeat
         if repeat is not None and repeat.size == len(whole) and whole[: len(repeat.prefix)] == repeat.prefix:
@@ -448,46 +639,65 @@ class HttpConnection(asyncio.Protocol):
     def _foresee(self, message: Message) -> None:
         """Answer a request whose body needs several reads after the first, if it will be turned away anyway.
 
-        The body is read and dropped, within the same bounds as any other, so that the connection can go on. Requests
-        in one read never come here: they have cost what they cost.
+        The body is read and dropped, within the same bounds as any other, so that the connection can go on, or the
+        client sees the answer before it closes. Requests in one read never come here: they have cost what they cost.
         """
-        if self._current is not None or self._ready or self._desk.draining or not message.keep_alive:
-            return
         path, _, _ = message.target.partition(b"?")
-        if not self._admits(path, message):
-            self._drop_rest()
-            self._current = message
-            self._challenge()
-            return
+        admitted = self._admits(path, message)
+        if not admitted:
+            self._denied = True
+            message.body.clear()
+        if self._current is None and not self._ready:
+            if not admitted:
+                self._drop_rest()
+                self._current = message
+                self._challenge()
+                return
+            shed = None if self._desk.draining else self._foreseen_by(path, message)
+            if shed is not None:
+                self._drop_rest()
+                self._current = message
+                self._turn_away(shed)
+                return
+        if admitted and self._expected and self._transport is not None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _foreseen_by(self, path: bytes, message: Message) -> Shed | None:
         cell = self._desk.cell_of(path)
         if cell is None or message.method != b"POST":
-            return
+            return None
         try:
             length = _header_length(message.header_length)
         except WireError:
-            return
+            return None
         packed = message.encoding not in (b"", b"identity")
-        shed = cell.foresee(None if packed or not length else cell.codec.known(b"".join(message.body)[:length]))
-        if shed is not None:
-            self._drop_rest()
-            self._current = message
-            self._turn_away(shed)
+        return cell.foresee(None if packed or not length else cell.codec.known(b"".join(message.body)[:length]))
 
     def _drop_rest(self) -> None:
         self._dropping = True
         self._message.body.clear()
 
+    def _dropped(self) -> None:
+        """The end of a body that was not kept."""
+        self._dropping = False
+        self._since = self._clock()
+        if self._last and self._transport is not None:
+            self._deaf = True
+            self._transport.close()
+
     def on_message_complete(self) -> None:
         """The request is whole."""
         message = self._message
-        message.method = self._parser.get_method()
         message.keep_alive = self._parser.should_keep_alive()
+        if self._framing and self._parser.should_upgrade():
+            self._offered = message  # and its body is still to be read
+            return
+        message.method = self._parser.get_method()
         self._remember(message)
         self._header_bytes = self._body_bytes = 0
         self._reading = self._in_body = False
-        if self._dropping:
-            self._dropping = False
-            self._since = self._clock()
+        if self._dropping or self._deaf:
+            self._dropped()
             return
         self._begun += 1
         self._complete(message)
@@ -495,7 +705,8 @@ class HttpConnection(asyncio.Protocol):
     def _remember(self, message: Message) -> None:
         """Keep the head for the next request, if this one's head and body can be told apart."""
         head = self._head if self._foreseen else self._head_of_chunk()
-        if head and message.body and message.keep_alive and not self._chunked and not self._expected:
+        once = self._chunked or self._expected or message.old
+        if head and message.body and message.keep_alive and not once:
             self._known = message.known = _Known(head, self._body_bytes, message)
 
     def _head_of_chunk(self) -> bytes:
@@ -506,7 +717,7 @@ class HttpConnection(asyncio.Protocol):
     def _complete(self, message: Message) -> None:
         """A request is there: answer it, or let it wait for those before it."""
         self._since = self._clock()
-        if self._current is None and self._begun <= _MAX_PIPELINED and not self._advancing:
+        if self._current is None and self._begun <= _MAX_PIPELINED and not (self._advancing or self._unread):
             self._begin(message)
             return
         self._ready.append(message)
@@ -517,8 +728,13 @@ class HttpConnection(asyncio.Protocol):
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > self._limits.header_bytes:
-            limit = f"the limit is {self._limits.header_bytes} bytes"
-            raise self._stop(WireError("the header is too large", limit, "send fewer or shorter fields", status=431))
+            raise self._stop(self._too_long())
+
+    def _too_long(self) -> WireError:
+        limit = f"the limit is {self._limits.header_bytes} bytes"
+        if self._in_target:
+            return WireError("the target is too long", limit, "send a shorter one", status=414)
+        return WireError("the header is too large", limit, "send fewer or shorter fields", status=431)
 
     def _too_large(self) -> WireError:
         limit = f"the limit is {self._limits.body_bytes} bytes"
@@ -535,16 +751,25 @@ class HttpConnection(asyncio.Protocol):
         What is still on its way is read and dropped for a moment first; a connection closed over unread bytes is
         reset, and the client would never see the answer.
         """
+        path = self._message.target.partition(b"?")[0]
         self._deaf = True
         self._message = Message()
-        if self._transport is None or self._transport.is_closing():
+        self._line.clear()
+        if self._transport is None:
             return
         if self._current is not None or self._ready:
-            self._broken = error
+            self._broken = error, path
+            return
+        self._say_farewell(error, path)
+
+    def _say_farewell(self, error: WireError, path: bytes) -> None:
+        assert self._transport is not None
+        if self._transport.is_closing():
             return
         if not self._dropping:  # else this request has its answer already
+            self._desk.refused(path, error.status, self._clock() - self._since)
             head_only = self._in_body and self._parser.get_method() == b"HEAD"
-            answer = _response(error.status, _error_body(error), b"connection: close\r\n")
+            answer = self._response(error.status, _error_body(error), _CLOSE)
             self._transport.write(_without_body(answer) if head_only else answer)
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -561,19 +786,26 @@ class HttpConnection(asyncio.Protocol):
 
     def _stumble(self, error: Exception) -> None:
         """Answer 500 for what should not have happened, and tell the log; nobody else is to suffer from it."""
-        asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
-        if self._current is None:
-            return
+        self._report(error)
+        if self._current is not None:
+            self._count(500)
+            self._break_off(error)
+
+    def _break_off(self, error: Exception) -> None:
         try:
             self._send_error(error)
         except Exception:  # it cannot even be said
             if self._transport is not None:
                 self._transport.abort()
 
+    def _report(self, error: Exception) -> None:
+        asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
+
     def _admits(self, path: bytes, message: Message) -> bool:
         return not self._desk.keys or path in _OPEN_PATHS or self._desk.keys.admit(message.authorization)
 
     def _challenge(self) -> None:
+        self._count(401)
         why = "this server takes requests with an API key only"
         self._send(401, _error_body(WireError(why, "", "send 'Authorization: Bearer KEY'")), _CHALLENGE)
 
@@ -583,7 +815,11 @@ class HttpConnection(asyncio.Protocol):
             self._challenge()
             return
         cell = self._desk.cell_of(path)
-        if cell is None:
+        if cell is None or message.method == b"OPTIONS":
+            if message.body and message.encoding not in (b"", b"identity"):
+                why = "this path takes no compressed body"
+                self._fail(WireError("the body is compressed", why, "send it as it is", status=415))
+                return
             answer = self._desk.control(
                 message.method, path, b"".join(message.body), message.accept, self._asker(message)
             )
@@ -592,7 +828,8 @@ class HttpConnection(asyncio.Protocol):
             else:
                 self._waiting = asyncio.ensure_future(self._send_later(answer))
         elif message.method != b"POST":
-            self._send_error(WireError("inference takes POST", "the method is another", "use POST", status=405))
+            self._count(405)
+            self._send_answer(*not_allowed(message.method, ("POST", "OPTIONS")))
         else:
             self._infer(cell, message)
 
@@ -608,8 +845,8 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:
             self._stumble(error)
 
-    def _send_answer(self, status: int, body: bytes, kind: bytes = _JSON) -> None:
-        self._send(status, body, kind=kind)
+    def _send_answer(self, status: int, body: bytes, kind: bytes = JSON, extra: bytes = b"") -> None:
+        self._send(status, body, extra, kind)
 
     def _infer(self, cell: Cell, message: Message) -> None:
         body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
@@ -627,7 +864,7 @@ class HttpConnection(asyncio.Protocol):
             if self._transport is not None:
                 self._take_up(message)  # anew: a reload may have retired the cell that was there before
         except WireError as error:
-            self._send_error(error)
+            self._fail(error, _PACKINGS if error.status == 415 else b"")
         except Exception as error:
             self._stumble(error)
 
@@ -641,7 +878,7 @@ class HttpConnection(asyncio.Protocol):
             if request.wanted.places:
                 self._desk.check_origin(Asker(message.asker))
         except WireError as error:
-            cell.counters.invalid += 1
+            cell.refuse(error.status, self._clock() - self._since)
             self._send_error(error)
             return
         if message.known is not None and message.known is self._known and message.header_length:
@@ -663,7 +900,7 @@ class HttpConnection(asyncio.Protocol):
     def _turn_away(self, shed: Shed) -> None:
         self._send_error(TurnedAway(shed.why, shed.retry_after_s))
 
-    def _answered(self, result: Sequence[memoryview] | Exception) -> None:
+    def _answered(self, result: Sequence[memoryview] | Exception) -> int | None:
         cell, request, current = self._cell, self._request, self._current
         self._job = self._request = None
         assert cell is not None
@@ -673,38 +910,51 @@ class HttpConnection(asyncio.Protocol):
                 self._send_error(result)
             elif isinstance(current, _Repeat) and current.answer is not None and not self._desk.draining:
                 if self._transport is not None:
-                    self._transport.write(b"".join((current.answer, *result)))
+                    self._transport.write(b"".join((_OK, self._desk.date, current.answer, *result)))
                     self._next(close=False)
             else:
-                self._reply(cell, request, result)
+                return self._reply(cell, request, result)
         except Exception as error:  # whoever asked is not to wait for ever
-            self._stumble(error)
+            self._report(error)
+            if self._current is not None:
+                self._break_off(error)
+            return 500
+        return None
 
-    def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
+    def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> int | None:
+        """Answer, or say what went wrong with that: its status, which the cell counts."""
         try:
             length, parts = cell.codec.encode(request.wanted, request.rows, result)
-        except WireError as error:
-            self._send_error(error)
-            return
         except Exception as error:  # out of here it would reach the cell, and those who share the batch
-            self._stumble(error)
-            return
+            if not isinstance(error, WireError):
+                self._report(error)
+            self._send_error(error)
+            return _status(error)
         if length is None:
             self._send(200, b"".join(parts))
         else:
             self._send_parts(length, parts)
+        return None
 
-    def _send_error(self, error: Exception) -> None:
-        status = error.status if isinstance(error, WireError) else 500
-        retry = b""
+    def _count(self, status: int) -> None:
+        current = self._current
+        if isinstance(current, Message) and self._transport is not None:
+            self._desk.refused(current.target.partition(b"?")[0], status, self._clock() - self._since)
+
+    def _fail(self, error: Exception, extra: bytes = b"") -> None:
+        """Answer with an error that nobody has counted."""
+        self._count(_status(error))
+        self._send_error(error, extra)
+
+    def _send_error(self, error: Exception, extra: bytes = b"") -> None:
         if isinstance(error, TurnedAway):
-            retry = b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
-        self._send(status, _error_body(error), retry)
+            extra += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+        self._send(_status(error), _error_body(error), extra)
 
-    def _send(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> None:
+    def _send(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = JSON) -> None:
         close = self._closing()
         if self._transport is not None:
-            answer = _response(status, body, extra + (b"connection: close\r\n" if close else b""), kind)
+            answer = self._response(status, body, extra + self._persistence(close), kind)
             if isinstance(self._current, Message) and self._current.method == b"HEAD":
                 answer = _without_body(answer)
             self._transport.write(answer)
@@ -713,9 +963,25 @@ class HttpConnection(asyncio.Protocol):
     def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
         close = self._closing()
         if self._transport is not None:
-            head = _BINARY % (header_length, b"connection: close\r\n" if close else b"", sum(map(len, parts)))
-            self._transport.write(b"".join([head, *parts]))
+            head = _BINARY % (header_length, self._persistence(close), sum(map(len, parts)))
+            self._transport.write(b"".join([_OK, self._desk.date, head, *parts]))
             self._next(close)
+
+    def _response(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = JSON) -> bytes:
+        return b"HTTP/1.1 %d %s\r\n%scontent-type: %s\r\n%scontent-length: %d\r\n\r\n%s" % (
+            status,
+            _REASONS[status].encode(),
+            self._desk.date,
+            kind,
+            extra,
+            len(body),
+            body,
+        )
+
+    def _persistence(self, close: bool) -> bytes:
+        if close:
+            return _CLOSE
+        return _KEEP if isinstance(self._current, Message) and self._current.old else b""
 
     def _closing(self) -> bool:
         return self._desk.draining or (self._current is not None and not self._current.keep_alive)
@@ -724,7 +990,10 @@ class HttpConnection(asyncio.Protocol):
         self._current = None
         if close:
             self._ready.clear()
-            if self._transport is not None:
+            if self._dropping:
+                self._last = True  # the client has its answer; over a body that is still coming it would lose it
+            elif self._transport is not None:
+                self._deaf = True
                 self._transport.close()
         elif (self._ready or self._ended or self._broken) and not self._advancing:
             self._advance()
@@ -733,33 +1002,22 @@ class HttpConnection(asyncio.Protocol):
         """Begin what waits: one after another without recursion, for one read may have brought thousands."""
         self._advancing = True
         for _ in range(_MAX_PIPELINED):
-            if self._current is not None or not self._ready:
+            if self._current is not None or not self._ready or self._unread:
                 break
             self._begin(self._ready.popleft())
         if self._paused and len(self._ready) < _MAX_PIPELINED and self._transport is not None:
             self._paused = False
             if not self._unread:
                 self._transport.resume_reading()
-        if self._current is None and self._ready:
+        if self._current is None and self._ready and not self._unread:
             asyncio.get_running_loop().call_soon(self._advance)  # the others have their turn
             return
         self._advancing = False
-        if self._current is None and self._transport is not None:
+        if self._current is None and not self._ready and self._transport is not None:
             if self._broken is not None:
-                self._refuse(self._broken)
+                self._say_farewell(*self._broken)
             elif self._ended:
                 self._transport.close()
-
-
-def _response(status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> bytes:
-    return b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\n%scontent-length: %d\r\n\r\n%s" % (
-        status,
-        _REASONS[status].encode(),
-        kind,
-        extra,
-        len(body),
-        body,
-    )
 
 
 def _without_body(answer: bytes) -> bytes:
@@ -778,6 +1036,30 @@ def _header_length(value: bytes | None) -> int | None:
             "send a whole number",
         )
     return int(value)
+
+
+def _no_transfer(codings: bytes) -> WireError:
+    """Why a body in this transfer coding is not read (RFC 9112, 6.1 and 6.3)."""
+    names = [name.strip() for name in codings.lower().split(b",")]
+    if names[-1] in (b"identity", b"gzip", b"x-gzip", b"deflate", b"compress", b"x-compress"):
+        return WireError("the transfer encoding does not end with 'chunked'", "the body has no end", "send a length")
+    if names.count(b"chunked") > 1:
+        return WireError("the transfer encoding is 'chunked' twice", "chunks are not in chunks", "send it once")
+    why = "this server reads 'chunked' alone"
+    return WireError("the transfer encoding is another", why, "use Content-Encoding", status=501)
+
+
+def _in_kernel(transport: asyncio.Transport) -> int:
+    """Bytes that were sent, and that the client's machine has not confirmed."""
+    sock: Any = transport.get_extra_info("socket")
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+    except (AttributeError, OSError):
+        return 0
+
+
+def _status(error: Exception) -> int:
+    return error.status if isinstance(error, WireError) else 500
 
 
 def _error_body(error: Exception) -> bytes:

@@ -65,6 +65,17 @@ def _counted(report: Report) -> Iterator[Metric]:
         ):
             requests.add_metric((report.model, version, outcome), count)
     yield requests
+    errors = CounterMetricFamily(
+        "rushhour_errors",
+        "Answers with an error, each once. Without a model's name: to other requests than for inference.",
+        labels=("model", "version", "reason"),
+    )
+    for version, totals in report.versions.items():
+        for reason, count in totals.errors.items():
+            errors.add_metric((report.model, version, reason), count)
+    for reason, count in report.errors.items():
+        errors.add_metric(("", "", reason), count)
+    yield errors
     total = report.total
     shed = CounterMetricFamily("rushhour_shed", "Requests turned away at their arrival.", labels=("model", "reason"))
     shed.add_metric((report.model, "queue"), total.shed_queue)

@@ -172,12 +172,12 @@ class _Through:
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
         self._followed.queued(request)
 
-        def answered(result: Sequence[memoryview] | Exception) -> None:
+        def answered(result: Sequence[memoryview] | Exception) -> int | None:
             if isinstance(result, TurnedAway):
                 self._followed.shed = "deadline"
             else:
                 self._followed.answered(self._cell)
-            reply(result)
+            return reply(result)
 
         submitted = self._cell.submit(request, answered)
         if isinstance(submitted, Shed):
@@ -257,10 +257,10 @@ class ObservedConnection(HttpConnection):
         self._end(200)
         super()._send_parts(header_length, parts)
 
-    def _refuse(self, error: WireError) -> None:
-        if self._current is None and not self._ready and not self._dropping:  # it never came so far as to be a request
-            self._observer.begin("http", "", "", {}).end(error.status)
-        super()._refuse(error)
+    def _say_farewell(self, error: WireError, path: bytes) -> None:
+        if not self._dropping:  # it never came so far as to be a request
+            self._observer.begin("http", "", path.decode("latin-1"), {}).end(error.status)
+        super()._say_farewell(error, path)
 
     def _end(self, status: int) -> None:
         followed, self._followed = self._followed, None

@@ -29,7 +29,7 @@ from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
-from rushhour.serve.statistics import Totals, remembered, together
+from rushhour.serve.statistics import Totals, add_counts, reason_of, remembered, together
 from rushhour.serve.target import Target, Way, open_planned, open_target
 from rushhour.wire import Codec, Regions
 
@@ -93,6 +93,7 @@ class Repository:
         loaded: what answers requests now.
         versions: of the bundles that were served, by their hashes. A version follows its bundle: reloading what is
             served changes no version, and a bundle that comes back has the one that it had.
+        errors: answers with an error that belong to no version, by reason.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
@@ -128,6 +129,7 @@ class Repository:
         self.versions = dict(versions or {})
         self._retiring: list[Cell] = []
         self._past: dict[str, Totals] = {}
+        self.errors: dict[str, int] = {}
         self._changing = asyncio.Lock()
         # One thread for all models, one after another: each that had opened one would keep its stack and its leftovers.
         self._opening = ThreadPoolExecutor(1, thread_name_prefix="models")
@@ -136,6 +138,19 @@ class Repository:
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers inference requests at this exact path."""
         return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
+
+    def refuse(self, status: int, seconds: float, *, infer: bool) -> None:
+        """Count an answer with an error that no cell has counted.
+
+        Args:
+            status: of HTTP.
+            seconds: from the request to this answer.
+            infer: inference was asked for, of whatever model: counted with the version that is served.
+        """
+        if infer and self.loaded is not None:
+            self.loaded.cell.refuse(status, seconds)
+        else:
+            add_counts(self.errors, {reason_of(status): 1})
 
     def totals(self) -> dict[str, Totals]:
         """What each version has done up to now, those that are gone too. Copies."""

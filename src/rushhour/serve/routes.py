@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 
 from rushhour.errors import WireError
+from rushhour.serve import openapi
 from rushhour.serve.control import Control
 from rushhour.serve.guard import Asker, KnownAs
 from rushhour.serve.shared_memory import Access
 
-Answer = tuple[int, bytes] | tuple[int, bytes, bytes]
-"""A status, a body, and its content type where that is not JSON."""
+Answer = tuple[int, bytes] | tuple[int, bytes, bytes] | tuple[int, bytes, bytes, bytes]
+"""A status, a body, its content type where that is not JSON, and further fields of the header, with their line ends."""
 
 Handler = Callable[[bytes], Any]
 """Takes the request's body; gives what is to be answered as JSON, or that as a whole `Answer` where its
 status is not 200, or an awaitable of either."""
 
+Refused = Callable[[bytes, int], None]
+"""Told of each answer with an error: the path and the status."""
+
+JSON = b"application/json"
 _MAX_BODY_BYTES = 2**20
+_OF_THE_SERVER = ("GET", "HEAD", "POST", "OPTIONS")
 
 
 class Routes:
@@ -29,11 +35,13 @@ class Routes:
     Args:
         control: what knows the answers.
         infers: whether inference is taken here.
+        refused: told of errors.
     """
 
-    def __init__(self, control: Control, *, infers: bool = True) -> None:
+    def __init__(self, control: Control, *, infers: bool = True, refused: Refused = lambda path, status: None) -> None:
         self._control = control
         self._infers = infers
+        self._refused = refused
 
     def answer(
         self,
@@ -51,31 +59,43 @@ class Routes:
         """
         shown, asked = path.decode("latin-1"), method.decode("latin-1")
         try:
+            if path == b"*" and asked == "OPTIONS":
+                return _options(_OF_THE_SERVER)
             segments = [unquote(segment) for segment in shown.strip("/").split("/")]
             handlers = self._at(segments, accept.decode("latin-1"), asker)
             if handlers is None:
                 name = self._control.index()[0]["name"]
                 raise WireError(f"there is nothing at {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
+            if asked == "HEAD":
+                asked = "GET"  # whoever sends the answer leaves its body out
             if asked not in handlers:
-                raise WireError(
-                    f"the method is {asked}", f"this path takes {' or '.join(handlers)}", "use that", status=405
-                )
+                taken = (*handlers, *(("HEAD",) if "GET" in handlers else ()), "OPTIONS")
+                if asked == "OPTIONS":
+                    return _options(taken)
+                self._refused(path, 405)
+                return not_allowed(method, taken)
             if known_as is not None and asked == "POST" and not _only_asks(segments):
                 known_as.check(asker)
             answer = handlers[asked](body)
         except WireError as error:
-            return _error(error)
-        return self._later(answer) if isinstance(answer, Awaitable) else _json(answer)
+            return self._error(path, error)
+        return self._later(path, answer) if isinstance(answer, Awaitable) else _json(answer)
 
-    async def _later(self, answer: Awaitable[Any]) -> Answer:
+    async def _later(self, path: bytes, answer: Awaitable[Any]) -> Answer:
         try:
             return _json(await answer)
         except WireError as error:
-            return _error(error)
+            return self._error(path, error)
+
+    def _error(self, path: bytes, error: WireError) -> Answer:
+        self._refused(path, error.status)
+        return error.status, msgspec.json.encode({"error": str(error)})
 
     def _at(self, path: list[str], accept: str, asker: Asker) -> dict[str, Handler] | None:
         """Method -> what answers it at this path; None where there is nothing."""
         control = self._control
+        if "" in path:
+            return None  # a name or version that is empty is none, and not any
         match path:
             case ["v2"]:
                 return {"GET": lambda body: control.server()}
@@ -90,7 +110,7 @@ class Routes:
             case ["v2", "models", name, *rest] if name:
                 return self._of_model(name, "", rest)
             case ["v2", "repository", "index"]:
-                return {"POST": lambda body: control.index(ready_only=_parsed(body).get("ready") is True)}
+                return {"POST": lambda body: control.index(ready_only=_ready_only(body))}
             case ["v2", "repository", "models", name, "load"]:
                 return {"POST": lambda body: self._load(name, body)}
             case ["v2", "repository", "models", name, "unload"]:
@@ -117,6 +137,8 @@ class Routes:
                 return {"GET": lambda body: control.counters()}
             case ["metrics"]:
                 return {"GET": lambda body: self._metrics(accept)}
+            case ["openapi.json"]:
+                return {"GET": lambda body: openapi.description(control, infers=self._infers)}
         return None
 
     def _of_model(self, name: str, version: str, rest: list[str]) -> dict[str, Handler] | None:
@@ -184,13 +206,13 @@ class Routes:
             raise WireError(
                 f"cannot register the region {name[:100]!r}", str(error), "send key, byte_size and offset"
             ) from error
-        return self._control.register(name, region.key, region.offset, region.byte_size, region.access, asker)
+        return self._control.register(name, region.key, region.offset or 0, region.byte_size, region.access, asker)
 
 
 class _Region(msgspec.Struct):
     key: str
     byte_size: int
-    offset: int = 0
+    offset: int | None = None
     access: Access | None = None
 
 
@@ -214,9 +236,20 @@ def _parsed(body: bytes) -> dict[str, Any]:
         raise WireError("the request's JSON cannot be read", str(error), "send an object") from error
 
 
+def _ready_only(body: bytes) -> bool:
+    wanted = _parsed(body).get("ready")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise WireError("'ready' cannot be read", "it is true or false", "send one of them, or leave it out")
+    return bool(wanted)
+
+
 def _parameters(body: bytes) -> dict[str, Any]:
-    parameters = _parsed(body).get("parameters", {})
-    return parameters if isinstance(parameters, dict) else {}
+    parameters = _parsed(body).get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise WireError("the parameters cannot be read", "they are no object", "send one, or leave them out")
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _json(content: Any) -> Answer:
@@ -225,5 +258,15 @@ def _json(content: Any) -> Answer:
     return 200, msgspec.json.encode({} if content is None else content)
 
 
-def _error(error: WireError) -> Answer:
-    return error.status, msgspec.json.encode({"error": str(error)})
+def _options(methods: Sequence[str]) -> Answer:
+    return 200, b"", JSON, _allow(methods)
+
+
+def not_allowed(method: bytes, methods: Sequence[str]) -> Answer:
+    """The answer to a method that the path does not take."""
+    error = WireError(f"the method is {method.decode('latin-1')}", f"this path takes {', '.join(methods)}", "use that")
+    return 405, msgspec.json.encode({"error": str(error)}), JSON, _allow(methods)
+
+
+def _allow(methods: Sequence[str]) -> bytes:
+    return f"allow: {', '.join(methods)}\r\n".encode()

@@ -13,6 +13,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from email.utils import formatdate
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -313,20 +314,38 @@ class _Desk:
     """The desk of one listener's connections: which cell, which control answer, and whether the end has begun."""
 
     def __init__(
-        self, repository: Repository | None, control: Control, settings: ServeSettings, keys: Keys | None = None
+        self,
+        repository: Repository,
+        control: Control,
+        settings: ServeSettings,
+        keys: Keys | None = None,
+        *,
+        infers: bool = True,
     ) -> None:
         self.connections: set[HttpConnection] = set()
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys) if keys is None else keys
+        self.date = b""
         self._repository = repository
-        self._routes = Routes(control, infers=repository is not None)
-        host = settings.host if repository is not None else settings.admin_host or _ADMIN_HOST
+        self._infers = infers
+        self._routes = Routes(control, infers=infers, refused=self.refused)
+        host = settings.host if infers else settings.admin_host or _ADMIN_HOST
         self._known_as = KnownAs(host, settings.known_as)
+        self.tick()
+
+    def tick(self) -> None:
+        """To be called once a second: answers carry the date."""
+        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
 
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers at this path; none at all where there is no inference."""
-        return None if self._repository is None else self._repository.cell_of(path)
+        return self._repository.cell_of(path) if self._infers else None
+
+    def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
+        """Count an answer with an error that no cell has counted."""
+        infer = self._infers and path.startswith(b"/v2/models/") and path.endswith(b"/infer")
+        self._repository.refuse(status, seconds, infer=infer)
 
     def control(
         self, method: bytes, path: bytes, body: bytes, accept: bytes, asker: Asker
@@ -380,7 +399,7 @@ class _Server:
         self._desk = _Desk(repository, self._control, settings, self._keys)
         self._desks = [self._desk]
         if admin:
-            self._desks.append(_Desk(None, control(admin=True), settings, self._keys))
+            self._desks.append(_Desk(repository, control(admin=True), settings, self._keys, infers=False))
 
     async def run(self, listeners: Sequence[socket.socket], grpc: Sequence[str], ready: Ready) -> None:
         """Serve until a signal to stop, then drain.
@@ -509,6 +528,8 @@ class _Server:
         while True:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
+            for desk in self._desks:
+                desk.tick()
             for connection in self._connections():
                 connection.expire(now)
             gc.collect(1)  # what failed requests have left behind is to be gone soon, whatever the threshold
@@ -518,6 +539,8 @@ class _Server:
         deadline = asyncio.get_running_loop().time() + within_s
         await asyncio.sleep(linger_s)
         while (connections := self._connections()) and asyncio.get_running_loop().time() < deadline:
+            for desk in self._desks:
+                desk.tick()
             for connection in connections:
                 connection.close_if_idle()
             await asyncio.sleep(0.02)

@@ -35,6 +35,28 @@ _VERSIONS = 32
 """Versions of the model that are told apart, those with the highest numbers; the others are one."""
 _OLDER = "older"
 
+_REASONS = {
+    400: "invalid",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    409: "conflict",
+    413: "too_large",
+    414: "target_too_long",
+    415: "unsupported_media_type",
+    431: "header_too_large",
+    501: "not_implemented",
+    503: "unavailable",
+    505: "version_not_supported",
+}
+
+
+def reason_of(status: int) -> str:
+    """Why a request was answered with an error, in a word, by the HTTP status; `internal` for what is our fault."""
+    return _REASONS.get(status, "internal")
+
 
 class Duration(msgspec.Struct):
     """How often something happened, and how long it took altogether."""
@@ -105,6 +127,7 @@ class Totals(msgspec.Struct):
         cancelled: requests whose caller went away before the answer.
         success: requests answered, from arrival to answer.
         fail: requests answered with an error, from arrival to answer; those turned away at once among them.
+        errors: the same by reason: `reason_of` their status, or `queue`, `deadline` or `engine`.
         queue: of requests, from arrival to the batch.
         stages: of requests, in their batches.
         of_size: of batches, by their samples.
@@ -123,6 +146,7 @@ class Totals(msgspec.Struct):
     cancelled: int = 0
     success: Duration = msgspec.field(default_factory=Duration)
     fail: Duration = msgspec.field(default_factory=Duration)
+    errors: dict[str, int] = msgspec.field(default_factory=dict)
     queue: Duration = msgspec.field(default_factory=Duration)
     stages: Stages = msgspec.field(default_factory=Stages)
     of_size: dict[int, Stages] = msgspec.field(default_factory=dict)
@@ -144,6 +168,7 @@ class Totals(msgspec.Struct):
             getattr(self, name).add(getattr(other, name))
         for rows, stages in other.of_size.items():
             self.of_size.setdefault(rows, Stages()).add(stages)
+        add_counts(self.errors, other.errors)
         self.last_s = max(self.last_s, other.last_s)
 
     def shown(self, name: str, version: str) -> dict[str, Any]:
@@ -206,6 +231,7 @@ class Report(msgspec.Struct):
         bundles: which version each bundle is that was served, by its hash.
         frozen: how often one was killed because it did not answer.
         dropped: lines of the log that were dropped.
+        errors: answers with an error to what was no inference request, or came when nothing was loaded, by reason.
     """
 
     model: str
@@ -216,6 +242,7 @@ class Report(msgspec.Struct):
     bundles: dict[str, int] = {}
     frozen: int = 0
     dropped: int = 0
+    errors: dict[str, int] = {}
 
     @property
     def total(self) -> Totals:
@@ -242,6 +269,12 @@ def remembered(versions: Mapping[str, int]) -> dict[str, int]:
     """Of versions by bundle, those that are told apart: a bundle that comes back after many others is a new one."""
     newest = sorted(versions, key=versions.__getitem__)[-_VERSIONS:]
     return {bundle: versions[bundle] for bundle in newest}
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add counts to those of the same names."""
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count
 
 
 class Batch(Protocol):
@@ -280,6 +313,11 @@ class Statistics:
     def fail(self) -> Duration:
         """Requests answered with an error, from arrival to answer; those turned away at once among them."""
         return self._totals.fail
+
+    def failed(self, reason: str, seconds: float) -> None:
+        """A request was answered with an error, so long after its arrival."""
+        self._totals.fail.add(1, seconds)
+        add_counts(self._totals.errors, {reason: 1})
 
     def count(self, batch: Batch, requests: int, begun: Sequence[float], answered: Sequence[float]) -> None:
         """A batch has been computed and answered, just now.

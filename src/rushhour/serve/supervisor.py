@@ -51,7 +51,7 @@ from rushhour.serve.renewal import Renewal
 from rushhour.serve.settings import Served, ServeSettings
 from rushhour.serve.signals import SIGNALS
 from rushhour.serve.speed import summed
-from rushhour.serve.statistics import Report, State, Totals, remembered, together
+from rushhour.serve.statistics import Report, State, Totals, add_counts, remembered, together
 from rushhour.serve.target import Target
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
@@ -94,6 +94,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._past: dict[str, Totals] = {}
         self._past_dropped = 0
+        self._past_errors: dict[str, int] = {}
         self._model = ""
         self.restarts = 0
         self.frozen = 0
@@ -218,7 +219,15 @@ class Supervisor:
             self.restarts,
             frozen=self.frozen,
             dropped=self._past_dropped + log.dropped() + sum(last.dropped for last in known),
+            errors=self._errors([last.errors for last in known]),
         )
+
+    def _errors(self, living: list[dict[str, int]]) -> dict[str, int]:
+        """Those of the cells that live, and of those that have died."""
+        errors = dict(self._past_errors)
+        for each in living:
+            add_counts(errors, each)
+        return errors
 
     def _learn_versions(self) -> None:
         """Which version each bundle is, as the cells last said: one that is started again is to say the same."""
@@ -231,6 +240,7 @@ class Supervisor:
         """A cell has died: keep what it had done."""
         self._past = together([self._past, last.versions])
         self._past_dropped += last.dropped
+        add_counts(self._past_errors, last.errors)
 
     async def _count(self) -> None:
         while True:
