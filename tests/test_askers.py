@@ -95,7 +95,6 @@ FOREIGN: dict[str, dict[str, str]] = {
     "ends like localhost": {"host": "evil-localhost", "content_type": "application/json"},
     "other machine": {"host": "203.0.113.9:8000", "content_type": "application/json"},
     "any address": {"host": "0.0.0.0:8000", "content_type": "application/json"},
-    "no name": {"host": "user@127.0.0.1", "content_type": "application/json"},
     "empty name": {"host": "", "content_type": "application/json"},
     "cross-site": {"sec_fetch_site": "cross-site", "content_type": "application/json"},
     "same site": {"sec_fetch_site": "same-site", "content_type": "application/json"},

@@ -828,7 +828,7 @@ def said_to(server: Server, sent: bytes) -> int:
 
 
 def posted(body: bytes, fields: str = "", path: str = "/v2/models/tiny/infer") -> bytes:
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\n{fields}content-length: {len(body)}\r\n\r\n".encode() + body
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{fields}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 RIGHT = json.dumps(

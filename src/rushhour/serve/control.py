@@ -136,7 +136,9 @@ class Control:
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """How many requests, and where their time went; of all models if neither name nor version is given."""
         if version and not name:
-            raise WireError("a version is one of a model", "the request names no model", "name the model, too")
+            raise WireError(
+                "a version is one of a model", "the request names no model", "name the model, too", status=404
+            )
         loaded = self._loaded(name, version) if name else self._repository.loaded
         if loaded is None:
             return {"model_stats": []}
