@@ -177,7 +177,9 @@ class Soak:
             Bundle.open(bundles[turn % 2]).copy_to(served)
             turn += 1
             reader, writer = await asyncio.open_connection(self.host, self.port)
-            writer.write(b"POST /v2/repository/models/tiny/load HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            writer.write(
+                b"POST /v2/repository/models/tiny/load HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
+            )
             status, _, answer = await _answer(reader)
             writer.close()
             self.seen["reload"] += 1

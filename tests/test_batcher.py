@@ -145,18 +145,29 @@ def test_under_overload_batches_stay_full() -> None:
         batcher.offer(str(number), 1, deadline=0.050 + number * 1e-4)  # a batch of 8 takes 18 ms
     clock.advance(0.034)  # the head has time for a batch of 6, and the next one not for another after that
     assert len(taken(batcher)) == 8
-    clock.advance(0.018)
+    clock.advance(0.016)
     assert len(taken(batcher)) == 8
 
 
 def test_a_head_that_is_late_anyway_does_not_make_batches_small() -> None:
     clock = VirtualClock()
     batcher = make(max_batch=8, queue_bound=100, clock=clock)
-    batcher.offer("late", 1, deadline=0.005)
+    batcher.offer("late", 1, deadline=0.105)  # its time is not over, but a batch of one takes 11 ms
     for _ in range(7):
         batcher.offer("next", 1, deadline=1.0)
     clock.advance(0.1)
     assert len(taken(batcher)) == 8
+
+
+def test_who_waits_a_little_longer_than_the_deadline_is_still_computed() -> None:
+    clock = VirtualClock(5.0)
+    batcher: Batcher[str] = Batcher(4, 8, TIMES, clock, grace=0.1)
+    for item in ("in time", "late"):
+        batcher.offer(item, 1, deadline=5.1 if item == "in time" else 5.05)
+    batcher.offer("whenever", 1)
+    clock.advance(0.109)
+    assert [item for item, _, _ in taken(batcher)] == ["in time", "whenever"]
+    assert [ticket.item for ticket in batcher.late] == ["late"]
 
 
 def test_higher_priorities_are_taken_first_and_in_order_among_themselves() -> None:

@@ -16,6 +16,7 @@ from conftest import Server
 from rushhour.bundle import Bundle
 from rushhour.cli import main
 from rushhour.goal import SLO, Goal
+from rushhour.load import why_longer
 from rushhour.plan import Plan, Policy, Variant
 
 
@@ -159,6 +160,43 @@ def test_load_at_a_rate_gives_a_verdict_for_machines(server: Server, tmp_path: P
     assert max(run["speeds"]) > 0
     assert "of its usual speed at this host's slow moments" in done.stdout
     assert run["errors"] == 0
+
+
+def test_what_takes_longer_than_was_asked_for_is_said_before_it_begins(server: Server) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "rushhour", "load", server.url, "--rate", "20", "--duration", "3s"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as begun:
+        try:
+            assert begun.stderr is not None
+            first = begun.stderr.readline()
+        finally:
+            begun.kill()
+    assert first.startswith("20 requests/s take up to 34 s, not 3 s: a verdict on p99<50ms takes 473 requests (24 s); ")
+    assert "200 requests of warm-up (10 s)" in first
+
+
+@pytest.mark.parametrize(
+    ("slo", "rate", "window_s", "says"),
+    [
+        ("p99<50ms", 500, 10, ""),
+        ("p99<50ms", 100, 3, "takes 900 requests (9 s)"),
+        ("p99<1s", 1000, 3, "20 times the limit (20 s)"),
+        ("p50<50ms", 5, 3, "warm-up (10 s)"),
+        ("p99.9<50ms", 100, 3, "a verdict on p99.9<50ms takes"),
+    ],
+)
+def test_why_a_window_is_longer(slo: str, rate: float, window_s: float, says: str) -> None:
+    why = why_longer(SLO.parse(slo), rate, window_s)
+    assert (says in why) if says else not why
+
+
+def test_a_search_says_that_it_does_not_heed_a_duration(tmp_path: Path) -> None:
+    done = answer_to("load", "http://127.0.0.1:1", "--duration", "3s")
+    assert "the search for the capacity takes" in done.stderr.splitlines()[0]
+    refused(done, "cannot reach")
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "compress", "tune", "serve", "load", "compare", "report"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -310,6 +312,32 @@ def test_torch_gives_the_threads_back(tmp_path: Path) -> None:
     assert engine.effective["threads"] == str(before + 1)
     engine.close()
     assert torch.get_num_threads() == before
+
+
+def test_the_threads_of_torch_are_those_of_the_engine_that_is_left(tmp_path: Path) -> None:
+    """A reload closes the old engine while the new one computes, and the number of threads is the process's."""
+    import torch
+
+    def seen() -> list[str]:
+        """By a thread that is new to torch: its number, and that of the libraries below."""
+        with ThreadPoolExecutor(1) as pool:
+            number = pool.submit(torch.get_num_threads).result()
+            below = pool.submit(torch.__config__.parallel_info).result()
+        return [str(number), *re.findall(r"(?:mkl|omp)_get_max_threads\(\) : (\d+)", below)]
+
+    before, bundle = torch.get_num_threads(), torch_bundle(tmp_path / "mlp")
+    usual = seen()
+    first = open_engine(bundle, EngineConfig("torch", threads=before + 1))
+    second = open_engine(bundle, EngineConfig("torch", threads=before + 2))
+    first.close()
+    assert set(seen()) == {str(before + 2)}
+    third = open_engine(bundle, EngineConfig("torch", threads=before + 3))
+    third.close()
+    assert set(seen()) == {str(before + 2)}, "the one that is left decides, whichever was closed"
+    second.close()
+    second.close()
+    assert torch.get_num_threads() == before
+    assert seen() == usual
 
 
 def test_an_engine_may_be_closed_from_its_own_thread(tiny: Bundle) -> None:

@@ -32,7 +32,7 @@ from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.admission import Profile
-from rushhour.serve.cell import Cell, Shed
+from rushhour.serve.cell import Cell, Shed, TurnedAway
 from rushhour.serve.duties import Duties
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Repository
@@ -208,6 +208,9 @@ class Replay:
         arrived = self.clock.now()
 
         def reply(result: Sequence[memoryview] | Exception) -> None:
+            if isinstance(result, TurnedAway):  # its time was over before it came to a batch
+                seen.append(Shed("deadline", str(result), result.retry_after_s))
+                return
             assert not isinstance(result, Exception)
             np.testing.assert_array_equal(
                 np.frombuffer(bytes(result[0]), np.float32).reshape(rows, 3), fake_answers(images_of(rows, rows))

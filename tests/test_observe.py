@@ -338,8 +338,10 @@ def test_shed_and_cancelled_requests_are_told_apart(tiny: Bundle) -> None:
 
 
 def test_a_reload_keeps_what_was_counted(tiny: Bundle, tmp_path: Path) -> None:
-    with serving(tiny.path, tmp_path, ServeSettings(http_port=0)) as server:
+    tiny.copy_to(tmp_path / "served")
+    with serving(tmp_path / "served", tmp_path, ServeSettings(http_port=0)) as server:
         assert infer(server, tiny) == 200
+        tiny_bundle(tmp_path / "served", seed=1)
         assert http_request(server.address, "POST", "/v2/repository/models/tiny/load")[0] == 200
         assert infer(server, tiny) == 200
         samples = scraped(server)
@@ -486,7 +488,7 @@ def test_two_reloads_asked_of_one_cell_at_once_are_both_answered(tmp_path: Path)
         for thread in threads:
             thread.join()
         assert answers == [200] * 4
-        assert get(server, "/v2/models/tiny")["versions"] == ["5"]
+        assert get(server, "/v2/models/tiny")["versions"] == ["1"]
 
 
 def test_a_restarted_cell_stays_unloaded_and_logs_as_the_others(tiny: Bundle, tmp_path: Path) -> None:
@@ -618,7 +620,7 @@ class DeskOf:
     def cell_of(self, path: bytes) -> Cell | None:
         return self._cell
 
-    def control(self, method: bytes, path: bytes, body: bytes, accept: bytes) -> Any:
+    def control(self, method: bytes, path: bytes, body: bytes, accept: bytes, asker: Any) -> Any:
         raise AssertionError
 
 
@@ -758,8 +760,10 @@ def test_administration_moves_to_its_own_port(observed: Logging, tiny: Bundle) -
 
 
 def test_the_port_for_administration_works_with_several_cells(tiny: Bundle, tmp_path: Path) -> None:
-    with serving(tiny.path, tmp_path, ServeSettings(http_port=0, admin_port=0, cells=2)) as server:
+    tiny.copy_to(tmp_path / "served")
+    with serving(tmp_path / "served", tmp_path, ServeSettings(http_port=0, admin_port=0, cells=2)) as server:
         host, _, port = get(server, "/config")["server"]["admin_address"].rpartition(":")
+        tiny_bundle(tmp_path / "served", seed=1)
         assert http_request((host, int(port)), "POST", "/v2/repository/models/tiny/load")[0] == 200
         for _ in range(6):
             assert get(server, "/v2/models/tiny")["versions"] == ["2"]

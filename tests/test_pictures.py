@@ -485,12 +485,17 @@ def test_what_cannot_be_in_time_is_never_decoded() -> None:
     async def scenario() -> None:
         with decoding() as decoder:
             cell = cell_of(decoder, deadline_ms=10)  # the engine alone takes 11
+            submit(cell, png(0))  # a probe: nothing else shows whether the profile is right
             with pytest.raises(LookupError, match="deadline"):
                 submit(cell, png(0))
-            cell = cell_of(decoder, deadline_ms=60_000)
+            other = cell_of(decoder, deadline_ms=60_000)
+            submit(other, png(0), timeout=5_000)
             with pytest.raises(LookupError, match="deadline"):
-                submit(cell, png(0), timeout=5_000)
-            assert (decoder.begun, cell.waiting) == (0, 0)
+                submit(other, png(0), timeout=5_000)
+            assert (cell.waiting, other.waiting) == (1, 1)
+            assert decoder.gate is not None
+            decoder.gate.set()
+            await eventually(lambda: decoder.begun == 2 and cell.idle and other.idle)
 
     asyncio.run(scenario())
 

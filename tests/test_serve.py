@@ -302,7 +302,7 @@ def test_a_reload_under_load_fails_nobody_and_mixes_no_versions(tmp_path: Path) 
             for done in callers:
                 done.result()
         assert wrong == []
-        assert seen == {"1", "2", "3", "4", "5"}
+        assert seen == {"1", "2"}
 
 
 def test_a_reload_that_fails_leaves_the_old_version_serving(tmp_path: Path) -> None:
@@ -749,6 +749,8 @@ def test_a_request_with_a_timeout_of_its_own_is_held_to_it() -> None:
                 "parameters": {"timeout": 5000},
             }
         ).encode()
+        probe = cell.submit(cell.codec.decode(body, None), lambda result: None)
+        assert isinstance(probe, Job), "nothing else shows whether the profile is right"
         shed = cell.submit(cell.codec.decode(body, None), lambda result: None)
         assert isinstance(shed, Shed)
         assert shed.reason == "deadline"

@@ -172,7 +172,7 @@ def test_sigterm_fails_no_request_on_connections_that_stay(tiny: Bundle) -> None
 
 def test_a_reload_of_all_cells_under_load_fails_nobody_and_mixes_no_versions(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "served", seed=0)
-    right = {version: tiny_answers(IMAGES, seed=(version - 1) % 2) for version in range(1, 5)}
+    right = {version: tiny_answers(IMAGES, seed=version - 1) for version in (1, 2)}
     length, body = encode_request(bundle.manifest.signature, {"image": IMAGES})
     with serving(bundle.path, ServeSettings(http_port=0, cells=2)) as server:
         stop, seen, wrong = threading.Event(), set[int](), list[object]()
@@ -205,7 +205,7 @@ def test_a_reload_of_all_cells_under_load_fails_nobody_and_mixes_no_versions(tmp
             for each in clients:
                 each.join()
         assert wrong == []
-        assert seen == {1, 2, 3, 4}
+        assert seen == {1, 2}
 
 
 def test_cells_end_with_their_supervisor(tiny: Bundle) -> None:

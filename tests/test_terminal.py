@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import msgspec
+import pytest
 from rich.console import Console
 
 from rushhour.clock import VirtualClock
-from rushhour.loading import print_windows
+from rushhour.load import Comparison, Ratio
+from rushhour.loading import print_comparison, print_windows
 from rushhour.measurement import Outcome
-from rushhour.terminal import TerminalProgress
+from rushhour.terminal import TerminalProgress, result_console
 from test_report import SLO_50, WINNER, load
 
 
@@ -69,6 +72,27 @@ def test_a_bar_says_how_long_it_takes_yet_and_how_long_the_run_may() -> None:
     clock.advance(5000.0)
     progress.done("2,615/s")
     assert shown(console)[-1].endswith("5010.0 s, 0:00 left")
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_what_is_piped_keeps_every_digit(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However wide the terminal is said to be that is not there."""
+    windows = [load(WINNER, rate, seed) for seed, rate in enumerate((35_123.4, 9120.0))]
+    widest = msgspec.structs.replace(
+        windows[0], n=12_345_678, late=1_234_567, p50_ms=12_345.6, p99_ms=23_456.7, p99_interval_ms=(20_000.1, 30_000.2)
+    )
+    monkeypatch.setenv("COLUMNS", columns)
+    ratio = Ratio("http://127.0.0.1:9000", "http://127.0.0.1:8000", 12_345.6, "p99_ms", 1.234, (1.111, 1.357), 6, 6)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        console = result_console()
+        print_windows(console, SLO_50, [*windows, widest])
+        print_comparison(console, Comparison(SLO_50, ("a", "b"), (12_345.6,), (ratio,), (), 0))
+    text = out.getvalue()
+    assert "…" not in text
+    for number in ("35,123.4", "12,345,678", "1,234,567", "12345.6", "23456.7", "20000.1 to 30000.2", "1.111 to 1.357"):
+        assert number in text
+    assert max(map(len, text.splitlines())) < 200
 
 
 def test_the_table_of_windows_keeps_every_digit_in_80_columns() -> None:

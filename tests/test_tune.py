@@ -254,7 +254,11 @@ def searched(
     so_far: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
     """Tune the tiny bundle, on data that it answers rightly by definition."""
-    bundles = {role: tiny_bundle(run / "bundles" / role, precision=precision) for role, precision in roles.items()}
+    names = {role: "tiny" if role == "reference" else f"tiny-{role}" for role in roles}
+    bundles = {
+        role: tiny_bundle(run / "bundles" / role, name=names[role], precision=precision)
+        for role, precision in roles.items()
+    }
     inputs = np.random.default_rng(1).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
     labels = tiny_answers(inputs).argmax(1).astype(np.int64)
     parts = [Split(inputs[at], labels[at]) for at in (slice(0, 100), slice(100, 200), slice(200, None))]
@@ -290,6 +294,7 @@ def test_the_fastest_inside_the_budget_wins_and_the_ladder_says_why(
     assert plan.feasible
     assert evidence is not None
     assert (plan.variants[0].bundle, plan.variants[0].engine) == ("bundles/int8", "openvino")
+    assert plan.model == "tiny", "that was asked for, whatever won"
     assert 3000 / 1.05 <= evidence.capacity_rps <= 3000 < (evidence.lowest_failing_rps or 0)
     assert evidence.baseline_capacity_rps <= 100
     assert (evidence.reference_accuracy, evidence.accuracy_drop) == (1.0, pytest.approx(0, abs=0.1))
@@ -348,6 +353,7 @@ def test_a_budget_leaves_out_what_decides_least_and_says_so(tmp_path: Path, monk
     assert answers[-1].evidence is not None
     assert answers[-1].evidence.capacity_rps == plan.evidence.capacity_rps
     assert answers[-1].variants == plan.variants
+    assert {answer.model for answer in answers} == {"tiny"}
 
 
 def test_a_bundle_that_is_quantised_already_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

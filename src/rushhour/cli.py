@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
 
 from rushhour.compressing import compress_options
 from rushhour.errors import GoalError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.storage import write_whole
-from rushhour.terminal import TerminalProgress
+from rushhour.terminal import TerminalProgress, result_console
 from rushhour.training import basic_options, load_data, model_of, settings_of, train_options
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ def _tune(
     from rushhour.report import summary_table, write_report
     from rushhour.tune import TuneSettings, tune_run
 
-    console, progress = Console(), TerminalProgress()
+    console, progress = result_console(), TerminalProgress()
     try:
         dataset = load_data(data, progress, model)
         source, trusted = model_of(model, dataset)
@@ -261,7 +260,7 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
     bundle = outcome.bundle
     _write_json(json_file, training.result(outcome))
     if outcome.found is not None:
-        training.print_found(Console(), outcome.found)
+        training.print_found(result_console(), outcome.found)
     click.echo(f"{bundle.path}: {bundle.manifest.parameters:,} parameters, {_size(bundle.model_bytes)}")
 
 
@@ -294,7 +293,7 @@ def compress(
     finally:
         progress.fail()
     _write_json(json_file, compressing.result(found, out, report))
-    compressing.print_compression(Console(), found)
+    compressing.print_compression(result_console(), found)
     click.echo(f"{out}; what each step cost and bought: {report}")
     if found.verdict != "best":
         click.echo(f"{found.verdict}: {found.said}", err=True)
@@ -307,11 +306,17 @@ def compress(
 @click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--grpc-port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--no-grpc", is_flag=True, help="Serve over HTTP only.")
-@click.option("--model-name", default=None, help="The model's name on the wire; the bundle's by default.")
+@click.option("--model-name", default=None, help="The model's name on the wire; that of the tuned model by default.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that clients must send, one a line.")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM); with --tls-key.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM).")
 @click.option("--expose", is_flag=True, help="Listen beyond loopback without keys: something else keeps the door.")
+@click.option(
+    "--known-as",
+    multiple=True,
+    metavar="NAME",
+    help="Another name of the server, as behind a proxy: without keys, changes are taken under its names only.",
+)
 @click.option("--cells", type=click.IntRange(1, 256), help="Processes behind the port; the plan's number by default.")
 @click.option("--streams", type=click.IntRange(1, 1024), help="Batches that each cell runs at the same time.")
 @click.option(
@@ -391,6 +396,7 @@ def serve(
     tls_cert: Path | None,
     tls_key: Path | None,
     expose: bool,
+    known_as: tuple[str, ...],
     cells: int | None,
     streams: int | None,
     threads: int | None,
@@ -445,7 +451,7 @@ def serve(
     }
 
     def ready(url: str, grpc: str | None, way: str) -> None:
-        name = model_name or opened.bundle.manifest.name
+        name = model_name or opened.name
         where = f"{url} and, over gRPC, at {grpc}" if grpc else url
         click.echo(f"{name} is served at {where}: {way}. Ctrl-C drains and stops.")
         _write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy, "served": way})
@@ -461,6 +467,7 @@ def serve(
         tls_certificate=str(tls_cert) if tls_cert else None,
         tls_key=str(tls_key) if tls_key else None,
         exposed=expose,
+        known_as=known_as,
         admin=admin,
         admin_port=admin_port,
         admin_host=admin_host,
@@ -607,7 +614,7 @@ def load(
         from rushhour.report.load import check_plot_name
 
         check_plot_name(plot)
-    console = Console()
+    console = result_console()
     if closed_loop is not None:
         if asked or plot is not None:
             raise GoalError(
@@ -622,6 +629,9 @@ def load(
             sys.exit(1)
         return
     whole = len(sending.arrivals.gaps) if isinstance(sending.arrivals, Trace) and duration is None else None
+    if duration is not None and not asked:
+        what = "without --rate, --duration says nothing: the search for the capacity takes a minute or two"
+        click.echo(what, err=True)
     loaded = load_server(url, limit, sending, rates=asked, window_s=seconds, n=whole if asked else None)
     print_windows(console, limit, loaded.windows)
     console.print(loaded.headline, style="bold", highlight=False, markup=False)
@@ -669,7 +679,7 @@ def compare(
     limit, sending = SLO.parse(slo), _read_sending(**options)
     asked = _read_rates(rates, sending)
     found, stopped = contest(urls, limit, sending, rates=asked, window_s=_seconds(window), blocks=blocks)
-    console = Console()
+    console = result_console()
     print_comparison(console, found)
     if stopped:
         console.print(f"partial: {stopped}", style="bold", highlight=False, markup=False)
@@ -707,7 +717,7 @@ def report(run: Path, json_file: Path | None) -> None:
         return
     file = write_report(run)
     plan = Plan.load(run / "plan.json")
-    Console().print(summary_table(plan))
+    result_console().print(summary_table(plan))
     click.echo(file)
     _write_json(json_file, {"report": str(file), "plan": plan})
 

@@ -40,6 +40,7 @@ from rushhour.load import (
     payloads,
     read_bodies,
     search_capacity,
+    why_longer,
 )
 from rushhour.load.contest import summed_up
 from rushhour.load.payload import Encoding
@@ -183,6 +184,8 @@ def load(
     """
     target, requests = sending.aim(url)
     view, windows = LoadView(slo), list[Measurement]()
+    if n is None:
+        _say_lengths(view, slo, rates, window_s)
     found: Search | None = None
     stopped, error = "", None
     with Generator() as generator:
@@ -222,6 +225,13 @@ def load(
         finally:
             view.fail()
     return _loaded(url, target, slo, sending, windows, found, stopped, error, is_search=not rates)
+
+
+def _say_lengths(view: LoadView, slo: SLO, rates: Sequence[float], window_s: float) -> None:
+    """What will take longer than was asked for is said before it begins."""
+    for why in dict.fromkeys(why_longer(slo, rate, window_s) for rate in rates):
+        if why:
+            view.say(why)
 
 
 def _loaded(
@@ -309,6 +319,7 @@ def contest(
     """The servers compared; and why that ended early, empty where it did not."""
     aimed = {url: sending.aim(url) for url in urls}
     view, windows = LoadView(slo), list[Window]()
+    _say_lengths(view, slo, rates, window_s)
     with Generator() as generator:
         stop = _Stop(generator)
 

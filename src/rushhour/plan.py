@@ -169,7 +169,12 @@ class Evidence(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """How to serve: variants, policy and operating points that meet the goal, with the evidence."""
+    """How to serve: variants, policy and operating points that meet the goal, with the evidence.
+
+    Attributes:
+        model: the name of the model that was tuned, under which it is served whichever variant won; empty in plans of
+            older versions, which are served under the name of the run's reference.
+    """
 
     goal: Goal
     variants: Annotated[tuple[Variant, ...], msgspec.Meta(min_length=1)]
@@ -178,6 +183,7 @@ class Plan(msgspec.Struct, frozen=True):
     evidence: Evidence | None = None
     feasible: bool = True
     """False for the nearest miss: nothing met the goal, and this came closest."""
+    model: str = ""
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:

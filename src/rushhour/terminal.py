@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +34,16 @@ if TYPE_CHECKING:
 _RATES_OVER_S = 1.0
 _LINE_EVERY_S = 5.0
 _HISTORY = 8
+_NO_WIDTH = 10_000
 _COLOURS = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.UNSTABLE: "red"}
+
+
+def result_console() -> Console:
+    """Where results are printed: standard output.
+
+    What is not a terminal has no width. For rich it has 80 columns, into which it cuts the numbers of a table.
+    """
+    return Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
 
 
 class LoadView:
@@ -100,6 +110,10 @@ class LoadView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def say(self, text: str) -> None:
+        """Tell something before a window begins."""
+        self._line(text)
 
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -118,7 +118,7 @@ class Regions(Protocol):
     """The shared memory that clients have registered. Whoever does I/O hands it in."""
 
     def check(self, place: Place) -> None:
-        """Raise a `WireError` unless the place lies in a registered region."""
+        """Raise a `WireError` unless the place lies in a registered region that may be written."""
         ...
 
     def read(self, place: Place) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +19,7 @@ class TorchEngine:
     """A bundle's torch module, run as it is, a thread for each stream.
 
     The number of threads is a setting of the process: while an engine is open, other torch code beside it runs with
-    as many; `close` puts it back.
+    as many. Of several engines the one that was opened last decides; when the last is closed, it is as before.
 
     Args:
         bundle: must carry its torch module (source and weights).
@@ -49,8 +50,8 @@ class TorchEngine:
         module = load_deployed(bundle, trusted)
         self._signature = bundle.manifest.signature
         self._config = config
-        self._threads_before = torch.get_num_threads()
         self._slots: list[_Eager] = []
+        _THREADS.enter(self)
         atexit.register(self.close)
         try:
             for index in range(config.streams):
@@ -92,10 +93,34 @@ class TorchEngine:
         """Finish the batches that run, call their `done`, end the threads. May be called again."""
         for slot in self._slots:
             slot.close()
-        if self._threads_before:
-            _torch().set_num_threads(self._threads_before)
-            self._threads_before = 0
+        _THREADS.leave(self)
         atexit.unregister(self.close)
+
+
+class _Threads:
+    """The number of torch's threads in this process, which all engines share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[TorchEngine] = []
+        self._before = 0
+
+    def enter(self, engine: TorchEngine) -> None:
+        """An engine opens."""
+        with self._lock:
+            if not self._open:
+                self._before = _torch().get_num_threads()
+            self._open.append(engine)
+
+    def leave(self, engine: TorchEngine) -> None:
+        """An engine is closed; those that stay keep their threads. May be called again."""
+        with self._lock:
+            if engine in self._open:
+                self._open.remove(engine)
+                _torch().set_num_threads(self._open[-1].config.threads if self._open else self._before)
+
+
+_THREADS = _Threads()
 
 
 class _Eager(Stream):

@@ -37,6 +37,7 @@ from rushhour.load.search import (
     measure,
     rounded,
     search_capacity,
+    why_longer,
     window_n,
 )
 from rushhour.load.target import Endpoint, Target, discover, endpoint
@@ -96,5 +97,6 @@ __all__ = [
     "rounded",
     "search_capacity",
     "variance_inflation",
+    "why_longer",
     "window_n",
 ]

@@ -72,6 +72,33 @@ def window_n(slo: SLO, rate_rps: float, window_s: float = 3.0) -> int:
     return max(clear, math.ceil(rate_rps * seconds))
 
 
+def why_longer(slo: SLO, rate_rps: float, window_s: float) -> str:
+    """How long `measure` may take at this rate, and why, where that is more than was asked for; else empty.
+
+    Args:
+        window_s: that was asked for.
+    """
+    n, warmup = window_n(slo, rate_rps, window_s), _warmup_n(rate_rps)
+    parts = len(look_sizes(slo, rate_rps, n))
+    takes_s = (n + parts * warmup) / rate_rps
+    if takes_s <= 1.5 * window_s + _WARMUP_S + 1:
+        return ""
+    reasons = []
+    if n > math.ceil(rate_rps * window_s):
+        because = f"a verdict on {slo} takes {n:,} requests"
+        if n == math.ceil(rate_rps * _LIMITS * slo.limit_s):
+            because = f"a queue that grows shows after {_LIMITS:g} times the limit"
+        reasons.append(f"{because} ({n / rate_rps:.0f} s)")
+    each = f"each of its {parts} parts begins" if parts > 1 else "it begins"
+    reasons.append(f"{each} with {warmup:,} requests of warm-up ({warmup / rate_rps:.0f} s)")
+    return f"{rate_rps:g} requests/s take up to {takes_s:.0f} s, not {window_s:g} s: {'; '.join(reasons)}"
+
+
+def _warmup_n(rate_rps: float, warmup_s: float = _WARMUP_S, *, is_warm: bool = False) -> int:
+    least = 1 if is_warm else min(_WARMUP_REQUESTS, math.ceil(rate_rps * _WARMUP_MOST_S))
+    return max(math.ceil(rate_rps * warmup_s), least)
+
+
 def glance_n(slo: SLO, rate_rps: float, window_s: float) -> int:
     """How many requests a window holds that finds the way and proves little: as few as allow for one late request.
 
@@ -148,8 +175,7 @@ def measure(
     wanted = window_n(slo, rate_rps, window_s) if n is None else n
     if wanted < 1:
         raise LoadError(f"cannot judge {wanted} requests", "a verdict needs some", "ask for more")
-    least = 1 if is_warm else min(_WARMUP_REQUESTS, math.ceil(rate_rps * _WARMUP_MOST_S))
-    warmup = max(math.ceil(rate_rps * warmup_s), least)
+    warmup = _warmup_n(rate_rps, warmup_s, is_warm=is_warm)
     sizes = (
         look_sizes(slo, rate_rps, wanted) if sequential and n is None and not isinstance(arrivals, Trace) else (wanted,)
     )

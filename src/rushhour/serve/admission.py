@@ -15,6 +15,8 @@ _REPLAYED = 16
 """Batches of the queue's end that are replayed one by one."""
 _MEMORY = 0.02
 """Weight of the newest batch in the profile: about the last 50 batches decide."""
+_DOUBTED = 0.5
+"""The same for the first batch after the profile has come into doubt; it falls as in a mean over the batches since."""
 _NEWEST = 0.1
 """Weight of the newest batch in what is usual."""
 _CAUTION = 3.0
@@ -33,13 +35,15 @@ class Profile:
 
     Args:
         times: measured before the first request, all streams busy.
+        is_sure: whether nothing else computed while they were measured; else they are in doubt.
 
     Attributes:
         times: the same.
     """
 
-    def __init__(self, times: ServiceTimes) -> None:
+    def __init__(self, times: ServiceTimes, *, is_sure: bool = True) -> None:
         self.times = times
+        self._weight = _MEMORY if is_sure else _DOUBTED
         points = list(zip(times.batch_sizes, times.seconds, strict=True))
         self._start = [sum(column) / len(points) for column in zip(*(_moments(n, s) for n, s in points), strict=True)]
         self._start_a, self._start_b = _line(self._start)
@@ -56,15 +60,15 @@ class Profile:
         """Seconds that hardly a batch of `rows` samples exceeds, by how unevenly the last ones came."""
         return self._a + self._b * rows + _CAUTION * self._uneven
 
-    def seconds_at_start(self, rows: int) -> float:
-        """Seconds that it took when nothing else was going on."""
-        return self._start_a + self._start_b * rows
-
     def rows_within(self, seconds: float) -> int:
         """The largest batch that takes no longer than `seconds`; 0 if none does."""
         if seconds < self._a + self._b:
             return 0
         return int((seconds - self._a) / self._b + 1e-9)
+
+    def doubt(self) -> None:
+        """What is known comes from another time: the next batches say more than usual."""
+        self._weight = _DOUBTED
 
     def learn(self, rows: int, seconds: float) -> None:
         """A batch of `rows` samples has taken `seconds`."""
@@ -74,11 +78,12 @@ class Profile:
         expected = self._start_a + self._start_b * rows
         if self._took == self._expected == 1.0:
             self._took = self._expected = expected
-        self._took += _MEMORY * (seconds - self._took)
-        self._expected += _MEMORY * (expected - self._expected)
+        weight, self._weight = self._weight, max(_MEMORY, self._weight / (1 + self._weight))
+        self._took += weight * (seconds - self._took)
+        self._expected += weight * (expected - self._expected)
         scale = _ANCHOR * self._took / self._expected
         n, x, xx, y, xy = self._recent = [
-            old + _MEMORY * (new - old) for old, new in zip(self._recent, _moments(rows, seconds), strict=True)
+            old + weight * (new - old) for old, new in zip(self._recent, _moments(rows, seconds), strict=True)
         ]
         sn, sx, sxx, sy, sxy = self._start
         self._a, self._b = _line(

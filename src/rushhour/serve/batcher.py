@@ -102,11 +102,14 @@ class Batcher(Generic[T]):
         clock: where arrival times are read.
         cost: CPU time of batches; None where none is to wait for more samples.
         streams: batches that run at the same time.
+        grace: how long after its deadline a request is still worth computing, as a share of its time until then.
 
     Attributes:
         waiting: samples in the queue, and those that room is kept for.
         under_way: requests in the queue or in batches that have not ended.
         enough: samples that a batch waits for, at most; 1 where none waits.
+        late: requests that `take` left out, because their time was over before they came to a batch. Whoever takes
+            batches answers them, and empties it.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Batcher(Generic[T]):
         *,
         cost: BatchCost | None = None,
         streams: int = 1,
+        grace: float = 0.0,
     ) -> None:
         if max_batch < 1 or queue_bound < 1:
             raise ValueError(
@@ -126,11 +130,13 @@ class Batcher(Generic[T]):
         self.max_batch = max_batch
         self.queue_bound = queue_bound
         self.waiting = 0
+        self.late: list[Ticket[T]] = []
         self._times = times
         self._clock = clock
         self._queues: dict[int, deque[Ticket[T]]] = {}
         self._order: list[int] = []
         self._streams = streams
+        self._grace = grace
         self.enough = 1 if cost is None else large_enough(max_batch, cost)
         self._longest_s = _BATCHES * times.seconds(self.enough)
         self._patience_ends = math.inf
@@ -235,15 +241,23 @@ class Batcher(Generic[T]):
             self.under_way -= ticket.taken < ticket.rows
 
     def take(self) -> list[Part[T]]:
-        """The next batch: what waits, first come first, up to the bound and the head's time; empty if nothing waits."""
+        """The next batch: what waits, first come first, up to the bound and the head's time; empty if nothing waits.
+
+        A request that nobody waits for any more is not computed: it goes to `late`.
+        """
         parts: list[Part[T]] = []
-        room = 0
+        room, now = 0, self._clock.now()
         for level in self._order:
             queue = self._queues[level]
             while queue:
                 ticket = queue[0]
                 if ticket.cancelled:
                     queue.popleft()
+                    continue
+                if ticket.deadline < now and self._is_over(ticket, now):
+                    queue.popleft()
+                    self.cancel(ticket)
+                    self.late.append(ticket)
                     continue
                 if not parts:
                     room = self._room(queue)
@@ -258,6 +272,19 @@ class Batcher(Generic[T]):
                     queue.popleft()
         self._patience_ends = math.inf
         return parts
+
+    def _is_over(self, ticket: Ticket[T], now: float) -> bool:
+        """Whether whoever sent it has stopped waiting: so late its answer is of no use."""
+        return now > ticket.deadline + self._grace * (ticket.deadline - ticket.arrived)
+
+    def drain(self) -> list[Ticket[T]]:
+        """All that waits, none of which will be computed."""
+        left = [ticket for level in self._order for ticket in self._queues[level] if not ticket.cancelled]
+        for ticket in left:
+            self.cancel(ticket)
+        for queue in self._queues.values():
+            queue.clear()
+        return left
 
     def _room(self, queue: deque[Ticket[T]]) -> int:
         """Samples in a batch that the head of `queue` leads: all there is room for, or fewer to keep it in time.

@@ -32,21 +32,24 @@ _TICK_S = 1e-3
 """What the loop's timers count in: for less no batch waits."""
 _TELLING = 0.5
 """Of the time allowed: predictions of at least so much are compared with what came."""
+_PROBE_EVERY_S = 1.0
+"""After a probe that was late, the next one is let in after this time."""
 
 Reply = Callable[[Sequence[memoryview] | Exception], None]
 """Called once, on the loop: the raw rows of each output, in the signature's order, or what went wrong.
 
-The views are valid only during the call.
+The views are valid only during the call. What it raises is reported to the loop, and costs nobody else anything.
 """
 
 
 class Job:
     """A request on its way through the cell."""
 
-    __slots__ = ("collected", "expected_s", "missing", "reply", "request", "ticket")
+    __slots__ = ("collected", "expected_s", "missing", "probe_until", "reply", "request", "ticket")
 
     def __init__(self, request: InferRequest, reply: Reply) -> None:
         self.expected_s = 0.0
+        self.probe_until: float | None = None
         self.request = request
         self.reply: Reply | None = reply
         self.missing = request.rows
@@ -75,6 +78,19 @@ class Shed:
     def __init__(self, reason: Literal["queue", "deadline"], why: str, retry_after_s: float) -> None:
         self.reason = reason
         self.why = why
+        self.retry_after_s = retry_after_s
+
+
+class TurnedAway(WireError):
+    """A request that is not computed, because its answer would come too late or there is no room for it.
+
+    Args:
+        why: in words.
+        retry_after_s: when it is worth asking again.
+    """
+
+    def __init__(self, why: str, retry_after_s: float) -> None:
+        super().__init__(why, status=429)
         self.retry_after_s = retry_after_s
 
 
@@ -135,6 +151,7 @@ class Cell:
             clock,
             cost=cost,
             streams=len(engine.slots),
+            grace=1 / _SHARE_OF_DEADLINE - 1,
         )
         self._row_bytes_in = tuple(spec.row_bytes for spec in engine.signature.inputs)
         self._row_bytes_out = tuple(spec.row_bytes for spec in engine.signature.outputs)
@@ -144,6 +161,8 @@ class Cell:
         self._streams = len(self._free)
         self._dispatching = False
         self._wakes_at = math.inf
+        self._decoding: set[_PictureJob] = set()
+        self._probe_from = -math.inf
         self.answering: Batch | None = None
         """The batch whose requests are being answered: for who follows single requests."""
 
@@ -166,6 +185,12 @@ class Cell:
     def waits_for(self) -> tuple[int, float]:
         """Samples that a batch waits for under little load, and seconds, at most, where the plan has a deadline."""
         return self._batcher.enough, self._batcher.patience_s(_SHARE_OF_DEADLINE * self._deadline_s)
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Changes whenever a request or a batch ends or begins: what it does not do for long does not go on."""
+        counters = self.counters
+        return counters.batches, counters.answered, counters.failed, counters.invalid, self.running[0], self.waiting
 
     @property
     def speed(self) -> float | None:
@@ -193,7 +218,9 @@ class Cell:
         if isinstance(found, Shed):
             return found
         job = Job(request, reply)
-        deadline, job.expected_s = found
+        deadline, job.expected_s, is_probe = found
+        if is_probe:
+            job.probe_until, deadline = deadline, math.inf
         job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
             return self._no_room()
@@ -215,17 +242,20 @@ class Cell:
 
     def _deadline_of(
         self, rows: int, wanted: Wanted, priority: int, decoding_s: float = 0.0
-    ) -> tuple[float, float] | Shed:
+    ) -> tuple[float, float, bool] | Shed:
         """When the answer must be there, on the cell's clock, and the seconds it is expected in; or that it cannot be.
 
-        The expectation is 0 where it is too short to tell anything.
+        The expectation is 0 where it is too short to tell anything. Third, whether it is let in as a probe: where
+        nothing else is under way, one request is, whatever the profile says. The profile may be wrong by now, or from
+        the start (an engine that was timed while another computed), and only a batch can correct it: else all would
+        be shed for ever.
 
         Args:
             decoding_s: until the samples are there; the engine goes on with others meanwhile.
         """
         within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
         if within == math.inf:
-            return math.inf, 0.0
+            return math.inf, 0.0, False
         expected_s = 0.0
         now = self._clock.now()
         deadline = now + _SHARE_OF_DEADLINE * within
@@ -237,11 +267,10 @@ class Cell:
         if finish - now > _TELLING * within:  # a short wait says little of how a long one is mistaken
             expected_s = finish - now
             finish += self._admission.late_s
-        if finish > deadline and self.idle and not decoding_s:
-            # What was learned under load may be wrong by now, and only a batch can show it: else all are shed for ever.
-            finish = now + self.profile.seconds_at_start(min(rows, self._batcher.max_batch))
         if finish <= deadline:
-            return deadline, expected_s
+            return deadline, expected_s, False
+        if self.idle and now >= self._probe_from:
+            return deadline, 0.0, True
         self.counters.shed_deadline += 1
         self.statistics.fail.add(1, 0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
@@ -250,8 +279,10 @@ class Cell:
     def _no_room(self) -> Shed:
         self.counters.shed_queue += 1
         self.statistics.fail.add(1, 0.0)
-        retry = self._admission.backlog_s(self._batcher.waiting, self._streams)
-        return Shed("queue", "the queue is full: more requests come than can be answered", retry)
+        return Shed("queue", "the queue is full: more requests come than can be answered", self._retry_after_s())
+
+    def _retry_after_s(self) -> float:
+        return self._admission.backlog_s(self._batcher.waiting, self._streams)
 
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
@@ -266,8 +297,30 @@ class Cell:
         """Nobody waits for what is being decoded, if it still is."""
         if job.decoding is not None:
             job.decoding.cancel()
-            job.decoding = None
-            self._batcher.release(job.request.rows)
+            self._decoded(job)
+
+    def _decoded(self, job: _PictureJob) -> None:
+        """Its pictures are decoded, or will not be: the room that was kept for it is free."""
+        job.decoding = None
+        self._decoding.discard(job)
+        self._batcher.release(job.request.rows)
+
+    def give_up(self, error: Exception) -> None:
+        """Answer all that is still here with `error`: an engine that does not end its batches is left to itself.
+
+        Streams whose batch has not ended stay busy. A batch that does end later is answered to nobody.
+        """
+        for stream in self._busy:
+            parts, stream.parts = stream.parts, []
+            if parts:
+                self._batcher.ended(parts)
+            self._fail_all(parts, error)
+        for ticket in self._batcher.drain():
+            self._fail_all([Part(ticket, ticket.taken, 0)], error)
+        for job in list(self._decoding):
+            self._leave_out(job)
+            self._count_failed(0.0)
+            self._reply_once(job, error)
 
     def _submit_pictures(self, request: PictureRequest, reply: Reply) -> Job | Shed:
         """Decide at arrival, as for any request, but with the time that decoding takes; then decode, then queue.
@@ -281,31 +334,41 @@ class Cell:
         found = self._deadline_of(rows, wanted, priority, self.decoder.seconds(request))
         if isinstance(found, Shed):
             return found
-        deadline, _ = found
+        deadline, _, is_probe = found
+        job = _PictureJob(request, reply)
+        if is_probe:
+            job.probe_until = deadline
         if not batcher.reserve(rows):
             return self._no_room()
 
         def enter(samples: memoryview | WireError) -> None:
-            batcher.release(rows)
-            job.decoding, request.pictures = None, ()
+            self._decoded(job)
+            request.pictures = ()
             if isinstance(samples, WireError):
                 self.counters.invalid += 1
-                reply(samples)
+                self._reply_once(job, samples)
                 return
             now = self._clock.now()
-            if now + self.profile.seconds(min(rows, batcher.max_batch)) > deadline:
+            expected_s = 0.0 if is_probe else self.profile.seconds(min(rows, batcher.max_batch))
+            if now + expected_s > deadline:
                 self.counters.shed_deadline += 1
                 self.statistics.fail.add(1, now - arrived)
-                reply(WireError("decoding took longer than the deadline leaves time for", status=429))
+                self._probed(job)
+                why = "decoding took longer than the deadline leaves time for"
+                self._reply_once(job, TurnedAway(why, self._retry_after_s()))
                 return
             request.tensors = (samples,)
-            job.ticket = batcher.offer(job, rows, deadline=deadline, priority=priority)
+            job.ticket = batcher.offer(job, rows, deadline=math.inf if is_probe else deadline, priority=priority)
             assert job.ticket is not None  # its room was kept
             job.ticket.arrived = arrived
             self._dispatch_soon()
 
-        job = _PictureJob(request, reply)
-        job.decoding = self.decoder.start(request, enter)
+        try:
+            job.decoding = self.decoder.start(request, enter)
+        except BaseException:
+            batcher.release(rows)
+            raise
+        self._decoding.add(job)
         return job
 
     def _dispatch_soon(self) -> None:
@@ -322,22 +385,35 @@ class Cell:
                 self._wake_at(leave_at)
                 return
             parts = self._batcher.take()
+            if self._batcher.late:
+                self._turn_late_away()
             if not parts:
                 return
             stream = self._free.pop()
             self._busy.append(stream)
-            stream.taken = self._clock.now()
-            rows = self._fill(stream, parts)
-            self.counters.batches += 1
-            self.counters.rows += rows
             stream.parts = parts
-            stream.rows = rows
-            stream.started = self._clock.now()
-            stream.until = stream.started + self.profile.seconds(rows)
+            stream.until = stream.taken = self._clock.now()
             try:
+                stream.rows = rows = self._fill(stream, parts)
+                self.counters.batches += 1
+                self.counters.rows += rows
+                stream.started = self._clock.now()
+                stream.until = stream.started + self.profile.seconds(rows)
                 stream.slot.start(rows, stream.done)
             except Exception as error:
                 self._finished(stream, error)
+
+    def _turn_late_away(self) -> None:
+        """Answer requests whose time was over before they came to a batch: nobody could use what they would cost."""
+        now = self._clock.now()
+        while self._batcher.late:
+            ticket = self._batcher.late.pop()
+            self.counters.shed_deadline += 1
+            self.statistics.fail.add(1, now - ticket.arrived)
+            job = ticket.item
+            self._drop(ticket)
+            why = f"the request waited for {now - ticket.arrived:.3f} s, longer than it may take"
+            self._reply_once(job, TurnedAway(why, self._retry_after_s()))
 
     def _wake_at(self, time: float) -> None:
         """Look again at that time. A timer that is there already and comes earlier is enough, whatever it was for."""
@@ -369,48 +445,67 @@ class Cell:
         return at
 
     def _finished(self, stream: _Stream, error: BaseException | None) -> None:
+        """A batch has ended: answer its requests. Whatever goes wrong in that, the stream is free afterwards."""
         parts, stream.parts = stream.parts, []
+        if not parts:
+            return  # given up
         self.answering = stream
-        self._batcher.ended(parts)
-        if error is None:
-            now, last = self._clock.now(), parts[-1].ticket
-            self.profile.learn(stream.rows, now - stream.started)
-            self._speedometer.saw(stream.rows, stream.ended, stream.ended - stream.started)
-            self._admission.saw(stream.rows, last.item.expected_s, now - last.arrived)
-            outputs = stream.slot.outputs
-            views = [outputs[name].data.cast("B") for name in self._output_names]
-            begun, answered = [], []
-            at = 0
-            for part in parts:
-                if part.first == 0:
-                    begun.append(part.ticket.arrived)
+        try:
+            self._batcher.ended(parts)
+            if error is None:
+                self._hand_out(stream, parts)
+            else:
+                self._fail_all(parts, error)
+        except Exception as wrong:
+            self._report(wrong)
+            self._fail_all(parts, wrong)
+        finally:
+            self.answering = None
+            self._busy.remove(stream)
+            self._free.append(stream)
+            if self._batcher.waiting:
+                self._dispatch_soon()
+
+    def _hand_out(self, stream: _Stream, parts: list[Part[Job]]) -> None:
+        """Learn from a batch, and give each of its requests its rows."""
+        now, last = self._clock.now(), parts[-1].ticket
+        self.profile.learn(stream.rows, now - stream.started)
+        self._speedometer.saw(stream.rows, stream.ended, stream.ended - stream.started)
+        self._admission.saw(stream.rows, last.item.expected_s, now - last.arrived)
+        outputs = stream.slot.outputs
+        views = [outputs[name].data.cast("B") for name in self._output_names]
+        begun, answered = [], []
+        at = 0
+        for part in parts:
+            if part.first == 0:
+                begun.append(part.ticket.arrived)
+            try:
                 if self._answer(part, views, at):
                     answered.append(part.ticket.arrived)
-                at += part.rows
-            self.statistics.count(stream, len(parts), begun, answered)
-        else:
-            for part in parts:
-                self._fail(part.ticket, error)
-        self.answering = None
-        self._busy.remove(stream)
-        self._free.append(stream)
-        if self._batcher.waiting:
-            self._dispatch_soon()
+            except Exception as wrong:  # in the reply of one caller: the others are to have theirs
+                self._report(wrong)
+                self._fail_all([part], wrong)
+            at += part.rows
+        self.statistics.count(stream, len(parts), begun, answered)
 
     def _answer(self, part: Part[Job], views: list[memoryview], at: int) -> bool:
         """Give a request its rows of a batch, or collect them until all are there; whether this answered it."""
         job = part.ticket.item
         job.missing -= part.rows
-        if job.reply is None:
+        reply = job.reply
+        if reply is None:
             return False
         if part.rows == job.request.rows:
+            job.reply = None
+            if job.probe_until is not None:
+                self._probed(job)
             self.counters.answered += 1
             end = at + part.rows
             if len(views) == 1:
                 size = self._row_bytes_out[0]
-                job.reply((views[0][at * size : end * size],))
+                reply((views[0][at * size : end * size],))
             else:
-                job.reply([view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)])
+                reply([view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)])
             return True
         if job.collected is None:
             job.collected = [bytearray(job.request.rows * size) for size in self._row_bytes_out]
@@ -419,24 +514,55 @@ class Cell:
             whole[first : first + part.rows * size] = view[at * size : (at + part.rows) * size]
         if job.missing:
             return False
+        job.reply = None
+        if job.probe_until is not None:
+            self._probed(job)
         self.counters.answered += 1
-        job.reply([memoryview(whole) for whole in job.collected])
+        reply([memoryview(whole) for whole in job.collected])
         return True
 
-    def _fail(self, ticket: Ticket[Job], error: BaseException) -> None:
-        job = ticket.item
-        if job.reply is not None:
-            self.counters.failed += 1
-            self.statistics.fail.add(1, self._clock.now() - ticket.arrived)
-            reply = job.reply
-            self._drop(ticket)
-            reply(error if isinstance(error, Exception) else EngineError("the engine stopped", repr(error)))
+    def _probed(self, job: Job) -> None:
+        """A probe has ended. In time: the profile is wrong, the next is welcome. Late: it is believed for a while."""
+        if job.probe_until is not None:
+            now = self._clock.now()
+            if now <= job.probe_until:
+                self._probe_from = now
+                self.profile.doubt()
+            else:
+                self._probe_from = now + _PROBE_EVERY_S
+
+    def _fail_all(self, parts: list[Part[Job]], error: BaseException) -> None:
+        """Tell those of a batch who have no answer yet what went wrong."""
+        told = error if isinstance(error, Exception) else EngineError("the engine stopped", repr(error))
+        for part in parts:
+            ticket, job = part.ticket, part.ticket.item
+            if job.reply is not None:
+                self._count_failed(self._clock.now() - ticket.arrived)
+                self._drop(ticket)
+                self._reply_once(job, told)
+
+    def _count_failed(self, took_s: float) -> None:
+        self.counters.failed += 1
+        self.statistics.fail.add(1, took_s)
+
+    def _reply_once(self, job: Job, result: Exception) -> None:
+        """Tell a caller that there is no answer. What the reply raises harms nobody else."""
+        reply, job.reply = job.reply, None
+        if reply is not None:
+            try:
+                reply(result)
+            except Exception as wrong:
+                self._report(wrong)
+
+    def _report(self, wrong: Exception) -> None:
+        """Something that should not have happened."""
+        self._loop.call_exception_handler({"message": "answering a batch failed", "exception": wrong})
 
     def _drop(self, ticket: Ticket[Job]) -> None:
-        """Nobody waits for the answer any more: what is not yet in a batch never will be."""
+        """What of it is not yet in a batch never will be."""
         self._batcher.cancel(ticket)
         job = ticket.item
-        job.reply = job.ticket = None
+        job.ticket = None
         job.request.tensors = ()
 
 

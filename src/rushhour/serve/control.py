@@ -8,7 +8,9 @@ Sources: kserve/open-inference-protocol, specification/protocol; triton-inferenc
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,9 +21,10 @@ from rushhour.errors import WireError
 from rushhour.machine import describe
 from rushhour.serve import log, metrics
 from rushhour.serve.duties import Duties
+from rushhour.serve.guard import Asker, user_of
 from rushhour.serve.orders import Count, Do, Load, Log, LogLevel, Register, Speed, Unload, Unregister, done
 from rushhour.serve.repository import Loaded, Repository
-from rushhour.serve.shared_memory import SharedMemory
+from rushhour.serve.shared_memory import Access, SharedMemory
 from rushhour.serve.statistics import Report, Totals
 from rushhour.wire import datatype_of, model_metadata
 
@@ -126,7 +129,9 @@ class Control:
         }
 
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """How many requests, and where their time went; of all models if no name is given."""
+        """How many requests, and where their time went; of all models if neither name nor version is given."""
+        if version and not name:
+            raise WireError("a version is one of a model", "the request names no model", "name the model, too")
         loaded = self._loaded(name, version) if name else self._repository.loaded
         if loaded is None:
             return {"model_stats": []}
@@ -207,13 +212,28 @@ class Control:
                 )
         await done(self._do, Load() if change == "load" else Unload())
 
-    async def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+    async def register(
+        self, name: str, key: str, offset: int, byte_size: int, access: Access | None, asker: Asker
+    ) -> None:
         """Open a region of shared memory; see `SharedMemory.register`.
+
+        Args:
+            access: what for. The protocol does not say, so that None is for writing, too, where the client runs under
+                the server's own user. One of another user never is written for: it could have the server overwrite
+                what it may not write itself.
+            asker: the client.
 
         Raises:
             WireError: if that cannot be, or shared memory is switched off.
         """
-        await done(self._do, Register(name, key, offset, byte_size))
+        if access != "read" and asker.peer is not None and asker.here is not None:
+            user = await asyncio.to_thread(user_of, asker.peer, asker.here)
+            if user not in (None, os.geteuid()):
+                if access == "write":
+                    who = "the client runs under another user than the server"
+                    raise WireError("will not write into shared memory for others", who, "", status=403)
+                access = "read"
+        await done(self._do, Register(name, key, offset, byte_size, access or "write"))
 
     def region_status(self, name: str | None) -> list[dict[str, Any]]:
         """The regions that clients have registered; none where shared memory is switched off."""

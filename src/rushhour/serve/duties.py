@@ -59,12 +59,13 @@ class Duties:
                 case Speed():
                     loaded = self._repository.loaded
                     return Done(speeds=None if loaded is None else loaded.cell.speeds())
-                case Load(version):
-                    await self._repository.load(version or None)
-                case Prepare(version, plan, folder):
-                    await self._repository.prepare(version, plan, Path(folder))
+                case Load():
+                    await self._repository.load()
+                case Prepare(versions, plan, folder):
+                    await self._repository.prepare(plan, Path(folder), versions)
                 case Commit():
                     await self._repository.commit()
+                    return Done(report=self.report())
                 case Abandon():
                     await self._repository.abandon()
                 case Beat():
@@ -74,8 +75,8 @@ class Duties:
                         self.renew(work)
                 case Unload():
                     await self._repository.unload()
-                case Register(name, key, offset, byte_size):
-                    self._shared().register(name, key, offset, byte_size)
+                case Register(name, key, offset, byte_size, access):
+                    self._shared().register(name, key, offset, byte_size, access)
                 case Unregister(name):
                     self._shared().unregister(name)
                 case Log(level):
@@ -103,7 +104,13 @@ class Duties:
             state.sample_s = cell.profile.seconds(1) - state.base_s
         if self.watch is not None:
             self.watch(state)
-        return Report(self._repository.name, self._repository.totals(), {0: state}, dropped=log.dropped())
+        return Report(
+            self._repository.name,
+            self._repository.totals(),
+            {0: state},
+            dropped=log.dropped(),
+            bundles=dict(self._repository.versions),
+        )
 
     def _shared(self) -> SharedMemory:
         if self._regions is None:

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 import msgspec
@@ -20,10 +21,10 @@ from grpc import aio
 
 from rushhour.errors import RushhourError, ServeError, WireError
 from rushhour.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.cell import Cell, Job, Shed
+from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
 from rushhour.serve.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.control import Control
-from rushhour.serve.guard import Certificates, Identity, Keys, Limits
+from rushhour.serve.guard import Asker, Certificates, Identity, Keys, Limits
 from rushhour.serve.observe import CANCELLED, Followed, Observer
 from rushhour.serve.repository import Repository
 
@@ -40,6 +41,8 @@ _CODES = {
 }
 _OPEN_METHODS = frozenset(("ServerLive", "ServerReady"))
 """Asked by whoever watches over the server, as is all of the health service; they carry no key."""
+_ASK_WHO = frozenset(("SystemSharedMemoryRegister",))
+"""Methods whose answer depends on who calls."""
 _REFUSE_SECONDS = 0.1
 """For so long at the end everybody is told that it is the end; grpcio itself would only cancel them."""
 _STREAM_WINDOW = 256
@@ -259,7 +262,7 @@ class GrpcFace:
 
     # Everything else.
 
-    def _answering(self, method: Any, answer: Callable[[Any], Any]) -> Any:
+    def _answering(self, method: Any, answer: Callable[..., Any]) -> Any:
         request, response = (message(kind.full_name) for kind in (method.input_type, method.output_type))
 
         async def answering(sent: bytes, context: Context) -> Any:
@@ -267,7 +270,8 @@ class GrpcFace:
             try:
                 if method.name not in _OPEN_METHODS:
                     self._admit(context)
-                answered = answer(_parsed(request, sent))
+                parsed = _parsed(request, sent)
+                answered = answer(parsed, self._asker(context)) if method.name in _ASK_WHO else answer(parsed)
                 if isinstance(answered, Awaitable):
                     answered = await answered
                 encoded = ParseDict(answered or {}, response()).SerializeToString()
@@ -279,7 +283,7 @@ class GrpcFace:
 
         return grpc.unary_unary_rpc_method_handler(answering)
 
-    def _answers(self) -> dict[str, Callable[[Any], Any]]:
+    def _answers(self) -> dict[str, Callable[..., Any]]:
         """Method -> what answers it, in plain values under the names of its response."""
         control = self._control
         return {
@@ -296,8 +300,8 @@ class GrpcFace:
             "SystemSharedMemoryStatus": lambda asked: {
                 "regions": {region["name"]: region for region in control.region_status(asked.name or None)}
             },
-            "SystemSharedMemoryRegister": lambda asked: control.register(
-                asked.name, asked.key, asked.offset, asked.byte_size
+            "SystemSharedMemoryRegister": lambda asked, asker: control.register(
+                asked.name, asked.key, asked.offset, asked.byte_size, None, asker
             ),
             "SystemSharedMemoryUnregister": lambda asked: control.unregister(asked.name or None),
             "CudaSharedMemoryStatus": lambda asked: {},
@@ -306,6 +310,16 @@ class GrpcFace:
             "TraceSetting": self._tracing,
             "LogSettings": self._logging,
         }
+
+    def _asker(self, context: Context) -> Asker:
+        """Who calls; without addresses where grpcio does not give them."""
+        kind, _, place = unquote(context.peer()).partition(":")
+        host, _, port = place.rpartition(":")
+        if kind not in ("ipv4", "ipv6") or not port.isdigit():
+            return Asker()
+        host = host.strip("[]").partition("%")[0]
+        # Within the machine both ends have the same address, but for servers that listen on several.
+        return Asker(peer=(host, int(port)), here=(host, int(self.address.rpartition(":")[2])))
 
     def _tracing(self, asked: Any) -> dict[str, Any]:
         # A setting without a value asks for the default.
@@ -383,7 +397,7 @@ class _Call:
             request.wanted = msgspec.structs.replace(wanted, timeout_s=max(timeout, 1e-6))
         submitted = cell.submit(request, self._reply)
         if isinstance(submitted, Shed):
-            raise _TurnedAway(submitted)
+            raise TurnedAway(submitted.why, submitted.retry_after_s)
         self._job: Job | None = submitted
 
     async def answer(self) -> bytes:
@@ -425,16 +439,9 @@ class _Call:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
+        if not self._answered.done():  # what failed may have been what follows the answer
+            self._answered.set_exception(error)
         _end(self._followed, _status(error))
-        self._answered.set_exception(error)
-
-
-class _TurnedAway(WireError):
-    """A request that was shed at its arrival."""
-
-    def __init__(self, shed: Shed) -> None:
-        super().__init__(shed.why, status=429)
-        self.retry_after_s = shed.retry_after_s
 
 
 def _keepalive(limits: Limits) -> list[tuple[str, int]]:
@@ -492,7 +499,7 @@ async def _refuse(context: Context, error: Exception) -> NoReturn:
     error.__traceback__ = None  # abort's own error keeps this one, whose frames would keep regions open
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
     metadata: tuple[tuple[str, str], ...] = ()
-    if isinstance(error, _TurnedAway):
+    if isinstance(error, TurnedAway):
         metadata = (("retry-after-ms", str(math.ceil(1e3 * error.retry_after_s))),)
     await context.abort(code, _text(error), metadata)
     raise AssertionError("abort does not return")

@@ -6,11 +6,14 @@ import contextlib
 import hmac
 import ipaddress
 import os
+import re
+import socket
 import ssl
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -19,6 +22,14 @@ from rushhour.errors import ServeError, WireError
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _BYTES = "latin-1"
 """Bytes as text, one by one: what stands between the blocks of a PEM file may be in any encoding."""
+
+ASKER_FIELDS = frozenset((b"host", b"origin", b"content-type", b"user-agent", b"sec-fetch-site"))
+"""Header fields that tell who asks."""
+_OTHER_TYPES = (b"libcurl-agent/", b"Python/")
+"""How those of the protocol's own clients call themselves (in C++; on aiohttp) that label JSON as something else. No
+browser does, and no page can make one do it."""
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/@?#\s]+))(?::\d*)?")
+_TIME_WAIT = "06"
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -97,6 +108,137 @@ class Keys:
         scheme, _, key = (authorization or b"").partition(b" ")
         matches = [hmac.compare_digest(known, key.strip()) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+class Asker(NamedTuple):
+    """Who sends a request, as far as its header and its connection say.
+
+    Attributes:
+        fields: those of `ASKER_FIELDS` that its header has, by their names in lower case.
+        peer: address and port of the other end of the connection; None where that is not known.
+        here: the same of this end.
+    """
+
+    fields: Mapping[bytes, bytes] = {}
+    peer: tuple[str, int] | None = None
+    here: tuple[str, int] | None = None
+
+
+class KnownAs:
+    """The names that a server without keys goes by: no web page is to drive it through a browser that can reach it.
+
+    A page's script may send any `POST` that looks like a form's to any address, this machine's own among them, and
+    with a name of its own that suddenly resolves to that address (DNS rebinding) read the answers, too. Browsers tell
+    on both: `Host` is the name that the page used, `Origin` where the page comes from. And what is labelled as JSON
+    they do not send to another origin without asking first, which is never granted here.
+
+    gRPC needs none of this: no page can send it, least of all without TLS.
+
+    Sources: Fetch Standard, 3.2 (`Origin`) and 2.2.2 (methods and types that need no preflight); RFC 6454.
+
+    Args:
+        host: that it listens on.
+        names: others, by which users know it: behind a proxy, for example.
+    """
+
+    def __init__(self, host: str, names: tuple[str, ...] = ()) -> None:
+        self._given = frozenset(name.lower().rstrip(".") for name in names)
+        self._names = self._given | {host.lower(), socket.gethostname().lower()}
+        # An address cannot be rebound. Beyond loopback any may be ours: machines and containers have several.
+        self._any_address = not is_loopback(host)
+
+    def check(self, asker: Asker) -> None:
+        """Raise a `WireError` unless who asks for a change is no web page, or one that this server has sent itself."""
+        self.check_origin(asker)
+        fields, origin = asker.fields, asker.fields.get(b"origin")
+        kind = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind == b"application/json" or (not kind and origin is None):
+            return
+        if origin is None and fields.get(b"user-agent", b"").startswith(_OTHER_TYPES):
+            return
+        said = kind[:100].decode("latin-1") or "missing"
+        raise WireError(
+            f"the content type is {said}", "changes are asked for in JSON", "send application/json", status=415
+        )
+
+    def check_origin(self, asker: Asker) -> None:
+        """The same, whatever the content type says."""
+        fields = asker.fields
+        host, origin = fields.get(b"host"), fields.get(b"origin")
+        if host is not None and not self._knows(_name_of(host)):
+            raise self._foreign("this server is not known", host)
+        if origin is not None and not self._is_own(origin, host):
+            raise self._foreign("changes are not taken from a web page", origin)
+        if fields.get(b"sec-fetch-site", b"same-origin") not in (b"same-origin", b"none"):
+            raise self._foreign("changes are not taken from a web page", fields[b"sec-fetch-site"])
+
+    def _knows(self, name: str) -> bool:
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return name == "localhost" or name.endswith(".localhost") or name in self._names
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return self._any_address or (mapped or address).is_loopback
+
+    def _is_own(self, origin: bytes, host: bytes | None) -> bool:
+        """Whether a page of this origin came from here, as the name tells that it was asked under."""
+        scheme, _, place = origin.strip().lower().partition(b"://")
+        if scheme not in (b"http", b"https"):
+            return False
+        return (host is not None and place == host.strip().lower()) or _name_of(place) in self._given
+
+    def _foreign(self, what: str, said: bytes) -> WireError:
+        return WireError(
+            f"{what}: {said[:100].decode('latin-1')!r}",
+            "without API keys, what changes the server is taken under its own name only",
+            "ask it as localhost or by its address, or start it with --known-as NAME",
+            status=403,
+        )
+
+
+def _name_of(authority: bytes) -> str:
+    """The host in `host:port`, in lower case and without the brackets of an address; empty where it is not one."""
+    found = _AUTHORITY.fullmatch(authority.strip().decode("latin-1").lower())
+    return "" if found is None else (found[1] or found[2]).rstrip(".")
+
+
+def user_of(peer: tuple[str, int], here: tuple[str, int]) -> int | None:
+    """The user whose program is at the other end of a connection within this machine; None where that is not said.
+
+    Reads the system's tables of connections, which takes milliseconds where there are many.
+
+    Args:
+        peer: address and port of the other end.
+        here: of this end.
+    """
+    try:
+        for table, ends in _listed(peer, here).items():
+            with open(f"/proc/net/{table}", encoding="ascii") as lines:
+                for line in lines:
+                    fields = line.split(maxsplit=8)
+                    if fields[1:3] == ends and fields[3] != _TIME_WAIT:
+                        return int(fields[7])
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _listed(peer: tuple[str, int], here: tuple[str, int]) -> dict[str, list[str]]:
+    """Both ends as the tables have them, where they may be: a socket for IPv6 can have an address of IPv4."""
+    tables: dict[str, list[str]] = {}
+    for host, port in (peer, here):
+        address = ipaddress.ip_address(host)
+        wide = address if isinstance(address, ipaddress.IPv6Address) else ipaddress.IPv6Address(f"::ffff:{address}")
+        narrow = address if isinstance(address, ipaddress.IPv4Address) else address.ipv4_mapped
+        for table, form in (("tcp", narrow), ("tcp6", wide)):
+            if form is not None:
+                tables.setdefault(table, []).append(f"{_words(form.packed)}:{port:04X}")
+    return tables
+
+
+def _words(packed: bytes) -> str:
+    """An address in words of 32 bits, each in the machine's own order of bytes."""
+    return "".join(f"{int.from_bytes(packed[at : at + 4], sys.byteorder):08X}" for at in range(0, len(packed), 4))
 
 
 class Identity(msgspec.Struct, frozen=True):

@@ -17,8 +17,8 @@ import httptools
 import msgspec
 
 from rushhour.errors import RushhourError, WireError
-from rushhour.serve.cell import Cell, Job, Shed
-from rushhour.serve.guard import Keys, Limits, inflate
+from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
+from rushhour.serve.guard import ASKER_FIELDS, Asker, Keys, Limits, inflate
 from rushhour.serve.routes import Answer
 from rushhour.serve.upload import Upload
 from rushhour.wire import Codec, InferRequest, Layout
@@ -72,8 +72,14 @@ class Desk(Protocol):
         """The cell that answers inference requests at this exact path, if there is one."""
         ...
 
-    def control(self, method: bytes, path: bytes, body: bytes, accept: bytes) -> Answer | Awaitable[Answer]:
+    def control(
+        self, method: bytes, path: bytes, body: bytes, accept: bytes, asker: Asker
+    ) -> Answer | Awaitable[Answer]:
         """The answer to any other request; awaitable where that takes time."""
+        ...
+
+    def check_origin(self, asker: Asker) -> None:
+        """Raise a `WireError` where a web page asks for what only programs of this machine may have done."""
         ...
 
 
@@ -82,6 +88,7 @@ class Message:
 
     __slots__ = (
         "accept",
+        "asker",
         "authorization",
         "body",
         "encoding",
@@ -102,6 +109,7 @@ class Message:
         self.encoding = b""
         self.authorization: bytes | None = None
         self.accept = b""
+        self.asker: dict[bytes, bytes] = {}
         self.keep_alive = True
         self.known: _Known | None = None
 
@@ -125,6 +133,7 @@ class _Known:
             message.encoding,
             message.authorization,
             message.is_picture,
+            message.asker,
         )
 
     def again(self, data: bytes | memoryview) -> Message:
@@ -137,6 +146,7 @@ class _Known:
             message.encoding,
             message.authorization,
             message.is_picture,
+            message.asker,
         ) = self._said
         message.body.append(bytes(data[len(self.head) :]))
         message.known = self
@@ -365,6 +375,9 @@ class HttpConnection(asyncio.Protocol):
         if self._in_body:
             return  # a trailer says nothing that the header may say (RFC 9110, 6.5.1)
         lowered, message = name.lower(), self._message
+        if lowered in ASKER_FIELDS:
+            before = message.asker.get(lowered)
+            message.asker[lowered] = value if before is None else before + b", " + value
         if lowered == b"inference-header-content-length":
             self._once(name, message.header_length)
             message.header_length = value
@@ -549,8 +562,13 @@ class HttpConnection(asyncio.Protocol):
     def _stumble(self, error: Exception) -> None:
         """Answer 500 for what should not have happened, and tell the log; nobody else is to suffer from it."""
         asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
-        if self._current is not None:
+        if self._current is None:
+            return
+        try:
             self._send_error(error)
+        except Exception:  # it cannot even be said
+            if self._transport is not None:
+                self._transport.abort()
 
     def _admits(self, path: bytes, message: Message) -> bool:
         return not self._desk.keys or path in _OPEN_PATHS or self._desk.keys.admit(message.authorization)
@@ -566,7 +584,9 @@ class HttpConnection(asyncio.Protocol):
             return
         cell = self._desk.cell_of(path)
         if cell is None:
-            answer = self._desk.control(message.method, path, b"".join(message.body), message.accept)
+            answer = self._desk.control(
+                message.method, path, b"".join(message.body), message.accept, self._asker(message)
+            )
             if isinstance(answer, tuple):
                 self._send_answer(*answer)
             else:
@@ -575,6 +595,12 @@ class HttpConnection(asyncio.Protocol):
             self._send_error(WireError("inference takes POST", "the method is another", "use POST", status=405))
         else:
             self._infer(cell, message)
+
+    def _asker(self, message: Message) -> Asker:
+        if self._transport is None:
+            return Asker(message.asker)
+        peer, here = (self._transport.get_extra_info(name) for name in ("peername", "sockname"))
+        return Asker(message.asker, peer[:2] if peer else None, here[:2] if here else None)
 
     async def _send_later(self, answer: Awaitable[Answer]) -> None:
         try:
@@ -612,6 +638,8 @@ class HttpConnection(asyncio.Protocol):
                 request = cell.codec.decode_picture(body)
             else:
                 request = cell.codec.decode(body, _header_length(message.header_length))
+            if request.wanted.places:
+                self._desk.check_origin(Asker(message.asker))
         except WireError as error:
             cell.counters.invalid += 1
             self._send_error(error)
@@ -633,22 +661,24 @@ class HttpConnection(asyncio.Protocol):
             self._job = submitted
 
     def _turn_away(self, shed: Shed) -> None:
-        retry = b"retry-after: %d\r\n" % max(1, math.ceil(shed.retry_after_s))
-        self._send(429, _error_body(WireError(shed.why, status=429)), retry)
+        self._send_error(TurnedAway(shed.why, shed.retry_after_s))
 
     def _answered(self, result: Sequence[memoryview] | Exception) -> None:
         cell, request, current = self._cell, self._request, self._current
         self._job = self._request = None
         assert cell is not None
         assert request is not None
-        if isinstance(result, Exception):
-            self._send_error(result)
-        elif isinstance(current, _Repeat) and current.answer is not None and not self._desk.draining:
-            if self._transport is not None:
-                self._transport.write(b"".join((current.answer, *result)))
-                self._next(close=False)
-        else:
-            self._reply(cell, request, result)
+        try:
+            if isinstance(result, Exception):
+                self._send_error(result)
+            elif isinstance(current, _Repeat) and current.answer is not None and not self._desk.draining:
+                if self._transport is not None:
+                    self._transport.write(b"".join((current.answer, *result)))
+                    self._next(close=False)
+            else:
+                self._reply(cell, request, result)
+        except Exception as error:  # whoever asked is not to wait for ever
+            self._stumble(error)
 
     def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
         try:
@@ -666,7 +696,10 @@ class HttpConnection(asyncio.Protocol):
 
     def _send_error(self, error: Exception) -> None:
         status = error.status if isinstance(error, WireError) else 500
-        self._send(status, _error_body(error))
+        retry = b""
+        if isinstance(error, TurnedAway):
+            retry = b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
+        self._send(status, _error_body(error), retry)
 
     def _send(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> None:
         close = self._closing()

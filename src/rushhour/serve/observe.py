@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rushhour.clock import Clock
 from rushhour.errors import WireError
 from rushhour.serve import log
-from rushhour.serve.cell import Cell, Job, Reply, Shed
+from rushhour.serve.cell import Cell, Job, Reply, Shed, TurnedAway
 from rushhour.serve.http import Desk, HttpConnection, Message
 from rushhour.wire import InferRequest
 
@@ -173,7 +173,10 @@ class _Through:
         self._followed.queued(request)
 
         def answered(result: Sequence[memoryview] | Exception) -> None:
-            self._followed.answered(self._cell)
+            if isinstance(result, TurnedAway):
+                self._followed.shed = "deadline"
+            else:
+                self._followed.answered(self._cell)
             reply(result)
 
         submitted = self._cell.submit(request, answered)

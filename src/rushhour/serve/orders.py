@@ -14,6 +14,7 @@ import msgspec
 from rushhour.errors import WireError
 from rushhour.plan import Plan
 from rushhour.serve.guard import Identity
+from rushhour.serve.shared_memory import Access
 from rushhour.serve.speed import Speeds
 from rushhour.serve.statistics import Report
 
@@ -21,26 +22,24 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Open what lies at the target's path now, and serve it under this version; 0 is one more than the last."""
-
-    version: int = 0
+    """Open what lies at the target's path now, and serve it."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     """Open what this plan says, beside what is served; nothing else changes yet.
 
     Attributes:
-        version: that it gets.
+        versions: of the bundles that were served in any cell, by their hashes.
         folder: that the plan's bundles lie in.
     """
 
-    version: int
+    versions: dict[str, int]
     plan: Plan
     folder: str
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Serve what was prepared."""
+    """Serve what was prepared: the work's result is a `Report`."""
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
@@ -77,6 +76,7 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     key: str
     offset: int
     byte_size: int
+    access: Access = "write"
 
 
 class Unregister(msgspec.Struct, frozen=True, tag="unregister"):
@@ -100,7 +100,7 @@ class Done(msgspec.Struct, frozen=True):
     Attributes:
         wrong: what went wrong; empty for nothing.
         status: the HTTP status of that.
-        report: of `Count`.
+        report: of `Count` and `Load`.
         speeds: of `Speed`; None where nothing is loaded.
     """
 

@@ -70,8 +70,12 @@ class Decoder:
     def start(self, request: PictureRequest, done: Done) -> Decoding:
         """Decode the pictures of a request, each on the next thread that is free; `done` is called later."""
         decoding = Decoding(self, request, done)
-        for index in range(request.rows):
-            self._pool.submit(decoding.decode, index)
+        try:
+            for index in range(request.rows):
+                self._pool.submit(decoding.decode, index)
+        except BaseException:
+            decoding.cancel()
+            raise
         return decoding
 
     def close(self) -> None:

@@ -7,48 +7,72 @@ it has, and closes it. A request belongs to the cell that took it, so every answ
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
-from rushhour.measurement import BatchCost
+from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Plan
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
 from rushhour.serve.guard import Limits
 from rushhour.serve.pictures import Decoder
-from rushhour.serve.statistics import Totals, together
+from rushhour.serve.statistics import Totals, remembered, together
 from rushhour.serve.target import Target, Way, open_planned, open_target
 from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03
 _LONGEST_BATCH_S = 1.0
+_STUCK_S, _STUCK_BATCHES = 30.0, 10.0
+"""A cell that drains and ends no request for so long, or for so many of its largest batches, is given up."""
+_LOOK_EVERY_S, _LONGEST_LOOK_S = 0.005, 0.05
 
 Opener = Callable[[Bundle, EngineConfig], Engine]
 """Opens an engine; a seam for benchmarks and tests."""
 
 
+class Opened(NamedTuple):
+    """An engine, timed, and what stands around it.
+
+    Attributes:
+        times: of the engine, before the first request.
+        cost: CPU time of its batches.
+        was_alone: whether no other engine of this process computed while they were taken.
+    """
+
+    way: Way
+    engine: Engine
+    times: ServiceTimes
+    cost: BatchCost
+    was_alone: bool
+    decoder: Decoder | None
+
+
 class Loaded:
     """One version of the model, ready: what was opened, in which way it is served, and the cell in front of it."""
 
-    def __init__(self, target: Target, way: Way, engine: Engine, cell: Cell) -> None:
+    def __init__(self, target: Target, way: Way, engine: Engine, cell: Cell, opened: Opened | None = None) -> None:
         self.target = target
         self.way = way
         self.engine = engine
         self.cell = cell
+        self.opened = opened
 
     @property
     def version(self) -> str:
-        """As clients see it: `1` at the start, one more with each reload."""
+        """As clients see it: the same for the same bundle, a new number for one that was not served before."""
         return self.cell.codec.version
 
 
@@ -57,9 +81,9 @@ class Repository:
 
     Args:
         target: what is served first; a reload opens the same path again.
-        name: on the wire; None takes the bundle's.
+        name: on the wire; None takes the target's.
         opener: opens engines.
-        version: that the first load gets; each further one gets one more.
+        versions: of bundles that were served before, by their hashes.
         regions: the shared memory that requests may use; None where it is switched off.
         limits: what one request may cost.
         exact: serve as the plan's first variant says or not at all; else the best way that is right on this machine.
@@ -67,6 +91,8 @@ class Repository:
 
     Attributes:
         loaded: what answers requests now.
+        versions: of the bundles that were served, by their hashes. A version follows its bundle: reloading what is
+            served changes no version, and a bundle that comes back has the one that it had.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
@@ -77,14 +103,14 @@ class Repository:
         target: Target,
         name: str | None,
         opener: Opener,
-        version: int = 1,
+        versions: Mapping[str, int] | None = None,
         regions: Regions | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         exact: bool = True,
         reopen: Callable[[], Target] | None = None,
     ) -> None:
         self._exact = exact
-        self.name = name or target.bundle.manifest.name
+        self.name = name or target.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise ServeError(
                 f"cannot serve a model under the name {self.name!r}",
@@ -99,7 +125,7 @@ class Repository:
         self._opener = opener
         self._regions = regions
         self._limits = limits
-        self._version = version - 1
+        self.versions = dict(versions or {})
         self._retiring: list[Cell] = []
         self._past: dict[str, Totals] = {}
         self._changing = asyncio.Lock()
@@ -116,41 +142,38 @@ class Repository:
         cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
         return together([self._past, *({cell.codec.version: cell.totals()} for cell in cells)])
 
-    async def load(self, version: int | None = None) -> None:
+    async def load(self) -> None:
         """Open what lies at the path now, and serve it from the next request on. The old version drains and ends.
-
-        Args:
-            version: that it gets; one more than the last by default.
 
         Raises:
             RushhourError: if it cannot be opened; then the old version goes on.
         """
         async with self._changing:
             target, self._first = self._first, None
-            loaded = await self._made(target, self._version + 1 if version is None else version)
+            loaded = await self._made(target)
             old = self._serve(loaded)
-        if old is not None:
-            await self._retire(old)
+        await self._settle(loaded, old)
 
-    async def prepare(self, version: int, plan: Plan, folder: Path) -> None:
+    async def prepare(self, plan: Plan, folder: Path, versions: Mapping[str, int]) -> None:
         """Open what a plan says, beside what is served. What was prepared before is closed.
 
         Args:
-            version: that it will get.
             plan: as one that has opened the path has read it: all that do this open the same.
             folder: that the plan's bundles lie in.
+            versions: of bundles that were served elsewhere, by their hashes.
 
         Raises:
             RushhourError: if it cannot be opened, or is not what the plan was made for.
         """
         await self.abandon()
         async with self._changing:
+            self.versions |= versions
             loop = asyncio.get_running_loop()
             target = await loop.run_in_executor(self._opening, open_planned, self._path, plan, folder)
-            self._prepared = await self._made(target, version)
+            self._prepared = await self._made(target)
 
     async def commit(self) -> None:
-        """Serve what was prepared, from the next request on.
+        """Serve what was prepared, from the next request on. The old version drains and ends.
 
         Raises:
             ServeError: if nothing was.
@@ -161,8 +184,7 @@ class Repository:
                 raise ServeError("cannot serve another version", "none was prepared", "load the model again")
             self._first = None
             old = self._serve(loaded)
-        if old is not None:
-            await self._retire(old)
+        await self._settle(loaded, old)
 
     async def abandon(self) -> None:
         """Close what was prepared, if anything was."""
@@ -171,61 +193,104 @@ class Repository:
         if loaded is not None:
             await self._close(loaded)
 
-    async def _made(self, target: Target | None, version: int) -> Loaded:
+    async def _made(self, target: Target | None) -> Loaded:
         """A version that nobody has asked anything of yet; of what lies at the path now where there is no target."""
         loop = asyncio.get_running_loop()
         if target is None:
             target = await loop.run_in_executor(self._opening, self._reopen)
-        way, engine, profile, decoder, cost = await loop.run_in_executor(self._opening, self._open, target)
+        opened = await loop.run_in_executor(self._opening, self._open, target)
+        way, engine, decoder = opened.way, opened.engine, opened.decoder
         codec = Codec(
             self.name,
             engine.signature,
-            version=str(version),
+            version=str(self._version_of(way.bundle.manifest.hash)),
             labels=way.bundle.manifest.task.classes,
             regions=self._regions,
             pictures=self._most_pictures(engine.signature) if decoder else 0,
         )
-        cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, cost)
-        return Loaded(target, way, engine, cell)
+        profile = Profile(opened.times, is_sure=opened.was_alone)
+        cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, opened.cost)
+        return Loaded(target, way, engine, cell, opened)
 
     def _serve(self, loaded: Loaded) -> Loaded | None:
         """Put it before the requests; what was there until now."""
         old, self.loaded = self.loaded, loaded
-        self._version = int(loaded.version)
-        base = f"/v2/models/{self.name}"
+        base, bundle = f"/v2/models/{self.name}", loaded.way.bundle.manifest.hash
         self._infer_paths = frozenset(
-            path.encode() for path in (f"{base}/infer", f"{base}/versions/{self._version}/infer")
+            path.encode() for path in (f"{base}/infer", f"{base}/versions/{loaded.version}/infer")
         )
-        bundle = loaded.way.bundle.manifest.hash
+        self.versions = remembered(self.versions | {bundle: int(loaded.version)})
         log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
         return old
 
-    async def unload(self) -> None:
-        """Take no more requests; finish those that were taken."""
+    async def _settle(self, loaded: Loaded, old: Loaded | None) -> None:
+        if old is not None:
+            await self._retire(old)
+            if loaded.opened is not None and not loaded.opened.was_alone:
+                loaded.cell.profile.doubt()  # what it has learned until now, it learned beside the old engine
+
+    async def unload(self, within_s: float | None = None) -> None:
+        """Take no more requests; finish those that were taken.
+
+        Args:
+            within_s: how long that may take; None for as long as it goes on.
+        """
         async with self._changing:
             old, self.loaded, self._infer_paths = self.loaded, None, frozenset()
             self._first = None
         if old is not None:
             log.event(logging.INFO, "unloaded", model=self.name, version=old.version)
-            await self._retire(old)
+            await self._retire(old, within_s)
 
-    async def _retire(self, old: Loaded) -> None:
+    def _version_of(self, content_hash: str) -> int:
+        """The version of a bundle: the one that it had, or the next."""
+        return self.versions.get(content_hash) or max(self.versions.values(), default=0) + 1
+
+    async def _retire(self, old: Loaded, within_s: float | None = None) -> None:
         """Let it finish what it took, and keep what it has counted."""
         self._retiring.append(old.cell)
-        while not old.cell.idle:
-            await asyncio.sleep(0.005)
+        ended = await self._drained(old.cell, within_s)
+        if not ended:
+            left, (batches, _) = old.cell.waiting, old.cell.running
+            log.event(logging.ERROR, "given up", model=self.name, version=old.version, waiting=left, batches=batches)
+            old.cell.give_up(EngineError("the engine does not end its batches", "", "load the model again"))
         self._retiring.remove(old.cell)
         self._past = together([self._past, {old.version: old.cell.totals()}])
-        await self._close(old)
+        await self._close(old, ended=ended)
 
-    async def _close(self, old: Loaded) -> None:
+    async def _close(self, old: Loaded, *, ended: bool = True) -> None:
         if old.cell.decoder is not None:
             old.cell.decoder.close()
+        if not ended:
+            # Closing waits for the batches: nothing else is to wait for that, not even the end of this process.
+            atexit.unregister(old.engine.close)
+            threading.Thread(target=old.engine.close, name="given up", daemon=True).start()
+            return
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._opening, old.engine.close)
+        try:
+            await loop.run_in_executor(self._opening, old.engine.close)
+        except Exception as error:  # the new version serves all the same
+            log.event(logging.ERROR, "an engine does not close", version=old.version, error=repr(error))
         await loop.run_in_executor(self._opening, memory.give_back)
 
-    def _open(self, target: Target) -> tuple[Way, Engine, Profile, Decoder | None, BatchCost]:
+    async def _drained(self, cell: Cell, within_s: float | None) -> bool:
+        """Wait until a cell is idle; False if the time is over, or nothing has moved in it for too long."""
+        loop = asyncio.get_running_loop()
+        began = last = loop.time()
+        progress, still_s = cell.progress, 0.0
+        stuck_s = max(_STUCK_S, _STUCK_BATCHES * cell.profile.seconds(cell.engine.config.max_batch))
+        while not cell.idle:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            now = loop.time()
+            still_s += min(now - last, _LONGEST_LOOK_S)  # a machine that stands still says nothing of the engine
+            last = now
+            if cell.progress != progress:
+                progress, still_s = cell.progress, 0.0
+            if still_s > stuck_s or (within_s is not None and now - began > within_s):
+                return False
+        return True
+
+    def _open(self, target: Target) -> Opened:
         refused: RushhourError | None = None
         for way in [Way(target.bundle, target.engine_config)] if self._exact else target.ways(cores()):
             try:
@@ -235,22 +300,39 @@ class Repository:
                 continue
             if refused is not None:
                 log.event(logging.WARNING, "not served as planned", why=str(refused), instead=str(way))
-            return way, *opened
+            return opened
         assert refused is not None
         raise refused
 
-    def _opened(self, way: Way) -> tuple[Engine, Profile, Decoder | None, BatchCost]:
+    def _opened(self, way: Way) -> Opened:
         engine = self._opener(way.bundle, way.config)
         try:
-            times = time_service(engine, way.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS)
-            cost = batch_cost(engine, way.bundle, times.batch_sizes[-1])
+            times, cost, was_alone = self._timed(engine, way)
             spec, decoder = engine.signature.picture, None
             if spec is not None:
                 decoder = Decoder(spec, max_pixels=self._limits.picture_pixels, threads=cores())
-            return engine, Profile(times), decoder, cost
+            return Opened(way, engine, times, cost, was_alone, decoder)
         except BaseException:
             engine.close()
             raise
+
+    def _timed(self, engine: Engine, way: Way) -> tuple[ServiceTimes, BatchCost, bool]:
+        """How long its batches take and what they cost; and whether no other engine computed meanwhile.
+
+        Where the same bundle is served the same way already, and was timed alone, its times hold for this one, too.
+        """
+        old = None if self.loaded is None else self.loaded.opened
+        if old is not None and old.was_alone and old.way.is_same(way):
+            return old.times, old.cost, True
+        running, started = self._computing()
+        times = time_service(engine, way.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS)
+        cost = batch_cost(engine, way.bundle, times.batch_sizes[-1])
+        return times, cost, not running and self._computing() == (0, started)
+
+    def _computing(self) -> tuple[int, int]:
+        """Batches of other engines that run, and that were started until now."""
+        cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
+        return sum(cell.running[0] for cell in cells), sum(cell.counters.batches for cell in cells)
 
     def _most_pictures(self, signature: Signature) -> int:
         """In one request: decoded, they may be as large as a request with tensors."""

@@ -10,6 +10,8 @@ import msgspec
 
 from rushhour.errors import WireError
 from rushhour.serve.control import Control
+from rushhour.serve.guard import Asker, KnownAs
+from rushhour.serve.shared_memory import Access
 
 Answer = tuple[int, bytes] | tuple[int, bytes, bytes]
 """A status, a body, and its content type where that is not JSON."""
@@ -33,11 +35,24 @@ class Routes:
         self._control = control
         self._infers = infers
 
-    def answer(self, method: bytes, path: bytes, body: bytes, accept: bytes = b"") -> Answer | Awaitable[Answer]:
-        """The answer to a request; awaitable where it takes time."""
+    def answer(
+        self,
+        method: bytes,
+        path: bytes,
+        body: bytes,
+        accept: bytes = b"",
+        asker: Asker = Asker(),  # noqa: B008 - frozen
+        known_as: KnownAs | None = None,
+    ) -> Answer | Awaitable[Answer]:
+        """The answer to a request; awaitable where it takes time.
+
+        Args:
+            known_as: holds who asks for a change against the names of the server; None where keys do that.
+        """
         shown, asked = path.decode("latin-1"), method.decode("latin-1")
         try:
-            handlers = self._at([unquote(segment) for segment in shown.strip("/").split("/")], accept.decode("latin-1"))
+            segments = [unquote(segment) for segment in shown.strip("/").split("/")]
+            handlers = self._at(segments, accept.decode("latin-1"), asker)
             if handlers is None:
                 name = self._control.index()[0]["name"]
                 raise WireError(f"there is nothing at {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
@@ -45,6 +60,8 @@ class Routes:
                 raise WireError(
                     f"the method is {asked}", f"this path takes {' or '.join(handlers)}", "use that", status=405
                 )
+            if known_as is not None and asked == "POST" and not _only_asks(segments):
+                known_as.check(asker)
             answer = handlers[asked](body)
         except WireError as error:
             return _error(error)
@@ -56,7 +73,7 @@ class Routes:
         except WireError as error:
             return _error(error)
 
-    def _at(self, path: list[str], accept: str) -> dict[str, Handler] | None:
+    def _at(self, path: list[str], accept: str, asker: Asker) -> dict[str, Handler] | None:
         """Method -> what answers it at this path; None where there is nothing."""
         control = self._control
         match path:
@@ -68,9 +85,9 @@ class Routes:
                 return {"GET": lambda body: _ready(control.ready())}
             case ["v2", "models", "stats"]:
                 return {"GET": lambda body: control.statistics()}
-            case ["v2", "models", name, "versions", version, *rest]:
+            case ["v2", "models", name, "versions", version, *rest] if name and version:
                 return self._of_model(name, version, rest)
-            case ["v2", "models", name, *rest]:
+            case ["v2", "models", name, *rest] if name:
                 return self._of_model(name, "", rest)
             case ["v2", "repository", "index"]:
                 return {"POST": lambda body: control.index(ready_only=_parsed(body).get("ready") is True)}
@@ -85,7 +102,7 @@ class Routes:
             case ["v2", "systemsharedmemory", "region", name, "status"]:
                 return {"GET": lambda body: control.region_status(name)}
             case ["v2", "systemsharedmemory", "region", name, "register"]:
-                return {"POST": lambda body: self._register(name, body)}
+                return {"POST": lambda body: self._register(name, body, asker)}
             case ["v2", "systemsharedmemory", "region", name, "unregister"]:
                 return {"POST": lambda body: control.unregister(name)}
             case ["v2", "cudasharedmemory", *rest]:
@@ -160,20 +177,26 @@ class Routes:
         content_type, text = await self._control.metrics(accept)
         return 200, text, content_type.encode()
 
-    def _register(self, name: str, body: bytes) -> Awaitable[None]:
+    def _register(self, name: str, body: bytes, asker: Asker) -> Awaitable[None]:
         try:
             region = msgspec.convert(_parsed(body), _Region)
         except msgspec.ValidationError as error:
             raise WireError(
                 f"cannot register the region {name[:100]!r}", str(error), "send key, byte_size and offset"
             ) from error
-        return self._control.register(name, region.key, region.offset, region.byte_size)
+        return self._control.register(name, region.key, region.offset, region.byte_size, region.access, asker)
 
 
 class _Region(msgspec.Struct):
     key: str
     byte_size: int
     offset: int = 0
+    access: Access | None = None
+
+
+def _only_asks(path: list[str]) -> bool:
+    """Whether a POST to this path changes nothing."""
+    return path == ["v2", "repository", "index"] or path[-1] == "infer"
 
 
 def _ready(ready: bool) -> Answer:

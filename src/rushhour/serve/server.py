@@ -28,7 +28,7 @@ from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
 from rushhour.serve.door import let_nobody_in
 from rushhour.serve.duties import Duties
-from rushhour.serve.guard import Certificates, Keys, check_exposure, tls
+from rushhour.serve.guard import Asker, Certificates, Keys, KnownAs, check_exposure, tls
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.observe import ObservedConnection, Observer
 from rushhour.serve.orders import Do, Renew
@@ -48,11 +48,13 @@ if TYPE_CHECKING:
     from rushhour.serve.grpc import GrpcFace
 
 _ADMIN_HOST = "127.0.0.1"
+_UNLOAD_SECONDS = 1.0
+"""For what has not ended when draining has: its clients are gone, or the engine does not end its batches."""
 _LINGER_SECONDS = 0.25
 _HANDSHAKE_SECONDS = 0.05
 _LATE_SECONDS = 1.0
 _CLOSE_SECONDS = 5.0
-"""From the end of draining: for the engine to end what it computes, though nobody waits for it any more."""
+"""From the end of draining to the end of the process, whatever happens."""
 _SPANS_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.2
 _OTHER_FILES = 256
@@ -237,7 +239,7 @@ async def _serve(
             target,
             settings.model,
             open_with,
-            settings.version,
+            settings.versions,
             regions,
             settings.limits,
             settings.exact,
@@ -260,8 +262,7 @@ async def _serve(
             server = _Server(repository, bound, duties, regions, do, observer, listeners.get("admin_port"))
             await server.run(listeners["http_port"], [_address(*sock.getsockname()[:2]) for sock in grpc], ready)
         finally:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(repository.unload(), _CLOSE_SECONDS)
+            await repository.unload(_UNLOAD_SECONDS)
         log.event(logging.INFO, "stopped")
 
 
@@ -322,14 +323,23 @@ class _Desk:
         self.keys = Keys(settings.api_keys) if keys is None else keys
         self._repository = repository
         self._routes = Routes(control, infers=repository is not None)
+        host = settings.host if repository is not None else settings.admin_host or _ADMIN_HOST
+        self._known_as = KnownAs(host, settings.known_as)
 
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers at this path; none at all where there is no inference."""
         return None if self._repository is None else self._repository.cell_of(path)
 
-    def control(self, method: bytes, path: bytes, body: bytes, accept: bytes) -> Answer | Awaitable[Answer]:
-        """The answer to anything that is not inference."""
-        return self._routes.answer(method, path, body, accept)
+    def control(
+        self, method: bytes, path: bytes, body: bytes, accept: bytes, asker: Asker
+    ) -> Answer | Awaitable[Answer]:
+        """The answer to anything that is not inference. No web page knows a key, so where there are keys they do."""
+        return self._routes.answer(method, path, body, accept, asker, None if self.keys else self._known_as)
+
+    def check_origin(self, asker: Asker) -> None:
+        """Raise a `WireError` where a web page asks for what only programs of this machine may have done."""
+        if not self.keys:
+            self._known_as.check_origin(asker)
 
 
 class _Server:

@@ -32,13 +32,15 @@ class ServeSettings(msgspec.Struct, frozen=True):
         host: loopback by default: exposing a server is a decision, not a default.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None serves over HTTP only.
-        model: the model's name on the wire; None takes the bundle's.
+        model: the model's name on the wire; None takes that of the model that was tuned, or the bundle's.
         trusted: factories (`module:factory`) that the torch engine may import beside Rushhour's own networks.
         limits: what one connection may cost.
         api_keys: clients must send one of these; empty lets everybody in.
         api_key_file: where they are read from, at the start and whenever the file changes.
         tls_certificate: path of the certificate chain, with `tls_key`; None serves without TLS. Both are read again
             whenever they change.
+        known_as: further names by which users know the server, as behind a proxy: without keys, changes are taken under
+            its own names only, so that no web page can ask for them.
         exposed: listening for everybody, without keys, is meant.
         admin: whether clients may load and unload the model, and set what is logged.
         admin_port: where they may, and nowhere else; 0 takes a free one. None is the port of everybody.
@@ -59,7 +61,8 @@ class ServeSettings(msgspec.Struct, frozen=True):
         exact: serve as the plan's first variant says or not at all: what is measured must be what was meant. Else a
             machine that cannot run it rightly takes the best way that it can.
         one_of_many: this server is such a cell: it shares the port, and changes are made in all.
-        version: that the model begins with; a cell that is started again begins where the others are.
+        versions: of the bundles that were served, by their hashes; a cell that is started again goes on with
+            them.
         unloaded: the model has been unloaded; likewise.
         regions: of shared memory that clients have registered; likewise.
         identity: the certificate and key in use; likewise.
@@ -76,6 +79,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     api_key_file: str | None = None
     tls_certificate: str | None = None
     tls_key: str | None = None
+    known_as: tuple[str, ...] = ()
     exposed: bool = False
     admin: bool = True
     admin_port: int | None = None
@@ -94,7 +98,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     frozen_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     exact: bool = True
     one_of_many: bool = False
-    version: int = 1
+    versions: dict[str, int] = {}
     unloaded: bool = False
     regions: tuple[Register, ...] = ()
     identity: Identity | None = None

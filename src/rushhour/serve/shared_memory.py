@@ -4,8 +4,9 @@ A region is read and written through its file, never mapped. A mapped region who
 touches it next with SIGBUS, so any client could stop the server; a file that is too short is only a short read. It
 costs one copy, which a socket costs too.
 
-Whoever may send requests may have the server open, read and write every shared memory object that the server's user
-may. That is what the protocol asks for, and why `ServeSettings.shared_memory` can switch it off.
+Whoever may send requests may have the server open and read every shared memory object that the server's user may. That
+is what the protocol asks for, and why `ServeSettings.shared_memory` can switch it off. Answers are written only into
+objects of the server's own user, registered by that user's program for writing.
 
 Source: triton-inference-server/server, docs/protocol/extension_shared_memory.md.
 """
@@ -16,7 +17,7 @@ import os
 import re
 import stat
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 from rushhour.errors import WireError
 from rushhour.wire import Place
@@ -26,6 +27,9 @@ _KEY = re.compile(r"/?(?!\.{1,2}$)[A-Za-z0-9._:+@=-]{1,255}")
 _MAX_REGIONS = 512
 _MAX_NAME = 256
 _LIMIT = 2**63
+
+Access = Literal["read", "write"]
+"""What a region is registered for; writing includes reading."""
 
 
 class SharedMemory:
@@ -39,7 +43,7 @@ class SharedMemory:
         self._limit = limit
         self._regions: dict[str, _Region] = {}
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+    def register(self, name: str, key: str, offset: int, byte_size: int, access: Access = "write") -> None:
         """Open a region.
 
         Args:
@@ -47,6 +51,7 @@ class SharedMemory:
             key: of the POSIX shared memory object, as for `shm_open`.
             offset: where in the object the region begins, in bytes.
             byte_size: of the region.
+            access: whether answers may be written there, too. They never are in an object of another user.
 
         Raises:
             WireError: if it is not there, not all there, or must not be opened.
@@ -63,7 +68,7 @@ class SharedMemory:
                 "it is a name without slashes, but for one in front",
                 "give the key that it was created with",
             )
-        self._regions[name] = _Region(name, key, offset, byte_size)
+        self._regions[name] = _Region(name, key, offset, byte_size, access)
 
     def unregister(self, name: str | None) -> None:
         """Forget a region, or with None all; requests that have read it go on. One that is not there is forgotten."""
@@ -85,7 +90,17 @@ class SharedMemory:
         ]
 
     def check(self, place: Place) -> None:
-        """Raise a `WireError` unless the place lies in a registered region."""
+        """Raise a `WireError` unless the place lies in a registered region that may be written."""
+        region = self._inside(place)
+        if region.why_not:
+            raise WireError(
+                f"will not write into the region {place.region!r}",
+                region.why_not,
+                "register an object of your own for writing, or have the answer sent",
+                status=403,
+            )
+
+    def _inside(self, place: Place) -> _Region:
         region = self._find(place.region)
         if place.offset + place.byte_size > region.byte_size:
             raise WireError(
@@ -100,6 +115,7 @@ class SharedMemory:
                 "split the request",
                 status=413,
             )
+        return region
 
     def read(self, place: Place) -> memoryview:
         """The bytes there, as they are now.
@@ -107,8 +123,7 @@ class SharedMemory:
         Raises:
             WireError: if the place does not lie in a registered region, or its owner has cut it short.
         """
-        self.check(place)
-        region = self._find(place.region)
+        region = self._inside(place)
         return memoryview(region.read(place.offset, place.byte_size))
 
     def write(self, place: Place, content: memoryview | bytes) -> None:
@@ -134,18 +149,23 @@ class SharedMemory:
 
 
 class _Region:
-    """A part of an open shared memory object. The file is closed when nobody speaks of it any more."""
+    """A part of an open shared memory object. The file is closed when nobody speaks of it any more.
 
-    def __init__(self, name: str, key: str, offset: int, byte_size: int) -> None:
+    Attributes:
+        why_not: why nothing is written there; empty where it may be.
+    """
+
+    def __init__(self, name: str, key: str, offset: int, byte_size: int, access: Access) -> None:
         self.name = name
         self.key = key
         self.offset = offset
         self.byte_size = byte_size
+        self.why_not = "it is registered for reading" if access == "read" else ""
         if offset < 0 or byte_size < 1 or offset + byte_size >= _LIMIT:
             raise self._wrong(f"offset {offset} and size {byte_size} are no part of anything")
         try:
             # Everybody may put a link into the folder: one that leads elsewhere must not be followed.
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            flags = (os.O_RDONLY if access == "read" else os.O_RDWR) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             self._file = os.open(os.path.join(_FOLDER, key.removeprefix("/")), flags)
         except OSError as error:
             raise self._wrong(error.strerror or str(error)) from error
@@ -155,6 +175,8 @@ class _Region:
             why = "it is not a shared memory object"
         elif offset + byte_size > status.st_size:
             why = f"bytes {offset} to {offset + byte_size} are wanted, and it has {status.st_size}"
+        if status.st_uid != os.geteuid():
+            self.why_not = "the shared memory belongs to another user than the server"
         if why:
             close()  # at once: the error, which knows this region, may live until the collector comes
             raise self._wrong(why)

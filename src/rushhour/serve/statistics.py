@@ -13,7 +13,7 @@ Source: triton-inference-server/server, docs/protocol/extension_statistics.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ _BUCKETS = len(BOUNDS) + 1
 _WAITING = 1024
 """Latencies that wait to be sorted into the buckets together: so many take a tenth of a millisecond."""
 _VERSIONS = 32
-"""Versions of the model that are told apart; those before are one."""
+"""Versions of the model that are told apart, those with the highest numbers; the others are one."""
 _OLDER = "older"
 
 
@@ -205,6 +205,7 @@ class Report(msgspec.Struct):
         restarts: how often a cell had to be started again.
         frozen: how often one was killed because it did not answer.
         dropped: lines of the log that were dropped.
+        bundles: which version each bundle is that was served, by its hash.
     """
 
     model: str
@@ -214,6 +215,7 @@ class Report(msgspec.Struct):
     restarts: int = 0
     frozen: int = 0
     dropped: int = 0
+    bundles: dict[str, int] = {}
 
     @property
     def total(self) -> Totals:
@@ -234,6 +236,12 @@ def together(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
     for version in known[: max(0, len(known) - _VERSIONS)]:
         sums.setdefault(_OLDER, Totals()).add(sums.pop(version))
     return sums
+
+
+def remembered(versions: Mapping[str, int]) -> dict[str, int]:
+    """Of versions by bundle, those that are told apart: a bundle that comes back after many others is a new one."""
+    newest = sorted(versions, key=versions.__getitem__)[-_VERSIONS:]
+    return {bundle: versions[bundle] for bundle in newest}
 
 
 class Batch(Protocol):

@@ -51,7 +51,7 @@ from rushhour.serve.renewal import Renewal
 from rushhour.serve.settings import Served, ServeSettings
 from rushhour.serve.signals import SIGNALS
 from rushhour.serve.speed import summed
-from rushhour.serve.statistics import Report, State, Totals, together
+from rushhour.serve.statistics import Report, State, Totals, remembered, together
 from rushhour.serve.target import Target
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
@@ -129,6 +129,7 @@ class Supervisor:
             if not starting.done():
                 return False
             said = starting.result()
+            await self._report()  # which learns the version of the bundle
             ready(said[0].url, said[0].way)
             renewal = Renewal(self._settings, self.do)
             SIGNALS.renews(renewal.ask)
@@ -184,17 +185,17 @@ class Supervisor:
             RushhourError: if there is nothing that can be opened.
         """
         served = _served(await asyncio.to_thread(self._reopen))
-        version = self._settings.version + 1
-        outcome = await self._in_all(Prepare(version, served.plan, served.folder))
+        outcome = await self._in_all(Prepare(self._settings.versions, served.plan, served.folder))
         if outcome.wrong:
             await self._in_all(Abandon())
             return outcome
         # Whoever cannot do this is started again, with these settings: from here on there is one version alone.
-        self._settings = msgspec.structs.replace(self._settings, version=version, unloaded=False, served=served)
+        self._settings = msgspec.structs.replace(self._settings, unloaded=False, served=served)
         committed = await asyncio.gather(*(cell.do(Commit(), _WORK_S) for cell in self._cells))
         for cell, done in zip(self._cells, committed, strict=True):
             if done is not None and done.wrong:
                 cell.kill()
+        self._learn_versions()
         return Done()
 
     async def _in_all(self, work: Work) -> Done:
@@ -207,6 +208,7 @@ class Supervisor:
         """Of all cells together, with what those that do not answer had done when they last did."""
         states = await asyncio.gather(*(cell.count() for cell in self._cells))
         known = [cell.last for cell in self._cells if cell.last is not None]
+        self._learn_versions()
         self._model = known[0].model if known else self._model
         return Report(
             self._model,
@@ -217,6 +219,13 @@ class Supervisor:
             self.frozen,
             self._past_dropped + log.dropped() + sum(last.dropped for last in known),
         )
+
+    def _learn_versions(self) -> None:
+        """Which version each bundle is, as the cells last said: one that is started again is to say the same."""
+        versions = dict(self._settings.versions)
+        for cell in self._cells:
+            versions |= {} if cell.last is None else cell.last.bundles
+        self._settings = msgspec.structs.replace(self._settings, versions=remembered(versions))
 
     def bury(self, last: Report) -> None:
         """A cell has died: keep what it had done."""

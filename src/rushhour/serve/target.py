@@ -33,6 +33,10 @@ class Way:
     bundle: Bundle
     config: EngineConfig
 
+    def is_same(self, other: Way) -> bool:
+        """Whether the other one computes the same, the same way."""
+        return self.config == other.config and self.bundle.manifest.hash == other.bundle.manifest.hash
+
     def __str__(self) -> str:
         config = self.config
         return (
@@ -54,6 +58,14 @@ class Target:
     plan: Plan
     bundle: Bundle
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of the model, on the wire: the one that was tuned, whichever variant won; of a bundle its own."""
+        if self.plan.model:
+            return self.plan.model
+        reference = self._reference()
+        return (self.bundle if reference is None else reference).manifest.name
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -225,4 +237,5 @@ def _plan_of(bundle: Bundle) -> Plan:
         precision=manifest.precision,
     )
     goal = Goal(slo=SLO(percentile=99, limit_s=0.05))
-    return Plan(goal=goal, variants=(variant,), policy=Policy(streams=cores(), threads=1, max_batch=16))
+    policy = Policy(streams=cores(), threads=1, max_batch=16)
+    return Plan(goal=goal, variants=(variant,), policy=policy, model=manifest.name)

@@ -20,6 +20,7 @@ _STEPS = {7: 1 / 63, 8: 1 / 127}  # of weights (within -1..1) by the bits they u
 def tiny_bundle(
     path: Path,
     *,
+    name: str = "tiny",
     shape: tuple[int, ...] = (4, 4, 1),
     classes: int = 3,
     seed: int = 0,
@@ -30,6 +31,7 @@ def tiny_bundle(
 
     Args:
         path: the bundle's folder; replaced if it is there.
+        name: of the model.
         shape: of one sample, uint8.
         classes: length of one answer.
         seed: of the weights and of the 8 samples the bundle carries.
@@ -42,7 +44,7 @@ def tiny_bundle(
     image = TensorSpec(name=INPUT, dtype="uint8", shape=shape)
     answer = TensorSpec(name=OUTPUT, dtype="float32", shape=(classes,))
     manifest = Manifest(
-        name="tiny",
+        name=name,
         signature=Signature(inputs=(image,), outputs=(answer,)),
         task=Task.classification(tuple(f"class {index}" for index in range(classes))),
         preprocessing=Preprocessing(scale=_SCALE),

@@ -46,8 +46,8 @@ from rushhour.tune.space import Candidate
 _START_SECONDS = 120.0
 
 
-def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal) -> Plan:
-    """The plan, without evidence, that serves `candidate` from a run's folder."""
+def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal, model: str = "") -> Plan:
+    """The plan, without evidence, that serves `candidate` from a run's folder, under the name `model`."""
     variant = Variant(
         name=f"{candidate.bundle}-{candidate.engine}-{candidate.precision}",
         bundle=f"bundles/{candidate.bundle}",
@@ -56,7 +56,7 @@ def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal) -> Plan:
         precision=candidate.precision,
     )
     policy = msgspec.structs.replace(candidate.policy, deadline_ms=goal.slo.limit_ms)
-    return Plan(goal=goal, variants=(variant,), policy=policy)
+    return Plan(goal=goal, variants=(variant,), policy=policy, model=model)
 
 
 class Bench:
@@ -262,7 +262,7 @@ def served(
     """
     name = hashlib.sha256(str(candidate).encode()).hexdigest()[:12]
     file, log = run / f".candidate-{name}.json", run / f".candidate-{name}.log"
-    plan_of(candidate, bundle, goal).save(file)
+    plan_of(candidate, bundle, goal, bundle.manifest.name).save(file)
     settings = msgspec.json.encode(ServeSettings(http_port=0, trusted=trusted)).decode()
     command = [sys.executable, "-m", "rushhour.serve", str(file), settings]
     try:

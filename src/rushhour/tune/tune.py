@@ -221,7 +221,7 @@ class _Tuner:
         if incumbent is None:
             raise EngineError("nothing can be served", alive[0].why, "mend the model, or name another")
         self._learn_overhead(incumbent)
-        self._so_far(plan_of(incumbent.candidate, self._bundles[incumbent.candidate.bundle], self._goal))
+        self._so_far(self._plan_of(incumbent))
         rivals = self._rank(incumbent, [state for state in alive if state.fate is None and state is not incumbent])
         raced = [incumbent]
         with contextlib.ExitStack() as stack:
@@ -239,9 +239,14 @@ class _Tuner:
                     stack.close()
                     stack.enter_context(own.pop_all())
                     incumbent, loaded = rival, theirs
-                    self._so_far(plan_of(rival.candidate, self._bundles[rival.candidate.bundle], self._goal))
+                    self._so_far(self._plan_of(rival))
         others = [state for state in raced if state is not incumbent and state.fate != "failed"]
         return [incumbent, *sorted(others, key=lambda state: -(state.throughput or 0.0))]
+
+    def _plan_of(self, state: Contender) -> Plan:
+        """Served under the name of the model that was asked for, whichever of its bundles wins."""
+        model, bundle = self._bundles["reference"].manifest.name, self._bundles[state.candidate.bundle]
+        return plan_of(state.candidate, bundle, self._goal, model)
 
     def _learn_overhead(self, state: Contender) -> None:
         """What serving costs beside the engine, from the first candidate that was loaded: it is the same for all."""
@@ -398,9 +403,8 @@ class _Tuner:
             capacity_interval_rps=found.interval_rps if found is not None else None,
             alone_rps=self._alone(winner),
         )
-        plan = plan_of(winner.candidate, bundle, self._goal)
         return msgspec.structs.replace(
-            plan, operating_points=self._operating_points(winner), evidence=evidence, feasible=feasible
+            self._plan_of(winner), operating_points=self._operating_points(winner), evidence=evidence, feasible=feasible
         )
 
     def _alone(self, state: Contender) -> float | None:
