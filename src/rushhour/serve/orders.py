@@ -22,13 +22,7 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Open what lies at the target's path now, and serve it: the work's result is a `Report`.
-
-    Attributes:
-        versions: of the bundles that were served in any cell, by their hashes.
-    """
-
-    versions: dict[str, int] = {}
+    """Open what lies at the target's path now, and serve it."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
@@ -45,7 +39,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Serve what was prepared."""
+    """Serve what was prepared: the work's result is a `Report`."""
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
