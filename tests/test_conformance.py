@@ -101,6 +101,8 @@ CHUNKS = b'3\r\n{"r\r\n0A\r\neady":true\r\n1;a=b;c="d"\r\n}\r\n0\r\n\r\n'
 NEXT = get(b"/v2/health/live")
 """Sent behind each case: whether it is answered shows that the connection goes on, and where its requests begin."""
 
+LOGGING = b"POST /v2/logging HTTP/1.1\r\nhost: localhost\r\n"
+
 GOOD = {
     "2.2 an empty line before the request": b"\r\n" + get(),
     "2.3 HTTP/1.0": get(version=b"1.0", fields=b"connection: keep-alive\r\n"),
@@ -116,7 +118,7 @@ GOOD = {
     "3.2.4 the asterisk form": b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n",
     "5 spaces and tabs around a value": post(b"{}", b"x: \t y \t \r\n"),
     "5 spaces and tabs around a host": get(host=b"host: \t x \t\r\n"),
-    "5 spaces and tabs around a length": b"POST /v2/logging HTTP/1.1\r\nhost: localhost\r\ncontent-length: \t2 \r\n\r\n{}",
+    "5 spaces and tabs around a length": LOGGING + b"content-length: \t2 \r\n\r\n{}",
     "5 spaces and tabs around a coding": post(b"{}", b"content-encoding: \t identity \t\r\n"),
     "5 spaces and tabs around an option": get(fields=b"connection: \t keep-alive \t\r\n", version=b"1.0"),
     "5 no space before a value": get(host=b"host:x\r\n"),
@@ -125,7 +127,7 @@ GOOD = {
     "5.5 bytes beyond ASCII": get(fields=b"x: caf\xc3\xa9 \xff\r\n"),
     "6 a body where none is of use": b"GET /v2 HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nGET /",
     "6 no body": b"POST /v2/repository/index HTTP/1.1\r\nhost: x\r\n\r\n",
-    "6.2 a length with zeros in front": b"POST /v2/logging HTTP/1.1\r\nhost: localhost\r\ncontent-length: 002\r\n\r\n{}",
+    "6.2 a length with zeros in front": LOGGING + b"content-length: 002\r\n\r\n{}",
     "7.1 chunks": chunked(CHUNKS),
     "7.1 chunks in capitals": chunked(CHUNKS, b"transfer-encoding: CHUNKED\r\n"),
     "7.1 spaces around the coding": chunked(CHUNKS, b"transfer-encoding: \t chunked  \r\n"),

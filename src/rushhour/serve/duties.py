@@ -59,8 +59,8 @@ class Duties:
                 case Speed():
                     loaded = self._repository.loaded
                     return Done(speeds=None if loaded is None else loaded.cell.speeds())
-                case Load(versions):
-                    await self._repository.load(versions)
+                case Load():
+                    await self._repository.load()
                     return Done(report=self.report())
                 case Prepare(versions, plan, folder):
                     await self._repository.prepare(versions, plan, Path(folder))

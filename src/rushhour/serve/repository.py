@@ -157,17 +157,13 @@ class Repository:
         cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
         return together([self._past, *({cell.codec.version: cell.totals()} for cell in cells)])
 
-    async def load(self, versions: Mapping[str, int] | None = None) -> None:
+    async def load(self) -> None:
         """Open what lies at the path now, and serve it from the next request on. The old version drains and ends.
-
-        Args:
-            versions: of bundles that were served elsewhere, by their hashes.
 
         Raises:
             RushhourError: if it cannot be opened; then the old version goes on.
         """
         async with self._changing:
-            self.versions |= versions or {}
             target, self._first = self._first, None
             loaded = await self._made(target)
             old = self._serve(loaded)
