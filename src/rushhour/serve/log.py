@@ -28,7 +28,7 @@ from rushhour.serve.orders import LogLevel
 LogFormat = Literal["json", "text"]
 
 _LOGGER = logging.getLogger("rushhour.serve")
-_QUEUE_BYTES = 2**20
+_QUEUE_BYTES = 2**19
 _ATOMIC_BYTES = 4096
 """PIPE_BUF of Linux: writes up to it stay whole where several processes write into one pipe. Source: pipe(7)."""
 _FLUSH_S = 1.0
