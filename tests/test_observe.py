@@ -1035,6 +1035,16 @@ def test_errors_of_cells_are_added_up_and_outlive_a_cell(tiny: Bundle, tmp_path:
         assert summed(scraped(server), "rushhour_errors_total", model="", reason="not_found") == 12
         assert summed(scraped(server), "rushhour_errors_total", model="tiny", reason="invalid") == 12
         os.kill(cells_of(server)[0], signal.SIGKILL)
-        wait_until(lambda: summed(scraped(server), "rushhour_cells", state="up") == 2)
+
+        def is_back() -> bool:
+            with contextlib.suppress(OSError):  # asked of the cell that was killed
+                text = scraped(server)
+                return (
+                    summed(text, "rushhour_cell_restarts_total") == 1
+                    and summed(text, "rushhour_cells", state="up") == 2
+                )
+            return False
+
+        wait_until(is_back)
         assert summed(scraped(server), "rushhour_errors_total", model="", reason="not_found") == 12
         assert summed(scraped(server), "rushhour_errors_total", model="tiny", reason="invalid") == 12
