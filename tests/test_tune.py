@@ -482,6 +482,28 @@ def test_where_nothing_can_be_proven_the_answer_is_an_estimate_and_not_zero(
     assert "estimated, not proven" in won.why
 
 
+class Tight(Load):
+    """Load on servers that hold their capacity, but windows within 8% of it prove nothing."""
+
+    def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
+        window = super().measure(_, candidate, __, slo, **asked)
+        self.clock.advance(asked.get("window_s", 0.0))
+        if window.outcome is Outcome.PASS and window.rate_rps > 0.92 * held(candidate):
+            return msgspec.structs.replace(window, outcome=Outcome.INCONCLUSIVE, needs_s=120.0)
+        return window
+
+
+@pytest.mark.parametrize("budget_s", [85, 100])
+def test_the_last_proof_that_the_time_has_room_for_is_tried_where_it_is_sure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float
+) -> None:
+    """At the lower end of the capacity's estimate it proved nothing, and the time was up."""
+    plan = searched(tmp_path, Tight(), monkeypatch, settings=TuneSettings(budget_s=budget_s))
+    assert plan.evidence is not None
+    assert plan.evidence.proven
+    assert 0.85 < plan.evidence.capacity_rps / CAPACITY["int8/openvino"] <= 0.92
+
+
 def test_a_winner_that_cannot_be_confirmed_gives_way_to_the_runner_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

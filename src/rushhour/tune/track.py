@@ -36,6 +36,9 @@ its requests were late."""
 _SAY_NOTHING = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
 _LOWER = 0.85
 """Of an estimate: a proof begins no lower, however uncertain the estimate."""
+_SURE, _TRIES = 0.9, 2.5
+"""Where fewer windows of a proof fit into the time that is left, and nothing is proven yet, the next one is taken at so
+much of that rate at most: near the capacity a window of 20 s seldom proves anything."""
 _ROUGH = 2.0
 """How much coarser and shorter the searches are that only show what a step bought."""
 _IN_WORDS = {
@@ -215,9 +218,10 @@ class Track:
     def confirm(self, contender: Contender) -> Measurement | None:
         """A proof of a candidate's capacity, on fresh seeds.
 
-        It begins at the lower end of what all windows of this candidate tell by then. A proof raises the rate, half
-        way to what was not proven; any other window lowers it to the lower end of the estimate as it is then, and the
-        next one is longer, as far as the last one asks for it. Where none is a proof, the candidate keeps the estimate.
+        It begins at the lower end of what all windows of this candidate tell by then; the last window that there is
+        time for is taken somewhat below. A proof raises the rate, half way to what was not proven; any other window lowers it
+        to the lower end of the estimate as it is then, and the next one is longer, as far as the last one asks for it.
+        Where none is a proof, the candidate keeps the estimate.
         """
         found = self.estimate(contender)
         if found is None:
@@ -226,11 +230,14 @@ class Track:
         last: Outcome | None = None
         ceiling, window_s = found.interval_rps[1], self._settings.proof_s
         rate = max(found.interval_rps[0], _LOWER * found.rate_rps)
+        sure = _SURE * rate
         self._progress.start(f"{contender.candidate.name}: proof on fresh seeds")
         with self.loaded(contender, "confirm") as loaded:
             for attempt in range(_PROOFS):
                 if attempt and self._budget.left < Budget.FOR_RUNGS and self._stands(contender):
                     break
+                if proven is None and self._budget.left * self._budget.seconds < _TRIES * window_s:
+                    rate = min(rate, sure)
                 rate = rounded(rate)
                 probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}")))
                 result = probe(rate, self._settings.seed + 10_000 + attempt)
