@@ -219,9 +219,9 @@ class Track:
         """A proof of a candidate's capacity, on fresh seeds.
 
         It begins at the lower end of what all windows of this candidate tell by then; the last window that there is
-        time for is taken somewhat below. A proof raises the rate, half way to what was not proven; any other window lowers it
-        to the lower end of the estimate as it is then, and the next one is longer, as far as the last one asks for it.
-        Where none is a proof, the candidate keeps the estimate.
+        time for is taken somewhat below. A proof raises the rate, half way to what was not proven; any other window
+        lowers it to the lower end of the estimate as it is then, and the next one is longer, as far as the last one
+        asks for it. Where none is a proof, the candidate keeps the estimate.
         """
         found = self.estimate(contender)
         if found is None:
