@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
+from rushhour.pieces import WHOLE_BYTES, JsonTensor, Packed, Texts, assembled, cut_json, put_back, rest
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -48,6 +50,16 @@ _DATATYPES = {
 _DTYPES = {datatype: dtype for dtype, datatype in _DATATYPES.items()}
 _MAX_CACHED_HEADERS = 256
 _MAX_CACHED_HEADER_BYTES = 4096
+_AT_ONCE = 8192
+"""Numbers of an answer that are written in one go, in about a millisecond. A class in words takes as long as 16 of
+them, and to find the classes among some numbers as long as to write a sixteenth of these."""
+_BYTES_AT_ONCE = 2**20
+"""Of shared memory, read or written in one go."""
+_ID_KEY = re.compile(rb'"id"[ \t\r\n]*:')
+_ID = re.compile(rb'"id"[ \t\r\n]*:[ \t\r\n]*"([^"\\\x00-\x1f]+)"')
+
+_LIST = b"\0"
+"""Stands for a list that is written apart: nothing else in JSON has this byte."""
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 100
@@ -161,16 +173,20 @@ class InferRequest:
         tensors: one view of `rows * row_bytes` bytes for each input, in the signature's order.
         wanted: what the answer is to hold.
         pictures: what the tensors are still to be made of; empty for all but a `PictureRequest`.
+        elsewhere: bytes that are still to be read from shared memory; 0 for all but a `PlacedRequest`.
     """
 
     __slots__ = ("rows", "tensors", "wanted")
     pictures: Sequence[Encoded] = ()
+    elsewhere = 0
 
     def __init__(self, rows: int, tensors: tuple[memoryview, ...], wanted: Wanted) -> None:
         self.rows = rows
         self.tensors = tensors
         self.wanted = wanted
 
+
+Body = bytes | bytearray | memoryview
 
 Encoded = memoryview | str
 """A picture as it was sent: its bytes, or these in Base64."""
@@ -188,6 +204,36 @@ class PictureRequest(InferRequest):
     def __init__(self, pictures: Sequence[Encoded], wanted: Wanted) -> None:
         super().__init__(len(pictures), (), wanted)
         self.pictures = pictures
+
+
+class PlacedRequest(InferRequest):
+    """A decoded request of which tensors lie in shared memory: they are read once it is sure that it is let in.
+
+    Attributes:
+        elsewhere: bytes to be read.
+    """
+
+    __slots__ = ("_fetch", "elsewhere")
+
+    def __init__(self, layout: Layout, fetch: Callable[[], InferRequest]) -> None:
+        super().__init__(layout.rows, (), layout.wanted)
+        self.elsewhere = sum(place.byte_size for place in layout.places.values())
+        self._fetch = fetch
+
+    def fetch(self) -> InferRequest:
+        """Read them, on any thread: the request with all of its tensors.
+
+        Raises:
+            WireError: if a place is not there any more.
+        """
+        request = self._fetch()
+        request.wanted = self.wanted
+        return request
+
+    @property
+    def large(self) -> bool:
+        """Reading it would hold the event loop up."""
+        return self.elsewhere > _BYTES_AT_ONCE
 
 
 class Layout:
@@ -273,14 +319,36 @@ class Codec:
         self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
+        self._values = tuple(math.prod(spec.shape) for spec in signature.outputs)
         self._layouts: dict[bytes, Layout] = {}
-        self._answer_headers: dict[tuple[Wanted, int], bytes] = {}
+        self._numbered: dict[bytes, Layout] = {}
+        self._answer_headers: dict[tuple[tuple[int, ...], int], bytes] = {}
+        self.id_at = len(msgspec.json.encode({"model_name": model, "model_version": version})) - 1
+        """Where an id goes in the JSON header of an answer that has none."""
+
+    @property
+    def pictures(self) -> int:
+        """Encoded pictures in one request, at most; 0 where the model takes none."""
+        return min(self._pictures, self.max_rows)
 
     def known(self, header: bytes) -> Layout | None:
-        """What a JSON header says, if an equal one was read before; None where it must be read first."""
-        return self._layouts.get(header)
+        """What a JSON header says, if one was read before that was equal but for the id; None if it must be read."""
+        return self._layouts.get(header) or self._numbered.get(without_id(header)[0])
 
-    def decode(self, body: bytes, header_length: int | None) -> InferRequest:
+    def id_in(self, header: bytes) -> tuple[int, int] | None:
+        """Where the id of a known JSON header begins and ends; None where another one would not be known, too."""
+        bare, identity = without_id(header)
+        if not identity or bare not in self._numbered:
+            return None
+        match = _ID.search(header)
+        assert match is not None
+        return match.span(1)
+
+    def is_large(self, body: Body, header_length: int | None) -> bool:
+        """Whether reading a request takes long: then it must not be done on the event loop's thread."""
+        return (len(body) if header_length is None else header_length) > WHOLE_BYTES
+
+    def decode(self, body: Body, header_length: int | None) -> InferRequest:
         """Read a request.
 
         Args:
@@ -301,10 +369,21 @@ class Codec:
                 f"the body has {len(body)} bytes",
                 "send the length of the JSON header in bytes",
             )
-        header = body[:header_length]
+        if header_length > WHOLE_BYTES:
+            return self._decode_new(b"", body, header_length)
+        header = bytes(body[:header_length])
         layout = self._layouts.get(header)
+        if layout is not None:
+            return self._decode_known(layout, body, header_length)
+        bare, identity = without_id(header)
+        layout = self._numbered.get(bare) if identity else None
         if layout is None:
             return self._decode_new(header, body, header_length)
+        request = self._decode_known(layout, body, header_length)
+        request.wanted = msgspec.structs.replace(layout.wanted, id=identity)
+        return request
+
+    def _decode_known(self, layout: Layout, body: Body, header_length: int) -> InferRequest:
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
         view = memoryview(body)
@@ -313,7 +392,7 @@ class Codec:
         tensors = tuple([view[header_length + start : header_length + stop] for start, stop in layout.ordered])
         return InferRequest(layout.rows, tensors, layout.wanted)
 
-    def decode_picture(self, body: bytes) -> PictureRequest:
+    def decode_picture(self, body: Body) -> PictureRequest:
         """Read a request that is one encoded picture and nothing else; the answer is JSON.
 
         Raises:
@@ -340,15 +419,32 @@ class Codec:
             WireError: if a place in shared memory is not registered.
         """
         tensors = layout.inline | dict(zip(layout.slices, following, strict=True))
-        for position, place in layout.places.items():
-            tensors[position] = self._shared().read(place)
-        for wanted in layout.wanted.places:
-            if wanted is not None:
-                self._shared().check(wanted)
-        if layout.encoded:
-            return PictureRequest(layout.pictures or _elements(tensors[0], layout.rows), layout.wanted)
-        ordered = tuple(tensors[position] for position in range(len(self._inputs)))
-        return InferRequest(layout.rows, ordered, layout.wanted)
+        for place in (*layout.places.values(), *layout.wanted.places):
+            if place is not None:
+                self._shared().check(place)
+
+        def fetch() -> InferRequest:
+            for position, place in layout.places.items():
+                tensors[position] = self._shared().read(place)
+            if layout.encoded:
+                return PictureRequest(layout.pictures or _elements(tensors[0], layout.rows), layout.wanted)
+            ordered = tuple(tensors[position] for position in range(len(self._inputs)))
+            return InferRequest(layout.rows, ordered, layout.wanted)
+
+        return PlacedRequest(layout, fetch) if layout.places else fetch()
+
+    def writes_much(self, wanted: Wanted, rows: int) -> bool:
+        """Whether writing an answer takes long: then it must not be done on the event loop's thread."""
+        work = size = 0
+        for number, position in enumerate(wanted.outputs):
+            values = rows * self._values[position]
+            if wanted.top and wanted.top[number]:
+                work += values // 16 + 16 * rows * wanted.top[number]
+            elif wanted.places and wanted.places[number] is not None:
+                size += rows * self.signature.outputs[position].row_bytes
+            elif not wanted.binary[number]:
+                work += values
+        return work > _AT_ONCE or size > _BYTES_AT_ONCE
 
     def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
         """Write an answer.
@@ -376,7 +472,7 @@ class Codec:
         return self._binary_header(wanted, rows) if whole and not (wanted.top or wanted.places) else None
 
     def _binary_header(self, wanted: Wanted, rows: int) -> bytes:
-        key = (wanted, rows)
+        key = (wanted.outputs, rows)
         header = self._answer_headers.get(key)
         if header is None:
             described = [
@@ -384,12 +480,13 @@ class Codec:
                 | {"parameters": {"binary_data_size": rows * self.signature.outputs[position].row_bytes}}
                 for position in wanted.outputs
             ]
-            header = self._answer(wanted, described)
-            if not wanted.id:
-                if len(self._answer_headers) >= _MAX_CACHED_HEADERS:
-                    self._answer_headers.clear()
-                self._answer_headers[key] = header
-        return header
+            header = self._answer("", described)
+            if len(self._answer_headers) >= _MAX_CACHED_HEADERS:
+                self._answer_headers.clear()
+            self._answer_headers[key] = header
+        if not wanted.id:
+            return header
+        return b'%b,"id":%b%b' % (header[: self.id_at], msgspec.json.encode(wanted.id), header[self.id_at :])
 
     def outputs(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> Iterator[OutputTensor]:
         """The outputs of an answer one by one, in the order wanted; those for shared memory are written there.
@@ -416,14 +513,24 @@ class Codec:
     def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> list[str]:
         """`value:index:label` of the `top` highest values of each sample, highest first."""
         values = np.frombuffer(rows_of, dtype=spec.dtype).reshape(rows, -1)
-        order = np.argsort(-values.astype(np.float64), axis=1, kind="stable")[:, :top]
         shown = "{}:{}:{}" if values.dtype.kind in "iu" else "{:f}:{}:{}"
-        return [
-            shown.format(values[row, index], index, self.labels[index]) for row in range(rows) for index in order[row]
-        ]
+        at_once = max(1, _AT_ONCE // (16 * top + values.shape[1] // 16))
+        words: list[str] = []
+        for first in range(0, rows, at_once):
+            if first:
+                rest()
+            some = values[first : first + at_once]
+            order = np.argsort(-some.astype(np.float64), axis=1, kind="stable")[:, :top]
+            words += [
+                shown.format(some[row, index], index, self.labels[index])
+                for row, each in enumerate(order)
+                for index in each
+            ]
+        return words
 
     def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
         described, blobs = [], []
+        lists: list[list[bytes]] = []
         for output, binary in zip(self.outputs(wanted, rows, outputs), wanted.binary, strict=True):
             entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
             if output.raw is None:
@@ -432,19 +539,36 @@ class Codec:
                 blobs.append(bytes(output.raw))
                 entry["parameters"] = {"binary_data_size": len(blobs[-1])}
             elif output.words is not None:
-                entry["data"] = output.words
+                entry["data"] = self._listed(output.words, lists)
             elif output.datatype == "FP16":
                 raise WireError(f"the output {output.name!r} is FP16", "JSON cannot carry it", "ask for binary data")
             else:
-                entry["data"] = np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]).tolist()
+                entry["data"] = self._listed(np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]), lists)
             described.append(entry)
-        header = self._answer(wanted, described)
-        return (len(header) if blobs else None), [header, *blobs]
+        header = self._answer(wanted.id, described)
+        parts = [header]
+        for content in lists:
+            before, _, after = parts.pop().partition(_LIST)
+            parts += [before, *content, after]
+        return (sum(map(len, parts)) if blobs else None), [*parts, *blobs]
 
-    def _answer(self, wanted: Wanted, described: list[dict[str, Any]]) -> bytes:
+    def _listed(self, values: NDArray[Any] | list[str], lists: list[list[bytes]]) -> Any:
+        """Values as they stand in an answer's JSON. Many are written here, in parts that are added to `lists`."""
+        if len(values) <= _AT_ONCE:
+            return _in_json(values)
+        parts = []
+        for first in range(0, len(values), _AT_ONCE):
+            text = msgspec.json.encode(_in_json(values[first : first + _AT_ONCE]))
+            parts.append((b"," if first else b"[") + text[1:-1])
+            rest()
+        parts.append(b"]")
+        lists.append(parts)
+        return msgspec.Raw(_LIST)
+
+    def _answer(self, identity: str, described: list[dict[str, Any]]) -> bytes:
         answer: dict[str, Any] = {"model_name": self.model, "model_version": self.version}
-        if wanted.id:
-            answer["id"] = wanted.id
+        if identity:
+            answer["id"] = identity
         return msgspec.json.encode(answer | {"outputs": described})
 
     def describe(self, position: int, rows: int) -> tuple[str, str, list[int]]:
@@ -452,7 +576,7 @@ class Codec:
         spec = self.signature.outputs[position]
         return spec.name, datatype_of(spec), [rows, *spec.shape]
 
-    def _raw(self, body: bytes) -> InferRequest:
+    def _raw(self, body: Body) -> InferRequest:
         if len(self.signature.inputs) != 1:
             raise WireError(
                 f"a raw request holds one input, but {self.model} has {len(self.signature.inputs)}",
@@ -469,22 +593,40 @@ class Codec:
         every = tuple(range(len(self.signature.outputs)))
         return InferRequest(rows, (memoryview(body),), Wanted(id="", outputs=every, binary=(True,) * len(every)))
 
-    def _decode_new(self, header: bytes, body: bytes, header_length: int) -> InferRequest:
+    def _decode_new(self, header: bytes, body: Body, header_length: int) -> InferRequest:
+        tensors: list[JsonTensor] = []
+        if header_length > WHOLE_BYTES:
+            header, tensors = cut_json(memoryview(body)[:header_length], self.pictures)
         try:
             parsed = _decode_header(header)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise WireError(
                 "the request's JSON cannot be read", str(error), "see the Open Inference Protocol, $inference_request"
             ) from error
+        if tensors:
+            for entry, data in zip(
+                parsed.inputs, put_back([entry.data for entry in parsed.inputs], tensors), strict=True
+            ):
+                entry.data = data
         layout = self.arrange(parsed)
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
-        one_of_many = bool(layout.inline) or layout.encoded or bool(parsed.id)
-        if not one_of_many and len(header) <= _MAX_CACHED_HEADER_BYTES:
-            if len(self._layouts) >= _MAX_CACHED_HEADERS:
-                self._layouts.clear()
-            self._layouts[header] = layout
-        return self._gather(layout, memoryview(body)[header_length:])
+        request = self._gather(layout, memoryview(body)[header_length:])
+        if not (layout.inline or layout.encoded or tensors) and len(header) <= _MAX_CACHED_HEADER_BYTES:
+            self._remember(header, layout)
+        return request
+
+    def _remember(self, header: bytes, layout: Layout) -> None:
+        layouts, identity = self._layouts, layout.wanted.id
+        if identity:
+            bare, found = without_id(header)
+            if found != identity:
+                return
+            header, layouts = bare, self._numbered
+            layout.wanted = msgspec.structs.replace(layout.wanted, id="")
+        if len(layouts) >= _MAX_CACHED_HEADERS:
+            layouts.clear()
+        layouts[header] = layout
 
     def _gather(self, layout: Layout, blobs: memoryview) -> InferRequest:
         return self.gather(layout, [blobs[start:stop] for start, stop in layout.slices.values()])
@@ -624,20 +766,15 @@ class Codec:
 
     def _from_values(self, entry: InputHeader, position: int) -> memoryview:
         spec = self.signature.inputs[position]
+        count = math.prod(entry.shape)
         try:
-            values = np.asarray(_flat(entry.data))
-            if values.dtype.kind not in ("biu" if np.dtype(spec.dtype).kind in "iu" else "biuf"):
-                raise ValueError(f"found values that are not {datatype_of(spec)}")
-            if values.dtype.kind == "b" and spec.dtype != "bool":
-                raise ValueError("found true or false among the numbers")
-            if values.size != math.prod(entry.shape):
-                raise ValueError(f"found {values.size} values for shape {entry.shape}")
-            if np.dtype(spec.dtype).kind in "iu" and values.size:
-                limits = np.iinfo(np.dtype(spec.dtype))
-                if int(values.min()) < limits.min or int(values.max()) > limits.max:
-                    raise ValueError(f"a value lies outside {limits.min}..{limits.max}")
-            with np.errstate(over="raise"):
-                array = values.astype(spec.dtype)
+            if isinstance(entry.data, JsonTensor | Packed | Texts):
+                array = assembled(entry.data, count, spec.dtype, lambda values: _converted(values, spec))
+                return memoryview(array.reshape(-1).view(np.uint8))
+            values = _flat(entry.data)
+            if len(values) != count:
+                raise ValueError(f"found {len(values)} values for shape {entry.shape}")
+            array = _converted(values, spec)
         except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
             raise WireError(
                 f"the data of the input {entry.name!r} cannot be read",
@@ -709,6 +846,39 @@ class Codec:
         return min(asked, len(self.labels))
 
 
+def _converted(values: Sequence[int | float] | NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    """Numbers in the type of a tensor; a `ValueError` or the like where they do not fit."""
+    found = np.asarray(values)
+    if found.dtype.kind not in ("biu" if np.dtype(spec.dtype).kind in "iu" else "biuf"):
+        raise ValueError(f"found values that are not {datatype_of(spec)}")
+    if found.dtype.kind == "b" and spec.dtype != "bool":
+        raise ValueError("found true or false among the numbers")
+    if np.dtype(spec.dtype).kind in "iu" and found.size:
+        limits = np.iinfo(np.dtype(spec.dtype))
+        if int(found.min()) < limits.min or int(found.max()) > limits.max:
+            raise ValueError(f"a value lies outside {limits.min}..{limits.max}")
+    with np.errstate(over="raise"):
+        array: NDArray[Any] = found.astype(spec.dtype)
+    return array
+
+
+def without_id(header: bytes) -> tuple[bytes, str]:
+    """A JSON header with an empty id, and its id; as it is, with none, where there is doubt which text is its id."""
+    key = _ID_KEY.search(header)
+    match = None if key is None else _ID.match(header, key.start())
+    if match is None or b"\\" in header or _ID_KEY.search(header, match.end()):
+        return header, ""
+    start, stop = match.span(1)
+    try:
+        return header[:start] + header[stop:], header[start:stop].decode()
+    except UnicodeDecodeError:
+        return header, ""
+
+
+def _in_json(values: NDArray[Any] | list[str]) -> list[Any]:
+    return values if isinstance(values, list) else values.tolist()
+
+
 def _flat(data: object) -> list[int | float]:
     """The numbers of a tensor in JSON, flat or nested, as one list.
 
@@ -757,9 +927,16 @@ def _elements(content: memoryview, number: int) -> list[memoryview]:
 def _from_elements(entry: InputHeader) -> Sequence[Encoded]:
     """The pictures that a header holds itself: Base64 in JSON, bytes over gRPC."""
     data = entry.data
+    if isinstance(data, JsonTensor | Packed | Texts):
+        try:
+            data = data.texts()
+        except ValueError as error:
+            raise WireError(
+                f"the data of the input {entry.name!r} cannot be read", str(error), "send pictures in Base64"
+            ) from error
     if len(entry.shape) == 2 and isinstance(data, list) and all(isinstance(row, list) for row in data):
         data = [element for row in data for element in row]
-    if not isinstance(data, list) or not all(isinstance(element, str | bytes) for element in data):
+    if not isinstance(data, list) or not all(isinstance(element, str | bytes | memoryview) for element in data):
         raise WireError(
             f"the data of the input {entry.name!r} cannot be read", "it is no list of text", "send pictures in Base64"
         )

@@ -40,6 +40,11 @@ The views are valid only during the call.
 """
 
 
+def lasting(result: Sequence[memoryview]) -> list[memoryview]:
+    """Views that stay valid when the call of a `Reply` is over. What was collected for the caller alone is no copy."""
+    return [view if isinstance(view.obj, bytearray) else memoryview(bytes(view)) for view in result]
+
+
 class Job:
     """A request on its way through the cell."""
 
@@ -123,6 +128,7 @@ class Cell:
         self.counters = Counters()
         self.statistics = Statistics(clock)
         self.profile = profile
+        self.policy = policy
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._speedometer = Speedometer(profile.times)
@@ -200,11 +206,11 @@ class Cell:
         self._dispatch_soon()
         return job
 
-    def foresee(self, layout: Layout | None) -> Shed | None:
-        """Turn a request away whose body is still on its way, if that is what would happen to it now.
+    def foresee(self, layout: Layout | InferRequest | None) -> Shed | None:
+        """Turn a request away whose tensors are still to be read, if that is what would happen to it now.
 
         Args:
-            layout: what its JSON header says; None where that is not known, and a single sample is assumed.
+            layout: what its header says; None where that is not known, and a single sample is assumed.
         """
         if layout is not None:
             priority = _priority_of(layout.wanted)

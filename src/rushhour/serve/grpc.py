@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 import msgspec
@@ -20,13 +20,15 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from rushhour.errors import RushhourError, ServeError, WireError
+from rushhour.pieces import WHOLE_BYTES
 from rushhour.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.cell import Cell, Job, Shed
+from rushhour.serve.cell import Cell, Job, Shed, lasting
 from rushhour.serve.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.control import Control
-from rushhour.serve.guard import Keys, Limits
+from rushhour.serve.guard import Budget, Grant, Keys, Limits, without_frames
 from rushhour.serve.observe import CANCELLED, Followed, Observer
-from rushhour.serve.repository import Repository
+from rushhour.serve.repository import Loaded, Repository
+from rushhour.wire import PlacedRequest
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -46,6 +48,10 @@ _REFUSE_SECONDS = 0.1
 _STREAM_WINDOW = 256
 """Requests of one stream that are under way at the same time; further ones are read when answers have been."""
 _MAX_DETAILS = 1000
+_MAX_CONTROL_BYTES = 64 * 2**10
+"""Of a message that is no inference request: it is parsed on the loop's thread."""
+_LARGE_BYTES = 2**20
+"""From here on a message leaves so much behind that it is worth giving back."""
 _WATCH_SECONDS = 0.5
 _SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
 
@@ -153,15 +159,17 @@ class GrpcFace:
 
     # Inference.
 
-    async def _infer(self, sent: bytes, context: Context) -> bytes:
+    async def _infer(self, messages: object, context: Context) -> bytes:
         self._active += 1
         followed = self._follow("ModelInfer", context)
         try:
             self._admit(context)
-            return await self._submit(sent, context.time_remaining(), followed).answer()
+            return await (await self._submit(await _only(context), context.time_remaining(), followed)).answer()
         except Exception as error:
             _end(followed, _status(error))
-            await _refuse(context, error)
+            refusing = _refuse(context, error)
+            del context  # which keeps the error, whose frames would keep it: they are to go now
+            await refusing
         finally:
             self._active -= 1
 
@@ -203,10 +211,11 @@ class GrpcFace:
                 await room.acquire()
                 followed = self._follow("ModelStreamInfer", context)
                 try:
-                    begun.put_nowait(self._submit(sent, None, followed))
+                    begun.put_nowait(await self._submit(sent, None, followed))
                 except Exception as error:
                     _end(followed, _status(error))
                     begun.put_nowait(stream_error(_text(error), identity_of(sent)))
+                del sent  # until the next one comes, which may be long
         finally:
             begun.put_nowait(None)
 
@@ -216,7 +225,43 @@ class GrpcFace:
         fields = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         return self._observer.begin("grpc", method, "", fields)
 
-    def _submit(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
+    async def _submit(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
+        budget, began = self._repository.budget, asyncio.get_running_loop().time()
+        grant = budget.grant(len(sent)) if len(sent) > WHOLE_BYTES else None
+        while True:
+            loaded, codec = self._loaded()
+            cell = loaded.cell if followed is None else followed.into(loaded.cell)
+            try:
+                if grant is None or not codec.is_large(sent):
+                    asked = codec.decode(sent)
+                else:
+                    asked = await budget.aside(codec.decode, sent)
+                if asked.request.elsewhere:
+                    await self._fetch(cell, asked)
+            except _TurnedAway:
+                raise
+            except WireError:
+                cell.counters.invalid += 1
+                raise
+            if loaded is self._repository.loaded:
+                break  # else it was replaced meanwhile, and the request is read for what is there now
+        if followed is not None:
+            followed.id = asked.id.decode() or followed.id
+        if within_s is not None:
+            within_s -= asyncio.get_running_loop().time() - began
+        if len(sent) > _LARGE_BYTES:
+            budget.trim_soon()
+        return _Call(cell, codec, asked, within_s, followed, budget, grant)
+
+    async def _fetch(self, cell: Cell, asked: Asked) -> None:
+        """Read what lies in shared memory, if the request is let in at all."""
+        placed = cast(PlacedRequest, asked.request)
+        shed = cell.foresee(placed)
+        if shed is not None:
+            raise _TurnedAway(shed)
+        asked.request = await self._repository.budget.aside(placed.fetch) if placed.large else placed.fetch()
+
+    def _loaded(self) -> tuple[Loaded, GrpcCodec]:
         if self._stopping:
             raise _stopping()
         loaded = self._repository.loaded
@@ -225,15 +270,7 @@ class GrpcFace:
         codec = self._codec
         if codec is None or codec.codec is not loaded.cell.codec:
             codec = self._codec = GrpcCodec(loaded.cell.codec)
-        cell = loaded.cell if followed is None else followed.into(loaded.cell)
-        try:
-            asked = codec.decode(sent)
-        except WireError:
-            cell.counters.invalid += 1
-            raise
-        if followed is not None:
-            followed.id = asked.id.decode() or followed.id
-        return _Call(cell, codec, asked, within_s, followed)
+        return loaded, codec
 
     def _admit(self, context: Context) -> None:
         if not self._keys:
@@ -246,7 +283,8 @@ class GrpcFace:
     def _inference(self) -> Any:
         """The service."""
         handlers = {
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
+            # As if of several messages: grpcio itself leaves a call alone whose client ends it without a message.
+            "ModelInfer": grpc.stream_unary_rpc_method_handler(self._infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         answers = self._answers()
@@ -260,12 +298,12 @@ class GrpcFace:
     def _answering(self, method: Any, answer: Callable[[Any], Any]) -> Any:
         request, response = (message(kind.full_name) for kind in (method.input_type, method.output_type))
 
-        async def answering(sent: bytes, context: Context) -> Any:
+        async def answering(messages: object, context: Context) -> Any:
             followed = self._follow(method.name, context)
             try:
                 if method.name not in _OPEN_METHODS:
                     self._admit(context)
-                answered = answer(_parsed(request, sent))
+                answered = answer(_parsed(request, await _only(context)))
                 if isinstance(answered, Awaitable):
                     answered = await answered
                 encoded = ParseDict(answered or {}, response()).SerializeToString()
@@ -275,7 +313,7 @@ class GrpcFace:
                 _end(followed, _status(error))
                 await _refuse(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(answering)
+        return grpc.stream_unary_rpc_method_handler(answering)
 
     def _answers(self) -> dict[str, Callable[[Any], Any]]:
         """Method -> what answers it, in plain values under the names of its response."""
@@ -325,14 +363,14 @@ class GrpcFace:
 
     def _health(self) -> Any:
         handlers = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+            "Check": grpc.stream_unary_rpc_method_handler(self._check),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
         }
         return grpc.method_handlers_generic_handler(HEALTH.full_name, handlers)
 
-    async def _check(self, sent: bytes, context: Context) -> bytes:
+    async def _check(self, messages: object, context: Context) -> bytes:
         try:
-            service = _parsed(_HealthRequest, sent).service
+            service = _parsed(_HealthRequest, await _only(context)).service
             status = self._status(service)
             if status == _SERVICE_UNKNOWN:
                 raise WireError(f"there is no service {service[:100]!r}", status=404)
@@ -340,9 +378,9 @@ class GrpcFace:
             await _refuse(context, error)
         return _health(status)
 
-    async def _watch(self, sent: bytes, context: Context) -> AsyncIterator[bytes]:
+    async def _watch(self, messages: object, context: Context) -> AsyncIterator[bytes]:
         try:
-            service = _parsed(_HealthRequest, sent).service
+            service = _parsed(_HealthRequest, await _only(context)).service
         except WireError as error:
             await _refuse(context, error)
         said = None
@@ -364,12 +402,22 @@ class GrpcFace:
 class _Call:
     """An inference request on its way through a cell."""
 
-    __slots__ = ("_answered", "_asked", "_cell", "_codec", "_followed", "_job")
+    __slots__ = ("_answered", "_asked", "_budget", "_cell", "_codec", "_followed", "_grant", "_job", "_writing")
 
     def __init__(
-        self, cell: Cell, codec: GrpcCodec, asked: Asked, within_s: float | None, followed: Followed | None
+        self,
+        cell: Cell,
+        codec: GrpcCodec,
+        asked: Asked,
+        within_s: float | None,
+        followed: Followed | None,
+        budget: Budget,
+        grant: Grant | None,
     ) -> None:
         self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._writing: asyncio.Task[None] | None = None
+        self._budget = budget
+        self._grant = grant
         self._cell = cell
         self._codec = codec
         self._asked = asked
@@ -413,18 +461,34 @@ class _Call:
         if isinstance(result, Exception):
             self._fail(result)
             return
+        if self._codec.writes_much(self._asked):
+            self._writing = asyncio.ensure_future(self._write_aside(lasting(result)))
+            return
         try:
-            self._answered.set_result(self._codec.encode(self._asked, result))
-            _end(self._followed, 200)
-        except WireError as error:
-            # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
-            self._fail(error.with_traceback(None))
+            self._succeed(self._codec.encode(self._asked, result))
         except Exception as error:
             self._fail(error)
 
+    async def _write_aside(self, result: Sequence[memoryview]) -> None:
+        try:
+            answer = await self._budget.aside(self._codec.encode, self._asked, result)
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._succeed(answer)
+
+    def _succeed(self, answer: bytes) -> None:
+        self._grant = None
+        if not self._answered.done():
+            self._answered.set_result(answer)
+            _end(self._followed, 200)
+
     def _fail(self, error: Exception) -> None:
-        _end(self._followed, _status(error))
-        self._answered.set_exception(error)
+        self._grant = None
+        if not self._answered.done():
+            _end(self._followed, _status(error))
+            # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
+            self._answered.set_exception(without_frames(error))
 
 
 class _TurnedAway(WireError):
@@ -448,14 +512,25 @@ def _end(followed: Followed | None, status: int) -> None:
         followed.end(status)
 
 
+async def _only(context: Context) -> bytes:
+    """The message of a call that has one."""
+    sent = await context.read()
+    if sent is aio.EOF:
+        raise WireError("the call ended without a message", "this method takes one", "send it", status=501)
+    message: bytes = sent
+    return message
+
+
 async def _refuse(context: Context, error: Exception) -> NoReturn:
     code = _CODES.get(_status(error), grpc.StatusCode.INTERNAL)
-    error.__traceback__ = None  # abort's own error keeps this one, whose frames would keep regions open
+    without_frames(error)  # abort's own error keeps this one, whose frames would keep the message
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
     metadata: tuple[tuple[str, str], ...] = ()
     if isinstance(error, _TurnedAway):
         metadata = (("retry-after-ms", str(math.ceil(1e3 * error.retry_after_s))),)
-    await context.abort(code, _text(error), metadata)
+    aborting = context.abort(code, _text(error), metadata)
+    del context
+    await aborting
     raise AssertionError("abort does not return")
 
 
@@ -465,6 +540,8 @@ def _text(error: Exception) -> str:
 
 
 def _parsed(request: Any, sent: bytes) -> Any:
+    if len(sent) > _MAX_CONTROL_BYTES:
+        raise WireError("the message is too large", f"here the limit is {_MAX_CONTROL_BYTES} bytes", "send less")
     try:
         return request.FromString(sent)
     except DecodeError as error:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
 from typing import Protocol, cast
 
@@ -17,11 +18,11 @@ import httptools
 import msgspec
 
 from rushhour.errors import RushhourError, WireError
-from rushhour.serve.cell import Cell, Job, Shed
-from rushhour.serve.guard import Keys, Limits, inflate
-from rushhour.serve.routes import Answer
+from rushhour.serve.cell import Cell, Job, Shed, lasting
+from rushhour.serve.guard import Budget, Grant, Keys, Limits, inflate
+from rushhour.serve.routes import MAX_BODY_BYTES, Answer
 from rushhour.serve.upload import Upload
-from rushhour.wire import Codec, InferRequest, Layout
+from rushhour.wire import Body, Codec, InferRequest, Layout, PlacedRequest
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
@@ -31,8 +32,26 @@ _MAX_PIPELINED = 32
 """Requests of one connection that may wait, before no more is read; and that are begun in one turn of the loop."""
 _TWICE = "a field that may come once came twice"
 _LINGER_SECONDS = 1.0
+_MAX_PIPELINED_BYTES = 2**20
+"""Of these requests together, before no more is read."""
 _LARGE = 32 * 1024
 """Bytes still to come, from which on a request is worth a buffer of its own."""
+_SLICE, _MOST_MET = 16 * 1024, 512
+"""Bytes that are parsed in one go; and requests and parts of bodies in them, after which the others have their turn."""
+_HELD_BYTES = 64 * 1024
+"""Of a body, from which on it counts among what the process may hold."""
+_MAX_KNOWN = 8
+"""Heads of a connection that are remembered: behind a proxy it carries the requests of several clients in turn."""
+_MAX_KNOWN_BYTES = 4096
+_TELLING_APART = re.compile(
+    rb"\r\n(?:(?:[a-z0-9-]+-)?(?:request|correlation|trace|span|parentspan|transaction|message|operation)-?id"
+    rb"|traceparent|tracestate|baggage|b3|sentry-trace|uber-trace-id|x-cloud-trace-context|cf-ray|x-amz-cf-id"
+    rb"|forwarded|x-forwarded-for|x-real-ip|date):([\x20-\x7e\t]*)(?=\r\n)",
+    re.IGNORECASE,
+)
+"""Fields that tell requests apart, and mean nothing here."""
+_VALUE = re.compile(rb"[\x20-\x7e\t]{0,512}")
+_ID = re.compile(rb'[^"\\\x00-\x1f]+')
 
 _REASONS = {
     200: "OK",
@@ -54,6 +73,10 @@ _REASONS = {
 }
 
 
+_HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\n%s"
+_MANY_PARTS = 16
+"""Of an answer, from which on they are written one by one instead of being copied into one."""
+
 _BINARY = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
     b"%scontent-length: %d\r\n\r\n"
@@ -67,6 +90,7 @@ class Desk(Protocol):
     draining: bool
     limits: Limits
     keys: Keys
+    budget: Budget
 
     def cell_of(self, path: bytes) -> Cell | None:
         """The cell that answers inference requests at this exact path, if there is one."""
@@ -85,6 +109,7 @@ class Message:
         "authorization",
         "body",
         "encoding",
+        "grant",
         "header_length",
         "is_picture",
         "keep_alive",
@@ -96,7 +121,8 @@ class Message:
     def __init__(self) -> None:
         self.target = b""
         self.method = b""
-        self.body: list[bytes] = []
+        self.body: list[Body] = []
+        self.grant: Grant | None = None
         self.header_length: bytes | None = None
         self.is_picture = False
         self.encoding = b""
@@ -109,15 +135,16 @@ class Message:
 class _Known:
     """A request head that was parsed before, and what it said: the same bytes say the same again.
 
-    A client repeats itself: most heads on a connection are equal. Only heads that frame their body by its length are
-    kept; everything else goes through the parser.
+    A client repeats itself: most heads on a connection are equal, but for what tells its requests apart. Only heads
+    that frame their body by its length are kept; everything else goes through the parser.
     """
 
-    __slots__ = ("_said", "head", "size")
+    __slots__ = ("_said", "body_bytes", "fixed", "head")
 
     def __init__(self, head: bytes, body_bytes: int, message: Message) -> None:
         self.head = head
-        self.size = len(head) + body_bytes
+        self.body_bytes = body_bytes
+        self.fixed = _between(head, (match.span(1) for match in _TELLING_APART.finditer(head)))
         self._said = (
             message.target,
             message.method,
@@ -127,8 +154,15 @@ class _Known:
             message.is_picture,
         )
 
-    def again(self, data: bytes | memoryview) -> Message:
-        """The request that `data`, which begins with the head, holds or begins."""
+    def end(self, data: bytes) -> int:
+        """Where the head ends that `data` begins with, if it is this one; else -1."""
+        if data.startswith(self.head):
+            return len(self.head)
+        at = _behind(self.fixed[:-1], data) if len(self.fixed) > 1 else -1
+        return at + len(self.fixed[-1]) if at >= 0 and data.startswith(self.fixed[-1], at) else -1
+
+    def again(self, data: bytes | memoryview, end: int) -> Message:
+        """The request that `data`, in which the head ends there, holds or begins."""
         message = Message()
         (
             message.target,
@@ -138,35 +172,79 @@ class _Known:
             message.authorization,
             message.is_picture,
         ) = self._said
-        message.body.append(bytes(data[len(self.head) :]))
+        message.body.append(data[end:])
         message.known = self
         return message
 
 
-class _Repeat:
-    """A request whose head and JSON header came before, byte for byte: only its tensors are new.
+def _between(data: bytes, places: Iterable[tuple[int, int]]) -> list[bytes]:
+    """What stands before, between and behind some places."""
+    found, at = [], 0
+    for start, stop in places:
+        found.append(data[at:start])
+        at = stop
+    return [*found, data[at:]]
+
+
+def _behind(fixed: Sequence[bytes], data: bytes) -> int:
+    """Where `data` goes on behind these parts and what may stand behind each of them; -1 if they are not there."""
+    at = 0
+    for part in fixed:
+        if not data.startswith(part, at):
+            return -1
+        match = _VALUE.match(data, at + len(part))
+        assert match is not None  # the pattern matches nothing, too
+        at = match.end()
+    return at
+
+
+class _Turn:
+    """A request that is answered without having been a `Message`.
+
+    Attributes:
+        answer: all of the answer that comes before its tensors, if they follow whole and in the signature's order.
+    """
+
+    __slots__ = ("answer",)
+    keep_alive = True
+
+    def __init__(self, answer: bytes | None) -> None:
+        self.answer = answer
+
+
+class _Repeat(_Turn):
+    """A request whose head and JSON header came before, byte for byte: only its tensors are new, or its ids.
 
     What it asks for is known, and so is all of its answer but the tensors. It holds for the version of the model that
     read it; after a reload the request is read anew.
     """
 
-    __slots__ = ("answer", "codec", "keep_alive", "path", "prefix", "rows", "size", "slices", "wanted")
+    __slots__ = ("_described", "_fixed", "_id_bytes", "codec", "path", "prefix", "rows", "size", "slices", "wanted")
 
     def __init__(self, known: _Known, codec: Codec, path: bytes, header: bytes, layout: Layout) -> None:
         self.prefix = known.head + header
-        self.size = known.size
+        self.size = len(known.head) + known.body_bytes
         self.path = path
         self.codec = codec
         self.rows = layout.rows
         self.wanted = layout.wanted
         self.slices = tuple(slice(len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
-        self.keep_alive = True
-        self.answer: bytes | None = None
-        """All of the answer that comes before its tensors, if they follow whole and in the signature's order."""
-        described = codec.answer_header(layout.wanted, layout.rows)
-        if described is not None:
-            size = len(described) + layout.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
-            self.answer = _BINARY % (len(described), b"", size) + described
+        identity = codec.id_in(header)
+        self._id_bytes = 0 if identity is None else identity[1] - identity[0]
+        *fields, last = known.fixed
+        before, *after = _between(header, () if identity is None else (identity,))
+        self._fixed = [*fields, last + before, *after]
+        self._described = codec.answer_header(layout.wanted, layout.rows)
+        super().__init__(None if self._described is None else self._begun(self._described))
+
+    @property
+    def exact(self) -> bool:
+        """Nothing in it differs from time to time."""
+        return len(self._fixed) == 1
+
+    def _begun(self, described: bytes) -> bytes:
+        size = len(described) + self.rows * sum(spec.row_bytes for spec in self.codec.signature.outputs)
+        return _BINARY % (len(described), b"", size) + described
 
     def request(self, data: bytes | memoryview) -> InferRequest:
         """The request that `data`, which begins with the prefix and has the right size, holds."""
@@ -174,6 +252,41 @@ class _Repeat:
         if len(self.slices) == 1:
             return InferRequest(self.rows, (view[self.slices[0]],), self.wanted)
         return InferRequest(self.rows, tuple([view[place] for place in self.slices]), self.wanted)
+
+    def again(self, data: bytes, whole: bytes | memoryview) -> tuple[_Turn, InferRequest] | None:
+        """The request that `data` begins and `whole` holds, if it is this one but for its ids.
+
+        Its length is the one before: what the head says of lengths is the same.
+        """
+        *fixed, last = self._fixed
+        shift = len(whole) - self.size
+        end = len(self.prefix) + shift
+        if end < 0 or not data.endswith(last, 0, end):
+            return None
+        if not self._id_bytes:
+            return (self, self._shifted(whole, shift)) if _behind(fixed, data) == end - len(last) else None
+        *fields, before = fixed
+        at = _behind(fields, data)
+        if at < 0 or not data.startswith(before, at):
+            return None
+        match = _ID.match(data, at + len(before), end)
+        if match is None or match.end() != end - len(last):
+            return None
+        identity = match[0]
+        if len(identity) != self._id_bytes or not identity.isascii():
+            return None
+        request = self._shifted(whole, shift)
+        request.wanted = msgspec.structs.replace(self.wanted, id=identity.decode())
+        described = self._described
+        if described is None:
+            return _Turn(None), request
+        place = self.codec.id_at
+        return _Turn(self._begun(b'%b,"id":"%b"%b' % (described[:place], identity, described[place:]))), request
+
+    def _shifted(self, whole: bytes | memoryview, shift: int) -> InferRequest:
+        view = memoryview(whole)
+        tensors = tuple([view[place.start + shift : place.stop + shift] for place in self.slices])
+        return InferRequest(self.rows, tensors, self.wanted)
 
 
 class HttpConnection(asyncio.Protocol):
@@ -203,13 +316,18 @@ class HttpConnection(asyncio.Protocol):
         self._refused: WireError | None = None
         self._broken: WireError | None = None
         self._ready: deque[Message] = deque()
-        self._current: Message | _Repeat | None = None
+        self._current: Message | _Turn | None = None
         self._cell: Cell | None = None
         self._request: InferRequest | None = None
         self._job: Job | None = None
         self._paused = False
-        self._known: _Known | None = None
+        self._known: list[_Known] = []
         self._repeat: _Repeat | None = None
+        self._repeats: list[_Repeat] = []
+        self._upload: Upload | None = None
+        self._pipelined = 0
+        self._left = b""
+        self._met = 0
         self._chunk = self._head = b""
         self._chunked = False
         self._ended = False
@@ -237,7 +355,7 @@ class HttpConnection(asyncio.Protocol):
         self._desk.connections.discard(self)
         if self._job is not None and self._cell is not None:
             self._cell.cancel(self._job)
-        self._cell = self._request = self._job = None
+        self._cell = self._request = self._job = self._upload = None
         del self._parser  # which holds this connection: they are to go now, not when cycles are sought
 
     def data_received(self, data: bytes) -> None:
@@ -259,19 +377,20 @@ class HttpConnection(asyncio.Protocol):
                 self._hand_in(cell, repeat.request(data))
                 return
             self._repeat = None
-        if self._deaf:
+        if self._deaf or (self._known and not self._reading and self._recognise(data)):
             return
-        known = self._known
-        if known is not None and not self._reading and data.startswith(known.head):
-            if len(data) == known.size:
-                self._complete(known.again(data))
-                return
-            if known.size - len(data) >= _LARGE and self._current is None and not self._ready:
-                self._gather(known, data)
-                return
         self._chunk = b"" if self._reading else data
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        """Have the parser read what came, until it has met so much that the others should have their turn."""
+        self._met = 0
         try:
-            self._parser.feed_data(data)
+            for at in range(0, len(data), _SLICE):
+                self._parser.feed_data(data if len(data) <= _SLICE else data[at : at + _SLICE])
+                if self._met > _MOST_MET and at + _SLICE < len(data):
+                    self._left = data[at + _SLICE :]
+                    break
         except httptools.HttpParserUpgrade:
             # An offer that may be ignored (RFC 9110, 7.8): the request is answered, and nothing after it is read.
             self._deaf = True
@@ -284,7 +403,7 @@ class HttpConnection(asyncio.Protocol):
                 self._refused.__traceback__ = None
                 self._refused = None
         else:
-            if self._in_body and not self._foreseen:
+            if self._in_body and not self._foreseen and not self._left:
                 self._foreseen = True
                 self._head = self._head_of_chunk()
                 self._message.method = self._parser.get_method()
@@ -294,6 +413,69 @@ class HttpConnection(asyncio.Protocol):
             self._advancing = True
             asyncio.get_running_loop().call_soon(self._advance)
         self._begun, self._chunk = 0, b""
+        if self._left and self._transport is not None:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._parse_left)
+
+    def _parse_left(self) -> None:
+        """Go on with what came before, or else let more come."""
+        if self._transport is None or self._paused:
+            return  # in the second case it is called again
+        left, self._left = self._left, b""
+        if left and not self._deaf:
+            self._parse(left)
+        self._resume()
+
+    def _resume(self) -> None:
+        """Read more, unless something is against it."""
+        if self._transport is not None and not (self._paused or self._unread or self._left):
+            self._transport.resume_reading()
+
+    def _recognise(self, data: bytes) -> bool:
+        """Take up a request whose head came before, if it is one; else the parser has to see it."""
+        free = self._current is None and not self._ready
+        if free and self._take_again(data, data):
+            return True
+        for number, known in enumerate(self._known):
+            end = known.end(data)
+            if end < 0:
+                continue
+            missing = end + known.body_bytes - len(data)
+            if missing and not (free and missing >= _LARGE):
+                continue
+            if number:
+                self._known.insert(0, self._known.pop(number))
+            if missing:
+                self._gather(known, data, end)
+            else:
+                self._complete(known.again(data, end))
+            return True
+        return False
+
+    def _take_again(self, data: bytes, whole: bytes | memoryview) -> bool:
+        """Hand a request in whose head and JSON header came before, if it is one.
+
+        Args:
+            data: its beginning, with both.
+            whole: all of it.
+        """
+        for number, repeat in enumerate(self._repeats):
+            found = repeat.again(data, whole)
+            if found is None:
+                continue
+            cell = self._desk.cell_of(repeat.path)
+            if cell is None or cell.codec is not repeat.codec:
+                del self._repeats[number]
+                return False
+            if number:
+                self._repeats.insert(0, self._repeats.pop(number))
+            if repeat.exact:
+                self._repeat = repeat
+            self._since = self._clock()
+            self._current, request = found
+            self._hand_in(cell, request)
+            return True
+        return False
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked for is still answered."""
@@ -309,8 +491,7 @@ class HttpConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The client reads again."""
         self._unread = False
-        if self._transport is not None and not self._paused:
-            self._transport.resume_reading()
+        self._resume()
 
     def expire(self, now: float) -> None:
         """Close the connection if the client's time is over: for sending a request, or for not sending any.
@@ -329,7 +510,7 @@ class HttpConnection(asyncio.Protocol):
     @property
     def idle(self) -> bool:
         """No request is being answered or read."""
-        return self._current is None and not self._ready and not self._reading
+        return self._current is None and not (self._ready or self._reading or self._left)
 
     def close_if_idle(self) -> None:
         """Close the connection unless it has work: for draining."""
@@ -340,6 +521,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """A new request begins."""
+        self._met += 1
         self._message = Message()
         self._reading = True
         self._chunked = self._expected = self._foreseen = self._dropping = False
@@ -393,35 +575,73 @@ class HttpConnection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
+        self._met += 1
         self._body_bytes += len(body)
         if self._body_bytes > self._limits.body_bytes:
             raise self._stop(self._too_large())
-        if not self._dropping:
+        if self._dropping:
+            return
+        if self._body_bytes > _HELD_BYTES:
+            self._hold(body)
+        else:
             self._message.body.append(body)
 
-    def _gather(self, known: _Known, data: bytes) -> None:
+    def _hold(self, body: bytes) -> None:
+        """A part of a large body: in one piece from the beginning, for small parts cost more than they hold."""
+        message = self._message
+        try:
+            if message.grant is None:
+                message.grant = self._desk.budget.grant(self._body_bytes)
+                message.body = [bytearray(b"".join(message.body))]
+            else:
+                message.grant.grow(len(body))
+        except WireError as error:
+            raise self._stop(error) from None
+        held = message.body[0]
+        assert isinstance(held, bytearray)
+        held += body
+        if self._body_bytes > _MAX_PIPELINED_BYTES and (self._current is not None or self._ready):
+            self._pause()
+
+    def _pause(self) -> None:
+        """Enough waits for those before it: read no more until they are answered."""
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _gather(self, known: _Known, data: bytes, end: int) -> None:
         """The first read of a large request whose head is known: the rest needs no parser, and no copies."""
         assert self._transport is not None
         self._reading, self._dropping = True, False
         self._since = self._clock()
-        Upload(self._transport, self, data, known.size, partial(self._gathered, known))
-        self._foresee(known.again(data))
+        message = self._message = known.again(data, end)
+        refused: WireError | None = None
+        try:
+            message.grant = self._desk.budget.grant(known.body_bytes)
+        except WireError as error:
+            refused = error
+        done = partial(self._gathered, known, end)
+        self._upload = Upload(self._transport, self, data, end + known.body_bytes, done)
+        if refused is None:
+            self._foresee(message)
+        else:
+            self._drop_rest()
+            self._current = message
+            self._send_error(refused)
 
-    def _gathered(self, known: _Known, whole: memoryview) -> None:
+    def _gathered(self, known: _Known, end: int, whole: memoryview) -> None:
         """All of it is there."""
-        self._reading = False
+        begun, self._message = self._message, Message()
+        self._reading, self._upload = False, None
         self._since = self._clock()
         if self._dropping or self._deaf:
             self._dropping = False
             return
-        repeat = self._repeat
-        if repeat is not None and repeat.size == len(whole) and whole[: len(repeat.prefix)] == repeat.prefix:
-            cell = self._desk.cell_of(repeat.path)
-            if cell is not None and cell.codec is repeat.codec:
-                self._current = repeat
-                self._hand_in(cell, repeat.request(whole))
-                return
-        self._complete(known.again(whole))
+        if self._take_again(bytes(whole[: end + _MAX_KNOWN_BYTES]), whole):
+            return
+        message = known.again(whole, end)
+        message.grant = begun.grant
+        self._complete(message)
 
     def _foresee(self, message: Message) -> None:
         """Answer a request whose body needs several reads after the first, if it will be turned away anyway.
@@ -454,6 +674,9 @@ class HttpConnection(asyncio.Protocol):
     def _drop_rest(self) -> None:
         self._dropping = True
         self._message.body.clear()
+        self._message.grant = None
+        if self._upload is not None:
+            self._upload.drop()
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -468,13 +691,18 @@ class HttpConnection(asyncio.Protocol):
             self._since = self._clock()
             return
         self._begun += 1
+        if message.grant is not None:
+            self._message = Message()  # the grant is to end with the request, not when the next one begins
         self._complete(message)
 
     def _remember(self, message: Message) -> None:
         """Keep the head for the next request, if this one's head and body can be told apart."""
         head = self._head if self._foreseen else self._head_of_chunk()
-        if head and message.body and message.keep_alive and not self._chunked and not self._expected:
-            self._known = message.known = _Known(head, self._body_bytes, message)
+        if not (0 < len(head) <= _MAX_KNOWN_BYTES and message.body and message.keep_alive):
+            return
+        if not self._chunked and not self._expected:
+            message.known = _Known(head, self._body_bytes, message)
+            self._known = [message.known, *(known for known in self._known if known.head != head)][:_MAX_KNOWN]
 
     def _head_of_chunk(self) -> bytes:
         """The head of the request that is being read, if the last read was of it alone and began with it."""
@@ -488,9 +716,9 @@ class HttpConnection(asyncio.Protocol):
             self._begin(message)
             return
         self._ready.append(message)
-        if len(self._ready) >= _MAX_PIPELINED and not self._paused and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        self._pipelined += sum(map(len, message.body))
+        if len(self._ready) >= _MAX_PIPELINED or self._pipelined >= _MAX_PIPELINED_BYTES:
+            self._pause()
 
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
@@ -522,7 +750,7 @@ class HttpConnection(asyncio.Protocol):
             return
         if not self._dropping:  # else this request has its answer already
             head_only = self._in_body and self._parser.get_method() == b"HEAD"
-            answer = _response(error.status, _error_body(error), b"connection: close\r\n")
+            answer = _response(error.status, _error_body(error), _retry(error.status) + b"connection: close\r\n")
             self._transport.write(_without_body(answer) if head_only else answer)
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -557,7 +785,8 @@ class HttpConnection(asyncio.Protocol):
             return
         cell = self._desk.cell_of(path)
         if cell is None:
-            answer = self._desk.control(message.method, path, b"".join(message.body), message.accept)
+            body = b"".join(memoryview(part)[: MAX_BODY_BYTES + 1] for part in message.body)
+            answer = self._desk.control(message.method, path, body, message.accept)
             if isinstance(answer, tuple):
                 self._send_answer(*answer)
             else:
@@ -584,11 +813,14 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._waiting = asyncio.ensure_future(self._inflate(message, body))
 
-    async def _inflate(self, message: Message, body: bytes) -> None:
+    async def _inflate(self, message: Message, body: Body) -> None:
         """Unpack on a thread: a small body may unpack into a large one, and the loop has others to serve."""
         try:
-            message.body = [await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)]
-            message.encoding = b""
+            unpacked = await self._desk.budget.unpack(inflate, body, message.encoding, self._limits.body_bytes)
+            if len(unpacked) > _HELD_BYTES:
+                message.grant = self._desk.budget.grant(len(unpacked))
+                self._desk.budget.trim_soon()
+            message.body, message.encoding = [unpacked], b""
             if self._transport is not None:
                 self._take_up(message)  # anew: a reload may have retired the cell that was there before
         except WireError as error:
@@ -596,24 +828,92 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:
             self._stumble(error)
 
-    def _submit(self, cell: Cell, message: Message, body: bytes) -> None:
+    def _submit(self, cell: Cell, message: Message, body: Body) -> None:
         try:
             request: InferRequest
             if message.is_picture and message.header_length is None:
                 request = cell.codec.decode_picture(body)
             else:
-                request = cell.codec.decode(body, _header_length(message.header_length))
+                length = _header_length(message.header_length)
+                if cell.codec.is_large(body, length):
+                    self._waiting = asyncio.ensure_future(self._decode_aside(cell, message, body, length))
+                    return
+                request = cell.codec.decode(body, length)
         except WireError as error:
-            cell.counters.invalid += 1
-            self._send_error(error)
+            self._refuse_request(cell, error)
             return
-        if message.known is not None and message.known is self._known and message.header_length:
-            header = body[: int(message.header_length)]
-            layout = cell.codec.known(header)
-            if layout is not None and layout.ordered:
-                path = message.target.partition(b"?")[0]
-                self._repeat = _Repeat(message.known, cell.codec, path, header, layout)
-        self._hand_in(cell, request)
+        if message.known is not None and message.header_length:
+            self._remember_whole(message.known, cell.codec, message, bytes(body[: int(message.header_length)]))
+        if request.elsewhere:
+            self._fetch(cell, message, body, cast(PlacedRequest, request))
+        else:
+            self._hand_in(cell, request)
+
+    def _refuse_request(self, cell: Cell, error: WireError) -> None:
+        cell.counters.invalid += 1
+        self._send_error(error)
+
+    def _remember_whole(self, known: _Known, codec: Codec, message: Message, header: bytes) -> None:
+        """Keep head and JSON header for the next request, if there is nothing else to it but tensors."""
+        layout = codec.known(header)
+        if layout is not None and layout.ordered:
+            repeat = _Repeat(known, codec, message.target.partition(b"?")[0], header, layout)
+            self._repeats = [repeat, *self._repeats[: _MAX_KNOWN - 1]]
+            if repeat.exact:
+                self._repeat = repeat
+
+    async def _decode_aside(self, cell: Cell, message: Message, body: Body, length: int | None) -> None:
+        """Read a large request on a thread."""
+        try:
+            request = await self._desk.budget.aside(cell.codec.decode, body, length)
+        except WireError as error:
+            self._refuse_request(cell, error)
+        except Exception as error:
+            self._stumble(error)
+        else:
+            self._go_on(cell, message, body, request)
+
+    def _fetch(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+        """Read what lies in shared memory, if the request is let in at all."""
+        shed = cell.foresee(request)
+        if shed is not None:
+            self._turn_away(shed)
+        elif request.large:
+            self._waiting = asyncio.ensure_future(self._fetch_aside(cell, message, body, request))
+        else:
+            try:
+                fetched = request.fetch()
+            except WireError as error:
+                self._refuse_request(cell, error)
+                return
+            self._hand_in(cell, fetched)
+
+    async def _fetch_aside(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+        try:
+            message.grant = self._desk.budget.grant(request.elsewhere)
+            fetched = await self._desk.budget.aside(request.fetch)
+        except WireError as error:
+            self._refuse_request(cell, error)
+        except Exception as error:
+            self._stumble(error)
+        else:
+            self._go_on(cell, message, body, fetched)
+
+    def _go_on(self, cell: Cell, message: Message, body: Body, request: InferRequest) -> None:
+        """A request has been read on a thread."""
+        if self._transport is None:
+            return
+        try:
+            now = self._desk.cell_of(message.target.partition(b"?")[0])
+            if now is None or now.codec is not cell.codec:
+                message.body = [body]
+                self._take_up(message)  # anew: a reload has retired the cell that was there before
+            elif request.elsewhere:
+                self._fetch(cell, message, body, cast(PlacedRequest, request))
+            else:
+                self._hand_in(cell, request)
+        except Exception as error:
+            self._stumble(error)
 
     def _hand_in(self, cell: Cell, request: InferRequest) -> None:
         self._cell, self._request = cell, request
@@ -624,8 +924,7 @@ class HttpConnection(asyncio.Protocol):
             self._job = submitted
 
     def _turn_away(self, shed: Shed) -> None:
-        retry = b"retry-after: %d\r\n" % max(1, math.ceil(shed.retry_after_s))
-        self._send(429, _error_body(WireError(shed.why, status=429)), retry)
+        self._send(429, _error_body(WireError(shed.why, status=429)), _retry(429, shed.retry_after_s))
 
     def _answered(self, result: Sequence[memoryview] | Exception) -> None:
         cell, request, current = self._cell, self._request, self._current
@@ -634,7 +933,7 @@ class HttpConnection(asyncio.Protocol):
         assert request is not None
         if isinstance(result, Exception):
             self._send_error(result)
-        elif isinstance(current, _Repeat) and current.answer is not None and not self._desk.draining:
+        elif isinstance(current, _Turn) and current.answer is not None and not self._desk.draining:
             if self._transport is not None:
                 self._transport.write(b"".join((current.answer, *result)))
                 self._next(close=False)
@@ -642,6 +941,9 @@ class HttpConnection(asyncio.Protocol):
             self._reply(cell, request, result)
 
     def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
+        if cell.codec.writes_much(request.wanted, request.rows):
+            self._waiting = asyncio.ensure_future(self._write_aside(cell.codec, request, lasting(result)))
+            return
         try:
             length, parts = cell.codec.encode(request.wanted, request.rows, result)
         except WireError as error:
@@ -650,14 +952,29 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:  # out of here it would reach the cell, and those who share the batch
             self._stumble(error)
             return
-        if length is None:
-            self._send(200, b"".join(parts))
-        else:
+        self._send_encoded(length, parts)
+
+    async def _write_aside(self, codec: Codec, request: InferRequest, result: Sequence[memoryview]) -> None:
+        """Write a large answer on a thread."""
+        try:
+            length, parts = await self._desk.budget.aside(codec.encode, request.wanted, request.rows, result)
+            self._send_encoded(length, parts)
+        except WireError as error:
+            self._send_error(error)
+        except Exception as error:
+            self._stumble(error)
+
+    def _send_encoded(self, length: int | None, parts: list[bytes]) -> None:
+        if length is not None:
             self._send_parts(length, parts)
+        elif len(parts) == 1:
+            self._send(200, parts[0])
+        else:
+            self._send_list(parts)
 
     def _send_error(self, error: Exception) -> None:
         status = error.status if isinstance(error, WireError) else 500
-        self._send(status, _error_body(error))
+        self._send(status, _error_body(error), _retry(status))
 
     def _send(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> None:
         close = self._closing()
@@ -672,8 +989,24 @@ class HttpConnection(asyncio.Protocol):
         close = self._closing()
         if self._transport is not None:
             head = _BINARY % (header_length, b"connection: close\r\n" if close else b"", sum(map(len, parts)))
-            self._transport.write(b"".join([head, *parts]))
+            self._write([head, *parts])
             self._next(close)
+
+    def _send_list(self, parts: list[bytes]) -> None:
+        """An answer in JSON that is so long that it comes in parts."""
+        close = self._closing()
+        if self._transport is not None:
+            size = b"content-length: %d\r\n\r\n" % sum(map(len, parts))
+            self._write([_HEAD % (200, b"OK", _JSON, b"connection: close\r\n" if close else b"") + size, *parts])
+            self._next(close)
+
+    def _write(self, parts: list[bytes]) -> None:
+        assert self._transport is not None
+        if len(parts) < _MANY_PARTS:
+            self._transport.write(b"".join(parts))
+        else:
+            for part in parts:  # together they are large
+                self._transport.write(part)
 
     def _closing(self) -> bool:
         return self._desk.draining or (self._current is not None and not self._current.keep_alive)
@@ -684,7 +1017,7 @@ class HttpConnection(asyncio.Protocol):
             self._ready.clear()
             if self._transport is not None:
                 self._transport.close()
-        elif (self._ready or self._ended or self._broken) and not self._advancing:
+        elif (self._ready or self._ended or self._broken or self._paused) and not self._advancing:
             self._advance()
 
     def _advance(self) -> None:
@@ -693,11 +1026,16 @@ class HttpConnection(asyncio.Protocol):
         for _ in range(_MAX_PIPELINED):
             if self._current is not None or not self._ready:
                 break
-            self._begin(self._ready.popleft())
-        if self._paused and len(self._ready) < _MAX_PIPELINED and self._transport is not None:
+            message = self._ready.popleft()
+            self._pipelined -= sum(map(len, message.body))
+            self._begin(message)
+        few = len(self._ready) < _MAX_PIPELINED and self._pipelined < _MAX_PIPELINED_BYTES
+        if self._paused and few and self._transport is not None and (self._current is None or not self._reading):
             self._paused = False
-            if not self._unread:
-                self._transport.resume_reading()
+            self._since = self._clock()
+            if self._left:
+                asyncio.get_running_loop().call_soon(self._parse_left)
+            self._resume()
         if self._current is None and self._ready:
             asyncio.get_running_loop().call_soon(self._advance)  # the others have their turn
             return
@@ -710,14 +1048,13 @@ class HttpConnection(asyncio.Protocol):
 
 
 def _response(status: int, body: bytes, extra: bytes = b"", kind: bytes = _JSON) -> bytes:
-    return b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\n%scontent-length: %d\r\n\r\n%s" % (
-        status,
-        _REASONS[status].encode(),
-        kind,
-        extra,
-        len(body),
-        body,
-    )
+    head = _HEAD % (status, _REASONS[status].encode(), kind, extra)
+    return b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body)
+
+
+def _retry(status: int, after_s: float = 0.0) -> bytes:
+    """When to ask again, for who is turned away."""
+    return b"retry-after: %d\r\n" % max(1, math.ceil(after_s)) if status == 429 else b""
 
 
 def _without_body(answer: bytes) -> bytes:

@@ -254,6 +254,10 @@ class ObservedConnection(HttpConnection):
         self._end(200)
         super()._send_parts(header_length, parts)
 
+    def _send_list(self, parts: list[bytes]) -> None:
+        self._end(200)
+        super()._send_list(parts)
+
     def _refuse(self, error: WireError) -> None:
         if self._current is None and not self._ready and not self._dropping:  # it never came so far as to be a request
             self._observer.begin("http", "", "", {}).end(error.status)

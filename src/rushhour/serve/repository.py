@@ -12,16 +12,19 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
 from rushhour.measurement import BatchCost
+from rushhour.plan import Policy
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
-from rushhour.serve.guard import Limits
+from rushhour.serve.guard import Budget, Limits
 from rushhour.serve.pictures import Decoder
 from rushhour.serve.statistics import Totals, together
 from rushhour.serve.target import Target, Way, open_target
@@ -63,6 +66,7 @@ class Repository:
 
     Attributes:
         loaded: what answers requests now.
+        budget: of all large requests in this process.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
@@ -92,6 +96,7 @@ class Repository:
         self._opener = opener
         self._regions = regions
         self._limits = limits
+        self.budget = Budget(limits.held_bytes)
         self._version = version - 1
         self._retiring: list[Cell] = []
         self._past: dict[str, Totals] = {}
@@ -133,7 +138,8 @@ class Repository:
                 regions=self._regions,
                 pictures=self._most_pictures(engine.signature) if decoder else 0,
             )
-            cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, cost)
+            policy = self._bounded(target.plan.policy, engine.signature)
+            cell = Cell(engine, codec, policy, profile, WallClock(), decoder, cost)
             old, self.loaded = self.loaded, Loaded(target, way, engine, cell)
             base = f"/v2/models/{self.name}"
             self._infer_paths = frozenset(
@@ -191,6 +197,11 @@ class Repository:
         except RushhourError:
             engine.close()
             raise
+
+    def _bounded(self, policy: Policy, signature: Signature) -> Policy:
+        """The policy with a queue that takes no more bytes than the process may hold."""
+        samples = max(1, self._limits.held_bytes // sum(spec.row_bytes for spec in signature.inputs))
+        return msgspec.structs.replace(policy, queue_bound=min(policy.queue_bound, samples))
 
     def _most_pictures(self, signature: Signature) -> int:
         """In one request: decoded, they may be as large as a request with tensors."""

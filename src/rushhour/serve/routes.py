@@ -18,7 +18,8 @@ Handler = Callable[[bytes], Any]
 """Takes the request's body; gives what is to be answered as JSON, or that as a whole `Answer` where its
 status is not 200, or an awaitable of either."""
 
-_MAX_BODY_BYTES = 2**20
+MAX_BODY_BYTES = 64 * 2**10
+"""Of a request that is no inference: it is parsed on the event loop."""
 
 
 class Routes:
@@ -183,8 +184,8 @@ def _ready(ready: bool) -> Answer:
 def _parsed(body: bytes) -> dict[str, Any]:
     if not body:
         return {}
-    if len(body) > _MAX_BODY_BYTES:
-        raise WireError("the body is too large", f"here the limit is {_MAX_BODY_BYTES} bytes", "send less", status=413)
+    if len(body) > MAX_BODY_BYTES:
+        raise WireError("the body is too large", f"here the limit is {MAX_BODY_BYTES} bytes", "send less", status=413)
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

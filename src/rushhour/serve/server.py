@@ -27,7 +27,7 @@ from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
 from rushhour.serve.door import let_nobody_in
 from rushhour.serve.duties import Duties
-from rushhour.serve.guard import Keys, check_exposure, tls
+from rushhour.serve.guard import Budget, Keys, check_exposure, tls
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.observe import ObservedConnection, Observer
 from rushhour.serve.orders import Do
@@ -248,6 +248,7 @@ class _Desk:
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys)
+        self.budget = Budget(settings.limits.held_bytes) if repository is None else repository.budget
         self._repository = repository
         self._routes = Routes(control, infers=repository is not None)
 
