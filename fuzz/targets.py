@@ -85,7 +85,7 @@ def wire(data: bytes) -> None:
 
 
 _ONLY_WHOLE = re.compile(
-    r"is too long|elsewhere than in|more than \d+ (characters|texts|fields)|nested too deep|more spaces than text"
+    r"too long|elsewhere than in|more than \d+ (characters|texts|fields)|nested too deep|more spaces than text"
     r"|not Base64|unknown kind|found something else than numbers|does not end"
 )
 """Why what is read in pieces may be refused though it is valid."""

@@ -133,7 +133,8 @@ def put_back(values: Sequence[Any], tensors: Sequence[JsonTensor]) -> list[Any]:
 
 def too_long(what: str) -> WireError:
     """That a message is large beside its tensors."""
-    return WireError(f"{what} is too long", f"beside its tensors it may have {WHOLE_BYTES} bytes", "send less")
+    why = f"it is too long: beside its tensors it may have {WHOLE_BYTES} bytes"
+    return WireError(f"{what} cannot be read", why, "send less")
 
 
 class JsonTensor:

@@ -849,6 +849,8 @@ class Codec:
 def _converted(values: Sequence[int | float] | NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
     """Numbers in the type of a tensor; a `ValueError` or the like where they do not fit."""
     found = np.asarray(values)
+    if found.dtype.kind == "f" and spec.dtype == "uint64" and set(map(type, values)) == {int} and min(values) >= 0:
+        found = np.array(values, np.uint64)  # numpy makes floats of small and very large ones together
     if found.dtype.kind not in ("biu" if np.dtype(spec.dtype).kind in "iu" else "biuf"):
         raise ValueError(f"found values that are not {datatype_of(spec)}")
     if found.dtype.kind == "b" and spec.dtype != "bool":

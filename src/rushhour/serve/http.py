@@ -413,14 +413,14 @@ class HttpConnection(asyncio.Protocol):
             self._advancing = True
             asyncio.get_running_loop().call_soon(self._advance)
         self._begun, self._chunk = 0, b""
-        if self._left and self._transport is not None:
+        if self._left and self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._parse_left)
 
     def _parse_left(self) -> None:
         """Go on with what came before, or else let more come."""
-        if self._transport is None or self._paused:
-            return  # in the second case it is called again
+        if self._transport is None or self._transport.is_closing() or self._paused:
+            return  # in the last case it is called again
         left, self._left = self._left, b""
         if left and not self._deaf:
             self._parse(left)
@@ -428,7 +428,9 @@ class HttpConnection(asyncio.Protocol):
 
     def _resume(self) -> None:
         """Read more, unless something is against it."""
-        if self._transport is not None and not (self._paused or self._unread or self._left):
+        if self._paused or self._unread or self._left:
+            return
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _recognise(self, data: bytes) -> bool:
