@@ -209,7 +209,7 @@ def _attacks() -> dict[str, Callable[[], Attack]]:
         return bytes(_Request(model_name="tiny").SerializeToString()) + each
 
     return {
-        "HTTP: 22 Mi empty lists, gzip": http(lambda: _gzipped(_json(b"[" + b"[]," * (22 * _MIB - 1) + b"[]]"))),
+        "HTTP: 20 Mi empty lists, gzip": http(lambda: _gzipped(_json(b"[" + b"[]," * (20 * _MIB) + b"[]]"))),
         "HTTP: 32 Mi zeros, gzip": http(lambda: _gzipped(_json(b"[" + b"0," * (32 * _MIB - 50) + b"0]"))),
         "HTTP: 20 Mi empty texts, gzip": http(lambda: _gzipped(_json(b"[" + b'"",' * (20 * _MIB) + b'""]'))),
         "HTTP: 10 Mi objects, gzip": http(lambda: _gzipped(_json(b"[" + b"{}," * (20 * _MIB) + b"{}]"))),

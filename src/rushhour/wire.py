@@ -16,6 +16,7 @@ docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_c
 from __future__ import annotations
 
 import base64
+import io
 import math
 import re
 import reprlib
@@ -54,7 +55,9 @@ _AT_ONCE = 8192
 """Numbers of an answer that are written in one go, in about a millisecond. A class in words takes as long as 16 of
 them, and to find the classes among some numbers as long as to write a sixteenth of these."""
 _BYTES_AT_ONCE = 2**20
-"""Of shared memory, read or written in one go."""
+"""That are copied in one go."""
+MAX_PICTURE_BYTES = 16 * 2**20
+"""Of an encoded picture; larger ones than camera files are made to keep decoders busy."""
 _ID_KEY = re.compile(rb'"id"[ \t\r\n]*:')
 _ID = re.compile(rb'"id"[ \t\r\n]*:[ \t\r\n]*"([^"\\\x00-\x1f]+)"')
 
@@ -187,6 +190,7 @@ class InferRequest:
 
 
 Body = bytes | bytearray | memoryview
+Parts = list[bytes | memoryview]
 
 Encoded = memoryview | str
 """A picture as it was sent: its bytes, or these in Base64."""
@@ -276,14 +280,14 @@ class OutputTensor(NamedTuple):
     """One output of an answer.
 
     Attributes:
-        words: the values of a BYTES tensor, None for one of numbers.
+        words: the values of a BYTES tensor that is for JSON, some at a time; None for any other.
         raw: its bytes; None where they have been written to shared memory.
     """
 
     name: str
     datatype: str
     shape: list[int]
-    words: list[str] | None
+    words: Iterator[list[str]] | None
     raw: memoryview | bytes | None
 
 
@@ -446,7 +450,7 @@ class Codec:
                 work += values
         return work > _AT_ONCE or size > _BYTES_AT_ONCE
 
-    def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
+    def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, Parts]:
         """Write an answer.
 
         Args:
@@ -456,12 +460,12 @@ class Codec:
 
         Returns:
             The length of the JSON header where raw bytes follow it (for `Inference-Header-Content-Length`), else
-            None; and the parts of the body in order.
+            None; and the parts of the body in order, some of them views of `outputs`.
         """
         if wanted.top or wanted.places or not all(wanted.binary):
             return self._encode_each(wanted, rows, outputs)
         header = self._binary_header(wanted, rows)
-        return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
+        return len(header), [header, *[outputs[position] for position in wanted.outputs]]
 
     def answer_header(self, wanted: Wanted, rows: int) -> bytes | None:
         """The JSON header of an answer whose body is that header and the outputs' raw rows in the signature's order.
@@ -488,13 +492,16 @@ class Codec:
             return header
         return b'%b,"id":%b%b' % (header[: self.id_at], msgspec.json.encode(wanted.id), header[self.id_at :])
 
-    def outputs(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> Iterator[OutputTensor]:
+    def outputs(
+        self, wanted: Wanted, rows: int, outputs: Sequence[memoryview], *, in_json: bool = False
+    ) -> Iterator[OutputTensor]:
         """The outputs of an answer one by one, in the order wanted; those for shared memory are written there.
 
         Args:
             wanted: of the request.
             rows: samples in the answer.
             outputs: the raw rows of each of the signature's outputs, in its order.
+            in_json: texts that are not wanted as bytes are for JSON.
 
         Raises:
             WireError: if a place in shared memory is no longer there, or too small.
@@ -503,47 +510,50 @@ class Codec:
             spec = self.signature.outputs[position]
             top = wanted.top[number] if wanted.top else 0
             place = wanted.places[number] if wanted.places else None
+            described = (spec.name, "BYTES", [rows, top]) if top else self.describe(position, rows)
             words = self._likeliest(spec, outputs[position], rows, top) if top else None
-            raw = outputs[position] if words is None else _bytes_tensor(words)
+            if words is not None and in_json and place is None and not wanted.binary[number]:
+                yield OutputTensor(*described, words, b"")
+                continue
+            raw = outputs[position] if words is None else b"".join(map(_bytes_tensor, words))
             if place is not None:
                 self._shared().write(place, raw)
-            described = self.describe(position, rows) if words is None else (spec.name, "BYTES", [rows, top])
-            yield OutputTensor(*described, words, raw if place is None else None)
+            yield OutputTensor(*described, None, raw if place is None else None)
 
-    def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> list[str]:
-        """`value:index:label` of the `top` highest values of each sample, highest first."""
+    def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> Iterator[list[str]]:
+        """`value:index:label` of the `top` highest values of each sample, highest first; of some samples at a time."""
         values = np.frombuffer(rows_of, dtype=spec.dtype).reshape(rows, -1)
         shown = "{}:{}:{}" if values.dtype.kind in "iu" else "{:f}:{}:{}"
         at_once = max(1, _AT_ONCE // (16 * top + values.shape[1] // 16))
-        words: list[str] = []
         for first in range(0, rows, at_once):
             if first:
                 rest()
             some = values[first : first + at_once]
             order = np.argsort(-some.astype(np.float64), axis=1, kind="stable")[:, :top]
-            words += [
+            yield [
                 shown.format(some[row, index], index, self.labels[index])
                 for row, each in enumerate(order)
                 for index in each
             ]
-        return words
 
-    def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
-        described, blobs = [], []
+    def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, Parts]:
+        described: list[dict[str, Any]] = []
+        blobs: list[bytes | memoryview] = []
         lists: list[list[bytes]] = []
-        for output, binary in zip(self.outputs(wanted, rows, outputs), wanted.binary, strict=True):
+        for output, binary in zip(self.outputs(wanted, rows, outputs, in_json=True), wanted.binary, strict=True):
             entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
             if output.raw is None:
                 pass  # it lies in shared memory, where the client has said
             elif binary:
-                blobs.append(bytes(output.raw))
+                blobs.append(output.raw)
                 entry["parameters"] = {"binary_data_size": len(blobs[-1])}
             elif output.words is not None:
-                entry["data"] = self._listed(output.words, lists)
+                entry["data"] = _listed(output.words, lists)
             elif output.datatype == "FP16":
                 raise WireError(f"the output {output.name!r} is FP16", "JSON cannot carry it", "ask for binary data")
             else:
-                entry["data"] = self._listed(np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]), lists)
+                values = np.frombuffer(output.raw, dtype=_DTYPES[output.datatype])
+                entry["data"] = _listed(_in_json(values), lists)
             described.append(entry)
         header = self._answer(wanted.id, described)
         parts = [header]
@@ -551,19 +561,6 @@ class Codec:
             before, _, after = parts.pop().partition(_LIST)
             parts += [before, *content, after]
         return (sum(map(len, parts)) if blobs else None), [*parts, *blobs]
-
-    def _listed(self, values: NDArray[Any] | list[str], lists: list[list[bytes]]) -> Any:
-        """Values as they stand in an answer's JSON. Many are written here, in parts that are added to `lists`."""
-        if len(values) <= _AT_ONCE:
-            return _in_json(values)
-        parts = []
-        for first in range(0, len(values), _AT_ONCE):
-            text = msgspec.json.encode(_in_json(values[first : first + _AT_ONCE]))
-            parts.append((b"," if first else b"[") + text[1:-1])
-            rest()
-        parts.append(b"]")
-        lists.append(parts)
-        return msgspec.Raw(_LIST)
 
     def _answer(self, identity: str, described: list[dict[str, Any]]) -> bytes:
         answer: dict[str, Any] = {"model_name": self.model, "model_version": self.version}
@@ -877,8 +874,26 @@ def without_id(header: bytes) -> tuple[bytes, str]:
         return header, ""
 
 
-def _in_json(values: NDArray[Any] | list[str]) -> list[Any]:
-    return values if isinstance(values, list) else values.tolist()
+def _in_json(values: NDArray[Any]) -> Iterator[list[Any]]:
+    """Numbers as they are written in JSON, some at a time."""
+    for first in range(0, len(values), _AT_ONCE):
+        if first:
+            rest()
+        yield values[first : first + _AT_ONCE].tolist()
+
+
+def _listed(batches: Iterator[list[Any]], lists: list[list[bytes]]) -> Any:
+    """Values as they stand in JSON. Of several batches it is a placeholder, and their parts are added to `lists`."""
+    first = next(batches)
+    second = next(batches, None)
+    if second is None:
+        return first
+    parts = [msgspec.json.encode(first)[:-1]]
+    for batch in chain((second,), batches):
+        parts.append(b"," + msgspec.json.encode(batch)[1:-1])
+    parts.append(b"]")
+    lists.append(parts)
+    return msgspec.Raw(_LIST)
 
 
 def _flat(data: object) -> list[int | float]:
@@ -957,8 +972,16 @@ def content_of(picture: Encoded) -> bytes:
     Raises:
         WireError: if it is not Base64 where it ought to be.
     """
+    if len(picture) > MAX_PICTURE_BYTES:
+        limit = f"encoded it may have {MAX_PICTURE_BYTES} bytes"
+        raise WireError(f"a picture of {len(picture)} bytes is too large", limit, "send a smaller one", status=413)
     if not isinstance(picture, str):
-        return bytes(picture)
+        whole = io.BytesIO()
+        for at in range(0, len(picture), _BYTES_AT_ONCE):
+            if at:
+                rest()
+            whole.write(picture[at : at + _BYTES_AT_ONCE])
+        return whole.getvalue()
     try:
         return base64.b64decode(picture, validate=True)
     except ValueError as error:

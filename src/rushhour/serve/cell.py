@@ -40,9 +40,13 @@ The views are valid only during the call.
 """
 
 
-def lasting(result: Sequence[memoryview]) -> list[memoryview]:
-    """Views that stay valid when the call of a `Reply` is over. What was collected for the caller alone is no copy."""
-    return [view if isinstance(view.obj, bytearray) else memoryview(bytes(view)) for view in result]
+class Lasting(list[memoryview]):
+    """Views that stay valid when the call of a `Reply` is over."""
+
+
+def lasting(result: Sequence[memoryview]) -> Lasting:
+    """Such views of what a `Reply` is given; copies, unless they are such already."""
+    return result if isinstance(result, Lasting) else Lasting(memoryview(bytes(view)) for view in result)
 
 
 class Job:
@@ -55,7 +59,7 @@ class Job:
         self.request = request
         self.reply: Reply | None = reply
         self.missing = request.rows
-        self.collected: list[bytearray] | None = None
+        self.collected: Lasting | None = None
         self.ticket: Ticket[Job] | None = None
 
 
@@ -419,14 +423,15 @@ class Cell:
                 job.reply([view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)])
             return True
         if job.collected is None:
-            job.collected = [bytearray(job.request.rows * size) for size in self._row_bytes_out]
+            sizes = [job.request.rows * size for size in self._row_bytes_out]
+            job.collected = Lasting(np.empty(size, np.uint8).data for size in sizes)
         for whole, view, size in zip(job.collected, views, self._row_bytes_out, strict=True):
             first = part.first * size
             whole[first : first + part.rows * size] = view[at * size : (at + part.rows) * size]
         if job.missing:
             return False
         self.counters.answered += 1
-        job.reply([memoryview(whole) for whole in job.collected])
+        job.reply(job.collected)
         return True
 
     def _fail(self, ticket: Ticket[Job], error: BaseException) -> None:

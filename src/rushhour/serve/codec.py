@@ -276,7 +276,7 @@ def take_apart(message: bytes) -> tuple[list[Any], bytes, list[memoryview]]:
                     elif size > _LEFT_BYTES:
                         raise too_long("the id")
                     else:
-                        identity = message[at:stop]
+                        identity = bytes(message[at:stop])
                 at = stop
             elif kind == _VARINT:
                 _, at = _number(message, at)

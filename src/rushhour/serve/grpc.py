@@ -25,7 +25,7 @@ from rushhour.protocol import HEALTH, INFERENCE, message
 from rushhour.serve.cell import Cell, Job, Shed, lasting
 from rushhour.serve.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.control import Control
-from rushhour.serve.guard import Budget, Grant, Keys, Limits, without_frames
+from rushhour.serve.guard import Budget, Grant, Keys, Limits, inflate, without_frames
 from rushhour.serve.observe import CANCELLED, Followed, Observer
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.wire import PlacedRequest
@@ -50,6 +50,7 @@ _STREAM_WINDOW = 256
 _MAX_DETAILS = 1000
 _MAX_CONTROL_BYTES = 64 * 2**10
 """Of a message that is no inference request: it is parsed on the loop's thread."""
+_GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 _LARGE_BYTES = 2**20
 """From here on a message leaves so much behind that it is worth giving back."""
 _WATCH_SECONDS = 0.5
@@ -89,6 +90,7 @@ class GrpcFace:
         self._repository = repository
         self._control = control
         self._keys = keys
+        self._most = limits.body_bytes
         self._codec: GrpcCodec | None = None
         self._ending = asyncio.Event()
         self._stopping = False
@@ -98,7 +100,8 @@ class GrpcFace:
             handlers=[self._inference(), self._health()],
             maximum_concurrent_rpcs=limits.connections,
             options=[
-                ("grpc.max_receive_message_length", limits.body_bytes),
+                ("grpc.max_receive_message_length", min(limits.body_bytes, limits.grpc_bytes)),
+                ("grpc.per_message_decompression", 0),  # it is done here, on a thread
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", limits.header_bytes),
                 ("grpc.absolute_max_metadata_size", limits.header_bytes),
@@ -164,7 +167,10 @@ class GrpcFace:
         followed = self._follow("ModelInfer", context)
         try:
             self._admit(context)
-            return await (await self._submit(await _only(context), context.time_remaining(), followed)).answer()
+            sent = await self._only(context, self._most)
+            submitting = self._submit(sent, context.time_remaining(), followed)
+            del sent
+            return await (await submitting).answer()
         except Exception as error:
             _end(followed, _status(error))
             refusing = _refuse(context, error)
@@ -211,6 +217,7 @@ class GrpcFace:
                 await room.acquire()
                 followed = self._follow("ModelStreamInfer", context)
                 try:
+                    sent = await self._unpacked(sent, self._most)
                     begun.put_nowait(await self._submit(sent, None, followed))
                 except Exception as error:
                     _end(followed, _status(error))
@@ -249,8 +256,6 @@ class GrpcFace:
             followed.id = asked.id.decode() or followed.id
         if within_s is not None:
             within_s -= asyncio.get_running_loop().time() - began
-        if len(sent) > _LARGE_BYTES:
-            budget.trim_soon()
         return _Call(cell, codec, asked, within_s, followed, budget, grant)
 
     async def _fetch(self, cell: Cell, asked: Asked) -> None:
@@ -271,6 +276,37 @@ class GrpcFace:
         if codec is None or codec.codec is not loaded.cell.codec:
             codec = self._codec = GrpcCodec(loaded.cell.codec)
         return loaded, codec
+
+    async def _only(self, context: Context, most: int) -> bytes:
+        """The message of a call that has one; unpacked it has `most` bytes at most."""
+        sent = await context.read()
+        if sent is aio.EOF:
+            raise WireError("the call ended without a message", "this method takes one", "send it", status=501)
+        return await self._unpacked(sent, most)
+
+    async def _unpacked(self, sent: bytes, most: int) -> bytes:
+        """A message as it was before it was compressed.
+
+        grpcio would unpack it in one go, and does not say whether it is compressed. Of a message that is not, the first
+        byte is never gzip's, and zlib's only where a field comes first that the protocol does not have.
+        """
+        budget = self._repository.budget
+        if len(sent) > _LARGE_BYTES:
+            budget.trim_soon()
+        is_gzip = sent.startswith(_GZIP)
+        if not (is_gzip or sent.startswith(_ZLIB)):
+            return sent
+        try:
+            unpacked = await budget.unpack(inflate, sent, b"gzip" if is_gzip else b"deflate", most)
+        except WireError as error:
+            if error.status == 413:
+                raise _TooLarge(most) from None
+            if is_gzip:
+                raise
+            return sent
+        if len(unpacked) > _LARGE_BYTES:
+            budget.trim_soon()
+        return bytes(unpacked) if len(unpacked) <= WHOLE_BYTES else cast(bytes, unpacked)
 
     def _admit(self, context: Context) -> None:
         if not self._keys:
@@ -303,7 +339,7 @@ class GrpcFace:
             try:
                 if method.name not in _OPEN_METHODS:
                     self._admit(context)
-                answered = answer(_parsed(request, await _only(context)))
+                answered = answer(_parsed(request, await self._only(context, _MAX_CONTROL_BYTES)))
                 if isinstance(answered, Awaitable):
                     answered = await answered
                 encoded = ParseDict(answered or {}, response()).SerializeToString()
@@ -370,7 +406,7 @@ class GrpcFace:
 
     async def _check(self, messages: object, context: Context) -> bytes:
         try:
-            service = _parsed(_HealthRequest, await _only(context)).service
+            service = _parsed(_HealthRequest, await self._only(context, _MAX_CONTROL_BYTES)).service
             status = self._status(service)
             if status == _SERVICE_UNKNOWN:
                 raise WireError(f"there is no service {service[:100]!r}", status=404)
@@ -380,7 +416,7 @@ class GrpcFace:
 
     async def _watch(self, messages: object, context: Context) -> AsyncIterator[bytes]:
         try:
-            service = _parsed(_HealthRequest, await _only(context)).service
+            service = _parsed(_HealthRequest, await self._only(context, _MAX_CONTROL_BYTES)).service
         except WireError as error:
             await _refuse(context, error)
         said = None
@@ -499,6 +535,13 @@ class _TurnedAway(WireError):
         self.retry_after_s = shed.retry_after_s
 
 
+class _TooLarge(WireError):
+    """A message that is larger than it may be, once it is unpacked."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__("the message is too large", f"the limit is {most} bytes unpacked", "split it", status=413)
+
+
 def _stopping() -> WireError:
     return WireError("the server is stopping", "", "ask another", status=503)
 
@@ -512,17 +555,10 @@ def _end(followed: Followed | None, status: int) -> None:
         followed.end(status)
 
 
-async def _only(context: Context) -> bytes:
-    """The message of a call that has one."""
-    sent = await context.read()
-    if sent is aio.EOF:
-        raise WireError("the call ended without a message", "this method takes one", "send it", status=501)
-    message: bytes = sent
-    return message
-
-
 async def _refuse(context: Context, error: Exception) -> NoReturn:
     code = _CODES.get(_status(error), grpc.StatusCode.INTERNAL)
+    if isinstance(error, _TooLarge):
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED  # as grpcio has it for those that are not compressed
     without_frames(error)  # abort's own error keeps this one, whose frames would keep the message
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
     metadata: tuple[tuple[str, str], ...] = ()

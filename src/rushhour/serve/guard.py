@@ -38,6 +38,8 @@ class Limits(msgspec.Struct, frozen=True):
     Attributes:
         connections: at once; further ones are answered 503 and closed.
         body_bytes: of a request, compressed or not; of its pictures, decoded.
+        grpc_bytes: of a message over gRPC as it comes, if that is less. grpcio copies it in one go, and until it has
+            nobody is answered: for 16 MiB that takes 5 to 25 ms. Compressed messages are unpacked on threads.
         held_bytes: of all requests in one process: of those that are being read and not yet answered, and of those that
             wait for the engine. Further ones are turned away.
         header_bytes: of a request, with its target.
@@ -48,6 +50,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     connections: Annotated[int, msgspec.Meta(ge=1)] = 8192
     body_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 * 2**20
+    grpc_bytes: Annotated[int, msgspec.Meta(ge=1)] = 16 * 2**20
     held_bytes: Annotated[int, msgspec.Meta(ge=1)] = 512 * 2**20
     header_bytes: Annotated[int, msgspec.Meta(ge=256)] = 32 * 2**10
     request_s: _Positive = 30.0
@@ -128,6 +131,10 @@ class Grant:
         if held > self._size and held + size > self._budget.size:
             limit = f"they have {held} bytes together, and the limit is {self._budget.size}"
             raise WireError("too many large requests are under way", limit, "try again later", status=429)
+        self.take(size)
+
+    def take(self, size: int) -> None:
+        """Take it whether it is there or not: for what cannot be turned away any more."""
         self._size += size
         self._budget.held += size
 

@@ -18,11 +18,11 @@ import httptools
 import msgspec
 
 from rushhour.errors import RushhourError, WireError
-from rushhour.serve.cell import Cell, Job, Shed, lasting
+from rushhour.serve.cell import Cell, Job, Lasting, Shed, lasting
 from rushhour.serve.guard import Budget, Grant, Keys, Limits, inflate
 from rushhour.serve.routes import MAX_BODY_BYTES, Answer
 from rushhour.serve.upload import Upload
-from rushhour.wire import Body, Codec, InferRequest, Layout, PlacedRequest
+from rushhour.wire import Body, Codec, InferRequest, Layout, Parts, PlacedRequest
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
@@ -74,8 +74,6 @@ _REASONS = {
 
 
 _HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: %s\r\n%s"
-_MANY_PARTS = 16
-"""Of an answer, from which on they are written one by one instead of being copied into one."""
 
 _BINARY = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
@@ -332,6 +330,7 @@ class HttpConnection(asyncio.Protocol):
         self._chunked = False
         self._ended = False
         self._unread = False
+        self._unsent: Grant | None = None
         self._reading = False
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[None] | None = None
@@ -355,7 +354,7 @@ class HttpConnection(asyncio.Protocol):
         self._desk.connections.discard(self)
         if self._job is not None and self._cell is not None:
             self._cell.cancel(self._job)
-        self._cell = self._request = self._job = self._upload = None
+        self._cell = self._request = self._job = self._upload = self._unsent = None
         del self._parser  # which holds this connection: they are to go now, not when cycles are sought
 
     def data_received(self, data: bytes) -> None:
@@ -492,7 +491,7 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The client reads again."""
-        self._unread = False
+        self._unread, self._unsent = False, None
         self._resume()
 
     def expire(self, now: float) -> None:
@@ -954,23 +953,23 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:  # out of here it would reach the cell, and those who share the batch
             self._stumble(error)
             return
-        self._send_encoded(length, parts)
+        self._send_encoded(length, parts, lasts=isinstance(result, Lasting))
 
     async def _write_aside(self, codec: Codec, request: InferRequest, result: Sequence[memoryview]) -> None:
         """Write a large answer on a thread."""
         try:
             length, parts = await self._desk.budget.aside(codec.encode, request.wanted, request.rows, result)
-            self._send_encoded(length, parts)
+            self._send_encoded(length, parts, lasts=True)
         except WireError as error:
             self._send_error(error)
         except Exception as error:
             self._stumble(error)
 
-    def _send_encoded(self, length: int | None, parts: list[bytes]) -> None:
+    def _send_encoded(self, length: int | None, parts: Parts, *, lasts: bool) -> None:
         if length is not None:
-            self._send_parts(length, parts)
+            self._send_parts(length, parts, lasts=lasts)
         elif len(parts) == 1:
-            self._send(200, parts[0])
+            self._send(200, bytes(parts[0]))
         else:
             self._send_list(parts)
 
@@ -987,28 +986,41 @@ class HttpConnection(asyncio.Protocol):
             self._transport.write(answer)
             self._next(close)
 
-    def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
+    def _send_parts(self, header_length: int, parts: Parts, *, lasts: bool = False) -> None:
+        """An answer of a JSON header and raw tensors.
+
+        Args:
+            header_length: of the JSON header in bytes.
+            parts: of the body.
+            lasts: they stay as they are, and need not be copied now.
+        """
         close = self._closing()
         if self._transport is not None:
-            head = _BINARY % (header_length, b"connection: close\r\n" if close else b"", sum(map(len, parts)))
-            self._write([head, *parts])
+            size = sum(map(len, parts))
+            head = _BINARY % (header_length, b"connection: close\r\n" if close else b"", size)
+            if lasts and size > _MAX_PIPELINED_BYTES:
+                self._write_each([head, *parts])
+            else:
+                self._transport.write(b"".join([head, *parts]))
             self._next(close)
 
-    def _send_list(self, parts: list[bytes]) -> None:
+    def _send_list(self, parts: Parts) -> None:
         """An answer in JSON that is so long that it comes in parts."""
         close = self._closing()
         if self._transport is not None:
             size = b"content-length: %d\r\n\r\n" % sum(map(len, parts))
-            self._write([_HEAD % (200, b"OK", _JSON, b"connection: close\r\n" if close else b"") + size, *parts])
+            head = _HEAD % (200, b"OK", _JSON, b"connection: close\r\n" if close else b"")
+            self._write_each([head + size, *parts])
             self._next(close)
 
-    def _write(self, parts: list[bytes]) -> None:
+    def _write_each(self, parts: Parts) -> None:
+        """Write a large answer without copying it into one; until it is sent it counts among what is held."""
         assert self._transport is not None
-        if len(parts) < _MANY_PARTS:
-            self._transport.write(b"".join(parts))
-        else:
-            for part in parts:  # together they are large
-                self._transport.write(part)
+        for part in parts:
+            self._transport.write(part)
+        if self._unread:
+            self._unsent = self._desk.budget.grant()
+            self._unsent.take(sum(map(len, parts)))
 
     def _closing(self) -> bool:
         return self._desk.draining or (self._current is not None and not self._current.keep_alive)

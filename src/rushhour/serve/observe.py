@@ -16,7 +16,7 @@ from rushhour.errors import WireError
 from rushhour.serve import log
 from rushhour.serve.cell import Cell, Job, Reply, Shed
 from rushhour.serve.http import Desk, HttpConnection, Message
-from rushhour.wire import InferRequest
+from rushhour.wire import InferRequest, Parts
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -250,11 +250,11 @@ class ObservedConnection(HttpConnection):
         self._end(status)
         super()._send(status, body, *more, **named)
 
-    def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
+    def _send_parts(self, header_length: int, parts: Parts, *, lasts: bool = False) -> None:
         self._end(200)
-        super()._send_parts(header_length, parts)
+        super()._send_parts(header_length, parts, lasts=lasts)
 
-    def _send_list(self, parts: list[bytes]) -> None:
+    def _send_list(self, parts: Parts) -> None:
         self._end(200)
         super()._send_list(parts)
 
