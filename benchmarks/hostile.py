@@ -179,6 +179,7 @@ def _unpacked(field: int, entry: bytes, times: int) -> bytes:
 
 Attack = Callable[[Target], list[str]]
 
+_RAW = ',"parameters":{"binary_data_output":true}'
 _CLASSIFIED = f',"outputs":[{{"name":"probabilities","parameters":{{"classification":{_CLASSES}}}}}]'
 
 
@@ -237,7 +238,7 @@ def _attacks() -> dict[str, Callable[[], Attack]]:
         "HTTP: 60 MiB of zeros, gzip": http(lambda: _gzipped(bytes(60 * _MIB))),
         "HTTP: 4 MiB in chunks of 1 byte": http(lambda: _chunked(b"0" * (4 * _MIB), 1)),
         "HTTP: 60 MiB in chunks of 64 KiB": http(lambda: _chunked(b"0" * (60 * _MIB), 65536)),
-        "HTTP: 20 pipelined bodies of 3 MiB": http(lambda: _binary(_ROWS, "", times=20), 20),
+        "HTTP: 20 pipelined bodies of 3 MiB": http(lambda: _binary(_ROWS, _RAW, times=20), 20),
         "gRPC: 60 Mi packed zeros, gzip": call(lambda: _typed("uint_contents", bytes(60 * _MIB)), packed=True),
         "gRPC: 1 MiB of zeros, 2 clients": call(lambda: _typed("uint_contents", bytes(_MIB)), clients=2),
         "gRPC: 30 Mi zeros, not packed, gzip": call(lambda: _unpacked(4, b"\0", 30 * _MIB), packed=True),
