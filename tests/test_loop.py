@@ -945,6 +945,20 @@ def test_an_id_of_another_length_is_no_shift_of_the_tensor(tiny: Bundle) -> None
     run(scenario)
 
 
+def test_the_last_answer_of_a_known_request_has_its_id(tiny: Bundle) -> None:
+    async def scenario() -> None:
+        async with served(tiny) as server:
+            client = await Client.to(server.address)
+            for number in range(3):
+                await client.ask(numbered(number, in_head=True, in_json=True))
+            server.desk.draining = True
+            answer = await client.ask(numbered(7, in_head=True, in_json=True))
+            assert (answer.json["id"], answer.fields["connection"]) == ("r-000007", "close")
+            np.testing.assert_array_equal(answer.values, fake_answers(images_of(2, 7)))
+
+    run(scenario)
+
+
 def test_a_known_request_is_read_anew_after_a_reload(tiny: Bundle) -> None:
     async def scenario() -> None:
         async with served(tiny) as server:

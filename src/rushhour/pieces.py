@@ -383,9 +383,10 @@ class Packed:
         raise ValueError("it is no list of text")
 
     def _narrowed(self, raw: NDArray[np.uint64]) -> NDArray[Any]:
-        if self._dtype.kind == "b":
-            return raw != 0
-        return raw.view(np.int64).astype(self._dtype) if self._dtype.kind == "i" else raw.astype(self._dtype)
+        narrowed: NDArray[Any] = raw != 0
+        if self._dtype.kind != "b":
+            narrowed = (raw.view(np.int64) if self._dtype.kind == "i" else raw).astype(self._dtype)
+        return narrowed
 
 
 class Texts:

@@ -767,7 +767,7 @@ class Codec:
         try:
             if isinstance(entry.data, JsonTensor | Packed | Texts):
                 array = assembled(entry.data, count, spec.dtype, lambda values: _converted(values, spec))
-                return memoryview(array.reshape(-1).view(np.uint8))
+                return array.reshape(-1).view(np.uint8).data
             values = _flat(entry.data)
             if len(values) != count:
                 raise ValueError(f"found {len(values)} values for shape {entry.shape}")

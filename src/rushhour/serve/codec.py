@@ -140,13 +140,12 @@ class GrpcCodec:
         """
         rest, identity, raw = take_apart(message)
         if sum(map(len, rest)) > WHOLE_BYTES:
-            head, contents = _cut(rest)
-            header = self._read(head, raw, contents)
-            return Asked(self.codec.gather(header.layout, raw), identity, header)
+            cut = self._read(*_cut(rest), raw)
+            return Asked(self.codec.gather(cut.layout, raw), identity, cut)
         head = bytes(rest[0]) if len(rest) == 1 else b"".join(rest)
         header = self._headers.get(head)
         if header is None:
-            header = self._read(head, raw)
+            header = self._read(head, (), raw)
         elif list(map(len, raw)) != header.sizes:
             raise WireError(
                 f"raw_input_contents holds {', '.join(str(len(each)) for each in raw) or 'no'} bytes",
@@ -179,7 +178,7 @@ class GrpcCodec:
             parts.append(asked.id)
         return b"".join(parts)
 
-    def _read(self, head: bytes, raw: list[memoryview], contents: Sequence[_Contents | None] = ()) -> _Header:
+    def _read(self, head: bytes, contents: Sequence[_Contents | None], raw: list[memoryview]) -> _Header:
         try:
             parsed = _Request.FromString(head)
         except DecodeError as error:
@@ -349,7 +348,8 @@ def _cut(parts: Sequence[bytes | memoryview]) -> tuple[bytes, list[_Contents | N
     """A request without the contents of its inputs, and these: None for an input that has none."""
     left: list[bytes | memoryview] = []
     found: list[_Contents | None] = []
-    for part in map(memoryview, parts):
+    for each in parts:
+        part = memoryview(each)
         for tag, start, content, stop in _fields(part, _MAX_FIELDS):
             if tag != _INPUT:
                 left.append(part[start:stop])

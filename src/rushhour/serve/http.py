@@ -184,6 +184,10 @@ def _between(data: bytes, places: Iterable[tuple[int, int]]) -> list[bytes]:
     return [*found, data[at:]]
 
 
+def _moved(place: tuple[int, int], before: bytes) -> tuple[int, int]:
+    return place[0] + len(before), place[1] + len(before)
+
+
 def _behind(fixed: Sequence[bytes], data: bytes) -> int:
     """Where `data` goes on behind these parts and what may stand behind each of them; -1 if they are not there."""
     at = 0
@@ -201,13 +205,15 @@ class _Turn:
 
     Attributes:
         answer: all of the answer that comes before its tensors, if they follow whole and in the signature's order.
+        id: as the client gave it.
     """
 
-    __slots__ = ("answer",)
+    __slots__ = ("answer", "id")
     keep_alive = True
 
-    def __init__(self, answer: bytes | None) -> None:
+    def __init__(self, answer: bytes | None, id: bytes = b"") -> None:
         self.answer = answer
+        self.id = id
 
 
 class _Repeat(_Turn):
@@ -217,7 +223,10 @@ class _Repeat(_Turn):
     read it; after a reload the request is read anew.
     """
 
-    __slots__ = ("_described", "_fixed", "_id_bytes", "codec", "path", "prefix", "rows", "size", "slices", "wanted")
+    __slots__ = (
+        *("_around", "_before", "_fields", "_id_bytes", "_last", "codec"),
+        *("path", "prefix", "rows", "size", "slices", "wanted"),
+    )
 
     def __init__(self, known: _Known, codec: Codec, path: bytes, header: bytes, layout: Layout) -> None:
         self.prefix = known.head + header
@@ -227,22 +236,30 @@ class _Repeat(_Turn):
         self.rows = layout.rows
         self.wanted = layout.wanted
         self.slices = tuple(slice(len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
-        identity = codec.id_in(header)
-        self._id_bytes = 0 if identity is None else identity[1] - identity[0]
-        *fields, last = known.fixed
-        before, *after = _between(header, () if identity is None else (identity,))
-        self._fixed = [*fields, last + before, *after]
-        self._described = codec.answer_header(layout.wanted, layout.rows)
-        super().__init__(None if self._described is None else self._begun(self._described))
+        place = codec.id_in(header)
+        identity = b"" if place is None else header[slice(*place)]
+        self._id_bytes = len(identity)
+        *fields, rest = known.fixed
+        self._fields = tuple(fields)
+        self._before, self._last = (
+            (b"", rest + header) if place is None else _between(rest + header, (_moved(place, rest),))
+        )
+        described, self._around = codec.answer_header(layout.wanted, layout.rows), (b"", b"")
+        answer = None
+        if described is not None:
+            if identity:
+                described = b'%b,"id":"%b"%b' % (described[: codec.id_at], identity, described[codec.id_at :])
+            size = len(described) + self.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
+            answer = _BINARY % (len(described), b"", size)
+            at = len(answer) + codec.id_at + len(b',"id":"')
+            answer += described
+            self._around = answer[:at], answer[at + len(identity) :]
+        super().__init__(answer, identity)
 
     @property
     def exact(self) -> bool:
         """Nothing in it differs from time to time."""
-        return len(self._fixed) == 1
-
-    def _begun(self, described: bytes) -> bytes:
-        size = len(described) + self.rows * sum(spec.row_bytes for spec in self.codec.signature.outputs)
-        return _BINARY % (len(described), b"", size) + described
+        return not (self._fields or self._id_bytes)
 
     def request(self, data: bytes | memoryview) -> InferRequest:
         """The request that `data`, which begins with the prefix and has the right size, holds."""
@@ -256,35 +273,22 @@ class _Repeat(_Turn):
 
         Its length is the one before: what the head says of lengths is the same.
         """
-        *fixed, last = self._fixed
-        shift = len(whole) - self.size
-        end = len(self.prefix) + shift
-        if end < 0 or not data.endswith(last, 0, end):
+        at = _behind(self._fields, data)
+        start = at + len(self._before)
+        stop = start + self._id_bytes
+        shift = stop + len(self._last) - len(self.prefix)
+        if at < 0 or len(whole) - self.size != shift or not data.startswith(self._last, stop):
             return None
-        if not self._id_bytes:
-            return (self, self._shifted(whole, shift)) if _behind(fixed, data) == end - len(last) else None
-        *fields, before = fixed
-        at = _behind(fields, data)
-        if at < 0 or not data.startswith(before, at):
-            return None
-        match = _ID.match(data, at + len(before), end)
-        if match is None or match.end() != end - len(last):
-            return None
-        identity = match[0]
-        if len(identity) != self._id_bytes or not identity.isascii():
-            return None
-        request = self._shifted(whole, shift)
-        request.wanted = msgspec.structs.replace(self.wanted, id=identity.decode())
-        described = self._described
-        if described is None:
-            return _Turn(None), request
-        place = self.codec.id_at
-        return _Turn(self._begun(b'%b,"id":"%b"%b' % (described[:place], identity, described[place:]))), request
-
-    def _shifted(self, whole: bytes | memoryview, shift: int) -> InferRequest:
         view = memoryview(whole)
         tensors = tuple([view[place.start + shift : place.stop + shift] for place in self.slices])
-        return InferRequest(self.rows, tensors, self.wanted)
+        request = InferRequest(self.rows, tensors, self.wanted)
+        if not self._id_bytes:
+            return self, request
+        identity = data[start:stop]
+        if not (data.startswith(self._before, at) and identity.isascii() and _ID.fullmatch(identity)):
+            return None
+        before, after = self._around
+        return _Turn(before + identity + after if after else None, identity), request
 
 
 class HttpConnection(asyncio.Protocol):
@@ -939,6 +943,8 @@ class HttpConnection(asyncio.Protocol):
                 self._transport.write(b"".join((current.answer, *result)))
                 self._next(close=False)
         else:
+            if isinstance(current, _Turn) and current.id:
+                request.wanted = msgspec.structs.replace(request.wanted, id=current.id.decode())
             self._reply(cell, request, result)
 
     def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:

@@ -16,7 +16,7 @@ from rushhour.errors import WireError
 from rushhour.serve import log
 from rushhour.serve.cell import Cell, Job, Reply, Shed
 from rushhour.serve.http import Desk, HttpConnection, Message
-from rushhour.wire import InferRequest, Parts
+from rushhour.wire import Body, InferRequest, Parts
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -243,7 +243,7 @@ class ObservedConnection(HttpConnection):
             self._followed.shed = shed.reason
         super()._turn_away(shed)
 
-    def _submit(self, cell: Cell, message: Message, body: bytes) -> None:
+    def _submit(self, cell: Cell, message: Message, body: Body) -> None:
         super()._submit(cell if self._followed is None else self._followed.into(cell), message, body)
 
     def _send(self, status: int, body: bytes, *more: Any, **named: Any) -> None:
