@@ -331,7 +331,7 @@ class Region:
         self.content = bytearray(size)
         self.checked: list[Place] = []
 
-    def check(self, place: Place) -> None:
+    def check(self, place: Place, *, writes: bool = True) -> None:
         self.checked.append(place)
         if place.region != "r":
             raise WireError("there is no region", status=404)
