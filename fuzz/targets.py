@@ -41,10 +41,9 @@ CUT = b"\xff\xfe"
 """Where an input of `http` holds this, one read ends and the next begins; the server sees what lies between."""
 KEY = "a-key-of-some-length"
 LIMITS = Limits(connections=4, body_bytes=4096, header_bytes=1024)
-# So that what is large fits in here.
-http_module._LARGE = 100
-http_module._SLICE, http_module._MOST_MET = 400, 16
-http_module._HELD_BYTES = 300
+http_module._LARGE = 100  # so that what is large fits in here
+_SMALL = {"_SLICE": 400, "_MOST_MET": 16, "_HELD_BYTES": 300}
+"""The same, of what other tests in this process need as it is."""
 _PIECE_BYTES = 24
 _LARGE_JSON = 700
 _QUIET_TURNS = 16
@@ -294,7 +293,10 @@ class Stack:
             hasty: the client ends its side at once, and all reads fall into one turn of the loop.
             methods: of the requests in it, for answers without a body.
         """
-        heard = self._loop.run_until_complete(self._converse(reads, hasty, methods))
+        with contextlib.ExitStack() as small:
+            for name, value in _SMALL.items():
+                small.enter_context(_changed(http_module, name, value))
+            heard = self._loop.run_until_complete(self._converse(reads, hasty, methods))
         assert not self._failures, self._failures
         return heard
 
