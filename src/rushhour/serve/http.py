@@ -322,9 +322,12 @@ class _Repeat(_Turn):
         shift = stop + len(self._last) - len(self.prefix)
         if at < 0 or len(whole) - self.size != shift or not data.startswith(self._last, stop):
             return None
-        view = memoryview(whole)
-        tensors = tuple([view[place.start + shift : place.stop + shift] for place in self.slices])
-        request = InferRequest(self.rows, tensors, self.wanted)
+        if shift:
+            view = memoryview(whole)
+            tensors = tuple([view[place.start + shift : place.stop + shift] for place in self.slices])
+            request = InferRequest(self.rows, tensors, self.wanted)
+        else:
+            request = self.request(whole)
         if not self._id_bytes:
             return self, request
         identity = data[start:stop]
