@@ -6,6 +6,7 @@
 # make bench-serve   our server against its peers, 26 minutes on a quiet machine (`apt-get install wrk` first)
 # make bench-noise   the main job on a host that is disturbed on purpose, 3 hours; parts by `--only`
 # make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
+# make bench-hostile  how long hostile inputs keep a server from others, and what memory they leave, 6 minutes
 # make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
 # make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
 # make bench-compress  what compression buys and costs, an hour and a half; goes on where it was broken off
@@ -20,7 +21,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo test test-slow test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -68,6 +69,10 @@ bench-noise: .venv/.dev
 
 bench-soak: setup
 	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/render.py
+
+bench-hostile: setup
+	$(BIN)/python benchmarks/hostile.py
 	$(BIN)/python benchmarks/render.py
 
 fuzz: .venv/.dev

@@ -27,6 +27,7 @@ from bench.closed_loop import Load, generator
 from bench.contestants import OURS, PEERS, Batches, Setup, peer_of
 from bench.crowd import Overload, capacity_of, overload
 from bench.environments import CannotInstall, python_of, versions_of
+from bench.ids import CASES, costs_of
 from bench.models import SEED, ModelName, bundle_of
 from bench.parts import busy_cores, say
 from bench.record import Check, Table, judged, mean_ratio, record, verdict
@@ -65,6 +66,8 @@ _ONE, _OTHER, _BOTH = frozenset({0}), frozenset({1}), frozenset({0, 1})
 _ROUNDS, _SECONDS = 4, 4.0
 _CROWDS = {"article": 1.0, "article.both": 5.0}
 """Whose capacity is searched, and in how many times the budget: what is claimed needs longer windows for its proof."""
+_IDS = 1.3
+"""How many times as much a request may cost that has an id of its own."""
 _QUIET = 0.05
 _LOOK_S = 2.0
 
@@ -244,13 +247,17 @@ def main() -> int:
         bench.round(number)
     checks = [*_speed_checks(bench), *_cost_checks(bench)]
     data: dict[str, Any] = {"busy_cores_before": round(busy, 3), "generator": generator()}
+    ids: list[Table] = []
+    if scenario := next((scenario for scenario in bench.scenarios if scenario.name == "noop"), None):
+        ids, id_checks = _ids(bench, scenario, arguments.rounds)
+        checks += id_checks
     for name, share in _CROWDS.items() if not arguments.no_crowd else ():
         if any(scenario.name == name for scenario in bench.scenarios):
             crowd_checks, crowd = _crowd(bench, name, share * arguments.budget, arguments.overload)
             checks += crowd_checks
             data |= crowd
     data |= {
-        "tables": _tables(bench),
+        "tables": [*_tables(bench), *ids],
         "blocks": bench.blocks,
         "raw": {f"{name} {number}": costs for (name, number), costs in bench.raw.items()},
         "minutes": round((time.monotonic() - began) / 60, 1),
@@ -301,6 +308,26 @@ def _cost_checks(bench: Bench) -> list[Check]:
         why = bench.why_not(name, OURS)
         checks.append(judged(f"2.cpu.{name}", what, f"<= {target:g}", ratios, why=why))
     return checks
+
+
+def _ids(bench: Bench, scenario: Scenario, rounds: int) -> tuple[list[Table], list[Check]]:
+    """What it costs that each request has an id of its own: in its head, as proxies give it, or in its JSON."""
+    target = f"<= {_IDS:g}"
+    try:
+        costs = costs_of(bench.setup(scenario), scenario.load, rounds, bench.seconds)
+    except (DidNotStart, OSError) as error:
+        return [], [Check("4.ids", "CPU per request with ids", "x", target, None, None, 0, False, str(error))]
+    rows, checks = [], []
+    for case, what in CASES.items():
+        ratios = [cost / equal for cost, equal in zip(costs[case], costs["equal"], strict=True)]
+        rows.append((what, round_to(statistics.fmean(costs[case]), 3), round_to(mean_ratio(ratios)[0], 3)))
+        if case != "equal":
+            checks.append(judged(f"4.ids.{case}", f"no-op model, {what}: CPU against equal requests", target, ratios))
+        say(f"{what}: {statistics.fmean(costs[case]):.1f} µs CPU")
+    note = f"{scenario.load.connections} connections, no-op model; Rushhour's own generator, means over the rounds."
+    return [
+        Table("ids of requests", ("requests", "CPU, µs/request", "against equal ones, x"), tuple(rows), note)
+    ], checks
 
 
 def _crowd(bench: Bench, name: str, budget_s: float, overload_s: float) -> tuple[list[Check], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`make fuzz`: both targets side by side for FUZZ_SECONDS (600), guided by coverage; `benchmarks/results/fuzz.json`.
+"""`make fuzz`: all targets side by side for FUZZ_SECONDS (600), guided by coverage; `benchmarks/results/fuzz.json`.
 
 Inputs that reach something new are kept, minimised, in `fuzz/corpus`; the test suite replays them. An input that
 breaks a promise is left in `.bench/fuzz` for `python fuzz/run.py TARGET FILE`.
@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 _FOUND = ROOT / ".bench" / "fuzz"
-_LARGEST = {"wire": 600, "http": 4400}
+_LARGEST = {"wire": 600, "grpc": 600, "http": 4400}
 _KEPT_BYTES = 48 * 1024
 """Of each target's corpus."""
 _WORDS = Path(__file__).with_name("words.dict")
-_INSTRUMENTED = ["rushhour.wire", "rushhour.serve", "rushhour.errors"]
+_INSTRUMENTED = ["rushhour.wire", "rushhour.pieces", "rushhour.serve", "rushhour.errors"]
 
 
 def attack(target: str, arguments: list[str]) -> None:
@@ -80,7 +80,7 @@ def main() -> int:
             verdict(f"7.{target}.time", f"`{target}`: time fuzzed", ">= 600", ran, None, 1, unit="s"),
         ]
     columns = ("target", "s", "executions", "edges", "features", "peak RSS, MiB", "corpus", "corpus, KiB", "crashes")
-    note = "Both at once, coverage-guided (atheris, libFuzzer); edges are of Python code."
+    note = "All at once, coverage-guided (atheris, libFuzzer); edges are of Python code."
     tables = [msgspec.to_builtins(Table("fuzzing", columns, tuple(rows), note))]
     versions = {"atheris": importlib.metadata.version("atheris"), "httptools": importlib.metadata.version("httptools")}
     done = record(checks, {"tables": tables}, {"libFuzzer": seed}, versions)

@@ -1,44 +1,53 @@
 """What the fuzzer attacks, and what must hold whatever the bytes are. Broken promises are AssertionErrors.
 
-`wire` is `Codec.decode`. `http` is one connection of a whole server (all routes, an engine that adds up pixels) behind
-a transport that delivers the bytes in any pieces. The test suite replays the corpus through the same two functions.
+`wire` is `Codec.decode`, of a request in one go and in pieces. `grpc` is `GrpcCodec.decode`, of a message parsed whole
+and with its typed contents cut out. `http` is one connection of a whole server (all routes, an engine that adds up
+pixels) behind a transport that delivers the bytes in any pieces. The test suite replays the corpus through the same
+functions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httptools
 
+import rushhour.wire as wire_module
+from rushhour import pieces
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve import codec as codec_module
 from rushhour.serve import http as http_module
+from rushhour.serve.codec import GrpcCodec
 from rushhour.serve.control import Control
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Repository
 from rushhour.serve.server import _Desk
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine
-from rushhour.wire import Codec, InferRequest
+from rushhour.wire import Codec, InferRequest, content_of
 
 CORPUS = Path(__file__).parent / "corpus"
 CUT = b"\xff\xfe"
 """Where an input of `http` holds this, one read ends and the next begins; the server sees what lies between."""
 KEY = "a-key-of-some-length"
 LIMITS = Limits(connections=4, body_bytes=4096, header_bytes=1024)
-http_module._LARGE = 100  # so that what is large fits in here
-http_module._LONG_LINE = 2048  # beyond the limit: a line that is held is read at its end, or the connection's
+SMALL = {"_LARGE": 100, "_SLICE": 400, "_MOST_MET": 16, "_HELD_BYTES": 300, "_LONG_LINE": 2048}
+"""Of the connection's own bounds, so that what is large fits in here; a line that is held is longer than any may be."""
 _TOO_LONG = (414, 431)
 """Statuses of heads that are too long: one that comes in pieces is counted with the spaces around its values."""
-_QUIET_TURNS = 8
+_PIECE_BYTES = 24
+_LARGE_JSON = 700
+_QUIET_TURNS = 16
 _MOST_TURNS = 10_000
 _MOST_PIECES = 24
 _ALL_JSON = 0xFFFF
@@ -55,37 +64,98 @@ _SIGNATURES = (
 # wire
 
 
+class Refused(str):
+    """Why a request is not valid."""
+
+
 def wire(data: bytes) -> None:
     """One byte chooses the model, two give the header's length (65,535 for all JSON), the rest is the body."""
     if len(data) < 3:
         return
-    signature = _SIGNATURES[data[0] % len(_SIGNATURES)]
-    length = int.from_bytes(data[1:3], "little")
-    codec = Codec("m", signature, max_rows=64, labels=("a", "b", "c"))
-    first, again = (_decoded(codec, data[3:], None if length == _ALL_JSON else length) for _ in range(2))
+    codec = _codec(data[0])
+    number = int.from_bytes(data[1:3], "little")
+    length = None if number == _ALL_JSON else number
+    first, again = (_decoded(codec, lambda: codec.decode(data[3:], length)) for _ in range(2))
     assert first == again, "a header seen before means the same"
+    if length == 0 or b"NaN" in data or b"Infinity" in data:
+        return
+    with _changed(wire_module, "WHOLE_BYTES", 0), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
+        in_pieces = _decoded(codec, lambda: codec.decode(data[3:], length))
+    _agree(first, in_pieces, _ONLY_WHOLE)
 
 
-def _decoded(codec: Codec, body: bytes, length: int | None) -> object:
+_ONLY_WHOLE = re.compile(
+    r"too long|elsewhere than in|more than \d+ (characters|texts|fields)|nested too deep|more spaces than text"
+    r"|not Base64|unknown kind|found something else than numbers|does not end"
+)
+"""Why what is read in pieces may be refused though it is valid."""
+
+
+def _agree(whole: object, cut: object, only_whole: re.Pattern[str]) -> None:
+    """What is read in pieces means the same as what is read whole."""
+    if isinstance(cut, Refused):
+        assert isinstance(whole, Refused) or only_whole.search(cut), (whole, cut)
+    else:
+        assert whole == cut, (whole, cut)
+
+
+@contextlib.contextmanager
+def _changed(module: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
-        request = codec.decode(body, length)
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _codec(choice: int) -> Codec:
+    """For one of the models; some of them take pictures."""
+    pictures = 3 if choice & 0x80 and choice % len(_SIGNATURES) == 0 else 0
+    signature = _SIGNATURES[choice % len(_SIGNATURES)]
+    return Codec("m", signature, max_rows=64, labels=("a", "b", "c"), pictures=pictures)
+
+
+def _decoded(codec: Codec, decode: Callable[[], InferRequest]) -> object:
+    try:
+        request = decode()
+        return _whole(codec, request)
     except WireError as caught:
         refused = caught
-    else:
-        return _whole(codec, request)
     assert 400 <= refused.status <= 501
     assert len(str(refused)) < 1000, "an error does not repeat what was sent"
-    return str(refused)
+    return Refused(refused)
 
 
 def _whole(codec: Codec, request: InferRequest) -> object:
     assert 1 <= request.rows <= codec.max_rows
+    if request.pictures:
+        assert len(request.pictures) == request.rows
+        return [content_of(picture) for picture in request.pictures], request.wanted
     sizes = [request.rows * spec.row_bytes for spec in codec.signature.inputs]
     assert [len(tensor) for tensor in request.tensors] == sizes
     zeros = [memoryview(bytes(request.rows * spec.row_bytes)) for spec in codec.signature.outputs]
     header_length, parts = codec.encode(request.wanted, request.rows, zeros)
     assert header_length is None or 0 < header_length <= sum(map(len, parts))
     return [bytes(tensor) for tensor in request.tensors], request.wanted
+
+
+# grpc
+
+
+def grpc(data: bytes) -> None:
+    """One byte chooses the model, the rest is a `ModelInferRequest`."""
+    if not data:
+        return
+    codec = _codec(data[0])
+    first, cut = GrpcCodec(codec), GrpcCodec(codec)
+    whole = _decoded(codec, lambda: first.decode(data[1:]).request)
+    assert whole == _decoded(codec, lambda: first.decode(data[1:]).request), "a header seen before means the same"
+    with _changed(codec_module, "WHOLE_BYTES", -1), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
+        in_pieces = _decoded(codec, lambda: cut.decode(data[1:]).request)
+    if isinstance(whole, Refused) and "cannot be read" in whole:
+        return  # of contents that nobody asked for the parser alone sees the faults
+    _agree(whole, in_pieces, _ONLY_WHOLE)
 
 
 # http
@@ -224,7 +294,10 @@ class Stack:
             hasty: the client ends its side at once, and all reads fall into one turn of the loop.
             methods: of the requests in it, for answers without a body.
         """
-        heard = self._loop.run_until_complete(self._converse(reads, hasty, methods))
+        with contextlib.ExitStack() as changed:
+            for name, value in SMALL.items():
+                changed.enter_context(_changed(http_module, name, value))
+            heard = self._loop.run_until_complete(self._converse(reads, hasty, methods))
         assert not self._failures, self._failures
         return heard
 
@@ -239,7 +312,7 @@ class Stack:
                 break
             assert not transport.paused, "nothing is under way, and nothing is read"
             transport.deliver(read)
-        if not hasty:
+        if transport.paused or not hasty:
             await self._quiet(transport)
         closed = transport.ended or transport.is_closing()
         if not transport.is_closing() and not connection.eof_received():
@@ -256,7 +329,7 @@ class Stack:
         still, before = 0, -1
         cell = self._server.cell_of(b"/v2/models/tiny/infer")
         for _ in range(_MOST_TURNS):
-            if still >= _QUIET_TURNS and (self._full or cell is None or cell.idle):
+            if still >= _QUIET_TURNS and not transport.paused and (self._full or cell is None or cell.idle):
                 return
             still, before = (still + 1 if len(transport.sent) == before else 0), len(transport.sent)
             await asyncio.sleep(0)
@@ -350,8 +423,11 @@ def http(data: bytes) -> None:
     reads = [read for read in data[1:].split(CUT) if read]
     sent = b"".join(reads)
     reference = _Reference(sent)
-    pieces = _cut(sent, max(piece, len(sent) // _MOST_PIECES))
-    heard = [_stacks[kind].converse(given, hasty=hasty, methods=reference.methods) for given in ([sent], reads, pieces)]
+    cut = _cut(sent, max(piece, len(sent) // _MOST_PIECES))
+    with _changed(wire_module, "WHOLE_BYTES", _LARGE_JSON):
+        heard = [
+            _stacks[kind].converse(given, hasty=hasty, methods=reference.methods) for given in ([sent], reads, cut)
+        ]
     for answers, closed in heard:
         _check(answers, closed, reference, early=kind != 0)
     if kind == 0 and not any(answer.status in _TOO_LONG for answers, _ in heard for answer in answers):
@@ -384,4 +460,4 @@ def _cut(sent: bytes, piece: int) -> list[bytes]:
     return [sent[at : at + piece] for at in range(0, len(sent), piece)]
 
 
-TARGETS = {"wire": wire, "http": http}
+TARGETS = {"wire": wire, "grpc": grpc, "http": http}

@@ -24,6 +24,7 @@ from rushhour.serve import ServeSettings, open_target, repository
 from rushhour.serve.admission import Profile
 from rushhour.serve.batcher import Batcher
 from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
+from rushhour.serve.guard import Budget
 from rushhour.serve.http import HttpConnection
 from rushhour.serve.repository import Repository
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
@@ -248,11 +249,11 @@ def test_over_http_an_answer_that_cannot_be_sent_is_an_error_and_the_others_have
     sent = HttpConnection._send_parts
     broken: list[HttpConnection] = []
 
-    def send(connection: HttpConnection, *parts: Any) -> None:
+    def send(connection: HttpConnection, *parts: Any, **named: Any) -> None:
         if not broken:
             broken.append(connection)
             raise RuntimeError("an exporter of spans that is down")
-        sent(connection, *parts)
+        sent(connection, *parts, **named)
 
     monkeypatch.setattr(HttpConnection, "_send_parts", send)
 
@@ -278,6 +279,9 @@ def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
     from rushhour.serve.grpc import _Call
 
     class Codec_:
+        def writes_much(self, asked: object) -> bool:
+            return False
+
         def encode(self, asked: object, result: object) -> bytes:
             return b"the answer"
 
@@ -291,7 +295,7 @@ def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
     async def scenario() -> None:
         cell = cell_of(FakeEngine(EngineConfig("openvino", max_batch=2)))
         with reports() as told:
-            call = _Call(cell, Codec_(), Asked_(), None, Followed_())  # type: ignore[arg-type]
+            call = _Call(cell, Codec_(), Asked_(), None, Followed_(), Budget(1), None)  # type: ignore[arg-type]
             assert await call.answer() == b"the answer"
             await turns()
             assert cell.idle

@@ -223,7 +223,7 @@ def test_many_kinds_of_answers_do_not_keep_new_ones_from_being_remembered() -> N
         )
         asked = codec.decode(header + body[length:], len(header))
         codec.encode(asked.wanted, 1, [memoryview(bytes(12))])
-    assert (asked.wanted, 1) in codec._answer_headers
+    assert (asked.wanted.outputs, 1) in codec._answer_headers
     assert len(codec._answer_headers) <= 256
 
 
@@ -423,7 +423,7 @@ def test_a_line_in_many_pieces_is_not_copied_with_each(stack: Stack, begins: str
     answers, _, fed = read_in_pieces(stack, limits, pieces)
     assert [answer.status for answer in answers] == [200]
     assert sum(fed) == len(ENDLESS[begins]) + len(whole)
-    assert len(fed) < 30, "it waits for its end outside the parser, which copies all it has with each piece"
+    assert len(fed) < 50, "it waits for its end outside the parser, which copies all it has with each piece"
 
 
 def test_extensions_of_chunks_and_trailers_are_bounded(stack: Stack) -> None:
@@ -456,6 +456,7 @@ def test_a_body_without_a_key_is_not_kept(fields: bytes, before: bytes, form: st
 
     with contextlib.closing(Stack(keys=(KEY,))) as keyed, pytest.MonkeyPatch.context() as patch:
         patch.setattr("targets.HttpConnection", Watched)
+        patch.setattr("targets.SMALL", {})
         cut = len(before) + 250  # in the body, behind the head
         reads = [sent[:cut], *(sent[at : at + 200] for at in range(cut, len(sent), 200))]
         answers, closed = keyed.converse([*reads, HEALTH])

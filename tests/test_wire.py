@@ -285,7 +285,7 @@ def test_outputs_that_cannot_be_given_are_refused(
 )
 def test_places_in_shared_memory_that_are_none_are_refused(parameters: dict[str, object]) -> None:
     class Nothing:
-        def check(self, place: Place) -> None:
+        def check(self, place: Place, *, writes: bool = True) -> None:
             raise AssertionError(place)
 
         def read(self, place: Place) -> memoryview:

@@ -14,8 +14,10 @@ cannot get them wrong.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -56,7 +58,7 @@ DType = Literal[
 ]
 
 
-class TensorSpec(msgspec.Struct, frozen=True):
+class TensorSpec(msgspec.Struct, frozen=True, dict=True):
     """A named tensor of a model.
 
     Attributes:
@@ -67,10 +69,10 @@ class TensorSpec(msgspec.Struct, frozen=True):
     dtype: DType
     shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one sample."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Signature(msgspec.Struct, frozen=True):

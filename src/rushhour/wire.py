@@ -19,11 +19,13 @@ docs/protocol: extension_binary_data.md, extension_shared_memory.md, extension_c
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -33,6 +35,17 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
+from rushhour.pieces import (
+    WHOLE_BYTES,
+    JsonTensor,
+    Packed,
+    Texts,
+    assembled,
+    cut_json,
+    put_back,
+    rest,
+    with_literals,
+)
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -53,6 +66,18 @@ _DATATYPES = {
 _DTYPES = {datatype: dtype for dtype, datatype in _DATATYPES.items()}
 _MAX_CACHED_HEADERS = 256
 _MAX_CACHED_HEADER_BYTES = 4096
+_AT_ONCE = 8192
+"""Numbers of an answer that are written in one go, in about a millisecond. A class in words takes as long as 16 of
+them, and to find the classes among some numbers as long as to write a sixteenth of these."""
+_BYTES_AT_ONCE = 2**20
+"""That are copied in one go."""
+MAX_PICTURE_BYTES = 16 * 2**20
+"""Of an encoded picture; larger ones than camera files are made to keep decoders busy."""
+_ID_KEY = re.compile(rb'"id"[ \t\r\n]*:')
+_ID = re.compile(rb'"id"[ \t\r\n]*:[ \t\r\n]*"([^"\\\x00-\x1f]+)"')
+
+_LIST = b"\0"
+"""Stands for a list that is written apart: nothing else in JSON has this byte."""
 
 if TYPE_CHECKING:
     _Parameters = dict[str, Any]
@@ -151,19 +176,7 @@ def _parsed(text: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
     except msgspec.DecodeError:
         if b"NaN" not in text and b"Infinity" not in text:
             raise
-    # What overflows would become infinite here; looking at each number costs, so only where there may be one.
-    exact = _finite if _MAY_OVERFLOW.search(text) else None
-    return msgspec.convert(json.loads(text.decode(), parse_float=exact), decoder.type)
-
-
-_MAY_OVERFLOW = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{300}")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if math.isinf(value):
-        raise ValueError(f"the number {_shown(number)} is too large")
-    return value
+    return msgspec.convert(with_literals(text), decoder.type)
 
 
 def _numbers(values: NDArray[Any]) -> list[Any] | msgspec.Raw:
@@ -190,8 +203,8 @@ class Place(msgspec.Struct, frozen=True):
 class Regions(Protocol):
     """The shared memory that clients have registered. Whoever does I/O hands it in."""
 
-    def check(self, place: Place) -> None:
-        """Raise a `WireError` unless the place lies in a registered region that may be written."""
+    def check(self, place: Place, *, writes: bool = True) -> None:
+        """Raise a `WireError` unless the place lies in a registered region, one that may be written if it is to be."""
         ...
 
     def read(self, place: Place) -> memoryview:
@@ -234,16 +247,21 @@ class InferRequest:
         tensors: one view of `rows * row_bytes` bytes for each input, in the signature's order.
         wanted: what the answer is to hold.
         pictures: what the tensors are still to be made of; empty for all but a `PictureRequest`.
+        elsewhere: bytes that are still to be read from shared memory; 0 for all but a `PlacedRequest`.
     """
 
     __slots__ = ("rows", "tensors", "wanted")
     pictures: Sequence[Encoded] = ()
+    elsewhere = 0
 
     def __init__(self, rows: int, tensors: tuple[memoryview, ...], wanted: Wanted) -> None:
         self.rows = rows
         self.tensors = tensors
         self.wanted = wanted
 
+
+Body = bytes | bytearray | memoryview
+Parts = list[bytes | memoryview]
 
 Encoded = memoryview | str
 """A picture as it was sent: its bytes, or these in Base64."""
@@ -261,6 +279,36 @@ class PictureRequest(InferRequest):
     def __init__(self, pictures: Sequence[Encoded], wanted: Wanted) -> None:
         super().__init__(len(pictures), (), wanted)
         self.pictures = pictures
+
+
+class PlacedRequest(InferRequest):
+    """A decoded request of which tensors lie in shared memory: they are read once it is sure that it is let in.
+
+    Attributes:
+        elsewhere: bytes to be read.
+    """
+
+    __slots__ = ("_fetch", "elsewhere")
+
+    def __init__(self, layout: Layout, fetch: Callable[[], InferRequest]) -> None:
+        super().__init__(layout.rows, (), layout.wanted)
+        self.elsewhere = sum(place.byte_size for place in layout.places.values())
+        self._fetch = fetch
+
+    def fetch(self) -> InferRequest:
+        """Read them, on any thread: the request with all of its tensors.
+
+        Raises:
+            WireError: if a place is not there any more.
+        """
+        request = self._fetch()
+        request.wanted = self.wanted
+        return request
+
+    @property
+    def large(self) -> bool:
+        """Reading it would hold the event loop up."""
+        return self.elsewhere > _BYTES_AT_ONCE
 
 
 class Layout:
@@ -303,14 +351,14 @@ class OutputTensor(NamedTuple):
     """One output of an answer.
 
     Attributes:
-        words: the values of a BYTES tensor, None for one of numbers.
+        words: the values of a BYTES tensor that is for JSON, some at a time; None for any other.
         raw: its bytes; None where they have been written to shared memory.
     """
 
     name: str
     datatype: str
     shape: list[int]
-    words: list[str] | None
+    words: Iterator[list[str]] | None
     raw: memoryview | bytes | None
 
 
@@ -346,14 +394,36 @@ class Codec:
         self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
+        self._values = tuple(math.prod(spec.shape) for spec in signature.outputs)
         self._layouts: dict[bytes, Layout] = {}
-        self._answer_headers: dict[tuple[Wanted, int], bytes] = {}
+        self._numbered: dict[bytes, Layout] = {}
+        self._answer_headers: dict[tuple[tuple[int, ...], int], bytes] = {}
+        self.id_at = len(msgspec.json.encode({"model_name": model, "model_version": version})) - 1
+        """Where an id goes in the JSON header of an answer that has none."""
+
+    @property
+    def pictures(self) -> int:
+        """Encoded pictures in one request, at most; 0 where the model takes none."""
+        return min(self._pictures, self.max_rows)
 
     def known(self, header: bytes) -> Layout | None:
-        """What a JSON header says, if an equal one was read before; None where it must be read first."""
-        return self._layouts.get(header)
+        """What a JSON header says, if one was read before that was equal but for the id; None if it must be read."""
+        return self._layouts.get(header) or self._numbered.get(without_id(header)[0])
 
-    def decode(self, body: bytes, header_length: int | None) -> InferRequest:
+    def id_in(self, header: bytes) -> tuple[int, int] | None:
+        """Where the id of a known JSON header begins and ends; None where another one would not be known, too."""
+        bare, identity = without_id(header)
+        if not identity or bare not in self._numbered:
+            return None
+        match = _ID.search(header)
+        assert match is not None
+        return match.span(1)
+
+    def is_large(self, body: Body, header_length: int | None) -> bool:
+        """Whether reading a request takes long: then it must not be done on the event loop's thread."""
+        return (len(body) if header_length is None else header_length) > WHOLE_BYTES
+
+    def decode(self, body: Body, header_length: int | None) -> InferRequest:
         """Read a request.
 
         Args:
@@ -374,10 +444,21 @@ class Codec:
                 f"the body has {len(body)} bytes",
                 "send the length of the JSON header in bytes",
             )
-        header = body[:header_length]
+        if header_length > WHOLE_BYTES:
+            return self._decode_new(b"", body, header_length)
+        header = bytes(body[:header_length])
         layout = self._layouts.get(header)
+        if layout is not None:
+            return self._decode_known(layout, body, header_length)
+        bare, identity = without_id(header)
+        layout = self._numbered.get(bare) if identity else None
         if layout is None:
             return self._decode_new(header, body, header_length)
+        request = self._decode_known(layout, body, header_length)
+        request.wanted = msgspec.structs.replace(layout.wanted, id=identity)
+        return request
+
+    def _decode_known(self, layout: Layout, body: Body, header_length: int) -> InferRequest:
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
         view = memoryview(body)
@@ -386,7 +467,7 @@ class Codec:
         tensors = tuple([view[header_length + start : header_length + stop] for start, stop in layout.ordered])
         return InferRequest(layout.rows, tensors, layout.wanted)
 
-    def decode_picture(self, body: bytes) -> PictureRequest:
+    def decode_picture(self, body: Body) -> PictureRequest:
         """Read a request that is one encoded picture and nothing else; the answer is JSON.
 
         Raises:
@@ -415,17 +496,36 @@ class Codec:
             WireError: if a place in shared memory is not registered.
         """
         tensors = layout.inline | dict(zip(layout.slices, following, strict=True))
-        for position, place in layout.places.items():
-            tensors[position] = self._shared().read(place)
+        for place in layout.places.values():
+            self._shared().check(place, writes=False)
         for wanted in layout.wanted.places:
             if wanted is not None:
-                self._shared().check(wanted)
-        if layout.encoded:
-            return PictureRequest(layout.pictures or _elements(tensors[0], layout.rows), layout.wanted)
-        ordered = tuple(tensors[position] for position in range(len(self._inputs)))
-        return InferRequest(layout.rows, ordered, layout.wanted)
+                self._shared().check(wanted, writes=True)
 
-    def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
+        def fetch() -> InferRequest:
+            for position, place in layout.places.items():
+                tensors[position] = self._shared().read(place)
+            if layout.encoded:
+                return PictureRequest(layout.pictures or _elements(tensors[0], layout.rows), layout.wanted)
+            ordered = tuple(tensors[position] for position in range(len(self._inputs)))
+            return InferRequest(layout.rows, ordered, layout.wanted)
+
+        return PlacedRequest(layout, fetch) if layout.places else fetch()
+
+    def writes_much(self, wanted: Wanted, rows: int) -> bool:
+        """Whether writing an answer takes long: then it must not be done on the event loop's thread."""
+        work = size = 0
+        for number, position in enumerate(wanted.outputs):
+            values = rows * self._values[position]
+            if wanted.top and wanted.top[number]:
+                work += values // 16 + 16 * rows * wanted.top[number]
+            elif wanted.places and wanted.places[number] is not None:
+                size += rows * self.signature.outputs[position].row_bytes
+            elif not wanted.binary[number]:
+                work += values
+        return work > _AT_ONCE or size > _BYTES_AT_ONCE
+
+    def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, Parts]:
         """Write an answer.
 
         Args:
@@ -435,12 +535,12 @@ class Codec:
 
         Returns:
             The length of the JSON header where raw bytes follow it (for `Inference-Header-Content-Length`), else
-            None; and the parts of the body in order.
+            None; and the parts of the body in order, some of them views of `outputs`.
         """
         if wanted.top or wanted.places or not all(wanted.binary):
             return self._encode_each(wanted, rows, outputs)
         header = self._binary_header(wanted, rows)
-        return len(header), [header, *[bytes(outputs[position]) for position in wanted.outputs]]
+        return len(header), [header, *[outputs[position] for position in wanted.outputs]]
 
     def answer_header(self, wanted: Wanted, rows: int) -> bytes | None:
         """The JSON header of an answer whose body is that header and the outputs' raw rows in the signature's order.
@@ -451,7 +551,7 @@ class Codec:
         return self._binary_header(wanted, rows) if whole and not (wanted.top or wanted.places) else None
 
     def _binary_header(self, wanted: Wanted, rows: int) -> bytes:
-        key = (wanted, rows)
+        key = (wanted.outputs, rows)
         header = self._answer_headers.get(key)
         if header is None:
             described = [
@@ -459,20 +559,24 @@ class Codec:
                 | {"parameters": {"binary_data_size": rows * self.signature.outputs[position].row_bytes}}
                 for position in wanted.outputs
             ]
-            header = self._answer(wanted, described)
-            if not wanted.id:
-                if len(self._answer_headers) >= _MAX_CACHED_HEADERS:
-                    self._answer_headers.clear()
-                self._answer_headers[key] = header
-        return header
+            header = self._answer("", described)
+            if len(self._answer_headers) >= _MAX_CACHED_HEADERS:
+                self._answer_headers.clear()
+            self._answer_headers[key] = header
+        if not wanted.id:
+            return header
+        return b'%b,"id":%b%b' % (header[: self.id_at], msgspec.json.encode(wanted.id), header[self.id_at :])
 
-    def outputs(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> Iterator[OutputTensor]:
+    def outputs(
+        self, wanted: Wanted, rows: int, outputs: Sequence[memoryview], *, in_json: bool = False
+    ) -> Iterator[OutputTensor]:
         """The outputs of an answer one by one, in the order wanted; those for shared memory are written there.
 
         Args:
             wanted: of the request.
             rows: samples in the answer.
             outputs: the raw rows of each of the signature's outputs, in its order.
+            in_json: texts that are not wanted as bytes are for JSON.
 
         Raises:
             WireError: if a place in shared memory is no longer there, or too small.
@@ -481,43 +585,60 @@ class Codec:
             spec = self.signature.outputs[position]
             top = wanted.top[number] if wanted.top else 0
             place = wanted.places[number] if wanted.places else None
+            described = (spec.name, "BYTES", [rows, top]) if top else self.describe(position, rows)
             words = self._likeliest(spec, outputs[position], rows, top) if top else None
-            raw = outputs[position] if words is None else _bytes_tensor(words)
+            if words is not None and in_json and place is None and not wanted.binary[number]:
+                yield OutputTensor(*described, words, b"")
+                continue
+            raw = outputs[position] if words is None else b"".join(map(_bytes_tensor, words))
             if place is not None:
                 self._shared().write(place, raw)
-            described = self.describe(position, rows) if words is None else (spec.name, "BYTES", [rows, top])
-            yield OutputTensor(*described, words, raw if place is None else None)
+            yield OutputTensor(*described, None, raw if place is None else None)
 
-    def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> list[str]:
-        """`value:index:label` of the `top` highest values of each sample, highest first."""
+    def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> Iterator[list[str]]:
+        """`value:index:label` of the `top` highest values of each sample, highest first; of some samples at a time."""
         values = np.frombuffer(rows_of, dtype=spec.dtype).reshape(rows, -1)
-        order = np.argsort(-values.astype(np.float64), axis=1, kind="stable")[:, :top]
         shown = "{}:{}:{}" if values.dtype.kind in "iu" else "{:f}:{}:{}"
-        return [
-            shown.format(values[row, index], index, self.labels[index]) for row in range(rows) for index in order[row]
-        ]
+        at_once = max(1, _AT_ONCE // (16 * top + values.shape[1] // 16))
+        for first in range(0, rows, at_once):
+            if first:
+                rest()
+            some = values[first : first + at_once]
+            order = np.argsort(-some.astype(np.float64), axis=1, kind="stable")[:, :top]
+            yield [
+                shown.format(some[row, index], index, self.labels[index])
+                for row, each in enumerate(order)
+                for index in each
+            ]
 
-    def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, list[bytes]]:
-        described, blobs = [], []
-        for output, binary in zip(self.outputs(wanted, rows, outputs), wanted.binary, strict=True):
+    def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, Parts]:
+        described: list[dict[str, Any]] = []
+        blobs: list[bytes | memoryview] = []
+        lists: list[list[bytes]] = []
+        for output, binary in zip(self.outputs(wanted, rows, outputs, in_json=True), wanted.binary, strict=True):
             entry: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
             if output.raw is None:
                 pass  # it lies in shared memory, where the client has said
             elif binary:
-                blobs.append(bytes(output.raw))
+                blobs.append(output.raw)
                 entry["parameters"] = {"binary_data_size": len(blobs[-1])}
             elif output.words is not None:
-                entry["data"] = output.words
+                entry["data"] = _listed(output.words, lists)
             else:
-                entry["data"] = _numbers(np.frombuffer(output.raw, dtype=_DTYPES[output.datatype]))
+                values = np.frombuffer(output.raw, dtype=_DTYPES[output.datatype])
+                entry["data"] = _listed(_in_json(values), lists)
             described.append(entry)
-        header = self._answer(wanted, described)
-        return (len(header) if blobs else None), [header, *blobs]
+        header = self._answer(wanted.id, described)
+        parts = [header]
+        for content in lists:
+            before, _, after = parts.pop().partition(_LIST)
+            parts += [before, *content, after]
+        return (sum(map(len, parts)) if blobs else None), [*parts, *blobs]
 
-    def _answer(self, wanted: Wanted, described: list[dict[str, Any]]) -> bytes:
+    def _answer(self, identity: str, described: list[dict[str, Any]]) -> bytes:
         answer: dict[str, Any] = {"model_name": self.model, "model_version": self.version}
-        if wanted.id:
-            answer["id"] = wanted.id
+        if identity:
+            answer["id"] = identity
         return msgspec.json.encode(answer | {"outputs": described})
 
     def describe(self, position: int, rows: int) -> tuple[str, str, list[int]]:
@@ -525,7 +646,7 @@ class Codec:
         spec = self.signature.outputs[position]
         return spec.name, datatype_of(spec), [rows, *spec.shape]
 
-    def _raw(self, body: bytes) -> InferRequest:
+    def _raw(self, body: Body) -> InferRequest:
         if len(self.signature.inputs) != 1:
             raise WireError(
                 f"a raw request holds one input, but {self.model} has {len(self.signature.inputs)}",
@@ -542,7 +663,10 @@ class Codec:
         every = tuple(range(len(self.signature.outputs)))
         return InferRequest(rows, (memoryview(body),), Wanted(id="", outputs=every, binary=(True,) * len(every)))
 
-    def _decode_new(self, header: bytes, body: bytes, header_length: int) -> InferRequest:
+    def _decode_new(self, header: bytes, body: Body, header_length: int) -> InferRequest:
+        tensors: list[JsonTensor] = []
+        if header_length > WHOLE_BYTES:
+            header, tensors = cut_json(memoryview(body)[:header_length], self.pictures)
         try:
             parsed = _parsed(header, _request_decoder)
             parsed.id.encode()  # it is echoed: half of a surrogate pair could not be
@@ -550,16 +674,31 @@ class Codec:
             raise WireError(
                 "the request's JSON cannot be read", str(error), "see the Open Inference Protocol, $inference_request"
             ) from error
+        if tensors:
+            for entry, data in zip(
+                parsed.inputs, put_back([entry.data for entry in parsed.inputs], tensors), strict=True
+            ):
+                entry.data = data
         layout = self.arrange(parsed)
         self._check_json(layout.wanted)
         if len(body) - header_length != layout.total:
             raise _wrong_length(layout.total, len(body) - header_length)
-        one_of_many = bool(layout.inline) or layout.encoded or bool(parsed.id)
-        if not one_of_many and len(header) <= _MAX_CACHED_HEADER_BYTES:
-            if len(self._layouts) >= _MAX_CACHED_HEADERS:
-                self._layouts.clear()
-            self._layouts[header] = layout
-        return self._gather(layout, memoryview(body)[header_length:])
+        request = self._gather(layout, memoryview(body)[header_length:])
+        if not (layout.inline or layout.encoded or tensors) and len(header) <= _MAX_CACHED_HEADER_BYTES:
+            self._remember(header, layout)
+        return request
+
+    def _remember(self, header: bytes, layout: Layout) -> None:
+        layouts, identity = self._layouts, layout.wanted.id
+        if identity:
+            bare, found = without_id(header)
+            if found != identity:
+                return
+            header, layouts = bare, self._numbered
+            layout.wanted = msgspec.structs.replace(layout.wanted, id="")
+        if len(layouts) >= _MAX_CACHED_HEADERS:
+            layouts.clear()
+        layouts[header] = layout
 
     def _check_json(self, wanted: Wanted) -> None:
         """Refuse now, before anything is computed, what JSON cannot carry."""
@@ -707,19 +846,15 @@ class Codec:
 
     def _from_values(self, entry: InputHeader, position: int) -> memoryview:
         spec = self.signature.inputs[position]
+        count = math.prod(entry.shape)
         try:
-            kind = np.dtype(spec.dtype).kind
-            flat = _flat(entry.data, {"b": {bool, int}, "f": {int, float}}.get(kind, {int}), datatype_of(spec))
-            if len(flat) != math.prod(entry.shape):
-                raise ValueError(f"found {len(flat)} values for shape {entry.shape}")
-            # numpy's choice would be floats where some integers are beyond 63 bits and others are not.
-            values = np.asarray(flat, np.uint64 if spec.dtype == "uint64" else None)
-            if kind != "f" and values.size:
-                least, most = (0, 1) if kind == "b" else (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max)
-                if values.dtype.kind == "f" or int(values.min()) < least or int(values.max()) > most:
-                    raise ValueError(f"a value lies outside {least}..{most}")
-            with np.errstate(over="raise"):
-                array = values.astype(spec.dtype)
+            if isinstance(entry.data, JsonTensor | Packed | Texts):
+                array = assembled(entry.data, count, spec.dtype, partial(_converted_batch, spec))
+                return array.reshape(-1).view(np.uint8).data
+            values = _flat(entry.data, spec)
+            if len(values) != count:
+                raise ValueError(f"found {len(values)} values for shape {entry.shape}")
+            array = _converted(spec, values)
         except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
             raise WireError(
                 f"the data of the input {entry.name!r} cannot be read",
@@ -791,16 +926,77 @@ class Codec:
         return min(asked, len(self.labels))
 
 
-def _flat(data: object, types: set[type], datatype: str) -> list[int | float]:
+def _converted(spec: TensorSpec, values: Sequence[int | float] | NDArray[Any]) -> NDArray[Any]:
+    """Numbers in the type of a tensor; a `ValueError` or the like where they do not fit."""
+    kind = np.dtype(spec.dtype).kind
+    # Of a list numpy's choice would be floats where some integers are beyond 63 bits and others are not.
+    found = np.asarray(values, np.uint64 if spec.dtype == "uint64" else None)
+    if kind != "f" and found.size:
+        least, most = (0, 1) if kind == "b" else (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max)
+        if found.dtype.kind == "f" or int(found.min()) < least or int(found.max()) > most:
+            raise ValueError(f"a value lies outside {least}..{most}")
+    with np.errstate(over="raise"):
+        array: NDArray[Any] = found.astype(spec.dtype)
+    return array
+
+
+def _converted_batch(spec: TensorSpec, values: Sequence[int | float] | NDArray[Any]) -> NDArray[Any]:
+    """The same for some of the numbers of a tensor that is read in pieces."""
+    if not isinstance(values, np.ndarray):
+        _check_types(set(map(type, values)), spec)
+    return _converted(spec, values)
+
+
+def _check_types(found: set[type], spec: TensorSpec) -> None:
+    others = found - {"b": {bool, int}, "f": {int, float}}.get(np.dtype(spec.dtype).kind, {int})
+    if others - {int, float, bool}:
+        raise ValueError("found something else than numbers")
+    if bool in others:
+        raise ValueError("found true or false among the numbers")
+    if others:
+        raise ValueError(f"found values that are not {datatype_of(spec)}")
+
+
+def without_id(header: bytes) -> tuple[bytes, str]:
+    """A JSON header with an empty id, and its id; as it is, with none, where there is doubt which text is its id."""
+    key = _ID_KEY.search(header)
+    match = None if key is None else _ID.match(header, key.start())
+    if match is None or b"\\" in header or _ID_KEY.search(header, match.end()):
+        return header, ""
+    start, stop = match.span(1)
+    try:
+        return header[:start] + header[stop:], header[start:stop].decode()
+    except UnicodeDecodeError:
+        return header, ""
+
+
+def _in_json(values: NDArray[Any]) -> Iterator[list[Any] | msgspec.Raw]:
+    """Numbers as they are written in JSON, some at a time."""
+    for first in range(0, len(values), _AT_ONCE):
+        if first:
+            rest()
+        yield _numbers(values[first : first + _AT_ONCE])
+
+
+def _listed(batches: Iterator[list[Any] | msgspec.Raw], lists: list[list[bytes]]) -> Any:
+    """Values as they stand in JSON. Of several batches it is a placeholder, and their parts are added to `lists`."""
+    first = next(batches)
+    second = next(batches, None)
+    if second is None:
+        return first
+    parts = [msgspec.json.encode(first)[:-1]]
+    for batch in chain((second,), batches):
+        parts.append(b"," + msgspec.json.encode(batch)[1:-1])
+    parts.append(b"]")
+    lists.append(parts)
+    return msgspec.Raw(_LIST)
+
+
+def _flat(data: object, spec: TensorSpec) -> list[int | float]:
     """The values of a tensor in JSON, flat or nested, as one list.
 
     Not by numpy, which gives each element as much room as the largest needs: one text of a megabyte among as many
     empty ones would ask for a terabyte.
-
-    Args:
-        data: as it was parsed.
-        types: that its values may have.
-        datatype: what they are to be, in the protocol's words.
     """
     if not isinstance(data, list):
         raise ValueError("it is no list")
@@ -808,12 +1004,7 @@ def _flat(data: object, types: set[type], datatype: str) -> list[int | float]:
         if len(set(map(len, data))) > 1:
             raise ValueError("its lists differ in length")
         data = list(chain.from_iterable(data))
-    if not kinds <= {int, float, bool}:
-        raise ValueError("found something else than numbers")
-    if bool in kinds - types:
-        raise ValueError("found true or false among the numbers")
-    if float in kinds - types:
-        raise ValueError(f"found values that are not {datatype}")
+    _check_types(kinds, spec)
     return data
 
 
@@ -855,9 +1046,16 @@ def _elements(content: memoryview, number: int) -> list[memoryview]:
 def _from_elements(entry: InputHeader) -> Sequence[Encoded]:
     """The pictures that a header holds itself: Base64 in JSON, bytes over gRPC."""
     data = entry.data
+    if isinstance(data, JsonTensor | Packed | Texts):
+        try:
+            data = data.texts()
+        except ValueError as error:
+            raise WireError(
+                f"the data of the input {entry.name!r} cannot be read", str(error), "send pictures in Base64"
+            ) from error
     if len(entry.shape) == 2 and isinstance(data, list) and all(isinstance(row, list) for row in data):
         data = [element for row in data for element in row]
-    if not isinstance(data, list) or not all(isinstance(element, str | bytes) for element in data):
+    if not isinstance(data, list) or not all(isinstance(element, str | bytes | memoryview) for element in data):
         raise WireError(
             f"the data of the input {entry.name!r} cannot be read", "it is no list of text", "send pictures in Base64"
         )
@@ -876,8 +1074,16 @@ def content_of(picture: Encoded) -> bytes:
     Raises:
         WireError: if it is not Base64 where it ought to be.
     """
+    if len(picture) > MAX_PICTURE_BYTES:
+        limit = f"encoded it may have {MAX_PICTURE_BYTES} bytes"
+        raise WireError(f"a picture of {len(picture)} bytes is too large", limit, "send a smaller one", status=413)
     if not isinstance(picture, str):
-        return bytes(picture)
+        whole = io.BytesIO()
+        for at in range(0, len(picture), _BYTES_AT_ONCE):
+            if at:
+                rest()
+            whole.write(picture[at : at + _BYTES_AT_ONCE])
+        return whole.getvalue()
     try:
         return base64.b64decode(picture, validate=True)
     except ValueError as error:

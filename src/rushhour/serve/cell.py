@@ -38,9 +38,21 @@ _PROBE_EVERY_S = 1.0
 Reply = Callable[[Sequence[memoryview] | Exception], int | None]
 """Called once, on the loop: the raw rows of each output, in the signature's order, or what went wrong.
 
-The views are valid only during the call. It gives the status of the error that it had to answer instead, if any.
+The views are valid only during the call. It gives the status of the error that it had to answer instead, if any;
+`LATER` where it still writes its answer, and will call `Cell.written`.
 What it raises is reported to the loop, and costs nobody else anything.
 """
+
+LATER = -1
+
+
+class Lasting(list[memoryview]):
+    """Views that stay valid when the call of a `Reply` is over."""
+
+
+def lasting(result: Sequence[memoryview]) -> Lasting:
+    """Such views of what a `Reply` is given; copies, unless they are such already."""
+    return result if isinstance(result, Lasting) else Lasting(memoryview(bytes(view)) for view in result)
 
 
 class Job:
@@ -54,7 +66,7 @@ class Job:
         self.request = request
         self.reply: Reply | None = reply
         self.missing = request.rows
-        self.collected: list[bytearray] | None = None
+        self.collected: Lasting | None = None
         self.ticket: Ticket[Job] | None = None
 
 
@@ -140,6 +152,7 @@ class Cell:
         self.counters = Counters()
         self.statistics = Statistics(clock)
         self.profile = profile
+        self.policy = policy
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._speedometer = Speedometer(profile.times)
@@ -164,13 +177,15 @@ class Cell:
         self._wakes_at = math.inf
         self._decoding: set[_PictureJob] = set()
         self._probe_from = -math.inf
+        self._writing: dict[InferRequest, float] = {}
+        """Requests whose answers are being written, and when they arrived."""
         self.answering: Batch | None = None
         """The batch whose requests are being answered: for who follows single requests."""
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return not self._batcher.waiting and not self._busy
+        """Nothing waits, nothing runs, and no answer is being written."""
+        return not (self._batcher.waiting or self._busy or self._writing)
 
     @property
     def waiting(self) -> int:
@@ -228,11 +243,11 @@ class Cell:
         self._dispatch_soon()
         return job
 
-    def foresee(self, layout: Layout | None) -> Shed | None:
-        """Turn a request away whose body is still on its way, if that is what would happen to it now.
+    def foresee(self, layout: Layout | InferRequest | None) -> Shed | None:
+        """Turn a request away whose tensors are still to be read, if that is what would happen to it now.
 
         Args:
-            layout: what its JSON header says; None where that is not known, and a single sample is assumed.
+            layout: what its header says; None where that is not known, and a single sample is assumed.
         """
         if layout is not None:
             priority = _priority_of(layout.wanted)
@@ -294,9 +309,20 @@ class Cell:
         """
         if status >= 500 and status != 501:
             self.counters.failed += 1
+        elif status == 429:
+            self.counters.shed_queue += 1
         else:
             self.counters.invalid += 1
         self.statistics.failed(reason_of(status), seconds)
+
+    def written(self, request: InferRequest, status: int | None) -> None:
+        """The answer to a request whose reply gave `LATER` is written, or an error of this status in its place."""
+        seconds = self._clock.now() - self._writing.pop(request)
+        if status:
+            self.refuse(status, seconds)
+        else:
+            self.counters.answered += 1
+            self.statistics.answered(seconds)
 
     def cancel(self, job: Job) -> None:
         """The caller has gone: drop what waits, and the answer to what runs."""
@@ -423,7 +449,7 @@ class Cell:
         while self._batcher.late:
             ticket = self._batcher.late.pop()
             self.counters.shed_deadline += 1
-            self.statistics.fail.add(1, now - ticket.arrived)
+            self.statistics.failed("deadline", now - ticket.arrived)
             job = ticket.item
             self._drop(ticket)
             why = f"the request waited for {now - ticket.arrived:.3f} s, longer than it may take"
@@ -526,7 +552,8 @@ class Cell:
             self.counters.answered += 1
             return True
         if job.collected is None:
-            job.collected = [bytearray(job.request.rows * size) for size in self._row_bytes_out]
+            sizes = [job.request.rows * size for size in self._row_bytes_out]
+            job.collected = Lasting(np.empty(size, np.uint8).data for size in sizes)
         for whole, view, size in zip(job.collected, views, self._row_bytes_out, strict=True):
             first = part.first * size
             whole[first : first + part.rows * size] = view[at * size : (at + part.rows) * size]
@@ -535,14 +562,17 @@ class Cell:
         job.reply = None
         if job.probe_until is not None:
             self._probed(job)
-        status = reply([memoryview(whole) for whole in job.collected])
+        status = reply(job.collected)
         if status:
             return self._unanswered(part.ticket, status)
         self.counters.answered += 1
         return True
 
     def _unanswered(self, ticket: Ticket[Job], status: int) -> bool:
-        """The samples were computed, and yet the request had to be answered with an error."""
+        """The samples were computed, and yet the request was answered with an error, or is not answered yet."""
+        if status == LATER:
+            self._writing[ticket.item.request] = ticket.arrived
+            return False
         self.refuse(status, self._clock.now() - ticket.arrived)
         return False
 

@@ -169,7 +169,7 @@ class Control:
             "model": self._repository.name,
             "version": loaded.version,
             "bundle_hash": loaded.way.bundle.manifest.hash,
-            "policy": loaded.target.plan.policy,
+            "policy": loaded.cell.policy,
             "engine": engine.config,
             "effective": dict(engine.effective),
             "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, NoReturn, cast
 from urllib.parse import unquote
 
 import grpc
@@ -20,13 +20,15 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from rushhour.errors import RushhourError, ServeError, WireError
+from rushhour.pieces import WHOLE_BYTES
 from rushhour.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
+from rushhour.serve.cell import LATER, Cell, Job, Shed, TurnedAway, lasting
 from rushhour.serve.codec import Asked, GrpcCodec, identity_of, stream_answer, stream_error
 from rushhour.serve.control import Control
-from rushhour.serve.guard import Asker, Certificates, Identity, Keys, Limits
+from rushhour.serve.guard import Asker, Budget, Certificates, Grant, Identity, Keys, Limits, inflate, without_frames
 from rushhour.serve.observe import CANCELLED, Followed, Observer
-from rushhour.serve.repository import Repository
+from rushhour.serve.repository import Loaded, Repository
+from rushhour.wire import PlacedRequest
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -49,6 +51,11 @@ _REFUSE_SECONDS = 0.1
 _STREAM_WINDOW = 256
 """Requests of one stream that are under way at the same time; further ones are read when answers have been."""
 _MAX_DETAILS = 1000
+_MAX_CONTROL_BYTES = 64 * 2**10
+"""Of a message that is no inference request: it is parsed on the loop's thread."""
+_GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
+_LARGE_BYTES = 2**20
+"""From here on a message leaves so much behind that it is worth giving back."""
 _WATCH_SECONDS = 0.5
 _SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
 
@@ -86,6 +93,7 @@ class GrpcFace:
         self._repository = repository
         self._control = control
         self._keys = keys
+        self._most = limits.body_bytes
         self._codec: GrpcCodec | None = None
         self._ending = asyncio.Event()
         self._stopping = False
@@ -95,7 +103,8 @@ class GrpcFace:
             handlers=[_Gate(self._inference(), self._unknown), self._health()],
             maximum_concurrent_rpcs=limits.connections,
             options=[
-                ("grpc.max_receive_message_length", limits.body_bytes),
+                ("grpc.max_receive_message_length", min(limits.body_bytes, limits.grpc_bytes)),
+                ("grpc.per_message_decompression", 0),  # it is done here, on a thread
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", limits.header_bytes),
                 ("grpc.absolute_max_metadata_size", limits.header_bytes),
@@ -159,14 +168,21 @@ class GrpcFace:
 
     # Inference.
 
-    async def _infer(self, sent: bytes, context: Context) -> bytes:
+    async def _infer(self, messages: object, context: Context) -> bytes:
         self._active += 1
         followed = self._follow("ModelInfer", context)
         try:
-            return await self._submit(sent, context.time_remaining(), followed).answer()
+            with self._counting():
+                sent = await self._only(context, self._most)
+                submitting = self._submit(sent, context.time_remaining(), followed)
+                del sent
+                answering = (await submitting).answer()
+            return await answering
         except Exception as error:
             _end(followed, _status(error))
-            await _refuse(context, error)
+            refusing = _refuse(context, error)
+            del context  # which keeps the error, whose frames would keep it: they are to go now
+            await refusing
         finally:
             self._active -= 1
 
@@ -204,10 +220,13 @@ class GrpcFace:
                 await room.acquire()
                 followed = self._follow("ModelStreamInfer", context)
                 try:
-                    begun.put_nowait(self._submit(sent, None, followed))
+                    with self._counting():
+                        sent = await self._unpacked(sent, self._most)
+                        begun.put_nowait(await self._submit(sent, None, followed))
                 except Exception as error:
                     _end(followed, _status(error))
                     begun.put_nowait(stream_error(_text(error), identity_of(sent)))
+                del sent  # until the next one comes, which may be long
         finally:
             begun.put_nowait(None)
 
@@ -217,19 +236,48 @@ class GrpcFace:
         fields = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         return self._observer.begin("grpc", method, "", fields)
 
-    def _submit(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
-        """Put a request to its cell. Every error from here on is counted, and so is one in its answer."""
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Every error in an inference request on its way to its cell is counted, and so is one in its answer."""
         arrived = asyncio.get_running_loop().time()
         try:
-            return self._submitted(sent, within_s, followed)
+            yield
         except TurnedAway:
             raise  # the cell has counted it
         except Exception as error:
-            seconds = asyncio.get_running_loop().time() - arrived
-            self._repository.refuse(_status(error), seconds, infer=True)
+            self._repository.refuse(_status(error), asyncio.get_running_loop().time() - arrived, infer=True)
             raise
 
-    def _submitted(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
+    async def _submit(self, sent: bytes, within_s: float | None, followed: Followed | None) -> _Call:
+        """Put a request to its cell."""
+        budget, began = self._repository.budget, asyncio.get_running_loop().time()
+        grant = budget.grant(len(sent)) if len(sent) > WHOLE_BYTES else None
+        while True:
+            loaded, codec = self._loaded()
+            cell = loaded.cell if followed is None else followed.into(loaded.cell)
+            if grant is None or not codec.is_large(sent):
+                asked = codec.decode(sent)
+            else:
+                asked = await budget.aside(codec.decode, sent)
+            if asked.request.elsewhere:
+                await self._fetch(cell, asked)
+            if loaded is self._repository.loaded:
+                break  # else it was replaced meanwhile, and the request is read for what is there now
+        if followed is not None:
+            followed.id = asked.id.decode() or followed.id
+        if within_s is not None:
+            within_s -= asyncio.get_running_loop().time() - began
+        return _Call(cell, codec, asked, within_s, followed, budget, grant)
+
+    async def _fetch(self, cell: Cell, asked: Asked) -> None:
+        """Read what lies in shared memory, if the request is let in at all."""
+        placed = cast(PlacedRequest, asked.request)
+        shed = cell.foresee(placed)
+        if shed is not None:
+            raise TurnedAway(shed.why, shed.retry_after_s)
+        asked.request = await self._repository.budget.aside(placed.fetch) if placed.large else placed.fetch()
+
+    def _loaded(self) -> tuple[Loaded, GrpcCodec]:
         if self._stopping:
             raise _stopping()
         loaded = self._repository.loaded
@@ -238,11 +286,38 @@ class GrpcFace:
         codec = self._codec
         if codec is None or codec.codec is not loaded.cell.codec:
             codec = self._codec = GrpcCodec(loaded.cell.codec)
-        cell = loaded.cell if followed is None else followed.into(loaded.cell)
-        asked = codec.decode(sent)
-        if followed is not None:
-            followed.id = asked.id.decode() or followed.id
-        return _Call(cell, codec, asked, within_s, followed)
+        return loaded, codec
+
+    async def _only(self, context: Context, most: int) -> bytes:
+        """The message of a call that has one; unpacked it has `most` bytes at most."""
+        sent = await context.read()
+        if sent is aio.EOF:
+            raise WireError("the call ended without a message", "this method takes one", "send it", status=501)
+        return await self._unpacked(sent, most)
+
+    async def _unpacked(self, sent: bytes, most: int) -> bytes:
+        """A message as it was before it was compressed.
+
+        grpcio would unpack it in one go, and does not say whether it is compressed. Of a message that is not, the first
+        byte is never gzip's, and zlib's only where a field comes first that the protocol does not have.
+        """
+        budget = self._repository.budget
+        if len(sent) > _LARGE_BYTES:
+            budget.trim_soon()
+        is_gzip = sent.startswith(_GZIP)
+        if not (is_gzip or sent.startswith(_ZLIB)):
+            return sent
+        try:
+            unpacked = await budget.unpack(inflate, sent, b"gzip" if is_gzip else b"deflate", most)
+        except WireError as error:
+            if error.status == 413:
+                raise _TooLarge(most) from None
+            if is_gzip:
+                raise
+            return sent
+        if len(unpacked) > _LARGE_BYTES:
+            budget.trim_soon()
+        return bytes(unpacked) if len(unpacked) <= WHOLE_BYTES else cast(bytes, unpacked)
 
     def _unknown(self, details: Any) -> Any | None:
         """What answers a caller without a key, from its metadata alone: its message is never read."""
@@ -265,7 +340,8 @@ class GrpcFace:
     def _inference(self) -> Any:
         """The service."""
         handlers = {
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
+            # As if of several messages: grpcio itself leaves a call alone whose client ends it without a message.
+            "ModelInfer": grpc.stream_unary_rpc_method_handler(self._infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         answers = self._answers()
@@ -279,10 +355,10 @@ class GrpcFace:
     def _answering(self, method: Any, answer: Callable[..., Any]) -> Any:
         request, response = (message(kind.full_name) for kind in (method.input_type, method.output_type))
 
-        async def answering(sent: bytes, context: Context) -> Any:
+        async def answering(messages: object, context: Context) -> Any:
             followed = self._follow(method.name, context)
             try:
-                parsed = _parsed(request, sent)
+                parsed = _parsed(request, await self._only(context, _MAX_CONTROL_BYTES))
                 answered = answer(parsed, self._asker(context)) if method.name in _ASK_WHO else answer(parsed)
                 if isinstance(answered, Awaitable):
                     answered = await answered
@@ -294,7 +370,7 @@ class GrpcFace:
                 _end(followed, _status(error))
                 await _refuse(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(answering)
+        return grpc.stream_unary_rpc_method_handler(answering)
 
     def _answers(self) -> dict[str, Callable[..., Any]]:
         """Method -> what answers it, in plain values under the names of its response."""
@@ -354,14 +430,14 @@ class GrpcFace:
 
     def _health(self) -> Any:
         handlers = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+            "Check": grpc.stream_unary_rpc_method_handler(self._check),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
         }
         return grpc.method_handlers_generic_handler(HEALTH.full_name, handlers)
 
-    async def _check(self, sent: bytes, context: Context) -> bytes:
+    async def _check(self, messages: object, context: Context) -> bytes:
         try:
-            service = _parsed(_HealthRequest, sent).service
+            service = _parsed(_HealthRequest, await self._only(context, _MAX_CONTROL_BYTES)).service
             status = self._status(service)
             if status == _SERVICE_UNKNOWN:
                 raise WireError(f"there is no service {service[:100]!r}", status=404)
@@ -370,9 +446,9 @@ class GrpcFace:
             await _refuse(context, error)
         return _health(status)
 
-    async def _watch(self, sent: bytes, context: Context) -> AsyncIterator[bytes]:
+    async def _watch(self, messages: object, context: Context) -> AsyncIterator[bytes]:
         try:
-            service = _parsed(_HealthRequest, sent).service
+            service = _parsed(_HealthRequest, await self._only(context, _MAX_CONTROL_BYTES)).service
         except WireError as error:
             self._repository.refuse(error.status, 0.0, infer=False)
             await _refuse(context, error)
@@ -413,12 +489,22 @@ class _Gate(grpc.GenericRpcHandler):  # type: ignore[misc]
 class _Call:
     """An inference request on its way through a cell."""
 
-    __slots__ = ("_answered", "_asked", "_cell", "_codec", "_followed", "_job")
+    __slots__ = ("_answered", "_asked", "_budget", "_cell", "_codec", "_followed", "_grant", "_job", "_writing")
 
     def __init__(
-        self, cell: Cell, codec: GrpcCodec, asked: Asked, within_s: float | None, followed: Followed | None
+        self,
+        cell: Cell,
+        codec: GrpcCodec,
+        asked: Asked,
+        within_s: float | None,
+        followed: Followed | None,
+        budget: Budget,
+        grant: Grant | None,
     ) -> None:
         self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._writing: asyncio.Task[None] | None = None
+        self._budget = budget
+        self._grant = grant
         self._cell = cell
         self._codec = codec
         self._asked = asked
@@ -450,10 +536,11 @@ class _Call:
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more."""
+        self._answered.cancel()
         if self._job is not None:
             self._cell.cancel(self._job)
             self._job = None
-            _end(self._followed, CANCELLED)
+        _end(self._followed, CANCELLED)
 
     def _reply(self, result: Sequence[memoryview] | Exception) -> int | None:
         self._job = None
@@ -462,21 +549,37 @@ class _Call:
         if isinstance(result, Exception):
             self._fail(result)
             return None
+        if self._codec.writes_much(self._asked):
+            self._writing = asyncio.ensure_future(self._write_aside(lasting(result)))
+            return LATER
         try:
-            self._answered.set_result(self._codec.encode(self._asked, result))
-            _end(self._followed, 200)
-        except WireError as error:
-            # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
-            self._fail(error.with_traceback(None))
-            return error.status
+            self._succeed(self._codec.encode(self._asked, result))
         except Exception as error:
             self._fail(error)
-            return 500
+            return _status(error)
         return None
 
+    async def _write_aside(self, result: Sequence[memoryview]) -> None:
+        status: int | None = None
+        try:
+            self._succeed(await self._budget.aside(self._codec.encode, self._asked, result))
+        except Exception as error:
+            status = _status(error)
+            self._fail(error)
+        finally:
+            self._cell.written(self._asked.request, status)
+
+    def _succeed(self, answer: bytes) -> None:
+        self._grant = None
+        if not self._answered.done():
+            self._answered.set_result(answer)
+            _end(self._followed, 200)
+
     def _fail(self, error: Exception) -> None:
+        self._grant = None
         if not self._answered.done():  # what failed may have been what follows the answer
-            self._answered.set_exception(error)
+            # Its frames would hold what the request spoke of (a region, a body) until cycles are sought.
+            self._answered.set_exception(without_frames(error))
         _end(self._followed, _status(error))
 
 
@@ -517,6 +620,13 @@ def _credentials(certificates: Certificates) -> Any:
     return grpc.dynamic_ssl_server_credentials(pair(given), renewed)
 
 
+class _TooLarge(WireError):
+    """A message that is larger than it may be, once it is unpacked."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__("the message is too large", f"the limit is {most} bytes unpacked", "split it", status=413)
+
+
 def _stopping() -> WireError:
     return WireError("the server is stopping", "", "ask another", status=503)
 
@@ -532,12 +642,16 @@ def _end(followed: Followed | None, status: int) -> None:
 
 async def _refuse(context: Context, error: Exception) -> NoReturn:
     code = _CODES.get(_status(error), grpc.StatusCode.INTERNAL)
-    error.__traceback__ = None  # abort's own error keeps this one, whose frames would keep regions open
+    if isinstance(error, _TooLarge):
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED  # as grpcio has it for those that are not compressed
+    without_frames(error)  # abort's own error keeps this one, whose frames would keep the message
     # Not `grpc-retry-pushback-ms`: with it, clients whose policy retries would do so at once and by themselves.
     metadata: tuple[tuple[str, str], ...] = ()
     if isinstance(error, TurnedAway):
         metadata = (("retry-after-ms", str(math.ceil(1e3 * error.retry_after_s))),)
-    await context.abort(code, _text(error), metadata)
+    aborting = context.abort(code, _text(error), metadata)
+    del context
+    await aborting
     raise AssertionError("abort does not return")
 
 
@@ -547,6 +661,8 @@ def _text(error: Exception) -> str:
 
 
 def _parsed(request: Any, sent: bytes) -> Any:
+    if len(sent) > _MAX_CONTROL_BYTES:
+        raise WireError("the message is too large", f"here the limit is {_MAX_CONTROL_BYTES} bytes", "send less")
     try:
         return request.FromString(sent)
     except DecodeError as error:

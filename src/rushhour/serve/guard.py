@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import ipaddress
@@ -11,13 +12,27 @@ import socket
 import ssl
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
+import numpy as np
 
 from rushhour.errors import ServeError, WireError
+from rushhour.pieces import rest
+from rushhour.serve import memory
+
+T = TypeVar("T")
+
+_ASIDE, _UNPACKING = 2, 4
+"""Large messages that are read or written, and bodies that are unpacked, at the same time."""
+_TRIM_S = 1.0
+"""What large messages have left in the allocator goes back so long after the last of them."""
+_PACKED_BYTES, _UNPACKED_BYTES = 64 * 2**10, 256 * 2**10
+"""That are unpacked in one go, before and after."""
+_MOST_UNPACKED = 1033
+"""Bytes that come of one, at most, in deflate's format."""
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _BYTES = "latin-1"
@@ -38,6 +53,10 @@ class Limits(msgspec.Struct, frozen=True):
     Attributes:
         connections: at once; further ones are answered 503 and closed.
         body_bytes: of a request, compressed or not; of its pictures, decoded.
+        grpc_bytes: of a message over gRPC as it comes, if that is less. grpcio copies it in one go, and until it has
+            nobody is answered: for 16 MiB that takes 5 to 25 ms. Compressed messages are unpacked on threads.
+        held_bytes: of all requests in one process: of those that are being read and not yet answered, and of those that
+            wait for the engine. Further ones are turned away.
         header_bytes: of a request, with its target.
         request_s: from a request's first byte to its last. A client that sends slower holds memory for nothing.
         idle_s: without a request; then the connection is closed.
@@ -54,6 +73,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     connections: Annotated[int, msgspec.Meta(ge=1)] = 8192
     body_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 * 2**20
+    grpc_bytes: Annotated[int, msgspec.Meta(ge=1)] = 16 * 2**20
+    held_bytes: Annotated[int, msgspec.Meta(ge=1)] = 512 * 2**20
     header_bytes: Annotated[int, msgspec.Meta(ge=256)] = 32 * 2**10
     request_s: _Positive = 30.0
     idle_s: _Positive = 300.0
@@ -62,6 +83,90 @@ class Limits(msgspec.Struct, frozen=True):
     keepalive_s: _Positive | None = None
     grpc_age_s: _Positive | None = None
     grpc_grace_s: _Positive | None = None
+
+
+class Budget:
+    """Bounds what large requests cost a process together: the bytes that it holds, and the threads that read them.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held = 0
+        self._threads = asyncio.Semaphore(_ASIDE)
+        self._unpacking = asyncio.Semaphore(_UNPACKING)
+        self._waiting = 0
+        self._trimming: asyncio.TimerHandle | None = None
+
+    def grant(self, size: int = 0) -> Grant:
+        """Room for so many bytes, until what is returned is let go.
+
+        Raises:
+            WireError: 429 if there is none. The first one is always given.
+        """
+        grant = Grant(self)
+        grant.grow(size)
+        return grant
+
+    async def aside(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call a function on a thread: one that takes long, and that lets other threads run in between."""
+        async with self._threads:
+            self._waiting += 1
+            try:
+                return await asyncio.to_thread(function, *arguments)
+            finally:
+                self._waiting -= 1
+                self.trim_soon()
+
+    async def unpack(self, function: Callable[..., T], *arguments: object) -> T:
+        """The same for what takes some tenths of a second at most: it does not wait for the others."""
+        async with self._unpacking:
+            return await asyncio.to_thread(function, *arguments)
+
+    def trim_soon(self) -> None:
+        """Have free memory given back when there is a moment."""
+        if self._trimming is not None:
+            self._trimming.cancel()
+        self._trimming = asyncio.get_running_loop().call_later(_TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trimming = None
+        if self._waiting:
+            self.trim_soon()
+        else:
+            asyncio.get_running_loop().run_in_executor(None, memory.trim)
+
+
+class Grant:
+    """Room in a budget, for as long as this object lives."""
+
+    __slots__ = ("_budget", "_size")
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._size = 0
+
+    def grow(self, size: int) -> None:
+        """Take room for so many bytes more.
+
+        Raises:
+            WireError: 429 if there is none.
+        """
+        held = self._budget.held
+        if held > self._size and held + size > self._budget.size:
+            limit = f"they have {held} bytes together, and the limit is {self._budget.size}"
+            raise WireError("too many large requests are under way", limit, "try again later", status=429)
+        self.take(size)
+
+    def take(self, size: int) -> None:
+        """Take it whether it is there or not: for what cannot be turned away any more."""
+        self._size += size
+        self._budget.held += size
+
+    def __del__(self) -> None:
+        self._budget.held -= self._size
 
 
 class Keys:
@@ -350,7 +455,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
+def without_frames(error: BaseException) -> BaseException:
+    """Forget where an error and its causes came from: their frames would keep all that was in them alive."""
+    seen: BaseException | None = error
+    while seen is not None and seen.__traceback__ is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def inflate(body: bytes | bytearray | memoryview, encoding: bytes, limit: int) -> memoryview:
     """A body as it was before `gzip` or `deflate`.
 
     Args:
@@ -370,13 +484,26 @@ def inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
         )
     try:
         stream = zlib.decompressobj(wbits=15 if encoding == b"deflate" else 31)
-        content = stream.decompress(body, limit + 1)
-        if len(content) > limit:
-            raise WireError("the body is too large", f"the limit is {limit} bytes unpacked", "split it", status=413)
-        if not stream.eof:
-            raise zlib.error("it ends too early")
-        if stream.unused_data:
+        content = np.empty(min(limit, len(body) * _MOST_UNPACKED), np.uint8).data  # takes memory as it is filled
+        packed = memoryview(body)
+        left: bytes | memoryview = b""
+        at = size = 0
+        while not stream.eof:
+            if not left:
+                left = packed[at : at + _PACKED_BYTES]
+                at += len(left)
+            part = stream.decompress(left, _UNPACKED_BYTES)
+            if size + len(part) > limit:
+                raise WireError("the body is too large", f"the limit is {limit} bytes unpacked", "split it", status=413)
+            if not (part or left or stream.eof):
+                raise zlib.error("it ends too early")
+            content[size : size + len(part)] = part
+            size += len(part)
+            left = stream.unconsumed_tail
+            if size > _UNPACKED_BYTES:
+                rest()
+        if stream.unused_data or at < len(packed):
             raise zlib.error("something follows its end")
     except zlib.error as error:
         raise WireError(f"the {encoding.decode()} body is damaged", str(error), "compress it again") from error
-    return content
+    return content[:size]

@@ -13,7 +13,7 @@ import re
 import struct
 import termios
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -21,11 +21,11 @@ import httptools
 import msgspec
 
 from rushhour.errors import RushhourError, WireError
-from rushhour.serve.cell import Cell, Job, Shed, TurnedAway
-from rushhour.serve.guard import ASKER_FIELDS, Asker, Keys, Limits, inflate
-from rushhour.serve.routes import JSON, Answer, not_allowed
+from rushhour.serve.cell import LATER, Cell, Job, Lasting, Shed, TurnedAway, lasting
+from rushhour.serve.guard import ASKER_FIELDS, Asker, Budget, Grant, Keys, Limits, inflate
+from rushhour.serve.routes import JSON, MAX_BODY_BYTES, Answer, not_allowed
 from rushhour.serve.upload import Upload
-from rushhour.wire import Codec, InferRequest, Layout
+from rushhour.wire import Body, Codec, InferRequest, Layout, Parts, PlacedRequest
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Asked by whoever watches over the server; they carry no key, and learn nothing but yes or no."""
@@ -44,8 +44,26 @@ _BETWEEN_FIELDS = 256
 """Bytes of a head that are not counted elsewhere: colons, line ends and the usual spaces."""
 _BETWEEN_CHUNKS = 64 * 1024
 """Bytes that may follow each other in a body of chunks without a byte of the body among them, beside a header's."""
+_MAX_PIPELINED_BYTES = 2**20
+"""Of these requests together, before no more is read."""
 _LARGE = 32 * 1024
 """Bytes still to come, from which on a request is worth a buffer of its own."""
+_SLICE, _MOST_MET = 16 * 1024, 512
+"""Bytes that are parsed in one go; and requests and parts of bodies in them, after which the others have their turn."""
+_HELD_BYTES = 64 * 1024
+"""Of a body, from which on it counts among what the process may hold."""
+_MAX_KNOWN = 8
+"""Heads of a connection that are remembered: behind a proxy it carries the requests of several clients in turn."""
+_MAX_KNOWN_BYTES = 4096
+_TELLING_APART = re.compile(
+    rb"\r\n(?:(?:[a-z0-9-]+-)?(?:request|correlation|trace|span|parentspan|transaction|message|operation)-?id"
+    rb"|traceparent|tracestate|baggage|b3|sentry-trace|uber-trace-id|x-cloud-trace-context|cf-ray|x-amz-cf-id"
+    rb"|forwarded|x-forwarded-for|x-real-ip|date):([\x20-\x7e\t]*)(?=\r\n)",
+    re.IGNORECASE,
+)
+"""Fields that tell requests apart, and mean nothing here."""
+_VALUE = re.compile(rb"[\x20-\x7e\t]{0,512}")
+_ID = re.compile(rb'[^"\\\x00-\x1f]+')
 
 _REASONS = {
     200: "OK",
@@ -89,6 +107,7 @@ class Desk(Protocol):
     draining: bool
     limits: Limits
     keys: Keys
+    budget: Budget
     date: bytes
     """The field `date` of an answer now, with its line end."""
 
@@ -124,6 +143,7 @@ class Message:
         "authorization",
         "body",
         "encoding",
+        "grant",
         "header_length",
         "host",
         "is_picture",
@@ -137,7 +157,8 @@ class Message:
     def __init__(self) -> None:
         self.target = b""
         self.method = b""
-        self.body: list[bytes] = []
+        self.body: list[Body] = []
+        self.grant: Grant | None = None
         self.header_length: bytes | None = None
         self.is_picture = False
         self.encoding = b""
@@ -153,15 +174,16 @@ class Message:
 class _Known:
     """A request head that was parsed before, and what it said: the same bytes say the same again.
 
-    A client repeats itself: most heads on a connection are equal. Only heads that frame their body by its length are
-    kept; everything else goes through the parser.
+    A client repeats itself: most heads on a connection are equal, but for what tells its requests apart. Only heads
+    that frame their body by its length are kept; everything else goes through the parser.
     """
 
-    __slots__ = ("_said", "head", "size")
+    __slots__ = ("_said", "body_bytes", "fixed", "head")
 
     def __init__(self, head: bytes, body_bytes: int, message: Message) -> None:
         self.head = head
-        self.size = len(head) + body_bytes
+        self.body_bytes = body_bytes
+        self.fixed = _between(head, (match.span(1) for match in _TELLING_APART.finditer(head)))
         self._said = (
             message.target,
             message.method,
@@ -172,8 +194,15 @@ class _Known:
             message.asker,
         )
 
-    def again(self, data: bytes | memoryview) -> Message:
-        """The request that `data`, which begins with the head, holds or begins."""
+    def end(self, data: bytes) -> int:
+        """Where the head ends that `data` begins with, if it is this one; else -1."""
+        if data.startswith(self.head):
+            return len(self.head)
+        at = _behind(self.fixed[:-1], data) if len(self.fixed) > 1 else -1
+        return at + len(self.fixed[-1]) if at >= 0 and data.startswith(self.fixed[-1], at) else -1
+
+    def again(self, data: bytes | memoryview, end: int) -> Message:
+        """The request that `data`, in which the head ends there, holds or begins."""
         message = Message()
         (
             message.target,
@@ -184,35 +213,96 @@ class _Known:
             message.is_picture,
             message.asker,
         ) = self._said
-        message.body.append(bytes(data[len(self.head) :]))
+        message.body.append(data[end:])
         message.known = self
         return message
 
 
-class _Repeat:
-    """A request whose head and JSON header came before, byte for byte: only its tensors are new.
+def _between(data: bytes, places: Iterable[tuple[int, int]]) -> list[bytes]:
+    """What stands before, between and behind some places."""
+    found, at = [], 0
+    for start, stop in places:
+        found.append(data[at:start])
+        at = stop
+    return [*found, data[at:]]
+
+
+def _moved(place: tuple[int, int], before: bytes) -> tuple[int, int]:
+    return place[0] + len(before), place[1] + len(before)
+
+
+def _behind(fixed: Sequence[bytes], data: bytes) -> int:
+    """Where `data` goes on behind these parts and what may stand behind each of them; -1 if they are not there."""
+    at = 0
+    for part in fixed:
+        if not data.startswith(part, at):
+            return -1
+        match = _VALUE.match(data, at + len(part))
+        assert match is not None  # the pattern matches nothing, too
+        at = match.end()
+    return at
+
+
+class _Turn:
+    """A request that is answered without having been a `Message`.
+
+    Attributes:
+        answer: what of it stands between its date and its tensors, if they follow whole and in the signature's order.
+        id: as the client gave it.
+    """
+
+    __slots__ = ("answer", "id")
+    keep_alive = True
+
+    def __init__(self, answer: bytes | None, id: bytes = b"") -> None:
+        self.answer = answer
+        self.id = id
+
+
+class _Repeat(_Turn):
+    """A request whose head and JSON header came before, byte for byte: only its tensors are new, or its ids.
 
     What it asks for is known, and so is all of its answer but the tensors. It holds for the version of the model that
     read it; after a reload the request is read anew.
     """
 
-    __slots__ = ("answer", "codec", "keep_alive", "path", "prefix", "rows", "size", "slices", "wanted")
+    __slots__ = (
+        *("_around", "_before", "_fields", "_id_bytes", "_last", "codec"),
+        *("path", "prefix", "rows", "size", "slices", "wanted"),
+    )
 
     def __init__(self, known: _Known, codec: Codec, path: bytes, header: bytes, layout: Layout) -> None:
         self.prefix = known.head + header
-        self.size = known.size
+        self.size = len(known.head) + known.body_bytes
         self.path = path
         self.codec = codec
         self.rows = layout.rows
         self.wanted = layout.wanted
         self.slices = tuple(slice(len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
-        self.keep_alive = True
-        self.answer: bytes | None = None
-        """The answer between its date and its tensors, if they follow whole and in the signature's order."""
-        described = codec.answer_header(layout.wanted, layout.rows)
+        place = codec.id_in(header)
+        identity = b"" if place is None else header[slice(*place)]
+        self._id_bytes = len(identity)
+        *fields, rest = known.fixed
+        self._fields = tuple(fields)
+        self._before, self._last = (
+            (b"", rest + header) if place is None else _between(rest + header, (_moved(place, rest),))
+        )
+        described, self._around = codec.answer_header(layout.wanted, layout.rows), (b"", b"")
+        answer = None
         if described is not None:
-            size = len(described) + layout.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
-            self.answer = _BINARY % (len(described), b"", size) + described
+            if identity:
+                described = b'%b,"id":"%b"%b' % (described[: codec.id_at], identity, described[codec.id_at :])
+            size = len(described) + self.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
+            answer = _BINARY % (len(described), b"", size)
+            at = len(answer) + codec.id_at + len(b',"id":"')
+            answer += described
+            self._around = answer[:at], answer[at + len(identity) :]
+        super().__init__(answer, identity)
+
+    @property
+    def exact(self) -> bool:
+        """Nothing in it differs from time to time."""
+        return not (self._fields or self._id_bytes)
 
     def request(self, data: bytes | memoryview) -> InferRequest:
         """The request that `data`, which begins with the prefix and has the right size, holds."""
@@ -220,6 +310,31 @@ class _Repeat:
         if len(self.slices) == 1:
             return InferRequest(self.rows, (view[self.slices[0]],), self.wanted)
         return InferRequest(self.rows, tuple([view[place] for place in self.slices]), self.wanted)
+
+    def again(self, data: bytes, whole: bytes | memoryview) -> tuple[_Turn, InferRequest] | None:
+        """The request that `data` begins and `whole` holds, if it is this one but for its ids.
+
+        Its length is the one before: what the head says of lengths is the same.
+        """
+        at = _behind(self._fields, data)
+        start = at + len(self._before)
+        stop = start + self._id_bytes
+        shift = stop + len(self._last) - len(self.prefix)
+        if at < 0 or len(whole) - self.size != shift or not data.startswith(self._last, stop):
+            return None
+        if shift:
+            view = memoryview(whole)
+            tensors = tuple([view[place.start + shift : place.stop + shift] for place in self.slices])
+            request = InferRequest(self.rows, tensors, self.wanted)
+        else:
+            request = self.request(whole)
+        if not self._id_bytes:
+            return self, request
+        identity = data[start:stop]
+        if not (data.startswith(self._before, at) and identity.isascii() and _ID.fullmatch(identity)):
+            return None
+        before, after = self._around
+        return _Turn(before + identity + after if after else None, identity), request
 
 
 class HttpConnection(asyncio.Protocol):
@@ -257,17 +372,23 @@ class HttpConnection(asyncio.Protocol):
         self._refused: WireError | None = None
         self._broken: tuple[WireError, bytes] | None = None
         self._ready: deque[Message] = deque()
-        self._current: Message | _Repeat | None = None
+        self._current: Message | _Turn | None = None
         self._cell: Cell | None = None
         self._request: InferRequest | None = None
         self._job: Job | None = None
         self._paused = False
-        self._known: _Known | None = None
+        self._known: list[_Known] = []
         self._repeat: _Repeat | None = None
+        self._repeats: list[_Repeat] = []
+        self._upload: Upload | None = None
+        self._pipelined = 0
+        self._left = b""
+        self._met = 0
         self._chunk = self._head = b""
         self._chunked = False
         self._ended = False
         self._unread = False
+        self._sending: Grant | None = None
         self._unsent = 0
         self._unsent_since = 0.0
         self._reading = False
@@ -293,7 +414,7 @@ class HttpConnection(asyncio.Protocol):
         self._desk.connections.discard(self)
         if self._job is not None and self._cell is not None:
             self._cell.cancel(self._job)
-        self._cell = self._request = self._job = None
+        self._cell = self._request = self._job = self._upload = self._sending = None
         del self._parser  # which holds this connection: they are to go now, not when cycles are sought
 
     def data_received(self, data: bytes) -> None:
@@ -315,29 +436,26 @@ class HttpConnection(asyncio.Protocol):
                 self._hand_in(cell, repeat.request(data))
                 return
             self._repeat = None
-        if self._deaf:
+        if self._deaf or (self._known and not self._reading and self._recognise(data)):
             return
-        known = self._known
-        if known is not None and not self._reading and data.startswith(known.head):
-            if len(data) == known.size:
-                self._complete(known.again(data))
-                return
-            if known.size - len(data) >= _LARGE and self._current is None and not self._ready:
-                self._gather(known, data)
-                return
-        self._read(data)
+        self._parse(data)
 
-    def _read(self, data: bytes) -> None:
-        """What the parser is to read."""
+    def _parse(self, data: bytes) -> None:
+        """Have the parser read what came, until it has met so much that the others should have their turn."""
         self._chunk = b"" if self._reading else data
         if self._reading and not self._in_body:
             whole = self._lines(data)
             if whole is None:
                 return
             data = whole
-        self._between += len(data)
+        self._met, fed = 0, len(data)
         try:
-            self._feed(data)
+            for at in range(0, len(data), _SLICE):
+                self._feed(data if len(data) <= _SLICE else data[at : at + _SLICE])
+                if self._met > _MOST_MET and at + _SLICE < len(data):
+                    fed = at + _SLICE
+                    self._left = data[fed:]
+                    break
         except httptools.HttpParserError as error:
             self._refuse(self._refused or self._unreadable(data, error))
             if self._refused is not None:
@@ -346,7 +464,7 @@ class HttpConnection(asyncio.Protocol):
                 self._refused = None
         else:
             if self._in_body:
-                if not self._foreseen:
+                if not (self._foreseen or self._left):
                     self._foreseen = True
                     self._head = self._head_of_chunk()
                     self._message.method = self._parser.get_method()
@@ -355,17 +473,83 @@ class HttpConnection(asyncio.Protocol):
                 elif self._chunked and self._between > self._limits.header_bytes + _BETWEEN_CHUNKS:
                     self._refuse(self._too_long())
             elif self._reading:
-                begins = data.rfind(b"\n") + 1
+                begins = data.rfind(b"\n", 0, fed) + 1
                 if begins or not self._line_bytes:
-                    self._line_bytes = len(data) - begins
+                    self._line_bytes = fed - begins
                     self._in_target = data.startswith(self._parser.get_method() + b" ", begins)
                 self._check_line()
         if self._begun > _MAX_PIPELINED and self._current is None and not self._advancing:
             self._advancing = True
             asyncio.get_running_loop().call_soon(self._advance)
         self._begun, self._chunk = 0, b""
+        if self._left and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._parse_left)
+
+    def _parse_left(self) -> None:
+        """Go on with what came before, or else let more come."""
+        if self._transport is None or self._transport.is_closing() or self._paused:
+            return  # in the last case it is called again
+        left, self._left = self._left, b""
+        if left and not self._deaf:
+            self._parse(left)
+        self._resume()
+
+    def _resume(self) -> None:
+        """Read more, unless something is against it."""
+        if self._paused or self._unread or self._left:
+            return
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _recognise(self, data: bytes) -> bool:
+        """Take up a request whose head came before, if it is one; else the parser has to see it."""
+        free = self._current is None and not self._ready
+        if free and self._take_again(data, data):
+            return True
+        for number, known in enumerate(self._known):
+            end = known.end(data)
+            if end < 0:
+                continue
+            missing = end + known.body_bytes - len(data)
+            if missing and not (free and missing >= _LARGE):
+                continue
+            if number:
+                self._known.insert(0, self._known.pop(number))
+            if missing:
+                self._gather(known, data, end)
+            else:
+                self._complete(known.again(data, end))
+            return True
+        return False
+
+    def _take_again(self, data: bytes, whole: bytes | memoryview) -> bool:
+        """Hand a request in whose head and JSON header came before, if it is one.
+
+        Args:
+            data: its beginning, with both.
+            whole: all of it.
+        """
+        for number, repeat in enumerate(self._repeats):
+            found = repeat.again(data, whole)
+            if found is None:
+                continue
+            cell = self._desk.cell_of(repeat.path)
+            if cell is None or cell.codec is not repeat.codec:
+                del self._repeats[number]
+                return False
+            if number:
+                self._repeats.insert(0, self._repeats.pop(number))
+            if repeat.exact:
+                self._repeat = repeat
+            self._since = self._clock()
+            self._current, request = found
+            self._hand_in(cell, request)
+            return True
+        return False
 
     def _feed(self, data: bytes | memoryview) -> None:
+        self._between += len(data)
         while True:
             try:
                 self._parser.feed_data(data)
@@ -427,7 +611,7 @@ class HttpConnection(asyncio.Protocol):
         """The client sends no more; what it has asked for is still answered."""
         if self._line and not self._deaf:  # which may show that it is no request
             self._line_bytes = 0
-            self._read(b"")
+            self._parse(b"")
         self._ended = self._current is not None or bool(self._ready)
         return self._ended
 
@@ -439,9 +623,8 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The client reads again."""
-        self._unread, self._unsent = False, 0
-        if self._transport is not None and not self._paused:
-            self._transport.resume_reading()
+        self._unread, self._unsent, self._sending = False, 0, None
+        self._resume()
         if self._ready and self._current is None and not self._advancing:
             self._advance()
 
@@ -480,7 +663,7 @@ class HttpConnection(asyncio.Protocol):
     @property
     def idle(self) -> bool:
         """No request is being answered or read."""
-        return self._current is None and not self._ready and not self._reading
+        return self._current is None and not (self._ready or self._reading or self._left)
 
     def close_if_idle(self) -> None:
         """Close the connection unless it has work: for draining. To be called again until it has closed.
@@ -501,12 +684,13 @@ class HttpConnection(asyncio.Protocol):
 
     def forget(self) -> None:
         """Judge the next request anew: the key that was right before may have been withdrawn."""
-        self._known = self._repeat = None
+        self._known, self._repeats, self._repeat = [], [], None
 
     # The parser's side.
 
     def on_message_begin(self) -> None:
         """A new request begins."""
+        self._met += 1
         self._message = Message()
         self._reading = True
         self._chunked = self._expected = self._foreseen = self._dropping = self._denied = False
@@ -605,36 +789,74 @@ class HttpConnection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
+        self._met += 1
         self._body_bytes += len(body)
         self._between = 0
         if self._body_bytes > self._limits.body_bytes:
             raise self._stop(self._too_large())
-        if not (self._dropping or self._denied):
+        if self._dropping or self._denied:
+            return
+        if self._body_bytes > _HELD_BYTES:
+            self._hold(body)
+        else:
             self._message.body.append(body)
 
-    def _gather(self, known: _Known, data: bytes) -> None:
+    def _hold(self, body: bytes) -> None:
+        """A part of a large body: in one piece from the beginning, for small parts cost more than they hold."""
+        message = self._message
+        try:
+            if message.grant is None:
+                message.grant = self._desk.budget.grant(self._body_bytes)
+                message.body = [bytearray(b"".join(message.body))]
+            else:
+                message.grant.grow(len(body))
+        except WireError as error:
+            raise self._stop(error) from None
+        held = message.body[0]
+        assert isinstance(held, bytearray)
+        held += body
+        if self._body_bytes > _MAX_PIPELINED_BYTES and (self._current is not None or self._ready):
+            self._pause()
+
+    def _pause(self) -> None:
+        """Enough waits for those before it: read no more until they are answered."""
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _gather(self, known: _Known, data: bytes, end: int) -> None:
         """The first read of a large request whose head is known: the rest needs no parser, and no copies."""
         assert self._transport is not None
         self._reading, self._dropping, self._expected = True, False, False
         self._since = self._clock()
-        Upload(self._transport, self, data, known.size, partial(self._gathered, known))
-        self._foresee(known.again(data))
+        message = self._message = known.again(data, end)
+        refused: WireError | None = None
+        try:
+            message.grant = self._desk.budget.grant(known.body_bytes)
+        except WireError as error:
+            refused = error
+        done = partial(self._gathered, known, end)
+        self._upload = Upload(self._transport, self, data, end + known.body_bytes, done)
+        if refused is None:
+            self._foresee(message)
+        else:
+            self._drop_rest()
+            self._current = message
+            self._fail(refused)
 
-    def _gathered(self, known: _Known, whole: memoryview) -> None:
+    def _gathered(self, known: _Known, end: int, whole: memoryview) -> None:
         """All of it is there."""
-        self._reading = False
+        begun, self._message = self._message, Message()
+        self._reading, self._upload = False, None
         self._since = self._clock()
         if self._dropping or self._deaf:
             self._dropped()
             return
-        repeat = self._repeat
-        if repeat is not None and repeat.size == len(whole) and whole[: len(repeat.prefix)] == repeat.prefix:
-            cell = self._desk.cell_of(repeat.path)
-            if cell is not None and cell.codec is repeat.codec:
-                self._current = repeat
-                self._hand_in(cell, repeat.request(whole))
-                return
-        self._complete(known.again(whole))
+        if self._take_again(bytes(whole[: end + _MAX_KNOWN_BYTES]), whole):
+            return
+        message = known.again(whole, end)
+        message.grant = begun.grant
+        self._complete(message)
 
     def _foresee(self, message: Message) -> None:
         """Answer a request whose body needs several reads after the first, if it will be turned away anyway.
@@ -647,6 +869,7 @@ class HttpConnection(asyncio.Protocol):
         if not admitted:
             self._denied = True
             message.body.clear()
+            message.grant = None
         if self._current is None and not self._ready:
             if not admitted:
                 self._drop_rest()
@@ -676,6 +899,9 @@ class HttpConnection(asyncio.Protocol):
     def _drop_rest(self) -> None:
         self._dropping = True
         self._message.body.clear()
+        self._message.grant = None
+        if self._upload is not None:
+            self._upload.drop()
 
     def _dropped(self) -> None:
         """The end of a body that was not kept."""
@@ -700,14 +926,18 @@ class HttpConnection(asyncio.Protocol):
             self._dropped()
             return
         self._begun += 1
+        if message.grant is not None:
+            self._message = Message()  # the grant is to end with the request, not when the next one begins
         self._complete(message)
 
     def _remember(self, message: Message) -> None:
         """Keep the head for the next request, if this one's head and body can be told apart."""
         head = self._head if self._foreseen else self._head_of_chunk()
-        once = self._chunked or self._expected or message.old
-        if head and message.body and message.keep_alive and not once:
-            self._known = message.known = _Known(head, self._body_bytes, message)
+        if not (0 < len(head) <= _MAX_KNOWN_BYTES and message.body and message.keep_alive):
+            return
+        if not (self._chunked or self._expected or message.old):
+            message.known = _Known(head, self._body_bytes, message)
+            self._known = [message.known, *(known for known in self._known if known.head != head)][:_MAX_KNOWN]
 
     def _head_of_chunk(self) -> bytes:
         """The head of the request that is being read, if the last read was of it alone and began with it."""
@@ -721,9 +951,9 @@ class HttpConnection(asyncio.Protocol):
             self._begin(message)
             return
         self._ready.append(message)
-        if len(self._ready) >= _MAX_PIPELINED and not self._paused and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        self._pipelined += sum(map(len, message.body))
+        if len(self._ready) >= _MAX_PIPELINED or self._pipelined >= _MAX_PIPELINED_BYTES:
+            self._pause()
 
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
@@ -769,7 +999,7 @@ class HttpConnection(asyncio.Protocol):
         if not self._dropping:  # else this request has its answer already
             self._desk.refused(path, error.status, self._clock() - self._since)
             head_only = self._in_body and self._parser.get_method() == b"HEAD"
-            answer = self._response(error.status, _error_body(error), _CLOSE)
+            answer = self._response(error.status, _error_body(error), _retry(error) + _CLOSE)
             self._transport.write(_without_body(answer) if head_only else answer)
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -820,9 +1050,8 @@ class HttpConnection(asyncio.Protocol):
                 why = "this path takes no compressed body"
                 self._fail(WireError("the body is compressed", why, "send it as it is", status=415))
                 return
-            answer = self._desk.control(
-                message.method, path, b"".join(message.body), message.accept, self._asker(message)
-            )
+            body = b"".join(memoryview(part)[: MAX_BODY_BYTES + 1] for part in message.body)
+            answer = self._desk.control(message.method, path, body, message.accept, self._asker(message))
             if isinstance(answer, tuple):
                 self._send_answer(*answer)
             else:
@@ -856,11 +1085,14 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._waiting = asyncio.ensure_future(self._inflate(message, body))
 
-    async def _inflate(self, message: Message, body: bytes) -> None:
+    async def _inflate(self, message: Message, body: Body) -> None:
         """Unpack on a thread: a small body may unpack into a large one, and the loop has others to serve."""
         try:
-            message.body = [await asyncio.to_thread(inflate, body, message.encoding, self._limits.body_bytes)]
-            message.encoding = b""
+            unpacked = await self._desk.budget.unpack(inflate, body, message.encoding, self._limits.body_bytes)
+            if len(unpacked) > _HELD_BYTES:
+                message.grant = self._desk.budget.grant(len(unpacked))
+                self._desk.budget.trim_soon()
+            message.body, message.encoding = [unpacked], b""
             if self._transport is not None:
                 self._take_up(message)  # anew: a reload may have retired the cell that was there before
         except WireError as error:
@@ -868,26 +1100,99 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:
             self._stumble(error)
 
-    def _submit(self, cell: Cell, message: Message, body: bytes) -> None:
+    def _submit(self, cell: Cell, message: Message, body: Body) -> None:
         try:
             request: InferRequest
             if message.is_picture and message.header_length is None:
                 request = cell.codec.decode_picture(body)
             else:
-                request = cell.codec.decode(body, _header_length(message.header_length))
-            if request.wanted.places:
-                self._desk.check_origin(Asker(message.asker))
+                length = _header_length(message.header_length)
+                if cell.codec.is_large(body, length):
+                    self._waiting = asyncio.ensure_future(self._decode_aside(cell, message, body, length))
+                    return
+                request = cell.codec.decode(body, length)
+            self._check_origin(message, request)
         except WireError as error:
-            cell.refuse(error.status, self._clock() - self._since)
-            self._send_error(error)
+            self._refuse_request(cell, error)
             return
-        if message.known is not None and message.known is self._known and message.header_length:
-            header = body[: int(message.header_length)]
-            layout = cell.codec.known(header)
-            if layout is not None and layout.ordered:
-                path = message.target.partition(b"?")[0]
-                self._repeat = _Repeat(message.known, cell.codec, path, header, layout)
-        self._hand_in(cell, request)
+        if message.known is not None and message.header_length:
+            self._remember_whole(message.known, cell.codec, message, bytes(body[: int(message.header_length)]))
+        if request.elsewhere:
+            self._fetch(cell, message, body, cast(PlacedRequest, request))
+        else:
+            self._hand_in(cell, request)
+
+    def _check_origin(self, message: Message, request: InferRequest) -> None:
+        """No web page is to have an answer written into the memory of another program."""
+        if request.wanted.places:
+            self._desk.check_origin(Asker(message.asker))
+
+    def _refuse_request(self, cell: Cell, error: WireError) -> None:
+        cell.refuse(error.status, self._clock() - self._since)
+        self._send_error(error)
+
+    def _remember_whole(self, known: _Known, codec: Codec, message: Message, header: bytes) -> None:
+        """Keep head and JSON header for the next request, if there is nothing else to it but tensors."""
+        layout = codec.known(header)
+        if layout is not None and layout.ordered:
+            repeat = _Repeat(known, codec, message.target.partition(b"?")[0], header, layout)
+            self._repeats = [repeat, *self._repeats[: _MAX_KNOWN - 1]]
+            if repeat.exact:
+                self._repeat = repeat
+
+    async def _decode_aside(self, cell: Cell, message: Message, body: Body, length: int | None) -> None:
+        """Read a large request on a thread."""
+        try:
+            request = await self._desk.budget.aside(cell.codec.decode, body, length)
+            self._check_origin(message, request)
+        except WireError as error:
+            self._refuse_request(cell, error)
+        except Exception as error:
+            self._stumble(error)
+        else:
+            self._go_on(cell, message, body, request)
+
+    def _fetch(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+        """Read what lies in shared memory, if the request is let in at all."""
+        shed = cell.foresee(request)
+        if shed is not None:
+            self._turn_away(shed)
+        elif request.large:
+            self._waiting = asyncio.ensure_future(self._fetch_aside(cell, message, body, request))
+        else:
+            try:
+                fetched = request.fetch()
+            except WireError as error:
+                self._refuse_request(cell, error)
+                return
+            self._hand_in(cell, fetched)
+
+    async def _fetch_aside(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+        try:
+            message.grant = self._desk.budget.grant(request.elsewhere)
+            fetched = await self._desk.budget.aside(request.fetch)
+        except WireError as error:
+            self._refuse_request(cell, error)
+        except Exception as error:
+            self._stumble(error)
+        else:
+            self._go_on(cell, message, body, fetched)
+
+    def _go_on(self, cell: Cell, message: Message, body: Body, request: InferRequest) -> None:
+        """A request has been read on a thread."""
+        if self._transport is None:
+            return
+        try:
+            now = self._desk.cell_of(message.target.partition(b"?")[0])
+            if now is None or now.codec is not cell.codec:
+                message.body = [body]
+                self._take_up(message)  # anew: a reload has retired the cell that was there before
+            elif request.elsewhere:
+                self._fetch(cell, message, body, cast(PlacedRequest, request))
+            else:
+                self._hand_in(cell, request)
+        except Exception as error:
+            self._stumble(error)
 
     def _hand_in(self, cell: Cell, request: InferRequest) -> None:
         self._cell, self._request = cell, request
@@ -908,33 +1213,66 @@ class HttpConnection(asyncio.Protocol):
         try:
             if isinstance(result, Exception):
                 self._send_error(result)
-            elif isinstance(current, _Repeat) and current.answer is not None and not self._desk.draining:
+            elif isinstance(current, _Turn) and current.answer is not None and not self._desk.draining:
                 if self._transport is not None:
                     self._transport.write(b"".join((_OK, self._desk.date, current.answer, *result)))
                     self._next(close=False)
             else:
+                if isinstance(current, _Turn) and current.id:
+                    request.wanted = msgspec.structs.replace(request.wanted, id=current.id.decode())
                 return self._reply(cell, request, result)
-        except Exception as error:  # whoever asked is not to wait for ever
-            self._report(error)
-            if self._current is not None:
-                self._break_off(error)
-            return 500
+        except Exception as error:
+            return self._give_up(error)
         return None
 
     def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> int | None:
         """Answer, or say what went wrong with that: its status, which the cell counts."""
+        if cell.codec.writes_much(request.wanted, request.rows):
+            self._waiting = asyncio.ensure_future(self._write_aside(cell, request, lasting(result)))
+            return LATER
         try:
             length, parts = cell.codec.encode(request.wanted, request.rows, result)
         except Exception as error:  # out of here it would reach the cell, and those who share the batch
-            if not isinstance(error, WireError):
-                self._report(error)
-            self._send_error(error)
-            return _status(error)
-        if length is None:
-            self._send(200, b"".join(parts))
-        else:
-            self._send_parts(length, parts)
+            return self._unwritten(error)
+        self._send_encoded(length, parts, lasts=isinstance(result, Lasting))
         return None
+
+    async def _write_aside(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
+        """Write a large answer on a thread."""
+        status: int | None = None
+        try:
+            try:
+                length, parts = await self._desk.budget.aside(cell.codec.encode, request.wanted, request.rows, result)
+            except Exception as error:
+                status = self._unwritten(error)
+            else:
+                self._send_encoded(length, parts, lasts=True)
+        except Exception as error:
+            status = self._give_up(error)
+        finally:
+            cell.written(request, status)
+
+    def _unwritten(self, error: Exception) -> int:
+        """Answer with an error after all: its status, which is to be counted."""
+        if not isinstance(error, WireError):
+            self._report(error)
+        self._send_error(error)
+        return _status(error)
+
+    def _give_up(self, error: Exception) -> int:
+        """Whoever asked is not to wait for ever."""
+        self._report(error)
+        if self._current is not None:
+            self._break_off(error)
+        return 500
+
+    def _send_encoded(self, length: int | None, parts: Parts, *, lasts: bool) -> None:
+        if length is not None:
+            self._send_parts(length, parts, lasts=lasts)
+        elif len(parts) == 1:
+            self._send(200, bytes(parts[0]))
+        else:
+            self._send_list(parts)
 
     def _count(self, status: int) -> None:
         current = self._current
@@ -947,9 +1285,7 @@ class HttpConnection(asyncio.Protocol):
         self._send_error(error, extra)
 
     def _send_error(self, error: Exception, extra: bytes = b"") -> None:
-        if isinstance(error, TurnedAway):
-            extra += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
-        self._send(_status(error), _error_body(error), extra)
+        self._send(_status(error), _error_body(error), extra + _retry(error))
 
     def _send(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = JSON) -> None:
         close = self._closing()
@@ -960,22 +1296,51 @@ class HttpConnection(asyncio.Protocol):
             self._transport.write(answer)
             self._next(close)
 
-    def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
+    def _send_parts(self, header_length: int, parts: Parts, *, lasts: bool = False) -> None:
+        """An answer of a JSON header and raw tensors.
+
+        Args:
+            header_length: of the JSON header in bytes.
+            parts: of the body.
+            lasts: they stay as they are, and need not be copied now.
+        """
         close = self._closing()
         if self._transport is not None:
-            head = _BINARY % (header_length, self._persistence(close), sum(map(len, parts)))
-            self._transport.write(b"".join([_OK, self._desk.date, head, *parts]))
+            size = sum(map(len, parts))
+            head = b"".join((_OK, self._desk.date, _BINARY % (header_length, self._persistence(close), size)))
+            if lasts and size > _MAX_PIPELINED_BYTES:
+                self._write_each([head, *parts])
+            else:
+                self._transport.write(b"".join([head, *parts]))
             self._next(close)
 
+    def _send_list(self, parts: Parts) -> None:
+        """An answer in JSON that is so long that it comes in parts."""
+        close = self._closing()
+        if self._transport is not None:
+            self._write_each([self._heading(200, sum(map(len, parts)), self._persistence(close)), *parts])
+            self._next(close)
+
+    def _write_each(self, parts: Parts) -> None:
+        """Write a large answer without copying it into one; until it is sent it counts among what is held."""
+        assert self._transport is not None
+        for part in parts:
+            self._transport.write(part)
+        if self._unread:
+            self._sending = self._desk.budget.grant()
+            self._sending.take(sum(map(len, parts)))
+
     def _response(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = JSON) -> bytes:
-        return b"HTTP/1.1 %d %s\r\n%scontent-type: %s\r\n%scontent-length: %d\r\n\r\n%s" % (
+        return self._heading(status, len(body), extra, kind) + body
+
+    def _heading(self, status: int, size: int, extra: bytes, kind: bytes = JSON) -> bytes:
+        return b"HTTP/1.1 %d %s\r\n%scontent-type: %s\r\n%scontent-length: %d\r\n\r\n" % (
             status,
             _REASONS[status].encode(),
             self._desk.date,
             kind,
             extra,
-            len(body),
-            body,
+            size,
         )
 
     def _persistence(self, close: bool) -> bytes:
@@ -995,7 +1360,7 @@ class HttpConnection(asyncio.Protocol):
             elif self._transport is not None:
                 self._deaf = True
                 self._transport.close()
-        elif (self._ready or self._ended or self._broken) and not self._advancing:
+        elif (self._ready or self._ended or self._broken or self._paused) and not self._advancing:
             self._advance()
 
     def _advance(self) -> None:
@@ -1004,11 +1369,16 @@ class HttpConnection(asyncio.Protocol):
         for _ in range(_MAX_PIPELINED):
             if self._current is not None or not self._ready or self._unread:
                 break
-            self._begin(self._ready.popleft())
-        if self._paused and len(self._ready) < _MAX_PIPELINED and self._transport is not None:
+            message = self._ready.popleft()
+            self._pipelined -= sum(map(len, message.body))
+            self._begin(message)
+        few = len(self._ready) < _MAX_PIPELINED and self._pipelined < _MAX_PIPELINED_BYTES
+        if self._paused and few and self._transport is not None and (self._current is None or not self._reading):
             self._paused = False
-            if not self._unread:
-                self._transport.resume_reading()
+            self._since = self._clock()
+            if self._left:
+                asyncio.get_running_loop().call_soon(self._parse_left)
+            self._resume()
         if self._current is None and self._ready and not self._unread:
             asyncio.get_running_loop().call_soon(self._advance)  # the others have their turn
             return
@@ -1018,6 +1388,14 @@ class HttpConnection(asyncio.Protocol):
                 self._say_farewell(*self._broken)
             elif self._ended:
                 self._transport.close()
+
+
+def _retry(error: Exception) -> bytes:
+    """When to ask again, for who is turned away."""
+    if _status(error) != 429:
+        return b""
+    after_s = error.retry_after_s if isinstance(error, TurnedAway) else 0.0
+    return b"retry-after: %d\r\n" % max(1, math.ceil(after_s))
 
 
 def _without_body(answer: bytes) -> bytes:

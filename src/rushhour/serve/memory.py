@@ -38,6 +38,11 @@ def give_back() -> None:
     What holds itself is collected first: a model's engine and queue do, and pages around it would stay.
     """
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """The same without the collector, which would hold all threads up."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -16,7 +16,7 @@ from rushhour.errors import WireError
 from rushhour.serve import log
 from rushhour.serve.cell import Cell, Job, Reply, Shed, TurnedAway
 from rushhour.serve.http import Desk, HttpConnection, Message
-from rushhour.wire import InferRequest
+from rushhour.wire import Body, InferRequest, Parts
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -246,16 +246,20 @@ class ObservedConnection(HttpConnection):
             self._followed.shed = shed.reason
         super()._turn_away(shed)
 
-    def _submit(self, cell: Cell, message: Message, body: bytes) -> None:
+    def _submit(self, cell: Cell, message: Message, body: Body) -> None:
         super()._submit(cell if self._followed is None else self._followed.into(cell), message, body)
 
     def _send(self, status: int, body: bytes, *more: Any, **named: Any) -> None:
         self._end(status)
         super()._send(status, body, *more, **named)
 
-    def _send_parts(self, header_length: int, parts: list[bytes]) -> None:
+    def _send_parts(self, header_length: int, parts: Parts, *, lasts: bool = False) -> None:
         self._end(200)
-        super()._send_parts(header_length, parts)
+        super()._send_parts(header_length, parts, lasts=lasts)
+
+    def _send_list(self, parts: Parts) -> None:
+        self._end(200)
+        super()._send_list(parts)
 
     def _say_farewell(self, error: WireError, path: bytes) -> None:
         if not self._dropping:  # it never came so far as to be a request

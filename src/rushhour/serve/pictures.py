@@ -21,10 +21,13 @@ from PIL import Image
 from rushhour.bundle import TensorSpec
 from rushhour.errors import DataError, WireError
 from rushhour.picture import decode
+from rushhour.pieces import rest
 from rushhour.wire import PictureRequest, content_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG_MAGIC, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
+_COUNTED_BYTES = 2**20
+"""In one go."""
 _MAX_SCANS = 64
 """Of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and next to no bytes."""
 _MEMORY = 0.05
@@ -88,7 +91,7 @@ class Decoder:
         Raises:
             DataError: if it is damaged, too large, or of another format.
         """
-        if content.startswith(_JPEG_MAGIC) and content.count(_JPEG_SCAN) > _MAX_SCANS:
+        if content.startswith(_JPEG_MAGIC) and _scans(content) > _MAX_SCANS:
             raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "leave it out")
         decode(io.BytesIO(content), into, max_pixels=self.settings.max_pixels, formats=FORMATS)
 
@@ -111,6 +114,16 @@ class Decoder:
         seconds = min(seconds, 4 * size * self._seconds / self._bytes)
         self._bytes += _MEMORY * (size - self._bytes)
         self._seconds += _MEMORY * (seconds - self._seconds)
+
+
+def _scans(content: bytes) -> int:
+    """Where scans of a JPEG seem to begin."""
+    found = 0
+    for at in range(0, len(content), _COUNTED_BYTES):
+        if at:
+            rest()
+        found += content.count(_JPEG_SCAN, at, at + _COUNTED_BYTES + len(_JPEG_SCAN) - 1)
+    return found
 
 
 class Decoding:

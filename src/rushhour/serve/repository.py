@@ -17,17 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.machine import cores
 from rushhour.measurement import BatchCost, ServiceTimes
-from rushhour.plan import Plan
+from rushhour.plan import Plan, Policy
 from rushhour.serve import log, memory
 from rushhour.serve.admission import Profile
 from rushhour.serve.cell import Cell
-from rushhour.serve.guard import Limits
+from rushhour.serve.guard import Budget, Limits
 from rushhour.serve.pictures import Decoder
 from rushhour.serve.statistics import Totals, add_counts, reason_of, remembered, together
 from rushhour.serve.target import Target, Way, open_planned, open_target
@@ -94,6 +96,7 @@ class Repository:
         versions: of the bundles that were served, by their hashes. A version follows its bundle: reloading what is
             served changes no version, and a bundle that comes back has the one that it had.
         errors: answers with an error that belong to no version, by reason.
+        budget: of all large requests in this process.
 
     Raises:
         ServeError: if the name cannot be a part of a URL.
@@ -126,6 +129,7 @@ class Repository:
         self._opener = opener
         self._regions = regions
         self._limits = limits
+        self.budget = Budget(limits.held_bytes)
         self.versions = dict(versions or {})
         self._retiring: list[Cell] = []
         self._past: dict[str, Totals] = {}
@@ -227,7 +231,8 @@ class Repository:
             pictures=self._most_pictures(engine.signature) if decoder else 0,
         )
         profile = Profile(opened.times, is_sure=opened.was_alone)
-        cell = Cell(engine, codec, target.plan.policy, profile, WallClock(), decoder, opened.cost)
+        policy = self._bounded(target.plan.policy, engine.signature)
+        cell = Cell(engine, codec, policy, profile, WallClock(), decoder, opened.cost)
         return Loaded(target, way, engine, cell, opened)
 
     def _serve(self, loaded: Loaded) -> Loaded | None:
@@ -356,6 +361,11 @@ class Repository:
         """Batches of other engines that run, and that were started until now."""
         cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
         return sum(cell.running[0] for cell in cells), sum(cell.counters.batches for cell in cells)
+
+    def _bounded(self, policy: Policy, signature: Signature) -> Policy:
+        """The policy with a queue that takes no more bytes than the process may hold."""
+        samples = max(1, self._limits.held_bytes // sum(spec.row_bytes for spec in signature.inputs))
+        return msgspec.structs.replace(policy, queue_bound=min(policy.queue_bound, samples))
 
     def _most_pictures(self, signature: Signature) -> int:
         """In one request: decoded, they may be as large as a request with tensors."""

@@ -25,7 +25,8 @@ Refused = Callable[[bytes, int], None]
 """Told of each answer with an error: the path and the status."""
 
 JSON = b"application/json"
-_MAX_BODY_BYTES = 2**20
+MAX_BODY_BYTES = 64 * 2**10
+"""Of a request that is no inference: it is parsed on the event loop."""
 _OF_THE_SERVER = ("GET", "HEAD", "POST", "OPTIONS")
 
 
@@ -228,8 +229,8 @@ def _ready(ready: bool) -> Answer:
 def _parsed(body: bytes) -> dict[str, Any]:
     if not body:
         return {}
-    if len(body) > _MAX_BODY_BYTES:
-        raise WireError("the body is too large", f"here the limit is {_MAX_BODY_BYTES} bytes", "send less", status=413)
+    if len(body) > MAX_BODY_BYTES:
+        raise WireError("the body is too large", f"here the limit is {MAX_BODY_BYTES} bytes", "send less", status=413)
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -326,6 +326,7 @@ class _Desk:
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys) if keys is None else keys
+        self.budget = repository.budget
         self.date = b""
         self._repository = repository
         self._infers = infers

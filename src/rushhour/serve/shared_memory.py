@@ -89,10 +89,10 @@ class SharedMemory:
             for region in regions
         ]
 
-    def check(self, place: Place) -> None:
-        """Raise a `WireError` unless the place lies in a registered region that may be written."""
+    def check(self, place: Place, *, writes: bool = True) -> None:
+        """Raise a `WireError` unless the place lies in a registered region, one that may be written if it is to be."""
         region = self._inside(place)
-        if region.why_not:
+        if writes and region.why_not:
             raise WireError(
                 f"will not write into the region {place.region!r}",
                 region.why_not,
@@ -132,7 +132,7 @@ class SharedMemory:
         Raises:
             WireError: if the place does not lie in a registered region, or is too small, or its owner has cut it short.
         """
-        self.check(place)
+        self.check(place, writes=True)
         if len(content) > place.byte_size:
             raise WireError(
                 f"an output of {len(content)} bytes does not fit into its shared memory",

@@ -46,6 +46,7 @@ _REASONS = {
     413: "too_large",
     414: "target_too_long",
     415: "unsupported_media_type",
+    429: "queue",
     431: "header_too_large",
     501: "not_implemented",
     503: "unavailable",
@@ -318,6 +319,12 @@ class Statistics:
         """A request was answered with an error, so long after its arrival."""
         self._totals.fail.add(1, seconds)
         add_counts(self._totals.errors, {reason: 1})
+
+    def answered(self, seconds: float) -> None:
+        """A request was answered so long after its arrival, and some time after its batch had been counted."""
+        self._totals.success.add(1, seconds)
+        self._answered.append((seconds, (0.0,)))
+        self._waiting += 1
 
     def count(self, batch: Batch, requests: int, begun: Sequence[float], answered: Sequence[float]) -> None:
         """A batch has been computed and answered, just now.

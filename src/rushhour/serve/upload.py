@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+_SCRATCH_BYTES = 64 * 2**10
+
 
 class Upload(asyncio.BufferedProtocol):
     """Takes a transport over from its protocol until so many bytes are there, then gives it back.
@@ -33,21 +35,27 @@ class Upload(asyncio.BufferedProtocol):
         self._transport = transport
         self._usual = usual
         self._whole = np.empty(size, np.uint8).data
-        self._at = len(first)
-        self._whole[: self._at] = first
+        self._left = size - len(first)
+        self._whole[: len(first)] = first
         self._done = done
+        self._dropping = False
         transport.set_protocol(self)
+
+    def drop(self) -> None:
+        """Nobody wants it any more: what is still to come is read, and not kept; `done` gets nothing then."""
+        self._dropping = True
+        self._whole = np.empty(min(self._left, _SCRATCH_BYTES), np.uint8).data
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go: never further than this request, the next one's stay in the socket."""
-        return self._whole[self._at :]
+        return self._whole[: self._left] if self._dropping else self._whole[-self._left :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many have come."""
-        self._at += nbytes
-        if self._at == len(self._whole):
+        self._left -= nbytes
+        if not self._left:
             self._transport.set_protocol(self._usual)
-            self._done(self._whole)
+            self._done(self._whole[:0] if self._dropping else self._whole)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
