@@ -939,12 +939,13 @@ def address_of(said: dict[str, Any]) -> tuple[str, int]:
 def test_limits_are_options(tiny: Bundle) -> None:
     options = ["--idle-timeout=1s", "--request-timeout=2", "--max-body=1KiB", "--drain-timeout=1m", "--drain-delay=0"]
     more = ["--grpc-max-age=2m", "--grpc-ping-interval=0", "--grpc-keepalive=10s", "--frozen-after=3s"]
-    with commanded(str(tiny.path), *options, *more) as (process, said):
+    with commanded(str(tiny.path), *options, *more, "--grpc-max-message=32MiB") as (process, said):
         address = address_of(said)
         shown = json.loads(get(address, "/config")[1])["server"]
         limits = shown["limits"]
         assert (limits["idle_s"], limits["request_s"], limits["body_bytes"]) == (1, 2, 1024)
         assert (limits["grpc_age_s"], limits["ping_s"], limits["keepalive_s"]) == (120, 0, 10)
+        assert limits["grpc_bytes"] == 32 * 2**20
         assert (shown["drain_timeout_s"], shown["drain_delay_s"]) == (60, 0)
         connection = http.client.HTTPConnection(*address, timeout=20)
         connection.request("POST", "/v2/models/tiny/infer", bytes(1025))

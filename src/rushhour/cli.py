@@ -332,6 +332,13 @@ def compress(
 @click.option("--request-timeout", default="30s", show_default=True, type=_PERIOD, help="For a request to be whole.")
 @click.option("--max-body", default="64MiB", show_default=True, type=_SIZE, help="Of a request, unpacked.")
 @click.option(
+    "--grpc-max-message",
+    default="16MiB",
+    show_default=True,
+    type=_SIZE,
+    help="Over gRPC as it comes, if that is less; a larger one stops everybody for as long as it takes to copy it.",
+)
+@click.option(
     "--drain-delay",
     default="0s",
     show_default=True,
@@ -407,6 +414,7 @@ def serve(
     idle_timeout: float,
     request_timeout: float,
     max_body: float,
+    grpc_max_message: float,
     drain_delay: float,
     drain_timeout: float,
     frozen_after: float,
@@ -448,6 +456,7 @@ def serve(
         "idle_s": idle_timeout,
         "request_s": request_timeout,
         "body_bytes": int(max_body),
+        "grpc_bytes": int(grpc_max_message),
         "ping_s": grpc_ping_interval,
         "keepalive_s": grpc_keepalive,
         "grpc_age_s": grpc_max_age,
