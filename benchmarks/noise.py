@@ -320,7 +320,7 @@ def demos(names: Sequence[str], scale: Scale) -> Part:
             file = run / "plan.json"
             evidence = Plan.load(file).evidence if file.exists() else None
             if evidence is None:
-                seen[name] = {"exit": ended.returncode, "minutes": minutes, "said": ended.stderr[-2000:]}
+                seen[name] = {"exit": ended.returncode, "minutes": minutes, "said": ended.stderr.replace(folder, "")[-2000:]}
                 checks.append(verdict(f"1.{name}", f"`rushhour demo`, {name}: a plan", ">= 1", 0.0, None, 1, unit=""))
                 continue
             all_layouts = child(name, "layouts", run=str(run), rounds=scale.rounds)
@@ -331,7 +331,7 @@ def demos(names: Sequence[str], scale: Scale) -> Part:
                 "minutes": minutes,
                 "evidence": msgspec.to_builtins(msgspec.structs.replace(evidence, trials=())),
                 "layouts": all_layouts,
-                "said": ended.stderr.splitlines(),
+                "said": ended.stderr.replace(folder, "").splitlines(),
             }
             what = f"`rushhour demo`, {name}"
             checks += [
