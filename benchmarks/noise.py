@@ -320,7 +320,8 @@ def demos(names: Sequence[str], scale: Scale) -> Part:
             file = run / "plan.json"
             evidence = Plan.load(file).evidence if file.exists() else None
             if evidence is None:
-                seen[name] = {"exit": ended.returncode, "minutes": minutes, "said": ended.stderr.replace(folder, "")[-2000:]}
+                said = ended.stderr.replace(folder, "")[-2000:]
+                seen[name] = {"exit": ended.returncode, "minutes": minutes, "said": said}
                 checks.append(verdict(f"1.{name}", f"`rushhour demo`, {name}: a plan", ">= 1", 0.0, None, 1, unit=""))
                 continue
             all_layouts = child(name, "layouts", run=str(run), rounds=scale.rounds)

@@ -370,7 +370,7 @@ def test_an_engine_that_hangs_keeps_no_reload_and_no_end_waiting(
 def test_an_old_version_that_still_moves_is_not_given_up(
     tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repository, "_STUCK_S", 0.5)
+    monkeypatch.setattr(repository, "_STUCK_S", 1.5)
     monkeypatch.setattr(repository, "_STUCK_BATCHES", 0.0)
     target = planned(tiny, tmp_path / "run", max_batch=1)
 
@@ -385,7 +385,7 @@ def test_an_old_version_that_still_moves_is_not_given_up(
         await turns()
         loading = asyncio.create_task(served.load())
         while not loading.done():  # together much longer than a cell may stand still
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.4)
             if stuck.held:
                 stuck.held.pop(0)()
         for seed, answer in enumerate(waiting):
