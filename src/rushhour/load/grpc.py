@@ -22,7 +22,7 @@ from rushhour.load.carrier import Book
 from rushhour.load.declared import Interface
 from rushhour.load.job import Job
 from rushhour.load.target import Endpoint, Target
-from rushhour.protocol import message
+from rushhour.protocol import CONTENTS, message
 from rushhour.wire import Content, array_of_bytes, array_of_values
 
 _SERVICE = "/inference.GRPCInferenceService/"
@@ -35,21 +35,6 @@ _HTTP_STATUS = {
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.UNIMPLEMENTED: 404,
 }
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
-"""Where a message carries values that are not raw."""
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -154,7 +139,7 @@ def decode_grpc_answer(body: bytes, _: int | None = None) -> dict[str, NDArray[A
 
 
 def _typed(output: Any) -> NDArray[Any]:
-    field = _CONTENTS.get(output.datatype)
+    field = CONTENTS.get(output.datatype)
     if field is None:
         raise ValueError(f"the output {output.name!r} has the datatype {output.datatype!r} and no raw bytes")
     return array_of_values(output.datatype, list(getattr(output.contents, field)), tuple(output.shape))

@@ -24,6 +24,22 @@ def _pool() -> Any:
     return pool
 
 
+CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Where a message carries values of each datatype that are not raw: a field of `InferTensorContents`."""
+
 _POOL = _pool()
 INFERENCE, HEALTH = (_POOL.FindServiceByName(name) for name in _SERVICES)
 """Descriptors of the services: their methods, and the messages that these take and give."""

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from rushhour.errors import WireError
 from rushhour.pieces import WHOLE_BYTES, Packed, Texts, too_long
-from rushhour.protocol import message
+from rushhour.protocol import CONTENTS, message
 from rushhour.wire import Codec, InferRequest, InputHeader, Layout, OutputHeader, RequestHeader
 
 _Request = message("inference.ModelInferRequest")
@@ -39,20 +39,6 @@ _LEFT_BYTES = WHOLE_BYTES
 _MAX_CACHED_HEADERS = 256
 _MAX_CACHED_HEADER_BYTES = 4096
 
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 _CONTENT_FIELDS = _Request().inputs.add().contents.DESCRIPTOR.fields_by_name
 _NUMBERS = {
     "bool_contents": "bool",
@@ -421,11 +407,11 @@ def _described(request: Any, raw: list[memoryview], contents: Sequence[_Contents
         parameters.pop("binary_data_size", None)
         entry = InputHeader(tensor.name, tensor.datatype, list(tensor.shape), parameters=parameters)
         if cut is not None or tensor.HasField("contents"):
-            field = _CONTENTS.get(tensor.datatype)
+            field = CONTENTS.get(tensor.datatype)
             if field is None:
                 raise WireError(
                     f"the input {tensor.name!r} has contents of {tensor.datatype[:20]}",
-                    f"contents carry {', '.join(_CONTENTS)}",
+                    f"contents carry {', '.join(CONTENTS)}",
                     "send it in raw_input_contents",
                 )
             entry.data = list(getattr(tensor.contents, field)) if cut is None else cut.of(field)
