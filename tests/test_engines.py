@@ -411,6 +411,7 @@ else:
     engines = [open_engine(bundle, EngineConfig(sys.argv[2], max_batch=2)) for _ in range(2)]
     for first in range(2):  # a reload: the new one comes before the old one goes
         engines.pop(0).close()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
 try:
     os.kill(os.getpid(), signal.SIGINT)
 except KeyboardInterrupt:

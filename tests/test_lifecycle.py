@@ -164,7 +164,10 @@ def chatter(address: tuple[str, int], requests: int) -> None:
                 answers.read(int(head.lower().partition(b"content-length: ")[2].split()[0]))
 
 
-@pytest.mark.parametrize(("form", "cells"), [("json", 1), pytest.param("text", 1, marks=pytest.mark.slow), ("json", 2)])
+@pytest.mark.parametrize(
+    ("form", "cells"),
+    [("json", 1), pytest.param("text", 1, marks=pytest.mark.slow), pytest.param("json", 2, marks=pytest.mark.slow)],
+)
 def test_a_log_that_nobody_reads_stops_nobody(tiny: Bundle, form: Any, cells: int) -> None:
     settings = ServeSettings(http_port=0, log_requests=True, log_format=form, cells=cells)
     with logging_to(tiny.path, settings, subprocess.PIPE) as (server, process):
@@ -260,6 +263,7 @@ def test_a_stopped_cell_is_replaced(tiny: Bundle) -> None:
         assert ending(server.process) == 0
 
 
+@pytest.mark.slow
 def test_a_pause_of_the_whole_machine_costs_no_cell(tiny: Bundle) -> None:
     """As of a container that is paused, or a laptop that sleeps: the supervisor was away, too."""
     with serving(tiny.path, ServeSettings(http_port=0, cells=2, frozen_s=1.5)) as server:
@@ -360,6 +364,7 @@ def test_a_cell_comes_back_after_an_error_of_its_keeper(
     within_signals(scenario)
 
 
+@pytest.mark.slow
 def test_a_cell_whose_cores_were_taken_away_runs_on_others(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(pid: int, cores: Any) -> None:
         raise OSError(22, "Invalid argument")
@@ -433,6 +438,7 @@ def test_a_restarted_cell_serves_what_the_others_do_or_not_at_all(tmp_path: Path
         assert versions_seen(server.address, bundle) == {("1", True)}
 
 
+@pytest.mark.slow
 def test_a_restarted_cell_of_a_run_opens_the_bundle_that_is_served_though_the_plan_has_changed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for seed in (0, 1):
@@ -488,7 +494,7 @@ def stat_of(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.parametrize("cells", [1, 2])
+@pytest.mark.parametrize("cells", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_under_way_is_cut_off_when_draining_takes_too_long(tiny: Bundle, cells: int) -> None:
     settings = ServeSettings(http_port=0, grpc_port=0, cells=cells, drain_timeout_s=0.5)
     with serving(tiny.path, settings) as server, half_a_request(server.address) as connection:
@@ -505,6 +511,7 @@ def test_what_is_under_way_is_cut_off_when_draining_takes_too_long(tiny: Bundle,
             assert connection.recv(65536) == b""
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_at_once_drains_all_the_same(tiny: Bundle) -> None:
     """As a service manager sends it: each cell gets one from it, and one from the supervisor."""
     length, body = encode_request(tiny.manifest.signature, {"image": IMAGES})
@@ -527,7 +534,7 @@ def test_a_signal_to_all_processes_at_once_drains_all_the_same(tiny: Bundle) -> 
         assert ending(server.process) == 0
 
 
-@pytest.mark.parametrize("cells", [1, 2])
+@pytest.mark.parametrize("cells", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_readiness_ends_before_the_door_closes(tiny: Bundle, cells: int) -> None:
     settings = ServeSettings(http_port=0, grpc_port=0, cells=cells, drain_delay_s=2)
     with serving(tiny.path, settings) as server, grpc.insecure_channel(server.grpc) as channel:
@@ -675,7 +682,7 @@ def test_the_same_command_again_serves_at_once(tiny: Bundle, cells: int) -> None
             assert ending(server.process) == 0
 
 
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_port_on_which_another_program_lives_is_refused(tiny: Bundle, first: int) -> None:
     with serving(tiny.path, ServeSettings(http_port=0, grpc_port=0, cells=first)) as server:
         for settings in (
@@ -696,7 +703,7 @@ def test_a_port_whose_cells_have_yet_to_come_is_refused(second: Callable[[str, i
 
 
 @pytest.mark.skipif(not IPV6, reason="there is no IPv6 here")
-@pytest.mark.parametrize("cells", [1, 2])
+@pytest.mark.parametrize("cells", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_addresses_of_a_name_are_bound(
     tiny: Bundle, cells: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -760,7 +767,7 @@ def naming(*addresses: str) -> Callable[..., Any]:
 OLD, NEW = "an-old-key-of-many-characters", "a-new-key-of-many-characters"
 
 
-@pytest.mark.parametrize("cells", [1, 2])
+@pytest.mark.parametrize("cells", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_keys_are_read_again_at_sighup(tiny: Bundle, tmp_path: Path, cells: int) -> None:
     file, told = tmp_path / "keys", tmp_path / "log"
     file.write_text(f"{OLD}\n")
@@ -834,7 +841,7 @@ def served_name(address: tuple[str, int], alpn: list[str]) -> str:
     return name
 
 
-@pytest.mark.parametrize("cells", [1, 2])
+@pytest.mark.parametrize("cells", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_renewed_certificate_serves_new_handshakes(tiny: Bundle, tmp_path: Path, cells: int) -> None:
     told = tmp_path / "log"
     certify(tmp_path, "first", "rsa:2048")
@@ -884,7 +891,7 @@ def test_an_encrypted_key_is_refused_and_not_asked_for_its_password(tmp_path: Pa
 # A collector that is not there.
 
 
-@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_collector_that_is_not_there_does_not_hold_up_the_end(tiny: Bundle, tmp_path: Path, silent: bool) -> None:
     told = tmp_path / "log"
     with socket.socket() as collector, told.open("wb") as stderr:
@@ -985,6 +992,7 @@ def test_more_cells_than_planned_share_the_cores(tiny: Bundle, tmp_path: Path) -
         assert "1 streams of 1 threads" in said["served"]
 
 
+@pytest.mark.slow
 def test_more_cells_than_planned_share_the_cores_where_the_plan_is_to_be_served_exactly(
     tiny: Bundle, tmp_path: Path
 ) -> None:
@@ -1012,6 +1020,7 @@ def test_streams_and_threads_are_options(tiny: Bundle, tmp_path: Path) -> None:
 # Long connections over gRPC.
 
 
+@pytest.mark.slow
 def test_clients_may_ping_once_a_second(tiny: Bundle) -> None:
     settings = ServeSettings(http_port=0, grpc_port=0)
     options = [

@@ -117,6 +117,7 @@ def test_statistics_are_of_the_version_that_is_asked_for(server: Server, tiny: B
         assert ask(fresh, "POST", "/v2/models/tiny/versions//infer", INFER)[0] == 404
 
 
+@pytest.mark.slow
 def test_cells_and_restarted_ones_agree_on_versions(tmp_path: Path) -> None:
     first, second = tiny_bundle(tmp_path / "a", seed=0), tiny_bundle(tmp_path / "b", seed=1)
     first.copy_to(tmp_path / "served")
