@@ -471,8 +471,9 @@ def get_ready(address: tuple[str, int]) -> bool:
 
 @pytest.mark.parametrize(
     ("cells", "signals", "code"),
-    [(1, (signal.SIGTERM, signal.SIGTERM), 143), (1, (signal.SIGINT, signal.SIGINT), 130),
-     (2, (signal.SIGTERM, signal.SIGINT), 130)],
+    [(1, (signal.SIGTERM, signal.SIGTERM), 143),
+     pytest.param(1, (signal.SIGINT, signal.SIGINT), 130, marks=pytest.mark.slow),
+     pytest.param(2, (signal.SIGTERM, signal.SIGINT), 130, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_second_signal_ends_at_once(tiny: Bundle, cells: int, signals: tuple[int, int], code: int) -> None:
     settings = ServeSettings(http_port=0, cells=cells, drain_timeout_s=600)

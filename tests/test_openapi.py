@@ -79,6 +79,7 @@ def test_the_description_is_openapi_and_names_every_path(schema: Any) -> None:
     assert described == PATHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "method", "mode"), OPERATIONS)
 def test_the_server_does_as_it_says(
     schema: Any, session: requests.Session, path: str, method: str, mode: GenerationMode

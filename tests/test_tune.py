@@ -493,7 +493,7 @@ class Tight(Load):
         return window
 
 
-@pytest.mark.parametrize("budget_s", [85, 100])
+@pytest.mark.parametrize("budget_s", [85, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_last_proof_that_the_time_has_room_for_is_tried_where_it_is_sure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float
 ) -> None:
