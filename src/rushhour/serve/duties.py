@@ -61,7 +61,6 @@ class Duties:
                     return Done(speeds=None if loaded is None else loaded.cell.speeds())
                 case Load():
                     await self._repository.load()
-                    return Done(report=self.report())
                 case Prepare(versions, plan, folder):
                     await self._repository.prepare(versions, plan, Path(folder))
                 case Commit():

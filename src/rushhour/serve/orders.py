@@ -100,7 +100,7 @@ class Done(msgspec.Struct, frozen=True):
     Attributes:
         wrong: what went wrong; empty for nothing.
         status: the HTTP status of that.
-        report: of `Count` and `Load`.
+        report: of `Count` and `Commit`.
         speeds: of `Speed`; None where nothing is loaded.
     """
 

@@ -196,7 +196,7 @@ class Supervisor:
         for cell, done in zip(self._cells, committed, strict=True):
             if done is not None and done.wrong:
                 cell.kill()
-        await self._report()  # which learns the version of the bundle
+        self._learn_versions()  # the cells have said them
         return Done()
 
     async def _in_all(self, work: Work) -> Done:
