@@ -40,6 +40,8 @@ _LEAST_TAKEN = 1024
 """Bytes: a client that has taken fewer in its time has as good as taken none."""
 _LONG_LINE = 1024
 """Bytes of a line in a head, from which on it waits for its end before the parser sees it."""
+_TELLING = 64
+"""Bytes at the end of a body by which its end is found again among what was read."""
 _BETWEEN_FIELDS = 256
 """Bytes of a head that are not counted elsewhere: colons, line ends and the usual spaces."""
 _BETWEEN_CHUNKS = 64 * 1024
@@ -384,7 +386,7 @@ class HttpConnection(asyncio.Protocol):
         self._pipelined = 0
         self._left = b""
         self._met = 0
-        self._chunk = self._head = b""
+        self._chunk = self._head = self._body_part = b""
         self._chunked = False
         self._ended = False
         self._unread = False
@@ -473,7 +475,7 @@ class HttpConnection(asyncio.Protocol):
                 elif self._chunked and self._between > self._limits.header_bytes + _BETWEEN_CHUNKS:
                     self._refuse(self._too_long())
             elif self._reading:
-                begins = data.rfind(b"\n", 0, fed) + 1
+                begins = self._line_begins(data, fed)
                 if begins or not self._line_bytes:
                     self._line_bytes = fed - begins
                     self._in_target = data.startswith(self._parser.get_method() + b" ", begins)
@@ -481,7 +483,7 @@ class HttpConnection(asyncio.Protocol):
         if self._begun > _MAX_PIPELINED and self._current is None and not self._advancing:
             self._advancing = True
             asyncio.get_running_loop().call_soon(self._advance)
-        self._begun, self._chunk = 0, b""
+        self._begun, self._chunk, self._body_part = 0, b"", b""
         if self._left and self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._parse_left)
@@ -590,6 +592,13 @@ class HttpConnection(asyncio.Protocol):
             data = b"".join((*self._line, data))
             self._line.clear()
         return data
+
+    def _line_begins(self, data: bytes, fed: int) -> int:
+        """Where the line of a head begins that ends none of what was fed: behind a line's end, or behind a body."""
+        begins = data.rfind(b"\n", 0, fed) + 1
+        behind = self._body_part[-_TELLING:]
+        at = data.rfind(behind, max(begins - len(behind), 0), fed) if behind else -1
+        return max(begins, at + len(behind))
 
     def _check_line(self) -> bool:
         """Whether a head is within its bounds together with its line that is not whole yet."""
@@ -792,6 +801,7 @@ class HttpConnection(asyncio.Protocol):
         self._met += 1
         self._body_bytes += len(body)
         self._between = 0
+        self._body_part = body
         if self._body_bytes > self._limits.body_bytes:
             raise self._stop(self._too_large())
         if self._dropping or self._denied:
