@@ -1,6 +1,7 @@
 # make demo     the whole path on real data
 # make test     the tests, without the slow ones
 # make test-slow     the slow ones; docs/testing.md lists them
+# make test-random   those that make up their inputs, on a thousand new ones each
 # make test-avx2     those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
 # make bench-serve   our server against its peers, 26 minutes on a quiet machine (`apt-get install wrk` first)
@@ -21,7 +22,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo test test-slow test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -46,6 +47,10 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow --ignore tests/test_tune.py
 	$(BIN)/pytest -m slow tests/test_tune.py
+
+# The tests that make up their own inputs, on 1,000 that were never tried, each: 20 minutes.
+test-random: .venv/.dev
+	$(BIN)/pytest -m hypothesis --hypothesis-profile random
 
 # The engines, compression and training once more, on a processor that has AVX2 and nothing newer.
 test-avx2: .venv/.dev

@@ -21,8 +21,10 @@ from rushhour.testing.bundles import tiny_bundle
 # Torch's threads would spin while they wait for each other, on cores that other tests need. Processes inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# How long an example takes is the machine's affair.
-hypothesis.settings.register_profile("rushhour", deadline=None)
+# How long an example takes is the machine's affair. The examples are the same each time, so that a change is judged by
+# what it changed; new ones are tried by `make test-random`, and what fails there becomes a test of its own.
+hypothesis.settings.register_profile("rushhour", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("random", deadline=None, derandomize=False, max_examples=1000)
 hypothesis.settings.load_profile("rushhour")
 
 

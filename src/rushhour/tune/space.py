@@ -66,6 +66,11 @@ class Candidate(msgspec.Struct, frozen=True):
         batch = ", one sample at a time" if self.policy.max_batch == 1 else ""
         return f"{what} on {ENGINE_NAMES[self.engine]}, {' of '.join(layout)}{batch}"
 
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """How it shares out the cores, which decides what serving costs: cells, streams of each, threads of each."""
+        return self.policy.cells, self.policy.streams, self.policy.threads
+
     def spare(self, cores: int) -> int:
         """Of so many cores, those that its engine leaves alone."""
         return max(0, cores - self.streams * self.policy.threads)

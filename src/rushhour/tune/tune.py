@@ -106,8 +106,8 @@ class _Tuner:
         self._trusted = trusted
         self._journal = Journal(run / "measurements.jsonl")
         self._reference_outputs: dict[str, NDArray[Any]] = {}
-        self._overhead = Overhead()
-        """Of serving, as the first candidate under load showed it; none before."""
+        self._overheads: dict[tuple[int, int, int], Overhead] = {}
+        """Of serving, by layout, as the first candidate of each under load showed it."""
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
 
     def plan(self) -> Plan:
@@ -216,11 +216,7 @@ class _Tuner:
         Args:
             alive: those inside the budget, best prediction first.
         """
-        ready = (state for state in alive if state.fate is None and self._track.push(state))
-        incumbent = next(ready, None)
-        if incumbent is None:
-            raise EngineError("nothing can be served", alive[0].why, "mend the model, or name another")
-        self._learn_overhead(incumbent)
+        incumbent = self._push_layouts(alive)
         self._so_far(self._plan_of(incumbent))
         rivals = self._rank(incumbent, [state for state in alive if state.fate is None and state is not incumbent])
         raced = [incumbent]
@@ -248,10 +244,28 @@ class _Tuner:
         model, bundle = self._bundles["reference"].manifest.name, self._bundles[state.candidate.bundle]
         return plan_of(state.candidate, bundle, self._goal, model)
 
+    def _push_layouts(self, alive: list[Contender]) -> Contender:
+        """See what serving costs beside the engine in each layout, by its most promising candidate that runs.
+
+        It differs: processes read and answer on cores of their own, and threads of one batch wait for each other.
+
+        Returns:
+            The one that answered most.
+        """
+        pushed: list[Contender] = []
+        for state in alive:
+            if pushed and self._budget.left < Budget.FOR_PROOF:
+                break
+            if state.candidate.layout not in self._overheads and self._track.push(state):
+                self._learn_overhead(state)
+                pushed.append(state)
+        if not pushed:
+            raise EngineError("nothing can be served", alive[0].why, "mend the model, or name another")
+        return max(pushed, key=lambda state: state.throughput or 0.0)
+
     def _learn_overhead(self, state: Contender) -> None:
-        """What serving costs beside the engine, from the first candidate that was loaded: it is the same for all."""
         candidate = state.candidate
-        self._overhead = Overhead.seen(
+        self._overheads[candidate.layout] = Overhead.seen(
             ServiceProfile(self._service_times(candidate)),
             streams=candidate.streams,
             max_batch=candidate.policy.max_batch,
@@ -274,7 +288,9 @@ class _Tuner:
         )
 
     def _overhead_of(self, candidate: Candidate) -> Overhead:
-        return dataclasses.replace(self._overhead, spare=candidate.spare(cores()))
+        """What its layout was seen to cost; else what the first did."""
+        known = self._overheads.get(candidate.layout) or next(iter(self._overheads.values()), Overhead())
+        return dataclasses.replace(known, spare=candidate.spare(cores()))
 
     def _rank(self, incumbent: Contender, rivals: list[Contender]) -> list[Contender]:
         """Those worth a race, best prediction first; the others get their fate."""
@@ -410,10 +426,11 @@ class _Tuner:
     def _alone(self, state: Contender) -> float | None:
         """Its capacity without the generator on the same machine: measured with it, and predicted from there."""
         windows = [window for window in state.windows if window.outcome in (Outcome.PASS, Outcome.INCONCLUSIVE)]
-        if not windows or not state.capacity or not self._overhead.request_s:
+        whole = self._overhead_of(state.candidate)
+        if not windows or not state.capacity or not whole.request_s:
             return None
         window = max(windows, key=lambda window: window.rate_rps)
-        candidate, whole = state.candidate, self._overhead_of(state.candidate)
+        candidate = state.candidate
         own_s = max(0.0, whole.request_s - window.generator_cpu / window.rate_rps)
         shared = self._predicted(candidate, whole)
         alone = self._predicted(candidate, dataclasses.replace(whole, request_s=own_s))
