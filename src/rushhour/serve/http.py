@@ -52,6 +52,8 @@ _LARGE = 32 * 1024
 """Bytes still to come, from which on a request is worth a buffer of its own."""
 _SLICE, _MOST_MET = 16 * 1024, 512
 """Bytes that are parsed in one go; and requests and parts of bodies in them, after which the others have their turn."""
+_TURN_BYTES = 256 * 1024
+"""Of an answer, that are written in one turn: the kernel takes all that a client on this machine reads meanwhile."""
 _HELD_BYTES = 64 * 1024
 """Of a body, from which on it counts among what the process may hold."""
 _MAX_KNOWN = 8
@@ -391,6 +393,7 @@ class HttpConnection(asyncio.Protocol):
         self._ended = False
         self._unread = False
         self._sending: Grant | None = None
+        self._outgoing: deque[Body] = deque()
         self._unsent = 0
         self._unsent_since = 0.0
         self._reading = False
@@ -411,6 +414,7 @@ class HttpConnection(asyncio.Protocol):
         """The client has gone: whatever runs for it is cancelled."""
         self._transport = None
         self._ready.clear()
+        self._outgoing.clear()
         if self._lingering is not None:
             self._lingering.cancel()
         self._desk.connections.discard(self)
@@ -632,7 +636,11 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The client reads again."""
-        self._unread, self._unsent, self._sending = False, 0, None
+        self._unread, self._unsent = False, 0
+        if self._outgoing:
+            self._write_on()
+        else:
+            self._sending = None
         self._resume()
         if self._ready and self._current is None and not self._advancing:
             self._advance()
@@ -1320,25 +1328,46 @@ class HttpConnection(asyncio.Protocol):
             head = b"".join((_OK, self._desk.date, _BINARY % (header_length, self._persistence(close), size)))
             if lasts and size > _MAX_PIPELINED_BYTES:
                 self._write_each([head, *parts])
-            else:
-                self._transport.write(b"".join([head, *parts]))
+                return
+            self._transport.write(b"".join([head, *parts]))
             self._next(close)
 
     def _send_list(self, parts: Parts) -> None:
         """An answer in JSON that is so long that it comes in parts."""
-        close = self._closing()
         if self._transport is not None:
-            self._write_each([self._heading(200, sum(map(len, parts)), self._persistence(close)), *parts])
-            self._next(close)
+            close = self._persistence(self._closing())
+            self._write_each([self._heading(200, sum(map(len, parts)), close), *parts])
 
     def _write_each(self, parts: Parts) -> None:
-        """Write a large answer without copying it into one; until it is sent it counts among what is held."""
-        assert self._transport is not None
-        for part in parts:
-            self._transport.write(part)
-        if self._unread:
-            self._sending = self._desk.budget.grant()
-            self._sending.take(sum(map(len, parts)))
+        """Write a large answer without copying it into one, a piece in each turn, for the others are to have theirs.
+
+        Until it is sent it counts among what is held.
+        """
+        self._outgoing.extend(parts)
+        self._sending = self._desk.budget.grant()
+        self._sending.take(sum(map(len, parts)))
+        self._write_on()
+
+    def _write_on(self) -> None:
+        """Write more of a large answer; at its end the next request has its turn."""
+        if self._transport is None:
+            return
+        left = _TURN_BYTES
+        while self._outgoing:
+            if self._unread:
+                return  # it is called again
+            if left <= 0:
+                asyncio.get_running_loop().call_soon(self._write_on)
+                return
+            part = memoryview(self._outgoing.popleft())
+            if len(part) > left:
+                self._outgoing.appendleft(part[left:])
+            self._transport.write(part[:left])
+            left -= min(left, len(part))
+        if not self._unread:
+            self._sending = None
+        if self._current is not None:
+            self._next(self._closing())
 
     def _response(self, status: int, body: bytes, extra: bytes = b"", kind: bytes = JSON) -> bytes:
         return self._heading(status, len(body), extra, kind) + body
