@@ -451,7 +451,8 @@ def test_a_large_answer_is_written_in_turns_with_the_others(
         transport = Watched(connection)
         connection.connection_made(transport)
         transport.deliver(sent + encoded + images.tobytes() + GET)
-        await stack._quiet(transport)
+        while not connection.idle:
+            await asyncio.sleep(0)
         counting.cancel()
         transport.close()
         await asyncio.sleep(0)
