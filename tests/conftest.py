@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from rushhour.testing.bundles import tiny_bundle
 
 # Torch's threads would spin while they wait for each other, on cores that other tests need. Processes inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What was trained here is noted there; a person's own notes are left alone.
+_STATE = tempfile.TemporaryDirectory(prefix="rushhour-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 
 # How long an example takes is the machine's affair. The examples are the same each time, so that a change is judged by
 # what it changed; new ones are tried by `make test-random`, and what fails there becomes a test of its own.

@@ -73,7 +73,7 @@ def small(parent: Bundle) -> Bundle:
 def test_the_int8_bundle_is_smaller_and_says_how_it_came_to_be(parent: Bundle, small: Bundle) -> None:
     manifest = Bundle.open(small.path).manifest
     assert manifest.precision == "int8"
-    assert manifest.name == "noise-int8"
+    assert manifest.name == "noise"
     assert manifest.source is None
     assert small.weights is None
     assert manifest.signature == parent.manifest.signature
@@ -264,7 +264,7 @@ def test_a_budget_that_nothing_meets_leaves_the_nearest_miss(
 
 def test_int8_weights_run_wherever_the_parent_does(parent: Bundle, tmp_path: Path) -> None:
     small = compress_weights(parent, tmp_path / "w8", progress=Silent())
-    assert (small.manifest.name, small.manifest.precision, small.manifest.source) == ("noise-w8", "f32", None)
+    assert (small.manifest.name, small.manifest.precision, small.manifest.source) == ("noise", "f32", None)
     assert small.weights is None
     assert small.model_bytes < parent.model_bytes / 2
     split = pictures().test
@@ -283,7 +283,7 @@ def test_int8_weights_run_wherever_the_parent_does(parent: Bundle, tmp_path: Pat
 
 def test_f16_weights_answer_to_three_digits(parent: Bundle, tmp_path: Path) -> None:
     small = halve_weights(parent, tmp_path / "f16", progress=Silent())
-    assert (small.manifest.name, small.manifest.precision) == ("noise-f16", "f32")
+    assert (small.manifest.name, small.manifest.precision) == ("noise", "f32")
     assert parent.model_bytes * 0.45 < small.model_bytes < parent.model_bytes * 0.6
     split = pictures().test
     before = outputs_of(parent, EngineConfig("onnxruntime", max_batch=16), split)

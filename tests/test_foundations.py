@@ -138,6 +138,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(at)], check=True)
 
 
+def own_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
+    return building(path, ("x",), lambda folder: True)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -151,9 +155,9 @@ def test_a_full_disk_keeps_the_old_file(small_disk: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_old_folder(small_disk: Path) -> None:
-    with building(small_disk / "a") as folder:
+    with own_folder(small_disk / "a") as folder:
         (folder / "x").write_bytes(b"old")
-    with pytest.raises(StorageError, match="the disk is full"), building(small_disk / "a") as folder:
+    with pytest.raises(StorageError, match="the disk is full"), own_folder(small_disk / "a") as folder:
         (folder / "x").write_bytes(bytes(100_000))
     assert (small_disk / "a" / "x").read_bytes() == b"old"
     assert names(small_disk) == ["a"]
@@ -182,7 +186,7 @@ def test_a_full_disk_keeps_the_journal_whole(small_disk: Path) -> None:
 
 def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with building(tmp_path / "a") as folder:
+        with own_folder(tmp_path / "a") as folder:
             (folder / "x").write_bytes(b"half")
             raise KeyError
 
@@ -194,7 +198,7 @@ def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_builder_leaves_nothing_that_counts(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from rushhour.storage import building\n"
-        "with building(Path(sys.argv[1])) as folder:\n"
+        "with building(Path(sys.argv[1]), ('x',), lambda folder: True) as folder:\n"
         "    (folder / 'x').write_bytes(b'half'); print('there', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdout=subprocess.PIPE)
@@ -205,7 +209,7 @@ def test_a_killed_builder_leaves_nothing_that_counts(tmp_path: Path) -> None:
         process.wait()
     assert not (tmp_path / "a").exists()
     assert all(name.startswith(".") for name in names(tmp_path))
-    with building(tmp_path / "a") as folder:
+    with own_folder(tmp_path / "a") as folder:
         (folder / "x").write_bytes(b"whole")
     assert names(tmp_path) == ["a"]
 

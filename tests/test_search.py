@@ -134,7 +134,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
     class Second(Notes):
         def start(self, what: str, total: float | None = None) -> None:
-            with pytest.raises(StorageError, match="another process searches"):
+            with pytest.raises(StorageError, match="another process works in"):
                 searched(tmp_path, 1)
 
     searched(tmp_path, 1, progress=Second())

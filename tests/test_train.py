@@ -16,7 +16,7 @@ from torch import nn
 
 from rushhour.bundle import Bundle, Preprocessing, Source
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import DataError, ModelError, TaskError
+from rushhour.errors import DataError, ModelError, StorageError, TaskError
 from rushhour.models import load_deployed, mlp
 from rushhour.progress import Silent
 from rushhour.task import Task
@@ -61,7 +61,7 @@ class Notes:
         self._dies_at = dies_at
 
     def start(self, what: str, total: float | None = None) -> None:
-        self.total = total
+        self.total = total if total is not None else self.total
 
     def advance(self, by: float = 1.0, note: str = "") -> None:
         self.steps += by
@@ -70,8 +70,8 @@ class Notes:
             signal.raise_signal(signal.SIGKILL)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        self.result = note
         self.said.append(note)
+        self.result = self.result if note.endswith(" MB") else note  # that is the bundle
         if self._dies_at is not None:
             signal.raise_signal(signal.SIGKILL)
 
@@ -100,12 +100,13 @@ def test_it_learns_and_says_how_it_goes(undisturbed: tuple[Bundle, Notes]) -> No
     assert "accuracy" in notes.notes[-1]
     assert "images/s" in notes.notes[-1]
     assert notes.result.startswith("accuracy ")
+    assert notes.said[-1].endswith(" MB")
 
 
 def test_the_bundle_says_what_it_was_made_of(undisturbed: tuple[Bundle, Notes]) -> None:
     manifest = Bundle.open(undisturbed[0].path).manifest
     (step,) = manifest.lineage
-    assert manifest.name == "article-quadrants"
+    assert manifest.name == "bundle"
     assert manifest.source == ARTICLE
     assert step.what == "train"
     expected = {"epochs": 2, "batch": 32, "lr": 5e-3, "seed": 0, "dataset": "quadrants", "fingerprint": "sum-0"}
@@ -115,7 +116,7 @@ def test_the_bundle_says_what_it_was_made_of(undisturbed: tuple[Bundle, Notes]) 
     assert not list(undisturbed[0].path.parent.glob("work/*")), "checkpoints go once the bundle is sealed"
 
 
-def test_the_same_training_is_returned_and_another_replaces_it(
+def test_the_same_training_is_returned_and_another_replaces_it_by_force(
     undisturbed: tuple[Bundle, Notes], tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed[0].path, tmp_path / "bundle")
@@ -123,12 +124,13 @@ def test_the_same_training_is_returned_and_another_replaces_it(
     again = trained(tmp_path, pictures(), progress=notes)
     assert again.manifest == undisturbed[0].manifest
     assert notes.steps == 0, "nothing was trained"
-    other = trained(tmp_path, pictures(), settings=TrainSettings(epochs=1, batch=160))
+    other = trained(tmp_path, pictures(), settings=TrainSettings(epochs=1, batch=160), force=True)
     assert other.manifest.hash != again.manifest.hash
     (tmp_path / "bundle" / "model.onnx").write_bytes(b"damaged")
-    assert trained(tmp_path, pictures(), settings=TrainSettings(epochs=1, batch=160)).manifest.hash == (
-        other.manifest.hash
-    )
+    with pytest.raises(StorageError, match="it is damaged"):
+        trained(tmp_path, pictures(), settings=TrainSettings(epochs=1, batch=160))
+    again = trained(tmp_path, pictures(), settings=TrainSettings(epochs=1, batch=160), force=True)
+    assert again.manifest.hash == other.manifest.hash
 
 
 # in the first epoch, right after it, in the last one, and when all is trained but nothing sealed

@@ -161,7 +161,7 @@ def test_more_workers_than_cores_are_warned_of_and_work(photos: Path, tmp_path: 
     assert said["workers"] == workers
     assert f"{said['mode']} ({said['mesh']['data']} x " in done.stderr, "the plan is shown, with what others cost"
     assert f"{workers} workers share {cores()} cores" in done.stderr
-    assert Bundle.open(tmp_path / "run").manifest.name == "mlp-photos"
+    assert Bundle.open(tmp_path / "run").manifest.name == "run"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".run.checkpoints",
         "photos",

@@ -119,6 +119,7 @@ def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path)
         "plan.json",
         "measurements.jsonl",
         "report.html",
+        "run.json",
         "bundles",
         "training",
     }
@@ -165,7 +166,7 @@ def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
         monkeypatch.setattr(run, "step_seconds", lambda *_, **__: step_s)
         with pytest.raises(Trained) as found:
             tune_run(
-                Source("rushhour.models:build", {}),
+                Source("rushhour.models:mlp", {"inputs": 16, "outputs": 4, "hidden": 4, "depth": 1}),
                 data,
                 Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%")),
                 run=tmp_path / folder,

@@ -19,17 +19,18 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour import identity
 from rushhour.answers import TOLERANCES, graph_answers
-from rushhour.errors import BundleError
+from rushhour.errors import BundleError, StorageError
 from rushhour.measurement import Accuracy
 from rushhour.plan import Precision
-from rushhour.storage import building, explained, write_whole
+from rushhour.storage import building, check_own, explained, write_whole
 from rushhour.task import Task
 
 SCHEMA = 2
@@ -42,6 +43,7 @@ _ANSWERED = 16
 """Samples whose answers are recorded, at most."""
 
 FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors", "answers.safetensors"]
+_FILES: Final = (_MANIFEST, MODEL, WEIGHTS, SAMPLES, ANSWERS)
 DType = Literal[
     "bool",
     "uint8",
@@ -247,7 +249,7 @@ class Bundle:
         weights: Callable[[Path], None] | None = None,
         samples: Mapping[str, NDArray[Any]] | None = None,
     ) -> Bundle:
-        """Write a bundle to the folder `path`, whole or not at all; an older one there is replaced.
+        """Write a bundle to the folder `path`, whole or not at all; only an older bundle there is replaced.
 
         What the graph answers to the samples is recorded, unless ONNX Runtime cannot run it.
 
@@ -260,11 +262,11 @@ class Bundle:
             samples: input name -> array of shape `(k, *shape)`.
 
         Raises:
-            StorageError: if the disk does not take it.
+            StorageError: if there is anything else at `path`, or the disk does not take it.
         """
         from safetensors.numpy import save
 
-        with building(path) as folder:
+        with building(path, _FILES, is_bundle) as folder:
             given = model(folder / MODEL)
             if weights is not None:
                 weights(folder / WEIGHTS)
@@ -275,7 +277,7 @@ class Bundle:
             answers = _answered(folder / MODEL, arrays)
             if answers is not None:
                 (folder / ANSWERS).write_bytes(save(answers))
-            names: tuple[FileName, ...] = (MODEL, WEIGHTS, SAMPLES, ANSWERS)
+            names: tuple[FileName, ...] = get_args(FileName)
             files = {name: _record(folder / name) for name in names if (folder / name).exists()}
             precisions: tuple[Precision, ...] = ("int8",) if manifest.precision == "int8" else ("f32", "bf16")
             tolerance = given or {}
@@ -303,16 +305,37 @@ class Bundle:
         write_whole(self.path / _MANIFEST, _encode(sealed))
         return Bundle(self.path, sealed)
 
-    def copy_to(self, path: Path) -> Bundle:
-        """A copy of the whole bundle in the folder `path`; an older one there is replaced.
+    def copy_to(self, path: Path, name: str | None = None) -> Bundle:
+        """A copy of the whole bundle in the folder `path`; only an older bundle there is replaced.
+
+        Args:
+            path: the folder.
+            name: what it is called there; the same by default.
 
         Raises:
-            StorageError: if the disk does not take it.
+            StorageError: if there is anything else, or the disk does not take it.
         """
-        with building(path) as folder:
-            for name in (*self.manifest.files, _MANIFEST):
-                shutil.copyfile(self.path / name, folder / name)
-        return Bundle(path, self.manifest)
+        with building(path, _FILES, is_bundle) as folder:
+            for file in self.manifest.files:
+                shutil.copyfile(self.path / file, folder / file)
+            manifest = self.manifest
+            if name not in (None, manifest.name):
+                unsealed = msgspec.structs.replace(manifest, name=name, hash="")
+                manifest = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
+            (folder / _MANIFEST).write_bytes(_encode(manifest))
+        return Bundle(path, manifest)
+
+    @cached_property
+    def content_key(self) -> str:
+        """Hash of all that decides what it answers to what: its files, network and task, and no measured figures."""
+        manifest = self.manifest
+        return identity.key(
+            files=manifest.files,
+            signature=manifest.signature,
+            task=manifest.task,
+            source=manifest.source,
+            precision=manifest.precision,
+        )
 
     @property
     def model(self) -> Path:
@@ -351,6 +374,50 @@ class Bundle:
 
 class _SchemaOnly(msgspec.Struct):
     schema: int
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether there is a bundle at `path`, be it damaged, or of a newer schema."""
+    try:
+        said = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return False
+    return {"name", "signature", "task", "files", "hash"} <= said.keys()
+
+
+def name_of(path: Path) -> str:
+    """The name of the model whose bundle lies at `path`: that of the folder, in what a URL and a file name can have."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in path.absolute().name)
+    return name.strip("-._")[:64] or "model"
+
+
+def check_folder(path: Path) -> None:
+    """Raise unless `path` is free or a bundle.
+
+    Raises:
+        StorageError: if there is anything that Rushhour did not make.
+    """
+    check_own(path, _FILES, is_bundle)
+
+
+def check_place(path: Path, *, force: bool = False, why: str = "") -> None:
+    """Raise unless a new bundle may be put at `path`: nothing is there, or with `force` a bundle.
+
+    Args:
+        path: the folder.
+        force: whether a bundle there may be replaced.
+        why: in words, why the bundle there is not the one that is wanted.
+
+    Raises:
+        StorageError: if there is a bundle, or anything that Rushhour did not make.
+    """
+    check_folder(path)
+    if is_bundle(path) and not force:
+        raise StorageError(
+            f"there is a bundle at {path} already",
+            why or "it was made otherwise",
+            "name another place with --out, or say --force to replace it",
+        )
 
 
 def _encode(manifest: Manifest) -> bytes:

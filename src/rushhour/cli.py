@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import math
+import os
 import re
 import sys
 import traceback
@@ -21,9 +22,17 @@ import msgspec
 from rushhour.compressing import compress_options
 from rushhour.errors import GoalError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
-from rushhour.storage import write_whole
+from rushhour.storage import check_claim, check_own_file, write_whole
 from rushhour.terminal import TerminalProgress, result_console
-from rushhour.training import basic_options, load_data, model_of, settings_of, train_options
+from rushhour.training import (
+    basic_options,
+    load_data,
+    model_of,
+    name_given,
+    place_options,
+    settings_of,
+    train_options,
+)
 
 if TYPE_CHECKING:
     from rushhour.loading import Sending
@@ -39,6 +48,10 @@ else:
 C = TypeVar("C", bound=Callable[..., Any])
 
 _SEED = 20_260_101
+_MADE_BY, _US = "made_by", "rushhour"
+"""In every result: what bears it may be replaced by another."""
+_DEMO = "article-fashion-mnist"
+"""The demo's model, under which README and docs ask for it."""
 
 
 class _Quantity(_Float):
@@ -69,6 +82,19 @@ class _Quantity(_Float):
         return size
 
 
+class _Folder(click.Path):
+    """A folder to write to; `.` and `..` by their names."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path, which has a name."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        return Path(os.path.abspath(path)) if path.name in ("", "..") else path
+
+
+_FOLDER = _Folder()
 _UNITS = {"s": 1.0, "ms": 1e-3, "m": 60.0, "h": 3600.0}
 _PERIOD = _Quantity("time", _UNITS, 1e-3, 86_400)
 _DELAY = _Quantity("time", _UNITS, 0, 86_400)
@@ -103,8 +129,33 @@ def _data(command: C) -> C:
 
 def _json(command: C) -> C:
     return click.option(
-        "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JSON."
+        "--json",
+        "json_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        callback=_check_json,
+        help="Write the result as JSON.",
     )(command)
+
+
+def _check_json(ctx: click.Context, param: click.Parameter, file: Path | None) -> Path | None:
+    """Before any work: whether that file may be written."""
+    if file is not None:
+        check_own_file(file, _is_result)
+    return file
+
+
+def _is_result(content: bytes) -> bool:
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any]).get(_MADE_BY) == _US
+    except (msgspec.DecodeError, RecursionError):
+        return False
+
+
+def _placed(command: C) -> C:
+    for option in place_options():
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -123,14 +174,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option(
-    "--out", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="The run's folder."
-)
+@click.option("--out", default="runs/demo", show_default=True, type=_FOLDER, help="The run's folder.")
 @_slo
 @_drop
 @click.option("--budget", default="5m", show_default=True, help="How long it may take, about. Training gets its share.")
+@click.option("--force", is_flag=True, help="Replace the plan of a run there that was asked otherwise.")
 @_json
-def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, json_file: Path | None) -> None:
+def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: bool, json_file: Path | None) -> None:
     """The whole path on real data: train, compress, serve, load, and return the Plan.
 
     Trains the reference network (VGG style, 28x28) on Fashion-MNIST, quantises it, tries every way to serve it, and
@@ -138,7 +188,18 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, json_file: Pa
     """
     goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
     training = {"epochs": 3, "lr": 2e-3, "batch": 128, "seed": 0}
-    _tune("article", "fashion-mnist", goal, out, training, json_file, budget_s=_seconds(budget), fit_epochs=True)
+    _tune(
+        "article",
+        "fashion-mnist",
+        goal,
+        out,
+        training,
+        json_file,
+        budget_s=_seconds(budget),
+        fit_epochs=True,
+        name=_DEMO,
+        force=force,
+    )
 
 
 @cli.command()
@@ -146,13 +207,14 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, json_file: Pa
 @_data
 @_slo
 @_drop
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
+@click.option("--out", required=True, type=_FOLDER, metavar="RUN", help="The run's folder.")
 @click.option(
     "--budget",
     metavar="TIME",
     help="How long it may take, about: 8m. What decides least is left out, and fewer epochs are trained than the usual "
     "ones where this machine is slow. Without it, it takes as long as it takes.",
 )
+@_placed
 @basic_options
 @_json
 def tune(
@@ -162,6 +224,8 @@ def tune(
     max_accuracy_drop: str,
     out: Path,
     budget: str | None,
+    name: str | None,
+    force: bool,
     json_file: Path | None,
     **training: Any,
 ) -> None:
@@ -177,7 +241,18 @@ def tune(
     goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
     is_asked = click.get_current_context().get_parameter_source("epochs") is click.core.ParameterSource.COMMANDLINE
     budget_s = None if budget is None else _seconds(budget)
-    _tune(model, data, goal, out, training, json_file, budget_s=budget_s, fit_epochs=not is_asked)
+    _tune(
+        model,
+        data,
+        goal,
+        out,
+        training,
+        json_file,
+        budget_s=budget_s,
+        fit_epochs=not is_asked,
+        name=name_given(name),
+        force=force,
+    )
 
 
 def _tune(
@@ -190,6 +265,8 @@ def _tune(
     *,
     budget_s: float | None,
     fit_epochs: bool,
+    name: str | None,
+    force: bool,
 ) -> None:
     from rushhour.plan import SO_FAR
     from rushhour.report import summary_table, write_report
@@ -197,6 +274,7 @@ def _tune(
 
     console, progress = result_console(), TerminalProgress()
     try:
+        check_claim(out)  # before data is loaded
         dataset = load_data(data, progress, model)
         source, trusted = model_of(model, dataset)
         plan = tune_run(
@@ -209,6 +287,8 @@ def _tune(
             progress=progress,
             trusted=trusted,
             fit_epochs=fit_epochs,
+            name=name,
+            force=force,
         )
         progress.start("Writing the report")
         report = write_report(out)
@@ -232,7 +312,7 @@ def _tune(
 @cli.command()
 @click.argument("model")
 @_data
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="BUNDLE", help="The bundle's folder.")
+@click.option("--out", required=True, type=_FOLDER, metavar="BUNDLE", help="The bundle's folder.")
 @basic_options
 @train_options
 @_json
@@ -272,7 +352,7 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_data
 @_drop
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new bundle's folder.")
+@click.option("--out", required=True, type=_FOLDER, metavar="DIR", help="The new bundle's folder.")
 @compress_options
 @_json
 def compress(
@@ -732,11 +812,12 @@ def compare(
 def report(run: Path, json_file: Path | None) -> None:
     """Write RUN/report.html anew: one file, offline, from RUN's plan and measurements.
 
-    RUN may also be the folder of a training (BUNDLE-training): its report draws the curves; or that of a compression
-    (BUNDLE-steps): its report shows what each step cost and bought.
+    RUN may also be a bundle that was trained or compressed, or the folder beside it (BUNDLE-training, BUNDLE-steps):
+    the report then draws the curves of the training, or shows what each step of the compression cost and bought.
     """
     from rushhour.compression import COMPRESSION
     from rushhour.curves import CURVES
+    from rushhour.journal import JOURNAL
     from rushhour.plan import SO_FAR
     from rushhour.report import (
         read_plan,
@@ -746,16 +827,14 @@ def report(run: Path, json_file: Path | None) -> None:
         write_training_report,
     )
 
-    if (run / COMPRESSION).is_file() and not (run / "plan.json").exists():
-        file = write_compression_report(run)
-        click.echo(file)
-        _write_json(json_file, {"report": str(file)})
-        return
-    if (run / CURVES).is_file() and not (run / "plan.json").exists():
-        file = write_training_report(run)
-        click.echo(file)
-        _write_json(json_file, {"report": str(file)})
-        return
+    run = _reported(run)
+    if not (run / JOURNAL).exists():  # which a tuning run has, whatever else
+        for sign, write in ((COMPRESSION, write_compression_report), (CURVES, write_training_report)):
+            if (run / sign).is_file():
+                file = write(run)
+                click.echo(file)
+                _write_json(json_file, {"report": str(file)})
+                return
     file = write_report(run)
     plan, is_finished = read_plan(run)
     result_console().print(summary_table(plan))
@@ -763,6 +842,16 @@ def report(run: Path, json_file: Path | None) -> None:
     if not is_finished:
         click.echo(f"the run was broken off, or still goes on: this is its best plan so far, {SO_FAR}", err=True)
     _write_json(json_file, {"report": str(file), "plan": plan, "finished": is_finished})
+
+
+def _reported(run: Path) -> Path:
+    """The folder of what is to be reported: of a bundle, the one beside it of its compression or training."""
+    from rushhour.bundle import is_bundle
+
+    if run.exists() and not is_bundle(run):
+        return run
+    beside = (run.with_name(f"{run.name}-{kind}") for kind in ("steps", "training") if run.name)
+    return next((folder for folder in beside if folder.is_dir()), run)
 
 
 @cli.command()
@@ -834,7 +923,8 @@ def _seconds(text: str) -> float:
 
 def _write_json(file: Path | None, result: Any) -> None:
     if file is not None:
-        write_whole(file, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        marked = {**msgspec.to_builtins(result), _MADE_BY: _US}
+        write_whole(file, msgspec.json.format(msgspec.json.encode(marked), indent=2) + b"\n")
 
 
 def _size(size: int) -> str:

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from rushhour.compression import Compression, Factor, Stage
 from rushhour.goal import AccuracyBudget
+from rushhour.storage import check_claim
 from rushhour.terminal import TerminalProgress
-from rushhour.training import load_data
+from rushhour.training import load_data, name_given, place_options
 
 if TYPE_CHECKING:
     from rushhour.compress.quantize import Target
@@ -28,6 +29,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 def compress_options(command: C) -> C:
     """Those of `rushhour compress` alone."""
     for option in (
+        *place_options(),
         click.option("--trust", multiple=True, metavar="MODULE:FACTORY",
                      help="A factory of yours that may be imported, to train what it builds."),
         click.option("--engine", default="openvino", show_default=True, type=click.Choice(["openvino", "onnxruntime"]),
@@ -61,23 +63,29 @@ def run(
     engine: EngineName,
     trust: tuple[str, ...],
     target: Target | None,
+    name: str | None,
+    force: bool,
 ) -> tuple[Compression, Path]:
     """Compress, and write the report; the result, and the file of the report.
 
     Raises:
         RushhourError: as `rushhour.compress.compress`.
     """
-    from rushhour.bundle import Bundle
+    from rushhour.bundle import Bundle, check_folder
     from rushhour.compress import Recipe, compress, ladder
     from rushhour.report import write_compression_report
 
     asked = None if recipe.strip() == "auto" else Recipe.parse(recipe)
-    parent = Bundle.open(bundle)
+    if asked is not None and not recipe.strip().endswith(".json"):
+        trust = (*trust, *asked.factories)  # named on the very same command line
+    parent, name = Bundle.open(bundle), name_given(name)
+    folder = steps or out.with_name(f"{out.name}-steps")
+    check_folder(out)  # before data is loaded
+    check_claim(folder)
     dataset = load_data(data, progress, str(bundle))
     recipes = ladder(parent, dataset, epochs=epochs, trusted=trust) if asked is None else (asked,)
     if target is not None:
         recipes = tuple(recipe.for_machines(target) for recipe in recipes)
-    folder = steps or out.with_name(f"{out.name}-steps")
     found = compress(
         parent,
         dataset,
@@ -89,6 +97,8 @@ def run(
         engine=engine,
         progress=progress,
         trusted=trust,
+        name=name,
+        force=force,
     )
     return found, write_compression_report(folder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -89,6 +89,7 @@ class Compression(msgspec.Struct, frozen=True):
         said: the verdict in a sentence.
         test: the answer on the test part, which no decision has seen, paired with the reference.
         reference_test: the reference on it.
+        asked: for what, by name: another compression into the same place does not replace this one unasked.
         also: the same in int8 for other machines, where 7 bits of the weights cost more than they may: its place, as
             `best`. It lies beside the answer.
     """
@@ -104,6 +105,7 @@ class Compression(msgspec.Struct, frozen=True):
     test: Accuracy
     reference_test: Accuracy
     also: tuple[int, int] | None = None
+    asked: dict[str, Any] = {}
 
     @property
     def answer(self) -> Stage:

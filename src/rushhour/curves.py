@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -12,6 +13,8 @@ from rushhour.storage import explained, write_whole
 
 CURVES = "curves.jsonl"
 """The file's name in a training's folder: one line for each epoch."""
+RECORD = "training.json"
+"""The other file there: what the training was."""
 
 
 class Epoch(msgspec.Struct, frozen=True):
@@ -38,13 +41,62 @@ class Epoch(msgspec.Struct, frozen=True):
     samples_per_s: float
 
 
-def write_curves(folder: Path, epochs: Sequence[Epoch]) -> None:
-    """Keep all epochs so far, in place of what was kept before.
+class TrainingRecord(msgspec.Struct, frozen=True):
+    """What a training was, beside its curves.
+
+    Attributes:
+        model: the network.
+        dataset: the data.
+        samples: part of the data -> how many.
+        settings: how it is trained, by name.
+        sealed: the epoch whose weights the bundle has, or would have if it ended here.
+        keeps_best: whether that is the best one, and not the last.
+        resumed: optimizer steps after which it was gone on, having been broken off.
+        planned: numbers of epochs that were planned before, each with the step until which it was.
+    """
+
+    model: str
+    dataset: str
+    samples: dict[str, int]
+    settings: dict[str, Any]
+    sealed: int
+    keeps_best: bool
+    resumed: tuple[int, ...] = ()
+    planned: tuple[tuple[int, int], ...] = ()
+
+
+def best_of(epochs: Sequence[Epoch]) -> Epoch:
+    """The best on the validation part: by the metric, among equals by the lower loss, then the first."""
+    return max(epochs, key=lambda epoch: (epoch.value, -epoch.validation_loss))
+
+
+def write_curves(folder: Path, epochs: Sequence[Epoch], record: TrainingRecord | None = None) -> None:
+    """Keep all epochs so far, and the record of the training, in place of what was kept before.
 
     Raises:
         StorageError: if the disk does not take it.
     """
     write_whole(folder / CURVES, msgspec.json.Encoder().encode_lines(epochs))
+    if record is not None:
+        write_whole(folder / RECORD, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """The record of the training that was tracked in `folder`; None where there is none.
+
+    Raises:
+        DataError: if it is damaged.
+        StorageError: if it cannot be read.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    with explained(f"read {file}"):
+        content = file.read_bytes()
+    try:
+        return msgspec.json.decode(content, type=TrainingRecord)
+    except msgspec.DecodeError as error:
+        raise DataError(f"cannot read {file}", str(error), "delete it; training again writes it anew") from error
 
 
 def read_curves(folder: Path) -> tuple[Epoch, ...]:

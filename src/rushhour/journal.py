@@ -10,14 +10,18 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+from rushhour import identity
 from rushhour.errors import GoalError, StorageError
 from rushhour.machine import Machine, describe
 from rushhour.measurement import Accuracy, Measurement, Reading, Rung, ServiceTimes
 from rushhour.storage import explained
+
+JOURNAL = "measurements.jsonl"
+"""The file's name in a run's folder."""
 
 R = TypeVar("R", Measurement, ServiceTimes, Accuracy, Rung)
 
@@ -28,7 +32,8 @@ class Entry(msgspec.Struct, frozen=True):
     Attributes:
         phase: what it was for: `service`, `accuracy`, `search`, `confirm`, ...
         subject: what was measured: a candidate, or a bundle on an engine.
-        detail: what else decides the result: rate and seed, the split; empty where nothing does.
+        detail: what else people want to know: rate and seed, the split; may be empty.
+        key: of all that decides the result, as hex: bundles, data, settings.
     """
 
     phase: str
@@ -37,6 +42,7 @@ class Entry(msgspec.Struct, frozen=True):
     reading: Reading
     at: str
     machine: Machine
+    key: str = ""
 
 
 class Journal:
@@ -54,7 +60,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._all: list[Entry] = []
-        self._here: dict[tuple[str, str, str], Entry] = {}
+        self._here: dict[tuple[str, str, str, str], Entry] = {}
         if not path.exists():
             return
         with explained(f"read {path}"):
@@ -80,25 +86,27 @@ class Journal:
     def __len__(self) -> int:
         return len(self._all)
 
-    def measure(self, phase: str, subject: str, detail: str, kind: type[R], take: Callable[[], R]) -> R:
+    def measure(self, phase: str, subject: str, detail: str, kind: type[R], take: Callable[..., R], **inputs: Any) -> R:
         """The measurement asked for: the one on file, or the one `take` makes now, put on file before it returns.
 
         Args:
-            phase: as in `Entry`; with `subject` and `detail` it names everything that decides the result.
+            phase: as in `Entry`.
             subject: as in `Entry`.
             detail: as in `Entry`.
             kind: the type that `take` returns.
-            take: makes the measurement.
+            take: makes the measurement from the inputs, by name.
+            inputs: all that decides the result beside machine and versions; see `rushhour.identity.key`.
 
         Raises:
             StorageError: if the disk does not take the new line.
         """
-        known = self._here.get((phase, subject, detail))
+        key = identity.key(**inputs)
+        known = self._here.get((phase, subject, detail, key))
         if known is not None and isinstance(known.reading, kind):
             return known.reading
-        reading = take()
+        reading = take(**inputs)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = Entry(phase=phase, subject=subject, detail=detail, reading=reading, at=now, machine=describe())
+        entry = Entry(phase, subject, detail, reading, now, describe(), key)
         self._append(entry)
         return reading
 
@@ -121,4 +129,4 @@ class Journal:
     def _remember(self, entry: Entry) -> None:
         self._all.append(entry)
         if entry.machine == describe():
-            self._here[entry.phase, entry.subject, entry.detail] = entry
+            self._here[entry.phase, entry.subject, entry.detail, entry.key] = entry

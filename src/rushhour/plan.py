@@ -14,6 +14,8 @@ from rushhour.measurement import Interval
 from rushhour.storage import explained, write_whole
 
 SCHEMA = 1
+PLAN = "plan.json"
+"""In a run's folder: the answer."""
 SO_FAR = "plan-so-far.json"
 """In a run's folder while its search goes on, or where it was broken off: the best plan until then."""
 

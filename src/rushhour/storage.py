@@ -1,19 +1,32 @@
 """Files that are there whole or not at all, and a disk whose failures are said in one line.
 
 A killed process leaves at most a dot-named temporary beside the target, never half of what was asked for.
+
+Only what Rushhour made itself is ever removed or replaced: a folder that `building` replaces holds nothing but files of
+the names that it puts there, and one that is worked in bears a mark (`claimed`), which is its lock as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from rushhour.errors import StorageError
+
+MARK: Final = ".rushhour"
+"""The file that a folder bears in which Rushhour works."""
+
+_REPLACED: Final = ".replaced"
+_NAMED: Final = 3
+"""Files that a message names, at most."""
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another place with --out, then run again"),
@@ -49,8 +62,12 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         StorageError: if the disk does not take it; what was there before stays.
     """
+    path = path.resolve() if path.is_symlink() else path  # the link stays
     with explained(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device or a pipe
+            path.write_bytes(content)
+            return
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
         try:
@@ -64,25 +81,99 @@ def write_whole(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def building(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not.
+def check_own(path: Path, names: Collection[str], is_own: Callable[[Path], bool]) -> None:
+    """Raise unless something new may be put in the place of `path`: it is free, or Rushhour's own.
 
-    An existing folder at `path` is replaced. What an earlier, killed run left half-built beside it is removed.
+    Its own is a folder with no file but those of `names`, and `is_own`; an empty one is free.
+
+    Args:
+        path: of a folder that is to be made.
+        names: of the files that Rushhour puts into such a folder.
+        is_own: whether a folder that is not empty is one of those, by what its files say.
 
     Raises:
-        StorageError: if the disk does not take it, inside the block or at the move; `path` stays as it was.
+        StorageError: if it is a file, or a folder with anything else in it.
     """
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise StorageError(
+            f"cannot make the folder {path}", "there is something else of that name", "choose another place with --out"
+        )
+    with explained(f"read {path}"):
+        there = sorted(entry.name for entry in path.iterdir())
+    left_over = tuple(f".{name}." for name in names)
+    others = [name for name in there if name not in names and not name.startswith(left_over)]
+    if there and not others and not is_own(path):
+        others = there
+    if others:
+        raise _not_ours(path, others)
+
+
+def write_own(path: Path, content: bytes, is_own: Callable[[bytes], bool]) -> None:
+    """`write_whole`, where only a file that Rushhour wrote itself is replaced; see `check_own_file`.
+
+    Raises:
+        StorageError: if there is another one, or the disk does not take it; what was there before stays.
+    """
+    check_own_file(path, is_own)
+    write_whole(path, content)
+
+
+def check_own_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
+    """Raise unless a file may be written to `path`: nothing is there, or what Rushhour wrote itself.
+
+    Args:
+        path: of the file. What is no file, as /dev/stdout, can be written to.
+        is_own: whether a file of this content was written by Rushhour; an empty one may always be replaced.
+
+    Raises:
+        StorageError: if there is another file.
+    """
+    if path.is_dir():
+        raise StorageError(f"cannot write {path}", "it is a folder", "name a file")
+    if not path.is_file():
+        return
+    with explained(f"read {path}"):
+        content = path.read_bytes()
+    if content and not is_own(content):
+        raise StorageError(
+            f"will not replace {path}", "Rushhour did not write it", "name another file, or move that one away"
+        )
+
+
+@contextlib.contextmanager
+def building(path: Path, names: Collection[str], is_own: Callable[[Path], bool]) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not.
+
+    Rushhour's own folder at `path` is replaced, and nothing else. What an earlier, killed run left half-built beside it
+    is removed.
+
+    Args:
+        path: the folder; where it is a link, what that leads to.
+        names: as for `check_own`.
+        is_own: as for `check_own`.
+
+    Raises:
+        StorageError: if there is anything else at `path`, or the disk does not take it, inside the block or at the
+            move; `path` stays as it was.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    check_own(path, names, is_own)
     with explained(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in path.parent.glob(f".{path.name}.building-*"):
+        for left_over in path.parent.glob(f".{glob.escape(path.name)}.building-*"):
+            if left_over.name.endswith(_REPLACED) and not os.path.lexists(path):
+                left_over.rename(path)  # killed between the two moves
+                continue
             shutil.rmtree(left_over, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
         temporary.chmod(0o755)
         try:
             yield temporary
+            check_own(path, names, is_own)  # it may be another by now
             if path.exists():
-                replaced = temporary.with_name(f"{temporary.name}.replaced")
+                replaced = temporary.with_name(f"{temporary.name}{_REPLACED}")
                 path.rename(replaced)
                 temporary.rename(path)
                 shutil.rmtree(replaced, ignore_errors=True)
@@ -90,3 +181,109 @@ def building(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_claim(folder: Path) -> None:
+    """Raise unless `claimed` would find the folder free or Rushhour's own.
+
+    Raises:
+        StorageError: if it is a file, or holds what Rushhour did not put there.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise StorageError(
+            f"cannot make the folder {folder}", "there is something else of that name", "choose another place"
+        )
+    with explained(f"read {folder}"):
+        there = sorted(entry.name for entry in folder.iterdir())
+    if there and MARK not in there:
+        raise _not_ours(folder, there)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder to work in, for this process alone: made, marked as Rushhour's, and locked meanwhile.
+
+    The mark stays, so that the folder is known again. Where nothing else was put into it, both disappear.
+
+    Raises:
+        StorageError: if it holds what Rushhour did not put there, another process works in it, or it cannot be written.
+    """
+    check_claim(folder)
+    mark = folder / MARK
+    with _folders(folder), _locked(mark, folder):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [entry.name for entry in folder.iterdir()] == [MARK]:
+                    mark.unlink()
+
+
+@contextlib.contextmanager
+def alone_at(path: Path) -> Iterator[None]:
+    """No other process makes `path` meanwhile: a lock beside it, which disappears.
+
+    Raises:
+        StorageError: if another one does, or nothing can be written there.
+    """
+    lock = path.parent / f".{path.name}.lock"
+    with _folders(path.parent), _locked(lock, path):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+@contextlib.contextmanager
+def _folders(folder: Path) -> Iterator[None]:
+    """The folder with all above it; those that were made for it disappear again where nothing was put into them."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with explained(f"make the folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for each in made:
+                each.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(file: Path, what: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made."""
+    while True:
+        with explained(f"lock {what}"), contextlib.ExitStack() as stack:
+            lock = stack.enter_context(file.open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StorageError(
+                    f"another process works in {what}",
+                    "its lock is held",
+                    "wait for it, stop it, or choose another --out",
+                ) from error
+            if _is_at(lock.fileno(), file):
+                held = stack.pop_all()
+                break
+    with held:
+        yield
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    """Whether the open file is still the one of that name: who held its lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _not_ours(folder: Path, names: Sequence[str]) -> StorageError:
+    said = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return StorageError(
+        f"{folder} is not Rushhour's to write to",
+        f"it holds what Rushhour did not put there: {said}",
+        "name a new or empty folder, or move that away",
+    )

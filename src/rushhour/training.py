@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Only what options need is imported here; training takes seconds to import.
 
 C = TypeVar("C", bound=Callable[..., Any])
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
@@ -72,6 +75,7 @@ def train_options(command: C) -> C:
                      help="Train N times with other hyper-parameters, end the hopeless early, keep the best."),
         click.option("--wandb", metavar="PROJECT", help="Track with Weights & Biases too; offline without a key."),
         click.option("--tensorboard/--no-tensorboard", default=True, show_default=True, help="Write DIR/tensorboard."),
+        *place_options(),
         click.option("--logs", type=click.Path(path_type=Path), metavar="DIR",
                      help="Where curves are kept; BUNDLE-training by default."),
         click.option("--size", metavar="HxW", help="Bring the pictures of a folder to this size."),
@@ -115,6 +119,32 @@ def train_options(command: C) -> C:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def place_options() -> tuple[Callable[[C], C], ...]:
+    """Those of every command that leaves a bundle or a run."""
+    return (
+        click.option("--force", is_flag=True,
+                     help="Replace the bundle or run that another command left there. Nothing else is ever replaced."),
+        click.option("--name", metavar="NAME",
+                     help="The model's name, which it keeps through compression and tuning; by default that of the "
+                     "folder it is first made in."),
+    )  # fmt: skip
+
+
+def name_given(name: str | None) -> str | None:
+    """A name that a user chose for a model.
+
+    Raises:
+        GoalError: if a URL cannot have it as it is.
+    """
+    if name is not None and not _NAME.fullmatch(name):
+        raise GoalError(
+            f"cannot name a model {name!r}",
+            "clients ask for it in a URL: letters, digits, and . _ - between them, 64 at most",
+            "write for example parts-2026",
+        )
+    return name
 
 
 def settings_of(training: dict[str, Any]) -> TrainSettings:
@@ -211,6 +241,8 @@ def run(
     workers: int,
     skip_corrupt: bool,
     size: str | None,
+    name: str | None,
+    force: bool,
     **training: Any,
 ) -> Outcome:
     """Train once, on one worker or several, or search.
@@ -220,7 +252,7 @@ def run(
         ModelError: if MODEL is a bundle.
         RushhourError: as `rushhour.train.train`.
     """
-    from rushhour.bundle import Bundle
+    from rushhour.bundle import Bundle, check_folder
     from rushhour.train import Tracking, train
     from rushhour.train.launch import under_torchrun
     from rushhour.train.loop import PLAN
@@ -240,7 +272,8 @@ def run(
             "--compress-gradients, --batch-norm local, --local-sgd and --diloco are for several",
             "say --workers, or leave them out",
         )
-    settings = settings_of(training)
+    settings, name = settings_of(training), name_given(name)
+    check_folder(out)  # before pictures are decoded for minutes
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
     source, trusted = model_of(model, dataset)
     if isinstance(source, Bundle):
@@ -259,6 +292,8 @@ def run(
             tracking=tracking,
             workers=workers,
             division=division,
+            name=name,
+            force=force,
         )
         shared = under_torchrun() or workers > 1
         return Outcome(bundle, plan=msgspec.json.decode((folder / PLAN).read_bytes()) if shared else None)
@@ -273,6 +308,8 @@ def run(
         progress=progress,
         trusted=trusted,
         tracking=tracking,
+        name=name,
+        force=force,
     )
     return Outcome(bundle, found)
 

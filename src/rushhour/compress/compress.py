@@ -9,7 +9,8 @@ from typing import Any, Final
 import msgspec
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle
+from rushhour import identity
+from rushhour.bundle import Bundle, check_place
 from rushhour.compress.distil import Distil
 from rushhour.compress.judge import judge, outputs_of
 from rushhour.compress.lowrank import LowRank
@@ -17,7 +18,7 @@ from rushhour.compress.prune import Prune
 from rushhour.compress.quantize import COSTLY
 from rushhour.compress.recipe import Quantize, Recipe, Store, apply, check_data, said
 from rushhour.compress.speed import Artefact, Ratio, Speed, bench_artefacts
-from rushhour.compression import Attempt, Compression, Factor, Stage, Verdict
+from rushhour.compression import COMPRESSION, Attempt, Compression, Factor, Stage, Verdict
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig, full_range
 from rushhour.errors import EngineError, ModelError
@@ -26,6 +27,7 @@ from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
+from rushhour.storage import alone_at, claimed
 
 _TIE: Final = 0.02
 """Artefacts whose speed differs by less than this count as equally fast."""
@@ -50,6 +52,8 @@ def compress(
     bench: Bench | None = None,
     progress: Progress,
     trusted: tuple[str, ...] = (),
+    name: str | None = None,
+    force: bool = False,
 ) -> Compression:
     """Apply the recipes, judge the artefact of every step, and leave the best at `out`.
 
@@ -65,21 +69,80 @@ def compress(
         recipes: from gentle to strong: after one that trained and still missed the budget, no stronger one is tried.
             A recipe that cannot be done is noted and passed over, unless it is the only one.
         budget: the most the metric may fall.
-        out: the bundle's folder; any other bundle there is replaced. The int8 for other machines, where there is one,
-            lies beside it: `OUT-vnni`, or `OUT-any` where the answer is the one that needs VNNI.
+        out: the bundle's folder. The int8 for other machines, where there is one, lies beside it: `OUT-vnni`, or
+            `OUT-any` where the answer is the one that needs VNNI.
         steps: the store of all that is made on the way, and of what was found: `compression.json`.
         seed: of all that is random.
         engine: that compiles everything.
         bench: times artefacts; 6 interleaved blocks by default.
         progress: hears of every step.
         trusted: as for `apply`.
+        name: of the answer; the reference's by default.
+        force: whether a bundle that other work left at `out`, or beside it, may be replaced.
 
     Raises:
         DataError: if the data does not fit the bundle, or holds NaN; before any work.
         ModelError: if the only recipe cannot be done at all.
         EngineError: if the engine cannot run the reference.
-        StorageError: if the disk does not take it.
+        StorageError: if there is something else at `out`, or another process works there; before any work. Also if the
+            disk does not take it.
     """
+    with alone_at(out), claimed(steps):
+        asked = {
+            "model": name,
+            "bundle": reference.content_key,
+            "dataset": dataset.name,
+            "fingerprint": dataset.content_key,
+            "recipes": " ".join(map(str, recipes)),
+            "steps": identity.key(recipes=recipes),
+            "accuracy budget": str(budget),
+            "seed": seed,
+            "engine": engine,
+            "machine": str(describe()),
+        }
+        _check_places(out, steps, asked, force=force)
+        return _compress(
+            reference,
+            dataset,
+            recipes,
+            budget=budget,
+            out=out,
+            steps=steps,
+            seed=seed,
+            engine=engine,
+            bench=bench,
+            progress=progress,
+            trusted=trusted,
+            name=name or reference.manifest.name,
+            asked=asked,
+        )
+
+
+def _check_places(out: Path, steps: Path, asked: Mapping[str, Any], *, force: bool) -> None:
+    """Raise unless what is at `out` and beside it was left by the same work, or may be replaced."""
+    before = Compression.load(steps).asked if (steps / COMPRESSION).is_file() else {}
+    why = ", ".join(identity.changes(before, asked)) if before else "it was not left by this compression"
+    is_same = not why
+    for path in (out, *(out.with_name(f"{out.name}-{target}") for target in ("vnni", "any"))):
+        check_place(path, force=force or is_same, why=why)
+
+
+def _compress(
+    reference: Bundle,
+    dataset: Dataset,
+    recipes: Sequence[Recipe],
+    *,
+    budget: AccuracyBudget,
+    out: Path,
+    steps: Path,
+    seed: int,
+    engine: EngineName,
+    bench: Bench | None,
+    progress: Progress,
+    trusted: tuple[str, ...],
+    name: str,
+    asked: dict[str, Any],
+) -> Compression:
     check_data(reference, dataset)
     trial = _Trial(reference, dataset, engine, bench or _bench, progress)
     store = Store(steps)
@@ -128,14 +191,16 @@ def compress(
         test=trial.reference_test,
         reference_test=trial.reference_test,
         also=also,
+        asked=asked,
     )
-    return _left(found, reference, trial, out, steps)
+    return _left(found, reference, trial, out, steps, name)
 
 
-def _left(found: Compression, reference: Bundle, trial: _Trial, out: Path, steps: Path) -> Compression:
+def _left(found: Compression, reference: Bundle, trial: _Trial, out: Path, steps: Path, name: str) -> Compression:
     """Confirm the answer on the test part, and leave it at `out`."""
     if found.best is None:
-        reference.copy_to(out)
+        found.save(steps)
+        reference.copy_to(out, name)
     else:
         chosen, stage = Bundle.open(Path(found.answer.bundle)), found.answer
         test, drop_allowed = trial.accuracy(chosen, "test"), found.budget.max_drop
@@ -151,11 +216,11 @@ def _left(found: Compression, reference: Bundle, trial: _Trial, out: Path, steps
             attempt, stage_at = found.also
             other = found.attempts[attempt].stages[stage_at]
             beside = out.with_name(f"{out.name}-{other.needs or 'any'}")
-            Bundle.open(Path(other.bundle)).copy_to(beside).with_metrics({"validation": other.accuracy})
+            Bundle.open(Path(other.bundle)).copy_to(beside, name).with_metrics({"validation": other.accuracy})
             found = msgspec.structs.replace(found, said=f"{found.said}; {_beside(stage, other, beside)}")
+        found.save(steps)  # first, so that what lies at `out` is known to be of this work, whenever it is killed
         # copied first, so that the store keeps the bundle as its key made it
-        chosen.copy_to(out).with_metrics({"validation": stage.accuracy, "test": test})
-    found.save(steps)
+        chosen.copy_to(out, name).with_metrics({"validation": stage.accuracy, "test": test})
     return found
 
 

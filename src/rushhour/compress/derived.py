@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,11 @@ Answers = list[dict[str, NDArray[Any]]]
 """For each verified batch: output name -> array."""
 
 
+def engine_versions(*tools: str) -> dict[str, str]:
+    """Package -> version: of the engines that decide whether an artefact is taken, and of what else makes it."""
+    return {package: importlib.metadata.version(package) for package in (*tools, *_ENGINES)}
+
+
 def made_before(out: Path, parent: Bundle, step: Step) -> Bundle | None:
     """The bundle at `out`, if it came from this very step on this very parent; a damaged one counts as none.
 
@@ -56,7 +62,6 @@ def seal(
     graph: onnx.ModelProto,
     *,
     step: Step,
-    suffix: str,
     precision: Precision,
     samples: Mapping[str, NDArray[Any]],
     near_parent: float | None = None,
@@ -69,7 +74,6 @@ def seal(
         parent: what it was made from.
         out: its folder; any other bundle there is replaced.
         step: the end of its lineage.
-        suffix: of its name: `int8`.
         precision: what engines are asked to run it in.
         samples: real inputs, one or more: name -> array of shape `(n, *shape)`.
         near_parent: how far its answers may be from the parent's on average, as a share of their range.
@@ -81,7 +85,6 @@ def seal(
     """
     manifest = msgspec.structs.replace(
         parent.manifest,
-        name=f"{parent.manifest.name}-{suffix}",
         source=None,
         precision=precision,
         lineage=(*parent.manifest.lineage, step),

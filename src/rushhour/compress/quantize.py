@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import tempfile
@@ -19,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from rushhour.bundle import MODEL, Bundle, Step
-from rushhour.compress.derived import OUTCOME, made_before, seal
+from rushhour.compress.derived import OUTCOME, engine_versions, made_before, seal
 from rushhour.compress.judge import judge, named_inputs, outputs_of
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig, saturates_here
@@ -110,7 +109,7 @@ def quantize(
             "fingerprint": dataset.fingerprint,
             # of the graph, not of the bundle: adding a metric to the parent changes nothing here
             "parent": bundle.manifest.files[MODEL].sha256,
-            "nncf": importlib.metadata.version("nncf"),
+            **engine_versions("nncf"),
             "for": target,
             "weight bits": 8 if target in _WIDE else 7,
             **({} if max_drop is None else {"max_drop": max_drop, "iterations": iterations}),
@@ -130,7 +129,7 @@ def quantize(
         control = _Control(bundle, dataset, max_drop, iterations, seed, wide)
         graph, said = control.settled(graph, samples, out)
         step = msgspec.structs.replace(asked, settings={**asked.settings, OUTCOME: said})
-    made = seal(bundle, out, graph, step=step, suffix="int8", precision="int8", samples=samples)
+    made = seal(bundle, out, graph, step=step, precision="int8", samples=samples)
     progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
     return made
 
@@ -261,7 +260,7 @@ class _Control:
     def _drop(self, graph: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], at: Path) -> float:
         """Of the compiled artefact against its parent."""
         step = Step("quantize")
-        made = seal(self._bundle, at / "int8", graph, step=step, suffix="int8", precision="int8", samples=samples)
+        made = seal(self._bundle, at / "int8", graph, step=step, precision="int8", samples=samples)
         return judge(self._task, "validation", self._split.targets, self._outputs(made), self._expected).drop
 
     def _outputs(self, bundle: Bundle) -> NDArray[Any]:

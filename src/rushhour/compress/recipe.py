@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 import torch
 
-from rushhour import machine
-from rushhour.bundle import MODEL, SAMPLES, WEIGHTS, Bundle, Source, Step
+from rushhour import identity, machine
+from rushhour.bundle import SAMPLES, Bundle, Source, Step
 from rushhour.compress.distil import Distil, distil
 from rushhour.compress.judge import named_inputs
 from rushhour.compress.lowrank import LowRank, dominant, split
@@ -29,7 +29,7 @@ from rushhour.compress.weights import compress_weights, halve_weights
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset
 from rushhour.errors import BundleError, DataError, GoalError, ModelError
-from rushhour.models import Deployed, build, export, load_deployed, resized
+from rushhour.models import Deployed, build, code_of, export, load_deployed, resized, trusted_of
 from rushhour.progress import Progress
 from rushhour.train.checkpoint import Checkpoint
 
@@ -76,8 +76,7 @@ _NAMES: Final[dict[str, tuple[type[AnyStep], str]]] = {
 """Name in a recipe's text -> the step, and the setting that a bare value means."""
 
 _EXAMPLE: Final = "write for example prune:0.5,lowrank:0.1,distil:3,int8"
-_SUFFIXES: Final = {"prune": "pruned", "lowrank": "lowrank", "distil": "distilled", "precision": "bf16"}
-_VERSIONS: Final = ("torch", "torch-pruning", "nncf", "onnx", "onnxscript")
+_VERSIONS: Final = ("numpy", "torch", "torch-pruning", "nncf", "onnx", "onnxscript", "openvino", "onnxruntime")
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -137,6 +136,13 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return ",".join(said(step) for step in self.steps)
+
+    @property
+    def factories(self) -> tuple[str, ...]:
+        """Those of the students that it names."""
+        return tuple(
+            step.student.factory for step in self.steps if isinstance(step, Distil) and step.student is not None
+        )
 
     def for_machines(self, target: Target) -> Recipe:
         """The same, with int8 for these machines."""
@@ -263,9 +269,9 @@ def apply(
         StorageError: if the disk does not take it.
     """
     check_data(bundle, dataset)
-    before = bundle
+    before, trusted = bundle, trusted_of(bundle, trusted)
     for step in recipe.steps:
-        key = key_of(step, before, bundle, dataset, seed, max_drop)
+        key = key_of(step, before, bundle, dataset, seed, max_drop, trusted)
         made = store.find(key)
         if made is None:
             work = _Work(store, key, dataset, bundle, seed, max_drop, progress, trusted, checkpoint_every_s)
@@ -294,7 +300,13 @@ def check_data(bundle: Bundle, dataset: Dataset) -> None:
 
 
 def key_of(
-    step: AnyStep, before: Bundle, first: Bundle, dataset: Dataset, seed: int, max_drop: float | None = None
+    step: AnyStep,
+    before: Bundle,
+    first: Bundle,
+    dataset: Dataset,
+    seed: int,
+    max_drop: float | None = None,
+    trusted: tuple[str, ...] = (),
 ) -> str:
     """All that decides what `step` makes, as a SHA-256.
 
@@ -305,25 +317,35 @@ def key_of(
         dataset: with this data.
         seed: of all that is random.
         max_drop: the budget, which only int8 minds.
+        trusted: factories whose code may be looked at.
     """
-    content = {
-        "before": _content(before),
-        "first": _content(first) if isinstance(step, Distil) else None,
-        "step": msgspec.to_builtins(step),
-        "data": dataset.fingerprint if isinstance(step, (*_TRAINS, Quantize)) else None,
-        "seed": seed if isinstance(step, (*_TRAINS, Quantize)) else None,
-        "max_drop": max_drop if isinstance(step, Quantize) else None,
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    trains, takes_data = isinstance(step, _TRAINS), isinstance(step, (*_TRAINS, Quantize))
+    sources = [each.manifest.source for each in (before, first)] + ([step.student] if isinstance(step, Distil) else [])
+    return identity.key(
+        before=_content(before),
+        first=_content(first) if isinstance(step, Distil) else None,
+        step=step,
+        data=dataset if takes_data else None,
+        seed=seed if takes_data else None,
+        max_drop=max_drop if isinstance(step, Quantize) else None,
+        versions={name: importlib.metadata.version(name) for name in _VERSIONS},
+        code=[_code(source, trusted) for source in sources if source is not None] if trains else None,
         # channels are rounded to its registers, and it decides whether training computes in bf16
-        "features": machine.describe().features if isinstance(step, _TRAINS) else None,
-    }
-    return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()
+        features=machine.describe().features if takes_data else None,
+    )
 
 
-def _content(bundle: Bundle) -> list[str]:
+def _content(bundle: Bundle) -> list[Any]:
     """What of a bundle can change its children: not its metrics."""
-    files = bundle.manifest.files
-    return [bundle.manifest.name, *(files[name].sha256 for name in (MODEL, WEIGHTS) if name in files)]
+    return [bundle.manifest.name, bundle.manifest.lineage, bundle.content_key]
+
+
+def _code(source: Source, trusted: tuple[str, ...]) -> dict[str, str]:
+    """Of a network; nothing where it may not be imported: then a step does without it, or says so."""
+    try:
+        return code_of(source, trusted)
+    except ModelError:
+        return {}
 
 
 class _Work:
@@ -427,7 +449,6 @@ class _Work:
         check_plain(before)
         manifest = msgspec.structs.replace(
             before.manifest,
-            name=f"{before.manifest.name}-{step.form}",
             precision="bf16",
             lineage=(*before.manifest.lineage, self._lineage(step)),
             metrics={},
@@ -494,7 +515,7 @@ class _Work:
         manifest, (spec,) = before.manifest, before.manifest.signature.inputs
         return export(
             deployed.network,
-            name=f"{manifest.name}-{_SUFFIXES[_tag(step)]}",
+            name=manifest.name,
             task=manifest.task,
             sample_spec=spec,
             preprocessing=manifest.preprocessing,

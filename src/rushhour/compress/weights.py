@@ -6,7 +6,6 @@ is memory: a model that many processes hold, or one whose weights are read anew 
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rushhour.bundle import MODEL, Bundle, Step
-from rushhour.compress.derived import made_before, seal
+from rushhour.compress.derived import engine_versions, made_before, seal
 from rushhour.compress.quantize import check_plain, quiet_nncf
 from rushhour.errors import ModelError
 from rushhour.models.deployed import strip_origin
@@ -41,7 +40,7 @@ def compress_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle
         StorageError: if the disk does not take it.
     """
     check_plain(bundle)
-    step = _step("compress_weights", bundle, nncf=importlib.metadata.version("nncf"))
+    step = _step("compress_weights", bundle, "nncf")
     there = made_before(out, bundle, step)
     if there is not None:
         return there
@@ -52,7 +51,7 @@ def compress_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle
     _mend_scales(graph.graph)
     if not any(node.op_type == "DequantizeLinear" for node in graph.graph.node):
         raise _nothing(bundle, "no matrix product or table of embeddings with weights of its own")
-    return _sealed(bundle, out, graph, step, "w8", _FAITHFUL_INT8, progress)
+    return _sealed(bundle, out, graph, step, _FAITHFUL_INT8, progress)
 
 
 def halve_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
@@ -91,7 +90,7 @@ def halve_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
     nodes = [*casts, *graph.graph.node]
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
-    return _sealed(bundle, out, graph, step, "f16", _FAITHFUL_F16, progress)
+    return _sealed(bundle, out, graph, step, _FAITHFUL_F16, progress)
 
 
 def _mend_scales(graph: onnx.GraphProto) -> None:
@@ -109,15 +108,13 @@ def _mend_scales(graph: onnx.GraphProto) -> None:
                 dims[:] = [max(dims)]
 
 
-def _step(what: str, bundle: Bundle, **settings: str) -> Step:
-    return Step(what, {"parent": bundle.manifest.files[MODEL].sha256, **settings})
+def _step(what: str, bundle: Bundle, *tools: str) -> Step:
+    return Step(what, {"parent": bundle.manifest.files[MODEL].sha256, **engine_versions(*tools)})
 
 
-def _sealed(
-    bundle: Bundle, out: Path, graph: onnx.ModelProto, step: Step, suffix: str, near: float, progress: Progress
-) -> Bundle:
+def _sealed(bundle: Bundle, out: Path, graph: onnx.ModelProto, step: Step, near: float, progress: Progress) -> Bundle:
     samples = bundle.samples()
-    made = seal(bundle, out, graph, step=step, suffix=suffix, precision="f32", samples=samples, near_parent=near)
+    made = seal(bundle, out, graph, step=step, precision="f32", samples=samples, near_parent=near)
     progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
     return made
 

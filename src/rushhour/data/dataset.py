@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour import identity
 from rushhour.bundle import Preprocessing
 from rushhour.errors import DataError
 from rushhour.task import Task
@@ -94,6 +95,12 @@ class Dataset:
                     "a model cannot learn from it",
                     "remove or fill those samples",
                 )
+
+    @property
+    def content_key(self) -> str:
+        """Hash of samples, targets and task, in their parts."""
+        parts = {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
+        return identity.key(fingerprint=self.fingerprint, parts=parts, task=self.task, scaled=self.preprocessing)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ MAX_PIXELS = 64_000_000
 """A picture with more is not read."""
 
 PARTS = ("train", "validation", "test")
+_INDEX = "index.json"
+_FILES = (_INDEX, "decoded.npy", *(f"{part}-{what}.npy" for part in PARTS for what in ("inputs", "targets")))
 
 _DECODED_AS = 1
 """To be raised when the same file becomes other pixels, so that no cache is believed that was written before."""
@@ -109,9 +111,9 @@ def _from_cache(listing: Listing, cached: Path, on_corrupt: OnCorrupt | None) ->
     with _alone(place):
         index = _index(place)
         if index is None or index.digest != digest:
-            with building(place) as half:
+            with building(place, _FILES, _is_cache) as half:
                 index = _Index(digest, _cache(listing, half))
-                (half / "index.json").write_bytes(msgspec.json.encode(index))
+                (half / _INDEX).write_bytes(msgspec.json.encode(index))
         _tell(listing, index.corrupt, on_corrupt)
         with explained(f"read {place}"):
             train, validation, test = (
@@ -132,9 +134,15 @@ def _alone(place: Path) -> Iterator[None]:
             yield
 
 
+def _is_cache(place: Path) -> bool:
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return "digest" in msgspec.json.decode((place / _INDEX).read_bytes(), type=dict[str, Any])
+    return False
+
+
 def _index(place: Path) -> _Index | None:
     try:
-        return msgspec.json.decode((place / "index.json").read_bytes(), type=_Index)
+        return msgspec.json.decode((place / _INDEX).read_bytes(), type=_Index)
     except (OSError, msgspec.DecodeError):
         return None
 

@@ -5,18 +5,23 @@ samples into that and its answer into the task's.
 """
 
 from rushhour.models.article import article
-from rushhour.models.deployed import Deployed, export, load_deployed
+from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
 from rushhour.models.imported import from_onnx
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
 from rushhour.models.reshape import split_dense
 from rushhour.models.residual import residual
 from rushhour.models.source import build, resized, source_for
+from rushhour.models.structure import Structure, code_of, structure_of
+from rushhour.models.trust import trusted_of
 
 __all__ = [
     "Deployed",
+    "Preprocess",
+    "Structure",
     "article",
     "build",
+    "code_of",
     "export",
     "from_onnx",
     "load_deployed",
@@ -27,4 +32,6 @@ __all__ = [
     "resized",
     "source_for",
     "split_dense",
+    "structure_of",
+    "trusted_of",
 ]

@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rushhour.answers import TOLERANCES, deviation
 from rushhour.bundle import Bundle, Manifest, Preprocessing, Signature, Source, Step, TensorSpec
 from rushhour.errors import ModelError
 from rushhour.machine import cores
 from rushhour.models.source import build
+from rushhour.models.trust import remember, trusted_of
 from rushhour.storage import explained
 from rushhour.task import Task
 from rushhour.telemetry import keep_home
@@ -201,7 +203,9 @@ def export(
         state = {key: value.detach().clone() for key, value in network.state_dict().items()}
         file.write_bytes(save(state))
 
-    return Bundle.create(path, manifest, model, weights, dict(zip(names, columns, strict=True)))
+    bundle = Bundle.create(path, manifest, model, weights, dict(zip(names, columns, strict=True)))
+    remember(bundle)
+    return bundle
 
 
 def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
@@ -226,7 +230,7 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
             "run it on openvino or onnxruntime",
         )
     with torch.random.fork_rng(devices=[]):  # the fresh weights are thrown away; the caller's seed must not be
-        network = build(source, trusted)
+        network = build(source, trusted_of(bundle, trusted))
     try:
         with explained(f"read {file}"):
             state = load_file(file)
@@ -237,7 +241,31 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
             str(error),
             "make the bundle anew with the code that is installed",
         ) from error
-    return Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing).eval()
+    deployed = Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing).eval()
+    _check_answers(deployed, bundle, source)
+    return deployed
+
+
+def _check_answers(deployed: Deployed, bundle: Bundle, source: Source) -> None:
+    """Raise unless the module answers as the bundle was recorded to: its code may be another by now."""
+    recorded, manifest = bundle.answers(), bundle.manifest
+    if recorded is None:
+        return
+    count = len(next(iter(recorded.values())))
+    samples = bundle.samples()
+    try:
+        with torch.no_grad():
+            answers = deployed(*(torch.from_numpy(samples[spec.name][:count]) for spec in manifest.signature.inputs))
+        off = deviation(recorded, {manifest.signature.outputs[0].name: answers.float().numpy()})
+        why = f"its answers are off by {off:.1%} of their range" if not off <= TOLERANCES["f32"] else ""
+    except Exception as error:  # changed code may fail in any way
+        why = f"it fails with {type(error).__name__}"
+    if why:
+        raise ModelError(
+            f"{source.factory} is not the network that {manifest.name} was made of",
+            f"with the bundle's weights {why}: its code has changed since",
+            "restore the code, or train again",
+        )
 
 
 def _graph(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 from torch import nn
@@ -73,33 +74,7 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
         ModelError: if the factory is not trusted, is not there, does not take the arguments, fails, gives no module,
             or gives one that the recorded sizes do not fit.
     """
-    module_name, _, name = source.factory.partition(":")
-    ours = module_name == _ROOM and name in (*_NAMES, *_PRETRAINED)
-    if not ours and source.factory not in trusted:
-        raise ModelError(
-            f"will not import the model {source.factory!r}",
-            "it is no model of Rushhour, and importing it would run its code",
-            f"if you trust it, name {source.factory} yourself",
-        )
-    if not (module_name and name):
-        raise ModelError(
-            f"cannot read the model {source.factory!r}", "a model is module:factory", "write for example nets:small"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module can fail to import in any way
-        raise ModelError(
-            f"cannot import the model {source.factory!r}",
-            f"{type(error).__name__}: {error}",
-            "check the name, and that its folder is on PYTHONPATH",
-        ) from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise ModelError(
-            f"there is no model {source.factory!r}",
-            f"the module {module_name!r} has no function or class {name!r}",
-            "name a callable that returns a torch.nn.Module",
-        )
+    factory = factory_of(source, trusted)
     try:
         inspect.signature(factory).bind(**source.arguments)
     except TypeError as error:
@@ -127,6 +102,42 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
     if isinstance(source.reshape, Reshape):
         reshape(network, source.reshape, source.factory)
     return network
+
+
+def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """What builds the network that `source` names; see `build`.
+
+    Raises:
+        ModelError: if it is not trusted, or not there.
+    """
+    module_name, _, name = source.factory.partition(":")
+    ours = module_name == _ROOM and name in (*_NAMES, *_PRETRAINED)
+    if not ours and source.factory not in trusted:
+        raise ModelError(
+            f"will not import the model {source.factory!r}",
+            "it is no model of Rushhour, and importing it would run its code",
+            f"if you trust it, say --trust {source.factory}",
+        )
+    if not (module_name and name):
+        raise ModelError(
+            f"cannot read the model {source.factory!r}", "a model is module:factory", "write for example nets:small"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module can fail to import in any way
+        raise ModelError(
+            f"cannot import the model {source.factory!r}",
+            f"{type(error).__name__}: {error}",
+            "check the name, and that its folder is on PYTHONPATH",
+        ) from error
+    factory: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(factory):
+        raise ModelError(
+            f"there is no model {source.factory!r}",
+            f"the module {module_name!r} has no function or class {name!r}",
+            "name a callable that returns a torch.nn.Module",
+        )
+    return factory
 
 
 def resized(

@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from rushhour.compression import Compression, Stage
-from rushhour.curves import Epoch
+from rushhour.curves import Epoch, best_of
 from rushhour.goal import SLO
 from rushhour.measurement import Interval, Measurement, Outcome, latency_curve
 from rushhour.plan import EngineName, Plan, Precision, Trial
@@ -415,7 +415,7 @@ def training_metric(epochs: Sequence[Epoch], narrow: bool = False) -> Markup:
     """The metric on the validation part by epoch, its best marked with a star."""
     with _style("training-metric"):
         figure, axes = _canvas(_NARROW if narrow else _HALF, 4)
-        best = max(epochs, key=lambda epoch: epoch.value)
+        best = best_of(epochs)
         name = best.metric
         axes.plot([e.epoch for e in epochs], [e.value for e in epochs], color=_PLAN, marker="o", markersize=4)
         axes.plot([best.epoch], [best.value], color=_PLAN, marker="*", markersize=14)

@@ -9,8 +9,8 @@ from jinja2 import Environment, StrictUndefined
 
 from rushhour.compression import Compression
 from rushhour.report import wording
-from rushhour.report.page import page_style
-from rushhour.storage import write_whole
+from rushhour.report.page import is_page, page_style
+from rushhour.storage import write_own
 
 
 def write_compression_report(folder: Path) -> Path:
@@ -36,5 +36,5 @@ def write_compression_report(folder: Path) -> Path:
         trade=charts.in_both_widths(lambda narrow: charts.compression_trade(found, narrow)),
         sizes=charts.in_both_widths(lambda narrow: charts.compression_sizes(found, narrow)),
     )
-    write_whole(path, page.encode("utf-8", "replace"))
+    write_own(path, page.encode("utf-8", "replace"), is_page)
     return path

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from rushhour.errors import PlanError
-from rushhour.journal import Entry, Journal
+from rushhour.journal import JOURNAL, Entry, Journal
 from rushhour.machine import Machine
 from rushhour.measurement import Interval, Measurement, Outcome
 from rushhour.plan import SO_FAR, Evidence, Plan, Rung, Trial
@@ -48,7 +48,7 @@ class Findings:
         plan: the plan, with one number for each capacity that it states in several places.
         evidence: the plan's; a run without any has nothing to report.
         entries: every line of the journal, in the order they were measured.
-        windows: those of them that are open-loop load, with their measurement.
+        windows: those of them that are open-loop load against the plan's SLO, with their measurement.
         is_finished: whether the search came to its end; else the plan is the best until it was broken off.
     """
 
@@ -59,7 +59,9 @@ class Findings:
         self.evidence = evidence_of(self.plan)
         self.entries = entries
         self.windows: tuple[tuple[Entry, Measurement], ...] = tuple(
-            (entry, entry.reading) for entry in entries if isinstance(entry.reading, Measurement)
+            (entry, entry.reading)
+            for entry in entries
+            if isinstance(entry.reading, Measurement) and entry.reading.slo == plan.goal.slo
         )
         called: tuple[Rung | Trial, ...] = (*self.evidence.ladder, *self.evidence.trials)
         self._names = {each.candidate: each.name for each in called if each.name}
@@ -73,7 +75,7 @@ class Findings:
             StorageError: if the disk does not give them, or the journal is damaged.
         """
         plan, is_finished = read_plan(run)
-        journal = run / _JOURNAL
+        journal = run / JOURNAL
         if not journal.is_file():
             raise PlanError(
                 f"there are no measurements at {journal}",
@@ -159,9 +161,6 @@ _SAME_RATE = 0.001
 """Two rates that differ by less than this are one: plans round."""
 
 
-_JOURNAL = "measurements.jsonl"
-
-
 def read_plan(run: Path) -> tuple[Plan, bool]:
     """The plan in a run's folder, and whether it is the final one: a run that was broken off has only the best so far.
 
@@ -172,7 +171,7 @@ def read_plan(run: Path) -> tuple[Plan, bool]:
     if file.exists() or not run.is_dir():
         return Plan.load(file), True
     if not so_far.exists():
-        if not (run / _JOURNAL).is_file():
+        if not (run / JOURNAL).is_file():
             return Plan.load(file), True  # which says that there is none
         raise PlanError(f"there is no plan in {run} yet", "the run was broken off before it found one", _GO_ON)
     plan = Plan.load(so_far)

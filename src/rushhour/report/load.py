@@ -12,18 +12,28 @@ from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement
 from rushhour.report import wording
-from rushhour.report.page import MARKS, page_style
-from rushhour.storage import write_whole
+from rushhour.report.page import MARKS, is_page, page_style
+from rushhour.storage import check_own_file, write_own
 
 FORMATS = (".html", ".png")
 
 
 def check_plot_name(file: Path) -> None:
-    """Raise a `LoadError` unless the file's name says one of the formats: before anything is measured for it."""
+    """Raise, before anything is measured for it, unless a plot can be written to this file.
+
+    Raises:
+        LoadError: if its name says none of the formats.
+        StorageError: if there is a file that is no plot of Rushhour's.
+    """
     if file.suffix.lower() not in FORMATS:
         raise LoadError(
             f"cannot plot to {file}", f"plots are {' or '.join(FORMATS)} files", "name it for example load.png"
         )
+    check_own_file(file, _is_plot)
+
+
+def _is_plot(content: bytes) -> bool:
+    return is_page(content) or (content.startswith(b"\x89PNG") and b"rushhour" in content[:1000])
 
 
 def write_load_plot(file: Path, name: str, windows: Sequence[Measurement], slo: SLO, headline: str) -> None:
@@ -61,4 +71,4 @@ def write_load_plot(file: Path, name: str, windows: Sequence[Measurement], slo: 
         )
     if content is None:
         raise LoadError(f"cannot plot to {file}", "no window has a p99: there is nothing to draw", "load for longer")
-    write_whole(file, content)
+    write_own(file, content, _is_plot)

@@ -18,7 +18,7 @@ from rushhour.plan import Fate, Plan, Trial
 from rushhour.report import wording
 from rushhour.report.comparison import served_by, side_by_side
 from rushhour.report.findings import Capacity, Findings, baseline_of, winner_of
-from rushhour.storage import write_whole
+from rushhour.storage import write_own
 
 _MOST_ROWS: Final = (
     1000  # of one table; keeps the file under 2 MB whatever the run, the rest is counted and lies on disk
@@ -87,8 +87,13 @@ def write_report(run: Path) -> Path:
     """
     found = Findings.read(run)
     path = run / "report.html"
-    write_whole(path, _render(found, run).encode("utf-8", "replace"))
+    write_own(path, _render(found, run).encode("utf-8", "replace"), is_page)
     return path
+
+
+def is_page(content: bytes) -> bool:
+    """Whether a file of this content is a page of Rushhour's."""
+    return b'<meta name="generator" content="Rushhour">' in content[:1000]
 
 
 def _render(found: Findings, run: Path) -> str:

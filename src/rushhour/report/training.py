@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 from jinja2 import Environment, StrictUndefined
 
-from rushhour.curves import read_curves
+from rushhour.curves import Epoch, best_of, read_curves, read_record
 from rushhour.report import wording
-from rushhour.report.page import page_style
-from rushhour.storage import write_whole
+from rushhour.report.page import is_page, page_style
+from rushhour.storage import write_own
+
+_OPEN: Final = 15
+"""Epochs that a table shows at once, about; all others fold away."""
+_MOST: Final = 2_000
 
 
 def write_training_report(folder: Path) -> Path:
@@ -25,7 +31,14 @@ def write_training_report(folder: Path) -> Path:
     """
     from rushhour.report import charts  # matplotlib takes a second to import
 
-    epochs = read_curves(folder)
+    epochs, record = read_curves(folder), read_record(folder)
+    best = best_of(epochs)
+    sealed = next((epoch for epoch in epochs if record is not None and epoch.epoch == record.sealed), epochs[-1])
+
+    def marks(epoch: Epoch) -> str:
+        said = (("sealed", epoch is sealed and record is not None), ("best", epoch is best))
+        return ", ".join(word for word, holds in said if holds)
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["say"] = wording
     template = environment.from_string(resources.files(__package__).joinpath("training.html").read_text("utf-8"))
@@ -34,9 +47,21 @@ def write_training_report(folder: Path) -> Path:
         style=page_style(),
         name=folder.resolve().name,
         epochs=epochs,
-        best=max(epochs, key=lambda epoch: epoch.value),
+        shown=_shown(epochs, (best, sealed)),
+        most=_MOST,
+        best=best,
+        sealed=sealed,
+        record=record,
+        marks=marks,
         loss=charts.in_both_widths(lambda narrow: charts.training_loss(epochs, narrow)),
         metric=charts.in_both_widths(lambda narrow: charts.training_metric(epochs, narrow)),
     )
-    write_whole(path, page.encode("utf-8", "replace"))
+    write_own(path, page.encode("utf-8", "replace"), is_page)
     return path
+
+
+def _shown(epochs: Sequence[Epoch], always: Sequence[Epoch]) -> list[Epoch]:
+    """All, if they are few; else the first, the last, those of `always`, and some between at equal distances."""
+    every = -(-len(epochs) // _OPEN)
+    last = len(epochs) - 1
+    return [epoch for at, epoch in enumerate(epochs) if at % every == 0 or at == last or epoch in always]

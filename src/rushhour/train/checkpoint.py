@@ -10,7 +10,7 @@ import dataclasses
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -35,11 +35,13 @@ class Snapshot:
         step: optimizer steps done, which is also the place in the data: the order follows from seed and epoch.
         notes: all that is not a tensor; it must survive JSON.
         tensors: `network.NAME`, `moment.MOMENT.NAME` of the optimizer, `generator`, and what else the training needs.
+        facts: what the training was made of, as `Checkpoint` was told; filled in by it.
     """
 
     step: int
     notes: dict[str, Any]
     tensors: dict[str, Tensor]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below `prefix.`, under the rest of their names."""
@@ -63,6 +65,15 @@ class _State(msgspec.Struct, frozen=True):
     fingerprint: str
     step: int
     notes: dict[str, Any]
+    facts: dict[str, Any] = {}
+
+
+class Begun(NamedTuple):
+    """A training that is not finished: its checkpoint, the steps done, and what it is made of."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
 
 
 class Checkpoint:
@@ -71,10 +82,12 @@ class Checkpoint:
     Args:
         folder: where it lies; one folder may hold those of many trainings.
         fingerprint: what the training is made of, as hex.
+        facts: the same in names and values that JSON has, to be compared with another training.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, facts: Mapping[str, Any] | None = None) -> None:
         self.fingerprint = fingerprint
+        self._facts = dict(facts or {})
         self._writer: threading.Thread | None = None
         self._error: RushhourError | None = None
         self.path = folder / f"train-{fingerprint[:16]}.safetensors"
@@ -91,7 +104,7 @@ class Checkpoint:
         self.wait()
 
         def work() -> None:
-            state = _State(self.fingerprint, snapshot.step, snapshot.notes)
+            state = _State(self.fingerprint, snapshot.step, snapshot.notes, self._facts)
             try:
                 write_whole(self.path, save(snapshot.tensors, {_HEADER: msgspec.json.encode(state).decode()}))
             except RushhourError as error:
@@ -127,7 +140,9 @@ class Checkpoint:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, msgspec.DecodeError):
             return None
-        return Snapshot(state.step, state.notes, tensors) if state.fingerprint == self.fingerprint else None
+        if state.fingerprint != self.fingerprint:
+            return None
+        return Snapshot(state.step, state.notes, tensors, state.facts)
 
     def notes(self) -> dict[str, Any]:
         """What is on disk beside the tensors, without reading these; empty where `read` would find nothing.
@@ -135,14 +150,31 @@ class Checkpoint:
         Raises:
             StorageError: if it is there but cannot be read.
         """
-        if not self.path.is_file():
-            return {}
-        try:
-            with explained(f"read {self.path}"), safe_open(self.path, framework="pt") as file:
-                state = msgspec.json.decode((file.metadata() or {}).get(_HEADER, ""), type=_State)
-        except (SafetensorError, msgspec.DecodeError):
-            return {}
-        return state.notes if state.fingerprint == self.fingerprint else {}
+        state = _state_in(self.path)
+        return state.notes if state is not None and state.fingerprint == self.fingerprint else {}
+
+    def begun(self) -> Begun | None:
+        """How far it is on disk; None where `read` would find nothing.
+
+        Raises:
+            StorageError: if it is there but cannot be read.
+        """
+        state = _state_in(self.path)
+        if state is None or state.fingerprint != self.fingerprint:
+            return None
+        return Begun(self.path, state.step, state.facts)
+
+    def others(self) -> list[Begun]:
+        """Trainings with other fingerprints whose checkpoints lie in the same folder.
+
+        Raises:
+            StorageError: if one cannot be read.
+        """
+        found = []
+        for path in sorted(self.path.parent.glob("train-*.safetensors")):
+            if path != self.path and (state := _state_in(path)) is not None:
+                found.append(Begun(path, state.step, state.facts))
+        return found
 
     def save(
         self,
@@ -196,6 +228,17 @@ class Checkpoint:
         with explained(f"delete {self.path}"):
             for left in (self.path, *self.path.parent.glob(f".{self.path.name}.*")):
                 left.unlink(missing_ok=True)
+
+
+def _state_in(path: Path) -> _State | None:
+    """What the file says beside its tensors; None where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with explained(f"read {path}"), safe_open(path, framework="pt") as file:
+            return msgspec.json.decode((file.metadata() or {}).get(_HEADER, ""), type=_State)
+    except (SafetensorError, msgspec.DecodeError):
+        return None
 
 
 def snapshot(

@@ -6,13 +6,14 @@ the order of the data follows from (seed, epoch), and the rest is in the checkpo
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
 import math
 import os
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from rushhour import machine
-from rushhour.bundle import Bundle, Source, Step, TensorSpec
-from rushhour.curves import Epoch
+from rushhour import identity, machine
+from rushhour.bundle import Bundle, Source, Step, TensorSpec, check_place, name_of
+from rushhour.curves import Epoch, TrainingRecord, best_of
 from rushhour.data.augment import check_pictures
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
 from rushhour.progress import Progress, Silent
-from rushhour.storage import write_whole
-from rushhour.train.checkpoint import Checkpoint, shapes
+from rushhour.storage import alone_at, claimed, explained, write_whole
+from rushhour.train.checkpoint import Begun, Checkpoint, shapes
 from rushhour.train.divided import Divided, Division, decide, only_leader
 from rushhour.train.feed import Batch, Feed
 from rushhour.train.launch import under_torchrun
 from rushhour.train.loss import loss_for
+from rushhour.train.made import Made, made_of
 from rushhour.train.memory_format import NOTE, MemoryFormat, choose
 from rushhour.train.plan import ParallelPlan
 from rushhour.train.position import reached, watch
@@ -45,7 +48,7 @@ from rushhour.train.stepper import AVERAGE, Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
 from rushhour.train.workers import together
 
-PLAN = "plan.json"
+PLAN = "workers.json"
 """In the folder of the tracking, how the workers share the training."""
 
 _SAMPLES = 16
@@ -59,6 +62,10 @@ _AUGMENTING_THREADS = 2
 
 _PACE_WARM, _PACE_TIMED = 2, 7
 """Steps that tell how long one takes."""
+
+_PLANNED, _RESUMED = "planned", "resumed"
+"""In the notes of a checkpoint: numbers of epochs that were planned before, each with the step until which it was; the
+steps after which it was gone on."""
 
 _NAMED = 8
 """Samples that a message names, at most."""
@@ -82,19 +89,24 @@ def train(
     on_epoch: Callable[[Epoch], None] | None = None,
     workers: int = 1,
     division: Division | None = None,
+    name: str | None = None,
+    force: bool = False,
 ) -> Bundle:
     """Train the network that `source` names on `dataset` and seal it as a bundle.
 
     A bundle at `out` that came from the very same training is returned as it is. A checkpoint of the very same
-    training in `work` is gone on from. Equal arguments give equal bundles on equal machines, up to rounding where trial
-    steps choose between memory formats that are about equally fast (`rushhour.train.memory_format`).
+    training in `work` is gone on from, also where only the epochs are others: the learning rate follows the schedule of
+    the new number from there on, and the lineage says so. What makes a training the same, is `rushhour.identity`'s:
+    settings, data, and the network with its code (`rushhour.models.structure`). Equal arguments give equal bundles on
+    equal machines, up to rounding where trial steps choose between memory formats that are about equally fast
+    (`rushhour.train.memory_format`).
 
     Args:
         dataset: fitted on its training part; the metric in the progress is of its validation part.
         source: the network.
         settings: how.
-        out: the bundle's folder; any other bundle there is replaced.
-        work: folder of checkpoints; they are deleted once the bundle is sealed.
+        out: the bundle's folder; one process at a time makes it.
+        work: folder of checkpoints of this bundle's training; they are deleted once it is sealed.
         progress: hears of every step.
         trusted: factories that may be imported besides those of `rushhour.models`.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step; more where writing
@@ -106,6 +118,8 @@ def train(
             checkpoint are the same for any number, so a training may go on with another one.
         division: how they share it; with compressed gradients, relaxed workers or local batch normalisation, it is
             another training, which goes on with the same number only.
+        name: of the model, which it keeps whatever is made of it; that of the folder `out` by default.
+        force: whether another bundle at `out`, or the checkpoint of another training for it, may be removed.
 
     Raises:
         DataError: if the samples are of a type that the wire does not carry, or cannot be augmented.
@@ -113,46 +127,129 @@ def train(
         ModelError: if the network cannot be built or run.
         PlanError: if the workers cannot share it so, or have too little memory.
         Diverged: if the loss is no longer a number. The last good checkpoint stays.
-        StorageError: if the disk does not take a checkpoint or the bundle.
+        StorageError: if there is something else at `out`, or another training for it under way; before any work. Also
+            if the disk does not take a checkpoint or the bundle.
     """
-    division = division or Division()
-    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
-    step = _lineage(dataset, settings, division, workers)
-    there = _sealed(out, dataset, source, step)
-    if there is not None:
-        return there
-    weights = learn(
+    task = _assigned(
         dataset,
         source,
         settings,
         work=work,
-        progress=progress,
         trusted=trusted,
         checkpoint_every_s=checkpoint_every_s,
         tracking=tracking,
-        on_epoch=on_epoch,
         workers=workers,
         division=division,
     )
-    short = _short(source)
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(alone_at(out))
+            if tracking is not None:
+                stack.enter_context(claimed(tracking.folder))
+        return _train(task, dataset, out=out, progress=progress, on_epoch=on_epoch, name=name, force=force)
+
+
+def train_here(
+    dataset: Dataset,
+    source: Source,
+    settings: TrainSettings,
+    *,
+    out: Path,
+    work: Path,
+    progress: Progress,
+    trusted: tuple[str, ...],
+    name: str | None,
+    force: bool,
+    search: str,
+) -> Bundle:
+    """`train` on one worker, for the search that holds the place; its lineage names that."""
+    task = _assigned(
+        dataset,
+        source,
+        settings,
+        work=work,
+        trusted=trusted,
+        checkpoint_every_s=math.inf,
+        tracking=None,
+        workers=1,
+        division=None,
+    )
+    return _train(task, dataset, out=out, progress=progress, on_epoch=None, name=name, force=force, search=search)
+
+
+def _train(
+    task: _Assignment,
+    dataset: Dataset,
+    *,
+    out: Path,
+    progress: Progress,
+    on_epoch: Callable[[Epoch], None] | None,
+    name: str | None,
+    force: bool,
+    search: str = "",
+) -> Bundle:
+    older = opened(out)
+    why = "it is damaged" if older is None else task.made.differs_from(older)
+    if older is not None and name not in (None, older.manifest.name):
+        why = f"{why}, its name is {older.manifest.name}".removeprefix(", ")
+    if older is not None and not why:
+        return older
+    check_place(out, force=force, why=why)
+    checkpoint = task.checkpoint()
+    _make_way(task, checkpoint, dataset, out, force=force)
+    weights = _learn(task, dataset, progress, on_epoch)
+    short, planned = _short(task.source), checkpoint.notes().get(_PLANNED, [])
     with torch.random.fork_rng(devices=[]):
-        network = build(source, trusted)
+        network = build(task.source, task.trusted)
         network.load_state_dict(weights)
+        progress.start(f"export {short} and check it against torch")
         bundle = export(
             network,
-            name=f"{short}-{dataset.name}",
+            name=name or name_of(out),
             task=dataset.task,
             sample_spec=_sample_spec(dataset),
             preprocessing=dataset.preprocessing,
-            source=source,
-            lineage=(step,),
+            source=task.source,
+            lineage=(task.made.told(planned, search),),
             samples=np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES]),
             path=out,
         )
-    checkpoint = Checkpoint(work, _fingerprint(dataset, source, step))
+        progress.done(f"{bundle.model_bytes / 1e6:.2f} MB")
     checkpoint.remove()
     shutil.rmtree(_beside(checkpoint), ignore_errors=True)
     return bundle
+
+
+def _make_way(task: _Assignment, checkpoint: Checkpoint, dataset: Dataset, out: Path, *, force: bool) -> None:
+    """Raise if there is a checkpoint for this bundle that cannot be gone on from; with `force` remove it.
+
+    Raises:
+        StorageError: before anything is lost.
+    """
+    facts = task.made.facts
+    begun = checkpoint.begun()
+    if begun is None:
+        refused = [(other, ", ".join(identity.changes(other.facts, facts))) for other in checkpoint.others()]
+    elif not task.made.same_weights(begun.facts):
+        refused = [(begun, identity.WORDS["weights"])]
+    elif begun.step > _steps(dataset, task.settings):
+        refused = [(begun, f"{task.settings.epochs} epochs now")]
+    else:
+        return
+    for other, why in refused:
+        if not force:
+            raise _under_way(other, why, out)
+        with explained(f"delete {other.path}"):
+            other.path.unlink(missing_ok=True)  # under torchrun, others do so too
+        shutil.rmtree(other.path.with_suffix(""), ignore_errors=True)
+
+
+def _under_way(other: Begun, why: str, out: Path) -> StorageError:
+    return StorageError(
+        f"another training for {out} was broken off at step {other.step:,}",
+        f"{why or 'it was made otherwise'}; begun anew, its checkpoint would be lost",
+        "go on with what it was begun with, name another place with --out, or say --force to begin anew",
+    )
 
 
 def learn(
@@ -173,14 +270,29 @@ def learn(
 
     Arguments and errors are those of `train`. Under torchrun, rank 0 returns; the others end their process well.
     """
-    division = division or Division()
-    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
-    task = _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking, division, workers)
+    task = _assigned(
+        dataset,
+        source,
+        settings,
+        work=work,
+        trusted=trusted,
+        checkpoint_every_s=checkpoint_every_s,
+        tracking=tracking,
+        workers=workers,
+        division=division,
+    )
+    return _learn(task, dataset, progress, on_epoch)
+
+
+def _learn(
+    task: _Assignment, dataset: Dataset, progress: Progress, on_epoch: Callable[[Epoch], None] | None
+) -> dict[str, Tensor]:
+    workers, backend = task.workers, task.division.backend
     with torch.random.fork_rng(devices=[]):
         if workers > 1:
             task.check(dataset)
-            folder = _beside(task.checkpoint(dataset))
-            if not together(task, dataset, workers=workers, backend=division.backend, folder=folder, progress=progress):
+            folder = _beside(task.checkpoint())
+            if not together(task, dataset, workers=workers, backend=backend, folder=folder, progress=progress):
                 raise SystemExit(0)
             progress, task = Silent(), msgspec.structs.replace(task, tracking=None)
         torch.set_num_threads(machine.cores())
@@ -194,10 +306,29 @@ def step_seconds(
 
     Nothing is kept of them. Arguments and errors are those of `train`.
     """
-    task = _Assignment(source, settings, work, trusted, 0.0, None, Division(), 1)
+    task = _Assignment(source, settings, work, trusted, 0.0, None, Division(), 1, Made(Step("train"), {}))
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(machine.cores())
         return task.step_seconds(dataset)
+
+
+def _assigned(
+    dataset: Dataset,
+    source: Source,
+    settings: TrainSettings,
+    *,
+    work: Path,
+    trusted: tuple[str, ...],
+    checkpoint_every_s: float,
+    tracking: Tracking | None,
+    workers: int,
+    division: Division | None,
+) -> _Assignment:
+    division = division or Division()
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
+    _sample_spec(dataset)
+    made = made_of(dataset, source, settings, division, workers, trusted)
+    return _Assignment(source, settings, work, trusted, checkpoint_every_s, tracking, division, workers, made)
 
 
 class _Assignment(msgspec.Struct, frozen=True):
@@ -211,6 +342,7 @@ class _Assignment(msgspec.Struct, frozen=True):
     tracking: Tracking | None
     division: Division
     workers: int
+    made: Made
 
     def check(self, dataset: Dataset) -> None:
         """Raise, before any work, if network, data, settings and workers do not fit each other."""
@@ -267,7 +399,7 @@ class _Assignment(msgspec.Struct, frozen=True):
             division=self.division,
             batch=size,
             trusted=self.trusted,
-            path=_beside(self.checkpoint(dataset)) / PLAN,
+            path=_beside(self.checkpoint()) / PLAN,
             progress=progress,
             prepare=lambda plan: self._rehearsal(dataset, plan, form),
             steps=self.settings.epochs * (len(dataset.train) // size),
@@ -305,10 +437,9 @@ class _Assignment(msgspec.Struct, frozen=True):
 
         return step
 
-    def checkpoint(self, dataset: Dataset) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
         """Where it keeps how it stands."""
-        step = _lineage(dataset, self.settings, self.division, self.workers)
-        return Checkpoint(self.work, _fingerprint(dataset, self.source, step))
+        return Checkpoint(self.work, self.made.fingerprint, self.made.facts)
 
     def _prepared(self, dataset: Dataset) -> Deployed:
         torch.manual_seed(self.settings.seed)
@@ -319,7 +450,7 @@ class _Assignment(msgspec.Struct, frozen=True):
     def _format(self, dataset: Dataset, deployed: Deployed, progress: Progress) -> MemoryFormat:
         """How its pictures lie in memory: as the checkpoint says, or else chosen now; what there is to say, is said."""
         settings, size = self.settings, min(self.settings.batch, len(dataset.train))
-        kept = self.checkpoint(dataset).notes().get(NOTE)
+        kept = self.checkpoint().notes().get(NOTE)
         form = choose(
             deployed,
             dataset.train.inputs[: max(2, size // (self.workers * settings.accumulate))],
@@ -343,7 +474,7 @@ class _Assignment(msgspec.Struct, frozen=True):
         progress: Progress,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> dict[str, Tensor]:
-        checkpoint = self.checkpoint(dataset)
+        checkpoint = self.checkpoint()
         course = _Course(
             dataset,
             self.settings,
@@ -395,10 +526,12 @@ class _Course:
         self._history: list[Epoch] = []
         self._best: dict[str, Tensor] = {}
         self._epoch_loss = 0.0
+        self._planned: list[tuple[int, int]] = []
+        self._resumed: list[int] = []
         self._saved = time.monotonic()
         self._taking = 0.0
 
-    def run(self, tracking: Tracking | None, identity: str) -> dict[str, Tensor]:
+    def run(self, tracking: Tracking | None, fingerprint: str) -> dict[str, Tensor]:
         """Train to the end; return the weights to be sealed, where this worker leads, else nothing."""
         settings, stepper = self._settings, self._stepper
         try:
@@ -416,12 +549,15 @@ class _Course:
             self._total = feed.steps * settings.epochs
             self._schedule = settings.make_schedule(self._optimizer, self._total)
             self._restore()
+            if self._planned and self._planned[-1][1] == self._done:
+                self._schedule = self._caught_up()
             self._progress.start(f"train {self._name} on {self._dataset.name}", self._total)
             if self._done:
-                self._progress.advance(self._done, f"resumed after step {self._done}")
+                self._progress.advance(self._done, self._resumed_note())
             tracked = tracking if stepper.leads else None
-            as_config = {**msgspec.to_builtins(settings), NOTE: str(self._form)}
-            with Tracker(tracked, self._name, identity=identity[:16], settings=as_config, first=self._done) as tracker:
+            as_config = {**_chosen(settings), NOTE: str(self._form)}
+            own = fingerprint[:16]
+            with Tracker(tracked, self._name, identity=own, settings=as_config, first=self._done) as tracker:
                 try:
                     while self._done < self._total and not self._stopped():
                         self._epoch(feed, tracker)
@@ -470,7 +606,7 @@ class _Course:
                 self._judge(feed, Epoch(epoch + 1, self._done, self._epoch_loss / feed.steps, 0, "", 0, lr, speed))
                 self._epoch_loss = 0.0
                 if stepper.leads:
-                    tracker.epoch(self._history)
+                    tracker.epoch(self._history, self._record())
             self._save()
 
     def _average(self) -> None:
@@ -493,8 +629,8 @@ class _Course:
         with self._stepper.averaged(self._optimizer):
             loss, value = (self._stepper.agree(figure) for figure in self._validate(feed.batch))
             judged = msgspec.structs.replace(epoch, validation_loss=loss, metric=self._dataset.task.metric, value=value)
-            is_best = not self._history or value > self._kept().value
             self._history.append(judged)
+            is_best = best_of(self._history) is judged
             if self._settings.patience is not None and is_best:
                 self._best = self._stepper.weights()
         if self._on_epoch is not None:
@@ -517,8 +653,8 @@ class _Course:
         return total / len(split), value
 
     def _kept(self) -> Epoch:
-        """The epoch whose weights are to be sealed: the best with `patience` (the first of equals), else the last."""
-        return max(self._history, key=lambda epoch: epoch.value) if self._settings.patience else self._history[-1]
+        """The epoch whose weights are to be sealed: the best with `patience`, else the last."""
+        return best_of(self._history) if self._settings.patience else self._history[-1]
 
     def _stopped(self) -> bool:
         patience = self._settings.patience
@@ -531,6 +667,8 @@ class _Course:
         notes = {
             "history": msgspec.to_builtins(self._history),
             "epoch_loss": self._epoch_loss,
+            _PLANNED: self._planned,
+            _RESUMED: self._resumed,
             NOTE: msgspec.to_builtins(self._form),
         }
         more = {f"best.{name}": tensor for name, tensor in self._best.items()}
@@ -560,9 +698,41 @@ class _Course:
         self._history = msgspec.convert(found.notes["history"], list[Epoch])
         self._epoch_loss = found.notes["epoch_loss"]
         self._best = found.part("best")
+        self._planned = msgspec.convert(found.notes.get(_PLANNED, []), list[tuple[int, int]])
+        self._resumed = [*found.notes.get(_RESUMED, []), found.step]
+        if (epochs := found.facts.get("epochs", self._settings.epochs)) != self._settings.epochs:
+            self._planned.append((epochs, found.step))
         if self._on_epoch is not None:
             for epoch in self._history:
                 self._on_epoch(epoch)
+
+    def _caught_up(self) -> LRScheduler:
+        """The schedule of all epochs that are planned now, at the step that is reached."""
+        schedule = self._settings.make_schedule(self._optimizer, self._total)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of steps of a schedule without steps of the optimizer
+            for _ in range(self._done):
+                schedule.step()
+        return schedule
+
+    def _resumed_note(self) -> str:
+        said = f"resumed after step {self._done}"
+        if self._planned and self._planned[-1][1] == self._done:
+            said += f", planned for {self._planned[-1][0]} epochs until now"
+        return said
+
+    def _record(self) -> TrainingRecord:
+        data, settings = self._dataset, self._settings.resolved
+        return TrainingRecord(
+            model=self._name,
+            dataset=data.name,
+            samples={part: len(getattr(data, part)) for part in ("train", "validation", "test")},
+            settings={**_chosen(settings), NOTE: str(self._form)},
+            sealed=self._kept().epoch,
+            keeps_best=settings.patience is not None,
+            resumed=tuple(self._resumed),
+            planned=tuple(self._planned),
+        )
 
     def _broken(self, why: str, batch: Batch, epoch: int, at: int) -> Diverged:
         self._checkpoint.wait()
@@ -629,25 +799,9 @@ def _short(source: Source) -> str:
     return source.factory.rpartition(":")[2]
 
 
-def _lineage(dataset: Dataset, settings: TrainSettings, division: Division, workers: int) -> Step:
-    shared: dict[str, Any] = {}
-    if workers > 1 and not division.exact:
-        shared = {"workers": workers, "compression": division.compression}
-        shared |= {} if division.batch_norm == "whole" else {"batch_norm": division.batch_norm}
-        shared |= {} if division.relaxed is None else msgspec.to_builtins(division.relaxed)
-    chosen = msgspec.structs.asdict(settings.resolved)
-    del chosen["channels_last"]  # it rounds otherwise and is the same training, which may go on without it
-    chosen["augment"] = None if settings.augment is None else str(settings.augment)
-    return Step(
-        "train",
-        {
-            **{name: value for name, value in chosen.items() if value is not None},
-            **shared,
-            "dataset": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "torch": str(torch.__version__),
-        },
-    )
+def _steps(dataset: Dataset, settings: TrainSettings) -> int:
+    """Optimizer steps of the whole training."""
+    return settings.epochs * (len(dataset.train) // min(settings.batch, len(dataset.train)))
 
 
 def _beside(checkpoint: Checkpoint) -> Path:
@@ -655,17 +809,14 @@ def _beside(checkpoint: Checkpoint) -> Path:
     return checkpoint.path.with_suffix("")
 
 
-def _fingerprint(dataset: Dataset, source: Source, step: Step) -> str:
-    made_of = (step, source, dataset.task, dataset.preprocessing, len(dataset.train))
-    return hashlib.sha256(msgspec.json.encode(made_of, order="deterministic")).hexdigest()
+def _chosen(settings: TrainSettings) -> dict[str, Any]:
+    chosen: dict[str, Any] = msgspec.to_builtins(settings)
+    return chosen | ({} if settings.augment is None else {"augment": str(settings.augment)})
 
 
-def _sealed(out: Path, dataset: Dataset, source: Source, step: Step) -> Bundle | None:
-    """The bundle at `out`, if it came from this very training; a damaged one counts as none."""
+def opened(out: Path) -> Bundle | None:
+    """The bundle at `out`; a damaged one counts as none."""
     try:
-        bundle = Bundle.open(out)
+        return Bundle.open(out)
     except BundleError:
         return None
-    manifest = bundle.manifest
-    made_of = (manifest.lineage, manifest.source, manifest.task, manifest.preprocessing)
-    return bundle if made_of == ((step,), source, dataset.task, dataset.preprocessing) else None

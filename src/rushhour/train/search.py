@@ -6,25 +6,26 @@ lies in SQLite; a killed search goes on, and so does the training that it was in
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import importlib
 import inspect
-from collections.abc import Iterator
+import statistics
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from rushhour.bundle import Bundle, Source
-from rushhour.curves import Epoch, read_curves, write_curves
+from rushhour import identity
+from rushhour.bundle import Bundle, Source, check_place
+from rushhour.curves import Epoch, read_curves, read_record, write_curves
 from rushhour.data.dataset import Dataset
-from rushhour.errors import ModelError, StorageError
+from rushhour.errors import ModelError
 from rushhour.models import build
 from rushhour.progress import Progress
-from rushhour.storage import explained
-from rushhour.train.loop import Diverged, learn, train
+from rushhour.storage import alone_at, claimed, explained
+from rushhour.train.divided import Division
+from rushhour.train.loop import Diverged, learn, opened, train_here
+from rushhour.train.made import SEARCH, made_of
 from rushhour.train.settings import TrainSettings
 from rushhour.train.tracking import Tracking
 
@@ -72,6 +73,8 @@ def search(
     trusted: tuple[str, ...] = (),
     tracking: Tracking | None = None,
     checkpoint_every_s: float = 15.0,
+    name: str | None = None,
+    force: bool = False,
 ) -> tuple[Bundle, Found]:
     """Train with different hyper-parameters, and seal the best bundle.
 
@@ -86,13 +89,15 @@ def search(
         trials: how many in all; those of an earlier, killed call count.
         pruner: `median` ends what is below the median of the others at the same epoch (after five whole trials);
             `hyperband` (Li et al. 2018) by successive halving.
-        out: the best bundle's folder.
+        out: the best bundle's folder. An older bundle there is replaced where one of these trials left it.
         work: of the study and its trainings; one process at a time works in it. It stays, so that a later call with
             more trials goes on.
         progress: hears of every step.
         trusted: factories that may be imported; the user's own.
         tracking: which of TensorBoard and Weights & Biases each trial is tracked with, below `work`.
         checkpoint_every_s: see `train`.
+        name: see `train`.
+        force: see `train`.
 
     Raises:
         ModelError: if the network cannot be built or run, or every trial diverged.
@@ -104,10 +109,11 @@ def search(
         raise ModelError(f"cannot search in {trials} trials", "it takes at least one", "use for example --search 20")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     takes_dropout = _takes_dropout(source, trusted)
-    with _alone_in(work):
+    made = made_of(dataset, source, settings, Division(), 1, trusted)
+    with alone_at(out), claimed(work):
         study = optuna.create_study(
             storage=f"sqlite:///{(work / 'search.db').resolve()}",
-            study_name=_digest(dataset.fingerprint, source, settings),
+            study_name=identity.key(**made.facts, pruner=pruner)[:16],
             direction="maximize",
             pruner=(
                 optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
@@ -116,18 +122,40 @@ def search(
             ),
             load_if_exists=True,
         )
+
+        def is_own(bundle: Bundle) -> bool:
+            return bundle.manifest.lineage[0].settings.get(SEARCH) == study.study_name
+
+        older = opened(out)
+        check_place(out, force=force or (older is not None and is_own(older)), why="it was not left by this search")
         _take_up(study, settings, takes_dropout=takes_dropout)
+        taken: list[float] = []
         while (number := _ended(study)) < trials:
+            if taken:
+                progress.limit(statistics.fmean(taken) * (trials - number))
+            began = time.monotonic()
             # a sampler of its own for each trial: what it draws then depends on no process that was killed
             study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number)
             _try(study, dataset, source, settings, work, progress, trusted, tracking, checkpoint_every_s, takes_dropout)
+            taken.append(time.monotonic() - began)
         found = _found(study, dataset)
         best = study.best_trial
         place = work / "trials" / best.user_attrs["place"]
-        write_curves(work, read_curves(place))
+        write_curves(work, read_curves(place), read_record(place))
         own, own_settings = _choose(optuna.trial.FixedTrial(best.params), source, settings, takes_dropout=takes_dropout)
         # goes on from the trial's last checkpoint, which is its end
-        bundle = train(dataset, own, own_settings, out=out, work=place, progress=progress, trusted=trusted)
+        bundle = train_here(
+            dataset,
+            own,
+            own_settings,
+            out=out,
+            work=place,
+            progress=progress,
+            trusted=trusted,
+            name=name,
+            force=True,
+            search=study.study_name,
+        )
         return bundle, found
 
 
@@ -168,7 +196,7 @@ def _try(
 
     trial = study.ask()
     own, own_settings = _choose(trial, source, settings, takes_dropout=takes_dropout)
-    name = _digest(dataset.fingerprint, own, own_settings)
+    name = identity.key(study=study.study_name, source=own, settings=own_settings)[:16]
     place = work / "trials" / name
     trial.set_user_attr("place", name)
 
@@ -257,21 +285,3 @@ def _takes_dropout(source: Source, trusted: tuple[str, ...]) -> bool:
     build(source, trusted)  # says what is wrong with it, before anything is searched
     module, _, name = source.factory.partition(":")
     return "dropout" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
-
-
-def _digest(*made_of: Any) -> str:
-    return hashlib.sha256(msgspec.json.encode(made_of, order="deterministic")).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _alone_in(work: Path) -> Iterator[None]:
-    with explained(f"make the folder {work}"):
-        work.mkdir(parents=True, exist_ok=True)
-    with explained(f"lock {work}"), (work / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another process searches in {work}", "its lock is held", "wait for it, stop it, or use another --logs"
-            ) from error
-        yield

@@ -1,6 +1,7 @@
 """What a training leaves for people to look at: curves by epoch as JSON lines, TensorBoard, Weights & Biases.
 
 FOLDER/curves.jsonl     one line for each epoch; `rushhour report FOLDER` draws it
+FOLDER/training.json    what was trained on what and how, which epoch is kept, and where it was gone on
 FOLDER/tensorboard/     `tensorboard --logdir FOLDER/tensorboard`
 FOLDER/wandb/           Weights & Biases' own files; `wandb sync` sends what was kept offline
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from rushhour.curves import Epoch, write_curves
+from rushhour.curves import Epoch, TrainingRecord, write_curves
 from rushhour.errors import ModelError
 from rushhour.storage import explained
 
@@ -86,8 +87,8 @@ class Tracker:
         if self._events is not None:
             self._events.add(step, {"step/loss": loss, "step/lr": lr})
 
-    def epoch(self, history: Sequence[Epoch]) -> None:
-        """An epoch is done: the last of `history`, which holds all.
+    def epoch(self, history: Sequence[Epoch], record: TrainingRecord) -> None:
+        """An epoch is done: the last of `history`, which holds all; `record` is the training as it stands.
 
         Raises:
             StorageError: if the disk does not take it.
@@ -101,7 +102,7 @@ class Tracker:
             "samples_per_s": last.samples_per_s,
         }
         if self._folder is not None:
-            write_curves(self._folder, history)
+            write_curves(self._folder, history, record)
         if self._events is not None:
             self._events.add(last.step, {f"epoch/{name}": value for name, value in figures.items()})
             self._events.flush()

@@ -3,6 +3,7 @@
     RUN/bundles/reference, RUN/bundles/int8     what can be served; int8-vnni too, where 7 bits of the weights cost much
     RUN/training                                how the reference was trained: curves, TensorBoard
     RUN/measurements.jsonl                      every measurement
+    RUN/run.json                                what was asked for
     RUN/plan-so-far.json                        the best answer until then, while the search goes on
     RUN/plan.json                               the answer, written last
 
@@ -11,30 +12,35 @@ Each part is there whole or not at all, so whatever a killed run has finished is
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from rushhour.bundle import Bundle, Source
+from rushhour import identity
+from rushhour.bundle import Bundle, Source, name_of
 from rushhour.clock import Clock, WallClock
 from rushhour.compress import quantize_for_all
 from rushhour.data import Dataset
-from rushhour.errors import PlanError, StorageError
+from rushhour.errors import StorageError
 from rushhour.goal import Goal
-from rushhour.journal import Journal
+from rushhour.journal import JOURNAL, Journal
+from rushhour.machine import describe
 from rushhour.measurement import ServiceTimes
-from rushhour.plan import SO_FAR, Plan
+from rushhour.models import trusted_of
+from rushhour.plan import PLAN, SO_FAR, Plan
 from rushhour.progress import Progress
-from rushhour.storage import explained
-from rushhour.train import Tracking, TrainSettings, step_seconds, train
+from rushhour.storage import claimed, write_whole
+from rushhour.train import Division, Tracking, TrainSettings, step_seconds, train
+from rushhour.train.loop import opened
+from rushhour.train.made import made_of
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.tune import tune
 
 _TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
 """Of the budget, for the training; more where fewer epochs would be left: one pass over the data teaches too little."""
+_RECORD = "run.json"
+_DIGITS = 16
 _LEAST_SHARE = 0.6
 """Of the budget, that the search has even where training took more than its share."""
 
@@ -51,6 +57,8 @@ def tune_run(
     trusted: tuple[str, ...] = (),
     fit_epochs: bool = False,
     clock: Clock | None = None,
+    name: str | None = None,
+    force: bool = False,
 ) -> Plan:
     """Do everything from a model to a Plan in the folder `run`, going on where an earlier, killed call stopped.
 
@@ -65,57 +73,189 @@ def tune_run(
         trusted: factories that may be imported; the user's own.
         fit_epochs: with a budget, train for fewer epochs where this machine would take too much of it.
         clock: what the budget is read on.
+        name: of the model, under which it is served; of a bundle its own by default, else that of the folder `run`.
+        force: whether what another command left in `run` may be replaced; measurements that still hold are used.
 
     Raises:
         RushhourError: of the part that failed; what was finished before stays.
     """
     clock = clock or WallClock()
     budget = Budget(settings.budget_s, clock)
-    with _alone_in(run):
+    if isinstance(model, Bundle):
+        trusted = trusted_of(model, trusted)
+    with claimed(run):
+        record = _Record.of(model, dataset, goal, training, settings, name, fit_epochs=fit_epochs)
+        _check_same(run, record, force=force)
         if settings.budget_s is not None:
             progress.limit(settings.budget_s)
         if isinstance(model, Bundle):
             reference = _taken(model, run / "bundles" / "reference")
         else:
+            place = run / "bundles" / "reference"
             if fit_epochs and settings.budget_s is not None:
                 training = _fitted(training, model, dataset, run, settings.budget_s, progress, trusted)
             reference = train(
                 dataset,
                 model,
                 training,
-                out=run / "bundles" / "reference",
+                out=place,
                 work=run / ".checkpoints",
                 progress=progress,
                 trusted=trusted,
                 tracking=Tracking(run / "training"),
+                name=name or name_of(run),
+                force=force,
             )
         bundles = {"reference": reference}
         if reference.manifest.precision == "f32":
             made = quantize_for_all(reference, dataset, run / "bundles" / "int8", progress=progress)
             bundles |= {made_for.path.name: made_for for made_for in made.values()}
-        file = run / "plan.json"
-        if file.exists() and (finished := _still_true(file, bundles, goal)):
+        finished = _finished_plan(run, record, bundles, settings, force=force)
+        if finished is not None:
             progress.start("This run is complete: the plan is there")
-            progress.done(f"remove {run} to begin anew")
+            progress.done("say --force to search anew")
             return finished
+        searching = settings
         if settings.budget_s is not None:
             share = max(_LEAST_SHARE, budget.left)
-            settings = msgspec.structs.replace(settings, budget_s=share * settings.budget_s)
+            searching = msgspec.structs.replace(settings, budget_s=share * settings.budget_s)
         so_far = run / SO_FAR
-        plan = tune(
-            bundles,
-            dataset,
-            goal,
-            run=run,
-            settings=settings,
-            progress=progress,
-            trusted=trusted,
-            clock=clock,
-            so_far=lambda plan: plan.save(so_far),
+
+        def named(plan: Plan) -> Plan:
+            return plan if name is None else msgspec.structs.replace(plan, model=name)
+
+        plan = named(
+            tune(
+                bundles,
+                dataset,
+                goal,
+                run=run,
+                settings=searching,
+                progress=progress,
+                trusted=trusted,
+                clock=clock,
+                so_far=lambda plan: named(plan).save(so_far),
+            )
         )
-        plan.save(file)
+        msgspec.structs.replace(record, finished=_end(bundles, settings)).save(run)
+        plan.save(run / PLAN)
         so_far.unlink(missing_ok=True)
         return plan
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What a run was asked for, and once it is finished what else its plan depends on: RUN/run.json.
+
+    Attributes:
+        asked: by name; the budget of time apart, because a run may go on with another one.
+        finished: by name; empty before.
+    """
+
+    asked: dict[str, Any]
+    finished: dict[str, Any] = {}
+
+    @classmethod
+    def of(
+        cls,
+        model: Source | Bundle,
+        dataset: Dataset,
+        goal: Goal,
+        training: TrainSettings,
+        settings: TuneSettings,
+        name: str | None,
+        *,
+        fit_epochs: bool,
+    ) -> _Record:
+        network: dict[str, Any] = (
+            {"bundle": model.content_key[:_DIGITS]}
+            if isinstance(model, Bundle)
+            else {
+                "factory": model.factory,
+                "arguments": model.arguments,
+                **msgspec.to_builtins(training),
+                "fewer epochs where time is short": fit_epochs,
+            }
+        )
+        return cls(
+            {
+                **network,
+                "name": name,
+                "dataset": dataset.name,
+                "fingerprint": dataset.content_key,
+                "slo": str(goal.slo),
+                "accuracy budget": str(goal.budget),
+                "workload": msgspec.to_builtins(goal.workload),
+                **{f"search {what}": value for what, value in _but_budget(settings).items()},
+            }
+        )
+
+    def save(self, run: Path) -> None:
+        write_whole(run / _RECORD, msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+
+
+def _but_budget(settings: TuneSettings) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(settings).items() if name != "budget_s"}
+
+
+def _check_same(run: Path, record: _Record, *, force: bool) -> None:
+    """Raise unless `run` is new, or was asked for the same; keep what is asked now.
+
+    Raises:
+        StorageError: if it was asked for something else, and `force` does not allow to replace its plan.
+    """
+    before = _recorded(run)
+    why = [] if before is None else identity.changes(before.asked, record.asked)
+    if before is not None and not why:
+        return
+    if before is not None and not force:
+        raise StorageError(
+            f"{run} holds a run that was asked otherwise",
+            ", ".join(why),
+            "name another --out, or say --force to replace its plan; measurements that still hold are used",
+        )
+    record.save(run)
+
+
+def _recorded(run: Path) -> _Record | None:
+    """What is on file; nothing where it is damaged."""
+    try:
+        return msgspec.json.decode((run / _RECORD).read_bytes(), type=_Record)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _end(bundles: dict[str, Bundle], settings: TuneSettings) -> dict[str, Any]:
+    """What a finished plan depends on beside what was asked."""
+    here = describe()
+    return {
+        "bundles": {role: bundle.content_key[:_DIGITS] for role, bundle in bundles.items()},
+        "machine": str(here),
+        "features": " ".join(here.features),
+        "budget in s": settings.budget_s,
+        **{f"version of {package}": version for package, version in here.versions.items()},
+    }
+
+
+def _finished_plan(
+    run: Path, record: _Record, bundles: dict[str, Bundle], settings: TuneSettings, *, force: bool
+) -> Plan | None:
+    """The plan on disk, if it is the answer to what is asked, on this machine; None where there is none yet.
+
+    Raises:
+        PlanError: if it cannot be read.
+        StorageError: if it is the answer to something else, and `force` does not allow to replace it.
+    """
+    if force or not (run / PLAN).exists():
+        return None
+    plan, before = Plan.load(run / PLAN), _recorded(run)
+    why = identity.changes(before.finished if before is not None else {}, _end(bundles, settings))
+    if not why:
+        return plan
+    raise StorageError(
+        f"{run / PLAN} is finished, and was found otherwise",
+        ", ".join(why),
+        "name another --out, or say --force to search anew; measurements that still hold are used",
+    )
 
 
 def _fitted(
@@ -129,31 +269,30 @@ def _fitted(
 ) -> TrainSettings:
     """With as many epochs as take their share of the budget on this machine, but a few, and no more than asked for.
 
-    How long a step takes is on file, so that a run that goes on trains for as long as it began to.
+    A reference that is there already was trained for as long as it was. How long a step takes is on file, so that a run
+    that goes on trains for as long as it began to.
     """
+    if (there := opened(run / "bundles" / "reference")) is not None:
+        epochs = there.manifest.lineage[0].settings.get("epochs", training.epochs)
+        return msgspec.structs.replace(training, epochs=epochs)
     steps = max(1, len(dataset.train) // training.batch)
 
-    def take() -> ServiceTimes:
+    def take(facts: dict[str, Any]) -> ServiceTimes:
         progress.start("Timing a few steps of training")
         seconds = step_seconds(dataset, source, training, work=run / ".checkpoints", trusted=trusted)
         progress.done(f"{steps * seconds:,.0f} s for one pass over the data")
         return ServiceTimes((training.batch,), (seconds,), (training.batch / seconds,))
 
-    detail = f"{training}"
-    taken = Journal(run / "measurements.jsonl").measure("training step", str(source), detail, ServiceTimes, take)
+    taken = Journal(run / JOURNAL).measure(
+        "training step",
+        source.factory,
+        f"batch {training.batch}",
+        ServiceTimes,
+        take,
+        facts=made_of(dataset, source, training, Division(), 1, trusted).facts,
+    )
     fits = int(_TRAINING_SHARE * budget_s / (steps * taken.seconds[0]))
     return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))
-
-
-def _still_true(file: Path, bundles: dict[str, Bundle], goal: Goal) -> Plan | None:
-    """The plan on disk, if it answers this goal with these very bundles."""
-    try:
-        plan = Plan.load(file)
-    except PlanError:
-        return None
-    hashes = {f"bundles/{role}": bundle.manifest.hash for role, bundle in bundles.items()}
-    variant = plan.variants[0]
-    return plan if plan.goal == goal and hashes.get(variant.bundle) == variant.bundle_hash else None
 
 
 def _taken(bundle: Bundle, path: Path) -> Bundle:
@@ -163,17 +302,3 @@ def _taken(bundle: Bundle, path: Path) -> Bundle:
     if (path / "bundle.json").is_file() and (there := Bundle.open(path)).manifest.hash == bundle.manifest.hash:
         return there
     return bundle.copy_to(path)
-
-
-@contextlib.contextmanager
-def _alone_in(run: Path) -> Iterator[None]:
-    with explained(f"make the folder {run}"):
-        run.mkdir(parents=True, exist_ok=True)
-    with explained(f"lock {run}"), (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another process works in {run}", "its lock is held", "wait for it, stop it, or choose another --out"
-            ) from error
-        yield

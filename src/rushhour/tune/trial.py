@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from rushhour.load import (
     payloads,
 )
 from rushhour.measurement import Measurement, Rung
+from rushhour.models import code_of
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
 from rushhour.tune.space import Candidate
@@ -98,7 +99,7 @@ class Bench:
                 requests = payloads(target, bundle.samples(), rows=self._goal.workload.rows)
                 return _Metered(self._generator, pid), target, requests
 
-            yield Loaded(self._journal, self._goal, candidate, phase, functools.cache(aim))
+            yield Loaded(self._journal, self._goal, candidate, bundle, phase, functools.cache(aim), self._trusted)
 
 
 class Loaded:
@@ -109,14 +110,25 @@ class Loaded:
         journal: Journal,
         goal: Goal,
         candidate: Candidate,
+        bundle: Bundle,
         phase: str,
         aim: Callable[[], tuple[_Metered, Target, list[Payload]]],
+        trusted: tuple[str, ...],
     ) -> None:
         self._journal = journal
         self._goal = goal
         self._candidate = candidate
         self._phase = phase
         self._aim = aim
+        source = bundle.manifest.source
+        is_torch = candidate.engine == "torch" and source is not None
+        self._served: dict[str, Any] = {
+            "bundle": bundle,
+            "candidate": candidate,
+            "code": code_of(source, trusted) if is_torch and source is not None else {},
+            "slo": goal.slo,
+            "workload": goal.workload,
+        }
 
     def windows(self, window_s: float) -> Probe:
         """Windows of so many seconds, longer where the SLO needs it, that end when they are decided."""
@@ -143,25 +155,30 @@ class Loaded:
             against: with what it is paired: for another pair it is taken again.
         """
 
-        def take() -> Rung:
+        def take(*, concurrency: int, seconds: float, within_s: float, **_: Any) -> Rung:
             metered, target, requests = self._aim()
             return closed_window(
-                metered.generator,
-                target,
-                requests,
-                concurrency=concurrency,
-                seconds=seconds,
-                within_s=self._goal.slo.limit_s,
+                metered.generator, target, requests, concurrency=concurrency, seconds=seconds, within_s=within_s
             )
 
         detail = f"{self._goal.slo} rows {self._goal.workload.rows} users {concurrency} for {seconds:g} s, turn {turn}"
         detail += f" against {against}" if against else ""
-        return self._journal.measure(self._phase, str(self._candidate), detail, Rung, take)
+        return self._journal.measure(
+            self._phase,
+            str(self._candidate),
+            detail,
+            Rung,
+            take,
+            **self._served,
+            concurrency=concurrency,
+            seconds=seconds,
+            within_s=self._goal.slo.limit_s,
+        )
 
     def _take(self, what: str, rate_rps: float, seed: int, **asked: Any) -> Measurement:
         slo = self._goal.slo
 
-        def take() -> Measurement:
+        def take(*, rate_rps: float, seed: int, asked: Mapping[str, Any], **_: Any) -> Measurement:
             metered, target, requests = self._aim()
             metered.clear()
             window = measure(
@@ -179,7 +196,17 @@ class Loaded:
             return msgspec.structs.replace(window, server_cpu=server_cpu)
 
         detail = f"{slo} rows {self._goal.workload.rows} rate {rate_rps:g} {what} seed {seed}"
-        return self._journal.measure(self._phase, str(self._candidate), detail, Measurement, take)
+        return self._journal.measure(
+            self._phase,
+            str(self._candidate),
+            detail,
+            Measurement,
+            take,
+            **self._served,
+            rate_rps=rate_rps,
+            seed=seed,
+            asked=asked,
+        )
 
 
 class _Metered:

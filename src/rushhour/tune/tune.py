@@ -18,7 +18,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from numpy.typing import NDArray
@@ -31,16 +31,19 @@ from rushhour.data import Dataset, Split
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
-from rushhour.journal import Journal
+from rushhour.journal import JOURNAL, Journal
 from rushhour.load import Generator
 from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
+from rushhour.models import code_of
 from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
 from rushhour.progress import Progress
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.space import Candidate, baseline, candidates, plain
 from rushhour.tune.track import Contender, Track
 from rushhour.tune.trial import Bench, plan_of
+
+Part = Literal["validation", "test"]
 
 _RUNNERS_UP = 1
 """That are tried where the winner cannot be confirmed."""
@@ -104,7 +107,7 @@ class _Tuner:
         self._settings = settings
         self._progress = progress
         self._trusted = trusted
-        self._journal = Journal(run / "measurements.jsonl")
+        self._journal = Journal(run / JOURNAL)
         self._reference_outputs: dict[str, NDArray[Any]] = {}
         self._overheads: dict[tuple[int, int, int], Overhead] = {}
         """Of serving, by layout, as the first candidate of each under load showed it."""
@@ -151,16 +154,33 @@ class _Tuner:
             raise EngineError("no engine can run the reference model", states[0].why)
 
     def _service_times(self, candidate: Candidate) -> ServiceTimes:
-        bundle = self._bundles[candidate.bundle]
+        config, limit_s = candidate.engine_config(), self._goal.slo.limit_s
+        return self._journal.measure(
+            "service",
+            candidate.compiled,
+            f"up to {config.max_batch} samples or {limit_s * 1e3:g} ms",
+            ServiceTimes,
+            self._timed,
+            bundle=self._bundles[candidate.bundle],
+            config=config,
+            code=self._code(candidate),
+            limit_s=limit_s,
+            seconds=self._settings.time_s,
+        )
 
-        def take() -> ServiceTimes:
-            engine = open_engine(bundle, candidate.engine_config(), trusted=self._trusted)
-            try:
-                return time_service(engine, bundle, self._goal.slo.limit_s, self._settings.time_s)
-            finally:
-                engine.close()
+    def _timed(
+        self, bundle: Bundle, config: EngineConfig, code: dict[str, str], limit_s: float, seconds: float
+    ) -> ServiceTimes:
+        engine = open_engine(bundle, config, trusted=self._trusted)
+        try:
+            return time_service(engine, bundle, limit_s, seconds)
+        finally:
+            engine.close()
 
-        return self._journal.measure("service", candidate.compiled, "", ServiceTimes, take)
+    def _code(self, candidate: Candidate) -> dict[str, str]:
+        """Of the torch module, where that is what answers: it is no part of the bundle."""
+        source = self._bundles[candidate.bundle].manifest.source
+        return code_of(source, self._trusted) if candidate.engine == "torch" and source is not None else {}
 
     def _predict(self, state: Contender, times: ServiceTimes) -> None:
         """Choose the batch bound by simulation, of the sizes timed."""
@@ -177,7 +197,7 @@ class _Tuner:
         budget = self._goal.budget
         for state in alive:
             try:
-                state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
+                state.accuracy = self._accuracy(state.candidate, "validation")
             except EngineError as error:
                 state.end("failed", str(error))
                 self._progress.advance()
@@ -189,24 +209,40 @@ class _Tuner:
         inside = sum(state.fate is None for state in alive)
         self._progress.done(f"{inside} of {len(alive)} candidates inside {budget}")
 
-    def _accuracy(self, candidate: Candidate, part: str, split: Split) -> Accuracy:
+    def _accuracy(self, candidate: Candidate, part: Part) -> Accuracy:
         reference = plain(self._bundles["reference"], cores())
-
-        def take() -> Accuracy:
-            if part not in self._reference_outputs:
-                self._reference_outputs[part] = self._outputs(reference, split)
-            expected = self._reference_outputs[part]
-            if candidate.artefact == reference.artefact:
-                return judge(self._dataset.task, part, split.targets, expected, None)
-            return judge(self._dataset.task, part, split.targets, self._outputs(candidate, split), expected)
-
-        return self._journal.measure("accuracy", candidate.artefact, part, Accuracy, take)
-
-    def _outputs(self, candidate: Candidate, split: Split) -> NDArray[Any]:
-        config = EngineConfig(
-            engine=candidate.engine, precision=candidate.precision, streams=cores(), threads=1, max_batch=64
+        return self._journal.measure(
+            "accuracy",
+            candidate.artefact,
+            part,
+            Accuracy,
+            self._judged,
+            bundle=self._bundles[candidate.bundle],
+            config=_judging(candidate),
+            code=self._code(candidate),
+            reference=self._bundles[reference.bundle],
+            beside=_judging(reference),
+            data=self._dataset,
+            part=part,
         )
-        return outputs_of(self._bundles[candidate.bundle], config, split, trusted=self._trusted)
+
+    def _judged(
+        self,
+        bundle: Bundle,
+        config: EngineConfig,
+        code: dict[str, str],
+        reference: Bundle,
+        beside: EngineConfig,
+        data: Dataset,
+        part: Part,
+    ) -> Accuracy:
+        split: Split = getattr(data, part)
+        if part not in self._reference_outputs:
+            self._reference_outputs[part] = outputs_of(reference, beside, split, trusted=self._trusted)
+        expected = self._reference_outputs[part]
+        if (bundle, config) == (reference, beside):
+            return judge(data.task, part, split.targets, expected, None)
+        return judge(data.task, part, split.targets, outputs_of(bundle, config, split, trusted=self._trusted), expected)
 
     # Under load: real servers.
 
@@ -307,7 +343,7 @@ class _Tuner:
     def _load_plainly(self, state: Contender) -> None:
         """A candidate that is measured for comparison only: how fast is it, and how right?"""
         self._predict_again(state)
-        state.accuracy = self._accuracy(state.candidate, "validation", self._dataset.validation)
+        state.accuracy = self._accuracy(state.candidate, "validation")
         if self._track.push(state):
             self._track.approach(state, rough=True)
         if state.fate is None:
@@ -385,8 +421,8 @@ class _Tuner:
         ladder: tuple[Rung, ...],
     ) -> Plan:
         reference, bundle = self._bundles["reference"], self._bundles[winner.candidate.bundle]
-        before = self._accuracy(plain(reference, cores()), "test", self._dataset.test)
-        after = self._accuracy(winner.candidate, "test", self._dataset.test)
+        before = self._accuracy(plain(reference, cores()), "test")
+        after = self._accuracy(winner.candidate, "test")
         found = self._track.estimate(winner)
         capacity = winner.capacity or 0.0
         holds = confirmed is not None or (capacity > 0 and not self._track.refuted(winner, capacity))
@@ -436,26 +472,21 @@ class _Tuner:
         alone = self._predicted(candidate, dataclasses.replace(whole, request_s=own_s))
         return state.capacity * alone / shared if shared else None
 
-    def _windows(self, state: Contender) -> list[Measurement]:
-        subject = str(state.candidate)
-        return [
-            entry.reading
-            for entry in self._journal
-            if entry.subject == subject and isinstance(entry.reading, Measurement) and entry.machine == describe()
-        ]
-
     def _lowest_failing(self, state: Contender) -> float | None:
         capacity = state.capacity or 0.0
-        failing = [
-            window.rate_rps for window in self._windows(state) if window.outcome.refutes and window.rate_rps > capacity
-        ]
+        failing = [window.rate_rps for window in state.windows if window.outcome.refutes and window.rate_rps > capacity]
         return min(failing, default=None)
 
     def _operating_points(self, state: Contender) -> tuple[OperatingPoint, ...]:
-        windows = sorted(self._windows(state), key=lambda window: window.rate_rps)
+        windows = sorted(state.windows, key=lambda window: window.rate_rps)
         return tuple(
             OperatingPoint(window.rate_rps, window.p50_ms, window.p99_ms, window.outcome.value) for window in windows
         )
+
+
+def _judging(candidate: Candidate) -> EngineConfig:
+    """How an artefact is opened to be judged."""
+    return EngineConfig(candidate.engine, candidate.precision, streams=cores(), threads=1, max_batch=64)
 
 
 def _trial(state: Contender) -> Trial:
