@@ -151,9 +151,9 @@ def test_what_cannot_be_quantised_is_refused(parent: Bundle, small: Bundle, tmp_
     with pytest.raises(DataError, match=r"takes samples of uint8\(12, 12, 1\), but these are uint8\(14, 14, 1\)"):
         quantize(parent, pictures(size=14), out, progress=Silent())
     as_floats = pictures()
-    as_floats = dataclasses.replace(
-        as_floats, train=Split(as_floats.train.inputs.astype(np.float32), as_floats.train.targets)
-    )
+    parts = ("train", "validation", "test")
+    floats = {p: Split(getattr(as_floats, p).inputs.astype(np.float32), getattr(as_floats, p).targets) for p in parts}
+    as_floats = dataclasses.replace(as_floats, **floats)
     with pytest.raises(DataError, match="float32"):
         quantize(parent, as_floats, out, progress=Silent())
     with pytest.raises(ModelError, match="quantised already"):

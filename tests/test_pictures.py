@@ -604,9 +604,9 @@ def test_a_client_that_hangs_up_stops_the_decoding(server: Server) -> None:
 def test_a_picture_stands_upright(orientation: int) -> None:
     """As the camera meant it: what EXIF says has been done to the picture is undone."""
     source = turned(scene(40, 60), orientation)
-    grey, size = look(io.BytesIO(source), max_pixels=10_000)
-    assert (grey, size) == (False, (60, 40) if orientation >= 5 else (40, 60))
-    sample = np.empty((*size, 3), np.uint8)
+    seen = look(io.BytesIO(source), max_pixels=10_000)
+    assert (seen.colour, seen[:2]) == (True, (60, 40) if orientation >= 5 else (40, 60))
+    sample = np.empty((*seen[:2], 3), np.uint8)
     decode(io.BytesIO(source), sample, max_pixels=10_000)
     with Image.open(io.BytesIO(source)) as opened:
         wanted = ImageOps.exif_transpose(opened)
@@ -640,3 +640,18 @@ def test_a_bundle_says_how_its_pictures_were_decoded_and_older_ones_keep_their_h
     (old.path / "bundle.json").write_text(text.replace('"layout"', '"decoding": {"fit": "crop"}, "layout"'))
     with pytest.raises(BundleError):
         Bundle.open(old.path)
+
+
+def test_grey_of_12_bits_is_decoded_as_in_training() -> None:
+    deep = encoded(Image.fromarray(np.array([[0, 1000], [2000, 4095]], np.uint16)), "PNG")
+    into = np.empty((2, 2, 1), np.uint8)
+    spec = TensorSpec("image", "uint8", (2, 2, 1))
+    for white, wanted in ((4095, [0, 62, 125, 255]), (65_535, [0, 4, 8, 16])):
+        decoder = Decoder(spec, max_pixels=100, threads=1, decoding=Decoding(deep=white))
+        decoder.decode(deep, into)
+        assert into.reshape(-1).tolist() == wanted
+        decoder.close()
+    narrow = Decoder(spec, max_pixels=100, threads=1, decoding=Decoding(deep=1023))
+    with pytest.raises(DataError, match="goes up to 4095, and white is 1023 for this model"):
+        narrow.decode(deep, into)
+    narrow.close()

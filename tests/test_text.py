@@ -18,7 +18,7 @@ from conftest import serving
 from rushhour.bundle import Bundle, Preprocessing, Source, Step, TensorSpec
 from rushhour.compress import compress_weights, halve_weights, judge, outputs_of, quantize
 from rushhour.data import Dataset, Split, load
-from rushhour.data.arrays import held_out
+from rushhour.data.splits import stratified
 from rushhour.data.text import tokens
 from rushhour.engines import EngineConfig
 from rushhour.errors import DataError, ModelError, RushhourError
@@ -48,7 +48,7 @@ def some_tokens(n: int, length: int = 10, seed: int = 0) -> NDArray[np.void]:
 
 def unlabelled(n: int = 200) -> Dataset:
     samples = some_tokens(n)
-    train, validation, test = held_out(Split(samples, np.zeros((n, 0), np.float32)), (0.2, 0.2), seed=0)
+    train, validation, test = stratified(Split(samples, np.zeros((n, 0), np.float32)), (0.2, 0.2), seed=0)
     return Dataset("tokens", Task(kind="embedding", outputs=24), train, validation, test, Preprocessing(), "sum")
 
 

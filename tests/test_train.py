@@ -112,7 +112,7 @@ def test_the_bundle_says_what_it_was_made_of(undisturbed: tuple[Bundle, Notes]) 
     expected = {"epochs": 2, "batch": 32, "lr": 5e-3, "seed": 0, "dataset": "quadrants", "fingerprint": "sum-0"}
     assert expected.items() <= step.settings.items()
     assert isinstance(step.settings["bf16"], bool)
-    assert np.array_equal(undisturbed[0].samples()["image"], pictures().validation.inputs[:16])
+    assert np.array_equal(undisturbed[0].samples()["image"], pictures().train.sample(16).inputs)
     assert not list(undisturbed[0].path.parent.glob("work/*")), "checkpoints go once the bundle is sealed"
 
 
@@ -235,10 +235,9 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="parameters"):
         trained(tmp_path, table(), Source("test_train:Empty"), trusted=("test_train:Empty",), progress=Silent())
     data = table()
-    wide = Dataset("strings", data.task, *[Split(s.inputs.astype("U4"), s.targets) for s in (data.train,) * 3],
-                   Preprocessing(), "sum")  # fmt: skip
-    with pytest.raises(DataError, match="cannot serve samples"):
-        trained(tmp_path, wide, Source("rushhour.models:mlp", {"inputs": 5, "outputs": 2}))
+    words = Split(data.train.inputs.astype("U4"), data.train.targets)
+    with pytest.raises(DataError, match="a model takes numbers"):
+        Dataset("strings", data.task, words, words, words, Preprocessing(), "sum")
     assert not (tmp_path / "bundle").exists()
     assert not list(tmp_path.rglob("*.safetensors"))
 

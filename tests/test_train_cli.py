@@ -111,6 +111,8 @@ def test_a_loss_that_is_no_number_ends_it_and_names_the_batch(sharing: list[str]
         "16",
         "--lr",
         "1e30",
+        "--epochs",
+        "3",
         "--no-bf16",
         *sharing,
         "--out",

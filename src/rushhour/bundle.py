@@ -94,19 +94,25 @@ class Signature(msgspec.Struct, frozen=True):
 class Decoding(msgspec.Struct, frozen=True):
     """How an encoded picture became a sample in training, for serving to do the same: see `rushhour.picture`.
 
-    Size and colours are the sample's own. A bundle that says anything else than these cannot be opened.
+    Size and colours are the sample's own. A bundle that says anything else cannot be opened.
 
     Attributes:
         orientation: turned as EXIF says.
         fit: what has other proportions is stretched.
         resampling: with antialiasing.
         reducing_gap: a JPEG may be decoded smaller than it is, but so many times larger than the sample.
+        alpha: what is transparent shows this.
+        deep: the value that became 255, in grey of 16 bits: 4095 where a camera of 12 bits filled 16.
+        real: the same in floats: 1, or 255, or as `deep`.
     """
 
     orientation: Literal["exif"] = "exif"
     fit: Literal["stretch"] = "stretch"
     resampling: Literal["bilinear"] = "bilinear"
     reducing_gap: Literal[2] = 2
+    alpha: Literal["white"] = "white"
+    deep: Annotated[int, msgspec.Meta(ge=1, le=65_535)] = 65_535
+    real: Annotated[float, msgspec.Meta(gt=0, le=65_535)] = 1.0
 
 
 class Preprocessing(msgspec.Struct, frozen=True):
@@ -150,7 +156,7 @@ class Source(msgspec.Struct, frozen=True):
     """
 
     factory: str
-    arguments: dict[str, int | float | str | bool] = {}
+    arguments: dict[str, int | float | str | bool | tuple[int, ...]] = {}
     reshape: Reshape | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -26,6 +26,8 @@ from rushhour.storage import check_claim, check_own_file, write_whole
 from rushhour.terminal import TerminalProgress, result_console
 from rushhour.training import (
     basic_options,
+    data_options,
+    fitted,
     load_data,
     model_of,
     name_given,
@@ -35,6 +37,7 @@ from rushhour.training import (
 )
 
 if TYPE_CHECKING:
+    from rushhour.data import Kind
     from rushhour.loading import Sending
     from rushhour.serve.log import LogFormat
     from rushhour.serve.orders import LogLevel
@@ -205,6 +208,7 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: bool, 
 @cli.command()
 @click.argument("model")
 @_data
+@data_options
 @_slo
 @_drop
 @click.option("--out", required=True, type=_FOLDER, metavar="RUN", help="The run's folder.")
@@ -227,6 +231,9 @@ def tune(
     name: str | None,
     force: bool,
     json_file: Path | None,
+    size: str | None,
+    skip_corrupt: bool,
+    kind: Kind | None,
     **training: Any,
 ) -> None:
     """Find the way to serve MODEL that carries the most requests per second inside both limits.
@@ -241,6 +248,7 @@ def tune(
     goal = Goal(slo=SLO.parse(slo), budget=AccuracyBudget.parse(max_accuracy_drop))
     is_asked = click.get_current_context().get_parameter_source("epochs") is click.core.ParameterSource.COMMANDLINE
     budget_s = None if budget is None else _seconds(budget)
+    reading = {"size": size, "skip_corrupt": skip_corrupt, "kind": kind}
     _tune(
         model,
         data,
@@ -252,6 +260,7 @@ def tune(
         fit_epochs=not is_asked,
         name=name_given(name),
         force=force,
+        reading=reading,
     )
 
 
@@ -267,16 +276,21 @@ def _tune(
     fit_epochs: bool,
     name: str | None,
     force: bool,
+    reading: dict[str, Any] | None = None,
 ) -> None:
+    from rushhour.bundle import Source
     from rushhour.plan import SO_FAR
     from rushhour.report import summary_table, write_report
     from rushhour.tune import TuneSettings, tune_run
 
     console, progress = result_console(), TerminalProgress()
     try:
-        check_claim(out)  # before data is loaded
-        dataset = load_data(data, progress, model)
+        check_claim(out)  # before data is loaded, as what is wrong with the settings
+        settings_of(training)
+        dataset = load_data(data, progress, model, **(reading or {}))
         source, trusted = model_of(model, dataset)
+        if isinstance(source, Source):
+            training = fitted(training, len(dataset.train))
         plan = tune_run(
             source,
             dataset,
@@ -313,6 +327,7 @@ def _tune(
 @click.argument("model")
 @_data
 @click.option("--out", required=True, type=_FOLDER, metavar="BUNDLE", help="The bundle's folder.")
+@data_options
 @basic_options
 @train_options
 @_json
@@ -351,6 +366,7 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_data
+@data_options
 @_drop
 @click.option("--out", required=True, type=_FOLDER, metavar="DIR", help="The new bundle's folder.")
 @compress_options

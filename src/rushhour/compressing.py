@@ -19,6 +19,7 @@ from rushhour.training import load_data, name_given, place_options
 
 if TYPE_CHECKING:
     from rushhour.compress.quantize import Target
+    from rushhour.data import Kind
     from rushhour.plan import EngineName
 
 # Only what options need is imported here; training takes seconds to import.
@@ -65,6 +66,9 @@ def run(
     target: Target | None,
     name: str | None,
     force: bool,
+    size: str | None = None,
+    skip_corrupt: bool = False,
+    kind: Kind | None = None,
 ) -> tuple[Compression, Path]:
     """Compress, and write the report; the result, and the file of the report.
 
@@ -82,7 +86,7 @@ def run(
     folder = steps or out.with_name(f"{out.name}-steps")
     check_folder(out)  # before data is loaded
     check_claim(folder)
-    dataset = load_data(data, progress, str(bundle))
+    dataset = load_data(data, progress, str(bundle), size=size, skip_corrupt=skip_corrupt, kind=kind)
     recipes = ladder(parent, dataset, epochs=epochs, trusted=trust) if asked is None else (asked,)
     if target is not None:
         recipes = tuple(recipe.for_machines(target) for recipe in recipes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +21,8 @@ from rushhour.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from rushhour.bundle import Bundle, Source
-    from rushhour.data import Dataset
+    from rushhour.data import Dataset, Kind
+    from rushhour.task import Task
     from rushhour.train import Division, TrainSettings
     from rushhour.train.search import Found
 
@@ -31,6 +34,10 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
+_SMALLEST_BATCH, _BATCHES = 8, 12
+"""By default: samples in a batch at least, and batches in an epoch where data is too little for those of usual size."""
+_STEPS, _MOST_EPOCHS = 600, 100
+"""By default: steps of a training at least, as far as so many epochs give them."""
 
 
 _SHARING = ("parallel", "backend", "memory", "compress_gradients", "batch_norm", "shared_memory", "local_sgd", "diloco")
@@ -51,15 +58,29 @@ def progress_of_training() -> TerminalProgress:
     return TerminalProgress(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"))
 
 
+def data_options(command: C) -> C:
+    """Those on how data is read, of every command that reads some."""
+    for option in (
+        click.option("--task", "kind", type=click.Choice(["classification", "regression"]),
+                     help="What whole numbers in a .npz file are: labels of classes, or values."),
+        click.option("--skip-corrupt", is_flag=True, help="Leave out pictures that cannot be read, and name them."),
+        click.option("--size", metavar="HxW",
+                     help="Bring the pictures of a folder to this size; a bundle knows its own."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def basic_options(command: C) -> C:
     """Those of every command that trains."""
     for option in (
         click.option("--channels-last/--no-channels-last", default=True, show_default=True,
                      help="Pictures may lie channels-last in memory, where that is safe and faster."),
         click.option("--seed", default=0, show_default=True, help="Of the weights and the order of the data."),
-        click.option("--batch", default=128, show_default=True, help="Samples in one training step."),
-        click.option("--lr", default=2e-3, show_default=True, help="The largest learning rate."),
-        click.option("--epochs", default=3, show_default=True, help="Passes over the training data."),
+        click.option("--batch", type=int, help="Samples in one training step; 128 by default, fewer of little data."),
+        click.option("--lr", type=float, help="The largest learning rate; 0.002 by default, less for smaller batches."),
+        click.option("--epochs", type=int,
+                     help="Passes over the training data; 3 by default, and of little data enough for 600 steps."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -78,8 +99,6 @@ def train_options(command: C) -> C:
         *place_options(),
         click.option("--logs", type=click.Path(path_type=Path), metavar="DIR",
                      help="Where curves are kept; BUNDLE-training by default."),
-        click.option("--size", metavar="HxW", help="Bring the pictures of a folder to this size."),
-        click.option("--skip-corrupt", is_flag=True, help="Leave out pictures that cannot be read, and name them."),
         click.option("--augment", metavar="LIST",
                      help="Change pictures at random: flip,crop,rotate=10,scale=0.1,colour=0.2."),
         click.option("--bf16/--no-bf16", **on_off, help="Compute in bfloat16; where the CPU has it by default."),
@@ -148,12 +167,56 @@ def name_given(name: str | None) -> str | None:
 
 
 def settings_of(training: dict[str, Any]) -> TrainSettings:
-    """The settings that options name; `augment` is still text."""
+    """The settings that options name; `augment` is still text, and what nobody named is as usual."""
     from rushhour.data.augment import Augmentation
     from rushhour.train import TrainSettings
 
-    augment = training.pop("augment", None)
-    return TrainSettings(**training, augment=None if augment is None else Augmentation.parse(augment))
+    named = {name: value for name, value in training.items() if value is not None or name == "bf16"}
+    augment = named.pop("augment", None)
+    return TrainSettings(**named, augment=None if augment is None else Augmentation.parse(augment))
+
+
+def fitted(training: dict[str, Any], samples: int, *, workers: int = 1) -> dict[str, Any]:
+    """The options, with batch, learning rate and epochs chosen by the data where nobody named them, and a line on it.
+
+    Steps decide, not epochs: three passes over little data are a few steps, after which nothing is learned.
+
+    Args:
+        training: the options; None where nobody named one.
+        samples: in the training part.
+        workers: that share a batch.
+    """
+    usual = settings_of({})
+    chosen = dict(training)
+    if chosen.get("batch") is None:
+        least = max(_SMALLEST_BATCH, workers, chosen.get("accumulate") or 1)
+        fits = 2 ** int(math.log2(max(1, samples / _BATCHES)))
+        chosen["batch"] = max(least, min(usual.batch, fits))
+    if chosen.get("lr") is None:
+        smaller = min(1.0, chosen["batch"] / usual.batch)
+        chosen["lr"] = float(f"{usual.lr * math.sqrt(smaller):.2g}")
+    if chosen.get("epochs") is None:
+        steps = max(1, samples // min(chosen["batch"], samples))
+        chosen["epochs"] = max(usual.epochs, min(_MOST_EPOCHS, math.ceil(_STEPS / steps)))
+    own = [name for name in ("batch", "epochs", "lr") if training.get(name) is None]
+    if any(chosen[name] != getattr(usual, name) for name in own):
+        steps = chosen["epochs"] * max(1, samples // min(chosen["batch"], samples))
+        said = {
+            "batch": f"batches of {chosen['batch']}",
+            "epochs": f"{chosen['epochs']} epochs",
+            "lr": f"learning rate {chosen['lr']:g}",
+        }
+        say(
+            f"fitted to {samples:,} training samples: {', '.join(said[name] for name in own)}, {steps:,} steps in all; "
+            f"{', '.join(f'--{name}' for name in own)} say otherwise"
+        )
+    return chosen
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal; of the workers that torchrun starts, only the first one's."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(line, err=True)
 
 
 def division_of(sharing: dict[str, Any]) -> Division:
@@ -186,31 +249,61 @@ def division_of(sharing: dict[str, Any]) -> Division:
 
 
 def load_data(
-    spec: str, progress: TerminalProgress, model: str = "", *, skip_corrupt: bool = False, size: str | None = None
+    spec: str,
+    progress: TerminalProgress,
+    model: str = "",
+    *,
+    skip_corrupt: bool = False,
+    size: str | None = None,
+    kind: Kind | None = None,
 ) -> Dataset:
-    """The data set that a user named, with a line on how it went; pictures that are left out are named.
+    """The data set that a user named, with a line on how it went, and one on each thing done that nobody asked for.
 
-    Where the data has no labels, a bundle `model` says what it is for.
+    Args:
+        spec: as of `rushhour.data.load`.
+        progress: hears of it.
+        model: what MODEL says: pictures are brought to a bundle's input and labels to its classes; a network is tried
+            before pictures are decoded, which may take long.
+        skip_corrupt: leave out pictures that cannot be read, and name them.
+        size: of pictures, as the option says.
+        kind: of targets, as the option says.
+
+    Raises:
+        RushhourError: as `rushhour.data.load`, and if the network does not fit the data.
     """
     from rushhour.bundle import Bundle
     from rushhour.data import load
+    from rushhour.data.lineage import compared
 
     heard: list[str] = []
     path = Path(model)
+    bundle = Bundle.open(path) if model and path.is_dir() else None
+    sides = None if size is None else _size(size)
     progress.start(f"Loading {spec}")
     dataset = load(
         spec,
-        size=None if size is None else _size(size),
+        size=sides,
         on_corrupt=(lambda error: heard.append(f"{error.what}: {error.why}")) if skip_corrupt else None,
-        task=Bundle.open(path).manifest.task if model and path.is_dir() else None,
+        kind=kind,
+        bundle=bundle,
+        square=model == "article",
+        before_reading=None if bundle is not None or not model else partial(_try_network, model),
     )
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
     progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")
     for line in heard[:_MOST_CORRUPT]:
-        click.echo(f"left out: {line}", err=True)
-    if len(heard) > _MOST_CORRUPT:
-        click.echo(f"left out: {len(heard) - _MOST_CORRUPT} more pictures that cannot be read", err=True)
+        say(f"left out: {line}")
+    for note in (*dataset.notes, *([compared(bundle, dataset)] if bundle is not None else [])):
+        if note:
+            say(note)
     return dataset
+
+
+def _try_network(model: str, task: Task, shape: tuple[int, ...]) -> None:
+    """Raise, before any picture is decoded, if a network that the user named does not take such pictures."""
+    from rushhour.models import check_fits, source_for
+
+    check_fits(source_for(model, shape, task), task, shape, model, (model,))
 
 
 def model_of(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
@@ -224,7 +317,8 @@ def model_of(model: str, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, 
         return bundle, ()
     from rushhour.models import source_for
 
-    return source_for(model, dataset.sample_shape, dataset.task), ((model,) if ":" in model else ())
+    source = source_for(model, dataset.sample_shape, dataset.task, dataset.preprocessing)
+    return source, ((model,) if ":" in model else ())
 
 
 def run(
@@ -243,6 +337,7 @@ def run(
     size: str | None,
     name: str | None,
     force: bool,
+    kind: Kind | None,
     **training: Any,
 ) -> Outcome:
     """Train once, on one worker or several, or search.
@@ -272,12 +367,15 @@ def run(
             "--compress-gradients, --batch-norm local, --local-sgd and --diloco are for several",
             "say --workers, or leave them out",
         )
-    settings, name = settings_of(training), name_given(name)
+    settings_of(training)  # what is wrong with them is said before data is loaded
+    name = name_given(name)
     check_folder(out)  # before pictures are decoded for minutes
-    dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size)
-    source, trusted = model_of(model, dataset)
-    if isinstance(source, Bundle):
+    if Path(model).is_dir():
         raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
+    dataset = load_data(data, progress, model, skip_corrupt=skip_corrupt, size=size, kind=kind)
+    source, trusted = model_of(model, dataset)
+    assert not isinstance(source, Bundle)
+    settings = settings_of(fitted(training, len(dataset.train), workers=workers))
     folder = logs or out.with_name(f"{out.name}-training")
     tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
     if search is None:

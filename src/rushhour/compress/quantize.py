@@ -67,7 +67,7 @@ def quantize(
     on the very same graph is returned as it is. A graph with attention is quantised as a transformer: activations are
     smoothed (Xiao et al. 2022), and what is sensitive there stays in f32.
 
-    With a budget, a plain result that misses it on the validation part is followed by accuracy control: the layers
+    With a budget, a plain result that misses it on random training samples is followed by accuracy control: the layers
     that cost most go back to f32, one after another. The better of both is kept, inside the budget or not: judging the
     compiled artefact is the caller's.
 
@@ -155,7 +155,7 @@ def quantize_for_all(
     }
     if describe().saturates:
         return made
-    split = dataset.validation.head(_JUDGED)
+    split = dataset.validation.sample(_JUDGED, seed=seed)
     progress.start(f"what 7 bits of the weights cost {bundle.manifest.name}")
     expected = _answers_of(bundle, split)
 
@@ -226,7 +226,8 @@ class _Control:
         self._task = dataset.task
         self._max_drop = max_drop
         self._iterations = iterations
-        self._split = dataset.validation.head(_JUDGED)
+        # what is fitted here must not have been judged on: validation and test are for that
+        self._split = dataset.train.sample(_JUDGED, seed=seed + 1)
         self._expected = self._outputs(bundle)
         rows = np.random.default_rng(seed).choice(len(self._split), min(_RANKED, len(self._split)), replace=False)
         self._ranked = Split(self._split.inputs[rows], self._split.targets[rows])
@@ -261,7 +262,7 @@ class _Control:
         """Of the compiled artefact against its parent."""
         step = Step("quantize")
         made = seal(self._bundle, at / "int8", graph, step=step, precision="int8", samples=samples)
-        return judge(self._task, "validation", self._split.targets, self._outputs(made), self._expected).drop
+        return judge(self._task, "train", self._split.targets, self._outputs(made), self._expected).drop
 
     def _outputs(self, bundle: Bundle) -> NDArray[Any]:
         return _answers_of(bundle, self._split)

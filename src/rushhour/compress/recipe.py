@@ -533,7 +533,7 @@ class _Work:
         }
         if isinstance(step, _TRAINS):
             data = self._dataset
-            settings |= {"dataset": data.name, "fingerprint": data.fingerprint, "seed": self._seed}
+            settings |= {"dataset": data.name, "fingerprint": data.fingerprint, "marks": data.marks, "seed": self._seed}
         return Step(_tag(step), {**settings, "key": self._key[:24]})
 
 

@@ -6,11 +6,13 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from rushhour.data.dataset import Dataset, Split
+from rushhour.bundle import Bundle
+from rushhour.data.dataset import Dataset, Files, Split
+from rushhour.data.targets import Kind
 from rushhour.errors import DataError, RushhourError
 from rushhour.task import Task
 
-__all__ = ["Dataset", "Split", "load"]
+__all__ = ["Dataset", "Files", "Kind", "Split", "load"]
 
 
 def load(
@@ -20,6 +22,10 @@ def load(
     size: tuple[int, int] | None = None,
     on_corrupt: Callable[[DataError], None] | None = None,
     task: Task | None = None,
+    kind: Kind | None = None,
+    bundle: Bundle | None = None,
+    square: bool = False,
+    before_reading: Callable[[Task, tuple[int, ...]], None] | None = None,
 ) -> Dataset:
     """The data set that `spec` names.
 
@@ -32,12 +38,27 @@ def load(
         size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: hears of each picture in a folder that cannot be read, which is then left out; None: that is an
             error.
-        task: of a `.npz` file without labels: that of the bundle it is for.
+        task: of a `.npz` file: that of the model it is for; a bundle's own where one is given.
+        kind: what targets are, where they could be labels or values.
+        bundle: a model that the data is for: pictures are brought to its size, labels to its numbers.
+        square: whether pictures of a folder get equal sides, where no size is given.
+        before_reading: hears of task and sample shape before the pictures of a folder are decoded, which may take long;
+            what it raises ends the loading.
 
     Raises:
         DataError: if it is not there, or cannot be used.
         TaskError: if it has only one class.
     """
+    if bundle is not None:
+        task = bundle.manifest.task
+    if kind == "regression" and (spec in ("fashion-mnist", "elpv") or (spec and Path(spec).is_dir())):
+        raise DataError(f"the data {spec} has classes", "there are no values in it to regress", "leave out --task")
+    if size is not None and (spec == "fashion-mnist" or Path(spec).suffix in (".npz", ".txt")):
+        raise DataError(
+            f"cannot bring {spec} to {size[0]}x{size[1]}",
+            "only pictures in files have a size to choose",
+            "leave out --size",
+        )
     if spec == "fashion-mnist":
         from rushhour.data.fashion import fashion_mnist
 
@@ -45,12 +66,14 @@ def load(
     if spec == "elpv":
         from rushhour.data.elpv import elpv
 
+        if bundle is not None and (picture := bundle.manifest.signature.picture) is not None:
+            size = picture.shape[0], picture.shape[1]
         return elpv(size=size, seed=seed)
     path = Path(spec)
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
-        return load_npz(path, seed=seed, task=task)
+        return load_npz(path, seed=seed, task=task, kind=kind)
     if path.suffix == ".txt":
         from rushhour.data.text import load_text
 
@@ -59,7 +82,16 @@ def load(
         from rushhour.data.fashion import cache
         from rushhour.data.folder import load_folder
 
-        return load_folder(path, size=size, seed=seed, cached=cache() / "pictures", on_corrupt=on_corrupt)
+        return load_folder(
+            path,
+            size=size,
+            seed=seed,
+            cached=cache() / "pictures",
+            on_corrupt=on_corrupt,
+            square=square,
+            bundle=bundle,
+            before_reading=before_reading,
+        )
     module, _, factory = spec.partition(":")
     if module.replace(".", "").isidentifier() and factory.isidentifier():
         return _made(module, factory)

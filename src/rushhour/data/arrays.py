@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
+from rushhour.data.splits import divide, keys_of_rows
+from rushhour.data.targets import Kind, read_targets, strata
 from rushhour.errors import DataError
 from rushhour.storage import explained
 from rushhour.task import Task
@@ -22,20 +25,29 @@ _ENOUGH = 8_000_000
 _DAMAGED = (ValueError, TypeError, EOFError, MemoryError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 _KEYS = "x_train, y_train, x_test, y_test (x_validation, y_validation), or x and y to be split"
 _PARTS = ("train", "validation", "test")
+FEWEST = 10
+"""Samples that can be split into parts."""
+_CHANNELS = 4
+_OTHER_SCALE = 16
+"""How many times the largest value of one part that of another may be."""
+_USUAL = (1, 3, 4)
+"""Channels that pictures have: grey, colours, and with alpha."""
 
 
-def load_npz(file: Path, *, seed: int, task: Task | None = None) -> Dataset:
+def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | None = None) -> Dataset:
     """The data set in a `.npz` file.
 
     Keys: `x_train`, `y_train`, `x_test`, `y_test` and, if they are there, `x_validation`, `y_validation` (else a tenth
-    of train); or `x` and `y`, split 80 / 10 / 10. Integer targets are labels from 0, others are values to regress.
-    Pictures are uint8 of shape `(n, height, width, channels)`; samples of a model with several inputs are a structured
-    array with a field for each. Without any y the data has no labels, and only a model can say its task.
+    of train); or `x` and `y`, split about 80 / 10 / 10. Targets are labels or values as `rushhour.data.targets` says.
+    Pictures are uint8 of shape `(n, height, width, channels)`, or floats; `(n, channels, height, width)` is brought to
+    that. Samples of a model with several inputs are a structured array with a field for each. Without any y the data
+    has no labels, and only a model can say its task.
 
     Args:
         file: the file. It is never unpickled.
         seed: of the split.
-        task: of data without labels.
+        task: of the model that the data is for; see `from_splits`.
+        kind: what targets are; see `from_splits`.
 
     Raises:
         DataError: if it is missing, not such a file, or its arrays do not fit together.
@@ -44,59 +56,35 @@ def load_npz(file: Path, *, seed: int, task: Task | None = None) -> Dataset:
     if not any(key.startswith("y") for key in arrays):
         arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items() if key in ("x", *(f"x_{p}" for p in _PARTS))}
     if "x" in arrays and "y" in arrays:
-        parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name)
+        parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name, kind=kind)
     elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         train, test = _pair(arrays, "train", file), _pair(arrays, "test", file)
         if {"x_validation", "y_validation"} <= arrays.keys():
             parts = (train, _pair(arrays, "validation", file), test)
         else:
-            kept, validation = held_out(train, (0.1,), seed=seed)
-            parts = (kept, validation, test)
+            rows = divide(keys_of_rows(train.inputs, seed=seed), strata(train.targets, kind), held_out=("validation",))
+            parts = (train.take(rows["train"]), train.take(rows["validation"]), test)
     else:
         raise DataError(f"{file} holds {', '.join(arrays) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays")
-    return from_splits(file.stem, *parts, task=task)
+    return from_splits(file.stem, *parts, task=task, kind=kind)
 
 
-def split(x: NDArray[Any], y: NDArray[Any], *, seed: int, name: str) -> tuple[Split, Split, Split]:
-    """80 / 10 / 10 in an order given by `seed`, with as much of every class in each.
+def split(
+    x: NDArray[Any], y: NDArray[Any], *, seed: int, name: str, kind: Kind | None = None
+) -> tuple[Split, Split, Split]:
+    """About 80 / 10 / 10, by what samples hold: see `rushhour.data.splits`.
 
     Raises:
         DataError: if samples and targets do not match, or there are too few.
     """
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) < 10:
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) < FEWEST:
         raise DataError(
             f"{name} has samples of shape {x.shape} and targets of shape {y.shape}",
-            "each sample needs one target, and a split needs at least 10",
+            f"each sample needs one target, and a split needs at least {FEWEST}",
             "mend or add data",
         )
-    train, validation, test = held_out(Split(x, y), (0.1, 0.1), seed=seed)
-    return train, validation, test
-
-
-def held_out(whole: Split, shares: tuple[float, ...], *, seed: int) -> tuple[Split, ...]:
-    """What is left of `whole`, and parts held out of it: at random, and with whole-number labels stratified.
-
-    Args:
-        whole: two samples or more for each part.
-        shares: of the parts, each above 0; a part has one sample at least.
-        seed: of the choice.
-    """
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(whole.inputs))
-    if np.issubdtype(whole.targets.dtype, np.integer) and whole.targets.ndim == 1:
-        # Samples of a class, spread evenly over 0..1: whichever stretch is cut off has its share of every class, and
-        # the end that is kept has at least one of each.
-        _, label, count = np.unique(whole.targets[order], return_inverse=True, return_counts=True)
-        by_class = np.argsort(label, kind="stable")
-        rank = np.empty(len(order))
-        rank[by_class] = np.concatenate([[*(np.arange(1, n) - random.random()) / n, 1.0] for n in count])
-        order = order[np.argsort(rank, kind="stable")]
-    parts, at = [], 0
-    for share in shares:
-        end = at + max(1, round(share * len(order)))
-        parts.append(order[at:end])
-        at = end
-    return tuple(Split(whole.inputs[rows], whole.targets[rows]) for rows in (random.permutation(order[at:]), *parts))
+    rows = divide(keys_of_rows(x, seed=seed), strata(y, kind))
+    return Split(x, y).take(rows["train"]), Split(x, y).take(rows["validation"]), Split(x, y).take(rows["test"])
 
 
 def from_splits(
@@ -106,64 +94,59 @@ def from_splits(
     test: Split,
     classes: tuple[str, ...] | None = None,
     task: Task | None = None,
+    *,
+    kind: Kind | None = None,
 ) -> Dataset:
     """A data set of three parts; task and preprocessing are read off the arrays.
 
     Args:
         name: of the data set; turned into letters, digits and dashes.
-        train: integer targets mean classification, others regression, and targets of shape `(n, 0)` nothing.
+        train: targets are labels or values as `rushhour.data.targets` says; of shape `(n, 0)` they are none.
         validation: as train.
         test: as train.
-        classes: the labels' names; `0`, `1`, ... by default.
-        task: of data without targets; with targets they say it themselves.
+        classes: the labels' names, where labels are 0, 1, ...; those that are found by default.
+        task: of the model that the data is for; without targets, only it can say what they would be.
+        kind: what targets are, where that cannot be seen from them.
 
     Raises:
         DataError: if the arrays do not fit each other or any task.
-        TaskError: if there is only one class.
+        TaskError: if there is only one class, or the model does not know a label.
     """
-    targets = [np.asarray(part.targets) for part in (train, validation, test)]
-    if not all(len(target) for target in targets):
+    parts = [train, validation, test]
+    if not all(len(part.targets) for part in parts):
         raise DataError(f"a part of {name} is empty", "train, validation and test each need samples", "give more data")
-    if not any(part.labelled for part in (train, validation, test)):
+    notes: list[str] = []
+    if not any(part.labelled for part in parts):
         if task is None:
             raise DataError(
                 f"{name} has no labels",
                 "what its samples are for cannot be seen from them, and nothing can be trained on them",
                 "add y, or name a trained bundle, whose own answers are then what others are judged by",
             )
-        parts = [train, validation, test]
-    elif all(np.issubdtype(target.dtype, np.integer) and target.ndim == 1 for target in targets):
-        task = Task.classification(classes or _label_names(name, targets))
-        parts = [Split(p.inputs, t.astype(np.int64)) for p, t in zip((train, validation, test), targets, strict=True)]
-    elif all(np.issubdtype(target.dtype, np.floating) and target.ndim in (1, 2) for target in targets):
-        values = [target.reshape(len(target), -1).astype(np.float32) for target in targets]
-        if not all(np.isfinite(value).all() for value in values):
-            raise DataError(
-                f"targets of {name} hold NaN or infinity", "nothing can be learned from them", "remove them"
-            )
-        if len({value.shape[1] for value in values}) > 1:
-            raise DataError(
-                f"targets of {name} have {', '.join(str(value.shape[1]) for value in values)} values in its parts",
-                "the model gives the same number for every sample",
-                "mend the targets",
-            )
-        task = Task(kind="regression", outputs=values[0].shape[1])
-        parts = [Split(p.inputs, v) for p, v in zip((train, validation, test), values, strict=True)]
     else:
-        raise DataError(
-            f"targets of {name} are {targets[0].dtype} of shape {targets[0].shape}",
-            "labels are whole numbers of shape (n,), values to regress are floats of shape (n,) or (n, outputs)",
-            "convert them",
+        given = [part.targets for part in parts]
+        task, targets, notes = read_targets(name, given, classes=classes, kind=kind, known=task)
+        parts = [Split(part.inputs, each) for part, each in zip(parts, targets, strict=True)]
+    inputs = [_wire_ready(name, part.inputs) for part in parts]
+    forms = [_form(each) for each in inputs]
+    inputs = [_channels_last(each) if form == "NCHW" else each for each, form in zip(inputs, forms, strict=True)]
+    if "NCHW" in forms:
+        notes.append(
+            f"samples of {name} are pictures of {_by(train.inputs.shape[1:])} (channels x height x width): they become "
+            f"{_by(inputs[0].shape[1:])}, which is what the model takes"
         )
-    parts = [Split(_wire_ready(name, part.inputs), part.targets) for part in parts]
+    parts = [Split(each, part.targets) for each, part in zip(inputs, parts, strict=True)]
+    if forms[0] is not None and inputs[0].dtype.kind == "f":
+        _check_ranges(name, inputs)
     return Dataset(
         name="".join(c if c.isalnum() else "-" for c in name).strip("-").lower()[:64] or "data",
         task=task,
         train=parts[0],
         validation=parts[1],
         test=parts[2],
-        preprocessing=_preprocessing(parts[0].inputs),
+        preprocessing=_preprocessing(parts[0].inputs, is_picture=forms[0] is not None),
         fingerprint=_fingerprint(parts, task),
+        notes=tuple(notes),
     )
 
 
@@ -196,33 +179,13 @@ def _none(x: NDArray[Any]) -> NDArray[Any]:
     return np.zeros((len(x) if x.ndim else 0, 0), np.float32)
 
 
-def _label_names(name: str, targets: list[NDArray[Any]]) -> tuple[str, ...]:
-    known = np.unique(targets[0])
-    highest = int(known[-1]) if len(known) else -1
-    if len(known) and (known[0] < 0 or len(known) != highest + 1):
-        missing = sorted(set(range(min(highest, 10_000))) - set(known.tolist()))[:5]
-        raise DataError(
-            f"labels of {name} have gaps",
-            f"they run from {known[0]} to {highest}"
-            + (f", but training has none of {', '.join(map(str, missing))}" if missing else ""),
-            "number the classes from 0 without gaps",
-        )
-    for target in targets[1:]:
-        if len(target) and (target.min() < 0 or target.max() > highest):
-            raise DataError(
-                f"held-out labels of {name} run from {target.min()} to {target.max()}",
-                f"training knows 0 to {highest}",
-                "hold out only classes that are trained",
-            )
-    return tuple(str(label) for label in known.tolist())
-
-
 def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
-    """Inputs in a type the protocol carries and torch reads: float64 becomes float32, others stay."""
+    """Inputs in a type the protocol carries and torch reads: floats become float32, others stay."""
     if inputs.dtype.names:
         return np.ascontiguousarray(inputs)
-    if inputs.dtype == np.float64:
-        inputs = inputs.astype(np.float32)
+    if inputs.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which a `Dataset` refuses
+            inputs = inputs.astype(np.float32, copy=False)
     if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or 0 in inputs.shape[1:]:
         raise DataError(
             f"samples of {name} are {inputs.dtype} of shape {inputs.shape}",
@@ -232,14 +195,50 @@ def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(inputs)
 
 
-def _preprocessing(inputs: NDArray[Any]) -> Preprocessing:
+def _form(inputs: NDArray[Any]) -> Literal["NHWC", "NCHW"] | None:
+    """Where the channels of pictures are; None where samples are no pictures."""
+    if inputs.dtype.names or inputs.ndim != 4:
+        return None
+    first, last = inputs.shape[1], inputs.shape[3]
+    if inputs.dtype == np.uint8:
+        if last <= _CHANNELS:
+            return "NHWC"
+        leads = first <= _CHANNELS or inputs.shape[2] == last != first
+        return "NCHW" if leads and min(inputs.shape[2:]) > _CHANNELS else "NHWC"
+    # floats may be anything of four dimensions: only what looks like a picture counts as one
+    if first in _USUAL and min(inputs.shape[2:]) > _CHANNELS:
+        return "NCHW"
+    return "NHWC" if last in _USUAL and min(inputs.shape[1:3]) > _CHANNELS else None
+
+
+def _channels_last(inputs: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(inputs.transpose(0, 2, 3, 1))
+
+
+def _check_ranges(name: str, parts: Sequence[NDArray[Any]]) -> None:
+    """Raise where pictures of one part lie in 0..1 and those of another in 0..255."""
+    peaks = [float(np.abs(part).max()) for part in parts]
+    if min(peaks) > 0 and max(peaks) > _OTHER_SCALE * min(peaks):
+        raise DataError(
+            f"pictures of {name} have values up to {', '.join(f'{peak:g}' for peak in peaks)} in its parts",
+            "one part is scaled and another is not",
+            "scale all alike",
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _preprocessing(inputs: NDArray[Any], *, is_picture: bool) -> Preprocessing:
     """Pictures are scaled to 0..1 and normalised by channel; plain features by feature; others stay."""
     if inputs.dtype.names:
         return Preprocessing()
     some = inputs[:: max(1, min(len(inputs), inputs.size // _ENOUGH))]
-    if inputs.dtype == np.uint8 and inputs.ndim == 4:
-        pixels = some.reshape(-1, inputs.shape[-1]).astype(np.float64) / 255
-        return Preprocessing(1 / 255, *_normal(pixels), layout="NHWC->NCHW")
+    if is_picture:
+        scale = 1 / 255 if inputs.dtype == np.uint8 else 1.0
+        pixels = some.reshape(-1, inputs.shape[-1]).astype(np.float64) * scale
+        return Preprocessing(scale, *_normal(pixels), layout="NHWC->NCHW")
     if inputs.ndim == 2:
         return Preprocessing(1.0, *_normal(some.astype(np.float64)))
     return Preprocessing(scale=1 / 255 if inputs.dtype == np.uint8 else 1.0)

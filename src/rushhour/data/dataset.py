@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rushhour import identity
 from rushhour.bundle import Preprocessing
+from rushhour.data.marks import MARKS, marks_of
+from rushhour.data.targets import of_task
 from rushhour.errors import DataError
 from rushhour.task import Task
 
@@ -40,6 +43,32 @@ class Split:
         """The first `n` samples."""
         return Split(self.inputs[:n], self.targets[:n])
 
+    def take(self, rows: NDArray[np.intp]) -> Split:
+        """These samples, in this order."""
+        return Split(self.inputs[rows], self.targets[rows])
+
+    def sample(self, n: int, *, seed: int = 0) -> Split:
+        """`n` samples at random, or all in a random order where there are fewer."""
+        return self.take(np.random.default_rng(seed).permutation(len(self))[:n])
+
+
+class Files(NamedTuple):
+    """What became of all files of a folder.
+
+    Attributes:
+        there: how many there are, below all its folders.
+        read: those that are samples now.
+        left_out: why -> how many are not.
+    """
+
+    there: int
+    read: int
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in self.left_out.items())
+        return f"left out {self.there - self.read:,} of {self.there:,} files: {why}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -51,6 +80,8 @@ class Dataset:
         validation: to decide on: which candidate is inside the accuracy budget.
         test: touched once, for the figures of the final plan.
         fingerprint: SHA-256 over all content, so that results name exactly what they were made with.
+        notes: what a person should hear of how the data was read, in a line each.
+        files: what became of the files, where it is a folder.
     """
 
     name: str
@@ -60,10 +91,15 @@ class Dataset:
     test: Split
     preprocessing: Preprocessing
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    files: Files | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
-            split: Split = getattr(self, part)
+            given: Split = getattr(self, part)
+            targets = of_task(self.name, self.task, given.targets)
+            split = Split(_readable(self.name, given.inputs), targets)
+            object.__setattr__(self, part, split)  # frozen for all others
             if len(split) == 0:
                 raise DataError(
                     f"the {part} part of {self.name} is empty",
@@ -82,11 +118,11 @@ class Dataset:
                     f"{part} has {split.inputs.shape[1:]}, train has {self.train.inputs.shape[1:]}",
                     "bring all samples to one shape",
                 )
-            if split.inputs.dtype.names and split.inputs.dtype != self.train.inputs.dtype:
+            if split.inputs.dtype != self.train.inputs.dtype:
                 raise DataError(
                     f"samples of {self.name} differ in their inputs",
                     f"{part} has {split.inputs.dtype}, train has {self.train.inputs.dtype}",
-                    "give all samples the same inputs",
+                    "give all samples the same inputs" if split.inputs.dtype.names else "give all samples one type",
                 )
             columns = [split.inputs[name] for name in split.inputs.dtype.names or ()] or [split.inputs]
             if not all(np.isfinite(column).all() for column in columns if column.dtype.kind == "f"):
@@ -95,6 +131,12 @@ class Dataset:
                     "a model cannot learn from it",
                     "remove or fill those samples",
                 )
+
+    @cached_property
+    def marks(self) -> str:
+        """The smallest hashes of training samples: by them a bundle remembers what it was trained on. See `lineage`."""
+        keys = np.unique(marks_of(self.train.inputs))[:MARKS]
+        return "".join(f"{key:016x}" for key in keys.tolist())
 
     @property
     def content_key(self) -> str:
@@ -106,3 +148,12 @@ class Dataset:
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one sample on the wire."""
         return tuple(self.train.inputs.shape[1:])
+
+
+def _readable(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
+    """Samples as an array that torch reads: in this machine's byte order, and nothing but numbers."""
+    array = np.asarray(inputs)
+    columns = [array.dtype[field].base for field in array.dtype.names or ()] or [array.dtype]
+    if not all(column.kind in "biuf" for column in columns):
+        raise DataError(f"samples of {name} are {array.dtype}", "a model takes numbers", "convert them")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Decoding
-from rushhour.data.arrays import from_splits, held_out
+from rushhour.data.arrays import from_splits
 from rushhour.data.dataset import Dataset, Split
+from rushhour.data.splits import stratified
 from rushhour.errors import DataError
 from rushhour.machine import cores
 from rushhour.picture import decode
@@ -61,7 +62,7 @@ def elpv(*, size: tuple[int, int] | None = None, seed: int = 0) -> Dataset:
             pass
     stratum = np.rint(3 * probabilities).astype(np.int64) * 2 + (kinds == "poly")
     rows = np.arange(len(names))[:, np.newaxis]
-    parts = [part.inputs[:, 0] for part in held_out(Split(rows, stratum), (_VALIDATION, _TEST), seed=seed)]
+    parts = [part.inputs[:, 0] for part in stratified(Split(rows, stratum), (_VALIDATION, _TEST), seed=seed)]
     defective = (probabilities > 0.5).astype(np.int64)
     train, validation, test = (Split(pictures[part], defective[part]) for part in parts)
     data = from_splits("elpv", train, validation, test, classes=CLASSES)

@@ -1,23 +1,51 @@
-"""A folder of pictures, one folder for each class; optionally with train/, validation/ and test/ above the classes."""
+"""A folder of pictures, one folder for each class; optionally with train/, validation/ and test/ above the classes.
+
+Every file below the folder is either read or counted among those that are left out, with the reason.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
+import statistics
+import unicodedata
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from rushhour.bundle import Decoding
+from rushhour.bundle import Bundle, Decoding
 from rushhour.data.arrays import from_splits
-from rushhour.data.dataset import Dataset
-from rushhour.data.decoded import MAX_PIXELS, PARTS, Listing, OnCorrupt, of_file, read
-from rushhour.errors import DataError
-from rushhour.picture import look
+from rushhour.data.dataset import Dataset, Files
+from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, Tally, read, real_white_of, shown, white_of
+from rushhour.data.splits import Part
+from rushhour.errors import DataError, TaskError
+from rushhour.picture import Seen, look
 from rushhour.storage import explained
 from rushhour.task import Task
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"),
+}
+_NAMES: dict[Part, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+_PART_OF: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names}
+_LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+"""What systems leave in folders, beside what begins with a dot."""
+_LARGEST_SIDE, _LARGEST_ALIKE = 224, 512
+"""Of samples, where nobody says a size: of pictures of many sizes, and of pictures that are all alike."""
+_LOOKED_AT = 100
+_NAMED_KINDS = 3
+
+BeforeReading = Callable[[Task, tuple[int, ...]], None]
+"""Hears of task and sample shape before all pictures are decoded; what it raises ends the loading."""
 
 
 def load_folder(
@@ -27,89 +55,338 @@ def load_folder(
     seed: int,
     cached: Path | None = None,
     on_corrupt: OnCorrupt | None = None,
+    square: bool = False,
+    bundle: Bundle | None = None,
+    before_reading: BeforeReading | None = None,
 ) -> Dataset:
     """The pictures below `folder` as a data set.
 
     Args:
-        folder: `CLASS/picture.png`, split 80 / 10 / 10 by `seed`; or `train/CLASS/...`, `validation/`, `test/`.
-        size: height and width that all are brought to; the first picture's by default.
+        folder: `CLASS/picture.png`, split by content into about 80 / 10 / 10; or `train/CLASS/...` with `val/`, `test/`
+            or both, by any of their usual names. A part that is missing is held out of `train`.
+        size: height and width that all are brought to. By default that of the pictures if they are alike, else their
+            median, at most 224.
         seed: of the split.
         cached: a folder for decoded pictures, where they are many: the arrays are then mapped from its files, take no
             memory of their own, and are there at once the next time. None: all in memory, decoded each time.
         on_corrupt: hears of each picture that cannot be read, which is then left out. None: that is an error.
+        square: whether the default size has equal sides.
+        bundle: a model that the data is for: it decides size, channels, classes and what is white.
+        before_reading: see `BeforeReading`.
 
     Raises:
         DataError: if there are no classes, a class is empty, or a picture cannot be read.
-        TaskError: if there is only one class.
+        TaskError: if there is only one class, or the model knows others.
     """
     if not folder.is_dir():
         raise DataError(f"there is no data at {folder}", "the folder does not exist", "check the path")
-    if all((folder / part).is_dir() for part in ("train", "test")):
-        present = [part for part in PARTS if (folder / part).is_dir()]
-        listed = {part: _classes(folder / part) for part in present}
-        classes = tuple(listed["train"])
-        for part in present:
-            if tuple(listed[part]) != classes:
-                raise DataError(
-                    f"{folder / part} has the classes {', '.join(listed[part])}",
-                    f"train has {', '.join(classes)}",
-                    "give every part the same classes",
-                )
-    elif (folder / "train").is_dir():
-        raise DataError(
-            f"{folder} has a folder train but no folder test",
-            "a data set that is split needs train and test, and may have validation",
-            "name its folders so, or put all classes side by side to have them split",
-        )
-    else:
-        listed = {"all": _classes(folder)}
-        classes = tuple(listed["all"])
-    Task.classification(classes)  # one class is refused before all its pictures are read
-    files = [file for by_class in listed.values() for pictures in by_class.values() for file in pictures]
+    tree = _Tree(folder)
+    classes = tree.classes
+    if bundle is not None and bundle.manifest.task.kind == "classification":
+        classes = bundle.manifest.task.classes
+        if strange := [name for name in tree.classes if name not in classes]:
+            raise TaskError(
+                f"{shown(folder)} has classes that {bundle.manifest.name} does not know: {', '.join(strange[:5])}",
+                f"it knows {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}",
+                "give the data that it was made for",
+            )
+    task = Task.classification(classes)  # one class is refused before all its pictures are read
     with warnings.catch_warnings():
         # Here and not around each picture: filters are the process's, and threads that set them undo each other.
         warnings.simplefilter("ignore")
-        shape = _shape(files, size, skip=on_corrupt is not None)
-        parts = read(Listing(folder, listed, shape, seed), cached, on_corrupt)
-    data = from_splits(folder.resolve().name, *parts, classes=classes)
-    return dataclasses.replace(data, preprocessing=msgspec.structs.replace(data.preprocessing, decoding=Decoding()))
+        found = _found(tree.files)
+        shape = _shape(found, size, square=square, bundle=bundle, folder=folder)
+        if before_reading is not None:
+            before_reading(task, shape)
+        decoding, is_fixed = _decoding(found, bundle)
+        listing = Listing(folder, tree.parts, classes, shape, seed, decoding, is_fixed)
+        parts, tally = read(listing, cached, on_corrupt)
+    data = from_splits(shown(folder.resolve().name), *parts, classes=classes)
+    count = len(tree.files)
+    left_out = {**_short(tree.left_out), **({"unreadable": len(tally.corrupt)} if tally.corrupt else {})}
+    files = Files(count + sum(tree.left_out.values()), count - len(tally.corrupt), left_out)
+    said = _said(tally, files.read, shape, is_asked=size is not None)
+    return dataclasses.replace(
+        data,
+        preprocessing=msgspec.structs.replace(data.preprocessing, decoding=tally.decoding),
+        notes=(*tree.notes, *said, *((str(files),) if left_out else ())),
+        files=files,
+    )
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its pictures, both in order of their names."""
-    found: dict[str, list[Path]] = {}
-    with explained(f"read {folder}"):
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir() and not entry.name.startswith("."):
-                found[entry.name] = sorted(
-                    file for file in entry.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."
-                )
-    if not found:
-        raise DataError(
-            f"{folder} has no classes", "it holds no folders", f"put the pictures of each class into {folder}/CLASS/"
-        )
-    for name, pictures in found.items():
-        if not pictures:
-            raise DataError(
-                f"the class {name!r} in {folder} is empty",
-                f"it has no file that ends in {', '.join(sorted(SUFFIXES))}",
-                "add pictures, or remove the folder",
+class _Tree:
+    """What lies in a folder: the pictures of each class in each part, and what is no picture.
+
+    Attributes:
+        parts: as in `Listing`.
+        classes: their names, in order.
+        left_out: why -> files.
+        notes: what is to be said of the parts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.left_out: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self._nested = 0
+        self._root = _identity(folder.stat())
+        folders = self._folders(folder)
+        named: dict[Part, dict[str, Path]] = {}
+        for name, path in folders.items():
+            if (part := _PART_OF.get(name.lower())) is not None:
+                named.setdefault(part, {})[name] = path
+        # a folder `train` with pictures but no folders in it is a class: there are pictures of trains, too
+        if "train" in named and any(self._is_split(path) for path in named["train"].values()):
+            self.parts = self._split(folders, named)
+        else:
+            if folders and sum(map(len, named.values())) == len(folders):
+                self._refuse_parts_alone(list(folders))
+            self.parts = {"all": self._classes(folder, folders)}
+        first = next(iter(self.parts.values()))
+        self.classes = tuple(first)
+        if len(self.classes) == 1 and "all" in self.parts:
+            self._hint_at_nested()
+        if self._nested:
+            self.notes.append(
+                f"{self._nested:,} pictures lie deeper, in folders of class folders: they are of that class"
             )
+
+    @property
+    def files(self) -> list[Path]:
+        """All pictures, in order."""
+        return [file for by_class in self.parts.values() for files in by_class.values() for file in files]
+
+    def _split(self, folders: dict[str, Path], named: dict[Part, dict[str, Path]]) -> dict[str, dict[str, list[Path]]]:
+        for part, paths in named.items():
+            if len(paths) > 1:
+                raise DataError(
+                    f"{shown(self._folder)} has {len(paths)} folders for {part}: {', '.join(paths)}",
+                    "only one of them can be meant",
+                    "rename or remove the others",
+                )
+        for name, path in folders.items():
+            if name.lower() not in _PART_OF:
+                self.left_out[f"in {name}/, which is no part"] += _count(path)
+        parts: dict[str, dict[str, list[Path]]] = {}
+        (train,) = named["train"].values()
+        parts["train"] = self._classes(train, self._folders(train))
+        classes = tuple(parts["train"])
+        for part in ("validation", "test"):
+            for name, path in named.get(part, {}).items():
+                inner = self._folders(path)
+                if not inner:
+                    self.notes.append(f"{name}/ has no class folders: it is left out")
+                    continue
+                by_class = self._classes(path, inner, may_be_empty=True)
+                if set(by_class) - set(classes):
+                    raise DataError(
+                        f"{shown(path)} has the classes {', '.join(by_class)}",
+                        f"train has {', '.join(classes)}",
+                        "give every part the same classes",
+                    )
+                if absent := [each for each in classes if not by_class.get(each)]:
+                    self.notes.append(f"{name}/ has no pictures of {', '.join(absent[:5])}")
+                if any(by_class.values()):
+                    parts[part] = {each: by_class.get(each, []) for each in classes}
+        missing = [part for part in ("validation", "test") if part not in parts]
+        if missing == ["validation", "test"]:
+            return {"all": parts["train"]}
+        if missing:
+            self.notes.append(f"there is no {missing[0]} part: about a tenth of train is held out for it")
+        return parts
+
+    def _refuse_parts_alone(self, names: list[str]) -> None:
+        raise DataError(
+            f"{shown(self._folder)} has {', '.join(names)}, but no folder train with a folder for each class",
+            "a data set that is split needs train, and may have validation and test",
+            "name its folders so, or put all classes side by side to have them split",
+        )
+
+    def _hint_at_nested(self) -> None:
+        (name,) = self.classes
+        inner = self._folder / name
+        if (
+            inner.is_dir()
+            and len([path for path in inner.iterdir() if path.is_dir() and not _is_hidden(path.name)]) > 1
+        ):
+            raise TaskError(
+                f"{shown(self._folder)} has only the class {name!r}",
+                "that folder has folders in it, which may be the classes",
+                f"name {shown(inner)} itself",
+            )
+
+    def _is_split(self, folder: Path) -> bool:
+        with explained(f"read {shown(folder)}"):
+            return any(path.is_dir() and not _is_hidden(path.name) for path in folder.iterdir())
+
+    def _folders(self, folder: Path) -> dict[str, Path]:
+        """The folders in a folder, by their names as text; what else lies beside them is left out."""
+        found: dict[str, Path] = {}
+        with explained(f"read {shown(folder)}"):
+            for path in sorted(folder.iterdir()):
+                if _is_hidden(path.name):
+                    self.left_out["hidden"] += _count(path)
+                elif path.is_dir() and _identity(path.stat()) in {self._root, _identity(folder.stat())}:
+                    self.left_out["links in a circle"] += 1
+                elif path.is_dir():
+                    # one name, however an operating system composes its accents
+                    name = unicodedata.normalize("NFC", shown(path.name))
+                    found[name if name not in found else shown(path.name)] = path
+                elif path.exists():
+                    self.left_out["outside class folders"] += 1
+                else:
+                    self.left_out["broken links"] += 1
+        return found
+
+    def _classes(self, folder: Path, folders: dict[str, Path], *, may_be_empty: bool = False) -> dict[str, list[Path]]:
+        """Class -> its pictures, both in order of their names."""
+        found: dict[str, list[Path]] = {}
+        for name, path in folders.items():
+            with explained(f"read {shown(path)}"):
+                above = frozenset(map(_identity, (self._folder.stat(), folder.stat(), path.stat())))
+                found[name] = self._pictures(path, above)
+        if not found:
+            raise DataError(
+                f"{shown(folder)} has no classes",
+                "it holds no folders",
+                f"put the pictures of each class into {shown(folder)}/CLASS/",
+            )
+        for name, pictures in found.items():
+            if not pictures and not may_be_empty:
+                raise DataError(
+                    f"the class {name!r} in {shown(folder)} is empty",
+                    f"it has no file that ends in {', '.join(sorted(SUFFIXES))}",
+                    "add pictures, or remove the folder",
+                )
+        return found
+
+    def _pictures(self, folder: Path, above: frozenset[tuple[int, int]], depth: int = 0) -> list[Path]:
+        """All pictures below a class's folder; `above` are the folders that it lies in, itself among them."""
+        found: list[Path] = []
+        for path in sorted(folder.iterdir()):
+            if _is_hidden(path.name):
+                self.left_out["hidden"] += _count(path)
+                continue
+            try:
+                about = path.stat()
+            except OSError:
+                self.left_out["broken links"] += 1
+                continue
+            if stat.S_ISDIR(about.st_mode):
+                if _identity(about) in above:
+                    self.left_out["links in a circle"] += 1
+                else:
+                    inner = self._pictures(path, above | {_identity(about)}, depth + 1)
+                    self._nested += 0 if depth else len(inner)
+                    found += inner
+            elif not stat.S_ISREG(about.st_mode):
+                self.left_out["pipes, sockets or devices"] += 1
+            elif path.suffix.lower() not in SUFFIXES:
+                self.left_out[shown(path.suffix.lower()) or "without an ending"] += 1
+            else:
+                found.append(path)
+        return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _identity(about: os.stat_result) -> tuple[int, int]:
+    return about.st_dev, about.st_ino
+
+
+def _count(path: Path) -> int:
+    """Files at or below a path, links not followed."""
+    if path.is_symlink() or not path.is_dir():
+        return 1
+    return sum(len(files) + sum((Path(at) / each).is_symlink() for each in folders)
+               for at, folders, files in os.walk(path))  # fmt: skip
+
+
+def _short(left_out: Counter[str]) -> dict[str, int]:
+    """The same, with no more than a few endings of file names, the commonest first."""
+    endings = [reason for reason, _ in left_out.most_common() if reason.startswith(".")]
+    rare = endings[_NAMED_KINDS:]
+    short = {reason: count for reason, count in left_out.most_common() if count and reason not in rare}
+    return short | ({"of other kinds": sum(left_out[reason] for reason in rare)} if rare else {})
+
+
+def _found(files: list[Path]) -> list[tuple[Seen, Path]]:
+    """What about a hundred of the pictures are like; those that cannot be read are found by `read`, all of them."""
+    found, first = [], ""
+    for file in files[:: max(1, len(files) // _LOOKED_AT)]:
+        try:
+            found.append((look(file, max_pixels=MAX_PIXELS), file))
+        except DataError as error:
+            first = first or f"{shown(file)}: {error.why}"
+    if not found:
+        raise DataError(f"none of {len(files)} pictures can be read", first, "mend them")
     return found
 
 
-def _shape(files: list[Path], size: tuple[int, int] | None, *, skip: bool) -> tuple[int, int, int]:
-    """The size, and one channel where all of about a hundred are grey, else three."""
-    modes = set()
-    for file in files[:: max(1, len(files) // 100)]:
-        try:
-            grey, upright = look(file, max_pixels=MAX_PIXELS)
-        except DataError as error:
-            if skip:
-                continue
-            raise of_file(error, file) from error
-        modes.add(grey)
-        size = size or upright
-    if size is None:
-        raise DataError(f"none of {len(files)} pictures can be read", f"{files[0]} is the first of them", "mend them")
-    return (*size, 1 if modes == {True} else 3)
+def _shape(
+    found: list[tuple[Seen, Path]],
+    size: tuple[int, int] | None,
+    *,
+    square: bool,
+    bundle: Bundle | None,
+    folder: Path,
+) -> tuple[int, int, int]:
+    """What all are brought to: a model's own shape; else the size, and one channel where all are grey, else three."""
+    if bundle is not None and (spec := bundle.manifest.signature.picture) is not None:
+        height, width, channels = spec.shape
+        if size not in (None, (height, width)):
+            raise DataError(
+                f"cannot bring the pictures of {shown(folder)} to {size[0]}x{size[1]}",
+                f"{bundle.manifest.name} takes {height}x{width}",
+                "leave out --size",
+            )
+        return height, width, channels
+    channels = 3 if any(seen.colour for seen, _ in found) else 1
+    if size is not None:
+        return (*size, channels)
+    sizes = {(seen.height, seen.width) for seen, _ in found}
+    height, width = (
+        int(statistics.median(each)) for each in zip(*((s.height, s.width) for s, _ in found), strict=True)
+    )
+    if max(height, width) > (_LARGEST_SIDE if len(sizes) > 1 else _LARGEST_ALIKE):
+        shrink = _LARGEST_SIDE / max(height, width)
+        height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
+    if square:
+        height = width = max(height, width)
+    return height, width, channels
+
+
+def _decoding(found: list[tuple[Seen, Path]], bundle: Bundle | None) -> tuple[Decoding, bool]:
+    """What is white in pictures of more than 8 bits, as far as is known yet; and whether a model has fixed it."""
+    if bundle is not None and isinstance(how := bundle.manifest.preprocessing.decoding, Decoding):
+        return how, True
+    deep = max((seen.deep for seen, _ in found), default=0)
+    real, file = max(((seen.real, file) for seen, file in found), key=lambda pair: pair[0])
+    return Decoding(
+        deep=white_of(deep) if deep else Decoding().deep, real=real_white_of(real, file) if real else 1.0
+    ), False
+
+
+def _said(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bool) -> list[str]:
+    """What was done to the pictures that nobody asked for."""
+    height, width, _ = shape
+    said = []
+    if tally.resized and not is_asked:
+        stretched = f", which stretches {tally.stretched:,} of them" if tally.stretched else ""
+        said.append(
+            f"{tally.resized:,} of {read_:,} pictures have another size than {height}x{width} (height x width): they "
+            f"are brought to it{stretched}; --size HxW says otherwise"
+        )
+    if tally.deep and tally.decoding.deep != Decoding().deep:
+        said.append(
+            f"{tally.deep:,} pictures have 16 bits of grey with values up to {tally.decoding.deep}: that is white"
+        )
+    if tally.real:
+        said.append(f"{tally.real:,} pictures are in floats: {tally.decoding.real:g} is taken for white")
+    if tally.greyed:
+        said.append(f"{tally.greyed:,} pictures lose their colours: samples are grey")
+    if tally.framed:
+        said.append(f"{tally.framed:,} pictures have several frames: the first is read")
+    return said

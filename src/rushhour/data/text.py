@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
-from rushhour.data.arrays import held_out
 from rushhour.data.dataset import Dataset, Split
+from rushhour.data.splits import divide, keys_of
 from rushhour.errors import DataError
 from rushhour.storage import explained
 from rushhour.task import Task
@@ -26,7 +26,7 @@ def load_text(file: Path, *, seed: int = 0) -> Dataset:
 
     Args:
         file: the file.
-        seed: of the split, 80 / 10 / 10.
+        seed: of the split, about 80 / 10 / 10.
 
     Raises:
         DataError: if it cannot be read, has too few lines, or the tokenizer is not installed.
@@ -44,7 +44,7 @@ def load_text(file: Path, *, seed: int = 0) -> Dataset:
 
 
 def sentences(name: str, lines: Sequence[str], *, length: int | None = None, seed: int = 0) -> Dataset:
-    """Sentences as samples of the encoder MiniLM, split 80 / 10 / 10.
+    """Sentences as samples of the encoder MiniLM, split about 80 / 10 / 10, by content.
 
     A sample has three fields, each int64 of shape `(length,)`: `input_ids`, `attention_mask`, `token_type_ids`.
 
@@ -62,7 +62,8 @@ def sentences(name: str, lines: Sequence[str], *, length: int | None = None, see
         raise DataError(f"{name} has {len(lines)} sentences", f"a split needs at least {_FEWEST}", "give more text")
     samples = tokens(lines, length=length)
     whole = Split(samples, np.zeros((len(samples), 0), np.float32))
-    train, validation, test = held_out(whole, (0.1, 0.1), seed=seed)
+    rows = divide(keys_of((line.encode() for line in lines), seed=seed))
+    train, validation, test = (whole.take(rows["train"]), whole.take(rows["validation"]), whole.take(rows["test"]))
     digest = hashlib.sha256(f"{samples.dtype}{seed}".encode())
     digest.update(samples.tobytes())
     return Dataset(

@@ -6,6 +6,7 @@ samples into that and its answer into the task's.
 
 from rushhour.models.article import article
 from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
+from rushhour.models.fits import check_fits
 from rushhour.models.imported import from_onnx
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
@@ -21,6 +22,7 @@ __all__ = [
     "Structure",
     "article",
     "build",
+    "check_fits",
     "code_of",
     "export",
     "from_onnx",

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from torch import nn
 
-from rushhour.bundle import Reshape, Source
+from rushhour.bundle import Preprocessing, Reshape, Source
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.reshape import reshape, reshape_of
 from rushhour.task import Task
@@ -20,21 +20,36 @@ _ROOM = "rushhour.models"
 _NAMES = ("article", "residual", "mlp")
 _PRETRAINED = ("minilm",)
 """Built for their weights, not to be trained from scratch."""
+_CLASSES = ("classes", "num_classes")
+_ANY = (inspect.Parameter.empty, Any, "Any")
+_NUMBER = (int, "int")
+_NO_SHAPE = (str, "str", bool, "bool", float, "float")
+
+Argument = int | float | str | bool | tuple[int, ...]
 
 
-def source_for(model: str, dataset_shape: tuple[int, ...], task: Task) -> Source:
-    """The source of a model that a user named: one of ours, fitted to the data, or `module:factory` as it is.
+def source_for(
+    model: str, dataset_shape: tuple[int, ...], task: Task, preprocessing: Preprocessing | None = None
+) -> Source:
+    """The source of a model that a user named, fitted to the data.
+
+    A factory of the user's own is offered what it has a parameter for: `classes` (or `num_classes`), the length of the
+    answer; and `input`, the shape of one sample as the network gets it, `(channels, height, width)` for pictures.
 
     Args:
         model: `article`, `residual`, `mlp`, or `module:factory`.
         dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
         task: decides the length of the answer.
+        preprocessing: of the data, which says whether samples are pictures; by default they are if they have three
+            dimensions.
 
     Raises:
         ModelError: if the name is unknown, or that network cannot take samples of this shape.
     """
+    is_picture = len(dataset_shape) == 3 and (preprocessing is None or preprocessing.layout == "NHWC->NCHW")
     if ":" in model:
-        return Source(factory=model)
+        seen = (dataset_shape[2], *dataset_shape[:2]) if is_picture else dataset_shape
+        return Source(model, _offered(model, seen, task))
     if model not in _NAMES:
         raise ModelError(
             f"there is no model {model!r}",
@@ -44,7 +59,7 @@ def source_for(model: str, dataset_shape: tuple[int, ...], task: Task) -> Source
     factory = f"{_ROOM}:{model}"
     if model == "mlp":
         return Source(factory, {"inputs": math.prod(dataset_shape), "outputs": task.outputs})
-    if len(dataset_shape) != 3:
+    if not is_picture:
         raise ModelError(
             f"the model {model} cannot take samples of shape {dataset_shape}",
             "it needs pictures of shape (height, width, channels)",
@@ -55,9 +70,31 @@ def source_for(model: str, dataset_shape: tuple[int, ...], task: Task) -> Source
         raise ModelError(
             f"the model article cannot take pictures of {height}x{width}",
             "its dense layer needs a square picture",
-            "use residual, or bring the pictures to equal sides",
+            "use residual, or bring the pictures to equal sides with --size",
         )
     return Source(factory, {"input_size": max(height, width), "channels": channels, "classes": task.outputs})
+
+
+def _offered(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argument]:
+    """The arguments that the user's factory takes of those that the data decides; none where it cannot be asked."""
+    module_name, _, name = model.partition(":")
+    try:
+        parameters = inspect.signature(getattr(importlib.import_module(module_name), name)).parameters
+    except Exception:  # `build` says what is wrong with it
+        return {}
+    takes = {
+        each.name: each.annotation
+        for each in parameters.values()
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    }
+    offered: dict[str, Argument] = {
+        each: task.outputs for each in _CLASSES if each in takes and takes[each] in (*_ANY, *_NUMBER)
+    }
+    if "input" in takes and takes["input"] in _NUMBER:
+        return offered | ({"input": shape[0]} if len(shape) == 1 else {})
+    if "input" in takes and takes["input"] not in _NO_SHAPE:
+        offered["input"] = shape
+    return offered
 
 
 def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:

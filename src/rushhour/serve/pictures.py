@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from rushhour.bundle import Decoding as Decoded
 from rushhour.bundle import TensorSpec
 from rushhour.errors import DataError, WireError
 from rushhour.picture import decode
@@ -52,9 +53,11 @@ class Decoder:
         spec: of the samples: uint8 `(height, width, channels)`.
         max_pixels: of one picture; each thread needs 4 bytes for each.
         threads: that decode.
+        decoding: how the bundle's pictures were decoded in training; as is usual by default.
     """
 
-    def __init__(self, spec: TensorSpec, *, max_pixels: int, threads: int) -> None:
+    def __init__(self, spec: TensorSpec, *, max_pixels: int, threads: int, decoding: Decoded | None = None) -> None:
+        self._decoding = decoding or Decoded()
         self.settings = PictureSettings(FORMATS, threads, max_pixels)
         self._shape = spec.shape
         self._pool = ThreadPoolExecutor(threads, "rushhour-decode")
@@ -93,7 +96,14 @@ class Decoder:
         """
         if content.startswith(_JPEG_MAGIC) and _scans(content) > _MAX_SCANS:
             raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "leave it out")
-        decode(io.BytesIO(content), into, max_pixels=self.settings.max_pixels, formats=FORMATS)
+        how = self._decoding
+        seen = decode(io.BytesIO(content), into, max_pixels=self.settings.max_pixels, formats=FORMATS, decoding=how)
+        if seen.deep > how.deep:
+            raise DataError(
+                "the picture cannot be read",
+                f"its grey goes up to {seen.deep}, and white is {how.deep} for this model",
+                "send what it was trained on",
+            )
 
     def _warm_up(self) -> tuple[int, float]:
         """Load the codecs, which the first caller must not wait for; the bytes of a picture, and its seconds."""

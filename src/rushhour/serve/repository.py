@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from rushhour.bundle import Bundle, Signature
+from rushhour.bundle import Bundle, Decoding, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
@@ -338,7 +338,13 @@ class Repository:
             times, cost, was_alone = self._timed(engine, way)
             spec, decoder = engine.signature.picture, None
             if spec is not None:
-                decoder = Decoder(spec, max_pixels=self._limits.picture_pixels, threads=cores())
+                how = way.bundle.manifest.preprocessing.decoding
+                decoder = Decoder(
+                    spec,
+                    max_pixels=self._limits.picture_pixels,
+                    threads=cores(),
+                    decoding=how if isinstance(how, Decoding) else None,
+                )
             return Opened(way, engine, times, cost, was_alone, decoder)
         except BaseException:
             engine.close()

@@ -211,7 +211,7 @@ def _train(
             preprocessing=dataset.preprocessing,
             source=task.source,
             lineage=(task.made.told(planned, search),),
-            samples=np.ascontiguousarray(dataset.validation.inputs[:_SAMPLES]),
+            samples=np.ascontiguousarray(dataset.train.sample(_SAMPLES).inputs),
             path=out,
         )
         progress.done(f"{bundle.model_bytes / 1e6:.2f} MB")

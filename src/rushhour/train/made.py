@@ -19,9 +19,10 @@ from rushhour.train.settings import TrainSettings
 _GOES_ON: Final = {"epochs", "weights"}
 """A checkpoint is gone on from where these differ; whether weights do is looked at apart, as they may be unknown."""
 
-_PLANNED, SEARCH = "planned epochs", "search"
-_BESIDE: Final = {_PLANNED, SEARCH}
-"""In the lineage: how the training came to its end, which is no part of what it was made of."""
+_PLANNED, SEARCH, _MARKS = "planned epochs", "search", "marks"
+_BESIDE: Final = {_PLANNED, SEARCH, _MARKS}
+"""In the lineage: how the training came to its end, which is no part of what it was made of, and what the data's hash
+says already."""
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -100,6 +101,7 @@ def made_of(
             "dataset": dataset.name,
             "samples": len(dataset.train),
             "fingerprint": dataset.fingerprint,
+            _MARKS: dataset.marks,
             "torch": str(torch.__version__),
         },
     )

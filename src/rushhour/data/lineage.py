@@ -1,0 +1,34 @@
+"""What a bundle was trained on, against the data that it is to be judged by."""
+
+from __future__ import annotations
+
+from rushhour.bundle import Bundle
+from rushhour.data.dataset import Dataset
+from rushhour.data.marks import share_known
+
+
+def compared(bundle: Bundle, dataset: Dataset) -> str:
+    """What a person should hear of data that is not what the bundle was trained on; empty where it is, or unknown.
+
+    Data that has grown is split as it was before, so nothing of it that is tested was trained on. Where the user's own
+    parts have changed, it may have been.
+    """
+    trained = [step.settings for step in bundle.manifest.lineage if "marks" in step.settings]
+    others = [settings for settings in trained if settings.get("fingerprint") != dataset.fingerprint]
+    if not others:
+        return ""
+    name = bundle.manifest.name
+    known = {
+        part: max(share_known(str(settings["marks"]), split.inputs) for settings in others)
+        for part, split in (("validation", dataset.validation), ("test", dataset.test))
+    }
+    if any(known.values()):
+        shares = " and ".join(f"about {share:.0%} of the {part} part" for part, share in known.items() if share)
+        return (
+            f"{name} was trained on {shares} of {dataset.name}: accuracies there are too high; hold out "
+            "samples that it has not seen"
+        )
+    return (
+        f"{name} was trained on other data than {dataset.name} is now; as far as is known, on nothing of its "
+        "validation and test parts"
+    )
