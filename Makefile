@@ -14,7 +14,7 @@
 # make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
 # make bench-machines  what int8 answers and how fast it is, with and without VNNI, 20 minutes
-# make bench-zoo    500 random networks, trained under a checked heap: is any memory corrupted? 5 minutes
+# make bench-zoo    500 random networks under a checked heap, and named ones of all kinds in every step, 45 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # Everything lives in .venv; nothing is installed outside it.
 

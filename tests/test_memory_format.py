@@ -180,7 +180,7 @@ def test_a_resumed_training_keeps_what_it_chose(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("rushhour.train.memory_format._gain", lambda *_, **__: 2.0)
     notes = Notes()
     resumed = learned(tmp_path / "a", DATA, CONVOLUTIONAL, settings, trusted=trusted, progress=notes)
-    assert notes.said[0] == "contiguous: 2.0x faster in trial steps"
+    assert notes.said[1] == "contiguous: 2.0x faster in trial steps"
     assert same(resumed, alone)
     (file,) = (tmp_path / "a" / "work").glob("*.safetensors")
     noted = Checkpoint(file.parent, "")
@@ -199,7 +199,7 @@ def test_no_channels_last_is_the_same_training(tmp_path: Path) -> None:
         tmp_path, DATA, CONVOLUTIONAL, TrainSettings(epochs=1, batch=32, channels_last=False),
         trusted=trusted, progress=notes,
     )  # fmt: skip
-    assert notes.said[0] == "contiguous: asked for"
+    assert notes.said[1] == "contiguous: asked for"
     assert notes.notes[0] == "resumed after step 4"
 
 
@@ -220,7 +220,7 @@ def test_training_what_corrupted_memory(workers: int, tmp_path: Path) -> None:
         "  t.learned(pathlib.Path(sys.argv[1]), t.DATA, t.Source('test_memory_format:bad'),"
         " t.TrainSettings(epochs=2, batch=30), trusted=('test_memory_format:bad',), progress=notes,"
         " workers=int(sys.argv[2]))\n"
-        "  print(notes.said[0])"
+        "  print(notes.said[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), str(workers)], cwd=Path(__file__).parent.parent,

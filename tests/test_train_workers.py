@@ -55,7 +55,7 @@ class Mortal(nn.Module):
         self._passes = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and KILLS in os.environ:
+        if self.training and KILLS in os.environ and dist.is_initialized():
             rank, at, file = os.environ[KILLS].split(" ", 2)
             if dist.get_rank() == int(rank) and self._passes == int(at) and not Path(file).exists():
                 Path(file).touch()
@@ -69,6 +69,32 @@ def with_dropout() -> nn.Module:
 
 
 DROPOUT = Source("test_train_workers:with_dropout")
+
+
+class Uneven(nn.Module):
+    """What several workers could do otherwise than one: a layer without use, one used now and then, and statistics."""
+
+    centre: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(5, 16), nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+        self.spare, self.last = nn.Linear(16, 16), nn.Linear(16, 2)
+        self.register_buffer("centre", torch.zeros(16))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.frozen = nn.BatchNorm1d(16).eval().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x).view(-1, 4, 4)).flatten(1)
+        out: torch.Tensor = self.last(self.frozen(x - self.centre).relu())
+        if self.training:
+            self.centre = 0.9 * self.centre + 0.1 * x.detach().mean(0)
+            self.steps += 1
+        return out
+
+
+def uneven() -> nn.Module:
+    return Uneven()
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -284,7 +310,7 @@ def test_a_worker_s_error_is_said_as_one_worker_would(tmp_path: Path) -> None:
 
 class Stumbles(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        if self.training and dist.is_initialized():
             raise LookupError("no such thing")
         return x
 
@@ -522,3 +548,21 @@ def test_torchrun_on_two_machines(
     weights, curve = undisturbed("pipeline")
     assert same(load_file(tmp_path / "weights.safetensors"), weights)
     assert losses(tmp_path) == curve
+
+
+@pytest.mark.parametrize("batch", [pytest.param(32, marks=pytest.mark.slow), 33])
+def test_what_takes_no_part_and_statistics_of_its_own_are_as_with_one_worker(batch: int, tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=2, batch=batch, bf16=False, optimizer="adamw", weight_decay=0.1, ema=0.99)
+    source = Source("test_train_workers:uneven")
+    notes, trusted = Notes(), (source.factory,)
+    one = learned(tmp_path / "one", table(), source, settings, trusted=trusted)
+    two = learned(
+        tmp_path / "two", table(), source, settings,
+        trusted=trusted, workers=2, division=divided("data"), progress=notes,
+    )  # fmt: skip
+    assert close(one, two), {name: float((one[name] - two[name]).abs().max()) for name in one}
+    torch.manual_seed(0)
+    fresh = uneven().state_dict()
+    assert torch.equal(one["spare.weight"], fresh["spare.weight"]), "what takes no part does not decay"
+    assert torch.equal(two["frozen.running_mean"], fresh["frozen.running_mean"])
+    assert any("training changes centre, steps" in line and "the mean over 2 workers" in line for line in notes.said)

@@ -153,6 +153,21 @@ class Task(msgspec.Struct, frozen=True):
         return {str(index): float(value) for index, value in enumerate(output)}
 
 
+def are_probabilities(outputs: NDArray[Any], tolerance: float = 1e-3) -> bool:
+    """Whether each of these outputs, `(n, classes)`, is a distribution over the classes, as a softmax gives it.
+
+    Args:
+        outputs: of a classification, of a few samples.
+        tolerance: of each number and of their sum; answers of an int8 graph are coarse.
+    """
+    if outputs.ndim != 2 or outputs.shape[1] < 2 or not np.isfinite(outputs).all():
+        return False
+    sums = outputs.astype(np.float64).sum(axis=1)
+    return bool(
+        outputs.min() >= -tolerance and outputs.max() <= 1 + tolerance and (np.abs(sums - 1) <= tolerance).all()
+    )
+
+
 def wilson(successes: int, n: int) -> Interval:
     """Wilson's 95% score interval of a proportion."""
     if n == 0:

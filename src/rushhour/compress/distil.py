@@ -26,7 +26,7 @@ from rushhour.engines import EngineConfig, Runner, open_engine
 from rushhour.errors import ModelError
 from rushhour.models import Deployed, load_deployed
 from rushhour.progress import Progress
-from rushhour.task import Task
+from rushhour.task import Task, are_probabilities
 from rushhour.train import TrainSettings
 from rushhour.train.checkpoint import Checkpoint
 from rushhour.train.feed import Feed
@@ -37,6 +37,10 @@ from rushhour.train.settings import ScheduleName
 
 _REMEMBERED_BYTES = 256_000_000
 """Answers of the teacher to the training part are kept, where nothing is augmented, up to this size."""
+_LOOKED_AT = 32
+"""Samples whose answers show whether a graph gives probabilities or logits."""
+_COARSE = 0.05
+"""By which the sum of an int8 graph's probabilities may miss 1."""
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 Teacher = Callable[[Tensor], Tensor]
@@ -209,7 +213,8 @@ def _answering(
     """The teacher at work."""
     module = _module(bundle, trusted)
     if module is not None:
-        MemoryFormat(channels_last=module.preprocess.pictures).lay(module)  # only gradients are at fault
+        # only gradients are at fault, and `load_deployed` has seen whether it can take channels-last pictures
+        MemoryFormat(channels_last=not module.preprocess.contiguous).lay(module)
 
         def torch_answers(inputs: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -223,14 +228,17 @@ def _answering(
     engine = open_engine(bundle, config)
     try:
         runner = Runner(engine)
+        first = np.ascontiguousarray(dataset.train.inputs[:_LOOKED_AT])
+        gives = runner.infer({spec.name: first[:batch]})[output]
+        # log-probabilities are logits up to a constant, which softmax at any temperature ignores
+        are_logs = dataset.task.kind == "classification" and are_probabilities(np.asarray(gives), _COARSE)
 
         def compiled_answers(inputs: Tensor) -> Tensor:
             samples = inputs.numpy()
             if samples.dtype != spec.dtype:  # augmented pictures; the graph takes whole pixels
                 samples = np.rint(samples).astype(spec.dtype)
             answers = torch.from_numpy(np.asarray(runner.infer({spec.name: samples})[output], dtype=np.float32))
-            # log-probabilities are logits up to a constant, which softmax at any temperature ignores
-            return answers.clamp_min(1e-12).log() if dataset.task.kind == "classification" else answers
+            return answers.clamp_min(1e-12).log() if are_logs else answers
 
         yield compiled_answers
     finally:

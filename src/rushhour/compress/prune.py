@@ -136,7 +136,7 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
     loss_of, split = loss_for(dataset.task), dataset.train
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split), generator=generator)[:_GRADIENT_SAMPLES].numpy()
-    form = guard(deployed, split.inputs) or MemoryFormat(channels_last=deployed.preprocess.pictures)
+    form = guard(deployed, split.inputs) or MemoryFormat(channels_last=not deployed.preprocess.contiguous)
     form.lay(deployed)
     deployed.network.zero_grad()
     with form.in_force():

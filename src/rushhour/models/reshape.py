@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rushhour.bundle import Reshape
 from rushhour.errors import ModelError
@@ -103,7 +104,8 @@ def reshape_of(fresh: nn.Module, network: nn.Module, ranks: Mapping[str, int], m
     """
     for name, rank in ranks.items():
         split_dense(fresh, name, rank)
-    before = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    # what is lazy takes the shape of whatever weights it is given
+    before = {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
     after = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if before.keys() != after.keys():
         apart = sorted(before.keys() ^ after.keys())
@@ -112,7 +114,8 @@ def reshape_of(fresh: nn.Module, network: nn.Module, ranks: Mapping[str, int], m
             f"it differs from its factory's in {', '.join(apart[:3])}",
             "give a factory that builds the same layers every time",
         )
-    return Reshape(ranks=dict(ranks), shapes={name: shape for name, shape in after.items() if shape != before[name]})
+    changed = {name: shape for name, shape in after.items() if before[name] not in (None, shape)}
+    return Reshape(ranks=dict(ranks), shapes=changed)
 
 
 def _settle(module: nn.Module) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rushhour.bundle import Preprocessing, Reshape, Source
 from rushhour.errors import ModelError, RushhourError
@@ -136,6 +138,7 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
             f"it gave a {type(network).__name__}, not a torch.nn.Module",
             "name a callable that returns a torch.nn.Module",
         )
+    _in_one_piece(network)
     if isinstance(source.reshape, Reshape):
         reshape(network, source.reshape, source.factory)
     return network
@@ -175,6 +178,13 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
             "name a callable that returns a torch.nn.Module",
         )
     return factory
+
+
+def _in_one_piece(network: nn.Module) -> None:
+    """Lay out tensors in torch's standard order that are views, transposed or expanded: those cannot be written to."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if not is_lazy(tensor) and tensor.layout == torch.strided and not tensor.is_contiguous():
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def resized(

@@ -24,7 +24,9 @@ from rushhour.storage import explained, write_whole
 
 _HEADER = "rushhour"
 _COUNT = "step"
-"""What Adam calls the number of its steps, beside the moments; it is the same for all parameters."""
+"""What Adam calls the number of a parameter's steps, beside the moments."""
+COUNTS = "counts"
+"""In the notes, those numbers by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Checkpoint:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, msgspec.DecodeError):
             return None
-        if state.fingerprint != self.fingerprint:
+        if state.fingerprint != self.fingerprint or COUNTS not in state.notes:  # without: of an earlier version
             return None
         return Snapshot(state.step, state.notes, tensors, state.facts)
 
@@ -257,7 +259,9 @@ def snapshot(
     tensors["generator"] = torch.get_rng_state()
     # copies that lie as safetensors writes them, and share no memory where weights are tied, which it refuses
     copied = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return Snapshot(step, {**progress_of(optimizer, schedule), **(notes or {})}, {**copied, **(more or {})})
+    counts = counts_of(optimizer, _named(network, optimizer))
+    notes = {**progress_of(optimizer, schedule), **(notes or {}), COUNTS: counts}
+    return Snapshot(step, notes, {**copied, **(more or {})})
 
 
 def put_back(found: Snapshot, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
@@ -269,7 +273,7 @@ def put_back(found: Snapshot, network: nn.Module, optimizer: torch.optim.Optimiz
         values = {
             moment: torch.empty_like(parameter).copy_(named[name]) for moment, named in moments.items() if name in named
         }
-        set_moments(optimizer, parameter, values, found)
+        set_moments(optimizer, parameter, values, found.notes[COUNTS].get(name))
     put_progress_back(found, optimizer, schedule)
     if "generator" in found.tensors:
         torch.set_rng_state(found.tensors["generator"])
@@ -278,16 +282,14 @@ def put_back(found: Snapshot, network: nn.Module, optimizer: torch.optim.Optimiz
 def progress_of(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict[str, Any]:
     """What optimizer and schedule know beside tensors of parameters' shapes, for a snapshot's notes."""
     (group,) = optimizer.param_groups
-    kept: dict[str, Any] = next((kept for kept in optimizer.state.values() if _COUNT in kept), {})
     return {
         "group": {name: value for name, value in group.items() if name != "params"},
         "schedule": schedule.state_dict(),
-        "count": kept[_COUNT].item() if _COUNT in kept else None,
     }
 
 
 def put_progress_back(found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-    """The reverse of `progress_of`, but for the count, which `set_moments` gives to each parameter."""
+    """The reverse of `progress_of`."""
     optimizer.param_groups[0].update(found.notes["group"])
     schedule.load_state_dict(found.notes["schedule"])
 
@@ -298,12 +300,17 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     return {name: value for name, value in kept.items() if isinstance(value, Tensor) and name != _COUNT}
 
 
+def counts_of(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, float]:
+    """Steps that Adam counts for each parameter: fewer for one that takes part in some steps only."""
+    kept = {name: optimizer.state.get(parameter, {}) for name, parameter in named.items()}
+    return {name: one[_COUNT].item() for name, one in kept.items() if _COUNT in one}
+
+
 def set_moments(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor], found: Snapshot
+    optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor], count: float | None
 ) -> None:
-    """Give the optimizer what it kept of a parameter: its moments, and the count of steps that is in the notes."""
+    """Give the optimizer what it kept of a parameter: its moments, and the steps that it counted."""
     if moments:
-        count = found.notes["count"]
         counted = {} if count is None else {_COUNT: torch.tensor(count, dtype=torch.float32)}
         optimizer.state[parameter] = {**counted, **moments}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from rushhour.bundle import Source, TensorSpec
 from rushhour.errors import ModelError, PlanError, RushhourError
 from rushhour.models import Deployed, build
+from rushhour.models.deployed import as_logits
 from rushhour.progress import Progress
 from rushhour.storage import write_whole
 from rushhour.task import Task
-from rushhour.train.checkpoint import Snapshot, moments_of, progress_of, put_progress_back, set_moments
+from rushhour.train.checkpoint import (
+    COUNTS,
+    Snapshot,
+    counts_of,
+    moments_of,
+    progress_of,
+    put_progress_back,
+    set_moments,
+)
 from rushhour.train.cost import Constants, Mesh, measure_together
 from rushhour.train.feed import Batch
 from rushhour.train.launch import Backend
@@ -39,7 +49,7 @@ from rushhour.train.plan import (
 )
 from rushhour.train.reducer import Compression
 from rushhour.train.settings import TrainSettings
-from rushhour.train.stepper import AVERAGE
+from rushhour.train.stepper import AVERAGE, AVERAGES, average_moments, move_averages
 from rushhour.train.trial import Step, fastest
 
 TRIAL_S = 20.0
@@ -243,7 +253,9 @@ class Divided:
             raise ModelError("cannot train this network", "it has no parameters", "give it parameters to learn")
         self._preprocess = deployed.preprocess
         self._task = task
-        self._loss = loss_for(task, "sum")
+        self._as_logits = partial(as_logits, outputs=deployed.outputs, meaning=deployed.meaning)
+        self._averages: dict[str, Tensor] = {}
+        self._has_averages = settings.ema is not None
         self._seed = settings.seed
         self._microbatches = max(plan.microbatches, settings.accumulate)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -278,6 +290,9 @@ class Divided:
             microbatches=self._microbatches,
         )
 
+    def _loss(self, given: Any, targets: Tensor) -> Tensor:
+        return loss_for(self._task, "sum")(self._as_logits(given), targets)
+
     def clip(self, max_norm: float) -> None:
         """Shorten the gradient of the whole network, wherever its parts are."""
         self._parallel.clip(max_norm)
@@ -304,7 +319,7 @@ class Divided:
         answers = self._parallel.predict(self._preprocess(batch.inputs), len(batch.rows))
         found: list[int] = []
         if answers is not None:
-            losses = loss_for(self._task, "none")(answers, batch.targets)
+            losses = loss_for(self._task, "none")(self._as_logits(answers), batch.targets)
             found = batch.own[(~losses.isfinite()).numpy()].tolist()
         every: list[list[int]] = [[] for _ in range(self._world)]
         dist.all_gather_object(every, found)
@@ -318,7 +333,8 @@ class Divided:
         mine = self._parallel.rows(len(full))
         answers = self._parallel.predict(self._preprocess(full[mine]), len(full))
         every: list[Any] | None = [None] * self._world if self.leads else None
-        dist.gather_object(None if answers is None else (mine.start, answers.float().numpy()), every)
+        own = None if answers is None else self._as_logits(answers).float().numpy()
+        dist.gather_object(None if own is None else (mine.start, own), every)
         if every is None:
             return None
         # in the order of the rows, from whichever workers have answers
@@ -332,6 +348,11 @@ class Divided:
     def weights(self) -> dict[str, Tensor]:
         """The whole network's state, as copies, on the leading worker; nothing on the others."""
         return _apart(self._parallel.full_state_dict() or {})
+
+    def average(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        """Of what this worker holds."""
+        average_moments(list(self._named.values()), optimizer, decay)
+        move_averages(self._averages, self._parallel.buffers(), decay)
 
     def take(
         self,
@@ -347,17 +368,21 @@ class Divided:
         if self._relaxed:
             own |= {f"state.{name}": tensor for name, tensor in self._parallel.local_state().items()}
             own |= {f"moment.{moment}.{name}": one for name in held for moment, one in held[name].items()}
+            own |= {f"{AVERAGES}.{name}": one for name, one in self._averages.items()}
             own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
             held = {name: {moment: self._mean_(one.clone()) for moment, one in held[name].items()} for name in held}
         known: list[Any] = [None] * self._world
-        progress = progress_of(optimizer, schedule)
-        dist.all_gather_object(known, (sorted({moment for one in held.values() for moment in one}), progress["count"]))
-        counts = [count for _, count in known if count is not None]
+        counts = counts_of(optimizer, self._named)
+        dist.all_gather_object(known, (sorted({moment for one in held.values() for moment in one}), counts))
+        counts = {name: count for _, own_counts in known for name, count in own_counts.items()}
         with self._standing_in(None):
             tensors = {f"network.{name}": tensor for name, tensor in self.weights().items()}
         for moment in sorted({name for names, _ in known for name in names}):
             whole = self._parallel.merged({name: one[moment] for name, one in held.items() if moment in one})
             tensors |= {f"moment.{moment}.{name}": tensor for name, tensor in _apart(whole or {}).items()}
+        if self._has_averages and not self._relaxed:
+            whole = self._parallel.merged(self._averages)
+            tensors |= {f"{AVERAGES}.{name}": tensor for name, tensor in _apart(whole or {}).items()}
         if self._relaxed:
             every: list[Any] | None = [None] * self._world if self.leads else None
             dist.gather_object(own, every)
@@ -366,20 +391,23 @@ class Divided:
             }
         if not self.leads:
             return None
-        return Snapshot(step, {**progress, **notes, "count": max(counts, default=None)}, {**tensors, **more})
+        return Snapshot(step, {**progress_of(optimizer, schedule), **notes, COUNTS: counts}, {**tensors, **more})
 
     def put(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
         """Take own parts of a snapshot; of relaxed workers, what this very one had."""
         if self._relaxed:
             own = f"{_OWN}.{self._rank}"
             self._parallel.load_local_state(found.part(f"{own}.state"))
+            averages = found.part(f"{own}.{AVERAGES}")
             moments = Snapshot(
                 0, {}, {f"moment.{name}": one for name, one in found.part(f"{own}.moment").items()}
             ).moments
         else:
             self._parallel.load_full_state_dict(found.part("network"))
             self._parallel.steps = found.step
+            averages = self._parallel.parts(found.part(AVERAGES))
             moments = {moment: self._parallel.parts(whole) for moment, whole in found.moments.items()}
+        self._averages = {name: average.clone() for name, average in averages.items()}
         for name, parameter in self._named.items():
             # the fused optimizer walks parameter and moments side by side, so they must lie alike in memory
             values = {
@@ -387,7 +415,7 @@ class Divided:
                 for moment, named in moments.items()
                 if name in named
             }
-            set_moments(optimizer, parameter, values, found)
+            set_moments(optimizer, parameter, values, found.notes[COUNTS].get(name))
         put_progress_back(found, optimizer, schedule)
 
     @contextlib.contextmanager
@@ -400,6 +428,8 @@ class Divided:
                 average = None
                 if optimizer is not None and name in self._named:
                     average = moments_of(optimizer, self._named[name]).get(AVERAGE)
+                elif optimizer is not None:
+                    average = self._averages.get(name)
                 if average is None and not (self._relaxed and tensor.is_floating_point()):
                     continue
                 kept[name] = tensor.clone()

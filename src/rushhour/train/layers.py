@@ -103,6 +103,8 @@ class ToRows(nn.Module):
 class Sharded(nn.Module):
     """A layer whose parameters are shared out and gathered only while it computes, forward and backward.
 
+    `took` says which of them took part in the last backward pass on this worker.
+
     ZeRO stage 3 (Rajbhandari et al. 2020). Each parameter is dealt out as a flat vector, so that nothing need divide
     evenly and an elementwise optimizer sees what it always sees.
 
@@ -118,6 +120,7 @@ class Sharded(nn.Module):
         self.names = list(whole)
         self._shapes = [tuple(tensor.shape) for tensor in whole.values()]
         self._sizes = [shares(tensor.numel(), group.size()) for tensor in whole.values()]
+        self.took = [False] * len(self.names)
         self.parts = nn.ParameterList(
             nn.Parameter(part_of(tensor.detach().reshape(-1), 0, group)) for tensor in whole.values()
         )
@@ -189,12 +192,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sharded: Sharded, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.sharded = sharded
+        ctx.set_materialize_grads(False)
         return tuple(sharded._gather())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         sharded: Sharded = ctx.sharded
         sharded._gathered = None  # the layer's backward pass is over
+        sharded.took = [before or grad is not None for before, grad in zip(sharded.took, grads, strict=True)]
         return None, *sharded._scatter(grads)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from rushhour import identity, machine
@@ -32,8 +33,10 @@ from rushhour.data.augment import check_pictures
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
+from rushhour.models.deployed import Meaning
 from rushhour.progress import Progress, Silent
 from rushhour.storage import alone_at, claimed, explained, write_whole
+from rushhour.task import Task
 from rushhour.train.checkpoint import Begun, Checkpoint, shapes
 from rushhour.train.divided import Divided, Division, decide, only_leader
 from rushhour.train.feed import Batch, Feed
@@ -43,8 +46,9 @@ from rushhour.train.made import Made, made_of
 from rushhour.train.memory_format import NOTE, MemoryFormat, choose
 from rushhour.train.plan import ParallelPlan
 from rushhour.train.position import reached, watch
+from rushhour.train.preflight import Steps, inspect
 from rushhour.train.settings import TrainSettings
-from rushhour.train.stepper import AVERAGE, Alone, Stepper
+from rushhour.train.stepper import Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
 from rushhour.train.workers import together
 
@@ -66,6 +70,10 @@ _PACE_WARM, _PACE_TIMED = 2, 7
 _PLANNED, _RESUMED = "planned", "resumed"
 """In the notes of a checkpoint: numbers of epochs that were planned before, each with the step until which it was; the
 steps after which it was gone on."""
+
+_OURS = "rushhour.models:"
+_EXPORTABLE: list[tuple[Source, TensorSpec, Task]] = []
+"""Networks whose export was tried in this process: a search trains the same one many times."""
 
 _NAMED = 8
 """Samples that a message names, at most."""
@@ -195,6 +203,7 @@ def _train(
     if older is not None and not why:
         return older
     check_place(out, force=force, why=why)
+    task = task.inspected(dataset, progress)  # before anything is removed
     checkpoint = task.checkpoint()
     _make_way(task, checkpoint, dataset, out, force=force)
     weights = _learn(task, dataset, progress, on_epoch)
@@ -289,13 +298,14 @@ def _learn(
 ) -> dict[str, Tensor]:
     workers, backend = task.workers, task.division.backend
     with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(machine.cores())
+        if task.meaning is None:
+            task = task.inspected(dataset, progress)
         if workers > 1:
-            task.check(dataset)
             folder = _beside(task.checkpoint())
             if not together(task, dataset, workers=workers, backend=backend, folder=folder, progress=progress):
                 raise SystemExit(0)
             progress, task = Silent(), msgspec.structs.replace(task, tracking=None)
-        torch.set_num_threads(machine.cores())
         return task.alone(dataset, progress, on_epoch)
 
 
@@ -309,7 +319,7 @@ def step_seconds(
     task = _Assignment(source, settings, work, trusted, 0.0, None, Division(), 1, Made(Step("train"), {}))
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(machine.cores())
-        return task.step_seconds(dataset)
+        return task.inspected(dataset, Silent(), export=False).step_seconds(dataset)
 
 
 def _assigned(
@@ -343,24 +353,50 @@ class _Assignment(msgspec.Struct, frozen=True):
     division: Division
     workers: int
     made: Made
+    meaning: Meaning | None = None
 
-    def check(self, dataset: Dataset) -> None:
-        """Raise, before any work, if network, data, settings and workers do not fit each other."""
-        batch = min(self.settings.batch, len(dataset.train))
+    def inspected(self, dataset: Dataset, progress: Progress, *, export: bool = True) -> _Assignment:
+        """The same with what a look at the network has shown. Raises, before any work, what would fail in it."""
+        settings, batch = self.settings, min(self.settings.batch, len(dataset.train))
         if self.workers > batch:
             raise ModelError(
                 f"cannot train on {self.workers} workers",
                 f"a step has {batch} samples, and each worker needs one",
                 "use fewer workers, or a larger batch",
             )
-        self._prepared(dataset)
+        _check(dataset, settings)
+        sample, division = _sample_spec(dataset), self.division
+        own = not self.source.factory.startswith(_OURS)
+        tried = (self.source, sample, dataset.task)
+        if own:
+            progress.start(f"check {_short(self.source)}")
+        with torch.random.fork_rng(devices=[]):
+            found = inspect(
+                lambda: self._built(dataset),
+                dataset,
+                sample,
+                settings.resolved,
+                Steps(
+                    batch,
+                    settings.accumulate,
+                    self.workers,
+                    whole_batch_norm=division.batch_norm == "whole" and division.relaxed is None,
+                ),
+                name=_short(self.source),
+                export=export and own and tried not in _EXPORTABLE,
+            )
+        if export and own:
+            _EXPORTABLE.append(tried)
+        if own or found.notes:
+            progress.done("; ".join(found.notes) or "it can be trained, exported and served")
+        return msgspec.structs.replace(self, meaning=found.meaning)
 
     def alone(
         self, dataset: Dataset, progress: Progress, on_epoch: Callable[[Epoch], None] | None
     ) -> dict[str, Tensor]:
-        deployed = self._prepared(dataset)
         settings = self.settings.resolved
-        form = self._format(dataset, deployed, progress)
+        form = self._format(dataset, self._prepared(dataset), progress)
+        deployed = self._prepared(dataset)  # anew: what it remembers of samples that it has seen is no business of it
         form.lay(deployed)
         stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
         expected = shapes(deployed.network.state_dict())
@@ -368,8 +404,9 @@ class _Assignment(msgspec.Struct, frozen=True):
             return self._run(dataset, stepper, deployed.head, expected, form, progress, on_epoch)
 
     def step_seconds(self, dataset: Dataset) -> float:
-        settings, deployed = self.settings.resolved, self._prepared(dataset)
-        form = self._format(dataset, deployed, Silent())
+        settings = self.settings.resolved
+        form = self._format(dataset, self._prepared(dataset), Silent())
+        deployed = self._prepared(dataset)
         form.lay(deployed)
         stepper = Alone(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
         optimizer = settings.make_optimizer(stepper.parameters())
@@ -441,11 +478,17 @@ class _Assignment(msgspec.Struct, frozen=True):
         """Where it keeps how it stands."""
         return Checkpoint(self.work, self.made.fingerprint, self.made.facts)
 
-    def _prepared(self, dataset: Dataset) -> Deployed:
+    def _built(self, dataset: Dataset) -> Deployed:
         torch.manual_seed(self.settings.seed)
-        deployed = Deployed(build(self.source, self.trusted), dataset.task, dataset.preprocessing)
-        _check(dataset, deployed, self.settings, _short(self.source))
-        return deployed
+        return Deployed(build(self.source, self.trusted), dataset.task, dataset.preprocessing)
+
+    def _prepared(self, dataset: Dataset) -> Deployed:
+        """The network as training begins with it."""
+        deployed = self._built(dataset)
+        deployed.meaning = self.meaning or "logits"
+        if any(map(is_lazy, (*deployed.network.parameters(), *deployed.network.buffers()))):
+            deployed.answer_shape(np.array(dataset.train.inputs[:2]), _short(self.source))
+        return deployed.train()
 
     def _format(self, dataset: Dataset, deployed: Deployed, progress: Progress) -> MemoryFormat:
         """How its pictures lie in memory: as the checkpoint says, or else chosen now; what there is to say, is said."""
@@ -610,19 +653,9 @@ class _Course:
             self._save()
 
     def _average(self) -> None:
-        """Move the averages by one step; they begin at the weights after the first."""
-        decay = self._settings.ema
-        if decay is None:
-            return
-        with torch.no_grad():
-            for parameter in self._stepper.parameters():
-                if parameter.grad is None:
-                    continue
-                state = self._optimizer.state[parameter]
-                if AVERAGE in state:
-                    state[AVERAGE].lerp_(parameter, 1 - decay)
-                else:
-                    state[AVERAGE] = parameter.detach().clone()
+        """Move the averages by one step; they begin at the weights after the first, and forget these soon."""
+        if self._settings.ema is not None:
+            self._stepper.average(self._optimizer, min(self._settings.ema, (1 + self._done) / (10 + self._done)))
 
     def _judge(self, feed: Feed, epoch: Epoch) -> None:
         """Add the epoch to the history, with its figures on the validation part; keep its weights if they are best."""
@@ -644,8 +677,8 @@ class _Course:
             logits = self._stepper.predict(torch.from_numpy(np.array(split.inputs[at : at + batch])))
             if logits is None:
                 continue
-            with torch.inference_mode():
-                total += loss_of(logits, torch.from_numpy(split.targets[at : at + batch])).item()
+            with torch.no_grad():
+                total += loss_of(logits, torch.from_numpy(np.array(split.targets[at : at + batch]))).item()
                 answers.append(self._head(logits.float()).numpy())
         if not answers:
             return 0.0, 0.0
@@ -756,6 +789,12 @@ def _listed(rows: list[int]) -> str:
 
 
 def _sample_spec(dataset: Dataset) -> TensorSpec:
+    if several := dataset.train.inputs.dtype.names:
+        raise DataError(
+            f"cannot train on samples of {len(several)} inputs",
+            f"training takes one array, and {dataset.name} has {', '.join(several)}",
+            "join them into one array, and part them in the network's forward",
+        )
     dtype = dataset.train.inputs.dtype.name
     name = "image" if dataset.preprocessing.layout == "NHWC->NCHW" else "input"
     try:
@@ -768,13 +807,12 @@ def _sample_spec(dataset: Dataset) -> TensorSpec:
         ) from error
 
 
-def _check(dataset: Dataset, deployed: Deployed, settings: TrainSettings, name: str) -> None:
-    """Raise, before any work, if network, targets, task and settings do not fit each other."""
+def _check(dataset: Dataset, settings: TrainSettings) -> None:
+    """Raise, before any work, if targets, task and settings do not fit each other."""
     _sample_spec(dataset)
     if settings.augment is not None:
         check_pictures(dataset.train.inputs, dataset.name)
     task = dataset.task
-    task.check_output(deployed.answer_shape(dataset.train.inputs[:2], name), name)
     parts: tuple[tuple[str, Split], ...] = (("train", dataset.train), ("validation", dataset.validation))
     for part, split in parts:
         targets: NDArray[Any] = split.targets

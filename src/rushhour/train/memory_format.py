@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rushhour.models import Deployed
+from rushhour.models.failure import why_failed
 
 _BLOCK = 16
 """Channels from which on no instruction set is at fault; AVX2's block is 8, but a training may change machines."""
@@ -111,10 +112,12 @@ def choose(
         return MemoryFormat(channels_last=False)
     if not allowed:
         return MemoryFormat(channels_last=False, why="asked for")
-    if not any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in deployed.modules()):
-        return MemoryFormat(channels_last=True)
     if kept is not None:
         return msgspec.convert(kept, MemoryFormat)
+    if (failed := _fails_channels_last(deployed, samples, bf16=bf16)) is not None:
+        return MemoryFormat(channels_last=False, why=failed)
+    if not any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in deployed.modules()):
+        return MemoryFormat(channels_last=True)
     if steps < _LEAST_STEPS or _bytes(deployed) > _LARGEST_BYTES:
         return MemoryFormat(channels_last=True)
     gain = _gain(deployed, samples, bf16=bf16)
@@ -123,6 +126,26 @@ def choose(
     if gain * _CLEARLY < 1:
         return MemoryFormat(channels_last=False, why=f"{1 / gain:.1f}x faster in trial steps")
     return MemoryFormat(channels_last=True, why=f"{gain:.1f}x as fast as contiguous in trial steps")
+
+
+def _fails_channels_last(deployed: Deployed, samples: NDArray[Any], *, bf16: bool) -> str | None:
+    """Why the network cannot take channels-last pictures, found by a step on a copy; None where it can.
+
+    One that calls `view` on what a convolution gives needs the standard format, as in plain torch.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            own = copy.deepcopy(deployed).train()
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return "it cannot be copied to try channels-last"  # weights that are computed (weight_norm), caches of them
+    MemoryFormat(channels_last=True).lay(own)
+    step = _stepping(own, torch.from_numpy(np.array(samples[:3])), bf16=bf16)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            step()
+    except Exception as error:  # a user's network may fail in any way
+        return f"channels-last it fails: {why_failed(error)}"
+    return None
 
 
 def guard(deployed: Deployed, samples: NDArray[Any]) -> MemoryFormat | None:

@@ -157,7 +157,6 @@ class Parallel:
         self._precision = precision
         self._relaxed = relaxed
         self._couples = batch_norm == "whole" and relaxed is None
-        self._statistics: list[Tensor] = []
         self._moment = Moment(seed=seed)
         self._groups()
         if relaxed is not None and (
@@ -197,6 +196,9 @@ class Parallel:
         if features is not None:
             layers.append(ToRows(features, self._moment, self._require(self._tensor_group)))
         self._layers = nn.ModuleList(layers)
+        self._resting = [one for layer in layers for one in _whole(layer).modules() if not one.training]
+        self._holders_of = self._owners(own)
+        self._versions = {name: self._tensors[name]._version for name in self._holders_of}
         self._learned = self._learnable()
         self._reducers = [] if relaxed else self._make_reducers(compression, shared_memory=shared_memory)
         reduced = {id(one) for reducer in self._reducers for one in reducer.parameters}
@@ -264,25 +266,35 @@ class Parallel:
             reducer.clear()
         for parameter in self._unreduced:
             parameter.grad = None
-        self._layers.train()
+        for form in self._layers:
+            if isinstance(form, Sharded):
+                form.took = [False] * len(form.took)
+        self._train()
         scale = 1 / (own if self._relaxed else global_batch)
         total = self._one_forward_one_backward(inputs, targets, loss_sum, parts, count, scale)
         total *= (own if self._relaxed else global_batch) / global_batch
-        losses = torch.tensor([total], dtype=torch.float64)
+        said = torch.tensor([total, *self._took_part(), *self._collect()], dtype=torch.float64)
         for reducer in self._reducers:
             reducer.settle()
-        with self._sharing_statistics():
-            if self._world is not None:
-                dist.all_reduce(losses, group=self._world)  # and so all have come this far
+        if self._world is not None:
+            dist.all_reduce(said, group=self._world)  # and so all have come this far
+        took, changed = said[1:].view(2, -1).bool().tolist()
+        with self._sharing(
+            [entry for entry, is_so in zip(self._entries, changed, strict=True) if is_so], own / global_batch
+        ):
             for reducer in self._reducers:
                 reducer.finish(all_ready=True)
+        for entry, is_so in zip(self._entries, took, strict=True):
+            if not is_so and entry.held in self._learned and self._relaxed is None:
+                self._learned[entry.held].grad = None  # as with one worker: no decay of what took no part
         self._moment.step += 1
-        return float(losses)
+        return float(said[0])
 
     def synchronise(self) -> None:
         """To be called after each step of the optimizer; where workers are relaxed, they meet here when it is time."""
         if self._relaxed is None or self._world is None or self._moment.step % self._relaxed.every:
             return
+        self._collect()
         with torch.no_grad():
             for name, outer in self._outer.items():
                 here = self._learned[name]
@@ -339,10 +351,16 @@ class Parallel:
                     parameter.grad.mul_(max_norm / (norm + 1e-6))
         return norm
 
+    def buffers(self) -> dict[str, Tensor]:
+        """What this worker has of the network's buffers, those that have fractions; not copied."""
+        self._collect()
+        return {name: self._tensors[name] for name in self._holders_of if self._tensors[name].is_floating_point()}
+
     # The state, whole and in parts
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """The whole network's state under its own names, on worker 0; None on the others."""
+        self._collect()
         return self.merged(self._tensors)
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -415,6 +433,7 @@ class Parallel:
 
     def local_state(self) -> dict[str, Tensor]:
         """All that this worker must keep to go on exactly, besides its optimizer; not copied."""
+        self._collect()
         state = {name: tensor.detach() for name, tensor in self._tensors.items()}
         state[_STEPS] = torch.tensor(self._moment.step)
         for name, outer in self._outer.items():
@@ -489,12 +508,10 @@ class Parallel:
 
         def replaced(module: nn.Module) -> nn.Module:
             if type(module) is nn.Dropout:
-                return Dropout(module.p, numbers[id(module)], self._moment, cut)
+                return Dropout(module.p, numbers[id(module)], self._moment, cut).train(module.training)
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
                 if self._inner_group is not None and self._couples:
                     return SyncBatchNorm(module, self._inner_group)
-                if self._inner_group is not None and self._relaxed is None:
-                    self._statistics += [one for one in (module.running_mean, module.running_var) if one is not None]
                 return module
             for name, child in module.named_children():
                 setattr(module, name, replaced(child))
@@ -524,6 +541,61 @@ class Parallel:
             held = form.state_dict(keep_vars=True)
         mine = {entry.held for entry in self._entries}
         self._tensors |= {prefix + key: tensor for key, tensor in held.items() if prefix + key in mine}
+
+    def _owners(self, own: list[tuple[LayerPlan, str, nn.Module]]) -> dict[str, tuple[dict[str, Tensor | None], str]]:
+        """Name of a buffer that is held here -> the buffers of its module, and its name among them."""
+        forms = iter(self._layers)
+        found: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        for layer, name, _ in own:
+            if layer.stage != self._stage:
+                continue
+            form = next(form for form in forms if not isinstance(form, ToFeatures | ToRows))
+            for path, module in _whole(form).named_modules(prefix=name):
+                for key in module._buffers:
+                    full = f"{path}.{key}" if path else key
+                    if full in self._tensors:
+                        found[full] = module._buffers, key
+        return found
+
+    def _train(self) -> None:
+        """Training mode, but for what the network's factory left in evaluation mode."""
+        self._layers.train()
+        for module in self._resting:
+            module.training = False
+
+    def _took_part(self) -> list[float]:
+        """1 for each entry of the network's state whose gradient this worker has a part of."""
+        taken = {id(one) for reducer in self._reducers for one in reducer.taken}
+        for form in self._layers:
+            if isinstance(form, Sharded):
+                taken |= {id(part) for part, took in zip(form.parts, form.took, strict=True) if took}
+        plain = {id(one) for one in self._unreduced} - {
+            id(part) for form in self._layers if isinstance(form, Sharded) for part in form.parts
+        }
+        return [
+            float(
+                (one := self._learned.get(entry.held)) is not None
+                and (id(one) in taken or (id(one) in plain and one.grad is not None))
+            )
+            for entry in self._entries
+        ]
+
+    def _collect(self) -> list[float]:
+        """Take up buffers that the network put others in place of; 1 for each entry of the state that it changed."""
+        changed = set()
+        with torch.no_grad():
+            for name, (buffers, key) in self._holders_of.items():
+                held, here = self._tensors[name], buffers[key]
+                if here is not None and here is not held:
+                    if here.shape == held.shape and here.dtype == held.dtype:
+                        held.copy_(here)
+                        buffers[key] = held
+                    else:
+                        self._tensors[name] = held = here.detach()
+                if held._version != self._versions[name]:
+                    changed.add(name)
+                    self._versions[name] = held._version
+        return [float(entry.held in changed) for entry in self._entries]
 
     def _learnable(self) -> dict[str, nn.Parameter]:
         return {
@@ -631,18 +703,38 @@ class Parallel:
         return total
 
     @contextlib.contextmanager
-    def _sharing_statistics(self) -> Iterator[None]:
-        """What local batch normalisations remember of their rows becomes, meanwhile, the mean over the workers."""
-        if not self._statistics:
+    def _sharing(self, changed: list[_Entry], share: float) -> Iterator[None]:
+        """What buffers became on this worker's rows becomes, meanwhile, the mean over all rows.
+
+        It is exact for what is a mean over rows, such as running statistics. Batch normalisation over all workers has
+        the same everywhere; whole numbers stay as they are.
+        """
+        exact = {
+            id(one)
+            for layer in self._layers
+            for module in _whole(layer).modules()
+            if isinstance(module, SyncBatchNorm)
+            for one in module._buffers.values()
+        }
+        mine = [
+            tensor
+            for entry in changed
+            if entry.stage == self._stage and not entry.learned
+            if (tensor := self._tensors[entry.held]).is_floating_point() and id(tensor) not in exact
+        ]
+        if not mine or self._inner_group is None or self._relaxed is not None:
             yield
             return
-        flat = torch.cat(self._statistics)
+        flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in mine]) * share
         work = dist.all_reduce(flat, group=self._inner_group, async_op=True)
         yield
         assert work is not None
         work.wait()
-        parts = flat.div_(self.plan.mesh.inner).split([len(one) for one in self._statistics])  # type: ignore[no-untyped-call]
-        torch._foreach_copy_(self._statistics, parts)
+        with torch.no_grad():
+            for tensor, part in zip(mine, flat.split([one.numel() for one in mine]), strict=True):  # type: ignore[no-untyped-call]
+                tensor.copy_(part.view(tensor.shape))
+        for name in self._holders_of:
+            self._versions[name] = self._tensors[name]._version
 
     def _wire_dtype(self, x: Tensor) -> torch.dtype:
         """Between stages numbers travel in the weights' precision: autocast's is for computing."""
@@ -706,6 +798,12 @@ class Parallel:
             (first + index, (*entry.shape[: entry.cut], size, *entry.shape[entry.cut + 1 :]))
             for index, size in enumerate(shares(entry.shape[entry.cut], mesh.tensor))
         ]
+
+
+def _whole(layer: nn.Module) -> nn.Module:
+    """The layer itself, where its parameters are shared out."""
+    module: nn.Module = layer.__dict__["module"] if isinstance(layer, Sharded) else layer
+    return module
 
 
 _HEADER = 16

@@ -119,6 +119,9 @@ class Bucket:
 class Reducer:
     """Sums the gradients of parameters over a group.
 
+    Attributes:
+        taken: parameters that took part in this step, on this worker; one may be named more than once.
+
     Args:
         parameters: replicated on all workers of the group, in the order of the forward pass.
         group: used for nothing else, so that sums and activations cannot overtake one another.
@@ -155,6 +158,7 @@ class Reducer:
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
         self._hook = _hook(compression, group)
+        self.taken: list[Tensor] = []
         self._armed = False
         self._next = 0
         self._pending: list[tuple[Bucket, Any]] = []
@@ -176,6 +180,7 @@ class Reducer:
     def clear(self) -> None:
         """Begin a step: there are no gradients."""
         self._armed, self._next = False, 0
+        self.taken = []
         for bucket in self._buckets:
             bucket.clear()
 
@@ -217,6 +222,7 @@ class Reducer:
 
     def _ready(self, parameter: Tensor) -> None:
         self._where[id(parameter)].take(parameter)
+        self.taken.append(parameter)
         if not self._armed or self._shares_memory:
             return
         self._where[id(parameter)].waiting.discard(id(parameter))

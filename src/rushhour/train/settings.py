@@ -40,8 +40,10 @@ class TrainSettings(msgspec.Struct, frozen=True):
         weight_decay: of all weights; an L2 penalty for `adam` and `sgd`.
         momentum: of `sgd`.
         clip: the largest Euclidean norm that the gradient of a step may have; None: any.
-        accumulate: parts that a step's samples go through the network in, to need less memory.
-        ema: decay per step of an exponential moving average of the weights, which is then what is judged and sealed.
+        accumulate: parts that a step's samples go through the network in, to need less memory. Batch normalisation
+            sees each part alone.
+        ema: decay per step of an exponential moving average of weights and buffers, which is then what is judged and
+            sealed. In step t it is at most (1 + t) / (10 + t): the first weights are forgotten, however short it is.
         patience: epochs without a better metric on the validation part after which training ends; what is sealed is
             then the best epoch. None: all epochs, and the last one is sealed.
         augment: what happens to pictures in training; never in validation.

@@ -19,6 +19,8 @@ from rushhour.train.loss import loss_for
 
 AVERAGE = "ema"
 """The moment, among the optimizer's, that is the moving average of a parameter."""
+AVERAGES = "average"
+"""Below it, in a snapshot, those of buffers."""
 
 
 class Stepper(Protocol):
@@ -62,6 +64,10 @@ class Stepper(Protocol):
 
     def culprits(self, batch: Batch) -> list[int]:
         """The samples of the whole batch, as rows of the training part, whose own loss is no number."""
+        ...
+
+    def average(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        """Move the averages of parameters and buffers towards these; they begin where these are."""
         ...
 
     def take(
@@ -111,6 +117,7 @@ class Alone:
         self._loss = loss_for(task, "sum")
         self._accumulate = accumulate
         self._bf16 = bf16
+        self._averages: dict[str, Tensor] = {}
 
     def parameters(self) -> Sequence[Tensor]:
         """All of the network's."""
@@ -155,6 +162,11 @@ class Alone:
             losses = loss_for(self._task, "none")(self._deployed.logits(batch.inputs), batch.targets)
         return [int(row) for row in batch.own[(~losses.isfinite()).numpy()]]
 
+    def average(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        """Those of parameters are kept among the optimizer's moments."""
+        average_moments(self.parameters(), optimizer, decay)
+        move_averages(self._averages, self._buffers(), decay)
+
     def take(
         self,
         step: int,
@@ -164,31 +176,67 @@ class Alone:
         more: Mapping[str, Tensor],
     ) -> Snapshot | None:
         """Copies of all that changes."""
-        return snapshot(step, self._deployed.network, optimizer, schedule, notes=notes, more=more)
+        averages = {f"{AVERAGES}.{name}": one.clone() for name, one in self._averages.items()}
+        return snapshot(step, self._deployed.network, optimizer, schedule, notes=notes, more={**more, **averages})
 
     def put(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
         """Put a snapshot back."""
         put_back(found, self._deployed.network, optimizer, schedule)
+        self._averages = found.part(AVERAGES)
 
     @contextmanager
     def averaged(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Averages stand in, where they are kept."""
-        own = [(parameter, parameter.data) for parameter in self.parameters()]
-        for parameter, _ in own:
-            parameter.data = optimizer.state[parameter].get(AVERAGE, parameter.data)
+        buffers = self._buffers()
+        kept = ((one, optimizer.state.get(one, {}).get(AVERAGE)) for one in self.parameters())
+        standing = {one: average for one, average in kept if average is not None}
+        standing |= {buffers[name]: one for name, one in self._averages.items() if name in buffers}
+        own = {tensor: tensor.data for tensor in standing}
+        for tensor, average in standing.items():
+            tensor.data = average
         try:
             yield
         finally:
-            for parameter, data in own:
-                parameter.data = data
+            for tensor, data in own.items():
+                tensor.data = data
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that have fractions, and are part of the state."""
+        network = self._deployed.network
+        kept = network.state_dict(keep_vars=True)
+        return {name: one for name, one in network.named_buffers() if name in kept and one.is_floating_point()}
 
     def predict(self, inputs: Tensor) -> Tensor | None:
         """All outputs."""
         self._deployed.eval()
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             return self._deployed.logits(inputs)
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all."""
         state = self._deployed.network.state_dict()
         return {name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in state.items()}
+
+
+def average_moments(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Move the averages of parameters that took part in the step; see `Stepper.average`."""
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = optimizer.state[parameter]
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(parameter, 1 - decay)
+            else:
+                state[AVERAGE] = parameter.detach().clone()
+
+
+def move_averages(averages: dict[str, Tensor], buffers: Mapping[str, Tensor], decay: float) -> None:
+    """Move the averages of buffers; see `Stepper.average`."""
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            average = averages.get(name)
+            if average is None or average.shape != buffer.shape:
+                averages[name] = buffer.detach().clone()
+            else:
+                average.lerp_(buffer, 1 - decay)
