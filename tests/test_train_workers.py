@@ -120,7 +120,7 @@ def test_two_workers_learn_what_one_does(alone: dict[str, torch.Tensor], tmp_pat
     assert [epoch.step for epoch in heard] == [9, 18, 27]
     assert list(read_curves(tmp_path / "t")) == heard
     left = sorted(str(file.relative_to(tmp_path / "work")) for file in (tmp_path / "work").rglob("*"))
-    assert [name.removeprefix("train-")[16:] for name in left] == ["", ".safetensors", "/plan.json"]
+    assert [name.removeprefix("train-")[16:] for name in left] == ["", ".safetensors", "/workers.json"]
 
 
 class Ends(Notes):

@@ -421,7 +421,7 @@ def check_place(path: Path, *, force: bool = False, why: str = "") -> None:
     if is_bundle(path) and not force:
         raise StorageError(
             f"there is a bundle at {path} already",
-            why or "it was made otherwise",
+            f"it differs in {why}" if why else "it is another one",
             "name another place with --out, or say --force to replace it",
         )
 

@@ -121,7 +121,7 @@ def compress(
 def _check_places(out: Path, steps: Path, asked: Mapping[str, Any], *, force: bool) -> None:
     """Raise unless what is at `out` and beside it was left by the same work, or may be replaced."""
     before = Compression.load(steps).asked if (steps / COMPRESSION).is_file() else {}
-    why = ", ".join(identity.changes(before, asked)) if before else "it was not left by this compression"
+    why = ", ".join(identity.changes(before, asked)) if before else "the compression that left it"
     is_same = not why
     for path in (out, *(out.with_name(f"{out.name}-{target}") for target in ("vnni", "any"))):
         check_place(path, force=force or is_same, why=why)

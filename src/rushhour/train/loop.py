@@ -197,9 +197,9 @@ def _train(
     search: str = "",
 ) -> Bundle:
     older = opened(out)
-    why = "it is damaged" if older is None else task.made.differs_from(older)
+    why = "its state: it is damaged" if older is None else task.made.differs_from(older)
     if older is not None and name not in (None, older.manifest.name):
-        why = f"{why}, its name is {older.manifest.name}".removeprefix(", ")
+        why = f"{why}, its name, which is {older.manifest.name}".removeprefix(", ")
     if older is not None and not why:
         return older
     check_place(out, force=force, why=why)

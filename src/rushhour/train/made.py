@@ -56,7 +56,7 @@ class Made(msgspec.Struct, frozen=True):
         """In words, why a bundle is not this training's; empty if it is."""
         manifest = bundle.manifest
         if len(manifest.lineage) != 1 or manifest.source is None:
-            return "it was not left by training alone"
+            return "how it was made, which was not by training alone"
         before = _facts(manifest.lineage[0], manifest.source, manifest.task, manifest.preprocessing)
         now = dict(self.facts)
         if not before.get("weights") or not now.get("weights"):

@@ -127,7 +127,7 @@ def search(
             return bundle.manifest.lineage[0].settings.get(SEARCH) == study.study_name
 
         older = opened(out)
-        check_place(out, force=force or (older is not None and is_own(older)), why="it was not left by this search")
+        check_place(out, force=force or (older is not None and is_own(older)), why="the search that left it")
         _take_up(study, settings, takes_dropout=takes_dropout)
         taken: list[float] = []
         while (number := _ended(study)) < trials:
