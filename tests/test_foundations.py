@@ -262,8 +262,9 @@ def test_a_last_line_that_was_cut_is_dropped_and_measured_again(tmp_path: Path) 
         journal.path.write_bytes(whole[:cut])
         resumed = Journal(journal.path)
         assert len(resumed) == 2
-        assert journal.path.read_bytes() == whole[:second]
+        assert journal.path.read_bytes() == whole[:cut], "who only reads writes nothing"
         measured(resumed, "c")
+        assert journal.path.read_bytes().startswith(whole[:second])
         assert len(Journal(journal.path)) == 3
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rushhour import identity
 from rushhour.answers import TOLERANCES, graph_answers
 from rushhour.errors import BundleError, StorageError
-from rushhour.measurement import Accuracy
+from rushhour.measurement import Accuracy, Number
 from rushhour.plan import Precision
 from rushhour.storage import building, check_own, explained, write_whole
 from rushhour.task import Task
@@ -41,6 +41,10 @@ ANSWERS: Final = "answers.safetensors"
 _MANIFEST = "bundle.json"
 _ANSWERED = 16
 """Samples whose answers are recorded, at most."""
+
+_LARGEST_ROW = 2**31
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors", "answers.safetensors"]
 _FILES: Final = (_MANIFEST, MODEL, WEIGHTS, SAMPLES, ANSWERS)
@@ -69,7 +73,11 @@ class TensorSpec(msgspec.Struct, frozen=True, dict=True):
 
     name: str
     dtype: DType
-    shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+    shape: tuple[_Size, ...]
+
+    def __post_init__(self) -> None:
+        if self.row_bytes > _LARGEST_ROW:
+            raise ValueError(f"`shape` {list(self.shape)} of {self.dtype} takes more than {_LARGEST_ROW // 2**30} GiB")
 
     @cached_property
     def row_bytes(self) -> int:
@@ -126,14 +134,11 @@ class Preprocessing(msgspec.Struct, frozen=True):
         decoding: before all that, where training began with encoded pictures; unset where it began with arrays.
     """
 
-    scale: float = 1.0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    scale: Number = 1.0
+    mean: tuple[Number, ...] = ()
+    std: tuple[Annotated[float, msgspec.Meta(gt=0, le=1e30)], ...] = ()
     layout: Literal["NHWC->NCHW", "none"] = "none"
     decoding: Decoding | msgspec.UnsetType = msgspec.UNSET
-
-
-_Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Reshape(msgspec.Struct, frozen=True):
@@ -170,7 +175,7 @@ class Step(msgspec.Struct, frozen=True):
 class FileRecord(msgspec.Struct, frozen=True):
     """A file's size and SHA-256."""
 
-    bytes: int
+    bytes: _Count
     sha256: str
 
 
@@ -192,13 +197,13 @@ class Manifest(msgspec.Struct, frozen=True):
     preprocessing: Preprocessing = Preprocessing()
     source: Source | None = None
     precision: Precision = "f32"
-    parameters: int = 0
+    parameters: _Count = 0
     lineage: tuple[Step, ...] = ()
     metrics: dict[str, Accuracy] = {}
     files: dict[FileName, FileRecord] = {}
     hash: str = ""
-    schema: int = SCHEMA
-    tolerance: dict[Precision, float] | msgspec.UnsetType = msgspec.UNSET
+    schema: Annotated[int, msgspec.Meta(ge=1)] = SCHEMA
+    tolerance: dict[Precision, Annotated[float, msgspec.Meta(ge=0, le=1e6)]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Bundle:
@@ -216,7 +221,9 @@ class Bundle:
             BundleError: if it is missing, damaged, or of a newer schema.
         """
         file = path / _MANIFEST
-        if not file.is_file():
+        with explained(f"read {file}"):
+            is_there = file.is_file()
+        if not is_there:
             raise BundleError(
                 f"there is no bundle at {path}",
                 f"it has no {_MANIFEST}",
@@ -240,8 +247,9 @@ class Bundle:
         if MODEL not in manifest.files:
             raise _damaged(path, f"{_MANIFEST} names no {MODEL}")
         for name, record in manifest.files.items():
-            if not (path / name).is_file():
-                raise _damaged(path, f"{name} is missing")
+            with explained(f"read {path / name}"):
+                if not (path / name).is_file():
+                    raise _damaged(path, f"{name} is missing")
             if _record(path / name) != record:
                 raise _damaged(path, f"{name} does not match its hash")
         return cls(path, manifest)
@@ -379,7 +387,7 @@ class Bundle:
 
 
 class _SchemaOnly(msgspec.Struct):
-    schema: int
+    schema: Annotated[int, msgspec.Meta(ge=1)]
 
 
 def is_bundle(path: Path) -> bool:

@@ -11,18 +11,21 @@ import math
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 import msgspec
 
 from rushhour.compressing import compress_options
-from rushhour.errors import GoalError, RushhourError
+from rushhour.errors import GoalError, PlanError, RushhourError, StorageError
+from rushhour.faults import unforeseen
 from rushhour.goal import SLO, AccuracyBudget, Goal
-from rushhour.storage import check_claim, check_own_file, write_whole
+from rushhour.interruption import INTERRUPTION
+from rushhour.machine import open_files
+from rushhour.places import Named, Place, advised, try_places
+from rushhour.storage import check_claim, check_own_file, home, try_building, try_file, try_folder, write_whole
 from rushhour.terminal import TerminalProgress, result_console
 from rushhour.training import (
     basic_options,
@@ -50,11 +53,12 @@ else:
 
 C = TypeVar("C", bound=Callable[..., Any])
 
-_SEED = 20_260_101
 _MADE_BY, _US = "made_by", "rushhour"
 """In every result: what bears it may be replaced by another."""
 _DEMO = "article-fashion-mnist"
 """The demo's model, under which README and docs ask for it."""
+_FILES, _FEWEST_FILES = 4096, 32
+"""That a command may open: enough for anything, and the least that any can work with."""
 
 
 class _Quantity(_Float):
@@ -85,19 +89,6 @@ class _Quantity(_Float):
         return size
 
 
-class _Folder(click.Path):
-    """A folder to write to; `.` and `..` by their names."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path, which has a name."""
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        return Path(os.path.abspath(path)) if path.name in ("", "..") else path
-
-
-_FOLDER = _Folder()
 _UNITS = {"s": 1.0, "ms": 1e-3, "m": 60.0, "h": 3600.0}
 _PERIOD = _Quantity("time", _UNITS, 1e-3, 86_400)
 _DELAY = _Quantity("time", _UNITS, 0, 86_400)
@@ -125,6 +116,7 @@ def _data(command: C) -> C:
     return click.option(
         "--data",
         required=True,
+        type=Named(),
         metavar="DATA",
         help="fashion-mnist, a folder with one folder per class, a .npz file, or module:factory.",
     )(command)
@@ -134,7 +126,7 @@ def _json(command: C) -> C:
     return click.option(
         "--json",
         "json_file",
-        type=click.Path(path_type=Path),
+        type=Place(try_file),
         metavar="FILE",
         callback=_check_json,
         help="Write the result as JSON.",
@@ -161,7 +153,67 @@ def _placed(command: C) -> C:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Stopped(click.ClickException):
+    """A signal has ended the command; the message says how to go on."""
+
+
+class _Command(click.Command):
+    """A command whose places are tried before it begins, and that says how to go on when a signal ends it.
+
+    Args:
+        go_on: in words; is given its parameters.
+    """
+
+    def __init__(self, *given: Any, go_on: Callable[[dict[str, Any]], str] | None = None, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._go_on = go_on
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        try:
+            _check_files()
+            try_places(ctx)
+            if "out" not in ctx.params:
+                return super().invoke(ctx)
+            with advised("--out"):
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Stopped("run it again" if self._go_on is None else self._go_on(ctx.params)) from stop
+        except (EOFError, BrokenPipeError) as error:  # click takes them for the end of the terminal, and says nothing
+            renamed = RuntimeError(str(error) or type(error).__name__)
+            for note in getattr(error, "__notes__", ()):
+                renamed.add_note(note)
+            raise renamed from error
+
+
+def _check_files() -> None:
+    """Raise unless this process may open as many files as any command needs; the limit is raised as far as may be."""
+    files, used = open_files(_FILES)
+    if files - used < _FEWEST_FILES:
+        raise StorageError(
+            f"this process may open only {files} files",
+            f"{used} are open, and any command needs {_FEWEST_FILES} more",
+            "raise the limit: ulimit -n 4096",
+        )
+
+
+def _tune_goes_on(params: dict[str, Any]) -> str:
+    from rushhour.plan import SO_FAR
+
+    out: Path = params["out"]
+    best = f"; the best way so far: rushhour serve {out}" if (out / SO_FAR).is_file() else ""
+    return f"the same command goes on where it was{best}"
+
+
+def _load_goes_on(_: dict[str, Any]) -> str:
+    return "what was measured until then is shown; run it again for the rest"
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="rushhour")
 def cli() -> None:
     """Find, prove and run the fastest way to serve a deep-learning model to a crowd.
@@ -176,8 +228,8 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@click.option("--out", default="runs/demo", show_default=True, type=_FOLDER, help="The run's folder.")
+@cli.command(go_on=_tune_goes_on)
+@click.option("--out", default="runs/demo", show_default=True, type=Place(try_folder), help="The run's folder.")
 @_slo
 @_drop
 @click.option("--budget", default="5m", show_default=True, help="How long it may take, about. Training gets its share.")
@@ -205,13 +257,13 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: bool, 
     )
 
 
-@cli.command()
-@click.argument("model")
+@cli.command(go_on=_tune_goes_on)
+@click.argument("model", type=Named())
 @_data
 @data_options
 @_slo
 @_drop
-@click.option("--out", required=True, type=_FOLDER, metavar="RUN", help="The run's folder.")
+@click.option("--out", required=True, type=Place(try_folder), metavar="RUN", help="The run's folder.")
 @click.option(
     "--budget",
     metavar="TIME",
@@ -279,14 +331,13 @@ def _tune(
     reading: dict[str, Any] | None = None,
 ) -> None:
     from rushhour.bundle import Source
-    from rushhour.plan import SO_FAR
     from rushhour.report import summary_table, write_report
     from rushhour.tune import TuneSettings, tune_run
 
-    console, progress = result_console(), TerminalProgress()
-    try:
-        check_claim(out)  # before data is loaded, as what is wrong with the settings
-        settings_of(training)
+    console = result_console()
+    check_claim(out)  # before data is loaded, as what is wrong with the settings
+    settings_of(training)
+    with TerminalProgress() as progress:
         dataset = load_data(data, progress, model, **(reading or {}))
         source, trusted = model_of(model, dataset)
         if isinstance(source, Source):
@@ -307,13 +358,6 @@ def _tune(
         progress.start("Writing the report")
         report = write_report(out)
         progress.done(str(report))
-    except KeyboardInterrupt:
-        progress.fail()
-        if (out / SO_FAR).is_file():
-            click.echo(f"stopped. The best way so far: rushhour serve {out}. The same command goes on", err=True)
-        raise
-    finally:
-        progress.fail()
     _write_json(json_file, plan)
     console.print()
     console.print(summary_table(plan))
@@ -323,10 +367,10 @@ def _tune(
         sys.exit(1)
 
 
-@cli.command()
-@click.argument("model")
+@cli.command(go_on=lambda _: "the same command goes on at its last checkpoint")
+@click.argument("model", type=Named())
 @_data
-@click.option("--out", required=True, type=_FOLDER, metavar="BUNDLE", help="The bundle's folder.")
+@click.option("--out", required=True, type=Place(try_building), metavar="BUNDLE", help="The bundle's folder.")
 @data_options
 @basic_options
 @train_options
@@ -351,11 +395,8 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
 
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # on one worker, a signal ends this very process: say at least where
-    progress = training.progress_of_training()
-    try:
+    with training.progress_of_training() as progress:
         outcome = training.run(model, data, out, progress, **options)
-    finally:
-        progress.fail()
     bundle = outcome.bundle
     _write_json(json_file, training.result(outcome))
     if outcome.found is not None:
@@ -363,12 +404,12 @@ def train(model: str, data: str, out: Path, json_file: Path | None, **options: A
     click.echo(f"{bundle.path}: {bundle.manifest.parameters:,} parameters, {_size(bundle.model_bytes)}")
 
 
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@cli.command(go_on=lambda _: "the same command goes on, and computes nothing twice")
+@click.argument("bundle", type=Place())
 @_data
 @data_options
 @_drop
-@click.option("--out", required=True, type=_FOLDER, metavar="DIR", help="The new bundle's folder.")
+@click.option("--out", required=True, type=Place(try_building), metavar="DIR", help="The new bundle's folder.")
 @compress_options
 @_json
 def compress(
@@ -387,11 +428,9 @@ def compress(
     """
     from rushhour import compressing
 
-    budget, progress = AccuracyBudget.parse(max_accuracy_drop), TerminalProgress()
-    try:
+    budget = AccuracyBudget.parse(max_accuracy_drop)
+    with TerminalProgress() as progress:
         found, report = compressing.run(bundle, data, budget, out, progress, **options)
-    finally:
-        progress.fail()
     _write_json(json_file, compressing.result(found, out, report))
     compressing.print_compression(result_console(), found)
     click.echo(f"{out}; what each step cost and bought: {report}")
@@ -401,15 +440,15 @@ def compress(
 
 
 @cli.command()
-@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|PLAN|BUNDLE")
+@click.argument("target", type=Place(), metavar="RUN|PLAN|BUNDLE")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback by default: exposing is a decision.")
 @click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--grpc-port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--no-grpc", is_flag=True, help="Serve over HTTP only.")
 @click.option("--model-name", default=None, help="The model's name on the wire; that of the tuned model by default.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that clients must send, one a line.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM); with --tls-key.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM).")
+@click.option("--api-key-file", type=Place(), help="Keys that clients must send, one a line.")
+@click.option("--tls-cert", type=Place(), help="Certificate chain (PEM); with --tls-key.")
+@click.option("--tls-key", type=Place(), help="Its private key (PEM).")
 @click.option("--expose", is_flag=True, help="Listen beyond loopback without keys: something else keeps the door.")
 @click.option(
     "--known-as",
@@ -603,10 +642,10 @@ def _sending(command: C) -> C:
         click.option("--header", multiple=True, metavar="'K: V'", help="Send this too. For any HTTP endpoint."),
         click.option("--path", default=None, help="Send there. For any HTTP endpoint."),
         click.option("--method", default=None, help="POST, GET, ... For any HTTP endpoint."),
-        click.option("--body", type=click.Path(path_type=Path), help="Send this file, to any HTTP endpoint."),
+        click.option("--body", type=Place(), help="Send this file, to any HTTP endpoint."),
         click.option(
             "--payloads",
-            type=click.Path(path_type=Path),
+            type=Place(),
             metavar="DIR",
             help="Send the samples of a bundle, or a folder's .npy, .npz, .json, .bin, .jpg, .png and .txt files.",
         ),
@@ -619,12 +658,14 @@ def _sending(command: C) -> C:
             "tensor where it has as many axes. NAME:FP32:3,224,224 says the type, too.",
         ),
         click.option("--json-tensors", is_flag=True, help="Send tensors as JSON numbers, not as raw bytes."),
-        click.option("--seed", default=None, type=int, help="Of the arrivals; a fresh one by default."),
+        click.option(
+            "--seed", default=None, type=click.IntRange(0, 2**53), help="Of the arrivals; a fresh one by default."
+        ),
         click.option(
             "--rows",
             default=1,
             show_default=True,
-            type=click.IntRange(1),
+            type=click.IntRange(1, 65_536),
             help="Samples in one request, for a model that takes several.",
         ),
         click.option("--model", default=None, help="The model's name; not needed where the server has only one."),
@@ -632,6 +673,7 @@ def _sending(command: C) -> C:
             "--arrivals",
             default="poisson",
             show_default=True,
+            type=Named(),
             metavar="PROCESS",
             help="poisson, constant, bursty (bursty:intensity=5,share=0.1,burst_s=0.5), or a file of recorded times.",
         ),
@@ -690,7 +732,7 @@ def _read_rates(texts: tuple[str, ...], sending: Sending) -> list[float]:
     return rates
 
 
-@cli.command()
+@cli.command(go_on=_load_goes_on)
 @click.argument("url")
 @_slo
 @click.option(
@@ -707,9 +749,7 @@ def _read_rates(texts: tuple[str, ...], sending: Sending) -> list[float]:
 )
 @click.option("--closed-loop", type=int, metavar="N", help="N users that wait for their answers; no verdict.")
 @_sending
-@click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw latency against rate: a .png or .html file."
-)
+@click.option("--plot", type=Place(try_file), metavar="FILE", help="Draw latency against rate: a .png or .html file.")
 @_json
 def load(
     url: str,
@@ -755,7 +795,7 @@ def load(
         print_closed(console, result)
         _write_json(json_file, {"loop": "closed", "url": url, "partial": stopped, "result": result})
         if stopped:
-            sys.exit(130)
+            raise KeyboardInterrupt
         if result.errors or not result.throughput_rps:
             sys.exit(1)
         return
@@ -776,16 +816,24 @@ def load(
         click.echo(f"no window has a p99, so {plot} is not drawn", err=True)
     if loaded.error is not None:
         raise loaded.error
+    if loaded.stopped:
+        raise KeyboardInterrupt
     if not loaded.holds:
-        sys.exit(130 if loaded.stopped else 1)
+        sys.exit(1)
 
 
-@cli.command()
+@cli.command(go_on=_load_goes_on)
 @click.argument("urls", nargs=-1, required=True, metavar="URL URL...")
 @_slo
 @click.option("--rate", "rates", multiple=True, required=True, help="Requests per second; may be given repeatedly.")
 @click.option("--window", default="5s", show_default=True, help="Length of one window; longer where the SLO needs it.")
-@click.option("--blocks", default=6, show_default=True, type=int, help="Windows of each server at each rate.")
+@click.option(
+    "--blocks",
+    default=6,
+    show_default=True,
+    type=click.IntRange(1, 10_000),
+    help="Windows of each server at each rate.",
+)
 @_sending
 @_json
 def compare(
@@ -805,7 +853,7 @@ def compare(
     \b
     rushhour compare http://127.0.0.1:8000 http://127.0.0.1:9000 --rate 200 --rate 400
     """
-    from rushhour.loading import arrivals_name, contest, print_comparison
+    from rushhour.loading import STOPPED, arrivals_name, contest, print_comparison
 
     limit, sending = SLO.parse(slo), _read_sending(**options)
     asked = _read_rates(rates, sending)
@@ -816,20 +864,27 @@ def compare(
         console.print(f"partial: {stopped}", style="bold", highlight=False, markup=False)
     facts = {"arrivals": arrivals_name(sending.arrivals), "seed": sending.seed, "partial": bool(stopped)}
     _write_json(json_file, msgspec.to_builtins(found) | facts | {"slo": str(limit)})
+    if stopped.startswith(STOPPED):
+        raise KeyboardInterrupt
     if stopped:
-        sys.exit(130 if stopped == "stopped by Ctrl-C" else 2)
+        sys.exit(2)
     if any(ratio.interval is None for ratio in found.ratios):
         sys.exit(1)
 
 
+_OF_A_RUN = ("plan.json", "plan-so-far.json", "measurements.jsonl", "curves.jsonl", "compression.json", "report.html")
+
+
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=Place())
+@click.option("--out", type=Place(try_file), metavar="FILE", help="Write it there; RUN/report.html by default.")
 @_json
-def report(run: Path, json_file: Path | None) -> None:
+def report(run: Path, out: Path | None, json_file: Path | None) -> None:
     """Write RUN/report.html anew: one file, offline, from RUN's plan and measurements.
 
     RUN may also be a bundle that was trained or compressed, or the folder beside it (BUNDLE-training, BUNDLE-steps):
-    the report then draws the curves of the training, or shows what each step of the compression cost and bought.
+    the report then draws the curves of the training, or shows what each step of the compression cost and bought. A file
+    in the folder, such as RUN/plan.json, names it too.
     """
     from rushhour.compression import COMPRESSION
     from rushhour.curves import CURVES
@@ -843,15 +898,25 @@ def report(run: Path, json_file: Path | None) -> None:
         write_training_report,
     )
 
+    if run.is_file():
+        if run.name not in _OF_A_RUN:
+            raise PlanError(
+                f"{run} is no run",
+                f"a run is a folder with a {_OF_A_RUN[0]}",
+                "name what `rushhour tune` or `demo` made",
+            )
+        run = run.parent
     run = _reported(run)
+    if run.is_dir():
+        try_file(out or run / "report.html")
     if not (run / JOURNAL).exists():  # which a tuning run has, whatever else
         for sign, write in ((COMPRESSION, write_compression_report), (CURVES, write_training_report)):
             if (run / sign).is_file():
-                file = write(run)
+                file = write(run, out)
                 click.echo(file)
                 _write_json(json_file, {"report": str(file)})
                 return
-    file = write_report(run)
+    file = write_report(run, out)
     plan, is_finished = read_plan(run)
     result_console().print(summary_table(plan))
     click.echo(file)
@@ -901,27 +966,35 @@ def main() -> None:
     # `module:factory` on the command line means the user's own file, most often in the folder they stand in.
     if "" not in sys.path:
         sys.path.insert(0, "")
+    INTERRUPTION.begin()
     try:
+        # Libraries ask for a home and a name, and fail where a container gives its user neither.
+        os.environ.setdefault("HOME", str(home()))
+        os.environ.setdefault("USER", str(os.getuid()))
         cli.main(prog_name="rushhour", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    except _Stopped as stop:
+        _stop(stop.message)
+    except (click.Abort, KeyboardInterrupt):
+        _stop("run it again")
     except click.ClickException as error:
         usage = f"; see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
         _fail(" ".join(error.format_message().split()).rstrip(".") + usage)
-    except RushhourError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
-        from rushhour.machine import describe
+        if INTERRUPTION.number is not None:  # a library has made another error of it
+            _stop("run it again")
+        doing = " ".join(["running rushhour", *sys.argv[1:2]])
+        _fail(str(error) if isinstance(error, RushhourError) else unforeseen(error, doing))
 
-        traceback.print_exc()
-        _fail(f"{type(error).__name__}: a bug; please report it, with the lines above and this: {describe().report()}")
+
+def _stop(how_to_go_on: str) -> NoReturn:
+    INTERRUPTION.end()
+    click.echo(f"rushhour: stopped by {INTERRUPTION.name}; {how_to_go_on}", err=True)
+    sys.exit(INTERRUPTION.code)
 
 
-def _fail(line: str) -> None:
+def _fail(line: str) -> NoReturn:
     click.echo(f"rushhour: {line}", err=True)
     sys.exit(2)
 
@@ -940,7 +1013,8 @@ def _seconds(text: str) -> float:
 def _write_json(file: Path | None, result: Any) -> None:
     if file is not None:
         marked = {**msgspec.to_builtins(result), _MADE_BY: _US}
-        write_whole(file, msgspec.json.format(msgspec.json.encode(marked), indent=2) + b"\n")
+        with advised("--json"):
+            write_whole(file, msgspec.json.format(msgspec.json.encode(marked), indent=2) + b"\n")
 
 
 def _size(size: int) -> str:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from rushhour.compression import Compression, Factor, Stage
 from rushhour.goal import AccuracyBudget
-from rushhour.storage import check_claim
+from rushhour.places import Named, Place
+from rushhour.storage import check_claim, try_folder
 from rushhour.terminal import TerminalProgress
 from rushhour.training import load_data, name_given, place_options
 
@@ -35,15 +36,16 @@ def compress_options(command: C) -> C:
                      help="A factory of yours that may be imported, to train what it builds."),
         click.option("--engine", default="openvino", show_default=True, type=click.Choice(["openvino", "onnxruntime"]),
                      help="Compiles what is judged."),
-        click.option("--seed", default=0, show_default=True, help="Of all that is random."),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1),
+                     help="Of all that is random."),
         click.option("--epochs", default=5, show_default=True, type=click.IntRange(1),
                      help="Of distillation, in the recipes of auto."),
-        click.option("--steps", type=click.Path(path_type=Path), metavar="DIR",
+        click.option("--steps", type=Place(try_folder), metavar="DIR",
                      help="Where all bundles on the way are kept, and the report; OUT-steps by default."),
         click.option("--for", "target", default=None, type=click.Choice(["any", "avx2", "vnni", "amx"]),
                      help="Machines that int8 must be right on. any, the default, keeps to 7 bits of the weights, "
                      "which is right on all; where that costs more than 0.3 points, 8 bits are tried beside it."),
-        click.option("--recipe", default="auto", show_default=True, metavar="RECIPE",
+        click.option("--recipe", type=Named(), default="auto", show_default=True, metavar="RECIPE",
                      help="prune:0.5,lowrank:0.1,distil:3,int8 or the like, or a .json file; auto tries some."),
     ):  # fmt: skip
         command = option(command)
@@ -79,11 +81,12 @@ def run(
     from rushhour.compress import Recipe, compress, ladder
     from rushhour.report import write_compression_report
 
+    folder = steps or out.with_name(f"{out.name}-steps")
+    try_folder(folder)
     asked = None if recipe.strip() == "auto" else Recipe.parse(recipe)
     if asked is not None and not recipe.strip().endswith(".json"):
         trust = (*trust, *asked.factories)  # named on the very same command line
     parent, name = Bundle.open(bundle), name_given(name)
-    folder = steps or out.with_name(f"{out.name}-steps")
     check_folder(out)  # before data is loaded
     check_claim(folder)
     dataset = load_data(data, progress, str(bundle), size=size, skip_corrupt=skip_corrupt, kind=kind)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rushhour.errors import DataError
+from rushhour.errors import DataError, GoalError
 from rushhour.goal import AccuracyBudget
-from rushhour.measurement import Accuracy, Interval
+from rushhour.measurement import Accuracy, Interval, Rate
 from rushhour.plan import EngineName, Precision
 from rushhour.storage import explained, write_whole
 
 COMPRESSION = "compression.json"
 """The file's name in a compression's folder."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 Verdict = Literal["best", "no gain", "nearest miss"]
 """`best`: inside the budget and no slower than what it was made from. `no gain`: what is inside is slower, so the
@@ -24,9 +26,9 @@ bundle is as it was. `nearest miss`: nothing is inside the budget."""
 class Factor(msgspec.Struct, frozen=True):
     """One artefact's figure over another's, measured in the same blocks: the geometric mean, and its 95% interval."""
 
-    value: float
+    value: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
     interval: Interval
-    n: int
+    n: _Count
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -51,14 +53,14 @@ class Stage(msgspec.Struct, frozen=True):
     step: str
     bundle: str
     hash: str
-    parameters: int
-    bytes: int
+    parameters: _Count
+    bytes: _Count
     precision: Precision
     accuracy: Accuracy
     throughput: Factor | None = None
     over_parent: Factor | None = None
     latency: Factor | None = None
-    samples_per_s: float | None = None
+    samples_per_s: Rate | None = None
     slower: bool = False
     needs: Literal["", "vnni"] = ""
 
@@ -107,6 +109,14 @@ class Compression(msgspec.Struct, frozen=True):
     also: tuple[int, int] | None = None
     asked: dict[str, Any] = {}
 
+    def __post_init__(self) -> None:
+        for name, place in (("best", self.best), ("also", self.also)):
+            if place is not None and not self._has(*place):
+                raise ValueError(f"`{name}` is {list(place)}, which no attempt has")
+
+    def _has(self, attempt: int, stage: int) -> bool:
+        return 0 <= attempt < len(self.attempts) and 0 <= stage < len(self.attempts[attempt].stages)
+
     @property
     def answer(self) -> Stage:
         """The stage that is the answer."""
@@ -135,7 +145,7 @@ class Compression(msgspec.Struct, frozen=True):
             content = (folder / COMPRESSION).read_bytes()
         try:
             return msgspec.json.decode(content, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, GoalError, RecursionError) as error:
             raise DataError(
                 f"cannot read {folder / COMPRESSION}", str(error), "compress again; what was made before is kept"
             ) from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from rushhour.errors import DataError
+from rushhour.measurement import Number
 from rushhour.storage import explained, write_whole
 
 CURVES = "curves.jsonl"
@@ -31,14 +32,14 @@ class Epoch(msgspec.Struct, frozen=True):
         samples_per_s: trained, over the time that this process spent in the epoch's steps.
     """
 
-    epoch: int
-    step: int
-    loss: float
-    validation_loss: float
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+    step: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    loss: Number
+    validation_loss: Number
     metric: str
-    value: float
-    lr: float
-    samples_per_s: float
+    value: Number
+    lr: Number
+    samples_per_s: Number
 
 
 class TrainingRecord(msgspec.Struct, frozen=True):
@@ -113,7 +114,7 @@ def read_curves(folder: Path) -> tuple[Epoch, ...]:
         content = file.read_bytes()
     try:
         epochs = tuple(msgspec.json.Decoder(Epoch).decode_lines(content))
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"cannot read {file}", str(error), "delete it; training again writes it anew") from error
     if not epochs:
         raise DataError(f"there are no curves in {folder}", f"{CURVES} is empty", "let it train for an epoch first")

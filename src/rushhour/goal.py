@@ -5,7 +5,6 @@ All are small frozen values, valid once built. Each reads and prints the text a 
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Literal
 
@@ -14,6 +13,8 @@ import msgspec
 from rushhour.errors import GoalError
 
 _SLO = re.compile(r"p(?P<percentile>\d{1,2}(?:\.\d+)?)\s*<\s*(?P<limit>\d+(?:\.\d+)?)\s*(?P<unit>us|ms|s)")
+_LONGEST_S = 86_400.0
+_MOST_ROWS = 65_536
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -43,10 +44,10 @@ class SLO(msgspec.Struct, frozen=True):
                 "a percentile lies between 0 and 100, both excluded",
                 "write for example p99<50ms",
             )
-        if not (math.isfinite(self.limit_s) and self.limit_s > 0):
+        if not 0 < self.limit_s <= _LONGEST_S:
             raise GoalError(
                 f"cannot use the latency limit {self.limit_s:g} s",
-                "a limit is a time above zero",
+                "a limit is a time above zero, up to a day",
                 "write for example p99<50ms",
             )
 
@@ -138,11 +139,11 @@ class Workload(msgspec.Struct, frozen=True):
     rows: int = 1
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
+        if not 1 <= self.rows <= _MOST_ROWS:
             raise GoalError(
                 f"cannot send requests of {self.rows} samples",
-                "a request carries one sample or more",
-                "use rows of 1 or above",
+                f"a request carries 1 to {_MOST_ROWS:,}",
+                "use rows in between",
             )
 
 

@@ -48,7 +48,8 @@ class Entry(msgspec.Struct, frozen=True):
 class Journal:
     """Append-only file of measurements, one JSON object a line, each on disk before `measure` returns.
 
-    A last line that a kill cut short is dropped when the file is opened; its measurement never counted.
+    A last line that a kill cut short is left out, and gone with the next line that is written: it never counted, and
+    whoever only reads may not write.
 
     Args:
         path: the file; made with its folder at the first measurement.
@@ -61,9 +62,10 @@ class Journal:
         self.path = path
         self._all: list[Entry] = []
         self._here: dict[tuple[str, str, str, str], Entry] = {}
-        if not path.exists():
-            return
+        self._cut: int | None = None
         with explained(f"read {path}"):
+            if not path.exists():
+                return
             content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), 1):
@@ -77,8 +79,7 @@ class Journal:
                 ) from error
             self._remember(entry)
         if whole != len(content):
-            with explained(f"repair {path}"), path.open("r+b") as file:
-                file.truncate(whole)
+            self._cut = whole
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._all)
@@ -115,6 +116,10 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a buffer that could not be written is tried again at the close, behind the truncation.
             with self.path.open("ab", buffering=0) as file:
+                if self._cut is not None:
+                    file.truncate(self._cut)
+                    file.seek(0, os.SEEK_END)
+                    self._cut = None
                 start = file.tell()
                 line = memoryview(msgspec.json.encode(entry) + b"\n")
                 try:

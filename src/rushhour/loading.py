@@ -19,6 +19,7 @@ from rich.table import Table
 from rushhour.bundle import Bundle
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
+from rushhour.interruption import INTERRUPTION
 from rushhour.load import (
     Arrivals,
     ClosedResult,
@@ -48,6 +49,7 @@ from rushhour.load.payload import Encoding
 from rushhour.measurement import Measurement, Outcome
 from rushhour.terminal import LoadView
 
+STOPPED = "stopped by"
 _RETRIES = 3
 """Of a window that the machine disturbed."""
 """Short windows find the way, long ones prove: a queue near its capacity is slow in long waves."""
@@ -187,12 +189,12 @@ def load(
         n: exactly so many requests in it instead.
     """
     target, requests = sending.aim(url)
-    view, windows = LoadView(slo), list[Measurement]()
-    if n is None:
-        _say_lengths(view, slo, rates, window_s)
+    windows = list[Measurement]()
     found: Search | None = None
     stopped, error = "", None
-    with Generator() as generator:
+    with LoadView(slo) as view, Generator() as generator:
+        if n is None:
+            _say_lengths(view, slo, rates, window_s)
         stop = _Stop(generator)
 
         def take(*what: Any, **how: Any) -> Measurement:
@@ -221,13 +223,11 @@ def load(
             else:
                 found = search_capacity(generator, target, requests, slo, seed=sending.seed, progress=view, take=take)
         except (_Stopped, KeyboardInterrupt):
-            stopped = "stopped by Ctrl-C"
+            stopped = f"{STOPPED} {INTERRUPTION.name}"
         except LoadError as caught:
             if not windows:
                 raise
             stopped, error = str(caught), caught
-        finally:
-            view.fail()
     return _loaded(url, target, slo, sending, windows, found, stopped, error, is_search=not rates)
 
 
@@ -297,23 +297,19 @@ def _loaded(
 def load_closed(url: str, sending: Sending, *, concurrency: int, duration_s: float) -> tuple[ClosedResult, bool]:
     """What `concurrency` users get that wait for their answers; and whether Ctrl-C ended it early."""
     target, requests = sending.aim(url)
-    view = LoadView(None)
-    with Generator() as generator:
+    with LoadView(None) as view, Generator() as generator:
         stop = _Stop(generator)
-        try:
-            view.start(f"{concurrency} users in a closed loop", duration_s)
-            with stop.around_window():
-                result = closed_loop(
-                    generator,
-                    target,
-                    requests,
-                    concurrency=concurrency,
-                    duration_s=duration_s,
-                    check=sending.check,
-                    on_tick=view.tick,
-                )
-        finally:
-            view.fail()
+        view.start(f"{concurrency} users in a closed loop", duration_s)
+        with stop.around_window():
+            result = closed_loop(
+                generator,
+                target,
+                requests,
+                concurrency=concurrency,
+                duration_s=duration_s,
+                check=sending.check,
+                on_tick=view.tick,
+            )
     return result, stop.hit
 
 
@@ -322,9 +318,9 @@ def contest(
 ) -> tuple[Comparison, str]:
     """The servers compared; and why that ended early, empty where it did not."""
     aimed = {url: sending.aim(url) for url in urls}
-    view, windows = LoadView(slo), list[Window]()
-    _say_lengths(view, slo, rates, window_s)
-    with Generator() as generator:
+    windows = list[Window]()
+    with LoadView(slo) as view, Generator() as generator:
+        _say_lengths(view, slo, rates, window_s)
         stop = _Stop(generator)
 
         def ask(url: str, rate: float, seed: int) -> Measurement:
@@ -353,13 +349,11 @@ def contest(
         try:
             found = compare(ask, urls, slo, rates=rates, blocks=blocks, seed=sending.seed, on_window=keep)
         except (_Stopped, KeyboardInterrupt):
-            stopped = "stopped by Ctrl-C"
+            stopped = f"{STOPPED} {INTERRUPTION.name}"
         except LoadError as error:
             if not windows:
                 raise
             stopped = str(error)
-        finally:
-            view.fail()
     if stopped:
         found = summed_up(slo, tuple(urls), tuple(rates), windows)
     return found, stopped

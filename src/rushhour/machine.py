@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
+import resource
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -61,9 +63,9 @@ class Machine(msgspec.Struct, frozen=True):
     """
 
     cpu: str
-    cores: int
+    cores: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
     features: tuple[str, ...]
-    memory_gb: float
+    memory_gb: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
     system: str
     python: str
     versions: dict[str, str]
@@ -136,6 +138,25 @@ def _quota_of(folder: Path) -> float | None:
         return None if int(limit) <= 0 else int(limit) / int(period)
     except (OSError, ValueError):
         return None
+
+
+def open_files(wanted: int) -> tuple[int, int]:
+    """Raise the limit on this process's open files to `wanted`, as far as the system allows: the hard limit.
+
+    Returns:
+        How many it may open then, `wanted` where there is no limit; and how many are open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        used = 16 if soft < 1024 else 64
+    return (wanted if soft == resource.RLIM_INFINITY else soft), used
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
 
+from rushhour.errors import StorageError
 from rushhour.goal import SLO
 
 _LOWEST_US, _HIGHEST_US, _DIGITS = 1, 3_600_000_000, 3
@@ -47,7 +48,16 @@ class Outcome(enum.StrEnum):
         return self in (Outcome.FAIL, Outcome.UNSTABLE)
 
 
-Interval = tuple[float, float]
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+"""Of a metric, or anything else that may be negative. These bounds are for files that somebody has edited."""
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""Per second."""
+Time = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""Seconds or milliseconds."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+Interval = tuple[Number, Number]
 """A two-sided 95% confidence interval, low and high."""
 
 
@@ -84,30 +94,30 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
     """
 
     slo: SLO
-    rate_rps: float
-    seed: int
-    duration_s: float
-    n: int
-    late: int
-    errors: int
-    shed: int
-    p50_ms: float | None
-    p99_ms: float | None
+    rate_rps: Rate
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    duration_s: Time
+    n: _Count
+    late: _Count
+    errors: _Count
+    shed: _Count
+    p50_ms: Time | None
+    p99_ms: Time | None
     p99_interval_ms: Interval | None
-    goodput_rps: float
-    generator_cpu: float
-    send_delay_p99_ms: float
+    goodput_rps: Rate
+    generator_cpu: _Share
+    send_delay_p99_ms: Number
     outcome: Outcome
     reason: str
     latencies: str
-    error_kinds: dict[str, int] = {}
+    error_kinds: dict[str, _Count] = {}
     decided: bool = True
-    looks: int = 1
-    retries: int = 0
-    needs_s: float | None = None
-    blocks: tuple[int, ...] = ()
-    server_cpu: float | None = None
-    speeds: tuple[float, ...] = ()
+    looks: _Count = 1
+    retries: _Count = 0
+    needs_s: Number | None = None
+    blocks: tuple[_Count, ...] = ()
+    server_cpu: _Share | None = None
+    speeds: tuple[_Share, ...] = ()
 
     @property
     def keeps_slo(self) -> bool:
@@ -134,9 +144,15 @@ class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_t
         throughput: inferences per second over all streams, same order.
     """
 
-    batch_sizes: tuple[int, ...]
-    seconds: tuple[float, ...]
-    throughput: tuple[float, ...]
+    batch_sizes: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**30)], ...], msgspec.Meta(min_length=1)]
+    seconds: tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], ...]
+    throughput: tuple[Number, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.batch_sizes) == len(self.seconds) == len(self.throughput):
+            raise ValueError("`batch_sizes`, `seconds` and `throughput` differ in length")
+        if list(self.batch_sizes) != sorted(set(self.batch_sizes)):
+            raise ValueError("`batch_sizes` do not ascend")
 
 
 class BatchCost(msgspec.Struct, frozen=True):
@@ -168,11 +184,11 @@ class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
     """
 
     metric: str
-    value: float
+    value: Number
     interval: Interval
-    n: Annotated[int, msgspec.Meta(ge=1)]
+    n: Annotated[int, msgspec.Meta(ge=1, le=10**12)]
     split: str
-    drop: float = 0.0
+    drop: Number = 0.0
     drop_interval: Interval = (0.0, 0.0)
 
 
@@ -185,9 +201,9 @@ class Rung(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):
         latency_s: R, the mean time of an answer.
     """
 
-    concurrency: int
-    throughput_rps: float
-    latency_s: float
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+    throughput_rps: Rate
+    latency_s: Time
 
     @property
     def little(self) -> float:
@@ -220,8 +236,19 @@ def pack_latencies(seconds: NDArray[np.float64]) -> str:
 
 
 def latency_curve(latencies: str, percentiles: tuple[float, ...]) -> list[float]:
-    """Latencies in milliseconds at `percentiles` (0 to 100) of a histogram made by `pack_latencies`."""
-    histogram = HdrHistogram.decode(latencies.encode("ascii"))
+    """Latencies in milliseconds at `percentiles` (0 to 100) of a histogram made by `pack_latencies`.
+
+    Raises:
+        StorageError: if it is damaged.
+    """
+    try:
+        histogram = HdrHistogram.decode(latencies.encode("ascii"))
+    except Exception as error:  # of base64, of zlib, of the histogram: they have no base of their own
+        raise StorageError(
+            "the latencies of a window are damaged",
+            f"{type(error).__name__}: {error}",
+            "restore measurements.jsonl, or remove that line",
+        ) from error
     if histogram.get_total_count() == 0:
         return [0.0 for _ in percentiles]
     return [histogram.get_value_at_percentile(percentile) / 1e3 for percentile in percentiles]

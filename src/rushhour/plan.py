@@ -10,7 +10,7 @@ import msgspec
 from rushhour.errors import GoalError, PlanError
 from rushhour.goal import Goal
 from rushhour.machine import Machine
-from rushhour.measurement import Interval
+from rushhour.measurement import Interval, Number, Rate, Time
 from rushhour.storage import explained, write_whole
 
 SCHEMA = 1
@@ -22,7 +22,16 @@ SO_FAR = "plan-so-far.json"
 EngineName = Literal["openvino", "onnxruntime", "torch"]
 Precision = Literal["f32", "bf16", "int8"]
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+LARGEST_BATCH = 4096
+"""Samples in one batch, at most: an engine runs the largest once before it serves."""
+
+_Cells = Annotated[int, msgspec.Meta(ge=1, le=256)]
+_Lanes = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+_Batch = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_BATCH)]
+_Bound = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+_Schema = Annotated[int, msgspec.Meta(ge=1)]
+_Ms = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -55,20 +64,20 @@ class Policy(msgspec.Struct, frozen=True):
             only. A request's own `timeout` counts whatever this says.
     """
 
-    cells: Positive = 1
-    streams: Positive = 1
-    threads: Positive = 1
-    max_batch: Positive = 1
-    queue_bound: Positive = 1024
-    deadline_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    cells: _Cells = 1
+    streams: _Lanes = 1
+    threads: _Lanes = 1
+    max_batch: _Batch = 1
+    queue_bound: _Bound = 1024
+    deadline_ms: _Ms | None = None
 
 
 class OperatingPoint(msgspec.Struct, frozen=True):
     """One measured point: at this rate, this latency."""
 
-    rate_rps: float
-    p50_ms: float | None
-    p99_ms: float | None
+    rate_rps: Rate
+    p50_ms: Time | None
+    p99_ms: Time | None
     outcome: str
 
 
@@ -95,12 +104,12 @@ class Trial(msgspec.Struct, frozen=True):
     engine: EngineName
     precision: Precision
     policy: Policy
-    accuracy: float | None
-    accuracy_drop: float | None
+    accuracy: Number | None
+    accuracy_drop: Number | None
     accuracy_drop_interval: Interval | None
-    predicted_rps: float | None
-    capacity_rps: float | None
-    p99_ms: float | None
+    predicted_rps: Rate | None
+    capacity_rps: Rate | None
+    p99_ms: Time | None
     fate: Fate
     why: str
     name: str = ""
@@ -117,9 +126,9 @@ class Rung(msgspec.Struct, frozen=True):
 
     step: str
     candidate: str
-    capacity_rps: float
-    p99_ms: float | None
-    accuracy: float | None
+    capacity_rps: Rate
+    p99_ms: Time | None
+    accuracy: Number | None
     name: str = ""
 
 
@@ -144,30 +153,30 @@ class Evidence(msgspec.Struct, frozen=True):
         capacity_interval_rps: the estimate's 95% interval, from all windows of the winner; None where it held at none.
     """
 
-    capacity_rps: float
-    lowest_failing_rps: float | None
-    p99_ms: float | None
+    capacity_rps: Rate
+    lowest_failing_rps: Rate | None
+    p99_ms: Time | None
     p99_interval_ms: Interval | None
     metric: str
-    accuracy: float
+    accuracy: Number
     accuracy_interval: Interval
-    accuracy_drop: float
+    accuracy_drop: Number
     accuracy_drop_interval: Interval
-    reference_accuracy: float
+    reference_accuracy: Number
     reference_accuracy_interval: Interval
-    baseline_capacity_rps: float
-    baseline_p99_ms: float | None
-    parameters: int
-    model_bytes: int
-    reference_parameters: int
-    reference_model_bytes: int
+    baseline_capacity_rps: Rate
+    baseline_p99_ms: Time | None
+    parameters: _Count
+    model_bytes: _Count
+    reference_parameters: _Count
+    reference_model_bytes: _Count
     machine: Machine
     at: str
     trials: tuple[Trial, ...] = ()
     ladder: tuple[Rung, ...] = ()
     proven: bool = True
     capacity_interval_rps: Interval | None = None
-    alone_rps: float | None = None
+    alone_rps: Rate | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -186,7 +195,7 @@ class Plan(msgspec.Struct, frozen=True):
     feasible: bool = True
     """False for the nearest miss: nothing met the goal, and this came closest."""
     model: str = ""
-    schema: int = SCHEMA
+    schema: _Schema = SCHEMA
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, whole or not at all.
@@ -203,7 +212,9 @@ class Plan(msgspec.Struct, frozen=True):
         Raises:
             PlanError: if it is missing, damaged, or of a newer schema than this program knows.
         """
-        if not path.is_file():
+        with explained(f"read {path}"):
+            is_there = path.is_file()
+        if not is_there:
             raise PlanError(
                 f"there is no plan at {path}",
                 "the file does not exist",
@@ -229,4 +240,4 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class _SchemaOnly(msgspec.Struct):
-    schema: int
+    schema: _Schema

@@ -28,18 +28,32 @@ _REPLACED: Final = ".replaced"
 _NAMED: Final = 3
 """Files that a message names, at most."""
 
+_BLOCK = 4096
+ELSEWHERE = "choose another place"
+"""How advice on a place ends that has no better: who knows the option for it says that, too."""
+_ASK = f"ask its owner, or {ELSEWHERE}"
 _REASONS = {
-    errno.ENOSPC: ("the disk is full", "free some space or choose another place with --out, then run again"),
-    errno.EDQUOT: (
-        "the disk quota is used up",
-        "free some space or choose another place with --out, then run again",
-    ),
-    errno.EROFS: ("the file system is read-only", "choose another place with --out"),
-    errno.EACCES: ("permission is denied", "choose a place you may write to with --out"),
-    errno.EPERM: ("the operation is not permitted", "choose a place you may write to with --out"),
-    errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another place with --out"),
+    errno.ENOSPC: ("the disk is full", f"free some space or {ELSEWHERE}"),
+    errno.EDQUOT: ("the disk quota is used up", f"free some space or {ELSEWHERE}"),
+    errno.EFBIG: ("a file may not be so large here", f"raise the limit (ulimit -f) or {ELSEWHERE}"),
+    errno.EROFS: ("the file system is read-only", ELSEWHERE),
+    errno.EACCES: ("permission is denied", _ASK),
+    errno.EPERM: ("the operation is not permitted", _ASK),
+    errno.ENOENT: ("there is no such file or folder", f"check the path, or {ELSEWHERE}"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", ELSEWHERE),
+    errno.EISDIR: ("it is a folder, not a file", ELSEWHERE),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ELOOP: ("its symbolic links lead in a circle", ELSEWHERE),
+    errno.EMFILE: ("this process may open no more files", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("the system may open no more files", "close some programs"),
     errno.EIO: ("the device reports an input/output error", "check the disk"),
+    errno.ESTALE: ("the file system of another machine has gone", "mount it again"),
 }
+
+
+def reason(error: OSError) -> tuple[str, str] | None:
+    """Why the system refused and what to do about it; None where that is nothing that a user would know."""
+    return _REASONS.get(error.errno or 0)
 
 
 @contextlib.contextmanager
@@ -52,22 +66,24 @@ def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why, fix = _REASONS.get(error.errno or 0, (error.strerror or str(error), "check the path and the disk"))
+        why, fix = reason(error) or (error.strerror or str(error), "check the path and the disk")
         raise StorageError(f"cannot {doing}", why, fix) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part. Folders are made.
 
+    A device or a pipe (`/dev/null`, `/dev/stdout`) is written to, not replaced; of a link, what it leads to.
+
     Raises:
         StorageError: if the disk does not take it; what was there before stays.
     """
-    path = path.resolve() if path.is_symlink() else path  # the link stays
     with explained(f"write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # a device or a pipe
+        if _is_special(path):
             path.write_bytes(content)
             return
+        path = path.resolve() if path.is_symlink() else path  # the link stays
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
         try:
@@ -79,6 +95,77 @@ def write_whole(path: Path, content: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def home() -> Path:
+    """The user's home; one among the temporary files where there is none, as for many users in containers."""
+    found = os.path.expanduser("~")
+    if found != "~":
+        return Path(found)
+    with contextlib.suppress(OSError):
+        ours = Path(tempfile.gettempdir()) / f"rushhour-{os.getuid()}"
+        ours.mkdir(mode=0o700, exist_ok=True)
+        if ours.lstat().st_uid == os.getuid() and ours.is_dir() and not ours.is_symlink():
+            return ours
+        return Path(tempfile.mkdtemp(prefix="rushhour-"))
+    return Path("/nonexistent")
+
+
+def try_folder(path: Path) -> None:
+    """See whether files can be made in the folder `path`, before anything is done that would be lost if not.
+
+    It is not made here. Where it is missing, the first folder above it that is there is tried in its place.
+
+    Raises:
+        StorageError: if not.
+    """
+    with explained(f"write into {path}"):
+        _try(path)
+
+
+def try_file(path: Path) -> None:
+    """The same for a file that `write_whole` is to write.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    with explained(f"write {path}"):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        path = path.resolve() if path.is_symlink() else path
+        _try(path.parent, path.name)
+
+
+def try_building(path: Path) -> None:
+    """The same for a folder that `building` is to put in its place as a whole.
+
+    Raises:
+        StorageError: if the folder that it lies in takes nothing, or it has no name there.
+    """
+    with explained(f"write {path}"):
+        path = path.resolve() if path.is_symlink() else path
+        if path.name in ("", ".."):
+            raise StorageError(f"cannot write {path}", "the folder is replaced as a whole", "name a folder in it")
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        _try(path.parent, path.name)
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _try(folder: Path, name: str = "") -> None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    # With a name as long as any that is written beside it, and as large as the smallest file that takes room.
+    with tempfile.NamedTemporaryFile(prefix=f".{name}.tried-", suffix=".before-work", dir=folder) as file:
+        file.write(bytes(_BLOCK))
+        file.flush()
 
 
 def check_own(path: Path, names: Collection[str], is_own: Callable[[Path], bool]) -> None:
@@ -97,9 +184,7 @@ def check_own(path: Path, names: Collection[str], is_own: Callable[[Path], bool]
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise StorageError(
-            f"cannot make the folder {path}", "there is something else of that name", "choose another place with --out"
-        )
+        raise StorageError(f"cannot make the folder {path}", "there is something else of that name", ELSEWHERE)
     with explained(f"read {path}"):
         there = sorted(entry.name for entry in path.iterdir())
     left_over = tuple(f".{name}." for name in names)
@@ -130,11 +215,11 @@ def check_own_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
     Raises:
         StorageError: if there is another file.
     """
-    if path.is_dir():
-        raise StorageError(f"cannot write {path}", "it is a folder", "name a file")
-    if not path.is_file():
-        return
     with explained(f"read {path}"):
+        if path.is_dir():
+            raise StorageError(f"cannot write {path}", "it is a folder", "name a file")
+        if not path.is_file():
+            return
         content = path.read_bytes()
     if content and not is_own(content):
         raise StorageError(
@@ -192,9 +277,7 @@ def check_claim(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise StorageError(
-            f"cannot make the folder {folder}", "there is something else of that name", "choose another place"
-        )
+        raise StorageError(f"cannot make the folder {folder}", "there is something else of that name", ELSEWHERE)
     with explained(f"read {folder}"):
         there = sorted(entry.name for entry in folder.iterdir())
     if there and MARK not in there:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,6 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rushhour.clock import Clock, WallClock
+from rushhour.faults import during
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement, Outcome
 
@@ -38,19 +40,46 @@ _NO_WIDTH = 10_000
 _COLOURS = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.UNSTABLE: "red"}
 
 
+def _draws(console: Console) -> bool:
+    """Whether it can be drawn on and cleared again; where not, lines are written."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def result_console() -> Console:
     """Where results are printed: standard output.
 
     What is not a terminal has no width. For rich it has 80 columns, into which it cuts the numbers of a table.
     """
-    return Console(width=None if sys.stdout.isatty() else _NO_WIDTH)
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _NO_WIDTH)
 
 
-class LoadView:
+class _Shown:
+    """What is shown while a block lasts; an exception that ends the block carries a note on what it was."""
+
+    _what = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.fail()
+        if error is not None and self._what:
+            during(error, self._what)
+
+    def fail(self) -> None:
+        """Draw no more."""
+        raise NotImplementedError
+
+
+class LoadView(_Shown):
     """A run of load while it lasts: drawn anew at every tick on a terminal, else a line every few seconds.
 
     It works in the parent of the generator, which gives a tick about five times a second and is held up by nothing
     that happens here.
+
+    Use as a context manager, or say `fail` at the end.
 
     Args:
         slo: the limit to hold latencies against; None where there is none.
@@ -71,7 +100,7 @@ class LoadView:
         """A window begins; `total` in seconds."""
         self._what, self._total, self._lined_at = what, total, 0.0
         self._ticks.clear()
-        if not self._console.is_terminal:
+        if not _draws(self._console):
             self._line(f"{what} ...")
             return
         if self._live is None:
@@ -86,7 +115,7 @@ class LoadView:
             self._ticks.popleft()
         if self._live is not None:
             self._live.update(self._drawn(tick), refresh=True)
-        elif not self._console.is_terminal and tick.at_s - self._lined_at >= _LINE_EVERY_S:
+        elif not _draws(self._console) and tick.at_s - self._lined_at >= _LINE_EVERY_S:
             self._lined_at = tick.at_s
             self._line(f"  {tick.at_s:.0f} s: " + ", ".join(f"{name} {value}" for name, value in self._figures(tick)))
 
@@ -95,7 +124,7 @@ class LoadView:
 
     def done(self, note: str = "", *, good: bool = True) -> None:
         """The window is over."""
-        if not self._console.is_terminal:
+        if not _draws(self._console):
             self._line(f"  {note}")
 
     def limit(self, seconds: float) -> None:
@@ -155,10 +184,12 @@ class LoadView:
         return Group(head, now, past)
 
 
-class TerminalProgress:
+class TerminalProgress(_Shown):
     """Draws `rushhour.progress.Progress` on a terminal; writes one line per piece of work to anything else.
 
     Each line ends with the time that it took, and where the run has a limit with the time that is left of it.
+
+    Use as a context manager, or say `fail` when it ends early.
 
     Args:
         console: where; standard error by default, so that standard output stays the result's.
@@ -180,7 +211,7 @@ class TerminalProgress:
         """Begin a line."""
         self._close()
         self._what, self._note, self._began = what, "", self._clock.now()
-        if not self._console.is_terminal:
+        if not _draws(self._console):
             self._print(f"{escape(what)} ... ", end="")
             self._is_line_open = True
             return

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rushhour.errors import GoalError, ModelError
+from rushhour.places import Place
+from rushhour.storage import try_folder
 from rushhour.terminal import TerminalProgress
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def train_options(command: C) -> C:
         click.option("--wandb", metavar="PROJECT", help="Track with Weights & Biases too; offline without a key."),
         click.option("--tensorboard/--no-tensorboard", default=True, show_default=True, help="Write DIR/tensorboard."),
         *place_options(),
-        click.option("--logs", type=click.Path(path_type=Path), metavar="DIR",
+        click.option("--logs", type=Place(try_folder), metavar="DIR",
                      help="Where curves are kept; BUNDLE-training by default."),
         click.option("--augment", metavar="LIST",
                      help="Change pictures at random: flip,crop,rotate=10,scale=0.1,colour=0.2."),
@@ -353,6 +355,8 @@ def run(
     from rushhour.train.loop import PLAN
     from rushhour.train.search import search as search_best
 
+    folder = logs or out.with_name(f"{out.name}-training")
+    try_folder(folder)
     if search is not None and workers > 1:
         raise GoalError(
             f"cannot search on {workers} workers",
@@ -376,7 +380,6 @@ def run(
     source, trusted = model_of(model, dataset)
     assert not isinstance(source, Bundle)
     settings = settings_of(fitted(training, len(dataset.train), workers=workers))
-    folder = logs or out.with_name(f"{out.name}-training")
     tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
     if search is None:
         bundle = train(

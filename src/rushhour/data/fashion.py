@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError, StorageError
-from rushhour.storage import write_whole
+from rushhour.storage import home, write_whole
 from rushhour.task import Task
 
 CLASSES = (
@@ -82,8 +82,10 @@ def fashion_mnist() -> Dataset:
 def cache() -> Path:
     """Where Rushhour keeps what it fetched: `$RUSHHOUR_DATA`, else `rushhour` in the user's cache folder."""
     if own := os.environ.get("RUSHHOUR_DATA"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rushhour"
+        return Path(own).expanduser()
+    if own := os.environ.get("XDG_CACHE_HOME"):
+        return Path(own) / "rushhour"
+    return home() / ".cache" / "rushhour"
 
 
 def find(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import socket
 import sys
@@ -22,21 +21,31 @@ from rushhour.load.canary import Canary
 from rushhour.load.client import run
 from rushhour.load.job import MAX_CONNECTIONS, ClosedJob, OpenJob, Refusal, Tick, pack, receive, send
 from rushhour.load.samples import Samples
+from rushhour.machine import open_files
 
-_SPARE_FILES = 64
+_SPARE_FILES = 16
+_FEWEST_CONNECTIONS = 8
 
 
 def _serve(channel: socket.socket, lifeline: int, cores: set[int]) -> None:
-    files = _allow_files(MAX_CONNECTIONS + _SPARE_FILES)
     with Canary() as canary, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.get_loop()  # which opens files
+        files, used = open_files(MAX_CONNECTIONS + 4 * _SPARE_FILES)
         if cores:  # after the canary has started, which is to feel the machine as the server does
             os.sched_setaffinity(0, cores)
         _wake_in_time()
         while (frame := receive(channel)) is not None:
             job = msgspec.msgpack.decode(frame[1], type=OpenJob | ClosedJob)
             _go_first(isinstance(job, OpenJob))
-            bound = max(1, min(job.max_connections, files - _SPARE_FILES))
+            bound = min(job.max_connections, files - used - _SPARE_FILES)
             try:
+                fewest = job.concurrency if isinstance(job, ClosedJob) else _FEWEST_CONNECTIONS
+                if bound < min(job.max_connections, fewest):
+                    raise LoadError(
+                        f"the load generator may open only {files} files",
+                        f"it needs {used + _SPARE_FILES + fewest} for {fewest} connections",
+                        "raise the limit: ulimit -n 4096",
+                    )
                 job = msgspec.structs.replace(job, max_connections=bound)
                 result = runner.run(_attended(job, canary, channel, lifeline))
             except LoadError as error:
@@ -83,17 +92,6 @@ def _go_first(on_time: bool) -> None:
     policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK if on_time else os.SCHED_OTHER
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, policy, os.sched_param(1 if on_time else 0))
-
-
-def _allow_files(wanted: int) -> int:
-    """Raise the limit on open files as far as is needed and allowed; the limit then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def main() -> None:

@@ -44,7 +44,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.goal import SLO
+from rushhour.load.job import MAX_CONNECTIONS
 from rushhour.load.samples import Samples, Status, joined
+from rushhour.machine import open_files
 from rushhour.measurement import Interval, Measurement, Outcome, pack_latencies
 
 CONFIDENCE = 0.95
@@ -487,12 +489,18 @@ class _Doubts:
         return bool(self.bound or self.noise or self.delay)
 
 
+def _few_files() -> str:
+    """Why the bound may be lower than usual, where it may."""
+    files, _ = open_files(MAX_CONNECTIONS)
+    return f", for it may open only {files} files: raise the limit (ulimit -n)" if files < MAX_CONNECTIONS else ""
+
+
 def _doubts(measured: Samples, slo: SLO, rate_rps: float, null_rps: float | None) -> _Doubts:
     bound = noise = delay = ""
     if measured.starved:
         bound = (
             f"{measured.starved} requests waited for a connection: the generator's bound of "
-            f"{measured.connections} was reached"
+            f"{measured.connections} was reached{_few_files()}"
         )
     elif measured.generator_cpu > _MAX_GENERATOR_CPU:
         bound = f"the generator used {measured.generator_cpu:.0%} of a core, over {_MAX_GENERATOR_CPU:.0%}"

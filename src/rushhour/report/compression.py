@@ -13,8 +13,12 @@ from rushhour.report.page import is_page, page_style
 from rushhour.storage import write_own
 
 
-def write_compression_report(folder: Path) -> Path:
+def write_compression_report(folder: Path, file: Path | None = None) -> Path:
     """Render `report.html` from the folder's `compression.json`. The file loads nothing from anywhere.
+
+    Args:
+        folder: what it is about.
+        file: where it is written; in that folder by default.
 
     Returns:
         The path of the file.
@@ -29,7 +33,7 @@ def write_compression_report(folder: Path) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["say"] = wording
     template = environment.from_string(resources.files(__package__).joinpath("compression.html").read_text("utf-8"))
-    path = folder / "report.html"
+    path = file or folder / "report.html"
     page = template.render(
         style=page_style(),
         found=found,

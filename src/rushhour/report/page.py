@@ -73,10 +73,14 @@ class RungLine(NamedTuple):
     accuracy: str
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, file: Path | None = None) -> Path:
     """Render `report.html` of the folder `run` from its plan, the best so far if it was broken off, and its journal.
 
     The same run gives the same bytes. The file loads nothing from anywhere.
+
+    Args:
+        run: the folder.
+        file: where it is written; in that folder by default.
 
     Returns:
         The path of the file.
@@ -86,7 +90,7 @@ def write_report(run: Path) -> Path:
         StorageError: if the disk does not give or take the files.
     """
     found = Findings.read(run)
-    path = run / "report.html"
+    path = file or run / "report.html"
     write_own(path, _render(found, run).encode("utf-8", "replace"), is_page)
     return path
 

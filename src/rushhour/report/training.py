@@ -19,8 +19,12 @@ _OPEN: Final = 15
 _MOST: Final = 2_000
 
 
-def write_training_report(folder: Path) -> Path:
+def write_training_report(folder: Path, file: Path | None = None) -> Path:
     """Render `report.html` of a training's folder from its `curves.jsonl`. The file loads nothing from anywhere.
+
+    Args:
+        folder: what it is about.
+        file: where it is written; in that folder by default.
 
     Returns:
         The path of the file.
@@ -42,7 +46,7 @@ def write_training_report(folder: Path) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["say"] = wording
     template = environment.from_string(resources.files(__package__).joinpath("training.html").read_text("utf-8"))
-    path = folder / "report.html"
+    path = file or folder / "report.html"
     page = template.render(
         style=page_style(),
         name=folder.resolve().name,

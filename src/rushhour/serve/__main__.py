@@ -49,6 +49,14 @@ def _main(arguments: list[str]) -> int:
     except RushhourError as error:
         say(Said(error=str(error)))
         return 2
+    except msgspec.DecodeError as error:
+        say(Said(error=f"cannot read the settings: {error}; they are JSON, as in rushhour.serve.ServeSettings"))
+        return 2
+    except Exception as error:
+        from rushhour.faults import unforeseen
+
+        say(Said(error=unforeseen(error, "serving")))
+        return 2
     return 0
 
 

@@ -190,7 +190,7 @@ class Keys:
             ServeError: if the file cannot be read, or holds no key of 16 characters or more.
         """
         try:
-            lines = [line.strip() for line in file.read_text().splitlines()]
+            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ServeError(f"cannot read the API keys in {file}", str(error), "check the path") from error
         keys = tuple(line for line in lines if line and not line.startswith("#"))

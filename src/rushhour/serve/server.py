@@ -8,7 +8,6 @@ import errno
 import gc
 import logging
 import os
-import resource
 import socket
 import ssl
 import sys
@@ -23,7 +22,7 @@ import uvloop
 
 from rushhour.clock import WallClock
 from rushhour.errors import ServeError
-from rushhour.machine import cores, describe
+from rushhour.machine import cores, describe, open_files
 from rushhour.serve import log, memory
 from rushhour.serve.cell import Cell
 from rushhour.serve.control import Control
@@ -57,6 +56,9 @@ _CLOSE_SECONDS = 5.0
 _SPANS_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.2
 _OTHER_FILES = 256
+_OWN_FILES = 64
+"""That a server opens beside its connections, at most: engines, event loops, gRPC."""
+_FEWEST_CONNECTIONS = 16
 _GRPC_AGE_SECONDS = 60.0
 _COLLECT_AFTER = (50_000, 20, 20)
 """Requests are freed by their reference counts; what waits in a queue must not be walked every 700 objects."""
@@ -93,7 +95,8 @@ def serve(
         settings.check()
         settings = _with_secrets(settings)
         check_exposure(settings.host, settings.api_keys, exposed=settings.exposed)
-        _allow_files(settings.limits.connections + _OTHER_FILES)
+        asked = settings.limits.connections
+        settings = _with_room(settings)
         memory.settle()
         if settings.admin_port is not None:
             check_exposure(settings.admin_host or _ADMIN_HOST, settings.api_keys, exposed=settings.exposed)
@@ -107,7 +110,10 @@ def serve(
         form = settings.log_format or log.usual_format()
         settings = msgspec.structs.replace(settings, log_format=form, limits=limits)
         with log.to_stderr(form, settings.log_level), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            SIGNALS.last_words = partial(log.flush, _LAST_WORDS_SECONDS)
+            SIGNALS.last_words = _last_words
+            if limits.connections < asked and not settings.one_of_many:
+                why = "the limit on open files leaves room for no more: ulimit -n"
+                log.event(logging.WARNING, "fewer connections", connections=limits.connections, asked=asked, why=why)
             if not settings.exact and not settings.one_of_many:
                 _say_differences(target)
             if several:
@@ -160,13 +166,33 @@ def _say_differences(target: Target) -> None:
         log.event(logging.WARNING, "this is not the machine that the plan was made on", difference=difference)
 
 
-def _allow_files(wanted: int) -> None:
-    """Raise the limit on open files as far as the connections need and the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+def _with_room(settings: ServeSettings) -> ServeSettings:
+    """The settings with as many connections as the limit on open files has room for, once it is raised.
+
+    Raises:
+        ServeError: if that is next to none.
+    """
+    limits = settings.limits
+    files, used = open_files(limits.connections + _OTHER_FILES)
+    if files >= limits.connections + _OTHER_FILES:
+        return settings
+    kinds = 1 if settings.grpc_port is None else 2
+    room = (files - used - _OWN_FILES) // kinds
+    if room < min(_FEWEST_CONNECTIONS, limits.connections):
+        raise ServeError(
+            f"this process may open only {files} files",
+            f"a server needs at least {used + _OWN_FILES + kinds * _FEWEST_CONNECTIONS}",
+            "raise the limit: ulimit -n 4096",
+        )
+    fewer = msgspec.structs.replace(limits, connections=min(limits.connections, room))
+    return msgspec.structs.replace(settings, limits=fewer)
+
+
+def _last_words() -> None:
+    """Of a process that a signal ends at once."""
+    if not SIGNALS.stopping:
+        log.event(logging.INFO, "stopped before it served")
+    log.flush(_LAST_WORDS_SECONDS)
 
 
 def _reopened(path: Path, settings: ServeSettings, cells: int) -> Target:

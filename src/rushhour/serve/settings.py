@@ -12,6 +12,8 @@ from rushhour.serve.guard import Identity, Limits, is_loopback
 from rushhour.serve.log import LogFormat
 from rushhour.serve.orders import LogLevel, Register
 
+_Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+
 
 class Served(msgspec.Struct, frozen=True):
     """What is served, wherever the path leads by now: the bundle's hash is in the plan.
@@ -70,8 +72,8 @@ class ServeSettings(msgspec.Struct, frozen=True):
     """
 
     host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int | None = None
+    http_port: _Port = 8000
+    grpc_port: _Port | None = None
     model: str | None = None
     trusted: tuple[str, ...] = ()
     limits: Limits = Limits()
@@ -82,7 +84,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     known_as: tuple[str, ...] = ()
     exposed: bool = False
     admin: bool = True
-    admin_port: int | None = None
+    admin_port: _Port | None = None
     admin_host: str | None = None
     shared_memory: bool | None = None
     log_format: LogFormat | None = None
@@ -93,9 +95,9 @@ class ServeSettings(msgspec.Struct, frozen=True):
     cells: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     streams: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
-    drain_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
-    frozen_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    drain_delay_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+    frozen_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 5.0
     exact: bool = True
     one_of_many: bool = False
     versions: dict[str, int] = {}

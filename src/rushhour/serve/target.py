@@ -18,8 +18,9 @@ from rushhour.bundle import Bundle
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
-from rushhour.machine import Machine, cores
+from rushhour.machine import Machine, cores, describe
 from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
+from rushhour.storage import explained
 
 _ITSELF = "."
 """The folder of the bundle in the plan that is made of a bundle alone."""
@@ -173,20 +174,43 @@ def open_target(path: Path) -> Target:
         PlanError: if there is nothing to serve at `path`, or the plan cannot be read.
         BundleError: if the bundle is missing, damaged, or not the one that the plan was made for.
     """
-    if (path / "bundle.json").is_file():
+    with explained(f"read {path}"):
+        is_bundle = (path / "bundle.json").is_file()
+        file = path / "plan.json" if path.is_dir() else path
+        if path.is_dir() and not file.is_file() and (path / SO_FAR).is_file():
+            file = path / SO_FAR
+        is_plan = file.is_file()
+    if is_bundle:
         bundle = Bundle.open(path)
         return Target(path, _plan_of(bundle), bundle, path)
-    file = path / "plan.json" if path.is_dir() else path
-    if path.is_dir() and not file.is_file() and (path / SO_FAR).is_file():
-        file = path / SO_FAR
-    if not file.is_file():
+    if not is_plan:
         raise PlanError(
             f"there is nothing to serve at {path}",
             "it is neither a run with a plan.json, nor a plan, nor a bundle",
             "name what `rushhour tune`, `rushhour demo` or `rushhour train` made",
         )
     plan = Plan.load(file)
-    return Target(path, plan, _opened(file.parent, plan.variants[0]), file.parent)
+    bundle = _opened(file.parent, plan.variants[0])
+    _check_room(file, plan.policy, bundle)
+    return Target(path, plan, bundle, file.parent)
+
+
+def _check_room(file: Path, policy: Policy, bundle: Bundle) -> None:
+    """Raise unless the batches that a plan asks for fit into this machine's memory.
+
+    Raises:
+        PlanError: if they do not.
+    """
+    signature, memory = bundle.manifest.signature, describe().memory_gb * 2**30
+    row = sum(spec.row_bytes for spec in (*signature.inputs, *signature.outputs))
+    needed = min(policy.streams, cores()) * policy.max_batch * row
+    if memory and needed > memory / 2:
+        raise PlanError(
+            f"the plan {file} cannot be served here",
+            f"its `max_batch` of {policy.max_batch} samples takes {needed / 2**30:.3g} GiB, of "
+            f"this machine's {memory / 2**30:.3g}",
+            "lower `max_batch` in `policy`",
+        )
 
 
 def open_planned(path: Path, plan: Plan, folder: Path) -> Target:

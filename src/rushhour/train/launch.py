@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
@@ -26,6 +25,7 @@ from torch import multiprocessing
 
 from rushhour import machine
 from rushhour.errors import ModelError, RushhourError
+from rushhour.faults import unforeseen
 from rushhour.train.position import Position, forget, positions, report_to
 
 _ECHO_S = 1.0
@@ -202,12 +202,18 @@ def _once(
     quiet = logging.getLogger("torch.multiprocessing.spawn")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # it warns of every process that it ends
-    context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
-        _worker,
-        (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads, file),
-        workers,
-        join=False,
-    )
+    # A Ctrl-C that meets a worker while it still imports would be a traceback: it hears none until it works.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
+            _worker,
+            (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads, file),
+            workers,
+            join=False,
+        )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        raise
     for _, sender in pipes:
         sender.close()
     results: dict[int, Any] = {}
@@ -216,6 +222,7 @@ def _once(
     waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
     died: set[int] = set()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # where it ends this, it ends them
         while waiting and failed is None and not died:
             # an error may be the echo of a death, or of a better error, elsewhere
             heard = wait_for_any(list(waiting), _ECHO_S if raised else None)
@@ -247,7 +254,7 @@ def _once(
             raise _Died(f"worker {first} of {workers}", ended, *Position(file, first).read())
         if raised:
             rank, error = raised[0]
-            raise ModelError(f"worker {rank} of {workers} failed", error, "mend that; its words above say where it was")
+            raise ModelError(f"worker {rank} of {workers} failed", error, "mend that, and run the same command again")
         for process in context.processes:
             process.join()
         return [results[rank] for rank in range(workers)]
@@ -273,6 +280,7 @@ def _worker(
     threads: int,
     file: Path,
 ) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for other, sender in enumerate(senders):
         if other != rank:
             sender.close()  # else its end would not be seen when its worker dies
@@ -286,8 +294,7 @@ def _worker(
     except RushhourError as error:
         outcome = False, error
     except Exception as error:
-        traceback.print_exc()
-        outcome = False, f"{type(error).__name__}: {error}"
+        outcome = False, unforeseen(error, "training")
     senders[rank].send(outcome)
     senders[rank].close()
 

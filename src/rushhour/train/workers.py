@@ -124,7 +124,7 @@ def _to_file(array: NDArray[Any], file: Path) -> None:
 
 
 def _worker(work: Work, handed: _Handed, told: Path) -> None:
-    with told.open("a", buffering=1) as stream:
+    with told.open("a", buffering=1, encoding="utf-8") as stream:
         work(handed.open(), _Telling(stream) if dist.get_rank() == 0 else Silent())
 
 
@@ -157,7 +157,7 @@ def _telling(told: Path, progress: Progress) -> Iterator[None]:
 
     def tell() -> None:
         rest = ""
-        with told.open() as stream:
+        with told.open(encoding="utf-8") as stream:
             while True:
                 ending = over.is_set()
                 *lines, rest = (rest + stream.read()).split("\n")
