@@ -575,8 +575,8 @@ def test_places_are_tried_before_work_begins(tmp_path: Path, arrays: Path, tiny:
 def test_a_folder_where_a_file_is_to_be_and_the_other_way_round(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(answer_to("machine", "--json", tmp_path), "it is a folder")
-    for out in (tmp_path / "file", ".", "/"):
-        refused(answer_to("train", "mlp", "--data", "none.npz", "--out", out), "cannot write")
+    for out, says in ((tmp_path / "file", "cannot write"), ("/", "cannot write"), (".", "is not Rushhour's")):
+        refused(answer_to("train", "mlp", "--data", "none.npz", "--out", out), says)
     refused(answer_to("tune", "mlp", "--data", "none.npz", "--out", tmp_path / "file"), "cannot write into")
     assert (tmp_path / "file").read_text() == "mine"
 

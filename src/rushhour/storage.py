@@ -215,7 +215,7 @@ def check_own_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
     Raises:
         StorageError: if there is another file.
     """
-    with explained(f"read {path}"):
+    with explained(f"write {path}"):
         if path.is_dir():
             raise StorageError(f"cannot write {path}", "it is a folder", "name a file")
         if not path.is_file():
