@@ -432,3 +432,14 @@ def test_added_photographs_move_none_of_yesterdays(tmp_path: Path) -> None:
     assert not after["train"] & after["test"]
     other_size = load(str(folder), size=(5, 5))
     assert len(other_size.test) == len(after["test"]), "nor does another size"
+
+
+def test_decoding_says_how_far_it_is(tmp_path: Path) -> None:
+    """It was silent for minutes, without an estimate of the time that is left."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(20):
+            Image.new("L", (4, 4), index).save(tmp_path / name / f"{index}.png")
+    heard: list[tuple[int, int]] = []
+    load(str(tmp_path), on_decoded=lambda done, total: heard.append((done, total)))
+    assert heard == [(16, 40), (32, 40), (40, 40)]

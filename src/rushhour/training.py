@@ -281,6 +281,15 @@ def load_data(
     path = Path(model)
     bundle = Bundle.open(path) if model and path.is_dir() else None
     sides = None if size is None else _size(size)
+    decoded = 0
+
+    def on_decoded(done: int, total: int) -> None:
+        nonlocal decoded
+        if not decoded:
+            progress.start(f"Decoding the pictures of {spec}", total)
+        progress.advance(done - decoded)
+        decoded = done
+
     progress.start(f"Loading {spec}")
     dataset = load(
         spec,
@@ -290,6 +299,7 @@ def load_data(
         bundle=bundle,
         square=model == "article",
         before_reading=None if bundle is not None or not model else partial(_try_network, model),
+        on_decoded=on_decoded,
     )
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
     progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")

@@ -26,6 +26,7 @@ def load(
     bundle: Bundle | None = None,
     square: bool = False,
     before_reading: Callable[[Task, tuple[int, ...]], None] | None = None,
+    on_decoded: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """The data set that `spec` names.
 
@@ -44,6 +45,7 @@ def load(
         square: whether pictures of a folder get equal sides, where no size is given.
         before_reading: hears of task and sample shape before the pictures of a folder are decoded, which may take long;
             what it raises ends the loading.
+        on_decoded: hears, while the pictures of a folder are decoded, how many are, and of how many.
 
     Raises:
         DataError: if it is not there, or cannot be used.
@@ -91,6 +93,7 @@ def load(
             square=square,
             bundle=bundle,
             before_reading=before_reading,
+            on_decoded=on_decoded,
         )
     module, _, factory = spec.partition(":")
     if module.replace(".", "").isidentifier() and factory.isidentifier():

@@ -38,6 +38,7 @@ _FILES = (_INDEX, "decoded.npy", *(f"{part}-{what}.npy" for part in PARTS for wh
 _DECODED_AS = 2
 """To be raised when the same file becomes other pixels, so that no cache is believed that was written before."""
 _AT_ONCE = 256
+_TOLD_EVERY = 16
 _WHITES = (255, 1023, 4095, 16_383, 65_535)
 """The largest values of 8, 10, 12, 14 and 16 bits."""
 _UNIT, _DIMMEST = 1.001, 1 / 16
@@ -47,6 +48,9 @@ _STRETCH = 0.02
 
 OnCorrupt = Callable[[DataError], None]
 """Hears of a picture that cannot be read and is left out."""
+
+OnDecoded = Callable[[int, int], None]
+"""Hears, now and then, how many pictures are decoded, and of how many."""
 
 
 class Listing(NamedTuple):
@@ -113,7 +117,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def read(
-    listing: Listing, cached: Path | None, on_corrupt: OnCorrupt | None
+    listing: Listing, cached: Path | None, on_corrupt: OnCorrupt | None, on_decoded: OnDecoded | None = None
 ) -> tuple[tuple[Split, Split, Split], Tally]:
     """Training, validation and test part: uint8 `(n, *shape)`, and int64 labels. And what was done to the pictures.
 
@@ -121,17 +125,18 @@ def read(
         listing: what is to be read.
         cached: a folder for decoded pictures, used from `WORTH_CACHING` on; None: never.
         on_corrupt: hears of what is left out, in order; None: the first corrupt picture is an error.
+        on_decoded: hears how it goes.
 
     Raises:
         DataError: if a picture cannot be read, no picture of a class can, or their values are no picture's.
     """
     if cached is not None and listing.bytes >= WORTH_CACHING:
         try:
-            return _from_cache(listing, cached, on_corrupt)
+            return _from_cache(listing, cached, on_corrupt, on_decoded)
         except StorageError:
             pass  # a full or read-only disk takes away only the cache
     pictures = np.empty((len(listing.every), *listing.shape), np.uint8)
-    tally, keys = _decode(listing, pictures)
+    tally, keys = _decode(listing, pictures, on_decoded)
     _tell(listing, tally.corrupt, on_corrupt)
     train, validation, test = (Split(pictures[rows], labels) for rows, labels in _parts(listing, tally.corrupt, keys))
     return (train, validation, test), tally
@@ -175,7 +180,7 @@ def real_white_of(peak: float, file: Path) -> float:
 
 
 def _from_cache(
-    listing: Listing, cached: Path, on_corrupt: OnCorrupt | None
+    listing: Listing, cached: Path, on_corrupt: OnCorrupt | None, on_decoded: OnDecoded | None
 ) -> tuple[tuple[Split, Split, Split], Tally]:
     folder = listing.folder.resolve()
     key = hashlib.sha256(os.fsencode(folder) + f" {listing.shape} {listing.seed}".encode()).hexdigest()[:16]
@@ -184,7 +189,7 @@ def _from_cache(
         index = _index(place)
         if index is None or index.digest != digest:
             with building(place, _FILES, _is_cache) as half:
-                index = _Index(digest, _cache(listing, half))
+                index = _Index(digest, _cache(listing, half, on_decoded))
                 (half / _INDEX).write_bytes(msgspec.json.encode(index))
         _tell(listing, index.tally.corrupt, on_corrupt)
         with explained(f"read {place}"):
@@ -233,11 +238,11 @@ def _digest(listing: Listing) -> str:
     return digest.hexdigest()
 
 
-def _cache(listing: Listing, half: Path) -> Tally:
+def _cache(listing: Listing, half: Path, on_decoded: OnDecoded | None) -> Tally:
     """Write the parts' arrays into a folder; return what was done on the way."""
     decoded = half / "decoded.npy"
     pictures = _file(decoded, (len(listing.every), *listing.shape))
-    tally, keys = _decode(listing, pictures)
+    tally, keys = _decode(listing, pictures, on_decoded)
     for part, (rows, labels) in zip(PARTS, _parts(listing, tally.corrupt, keys), strict=True):
         to = _file(half / f"{part}-inputs.npy", (len(rows), *listing.shape))
         for at in range(0, len(rows), _AT_ONCE):
@@ -264,7 +269,9 @@ class _One(NamedTuple):
     why: str = ""
 
 
-def _decode(listing: Listing, into: NDArray[np.uint8]) -> tuple[Tally, NDArray[np.uint64]]:
+def _decode(
+    listing: Listing, into: NDArray[np.uint8], on_decoded: OnDecoded | None
+) -> tuple[Tally, NDArray[np.uint64]]:
     """Read all files. Return what was done, and the key of each file's content."""
     files, decoding, seed = listing.every, listing.decoding, str(listing.seed).encode()
 
@@ -287,7 +294,11 @@ def _decode(listing: Listing, into: NDArray[np.uint8]) -> tuple[Tally, NDArray[n
         return _One(seen, int.from_bytes(digest.digest()))
 
     with ThreadPoolExecutor(cores()) as pool:
-        read_ = list(pool.map(one, range(len(files))))
+        read_: list[_One] = []
+        for each in pool.map(one, range(len(files))):
+            read_.append(each)
+            if on_decoded is not None and (len(read_) % _TOLD_EVERY == 0 or len(read_) == len(files)):
+                on_decoded(len(read_), len(files))
         found = [one_.seen for one_ in read_]
         if not listing.fixed and (exact := _exact(found, files)) != decoding:
             decoding = exact

@@ -20,7 +20,7 @@ import msgspec
 from rushhour.bundle import Bundle, Decoding
 from rushhour.data.arrays import from_splits
 from rushhour.data.dataset import Dataset, Files
-from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, Tally, read, real_white_of, shown, white_of
+from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, OnDecoded, Tally, read, real_white_of, shown, white_of
 from rushhour.data.splits import Part
 from rushhour.errors import DataError, TaskError
 from rushhour.picture import Seen, look
@@ -58,6 +58,7 @@ def load_folder(
     square: bool = False,
     bundle: Bundle | None = None,
     before_reading: BeforeReading | None = None,
+    on_decoded: OnDecoded | None = None,
 ) -> Dataset:
     """The pictures below `folder` as a data set.
 
@@ -73,6 +74,7 @@ def load_folder(
         square: whether the default size has equal sides.
         bundle: a model that the data is for: it decides size, channels, classes and what is white.
         before_reading: see `BeforeReading`.
+        on_decoded: see `OnDecoded`.
 
     Raises:
         DataError: if there are no classes, a class is empty, or a picture cannot be read.
@@ -100,7 +102,7 @@ def load_folder(
             before_reading(task, shape)
         decoding, is_fixed = _decoding(found, bundle)
         listing = Listing(folder, tree.parts, classes, shape, seed, decoding, is_fixed)
-        parts, tally = read(listing, cached, on_corrupt)
+        parts, tally = read(listing, cached, on_corrupt, on_decoded)
     data = from_splits(shown(folder.resolve().name), *parts, classes=classes)
     count = len(tree.files)
     left_out = {**_short(tree.left_out), **({"unreadable": len(tally.corrupt)} if tally.corrupt else {})}
