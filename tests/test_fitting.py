@@ -208,6 +208,7 @@ def test_pictures_of_other_sizes_are_brought_to_the_bundle(trained: tuple[Bundle
     data = load_data(str(tmp_path / "d"), progress(), str(bundle.path))
     assert data.sample_shape == (16, 12, 3)
     assert data.task == bundle.manifest.task
+    assert "stretches 40 of them; bundle takes that" in " ".join(data.notes)
     assert load_data(str(pets), progress(), str(bundle.path)).fingerprint == (
         load(str(pets), size=(16, 12)).fingerprint
     ), "as in training"

@@ -107,7 +107,9 @@ def load_folder(
     count = len(tree.files)
     left_out = {**_short(tree.left_out), **({"unreadable": len(tally.corrupt)} if tally.corrupt else {})}
     files = Files(count + sum(tree.left_out.values()), count - len(tally.corrupt), left_out)
-    said = _said(tally, files.read, shape, is_asked=size is not None)
+    said = _said(
+        tally, files.read, shape, is_asked=size is not None, model=None if bundle is None else bundle.manifest.name
+    )
     return dataclasses.replace(
         data,
         preprocessing=msgspec.structs.replace(data.preprocessing, decoding=tally.decoding),
@@ -371,7 +373,7 @@ def _decoding(found: list[tuple[Seen, Path]], bundle: Bundle | None) -> tuple[De
     ), False
 
 
-def _said(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bool) -> list[str]:
+def _said(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bool, model: str | None) -> list[str]:
     """What was done to the pictures that nobody asked for."""
     height, width, _ = shape
     said = []
@@ -379,7 +381,7 @@ def _said(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bo
         stretched = f", which stretches {tally.stretched:,} of them" if tally.stretched else ""
         said.append(
             f"{tally.resized:,} of {read_:,} pictures have another size than {height}x{width} (height x width): they "
-            f"are brought to it{stretched}; --size HxW says otherwise"
+            f"are brought to it{stretched}; {'--size HxW says otherwise' if model is None else f'{model} takes that'}"
         )
     if tally.deep and tally.decoding.deep != Decoding().deep:
         said.append(
