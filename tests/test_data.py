@@ -341,7 +341,7 @@ def test_parts_that_are_given_are_kept(tmp_path: Path) -> None:
     }
     data = load(str(saved(tmp_path / "a.npz", **parts)))
     np.testing.assert_array_equal(data.validation.inputs, parts["x_validation"])
-    del parts["x_validation"]
+    del parts["x_validation"], parts["y_validation"]
     data = load(str(saved(tmp_path / "b.npz", **parts)))
     assert len(data.train) + len(data.validation) == 20
     assert len(data.test) == 6

@@ -288,3 +288,41 @@ def test_parts_on_another_scale_and_sizes_of_arrays_are_refused(tmp_path: Path) 
         from_splits("d", Split(bright, FOUR), Split(bright, FOUR), Split(bright / 255, FOUR))
     with pytest.raises(DataError, match="leave out --size"):
         data_of(tmp_path, FOUR, bright, size=(4, 4))
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "val"), ("train", "valid", "test"), ("Train", "dev"), ("training", "test")]
+)
+def test_parts_of_arrays_by_any_name_are_read_and_other_arrays_said(tmp_path: Path, names: tuple[str, ...]) -> None:
+    x = {f"X_{part}": X[:40] + number for number, part in enumerate(names)}
+    y = {f"y_{part}": FOUR[:40] for part in names}
+    np.savez(tmp_path / "d.npz", weights=X, **x, **y)
+    data = load(str(tmp_path / "d.npz"))
+    assert "arrays left out: weights" in data.notes
+    sizes = [len(data.train), len(data.validation), len(data.test)]
+    assert sum(sizes) == 40 * len(names)
+    assert (sizes.count(40) == 3) == (len(names) == 3)
+    if len(names) == 2:
+        assert "part: about a tenth of train is held out for it" in " ".join(data.notes)
+
+
+def test_arrays_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    for arrays, says in (
+        (
+            {"x_train": X, "y_train": FOUR, "x_val": X, "y_val": FOUR, "x_dev": X, "y_dev": FOUR},
+            "two arrays for x_valid",
+        ),
+        ({"x_train": X, "y_train": FOUR, "x_test": X}, "has x_test but no y_test"),
+        ({"x_train": X, "y_train": FOUR, "y_test": FOUR}, "has y_test but no x_test"),
+    ):
+        np.savez(tmp_path / "d.npz", **arrays)
+        with pytest.raises(DataError, match=says):
+            load(str(tmp_path / "d.npz"))
+    both = {"x": X, "y": FOUR, "x_test": X, "y_test": FOUR}
+    np.savez(tmp_path / "d.npz", **both)
+    assert load(str(tmp_path / "d.npz")).notes == ("arrays left out: x_test, y_test",)
+
+
+def test_floats_that_are_too_large_for_whole_numbers_are_values(tmp_path: Path) -> None:
+    data = data_of(tmp_path, FOUR * 1e30)
+    assert (data.task.kind, data.notes) == ("regression", ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
-from rushhour.data.splits import divide, keys_of_rows
+from rushhour.data.splits import PART_OF, PARTS, divide, keys_of_rows
 from rushhour.data.targets import Kind, read_targets, strata
 from rushhour.errors import DataError
 from rushhour.storage import explained
@@ -24,7 +25,6 @@ _ENOUGH = 8_000_000
 """Numbers to find means and deviations from; all of a large data set, as float64, would not fit into memory."""
 _DAMAGED = (ValueError, TypeError, EOFError, MemoryError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 _KEYS = "x_train, y_train, x_test, y_test (x_validation, y_validation), or x and y to be split"
-_PARTS = ("train", "validation", "test")
 FEWEST = 10
 """Samples that can be split into parts."""
 _CHANNELS = 4
@@ -37,8 +37,9 @@ _USUAL = (1, 3, 4)
 def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | None = None) -> Dataset:
     """The data set in a `.npz` file.
 
-    Keys: `x_train`, `y_train`, `x_test`, `y_test` and, if they are there, `x_validation`, `y_validation` (else a tenth
-    of train); or `x` and `y`, split about 80 / 10 / 10. Targets are labels or values as `rushhour.data.targets` says.
+    Keys: `x_train`, `y_train`, and those of test or validation or both, by any of their usual names (`x_val`, ...; what
+    is missing is held out of train); or `x` and `y`, split about 80 / 10 / 10. Targets are labels or values as
+    `rushhour.data.targets` says.
     Pictures are uint8 of shape `(n, height, width, channels)`, or floats; `(n, channels, height, width)` is brought to
     that. Samples of a model with several inputs are a structured array with a field for each. Without any y the data
     has no labels, and only a model can say its task.
@@ -52,21 +53,32 @@ def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | No
     Raises:
         DataError: if it is missing, not such a file, or its arrays do not fit together.
     """
-    arrays = _arrays(file)
+    arrays, unused = _named(_arrays(file), file)
     if not any(key.startswith("y") for key in arrays):
-        arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items() if key in ("x", *(f"x_{p}" for p in _PARTS))}
+        arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items()}
+    given = [part for part in PARTS if f"x_{part}" in arrays or f"y_{part}" in arrays]
+    notes = []
     if "x" in arrays and "y" in arrays:
         parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name, kind=kind)
-    elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
-        train, test = _pair(arrays, "train", file), _pair(arrays, "test", file)
-        if {"x_validation", "y_validation"} <= arrays.keys():
-            parts = (train, _pair(arrays, "validation", file), test)
-        else:
-            rows = divide(keys_of_rows(train.inputs, seed=seed), strata(train.targets, kind), held_out=("validation",))
-            parts = (train.take(rows["train"]), train.take(rows["validation"]), test)
+        unused += [key for key in arrays if key not in ("x", "y")]
+    elif "train" in given and len(given) > 1:
+        found = {part: _pair(arrays, part, file) for part in given}
+        train = found["train"]
+        missing = tuple(part for part in PARTS if part not in given)
+        rows = divide(keys_of_rows(train.inputs, seed=seed), strata(train.targets, kind), held_out=missing)
+        if missing:
+            notes.append(f"there is no {missing[0]} part: about a tenth of train is held out for it")
+            found |= {part: train.take(chosen) for part, chosen in rows.items()}
+        parts = (found["train"], found["validation"], found["test"])
+        unused += [key for key in arrays if key in ("x", "y")]
     else:
-        raise DataError(f"{file} holds {', '.join(arrays) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays")
-    return from_splits(file.stem, *parts, task=task, kind=kind)
+        raise DataError(
+            f"{file} holds {', '.join((*arrays, *unused)) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays"
+        )
+    data = from_splits(file.stem, *parts, task=task, kind=kind)
+    if unused:
+        notes.append(f"arrays left out: {', '.join(unused)}")
+    return dataclasses.replace(data, notes=(*notes, *data.notes))
 
 
 def split(
@@ -150,8 +162,31 @@ def from_splits(
     )
 
 
+def _named(arrays: dict[str, NDArray[Any]], file: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """The arrays by the names that `load_npz` has for them, and the names of those that are none of them."""
+    named: dict[str, NDArray[Any]] = {}
+    unused = []
+    for key, array in arrays.items():
+        what, _, part = key.lower().partition("_")
+        name = what if not part else f"{what}_{PART_OF.get(part, '')}"
+        if what not in ("x", "y") or name.endswith("_"):
+            unused.append(key)
+        elif name in named:
+            raise DataError(
+                f"{file} has two arrays for {name}: {', '.join(arrays)}", "only one can be meant", "rename one"
+            )
+        else:
+            named[name] = array
+    return named, unused
+
+
 def _pair(arrays: dict[str, NDArray[Any]], part: str, file: Path) -> Split:
-    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    x, y = (arrays.get(f"{what}_{part}") for what in "xy")
+    if x is None or y is None:
+        has, lacks = ("x", "y") if y is None else ("y", "x")
+        raise DataError(
+            f"{file} has {has}_{part} but no {lacks}_{part}", f"it needs {_KEYS}", "add it, or rename its arrays"
+        )
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise DataError(
             f"x_{part} of {file} has the shape {x.shape}, and y_{part} {y.shape}",

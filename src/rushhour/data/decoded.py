@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rushhour.bundle import Decoding
 from rushhour.data.arrays import FEWEST
 from rushhour.data.dataset import Split
-from rushhour.data.splits import Part, divide
+from rushhour.data.splits import PARTS, Part, divide
 from rushhour.errors import DataError, StorageError
 from rushhour.machine import cores
 from rushhour.picture import Seen, decode
@@ -31,7 +31,6 @@ WORTH_CACHING = 64_000_000
 MAX_PIXELS = 64_000_000
 """A picture with more is not read."""
 
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _INDEX = "index.json"
 _FILES = (_INDEX, "decoded.npy", *(f"{part}-{what}.npy" for part in PARTS for what in ("inputs", "targets")))
 

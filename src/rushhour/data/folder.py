@@ -21,7 +21,7 @@ from rushhour.bundle import Bundle, Decoding
 from rushhour.data.arrays import from_splits
 from rushhour.data.dataset import Dataset, Files
 from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, OnDecoded, Tally, read, real_white_of, shown, white_of
-from rushhour.data.splits import Part
+from rushhour.data.splits import PART_OF, Part
 from rushhour.errors import DataError, TaskError
 from rushhour.picture import Seen, look
 from rushhour.storage import explained
@@ -31,12 +31,6 @@ SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"),
 }
-_NAMES: dict[Part, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
-_PART_OF: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names}
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 """What systems leave in folders, beside what begins with a dot."""
 _LARGEST_SIDE, _LARGEST_ALIKE = 224, 512
@@ -137,7 +131,7 @@ class _Tree:
         folders = self._folders(folder)
         named: dict[Part, dict[str, Path]] = {}
         for name, path in folders.items():
-            if (part := _PART_OF.get(name.lower())) is not None:
+            if (part := PART_OF.get(name.lower())) is not None:
                 named.setdefault(part, {})[name] = path
         # a folder `train` with pictures but no folders in it is a class: there are pictures of trains, too
         if "train" in named and any(self._is_split(path) for path in named["train"].values()):
@@ -169,7 +163,7 @@ class _Tree:
                     "rename or remove the others",
                 )
         for name, path in folders.items():
-            if name.lower() not in _PART_OF:
+            if name.lower() not in PART_OF:
                 self.left_out[f"in {name}/, which is no part"] += _count(path)
         parts: dict[str, dict[str, list[Path]]] = {}
         (train,) = named["train"].values()

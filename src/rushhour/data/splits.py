@@ -20,6 +20,14 @@ SHARE = 0.1
 """Of all samples, in each part that is held out."""
 
 Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+_NAMES: dict[Part, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+PART_OF: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names}
+"""What people call the parts, in lower case."""
 _ZONES: dict[Part, tuple[float, float]] = {"test": (0.0, SHARE), "validation": (SHARE, 2 * SHARE)}
 
 

@@ -16,6 +16,8 @@ Kind = Literal["classification", "regression"]
 _FEW = 20
 """Different whole numbers that are labels wherever they come from; more are if they count from 0 or 1."""
 _NAMED = 5
+_LARGEST = 2**53
+"""From here on floats have no room for fractions, so that a whole one says nothing."""
 
 
 def read_targets(
@@ -160,7 +162,7 @@ def _labels(name: str, targets: list[NDArray[Any]], kind: Kind | None) -> tuple[
         f"targets are {len(values):,} different whole numbers: taken as values; --task classification if they are "
         "labels"
     )
-    return None, [said]
+    return None, [said] if len(values) > 1 else []
 
 
 def _classes(
@@ -244,7 +246,7 @@ def _squeezed(name: str, targets: NDArray[Any]) -> NDArray[Any]:
 
 
 def _is_whole(target: NDArray[Any]) -> bool:
-    return bool(np.isfinite(target).all() and (target == np.rint(target)).all())
+    return bool((np.abs(target) < _LARGEST).all() and (target == np.rint(target)).all())
 
 
 def _is_one_hot(target: NDArray[Any]) -> bool:
