@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Iterator
@@ -194,6 +195,17 @@ def test_labels_of_32_bits_from_a_users_factory_are_trained_on(nets: str, tmp_pa
     weights = learn(data, source, settings_of({"epochs": 1, "batch": 8}), work=tmp_path, progress=Silent(),
                     trusted=(f"{nets}:features",))  # fmt: skip
     assert tuple(weights["weight"].shape) == (2, 4)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_labels_that_the_task_does_not_have_are_found_in_every_part(nets: str, part: str, tmp_path: Path) -> None:
+    data = load(f"{nets}:data")
+    strange = Split(data.train.inputs, np.where(np.arange(40) == 7, 5, data.train.targets))
+    data = dataclasses.replace(data, **{part: strange})
+    source = source_for(f"{nets}:features", data.sample_shape, data.task)
+    with pytest.raises(TaskError, match=f"the {part} labels of own do not fit the task"):
+        learn(data, source, settings_of({"epochs": 1}), work=tmp_path, progress=Silent(),
+              trusted=(f"{nets}:features",))  # fmt: skip
 
 
 # Data is brought to a bundle

@@ -813,8 +813,10 @@ def _check(dataset: Dataset, settings: TrainSettings) -> None:
     if settings.augment is not None:
         check_pictures(dataset.train.inputs, dataset.name)
     task = dataset.task
-    parts: tuple[tuple[str, Split], ...] = (("train", dataset.train), ("validation", dataset.validation))
-    for part, split in parts:
+    for part in ("train", "validation", "test"):
+        split: Split = getattr(dataset, part)
+        if part == "test" and not split.labelled:
+            continue
         targets: NDArray[Any] = split.targets
         if task.kind == "regression":
             if targets.size != len(targets) * task.outputs or not np.isfinite(targets).all():
