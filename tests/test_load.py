@@ -491,6 +491,7 @@ def test_bursts_come_at_their_rate_and_in_bursts() -> None:
 @pytest.mark.parametrize(("share", "before"), [((1.0,), (0.0,)), ((0.125, 0.25, 0.5, 1.0), (0.0, 0.125, 0.25, 0.5))])
 def test_looks_spend_five_percent_together(share: tuple[float, ...], before: tuple[float, ...]) -> None:
     spent = [Look(*each).significance for each in zip(share, before, strict=True)]
+    assert Look(error=0.01).significance == pytest.approx(0.01)
     assert sum(spent) == pytest.approx(0.05)
     assert spent == sorted(spent)
 
@@ -643,6 +644,7 @@ def test_a_window_is_long_enough_to_tell() -> None:
     assert window_n(P99, 1000, 3) == 3000
     assert window_n(P99, 400, 3) == needed_n(P99, 10)
     assert window_n(P99, 1, 3) == needed_n(P99, 1)
+    assert window_n(P99, 1, 3, 0.005) == needed_n(P99, 1, 0.005) > needed_n(P99, 1), "of several for one claim"
     assert window_n(SLO.parse("p99<1s"), 100, 3) == 2000  # 20 times the limit
 
 

@@ -457,7 +457,7 @@ def test_compress_leaves_both_beside_each_other(
 
     def accuracy(self: Any, bundle: Bundle, part: str) -> Accuracy:
         drop = 0.0 if bundle.manifest.precision == "f32" else drops[full_range(bundle)]
-        return msgspec.structs.replace(judged, value=0.9 - drop, drop=drop, split=part)
+        return msgspec.structs.replace(judged, value=0.9 - drop, drop=drop, drop_interval=(drop, drop), split=part)
 
     monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
     found = compress(

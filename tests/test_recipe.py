@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -26,9 +27,12 @@ from rushhour.compress import (
     Store,
     apply,
     compress,
+    judge,
     ladder,
     outputs_of,
     quantize,
+    too_few,
+    why_outside,
 )
 from rushhour.compress.compress import Bench
 from rushhour.compress.speed import Artefact, Ratio, Speed
@@ -38,6 +42,7 @@ from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig
 from rushhour.errors import DataError, GoalError, ModelError
 from rushhour.goal import AccuracyBudget
+from rushhour.measurement import Accuracy
 from rushhour.models import build, export, load_deployed, split_dense
 from rushhour.progress import Silent
 from rushhour.task import Task
@@ -178,7 +183,7 @@ def test_nothing_is_computed_twice(parent: Bundle, stages: list[Bundle]) -> None
     again = list(apply(ALL, parent, pictures(), Store(parent.path.with_name("whole")), progress=_Never()))
     assert [each.manifest.hash for each in again] == [each.manifest.hash for each in stages]
     other = dataclasses.replace(pictures(), fingerprint="other")
-    with pytest.raises(AssertionError, match="prune"):
+    with pytest.raises(ModelError, match="AssertionError: prune quarters"):
         next(apply(ALL, parent, other, Store(parent.path.with_name("whole")), progress=_Never()))
 
 
@@ -407,7 +412,13 @@ def test_killed_in_any_step_it_ends_as_if_left_alone(parent: Bundle, stages: lis
 # The verb.
 
 
-SHORT = {"quantize": "int8", "halve_weights": "f16", "prune": "pruned"}
+SHORT = {"quantize": "int8", "halve_weights": "f16", "prune": "pruned", "precision": "bf16"}
+
+
+def last(bundle: Bundle) -> str:
+    """What was done to it last: `f16`."""
+    lineage = bundle.manifest.lineage
+    return SHORT.get(lineage[-1].what, lineage[-1].what) if lineage else ""
 
 
 def _bench(speeds: dict[str, float]) -> Bench:
@@ -487,7 +498,190 @@ def test_the_ladder_fits_the_bundle(parent: Bundle, stages: list[Bundle]) -> Non
     rungs = [str(rung) for rung in ladder(parent, pictures(), epochs=2)]
     assert rungs[0] == "int8"
     assert all("prune" in rung and "lowrank" in rung and "distil:2" in rung for rung in rungs[1:])
-    assert [str(rung) for rung in ladder(stages[-1], pictures())] == ["int8", "w8", "f16"]
+    graph_alone = Bundle(parent.path, msgspec.structs.replace(parent.manifest, source=None))
+    assert [str(rung) for rung in ladder(graph_alone, pictures())] == ["int8", "w8", "f16"]
+    with pytest.raises(ModelError, match=r"cannot compress quarters: it is quantised already; name the bundle that"):
+        ladder(stages[-1], pictures())
+
+
+def test_whatever_goes_wrong_in_one_recipe_ends_that_recipe_only(
+    parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An IndexError in one threw away what the one before it had finished."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise IndexError("index 1 is out of bounds\nand a second line")
+
+    monkeypatch.setattr(sys.modules["rushhour.compress.recipe"], "prune", fails)
+    made = _compressed(parent, tmp_path, ["f16", "prune:0.5,int8:20", "bf16"], "50%", {"f16": 1.5})
+    assert [attempt.recipe for attempt in made.attempts] == ["f16", "prune:0.5,int8:20", "bf16"]
+    assert made.attempts[1].why == (
+        "cannot prune:0.5 quarters: IndexError: index 1 is out of bounds; leave that step out of the recipe"
+    )
+    assert (made.verdict, made.best) == ("best", (0, 0))
+    with pytest.raises(ModelError, match=r"cannot prune:0\.5 quarters: IndexError"):
+        _compressed(parent, tmp_path / "alone", ["prune:0.5"], "50%", {})
+
+
+# The verdict: what is shown, and not what happened to come out.
+
+
+def _spread(interval: tuple[float, float], value: float) -> Bench:
+    """Every child is `value` times as fast as its parent, with this interval."""
+
+    def timed(parent: Artefact, children: dict[str, Artefact]) -> dict[str, Speed]:
+        ratio = Ratio(value, *interval, 6)
+        return dict.fromkeys(children, Speed(ratio, ratio, 1, 1, value, 1.0, 1.0, 1.0))
+
+    return timed  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "value", "interval", "verdict", "says"),
+    [
+        (
+            "bf16",
+            1.23,
+            (0.83, 1.82),
+            "no gain",
+            r"no gain is shown: bf16 comes nearest, with 1\.23x \(0\.83 to 1\.82\)",
+        ),
+        ("f16", 1.23, (0.83, 1.82), "no gain", "no gain is shown"),
+        ("bf16", 1.01, (0.99, 1.03), "no gain", "the bundle is as it was"),
+        ("bf16", 1.23, (1.02, 1.4), "best", r"^bf16: 1\.23x \(1\.02 to 1\.40\) the throughput$"),
+        ("f16", 1.0, (0.98, 1.02), "best", r"^f16: \d\.\dx smaller on disk and no slower, 1\.00x"),
+        ("f16", 0.9, (0.85, 0.95), "no gain", "slower than what it was made from"),
+    ],
+)
+def test_no_proven_gain_is_no_gain(
+    parent: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    value: float,
+    interval: tuple[float, float],
+    verdict: str,
+    says: str,
+) -> None:
+    """It said "best: int8, up to its step int8" of 1.23x, with an interval from 0.83 to 1.82."""
+
+    def accuracy(self: object, bundle: Bundle, part: str) -> Accuracy:
+        return Accuracy("accuracy", 0.9, (0.8, 1.0), 1000, part)
+
+    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    made = compress(
+        parent,
+        pictures(),
+        [Recipe.parse(recipe)],
+        budget=AccuracyBudget.parse("1%"),
+        out=tmp_path / "out",
+        steps=tmp_path / "steps",
+        bench=_spread(interval, value),
+        progress=Silent(),
+    )
+    assert made.verdict == verdict
+    assert re.search(says, made.said), made.said
+
+
+def test_the_interval_of_the_drop_has_to_be_inside_the_budget() -> None:
+    """Judged by the drop alone, an artefact whose true drop is the whole budget passes every other time."""
+    random, budget, n, passed = np.random.default_rng(0), AccuracyBudget(0.01), 2_000, 0
+    targets, right = np.zeros(n, np.int64), np.eye(2, dtype=np.float32)[np.zeros(n, int)]
+    for _ in range(1_000):
+        lost, won = random.random(n) < 0.02, random.random(n) < 0.01  # of all, so that the true drop is the budget
+        before, after = right.copy(), right.copy()
+        before[won & ~lost], after[lost] = (0.0, 1.0), (0.0, 1.0)
+        judged = judge(Task.classification(("a", "b")), "validation", targets, after, before)
+        passed += not why_outside(judged, budget)
+    assert passed <= 40, "one in forty"
+
+
+def test_too_few_samples_say_how_many_would_do_or_which_budget() -> None:
+    random, task = np.random.default_rng(0), Task.classification(("a", "b"))
+
+    def judged(n: int, lost: int) -> Accuracy:
+        before = np.eye(2, dtype=np.float32)[np.zeros(n, int)]
+        after = np.clip(before + random.normal(0, 0.05, before.shape), 0, 1).astype(np.float32)
+        after[:lost] = 0.0, 1.0
+        return judge(task, "validation", np.zeros(n, np.int64), after, before)
+
+    said = why_outside(judged(80, 0), AccuracyBudget(0.01))
+    assert "falls by 0.00 points on 80 samples" in said
+    assert said.endswith("about 194 samples in that part would show it, or a budget of 2.4%")
+    assert why_outside(judged(194, 0), AccuracyBudget(0.01)) == ""
+    assert why_outside(judged(80, 0), AccuracyBudget(0.024)) == ""
+    assert "no number of samples" in why_outside(judged(80, 0), AccuracyBudget(0.0))
+    over = why_outside(judged(500, 20), AccuracyBudget(0.01))
+    assert over.endswith("and 1% is allowed"), "more samples would not help"
+    near = why_outside(judged(1000, 7), AccuracyBudget(0.01))
+    found = re.search(r"about ([\d,]+) samples", near)
+    assert found is not None
+    enough = int(found[1].replace(",", ""))
+    assert why_outside(judged(enough, int(0.007 * enough)), AccuracyBudget(0.01)) == ""
+    assert "194 or more, or a budget of 2.4%" in too_few(task, "test", pictures().test, AccuracyBudget(0.01))
+    assert too_few(task, "test", pictures().test, AccuracyBudget(0.03)) == ""
+
+
+def test_answers_that_differ_by_rounding_alone_are_inside_on_any_number_of_samples() -> None:
+    random, task = np.random.default_rng(0), Task.classification(("a", "b"))
+    before = random.random((20, 2)).astype(np.float32)
+    after = before + random.normal(0, 1e-6, before.shape).astype(np.float32)
+    judged = judge(task, "validation", np.zeros(20, np.int64), after, before)
+    assert (judged.drop, judged.drop_interval) == (0.0, (0.0, 0.0))
+    bare = judge(task, "validation", np.empty((20, 0), np.float32), after, before)
+    assert (bare.value, bare.drop_interval) == (1.0, (0.0, 0.0))
+
+
+DROPS = {"f16": (0.001, 0.001), "bf16": (0.002, 0.002), "w8": (0.003, 0.003)}
+
+
+@pytest.mark.parametrize(
+    ("missing", "verdict", "name", "tried"),
+    [
+        ((), "best", "bf16", ["f16", "bf16"]),
+        (("bf16",), "best", "f16", ["f16", "bf16"]),
+        (("f16",), "nearest miss", "f16", ["f16"]),
+        (("f16", "bf16"), "nearest miss", "f16", ["f16"]),
+    ],
+)
+def test_a_miss_on_the_test_part_has_a_gentler_runner_up(
+    parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], verdict: str, name: str,
+    tried: list[str],
+) -> None:  # fmt: skip
+    """The best on the validation part was all that was tried: where it missed, nothing was left."""
+
+    def accuracy(self: object, bundle: Bundle, part: str) -> Accuracy:
+        step = last(bundle)
+        drop, most = DROPS.get(step, (0.0, 0.0))
+        if step in missing and part == "test":
+            most += 0.02
+        return Accuracy("accuracy", 0.9 - drop, (0.8, 1.0), 1000, part, drop, (-most, most))
+
+    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    made = _compressed(parent, tmp_path, ["bf16", "f16"], "1%", {"bf16": 2.0, "f16": 1.5})
+    assert made.verdict == verdict
+    assert last(Bundle.open(tmp_path / "out")) == name
+    assert [made.stage(each.stage).step for each in made.confirmations] == tried
+    assert made.test.drop_interval[1] == max(each.accuracy.drop_interval[1] for each in made.confirmations
+                                             if each.stage == made.best and each.accuracy)  # fmt: skip
+    assert Compression.load(tmp_path / "steps") == made
+    if verdict == "best" and missing:
+        assert "bf16 promised more, but on the test part accuracy falls by 0.20 points" in made.said
+
+
+def test_answers_that_are_no_numbers_on_the_test_part_leave_the_runner_up(
+    parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accuracy(self: object, bundle: Bundle, part: str) -> Accuracy:
+        if part == "test" and last(bundle) == "bf16":
+            raise ModelError("answers of it are no numbers")
+        most = 0.002 if last(bundle) == "bf16" else 0.0
+        return Accuracy("accuracy", 0.9, (0.8, 1.0), 1000, part, 0.0, (-most, most))
+
+    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    made = _compressed(parent, tmp_path, ["bf16", "f16"], "1%", {"bf16": 2.0, "f16": 1.5})
+    assert (made.verdict, made.answer.step) == ("best", "f16")
+    assert made.confirmations[-1].why == "answers of it are no numbers"
 
 
 # Bad input: one line, and nothing lost.

@@ -15,13 +15,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from rushhour.cli import cli
+from rushhour.compression import Attempt, Compression, Confirmation, Factor, Stage
 from rushhour.errors import PlanError, RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Entry, Journal
 from rushhour.machine import describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
 from rushhour.plan import SO_FAR, Evidence, Plan, Policy, Rung, Trial, Variant
-from rushhour.report import charts, read_plan, summary_table, wording, write_report
+from rushhour.report import charts, read_plan, summary_table, wording, write_compression_report, write_report
 from rushhour.report.comparison import side_by_side
 from rushhour.report.findings import Capacity, Findings, evidence_of
 
@@ -693,3 +694,64 @@ def test_the_names_of_baseline_and_winner_never_overlap(
         assert page.x0 <= box.x0 <= box.x1 <= page.x1, "cut at the side"
         assert page.y0 <= box.y0 <= box.y1 <= page.y1
         assert not any(box.overlaps(other) for other in boxes[index + 1 :]), list(names)
+
+
+# What a compression found
+
+
+def compressed(best: tuple[int, int] | None) -> Compression:
+    """Three recipes: of one step, of two, and one that was not finished; two steps came out alike."""
+
+    def stage(step: str, value: float, times: float) -> Stage:
+        factor = Factor(times, (0.9 * times, 1.1 * times), 6)
+        accuracy = Accuracy("accuracy", value, (value - 0.01, value + 0.01), 1000, "validation", 0.9 - value,
+                            (0.88 - value, 0.92 - value))  # fmt: skip
+        return Stage(step, f"steps/{step}", "0", 1000, 4000, "f32", accuracy, factor, factor, factor, times)
+
+    reference = stage("", 0.9, 1.0)
+    pruned = msgspec.structs.replace(stage("prune:0.5", 0.89, 2.0), kept="stem (stem is frozen)")
+    return Compression(
+        model="mine",
+        engine="openvino",
+        budget=AccuracyBudget(0.05),
+        reference=msgspec.structs.replace(reference, throughput=None, over_parent=None, latency=None),
+        attempts=(
+            Attempt("bf16", (stage("bf16", 0.89, 2.0),)),
+            Attempt("prune:0.5,int8", (pruned, stage("int8", 0.88, 3.0))),
+            Attempt("prune:0.9,int8", (), "nothing of mine can be pruned"),
+        ),
+        best=best,
+        verdict="best" if best else "no gain",
+        said="as it is",
+        test=reference.accuracy,
+        reference_test=reference.accuracy,
+        confirmations=(Confirmation((0, 0), reference.accuracy), Confirmation((1, 1), None, "they are no numbers")),
+    )
+
+
+def test_the_report_of_a_compression_has_no_empty_rows_and_stars_one_step(tmp_path: Path) -> None:
+    """Each recipe began with a row that said its name and nothing else; equal stages had a star each."""
+    compressed((1, 0)).save(tmp_path)
+    page = write_compression_report(tmp_path).read_text()
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)]
+    assert len(rows) == 5, "as it was, three steps, and what was not finished"
+    assert all(len(row) > 4 for row in rows)
+    assert [row.count("★") for row in rows] == [0, 0, 1, 0, 0]
+    assert "left as it was: stem (stem is frozen)" in page
+    assert "not finished: nothing of mine can be pruned" in page
+    confirmed = page[page.index("Confirmed on the test part") :]
+    assert "inside 5%" in confirmed
+    assert "they are no numbers" in confirmed
+
+
+@pytest.mark.parametrize("best", [None, (0, 0), (1, 0)])
+def test_the_star_hides_no_point(best: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(charts, "_svg", lambda figure, *_: figures.append(figure))
+    charts.compression_trade(compressed(best))
+    lines = figures[0].axes[0].lines
+    star = next(line for line in lines if line.get_marker() == "*")
+    points = [line for line in lines if line.get_marker() in ("o", "s")]
+    assert len(points) == 4, "the reference, and each step"
+    assert all(point.get_zorder() > star.get_zorder() for point in points)

@@ -19,8 +19,10 @@ import pytest
 
 from rushhour.bundle import Bundle, Preprocessing, Source
 from rushhour.clock import VirtualClock
+from rushhour.compress import Recipe, Store, apply
 from rushhour.data.dataset import Dataset, Split
-from rushhour.engines import Engine
+from rushhour.engines import Engine, EngineConfig
+from rushhour.errors import LoadError, ModelError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.journal import Journal
 from rushhour.load import Race
@@ -246,25 +248,41 @@ def timed(engine: Engine, bundle: Bundle, _: float, __: float) -> ServiceTimes:
 BOTH: dict[str, Precision] = {"reference": "f32", "int8": "int8"}
 
 
-def searched(
-    run: Path,
-    load: Load,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    roles: dict[str, Precision] = BOTH,
-    settings: TuneSettings | None = None,
-    so_far: Callable[[Plan], None] = lambda plan: None,
-) -> Plan:
-    """Tune the tiny bundle, on data that it answers rightly by definition."""
-    names = {role: "tiny" if role == "reference" else f"tiny-{role}" for role in roles}
-    bundles = {
-        role: tiny_bundle(run / "bundles" / role, name=names[role], precision=precision)
-        for role, precision in roles.items()
-    }
+def own_answers() -> Dataset:
+    """Data that the tiny bundle answers rightly by definition."""
     inputs = np.random.default_rng(1).integers(0, 256, (300, 4, 4, 1), dtype=np.uint8)
     labels = tiny_answers(inputs).argmax(1).astype(np.int64)
     parts = [Split(inputs[at], labels[at]) for at in (slice(0, 100), slice(100, 200), slice(200, None))]
-    data = Dataset("own answers", bundles["reference"].manifest.task, *parts, Preprocessing(1 / 255), "sum")
+    task = Task.classification(tuple(f"class {index}" for index in range(3)))
+    return Dataset("own answers", task, *parts, Preprocessing(1 / 255), "sum")
+
+
+class Opened:
+    """Stands in for an engine, where answers are numbers too."""
+
+    def __init__(self, _: Bundle, config: EngineConfig, **__: object) -> None:
+        self.config = config
+
+    def close(self) -> None:
+        pass
+
+
+def without_engines(patch: pytest.MonkeyPatch, outputs: Callable[..., Any]) -> None:
+    """`outputs` stands in for engines, and what they carry is read off, not simulated: that takes seconds."""
+    tuner = sys.modules["rushhour.tune.tune"]
+    patch.setattr(tuner, "open_engine", Opened)
+    patch.setattr(tuner, "outputs_of", outputs)
+    patch.setattr(tuner, "best_batch", lambda times, **_: (times.batch_sizes[-1], times.throughput[-1] / 2))
+    patch.setattr(
+        tuner,
+        "predicted_capacity",
+        lambda profile, *, streams, max_batch, **_: profile.throughput(streams, max_batch) / 2,
+    )
+
+
+@contextlib.contextmanager
+def loaded_by(load: Load, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Where a search is run, `load` stands in for servers and generator."""
     with monkeypatch.context() as patch:
         tuner, trial = (sys.modules[f"rushhour.tune.{name}"] for name in ("tune", "trial"))
         patch.setattr(tuner, "Generator", contextlib.nullcontext)
@@ -275,16 +293,55 @@ def searched(
         patch.setattr(trial, "measure", load.measure)
         patch.setattr(trial, "closed_window", load.closed_window)
         patch.setattr(trial, "null_throughput", lambda *_: None)
-        goal = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("10%"))
+        yield patch
+
+
+def searched(
+    run: Path,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    roles: dict[str, Precision] = BOTH,
+    settings: TuneSettings | None = None,
+    so_far: Callable[[Plan], None] = lambda plan: None,
+    outputs: Callable[..., Any] | None = None,
+    budget: str = "10%",
+) -> Plan:
+    """Tune the tiny bundle, on data that it answers rightly by definition."""
+    names = {role: "tiny" if role == "reference" else f"tiny-{role}" for role in roles}
+    bundles = {
+        role: tiny_bundle(run / "bundles" / role, name=names[role], precision=precision)
+        for role, precision in roles.items()
+    }
+    with loaded_by(load, monkeypatch) as patch:
+        if outputs is not None:
+            without_engines(patch, outputs)
+        goal = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse(budget))
         return tune(
             bundles,
-            data,
+            own_answers(),
             goal,
             run=run,
             settings=settings or TuneSettings(),
             progress=Silent(),
             clock=load.clock,
             so_far=so_far,
+        )
+
+
+def tuned(model: Bundle, run: Path, monkeypatch: pytest.MonkeyPatch, outputs: Callable[..., Any] | None = None) -> Plan:
+    """A whole run of a bundle, its children made and timed as they are."""
+    with loaded_by(Load(), monkeypatch) as patch:
+        if outputs is not None:
+            without_engines(patch, outputs)
+        return tune_run(
+            model,
+            own_answers(),
+            Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("10%")),
+            run=run,
+            training=TrainSettings(),
+            settings=TuneSettings(time_s=0.005),
+            progress=Silent(),
         )
 
 
@@ -392,7 +449,7 @@ def test_after_a_tie_the_one_that_looked_better_is_taken(tmp_path: Path, monkeyp
     class Uneven(Load):
         def closed_window(self, _: object, candidate: str, __: object, **asked: Any) -> Rung:
             found = super().closed_window(_, candidate, __, **asked)
-            by = 1.1 if "/s2t1" in candidate else 1.0
+            by = 1.1 if "/s2t1" in candidate and asked["seconds"] < 0.5 else 1.0  # in a race, and not before
             return msgspec.structs.replace(found, throughput_rps=found.throughput_rps * by)
 
     monkeypatch.setattr(sys.modules["rushhour.tune.track"], "race", undecided)
@@ -529,3 +586,218 @@ def test_a_search_in_waves_asks_nothing_twice_when_it_goes_on(tmp_path: Path, mo
     assert first.evidence is not None
     assert second.evidence is not None
     assert first.evidence.capacity_rps == second.evidence.capacity_rps
+
+
+# What ends one candidate ends that candidate.
+
+
+def fates(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Bundle, engine and precision -> how they ended, and why."""
+    assert plan.evidence is not None
+    return {f"{trial.bundle}/{trial.engine}/{trial.precision}": (trial.fate, trial.why)
+            for trial in plan.evidence.trials}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error", [ModelError("answers of it are no numbers"), RuntimeError("all over\nthe place"), MemoryError("no room")]
+)
+def test_a_candidate_whose_answers_are_no_numbers_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It ended the whole run: only what an engine raises was caught."""
+
+    def outputs(bundle: Bundle, config: EngineConfig, *rest: Any, **more: Any) -> Any:
+        if config.engine == "onnxruntime":
+            raise error
+        return answering({})(bundle, config, *rest, **more)
+
+    plan = searched(tmp_path, Load(), monkeypatch, outputs=outputs)
+    assert plan.feasible
+    said = fates(plan)
+    assert plan.variants[0].engine == "openvino"
+    for what in ("reference/onnxruntime/f32", "int8/onnxruntime/int8"):
+        assert said[what][0] == "failed"
+        assert str(error).split("\n")[0] in said[what][1]
+        assert "\n" not in said[what][1]
+
+
+class Broken(Load):
+    """Load on servers of which one kind cannot be loaded, from some window on."""
+
+    def __init__(self, kind: str, after: int) -> None:
+        super().__init__()
+        self._kind, self._left = kind, after
+
+    def _break(self, candidate: str) -> None:
+        if self._kind in candidate:
+            self._left -= 1
+            if self._left < 0:
+                raise LoadError("cannot connect to it", "the server is gone")
+
+    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> Rung:
+        self._break(candidate)
+        return super().closed_window(_, candidate, __, concurrency=concurrency, **asked)
+
+    def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
+        self._break(candidate)
+        return super().measure(_, candidate, __, slo, **asked)
+
+
+@pytest.mark.parametrize("after", [0, 2, 8, 200])
+def test_a_server_that_breaks_down_under_load_ends_its_candidate_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    plan = searched(tmp_path, Broken("int8@", after), monkeypatch, outputs=answering({}))
+    assert plan.evidence is not None
+    if after < 9:
+        assert plan.feasible
+        assert plan.variants[0].bundle == "bundles/reference"
+        assert any(fate == "failed" and "the server is gone" in why for fate, why in fates(plan).values())
+    assert plan.evidence.capacity_rps > 0
+
+
+def test_a_child_that_cannot_be_made_is_left_out_and_its_words_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tuning of an LSTM ended at once: its int8 could not be made."""
+
+    def fails(*_: object, max_drop: float | None = None, **__: object) -> None:
+        assert max_drop == 0.1, "accuracy control has the budget of the run"
+        raise ModelError("cannot quantise tiny", "RuntimeError: einsum")
+
+    monkeypatch.setattr(sys.modules["rushhour.tune.run"], "quantize_for_all", fails)
+    plan = tuned(tiny_bundle(tmp_path / "tiny"), tmp_path / "run", monkeypatch, answering({}))
+    assert plan.feasible
+    assert fates(plan)["int8/openvino/int8"] == ("failed", "cannot quantise tiny: RuntimeError: einsum")
+
+
+def test_everything_that_compress_makes_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 was a KeyError; what is stored in fewer bits was quantised again, and refused."""
+    plain = tiny_bundle(tmp_path / "plain", shape=(4, 4, 1))
+    monkeypatch.setattr(sys.modules["rushhour.compress.weights"], "_SMALL", 1)
+    monkeypatch.setattr(sys.modules["rushhour.tune.run"], "quantize_for_all", lambda *_, **__: {})
+    for form in ("bf16", "f16"):
+        (made,) = apply(Recipe.parse(form), plain, own_answers(), Store(tmp_path / "store"), progress=Silent())
+        plan = tuned(made, tmp_path / f"run-{form}", monkeypatch)
+        assert plan.feasible, form
+        assert open_target(tmp_path / f"run-{form}").bundle.manifest.hash == made.manifest.hash
+    plan = tuned(tiny_bundle(tmp_path / "int8", precision="int8"), tmp_path / "run-int8", monkeypatch)
+    assert plan.feasible
+    assert plan.variants[0].precision == "int8"
+
+
+def foreign(path: Path) -> Bundle:
+    """A bundle of a factory that nobody has said may be imported."""
+    from safetensors.numpy import save_file
+
+    plain = tiny_bundle(path)
+    manifest = msgspec.structs.replace(plain.manifest, source=Source("my_networks:build"), files={})
+    return Bundle.create(
+        path,
+        manifest,
+        lambda file: file.write_bytes(plain.model.read_bytes()) and None,
+        lambda file: save_file({"weight": np.zeros(3, np.float32)}, file),
+        plain.samples(),
+    )
+
+
+def test_a_bundle_of_an_own_factory_is_tuned_without_its_torch_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died after the race: the torch baseline would have imported the user's code, and nothing caught that."""
+    monkeypatch.setattr(sys.modules["rushhour.tune.run"], "quantize_for_all", lambda *_, **__: {})
+    plan = tuned(foreign(tmp_path / "mine"), tmp_path / "run", monkeypatch)
+    assert plan.feasible
+    assert plan.evidence is not None
+    assert plan.evidence.baseline_capacity_rps > 0, "compiled, one sample at a time"
+    fate, why = fates(plan)["reference/torch/f32"]
+    assert fate == "failed"
+    assert "will not import the model 'my_networks:build'" in why
+    (base,) = [trial for trial in plan.evidence.trials if trial.fate == "baseline"]
+    assert base.engine == "openvino"
+
+
+# The accuracy budget.
+
+
+def answering(wrong: dict[str, dict[str, int]]) -> Callable[..., Any]:
+    """Stands in for engines: so many of the answers of a bundle to a part of the data are wrong."""
+    data = own_answers()
+
+    def outputs(bundle: Bundle, config: EngineConfig, split: Split, **_: Any) -> Any:
+        part = next(name for name in ("validation", "test") if getattr(data, name).inputs[0].tobytes()
+                    == split.inputs[0].tobytes())  # fmt: skip
+        answers = np.eye(3, dtype=np.float32)[split.targets]
+        lost = wrong.get(bundle.manifest.name, {}).get(part, 0)
+        answers[:lost] = np.roll(answers[:lost], 1, axis=1)
+        if bundle.manifest.name != "tiny":
+            answers *= 0.9
+        return answers
+
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wins", "says"),
+    [
+        ({}, "int8", ""),
+        ({"validation": 3}, "reference", "falls by 3.00 points on 100 samples of the validation part"),
+        ({"test": 6}, "reference", "falls by 6.00 points on 100 samples of the test part"),
+    ],
+)
+def test_an_artefact_has_to_be_shown_inside_the_budget_on_both_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, int], wins: str, says: str
+) -> None:
+    """On the validation part the drop alone counted; a miss on the test part left nothing but a nearest miss."""
+    plan = searched(tmp_path, Load(), monkeypatch, outputs=answering({"tiny-int8": wrong}), budget="5%")
+    assert plan.feasible
+    assert plan.variants[0].bundle == f"bundles/{wins}"
+    fate, why = fates(plan)["int8/openvino/int8"]
+    assert says in why
+    assert (fate == "over budget") == bool(says)
+
+
+def test_the_test_part_is_asked_gentlest_first_and_not_after_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs, asked = answering({"tiny-int8": {"test": 50}, "tiny-other": {"validation": 1}}), []
+
+    def noted(bundle: Bundle, config: EngineConfig, split: Split, **rest: Any) -> Any:
+        if split.inputs[0].tobytes() == own_answers().test.inputs[0].tobytes():
+            asked.append(f"{bundle.manifest.name}/{config.engine}")
+        return outputs(bundle, config, split, **rest)
+
+    roles: dict[str, Precision] = {"reference": "f32", "int8": "int8", "other": "int8"}
+    plan = searched(tmp_path, Load(), monkeypatch, roles=roles, outputs=noted, budget="8%")
+    assert plan.variants[0].bundle == "bundles/reference"
+    assert [name for name in asked if "int8" in name or "other" in name] == ["tiny-int8/openvino"]
+    assert "costs less accuracy, and missed there" in fates(plan)["other/openvino/int8"][1]
+
+
+def test_too_few_samples_for_the_budget_leave_the_reference_and_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = searched(tmp_path, Load(), monkeypatch, outputs=answering({}), budget="1%")
+    assert plan.feasible
+    assert plan.variants[0].bundle == "bundles/reference"
+    assert "about 194 samples in that part would show it, or a budget of 2%" in fates(plan)["int8/openvino/int8"][1]
+
+
+def test_all_windows_of_a_confirmation_together_err_no_more_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six windows at 5% each prove a rate that does not hold up to 26 times in a hundred."""
+
+    class Spent(Waves):
+        spent: list[float] = []  # noqa: RUF012
+
+        def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
+            if "error" in asked:
+                self.spent.append(asked["error"])
+            return super().measure(_, candidate, __, slo, **asked)
+
+    load = Spent()
+    searched(tmp_path, load, monkeypatch, outputs=answering({}))
+    assert len(load.spent) >= 6
+    assert load.spent[0] == pytest.approx(0.02)
+    assert sum(load.spent) <= 0.05 + 1e-9

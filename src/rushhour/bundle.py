@@ -39,6 +39,9 @@ WEIGHTS: Final = "weights.safetensors"
 SAMPLES: Final = "samples.safetensors"
 ANSWERS: Final = "answers.safetensors"
 _MANIFEST = "bundle.json"
+_BESIDE: Final = ("-training", "-steps")
+"""Ends of the names of folders that lie beside a bundle and tell how it was made."""
+_NAMED: Final = 2
 _ANSWERED = 16
 """Samples whose answers are recorded, at most."""
 
@@ -227,7 +230,7 @@ class Bundle:
             raise BundleError(
                 f"there is no bundle at {path}",
                 f"it has no {_MANIFEST}",
-                "name a folder made by `rushhour train`, `compress` or `demo`",
+                meant(path) or "name a folder made by `rushhour train`, `compress` or `demo`",
             )
         with explained(f"read {file}"):
             content = file.read_bytes()
@@ -432,6 +435,17 @@ def check_place(path: Path, *, force: bool = False, why: str = "") -> None:
             f"it differs in {why}" if why else "it is another one",
             "name another place with --out, or say --force to replace it",
         )
+
+
+def meant(path: Path) -> str:
+    """What to name in place of a folder that is no bundle but belongs to some: a run, a training, all steps of a
+    compression; empty where there is nothing to say."""
+    folder = path.parent if path.is_file() else path
+    beside = [folder.with_name(folder.name.removesuffix(end)) for end in _BESIDE if folder.name.endswith(end)]
+    below = [file.parent for pattern in ("bundles/*/", "*/") for file in sorted(folder.glob(pattern + _MANIFEST))]
+    found = [each for each in (*beside, *below) if (each / _MANIFEST).is_file()]
+    more = f" or another of the {len(found)} that belong to it" if len(found) > _NAMED else ""
+    return f"name a bundle, such as {' or '.join(map(str, found[:_NAMED]))}{more}" if found else ""
 
 
 def _encode(manifest: Manifest) -> bytes:

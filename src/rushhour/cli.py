@@ -271,6 +271,9 @@ def demo(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: bool, 
     "ones where this machine is slow. Without it, it takes as long as it takes.",
 )
 @_placed
+@click.option(
+    "--trust", multiple=True, metavar="MODULE:FACTORY", help="A factory of yours that a bundle names and may import."
+)
 @basic_options
 @_json
 def tune(
@@ -282,6 +285,7 @@ def tune(
     budget: str | None,
     name: str | None,
     force: bool,
+    trust: tuple[str, ...],
     json_file: Path | None,
     size: str | None,
     skip_corrupt: bool,
@@ -313,6 +317,7 @@ def tune(
         name=name_given(name),
         force=force,
         reading=reading,
+        trust=trust,
     )
 
 
@@ -329,6 +334,7 @@ def _tune(
     name: str | None,
     force: bool,
     reading: dict[str, Any] | None = None,
+    trust: tuple[str, ...] = (),
 ) -> None:
     from rushhour.bundle import Source
     from rushhour.report import summary_table, write_report
@@ -350,7 +356,7 @@ def _tune(
             training=settings_of(training),
             settings=TuneSettings(budget_s=budget_s),
             progress=progress,
-            trusted=trusted,
+            trusted=(*trusted, *trust),
             fit_epochs=fit_epochs,
             name=name,
             force=force,
@@ -929,6 +935,7 @@ def _reported(run: Path) -> Path:
     """The folder of what is to be reported: of a bundle, the one beside it of its compression or training."""
     from rushhour.bundle import is_bundle
 
+    run = run.parent if run.is_file() else run
     if run.exists() and not is_bundle(run):
         return run
     beside = (run.with_name(f"{run.name}-{kind}") for kind in ("steps", "training") if run.name)

@@ -122,9 +122,17 @@ def print_compression(console: Console, found: Compression) -> None:
         for index, stage in enumerate(attempt.stages):
             is_best = found.best == (at, index)
             table.add_row("★" if is_best else "", stage.step, *_figures(stage), style="bold" if is_best else None)
-        if attempt.why:
-            table.add_row("", attempt.recipe, attempt.why)
     console.print(table)
+    for attempt in found.attempts:
+        for stage in attempt.stages:
+            if stage.kept:
+                console.print(f"{stage.step} left as it was: {stage.kept}", highlight=False, markup=False)
+        if attempt.why:
+            console.print(f"{attempt.recipe} was not finished: {attempt.why}", highlight=False, markup=False)
+    for confirmation in found.confirmations:
+        stage = found.stage(confirmation.stage)
+        said = confirmation.why or "inside the budget"
+        console.print(f"test part, {stage.step}: {said}", highlight=False, markup=False)
     test, answer = found.test, found.answer
     low, high = test.drop_interval
     before = found.reference

@@ -19,8 +19,8 @@ COMPRESSION = "compression.json"
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 Verdict = Literal["best", "no gain", "nearest miss"]
-"""`best`: inside the budget and no slower than what it was made from. `no gain`: what is inside is slower, so the
-bundle is as it was. `nearest miss`: nothing is inside the budget."""
+"""`best`: shown to be inside the budget, and to be faster, or smaller and no slower. `no gain`: of what is inside no
+gain is shown, so the bundle is as it was. `nearest miss`: nothing is shown to be inside the budget."""
 
 
 class Factor(msgspec.Struct, frozen=True):
@@ -48,6 +48,7 @@ class Stage(msgspec.Struct, frozen=True):
         samples_per_s: of the engine alone, all its streams busy.
         slower: whether it is slower than the reference or than its parent: then it is never the best.
         needs: the class of machine without which its int8 is not right on every engine; empty where it is right on any.
+        kept: layers that its step left as they were, each with the reason.
     """
 
     step: str
@@ -63,6 +64,21 @@ class Stage(msgspec.Struct, frozen=True):
     samples_per_s: Rate | None = None
     slower: bool = False
     needs: Literal["", "vnni"] = ""
+    kept: str = ""
+
+
+class Confirmation(msgspec.Struct, frozen=True):
+    """What the test part said of one stage.
+
+    Attributes:
+        stage: recipe and step, as places in `attempts` and its `stages`.
+        accuracy: on the test part, paired with the reference; None where it could not be judged.
+        why: why the budget is not shown to hold; empty where it is.
+    """
+
+    stage: tuple[int, int]
+    accuracy: Accuracy | None
+    why: str = ""
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -94,6 +110,7 @@ class Compression(msgspec.Struct, frozen=True):
         asked: for what, by name: another compression into the same place does not replace this one unasked.
         also: the same in int8 for other machines, where 7 bits of the weights cost more than they may: its place, as
             `best`. It lies beside the answer.
+        confirmations: on the test part, in the order they were tried: the gentlest first, until one misses.
     """
 
     model: str
@@ -108,6 +125,7 @@ class Compression(msgspec.Struct, frozen=True):
     reference_test: Accuracy
     also: tuple[int, int] | None = None
     asked: dict[str, Any] = {}
+    confirmations: tuple[Confirmation, ...] = ()
 
     def __post_init__(self) -> None:
         for name, place in (("best", self.best), ("also", self.also)):
@@ -122,7 +140,11 @@ class Compression(msgspec.Struct, frozen=True):
         """The stage that is the answer."""
         if self.best is None:
             return self.reference
-        attempt, stage = self.best
+        return self.stage(self.best)
+
+    def stage(self, place: tuple[int, int]) -> Stage:
+        """The stage at a place in `attempts` and its `stages`."""
+        attempt, stage = place
         return self.attempts[attempt].stages[stage]
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, meant
+from rushhour.compression import COMPRESSION
+from rushhour.curves import CURVES
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.interruption import INTERRUPTION
@@ -47,6 +49,7 @@ from rushhour.load import (
 from rushhour.load.contest import summed_up
 from rushhour.load.payload import Encoding
 from rushhour.measurement import Measurement, Outcome
+from rushhour.plan import SO_FAR
 from rushhour.terminal import LoadView
 
 STOPPED = "stopped by"
@@ -104,11 +107,28 @@ class Sending:
             bodies = read_bodies(source) if source is not None else []
             method = self.method or ("POST" if bodies else "GET")
             return at, body_payloads(at, bodies, method=method, path=self.path or "", headers=self.headers)
+        bundle = None if self.payloads is None else _bundle_of(self.payloads)
         target = discover(url, self.model).shaped(self.shapes)
-        if self.payloads is None or (self.payloads / "bundle.json").exists():
-            samples = Bundle.open(self.payloads).samples() if self.payloads is not None else None
+        if self.payloads is None or bundle is not None:
+            samples = None if bundle is None else bundle.samples()
             return target, payloads(target, samples, rows=self.rows, seed=self.seed, encoding=self.encoding)
         return target, folder_payloads(target, self.payloads, encoding=self.encoding)
+
+
+def _bundle_of(path: Path) -> Bundle | None:
+    """The bundle whose samples are to be sent: that at `path`, or of the run there; None for a folder of payloads.
+
+    Raises:
+        BundleError: if it is damaged.
+        LoadError: if the folder tells how a bundle was made: its files are no payloads.
+    """
+    run = path.parent if path.name in ("plan.json", SO_FAR) else path
+    for folder in (path, run / "bundles" / "reference"):
+        if (folder / "bundle.json").is_file():
+            return Bundle.open(folder)
+    if any((path / kept).is_file() for kept in (COMPRESSION, CURVES)):
+        raise LoadError(f"{path} holds no payload", "it tells how a bundle was made", meant(path) or "name a bundle")
+    return None
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ class Progress(Protocol):
         ...
 
     def limit(self, seconds: float) -> None:
-        """The whole run, all its pieces of work, ends within `seconds` from now; a later limit replaces this one."""
+        """The whole run, all its pieces of work, ends about `seconds` from now; a later limit replaces this one."""
         ...
 
 

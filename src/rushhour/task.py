@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from rushhour.errors import TaskError
 from rushhour.measurement import Interval
 
-_Z = 1.959963984540054  # two-sided 95% of the normal distribution
+Z: Final = 1.959963984540054
+"""Two-sided 95% of the normal distribution."""
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -117,7 +118,7 @@ class Task(msgspec.Struct, frozen=True):
             lost, won, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
             lost_, won_, n_ = lost + 0.5, won + 0.5, n + 2
             middle = (lost_ - won_) / n_
-            half = _Z * math.sqrt(max(0.0, lost_ + won_ - (lost_ - won_) ** 2 / n_)) / n_
+            half = Z * math.sqrt(max(0.0, lost_ + won_ - (lost_ - won_) ** 2 / n_)) / n_
             return (lost - won) / n, (middle - half, middle + half)
         if self.kind == "embedding":
             apart = _cosines(reference, targets) - _cosines(candidate, targets)
@@ -172,9 +173,9 @@ def wilson(successes: int, n: int) -> Interval:
     """Wilson's 95% score interval of a proportion."""
     if n == 0:
         return 0.0, 1.0
-    share, z2 = successes / n, _Z * _Z
+    share, z2 = successes / n, Z * Z
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

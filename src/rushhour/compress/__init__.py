@@ -2,10 +2,10 @@
 
 from rushhour.compress.compress import compress
 from rushhour.compress.distil import Distil, distil
-from rushhour.compress.judge import judge, outputs_of
+from rushhour.compress.judge import judge, outputs_of, too_few, why_outside
 from rushhour.compress.lowrank import LowRank
 from rushhour.compress.prune import Prune
-from rushhour.compress.quantize import quantize, quantize_for_all
+from rushhour.compress.quantize import is_plain, quantize, quantize_for_all
 from rushhour.compress.recipe import Precision, Quantize, Recipe, Store, apply, ladder
 from rushhour.compress.speed import Ratio, Speed, bench_artefacts, compare_speed
 from rushhour.compress.weights import compress_weights, halve_weights
@@ -27,9 +27,12 @@ __all__ = [
     "compress_weights",
     "distil",
     "halve_weights",
+    "is_plain",
     "judge",
     "ladder",
     "outputs_of",
     "quantize",
     "quantize_for_all",
+    "too_few",
+    "why_outside",
 ]

@@ -116,7 +116,8 @@ def _verify(
         f"{bundle.manifest.name} is not the same model on {engines[0]} and {engines[-1]}",
     )
     if near_parent is not None:
-        before = _answers(parent, _ENGINES[1], parent.manifest.precision, samples)
+        meant = parent.manifest.precision
+        before = _answers(parent, _ENGINES[1], "f32" if meant == "bf16" else meant, samples)
         _check_near(before, last, near_parent, f"{bundle.manifest.name} does not answer as {parent.manifest.name}")
     largest = _VERIFIED_BATCHES[-1]
     whole = {name: np.resize(array, (largest, *array.shape[1:])) for name, array in samples.items()}

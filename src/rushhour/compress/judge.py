@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import sys
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +13,14 @@ from rushhour.bundle import Bundle
 from rushhour.data.dataset import Split
 from rushhour.engines import EngineConfig, Runner, open_engine
 from rushhour.errors import DataError, ModelError
+from rushhour.goal import AccuracyBudget
 from rushhour.measurement import Accuracy
-from rushhour.task import Task
+from rushhour.task import Task, Z
+
+_ROUNDING: Final = 1e-4
+"""Of the answers' range: what two engines' sums in float32 may differ by."""
+_UNCHANGED: Final = 2.0
+"""Over n: so near its drop is the upper end where not one answer is right on one side alone."""
 
 
 def outputs_of(bundle: Bundle, config: EngineConfig, split: Split, trusted: tuple[str, ...] = ()) -> NDArray[Any]:
@@ -53,7 +61,8 @@ def judge(
     """The task's metric of `outputs`, and how far it fell below the reference on the same samples.
 
     Where there are no targets it is fidelity instead: how far the artefact answers as the reference does, which by
-    itself has 1. What is missing to 1 counts as the drop, under the same budget.
+    itself has 1. What is missing to 1 counts as the drop, under the same budget. Outputs that differ from the
+    reference's by rounding alone are the reference's: they have no drop, on however few samples.
 
     Args:
         split_name: which part of the data: `validation`, `test`.
@@ -65,7 +74,7 @@ def judge(
         return _fidelity(task, split_name, outputs, reference_outputs)
     value, interval = task.evaluate(outputs, targets)
     accuracy = Accuracy(metric=task.metric, value=value, interval=interval, n=len(targets), split=split_name)
-    if reference_outputs is None:
+    if reference_outputs is None or _is_rounding(outputs, reference_outputs):
         return accuracy
     drop, drop_interval = task.compare(reference_outputs, outputs, targets)
     return Accuracy(
@@ -79,8 +88,56 @@ def judge(
     )
 
 
+def why_outside(accuracy: Accuracy, budget: AccuracyBudget) -> str:
+    """Why the drop is not shown to stay inside the budget, and what would help; empty where it is shown.
+
+    The upper end of the paired interval has to be inside, not the drop alone: of artefacts whose true drop is the
+    whole budget, one in forty passes, and not one in two.
+    """
+    drop, (_, high), allowed, n = accuracy.drop, accuracy.drop_interval, budget.max_drop, accuracy.n
+    if high <= allowed:
+        return ""
+    said = (
+        f"{accuracy.metric} falls by {drop * 100:.2f} points on {n:,} samples of the {accuracy.split} part, "
+        f"by {high * 100:.2f} at most, and {budget} is allowed"
+    )
+    if drop > allowed:
+        return said
+    wider = f"a budget of {math.ceil(high * 1000) / 10:g}%"
+    if not allowed:
+        return f"{said}: no number of samples shows that there is no fall at all; {wider} would do"
+    is_unchanged = high - drop <= _UNCHANGED / n
+    enough = least_samples(budget) if is_unchanged else n * ((high - drop) / max(1e-9, allowed - drop)) ** 2
+    more = f"about {math.ceil(enough):,} samples in that part would show it, or {wider}" if enough < 1e7 else wider
+    return f"{said}: {more}"
+
+
+def least_samples(budget: AccuracyBudget) -> int:
+    """Samples without which no classifier can be shown to stay inside the budget, even if not one answer changes."""
+    return math.ceil(Z / budget.max_drop) - 2 if budget.max_drop else sys.maxsize
+
+
+def too_few(task: Task, split_name: str, split: Split, budget: AccuracyBudget) -> str:
+    """What to do about a part of the data that cannot show the budget, whatever the artefact; empty where it can."""
+    n, least = len(split), least_samples(budget)
+    if task.kind != "classification" or n >= least or not budget.max_drop:
+        return ""
+    return (
+        f"{n:,} samples of the {split_name} part cannot show that accuracy falls by less than {budget}, even if not "
+        f"one answer changes: give {least:,} or more, or a budget of {math.ceil(1000 * Z / (n + 2)) / 10:g}%"
+    )
+
+
+def _is_rounding(outputs: NDArray[Any], reference: NDArray[Any]) -> bool:
+    if outputs.shape != reference.shape:
+        return False
+    spread = max(1e-3, float(np.ptp(reference)) if reference.size else 0.0)
+    return bool(np.abs(np.asarray(outputs, np.float64) - reference).max(initial=0.0) <= _ROUNDING * spread)
+
+
 def _fidelity(task: Task, split_name: str, outputs: NDArray[Any], reference: NDArray[Any] | None) -> Accuracy:
-    value, (low, high) = (1.0, (1.0, 1.0)) if reference is None else task.fidelity(reference, outputs)
+    same = reference is None or _is_rounding(outputs, reference)
+    value, (low, high) = (1.0, (1.0, 1.0)) if reference is None or same else task.fidelity(reference, outputs)
     return Accuracy(
         metric=task.fidelity_metric,
         value=value,

@@ -7,6 +7,7 @@ that rank, the one that is nearest in the layer's outputs (the best approximatio
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import msgspec
 import numpy as np
@@ -64,13 +65,13 @@ def split(deployed: Deployed, dataset: Dataset, step: LowRank, *, seed: int, nam
         name: of the model, for messages.
 
     Returns:
-        Layer -> rank, of those that were split.
+        Layer -> rank, of those that were split; none where no layer becomes smaller.
 
     Raises:
-        ModelError: if a layer named in the step is not there, or no layer becomes smaller.
+        ModelError: if a layer named in the step is not there.
     """
     network = deployed.eval().network
-    dense = {layer: module for layer, module in network.named_modules() if isinstance(module, nn.Linear) and layer}
+    dense = _dense(network)
     for layer in step.layers:
         if layer not in dense:
             raise ModelError(
@@ -90,23 +91,29 @@ def split(deployed: Deployed, dataset: Dataset, step: LowRank, *, seed: int, nam
             continue
         _put(network, layer, module, directions.flip(1)[:, :rank], mean)
         ranks[layer] = rank
-    if not ranks:
-        raise ModelError(
-            f"no dense layer of {name} becomes smaller by splitting",
-            f"it has {', '.join(sorted(dense)) or 'none'}; by default those with a quarter of all parameters are tried",
-            "name layers, keep less of them, or leave lowrank out of the recipe",
-        )
     return ranks
 
 
 def dominant(network: nn.Module) -> list[str]:
-    """Dense layers with a quarter of all parameters or more, by name."""
+    """Dense layers that can be split and have a quarter of all parameters or more, by name."""
     whole = sum(parameter.numel() for parameter in network.parameters())
-    return [
-        layer
+    return [layer for layer, module in _dense(network).items() if module.weight.numel() >= _DOMINANT * whole]
+
+
+def _dense(network: nn.Module) -> dict[str, nn.Linear]:
+    """Dense layers that can be split: with weights of their own, and called as a layer.
+
+    One that shares its weights would leave the others as large as they are; attention reads those of its last one.
+    """
+    owners = Counter(id(one) for module in network.modules() for one in module.parameters(recurse=False))
+    return {
+        layer: module
         for layer, module in network.named_modules()
-        if isinstance(module, nn.Linear) and layer and module.weight.numel() >= _DOMINANT * whole
-    ]
+        if type(module) is nn.Linear
+        and layer
+        and "weight" in dict(module.named_parameters(recurse=False))
+        and owners[id(module.weight)] == 1
+    }
 
 
 def _outputs(

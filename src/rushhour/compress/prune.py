@@ -7,9 +7,13 @@ Zeroing single weights instead would make nothing faster here: no engine of ours
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -26,7 +30,12 @@ from rushhour.train.memory_format import MemoryFormat, guard
 _GRADIENT_SAMPLES, _GRADIENT_BATCH = 1024, 128
 _TRIAL_SHARE = 0.25
 _BISECTIONS = 7
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_CONVOLUTION = nn.modules.conv._ConvNd
+_LAYERS = (_CONVOLUTION, nn.Linear)
+_ASKED, _ANSWERS = "it was asked for", "its channels are the answers"
+_COUNTED = "something between the layers counts on all its channels"
+
+R = TypeVar("R")
 
 
 class Prune(msgspec.Struct, frozen=True, tag_field="step", tag="prune"):
@@ -84,10 +93,11 @@ def fast_multiple() -> int:
     return 16 if "avx512f" in machine.describe().features else 8
 
 
-def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, seed: int, name: str) -> None:
+def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, seed: int, name: str) -> dict[str, str]:
     """Cut the network of `deployed`, in place, as far as `iteration` of the step goes.
 
-    Which channels go follows from the weights, the data and the seed alone.
+    Which channels go follows from the weights, the data and the seed alone. What cannot be cut stays as it is: frozen
+    layers, those that share their weights or compute them, and those whose channels something else counts on.
 
     Args:
         deployed: with the weights of the bundle before, or of the iteration before.
@@ -97,27 +107,89 @@ def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, 
         seed: of the samples for gradients.
         name: of the model, for messages.
 
+    Returns:
+        Layer -> why it keeps all its channels, of those that nobody asked to keep. Layers that give the answers are
+        not among them.
+
     Raises:
-        ModelError: if a layer named in the step is not there, or the network cannot be traced.
+        ModelError: if a layer named in the step is not there, or the network cannot be traced or copied, or does not
+            run any more afterwards.
     """
     network = deployed.network
     _check_names(network, step, name)
     deployed.eval()
     with torch.no_grad():
         example = deployed.preprocess(torch.from_numpy(dataset.train.inputs[:2].copy()))
-    kept = [network.get_submodule(layer) for layer in step.ignored]
-    kept += _fixed_layers(network, example, name)
-    taylor = step.importance == "taylor" and dataset.train.labelled
-    if taylor:
-        _accumulate_gradients(deployed, dataset, seed)
-    if step.parameters is not None:
-        target = _parameters(network) * (1 - step.parameters) ** (1 / step.iterations)
-        ratio = _ratio_for(network, example, step, kept, taylor, target)
-    else:
-        done, until = iteration / step.iterations, (iteration + 1) / step.iterations
-        ratio = 1 - (1 - step.ratio * until) / (1 - step.ratio * done)
-    _cut(network, example, ratio, step, kept, taylor)
-    network.zero_grad()
+    with _trainable(network) as frozen, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Torch-Pruning, on parameters that are in no layer
+        before = _answers(network, example)
+        kept = {**dict.fromkeys(step.ignored, _ASKED), **_kept(network, example, frozen, name)}
+        taylor = step.importance == "taylor" and dataset.train.labelled
+        if taylor:
+            _accumulate_gradients(deployed, dataset, seed)
+        if step.parameters is not None:
+            target = _parameters(network) * (1 - step.parameters) ** (1 / step.iterations)
+            ratio = _ratio_for(network, example, step, kept, taylor, target, name)
+        else:
+            done, until = iteration / step.iterations, (iteration + 1) / step.iterations
+            ratio = 1 - (1 - step.ratio * until) / (1 - step.ratio * done)
+        _cut(network, example, ratio, step, kept, taylor)
+        after = _tried(lambda: _answers(network, example))
+    if after is None or [one.shape for one in after] != [one.shape for one in before]:
+        raise ModelError(
+            f"cannot prune {name}",
+            "with fewer channels it does not run any more, or gives answers of another shape",
+            "leave prune out of the recipe, or name layers to keep: prune:0.5:ignored=stem+head",
+        )
+    return {layer: why for layer, why in kept.items() if why not in (_ASKED, _ANSWERS)}
+
+
+@contextlib.contextmanager
+def _trainable(network: nn.Module) -> Iterator[set[str]]:
+    """With gradients for every parameter, which tracing needs too; gives the names of those that are frozen."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+
+    def thaw(is_thawed: bool) -> None:
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            if name in frozen and parameter.is_floating_point():
+                parameter.requires_grad_(is_thawed)
+
+    thaw(True)
+    try:
+        yield frozen
+    finally:
+        network.zero_grad()
+        thaw(False)
+
+
+def _answers(network: nn.Module, example: Tensor) -> list[Tensor]:
+    """Every tensor that the network gives."""
+    with torch.no_grad():
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(network(example)) if isinstance(leaf, Tensor)]
+
+
+def _tried(what: Callable[[], R]) -> R | None:
+    """None where it fails: code of any kind lies in a user's network."""
+    try:
+        return what()
+    except Exception:
+        return None
+
+
+def _copied(network: nn.Module, example: Tensor, name: str) -> nn.Module:
+    try:
+        _answers(network, example)  # what a layer computes anew each time holds no gradients then, and can be copied
+        return copy.deepcopy(network)
+    except Exception as error:  # a module may hold what cannot be copied
+        raise ModelError(
+            f"cannot prune {name}",
+            f"which channels can go is tried on copies, and it cannot be copied: {_reason(error)}",
+            "leave prune out of the recipe",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _check_names(network: nn.Module, step: Prune, name: str) -> None:
@@ -144,75 +216,201 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
             part = rows[at : at + _GRADIENT_BATCH]
             loss = loss_of(deployed.logits(torch.from_numpy(split.inputs[part])), torch.from_numpy(split.targets[part]))
             (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+    for parameter in deployed.network.parameters():
+        if parameter.grad is None and parameter.requires_grad:  # nothing of the loss reaches it
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _graph(network: nn.Module, example: Tensor, name: str) -> Any:
     """What hangs together with what."""
     try:
-        return torch_pruning.DependencyGraph().build_dependency(network, example_inputs=example)
+        return torch_pruning.DependencyGraph().build_dependency(network, example, forward_fn=_forward)
     except Exception as error:  # tracing may fail in any way on a user's model
-        reason = str(error).strip().splitlines() or [""]
         raise ModelError(
             f"cannot prune {name}",
-            f"what depends on what cannot be traced: {type(error).__name__}: {reason[0]}",
+            f"what depends on what cannot be traced: {_reason(error)}",
             "leave prune out of the recipe, or distil into a smaller network",
         ) from error
 
 
-def _fixed_layers(network: nn.Module, example: Tensor, name: str) -> list[nn.Module]:
-    """Layers whose channels cannot go.
+def _forward(network: nn.Module, example: Tensor) -> Any:
+    """Torch-Pruning would hand the samples of the batch over as arguments."""
+    return network(example)
+
+
+def _kept(network: nn.Module, example: Tensor, frozen: set[str], name: str) -> dict[str, str]:
+    """Layer -> why its channels cannot go.
 
     A channel can go if the network without it is the network in which nobody listens to it. That is tried on a copy,
-    because code of any kind lies between layers: the last layer's channels are answers, those of attention have a place
-    in a head, those of a residual stream are counted in a LayerNorm's mean.
+    because code of any kind lies between layers: those of attention have a place in a head, those of a residual stream
+    are counted in a LayerNorm's mean, a shuffle gives them other places.
     """
     names = {module: layer for layer, module in network.named_modules()}
+    held = _held(network, frozen)
     graph = _graph(network, example, name)
-    fixed = []
-    for group in graph.get_all_groups(root_module_types=list(_LAYERS)):
-        root, handler = group[0].dep.target.module, group[0].dep.handler
-        width = graph.get_out_channels(root)
-        some = list(range(max(1, int(width * _TRIAL_SHARE))))
-        if width < 2 or not _can_go(network, example, names[root], handler, some, name):
-            fixed.append(root)
-    return fixed
+    kept = {
+        layer: "it is not called in a way that can be followed"
+        for module, layer in names.items()
+        if isinstance(module, _LAYERS) and module not in graph.module2node
+    }
+    seen: set[Any] = set()
+    for root in list(graph.module2node):
+        if not isinstance(root, _LAYERS) or root in seen:
+            continue
+        handler = graph.get_pruner_of_module(root).prune_out_channels
+        group = _tried(partial(_whole, graph, root, handler))
+        together = [part.target.module for part, _ in group or () if graph.is_out_channel_pruning_fn(part.handler)]
+        layers = [names[one] for one in (root, *together) if isinstance(one, _LAYERS) and one in names]
+        seen.update(together)
+        if group is None:
+            why = "what depends on its channels cannot be followed"
+        else:
+            fixed = next((part.target.module for part, _ in group if part.target.module in held), None)
+            if fixed is None:
+                why = _why_fixed(network, example, graph, group, names, name)
+            elif names[fixed] in layers:
+                why = f"{names[fixed]} {held[fixed]}"
+            else:
+                why = f"its channels go into {names[fixed]}, which {held[fixed]}"
+        if why:
+            kept.update(dict.fromkeys(layers, why))
+    return kept
 
 
-def _can_go(network: nn.Module, example: Tensor, layer: str, handler: Any, channels: list[int], name: str) -> bool:
-    deaf, without = copy.deepcopy(network), copy.deepcopy(network)
-    graph, trial = _graph(deaf, example, name), _graph(without, example, name)
+def _held(network: nn.Module, frozen: set[str]) -> dict[nn.Module, str]:
+    """Module -> why its weights must stay as they are, whatever hangs together with it.
+
+    A frozen normalisation may lose channels: those that are left are scaled as before. A frozen layer of weights would
+    add up other terms.
+    """
+    owners: dict[int, list[str]] = {}
+    for module_name, module in network.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module_name)
+    held = {}
+    for module_name, module in network.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        others = {other for parameter in own.values() for other in owners[id(parameter)]} - {module_name}
+        if others:
+            held[module] = f"shares weights with {', '.join(sorted(others))}"
+        elif isinstance(module, _LAYERS) and "weight" not in own:
+            held[module] = "computes its weights from others (weight_norm or the like)"
+        elif isinstance(module, _LAYERS) and f"{module_name}.weight".lstrip(".") in frozen:
+            held[module] = "is frozen"
+    return held
+
+
+def _whole(graph: Any, root: nn.Module, handler: Any) -> Any:
+    """All channels of a layer, and all that hangs together with them."""
+    return graph.get_pruning_group(root, handler, list(range(graph.get_out_channels(root))))
+
+
+def _blocks(group: Any) -> int:
+    """From so many blocks of equal size channels have to go alike: of grouped convolutions and normalisations."""
+    counts = [1]
+    for part, _ in group:
+        module = part.target.module
+        if isinstance(module, _CONVOLUTION) and not _is_depthwise(module):
+            counts.append(module.groups)
+        elif isinstance(module, nn.GroupNorm):
+            counts.append(module.num_groups)
+    return math.lcm(*counts)
+
+
+def _is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
+    """As Torch-Pruning has it: its inputs go with its outputs."""
+    return module.groups == module.out_channels > 1
+
+
+def _spread(within: list[int], width: int, blocks: int) -> list[int]:
+    """The same places in every block of a layer's channels."""
+    size = width // blocks
+    return [block * size + place for block in range(blocks) for place in within]
+
+
+def _why_fixed(
+    network: nn.Module, example: Tensor, graph: Any, group: Any, names: dict[nn.Module, str], name: str
+) -> str:
+    """Why a group of channels cannot be made smaller; empty where it can."""
+    root, handler = group[0].dep.target.module, group[0].dep.handler
+    width, blocks = graph.get_out_channels(root), _blocks(group)
+    if width % blocks or width // blocks < 2:
+        return f"its {width} channels are too few for {blocks} groups" if blocks > 1 else "it has one channel"
+    some = _spread(list(range(max(1, int(width // blocks * _TRIAL_SHARE)))), width, blocks)
+    deaf = _copied(network, example, name)
     listened = False
     with torch.no_grad():
-        for part, rows in graph.get_pruning_group(deaf.get_submodule(layer), handler, channels):
+        for part, rows in graph.get_pruning_group(root, handler, some):
             module = part.target.module
-            if graph.is_in_channel_pruning_fn(part.handler) and isinstance(module, _LAYERS):
-                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                module.weight[(rows,) if transposed else (slice(None), rows)] = 0.0
-                listened = True
-        if not listened:
-            return False
-        expected = deaf(example)
-        try:
-            trial.get_pruning_group(without.get_submodule(layer), handler, channels).prune()
-            answer = without(example)
-        except Exception:  # code between the layers counts on the width
-            return False
+            if not graph.is_in_channel_pruning_fn(part.handler) or not isinstance(module, _LAYERS):
+                continue
+            if isinstance(module, _CONVOLUTION) and _is_depthwise(module):
+                continue
+            if _tried(partial(_deafen, deaf.get_submodule(names[module]), rows)) is None:
+                return _COUNTED
+            listened = True
+    if not listened:
+        taken = any(
+            part.target.module in names
+            and graph.is_in_channel_pruning_fn(part.handler)
+            and not graph.is_out_channel_pruning_fn(part.handler)
+            for part, _ in group
+        )
+        return "what takes its channels cannot do with fewer" if taken else _ANSWERS
+    expected = _answers(deaf, example)
+
+    def without() -> list[Tensor]:
+        smaller = _copied(network, example, name)
+        trial = _graph(smaller, example, name)
+        trial.get_pruning_group(smaller.get_submodule(names[root]), handler, some).prune()
+        return _answers(smaller, example)
+
+    answer = _tried(without)
+    alike = answer is not None and len(answer) == len(expected) and all(map(_near, answer, expected))
+    if alike:
+        return ""
+    is_last = any(isinstance(part.target.module, torch_pruning.ops._OutputOp) for part, _ in group)
+    return _ANSWERS if is_last else _COUNTED
+
+
+def _deafen(layer: nn.Module, channels: list[int]) -> bool:
+    """Have a layer take nothing from these channels."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        weight[channels] = 0.0
+    elif isinstance(layer, _CONVOLUTION) and layer.groups > 1:
+        size, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        for channel in channels:
+            block, place = divmod(channel, size)
+            weight[block * outputs : (block + 1) * outputs, place] = 0.0
+    else:
+        weight[:, channels] = 0.0
+    return True
+
+
+def _near(answer: Tensor, expected: Tensor) -> bool:
+    if answer.shape != expected.shape:
+        return False
+    if not expected.numel():
+        return True
     tolerance = 1e-4 * max(1e-3, float(expected.abs().max()))
-    return answer.shape == expected.shape and bool(((answer - expected).abs() <= tolerance).all())
+    return bool(((answer - expected).abs() <= tolerance).all())
 
 
-def _cut(network: nn.Module, example: Tensor, ratio: float, step: Prune, kept: list[nn.Module], taylor: bool) -> None:
+def _cut(network: nn.Module, example: Tensor, ratio: float, step: Prune, kept: Mapping[str, str], taylor: bool) -> None:
     """Remove about `ratio` of the channels, by rank, in whole multiples, within the limits."""
-    importance = (torch_pruning.importance.GroupTaylorImportance if taylor else _magnitude())()
     granule, names = step.round_to or fast_multiple(), {module: name for name, module in network.named_modules()}
     pruner = torch_pruning.BasePruner(
         network,
         example,
-        importance=importance,
+        importance=(importance := _Importance(taylor)),
         global_pruning=True,
         isomorphic=True,
         pruning_ratio=ratio,
-        ignored_layers=kept,
+        ignored_layers=[network.get_submodule(layer) for layer in kept],
+        root_module_types=list(_LAYERS),
+        forward_fn=_forward,
         # its own defaults are shared between all pruners of a process
         in_channel_groups={},
         out_channel_groups={},
@@ -220,40 +418,59 @@ def _cut(network: nn.Module, example: Tensor, ratio: float, step: Prune, kept: l
     )
     for proposed in pruner.step(interactive=True):
         root, handler = proposed[0].dep.target.module, proposed[0].dep.handler
-        width = pruner.DG.get_out_channels(root)
-        whole = pruner.DG.get_pruning_group(root, handler, list(range(width)))
+        width, whole = pruner.DG.get_out_channels(root), _whole(pruner.DG, root, handler)
+        blocks = _blocks(whole)
         layers = {names[part.target.module] for part, _ in whole if part.target.module in names}
         limit = min([step.limit, *(share for layer, share in step.limits.items() if layer in layers)])
-        left = _rounded(width - len(proposed[0].idxs), width, limit, granule)
-        if left < width and pruner.out_channel_groups.get(root, 1) == 1:
-            order = torch.argsort(importance(whole), stable=True)[: width - left]
-            pruner.DG.get_pruning_group(root, handler, sorted(order.tolist())).prune()
+        left = _rounded(width - len(proposed[0].idxs), width, limit, granule, blocks)
+        ranks = importance(whole)
+        if left >= width or ranks is None:
+            continue
+        order = torch.argsort(ranks.view(blocks, -1).mean(dim=0), stable=True)[: (width - left) // blocks]
+        pruner.DG.get_pruning_group(root, handler, _spread(sorted(order.tolist()), width, blocks)).prune()
 
 
-def _magnitude() -> Any:
-    return torch_pruning.importance.GroupMagnitudeImportance
+class _Importance:
+    """Of each channel of a group: by Taylor's estimate where that is wanted and a number, else by its weights."""
+
+    def __init__(self, taylor: bool) -> None:
+        self._ways = [torch_pruning.importance.GroupMagnitudeImportance()]
+        if taylor:
+            self._ways.insert(0, torch_pruning.importance.GroupTaylorImportance())
+
+    def __call__(self, group: Any) -> Tensor | None:
+        for way in self._ways:
+            found: Tensor | None = _tried(partial(way, group))
+            if found is not None and torch.isfinite(found).all():
+                return found
+        return None
 
 
-def _rounded(wanted: int, width: int, limit: float, granule: int) -> int:
-    """The width to leave: a multiple of the granule near `wanted`, within the limit."""
-    while granule > 1 and width < 2 * granule:
+def _rounded(wanted: int, width: int, limit: float, granule: int, blocks: int = 1) -> int:
+    """The width to leave: a multiple of the granule near `wanted`, within the limit, and alike in every block.
+
+    Each block keeps two channels at least: grouped layers with one would be taken for depthwise ones.
+    """
+    while granule > 1 and width < 2 * math.lcm(granule, blocks):
         granule //= 2
-    least = math.ceil(max(1, math.ceil(width * (1 - limit) - 1e-9)) / granule) * granule
-    return min(width, max(least, granule * round(wanted / granule)))
+    whole = math.lcm(granule, blocks)
+    fewest = max(1 if blocks == 1 else 2 * blocks, math.ceil(width * (1 - limit) - 1e-9))
+    least = math.ceil(fewest / whole) * whole
+    return min(width, max(least, whole * round(wanted / whole)))
 
 
 def _ratio_for(
-    network: nn.Module, example: Tensor, step: Prune, kept: list[nn.Module], taylor: bool, target: float
+    network: nn.Module, example: Tensor, step: Prune, kept: Mapping[str, str], taylor: bool, target: float, name: str
 ) -> float:
     """The smallest ratio, found by trying on copies, that leaves `target` parameters or fewer."""
     low, high = 0.0, step.limit
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        trial, gradients = copy.deepcopy(network), [parameter.grad for parameter in network.parameters()]
+        gradients = [parameter.grad for parameter in network.parameters()]
+        trial = _copied(network, example, name)
         for parameter, gradient in zip(trial.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        names = {module: name for name, module in network.named_modules()}
-        _cut(trial, example, middle, step, [trial.get_submodule(names[layer]) for layer in kept], taylor)
+        _cut(trial, example, middle, step, kept, taylor)
         low, high = (low, middle) if _parameters(trial) <= target else (middle, high)
     return high
 

@@ -24,6 +24,7 @@ from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig, saturates_here
 from rushhour.errors import EngineError, ModelError
 from rushhour.machine import cores, describe
+from rushhour.measurement import Accuracy
 from rushhour.models.deployed import strip_origin
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
@@ -135,7 +136,14 @@ def quantize(
 
 
 def quantize_for_all(
-    bundle: Bundle, dataset: Dataset, out: Path, *, calibration: int = 300, seed: int = 0, progress: Progress
+    bundle: Bundle,
+    dataset: Dataset,
+    out: Path,
+    *,
+    calibration: int = 300,
+    seed: int = 0,
+    max_drop: float | None = None,
+    progress: Progress,
 ) -> dict[Target, Bundle]:
     """int8 for any machine; and where that costs more than `COSTLY` against int8 that needs VNNI, that one too.
 
@@ -146,12 +154,13 @@ def quantize_for_all(
         bundle: as for `quantize`.
         dataset: as for `quantize`; its validation part decides.
         out: folder of the first; the second lies beside it, with `-vnni` at the end of its name.
+        max_drop: as for `quantize`: where it is missed, the layers that cost most go back to f32.
 
     Raises:
         RushhourError: as `quantize`.
     """
     made: dict[Target, Bundle] = {
-        "any": quantize(bundle, dataset, out, calibration=calibration, seed=seed, progress=progress)
+        "any": quantize(bundle, dataset, out, calibration=calibration, seed=seed, max_drop=max_drop, progress=progress)
     }
     if describe().saturates:
         return made
@@ -167,23 +176,41 @@ def quantize_for_all(
     if cost <= COSTLY:
         return made
     beside = out.with_name(f"{out.name}-vnni")
-    wide = quantize(bundle, dataset, beside, calibration=calibration, seed=seed, target="vnni", progress=progress)
+    wide = quantize(
+        bundle,
+        dataset,
+        beside,
+        calibration=calibration,
+        seed=seed,
+        max_drop=max_drop,
+        target="vnni",
+        progress=progress,
+    )
     if cost - drop(wide) > COSTLY:
         made["vnni"] = wide
     return made
 
 
-def check_plain(bundle: Bundle) -> None:
+def is_plain(bundle: Bundle) -> bool:
+    """Whether the bundle's weights are as they were trained: not quantised, nor stored in fewer bits."""
+    steps = {step.what for step in bundle.manifest.lineage}
+    done = bundle.manifest.precision == "int8" or bool(steps & {"quantize", "compress_weights", "halve_weights"})
+    return not done and all(node.op_type != "DequantizeLinear" for node in onnx.load(bundle.model).graph.node)
+
+
+def check_plain(bundle: Bundle, doing: str = "quantise") -> None:
     """Raise unless the bundle's weights are as they were trained.
+
+    Args:
+        doing: what cannot be done else, for the message.
 
     Raises:
         ModelError: if they are quantised, or stored in fewer bits, already.
     """
     steps = {step.what for step in bundle.manifest.lineage}
-    done = bundle.manifest.precision == "int8" or bool(steps & {"quantize", "compress_weights", "halve_weights"})
-    if done or any(node.op_type == "DequantizeLinear" for node in onnx.load(bundle.model).graph.node):
+    if not is_plain(bundle):
         raise ModelError(
-            f"cannot quantise {bundle.manifest.name}",
+            f"cannot {doing} {bundle.manifest.name}",
             "its weights are stored in f16 already" if "halve_weights" in steps else "it is quantised already",
             "name the bundle that it was made from",
         )
@@ -245,29 +272,32 @@ class _Control:
             near.parent.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(prefix=f".{near.name}.control-", dir=near.parent)
         with folder as at:
-            missed = self._drop(plain, samples, Path(at))
-            if missed <= self._max_drop:
+            accuracy = self._judged(plain, samples, Path(at))
+            missed = accuracy.drop
+            # the upper end of the interval has to be inside, and on these samples it lies so far above
+            allowed = max(0.0, self._max_drop - (accuracy.drop_interval[1] - missed))
+            if missed <= allowed:
                 return plain, "not needed"
             try:
-                graph = self._controlled(samples)
+                graph = self._controlled(samples, allowed)
                 given_back = _quantizers(plain) - _quantizers(graph)
                 if not 0 < given_back < _quantizers(plain):
                     return plain, "found nothing to give back" if given_back == 0 else "nothing would be left in int8"
-                drop = self._drop(graph, samples, Path(at))
+                drop = self._judged(graph, samples, Path(at)).drop
             except (EngineError, ModelError) as error:
                 return plain, f"failed: {error}"  # the plain result misses the budget, but it is there
         return (graph, f"{given_back} quantizers given back") if drop < missed else (plain, "no better")
 
-    def _drop(self, graph: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], at: Path) -> float:
-        """Of the compiled artefact against its parent."""
+    def _judged(self, graph: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], at: Path) -> Accuracy:
+        """The compiled artefact against its parent."""
         step = Step("quantize")
         made = seal(self._bundle, at / "int8", graph, step=step, precision="int8", samples=samples)
-        return judge(self._task, "train", self._split.targets, self._outputs(made), self._expected).drop
+        return judge(self._task, "train", self._split.targets, self._outputs(made), self._expected)
 
     def _outputs(self, bundle: Bundle) -> NDArray[Any]:
         return _answers_of(bundle, self._split)
 
-    def _controlled(self, samples: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    def _controlled(self, samples: Mapping[str, NDArray[Any]], allowed: float) -> onnx.ModelProto:
         model, count = onnx.load(self._bundle.model), _count(samples)
         with quiet_nncf(self._bundle) as nncf:
             graph: onnx.ModelProto = nncf.quantize_with_accuracy_control(
@@ -275,7 +305,7 @@ class _Control:
                 nncf.Dataset(range(count), lambda row: _row(samples, row)),
                 nncf.Dataset(range(len(self._ranked))),
                 self._value,
-                max_drop=self._max_drop,
+                max_drop=allowed,
                 drop_type=nncf.DropType.ABSOLUTE,
                 subset_size=count,
                 model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,

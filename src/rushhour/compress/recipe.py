@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
 import torch
+from torch import nn
 
 from rushhour import identity, machine
 from rushhour.bundle import SAMPLES, Bundle, Source, Step
@@ -28,7 +29,7 @@ from rushhour.compress.quantize import Target, check_plain, quantize
 from rushhour.compress.weights import compress_weights, halve_weights
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset
-from rushhour.errors import BundleError, DataError, GoalError, ModelError
+from rushhour.errors import BundleError, DataError, GoalError, ModelError, RushhourError
 from rushhour.models import Deployed, build, code_of, export, load_deployed, resized, trusted_of
 from rushhour.progress import Progress
 from rushhour.train.checkpoint import Checkpoint
@@ -65,6 +66,11 @@ AnyStep: TypeAlias = Prune | LowRank | Distil | Quantize | Precision
 
 _TRAINS: Final = (Prune, LowRank, Distil)
 """Steps that need the torch module; all others work on the graph, and end with one that these cannot take."""
+
+LEFT: Final = "left as it is"
+"""The setting of a step that is a result: layers that it could not change, and why."""
+_NAMED: Final = 4
+"""Layers named with one reason, at most."""
 
 _FORMS: Final = ("bf16", "f16", "w8")
 _NAMES: Final[dict[str, tuple[type[AnyStep], str]]] = {
@@ -208,6 +214,10 @@ def said(step: AnyStep) -> str:
         is_bare = not settings and (field == usual or (field == "rank" and isinstance(step, LowRank)))
         settings.append(f"{value}" if is_bare else f"{field}={value}")
     return ":".join([name, *settings])
+
+
+class NothingToDo(ModelError):
+    """A step that would leave this network as it is: the recipe's others may still be done."""
 
 
 class Store:
@@ -376,16 +386,36 @@ class _Work:
         self._checkpoints: list[Checkpoint] = []
 
     def done(self, step: AnyStep, before: Bundle) -> Bundle:
-        """The bundle that the step makes, sealed in the store; its checkpoints are gone."""
+        """The bundle that the step makes, sealed in the store; its checkpoints are gone.
+
+        Raises:
+            RushhourError: whatever goes wrong: code of any kind lies in a user's network.
+        """
+        try:
+            made = self._made(step, before)
+        except (RushhourError, OSError):
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [""]
+            raise ModelError(
+                f"cannot {said(step)} {before.manifest.name}",
+                f"{type(error).__name__}: {reason[0]}",
+                "leave that step out of the recipe",
+            ) from error
+        for checkpoint in self._checkpoints:
+            checkpoint.remove()
+        return made
+
+    def _made(self, step: AnyStep, before: Bundle) -> Bundle:
         match step:
             case Prune():
-                made = self._pruned(step, before)
+                return self._pruned(step, before)
             case LowRank():
-                made = self._split(step, before)
+                return self._split(step, before)
             case Distil():
-                made = self._distilled(step, before)
+                return self._distilled(step, before)
             case Quantize():
-                made = quantize(
+                return quantize(
                     before,
                     self._dataset,
                     self._out,
@@ -396,36 +426,54 @@ class _Work:
                     progress=self._progress,
                 )
             case Precision():
-                made = self._lighter(step, before)
-        for checkpoint in self._checkpoints:
-            checkpoint.remove()
-        return made
+                return self._lighter(step, before)
 
     def _pruned(self, step: Prune, before: Bundle) -> Bundle:
         deployed, source = self._opened(before, "prune")
         name, whole = before.manifest.name, _count(deployed)
+        kept: dict[str, str] = {}
         # a cut takes seconds and is made again after a kill; its training goes on from a checkpoint
         for iteration in range(step.iterations):
             self._progress.start(f"prune {name}, {iteration + 1} of {step.iterations}")
-            prune(deployed, self._dataset, step, iteration, seed=self._seed, name=name)
-            self._progress.done(f"{whole:,} -> {_count(deployed):,} parameters")
-            if _count(deployed) < whole and step.epochs:
+            kept = prune(deployed, self._dataset, step, iteration, seed=self._seed, name=name)
+            as_it_is = f"; left as it is: {_listed(kept)}" if kept else ""
+            self._progress.done(f"{whole:,} -> {_count(deployed):,} parameters{as_it_is}")
+            if _count(deployed) == whole:
+                continue
+            _check_rebuilt(deployed, self._resized(source, deployed), before, self._trusted)
+            if step.epochs:
                 self._teach(before, deployed, Distil(step.epochs, lr=step.lr), iteration)
         if _count(deployed) == whole:
-            raise ModelError(
+            raise NothingToDo(
                 f"nothing of {name} can be pruned",
-                "no layer has enough channels that can go without others, within its limit",
-                "use a higher ratio, a smaller round_to, or leave the step out",
+                _listed(kept) or "no layer has enough channels that can go without others, within its limit",
+                "leave the step out; int8, f16 and w8 need no pruning"
+                if kept
+                else "use a higher ratio, a smaller round_to, or leave the step out",
             )
-        return self._sealed(step, before, deployed, resized(source, deployed.network, trusted=self._trusted))
+        notes = {LEFT: _listed(kept)} if kept else {}
+        return self._sealed(step, before, deployed, self._resized(source, deployed), notes)
 
     def _split(self, step: LowRank, before: Bundle) -> Bundle:
         deployed, source = self._opened(before, "split layers of")
         name, whole = before.manifest.name, _count(deployed)
         self._progress.start(f"low rank: {name}")
         ranks = split(deployed, self._dataset, step, seed=self._seed, name=name)
+        if not ranks:
+            dense = [layer for layer, module in deployed.network.named_modules() if isinstance(module, nn.Linear)]
+            raise NothingToDo(
+                f"no dense layer of {name} becomes smaller by splitting",
+                f"it has {', '.join(sorted(dense)) or 'none'}; by default those with a quarter of all parameters are "
+                "tried",
+                "name layers, keep less of them, or leave lowrank out of the recipe",
+            )
         self._progress.done(f"{whole:,} -> {_count(deployed):,} parameters")
-        return self._sealed(step, before, deployed, resized(source, deployed.network, ranks, self._trusted))
+        changed = self._resized(source, deployed, ranks)
+        _check_rebuilt(deployed, changed, before, self._trusted)
+        return self._sealed(step, before, deployed, changed)
+
+    def _resized(self, source: Source, deployed: Deployed, ranks: Mapping[str, int] | None = None) -> Source:
+        return resized(source, deployed.network, ranks, self._trusted)
 
     def _distilled(self, step: Distil, before: Bundle) -> Bundle:
         if step.student is None:
@@ -467,6 +515,12 @@ class _Work:
         """The torch module of a bundle that is to be changed."""
         self._check_single_input(before, doing)
         manifest = before.manifest
+        if manifest.precision == "bf16":
+            raise ModelError(
+                f"cannot {doing} {manifest.name}",
+                "it is made to be computed in bf16, and training would make an f32 bundle of it",
+                f"{doing.split()[0]} the bundle that it was made from, and let bf16 be the last step",
+            )
         if manifest.source is None or before.weights is None or manifest.precision != "f32":
             raise ModelError(
                 f"cannot {doing} {manifest.name}",
@@ -505,13 +559,23 @@ class _Work:
             checkpoint_every_s=self._every_s,
         )
 
-    def _sealed(self, step: AnyStep, before: Bundle, deployed: Deployed, source: Source) -> Bundle:
-        self._progress.start(f"seal {before.manifest.name}")
-        made = self._exported(step, before, deployed, source, self._out)
+    def _sealed(
+        self, step: AnyStep, before: Bundle, deployed: Deployed, source: Source, notes: Mapping[str, str] | None = None
+    ) -> Bundle:
+        self._progress.start(f"export {before.manifest.name}")
+        made = self._exported(step, before, deployed, source, self._out, notes)
         self._progress.done(f"{made.manifest.parameters:,} parameters, {made.model_bytes / 1e6:.2f} MB")
         return made
 
-    def _exported(self, step: AnyStep, before: Bundle, deployed: Deployed, source: Source, out: Path) -> Bundle:
+    def _exported(
+        self,
+        step: AnyStep,
+        before: Bundle,
+        deployed: Deployed,
+        source: Source,
+        out: Path,
+        notes: Mapping[str, str] | None = None,
+    ) -> Bundle:
         manifest, (spec,) = before.manifest, before.manifest.signature.inputs
         return export(
             deployed.network,
@@ -520,12 +584,12 @@ class _Work:
             sample_spec=spec,
             preprocessing=manifest.preprocessing,
             source=source,
-            lineage=(*manifest.lineage, self._lineage(step)),
+            lineage=(*manifest.lineage, self._lineage(step, notes)),
             samples=before.samples()[spec.name],
             path=out,
         )
 
-    def _lineage(self, step: AnyStep) -> Step:
+    def _lineage(self, step: AnyStep, notes: Mapping[str, str] | None = None) -> Step:
         settings: dict[str, int | float | str | bool] = {
             name: value if isinstance(value, int | float | str) else msgspec.json.encode(value).decode()
             for name, value in msgspec.to_builtins(step).items()
@@ -534,7 +598,7 @@ class _Work:
         if isinstance(step, _TRAINS):
             data = self._dataset
             settings |= {"dataset": data.name, "fingerprint": data.fingerprint, "marks": data.marks, "seed": self._seed}
-        return Step(_tag(step), {**settings, "key": self._key[:24]})
+        return Step(_tag(step), {**settings, **(notes or {}), "key": self._key[:24]})
 
 
 def ladder(bundle: Bundle, dataset: Dataset, *, epochs: int = 5, trusted: tuple[str, ...] = ()) -> tuple[Recipe, ...]:
@@ -548,9 +612,15 @@ def ladder(bundle: Bundle, dataset: Dataset, *, epochs: int = 5, trusted: tuple[
         dataset: it would be trained on.
         epochs: of distillation at the end of every training.
         trusted: as for `apply`.
+
+    Raises:
+        ModelError: if the bundle is compressed already, or its network cannot be built.
     """
+    check_plain(bundle, "compress")
     graph_alone = tuple(Recipe((step,)) for step in (Quantize(), Precision("w8"), Precision("f16")))
-    if bundle.manifest.source is None or bundle.weights is None or dataset.train.inputs.dtype.names:
+    manifest = bundle.manifest
+    trains = manifest.source is not None and bundle.weights is not None and manifest.precision == "f32"
+    if not trains or dataset.train.inputs.dtype.names:
         return graph_alone
     dense = dominant(load_deployed(bundle, trusted).network)
     rungs: list[Recipe] = [graph_alone[0]]
@@ -558,6 +628,39 @@ def ladder(bundle: Bundle, dataset: Dataset, *, epochs: int = 5, trusted: tuple[
         splits: Sequence[AnyStep] = (LowRank(keep=keep),) if dense else ()
         rungs.append(Recipe((Prune(ratio=ratio, epochs=1), *splits, Distil(epochs), Quantize())))
     return tuple(rungs)
+
+
+def _listed(kept: Mapping[str, str]) -> str:
+    """Layers with the reason why they keep all their channels: those with the same one together."""
+    layers: dict[str, list[str]] = {}
+    for layer, why in kept.items():
+        layers.setdefault(why, []).append(layer)
+    said = [
+        f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' * (len(names) > _NAMED)} ({why})"
+        for why, names in layers.items()
+    ]
+    return ", ".join(said)
+
+
+def _check_rebuilt(deployed: Deployed, source: Source, before: Bundle, trusted: tuple[str, ...]) -> None:
+    """Raise unless what is built from the record is the network that was changed: before it is trained, not after."""
+    name, (spec,) = before.manifest.name, before.manifest.signature.inputs
+    samples = torch.from_numpy(before.samples()[spec.name][:2])
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            again = Deployed(build(source, trusted), before.manifest.task, before.manifest.preprocessing).eval()
+            again.network.load_state_dict(deployed.network.state_dict(), strict=True)
+            same = torch.allclose(again(samples), deployed.eval()(samples), atol=1e-4, equal_nan=True)
+    except RushhourError:
+        raise
+    except Exception:  # a layer may keep sizes of its own that nobody knows of
+        same = False
+    if not same:
+        raise ModelError(
+            f"cannot write down how {name} was changed",
+            "what its factory builds, brought to the new sizes, is another network",
+            "leave prune and lowrank out of the recipe, or name the layers to keep: prune:0.5:ignored=a+b",
+        )
 
 
 def _count(deployed: Deployed) -> int:

@@ -21,7 +21,7 @@ from rushhour.load.null import null_throughput
 from rushhour.load.payload import Payload
 from rushhour.load.samples import Samples, Status
 from rushhour.load.target import Endpoint, Target
-from rushhour.load.verdict import Look, judge, needed_n
+from rushhour.load.verdict import ERROR, Look, judge, needed_n
 from rushhour.measurement import Measurement, Outcome, Rung
 from rushhour.progress import Progress, Silent
 
@@ -60,15 +60,19 @@ class Sender(Protocol):
         """Do a job and return what happened."""
 
 
-def window_n(slo: SLO, rate_rps: float, window_s: float = 3.0) -> int:
+def window_n(slo: SLO, rate_rps: float, window_s: float = 3.0, error: float = ERROR) -> int:
     """How many requests a window holds: `window_s` long, longer where the SLO needs it.
 
     It needs enough requests for a clear verdict (10 late ones allowed), or at least for a possible one (1 late one)
     where the former would take three times as long as asked. And it needs 20 times the limit: with a backlog that
     grows by 5% of the time, a server over its capacity is over the limit within that, not just on its way there.
+
+    Args:
+        error: how often what does not hold may pass.
     """
     seconds = max(window_s, _LIMITS * slo.limit_s)
-    clear = min(needed_n(slo, _MISSES), max(needed_n(slo, _FEWEST_MISSES), math.ceil(rate_rps * seconds * _STRETCH)))
+    clear, least = needed_n(slo, _MISSES, error), needed_n(slo, _FEWEST_MISSES, error)
+    clear = min(clear, max(least, math.ceil(rate_rps * seconds * _STRETCH)))
     return max(clear, math.ceil(rate_rps * seconds))
 
 
@@ -135,6 +139,7 @@ def measure(
     sequential: bool = True,
     retries: int = 0,
     null_rps: float | None = None,
+    error: float = ERROR,
     arrivals: Arrivals = poisson,
     expected: Sequence[bytes] = (),
     check: bool = False,
@@ -162,6 +167,7 @@ def measure(
             whole, in one.
         retries: how often to begin anew, on a fresh seed, where the machine was disturbed.
         null_rps: the generator's own bound; None has it measured by `null_throughput`, once in a process.
+        error: how often what does not hold may pass: less than 5% where several windows are tried for one claim.
         arrivals: the arrival process.
         expected: the right answer's body for each of `requests`; another answer is an error.
         check: compare answers also where none is expected beforehand: with the first to the same request.
@@ -172,7 +178,7 @@ def measure(
         LoadError: if the server cannot be reached, rejects the requests or answers nonsense, or the generator is gone.
     """
     check_rate(rate_rps)
-    wanted = window_n(slo, rate_rps, window_s) if n is None else n
+    wanted = window_n(slo, rate_rps, window_s, error) if n is None else n
     if wanted < 1:
         raise LoadError(f"cannot judge {wanted} requests", "a verdict needs some", "ask for more")
     warmup = _warmup_n(rate_rps, warmup_s, is_warm=is_warm)
@@ -210,7 +216,7 @@ def measure(
     for attempt in range(retries + 1):
         speeds: list[float] = []
         first_seed = seed + attempt * _SEEDS
-        measurement = _grown(run, sizes, slo, rate_rps, first_seed, null_rps)
+        measurement = _grown(run, sizes, slo, rate_rps, first_seed, null_rps, error)
         if measurement.outcome is not Outcome.VOID:
             break
     measurement = msgspec.structs.replace(measurement, retries=attempt, speeds=tuple(speeds))
@@ -225,6 +231,7 @@ def _grown(
     rate_rps: float,
     seed: int,
     null_rps: float | None,
+    error: float,
 ) -> Measurement:
     """The window, grown to the first of `sizes` at which it is decided."""
     parts: list[Samples] = []
@@ -233,7 +240,7 @@ def _grown(
         size = sizes[len(parts)]
         parts.append(run(size - before, seed + len(parts) * _PARTS))
         stopped = len(parts[-1]) < parts[-1].warmup + size - before
-        look = None if stopped else Look(size / sizes[-1], before / sizes[-1])
+        look = Look(error=error) if stopped else Look(size / sizes[-1], before / sizes[-1], error)
         measurement = judge(parts, slo, rate_rps=rate_rps, seed=seed, look=look, null_rps=null_rps)
         if stopped or measurement.decided or len(parts) == len(sizes):
             return measurement

@@ -50,6 +50,7 @@ from rushhour.machine import open_files
 from rushhour.measurement import Interval, Measurement, Outcome, pack_latencies
 
 CONFIDENCE = 0.95
+ERROR = 1 - CONFIDENCE
 _Z = 1.959964  # two-sided 95% of the normal distribution
 
 _BLOCKS = 20
@@ -83,34 +84,45 @@ class Look:
     Attributes:
         share: of the requests that are planned at most, so many have been measured.
         before: the same at the look before; 0 at the first.
+        error: how often all looks together may pass what does not hold; less than 5% where several windows are tried
+            for one claim.
     """
 
     share: float = 1.0
     before: float = 0.0
+    error: float = ERROR
+
+    @property
+    def spent(self) -> float:
+        """The share of the error that this look may spend: little at first, where estimates are poor."""
+        spent: float = self.share**_SPENDING - self.before**_SPENDING
+        return spent
 
     @property
     def significance(self) -> float:
-        """What this look may spend of the 5%: little at first, where estimates are poor; all looks together, all."""
-        spent: float = self.share**_SPENDING - self.before**_SPENDING
-        return (1 - CONFIDENCE) * spent
+        """How often this look may pass what does not hold."""
+        return self.error * self.spent
 
 
-def needed_n(slo: SLO, misses: int = 0) -> int:
+def needed_n(slo: SLO, misses: int = 0, error: float = ERROR) -> int:
     """The fewest requests of which `misses` may be late for the SLO to be proven at 95% confidence.
 
     For p99: 299 with none late, 473 with one, 1693 with ten.
+
+    Args:
+        error: instead of 5%.
     """
     high = max(1, misses)
-    while not passes(high, misses, slo.allowed_miss_rate):
+    while not passes(high, misses, slo.allowed_miss_rate, error):
         high *= 2
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle, misses, slo.allowed_miss_rate) else (middle, high)
+        low, high = (low, middle) if passes(middle, misses, slo.allowed_miss_rate, error) else (middle, high)
     return high
 
 
-def passes(n: float, late: float, allowed: float, significance: float = 1 - CONFIDENCE) -> bool:
+def passes(n: float, late: float, allowed: float, significance: float = ERROR) -> bool:
     """Whether `late` of `n` prove a miss rate below `allowed`: were it at `allowed`, so few would come in under 5%.
 
     Args:
@@ -216,7 +228,7 @@ def judge(
     needs_s = None
     if outcome is Outcome.INCONCLUSIVE and n >= needed_n(slo):
         away, broken = window.count(Status.SHED), window.count(Status.ERROR) + window.count(Status.LOST)
-        needs_s = _needs_s(_Evidence(latencies, slo, away, broken), duration)
+        needs_s = _needs_s(_Evidence(latencies, slo, away, broken), duration, (look or Look()).error)
     p99, interval = (None, None) if outcome is Outcome.UNSTABLE else _p99(latencies, window.timeout_s)
     answered = latencies[np.isfinite(latencies)]
     send_delay = _quantile(window.sent - window.scheduled, 0.99)
@@ -283,7 +295,7 @@ def decide(
         return Outcome.UNSTABLE, behind + _blame(window)
     away, broken = window.count(Status.SHED), window.count(Status.ERROR) + window.count(Status.LOST)
     evidence = _Evidence(latencies, slo, away, broken)
-    if evidence.refutes(_REFUTED * look.significance / (1 - CONFIDENCE)):
+    if evidence.refutes(_REFUTED * look.spent):
         return Outcome.FAIL, f"{evidence.count} requests missed {slo}: it does not hold{_blame(window)}"
     drifts = _drifts(late, slo)
     too_short = grows and sum(_duration(run) for run in runs) < _WAVES_S
@@ -292,7 +304,8 @@ def decide(
         if grows and not hopeless and not doubts:
             return None, drifts or evidence.lacking()
         if not doubts:
-            said = drifts or hopeless or evidence.lacking(_needs_s(evidence, sum(_duration(run) for run in runs)))
+            needs_s = _needs_s(evidence, sum(_duration(run) for run in runs), look.error)
+            said = drifts or hopeless or evidence.lacking(needs_s)
             return Outcome.INCONCLUSIVE, said + _blame(window)
     if doubts.bound:
         return Outcome.GENERATOR_LIMITED, doubts.bound
@@ -399,10 +412,10 @@ def _long(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
-def _needs_s(evidence: _Evidence, duration_s: float) -> float | None:
+def _needs_s(evidence: _Evidence, duration_s: float, error: float) -> float | None:
     """Seconds more that would prove it, if they went on as those before; None beyond 32 times the window."""
     for longer in _LONGER:
-        if evidence.proves(1 - CONFIDENCE, longer):
+        if evidence.proves(error, longer):
             return (longer - 1) * duration_s
     return None
 

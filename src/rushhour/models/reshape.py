@@ -43,8 +43,8 @@ def split_dense(network: nn.Module, name: str, rank: int) -> tuple[nn.Linear, nn
             f"it has {layer.in_features} inputs and {layer.out_features} outputs",
             "use a rank from 1 to the smaller of them",
         )
-    first = nn.Linear(layer.in_features, rank, bias=False)
-    second = nn.Linear(rank, layer.out_features, bias=layer.bias is not None)
+    first = nn.Linear(layer.in_features, rank, bias=False).requires_grad_(layer.weight.requires_grad)
+    second = nn.Linear(rank, layer.out_features, bias=layer.bias is not None).requires_grad_(layer.weight.requires_grad)
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent), leaf, nn.Sequential(first, second).train(layer.training))
     return first, second
@@ -124,7 +124,7 @@ def _settle(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups > 1 and module.weight.shape[1] == 1:  # one filter for each channel
+        if module.groups == module.in_channels == module.out_channels > 1:  # one filter for each channel
             module.groups = module.weight.shape[0]
         wide, narrow = module.weight.shape[0], module.weight.shape[1] * module.groups
         module.out_channels, module.in_channels = (narrow, wide) if module.transposed else (wide, narrow)

@@ -431,19 +431,20 @@ def compression_trade(found: Compression, narrow: bool = False) -> Markup:
     with _style("compression-trade"):
         figure, axes = _canvas(_NARROW if narrow else _WIDE, 4.2)
         name = found.reference.accuracy.metric
-        axes.plot([1], [found.reference.accuracy.value], color=_BASELINE, marker="s", markersize=7)
+        axes.plot([1], [found.reference.accuracy.value], color=_BASELINE, marker="s", markersize=7, zorder=4)
         for attempt in found.attempts:
             at = [(_times(stage), stage.accuracy.value) for stage in attempt.stages]
             axes.plot(*zip((1.0, found.reference.accuracy.value), *at, strict=True), color=_SOFT, linewidth=1)
             for stage, (across, value) in zip(attempt.stages, at, strict=True):
                 low, high = stage.accuracy.interval
                 axes.plot([across] * 2, [low, high], color=_GRID, linewidth=2, zorder=1)
-                axes.plot([across], [value], color=_SOFT, marker="o", markersize=5)
+                axes.plot([across], [value], color=_SOFT, marker="o", markersize=5, zorder=4)
                 axes.annotate(
                     _short(stage.step, 22), (across, value), xytext=(5, 4), textcoords="offset points", fontsize=8
                 )
         answer = found.answer
-        axes.plot([_times(answer)], [answer.accuracy.value], color=_PLAN, marker="*", markersize=15)
+        # behind the points: steps that came out alike would be hidden under it
+        axes.plot([_times(answer)], [answer.accuracy.value], color=_PLAN, marker="*", markersize=17, zorder=3)
         _budget(axes, found.reference.accuracy.value - found.budget.max_drop, f"budget {found.budget}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _metric(value, name)))
         stages = [stage for attempt in found.attempts for stage in attempt.stages]

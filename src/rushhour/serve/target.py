@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, meant
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
@@ -187,7 +187,7 @@ def open_target(path: Path) -> Target:
         raise PlanError(
             f"there is nothing to serve at {path}",
             "it is neither a run with a plan.json, nor a plan, nor a bundle",
-            "name what `rushhour tune`, `rushhour demo` or `rushhour train` made",
+            meant(path) or "name what `rushhour tune`, `rushhour demo` or `rushhour train` made",
         )
     plan = Plan.load(file)
     bundle = _opened(file.parent, plan.variants[0])

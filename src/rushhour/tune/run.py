@@ -20,7 +20,7 @@ import msgspec
 from rushhour import identity
 from rushhour.bundle import Bundle, Source, name_of
 from rushhour.clock import Clock, WallClock
-from rushhour.compress import quantize_for_all
+from rushhour.compress import is_plain, quantize_for_all
 from rushhour.data import Dataset
 from rushhour.errors import StorageError
 from rushhour.goal import Goal
@@ -35,6 +35,7 @@ from rushhour.train import Division, Tracking, TrainSettings, step_seconds, trai
 from rushhour.train.loop import opened
 from rushhour.train.made import made_of
 from rushhour.tune.settings import Budget, TuneSettings
+from rushhour.tune.track import words
 from rushhour.tune.tune import tune
 
 _TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
@@ -106,10 +107,20 @@ def tune_run(
                 name=name or name_of(run),
                 force=force,
             )
-        bundles = {"reference": reference}
-        if reference.manifest.precision == "f32":
-            made = quantize_for_all(reference, dataset, run / "bundles" / "int8", progress=progress)
-            bundles |= {made_for.path.name: made_for for made_for in made.values()}
+        bundles, left_out = {"reference": reference}, {}
+        if reference.manifest.precision == "f32" and is_plain(reference):
+            try:
+                made = quantize_for_all(
+                    reference,
+                    dataset,
+                    run / "bundles" / "int8",
+                    max_drop=goal.budget.max_drop,
+                    progress=progress,
+                )
+                bundles |= {made_for.path.name: made_for for made_for in made.values()}
+            except Exception as error:  # one candidate that cannot be made; what it said is in the plan
+                left_out["int8"] = words(error)
+                progress.done(left_out["int8"], good=False)
         finished = _finished_plan(run, record, bundles, settings, force=force)
         if finished is not None:
             progress.start("This run is complete: the plan is there")
@@ -133,6 +144,7 @@ def tune_run(
                 settings=searching,
                 progress=progress,
                 trusted=trusted,
+                left_out=left_out,
                 clock=clock,
                 so_far=lambda plan: named(plan).save(so_far),
             )

@@ -16,6 +16,7 @@ ENGINE_NAMES: dict[EngineName, str] = {"openvino": "OpenVINO", "onnxruntime": "O
 
 _RUNS: dict[Precision, tuple[tuple[EngineName, Precision], ...]] = {
     "f32": (("openvino", "f32"), ("openvino", "bf16"), ("onnxruntime", "f32")),
+    "bf16": (("openvino", "bf16"), ("openvino", "f32"), ("onnxruntime", "f32")),
     "int8": (("openvino", "int8"), ("onnxruntime", "int8")),
 }
 
@@ -120,10 +121,16 @@ def baseline(reference: Bundle, cores: int) -> Candidate | None:
     return Candidate("reference", _content(reference), "torch", "f32", policy)
 
 
-def plain(reference: Bundle, cores: int) -> Candidate:
-    """The reference compiled and nothing else: one sample at a time, in the precision that it has."""
+def plain(reference: Bundle, cores: int) -> tuple[Candidate, ...]:
+    """The reference compiled and nothing else, one sample at a time: as it is meant; then what may run where that does
+    not, another engine before another precision."""
     policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
-    return Candidate("reference", _content(reference), "openvino", reference.manifest.precision, policy)
+    meant = reference.manifest.precision
+    runs = [run for run in _RUNS[meant] if run[1] in (meant, "f32")]
+    return tuple(
+        Candidate("reference", _content(reference), engine, precision, policy)
+        for engine, precision in sorted(runs, key=lambda run: run[1] != meant)
+    )
 
 
 def _content(bundle: Bundle) -> str:

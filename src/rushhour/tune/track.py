@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from rushhour.bundle import Bundle
-from rushhour.errors import EngineError
+from rushhour.errors import RushhourError, StorageError
 from rushhour.goal import Goal
 from rushhour.load import Estimate, Probe, Race, estimate, find_capacity, race, rounded
 from rushhour.measurement import Accuracy, Measurement, Outcome
@@ -28,6 +28,8 @@ _START = 0.75
 """Of what is answered in time at most: where the search for the capacity begins."""
 _PROOFS = 6
 """Windows of one confirmation, at most."""
+_ERROR = 0.05
+"""How often a confirmation may prove a rate that does not hold: all its windows together."""
 _LONGEST_PROOF = 3.0
 """Times `TuneSettings.proof_s`, at most, that a window of a confirmation grows to."""
 _DOWN, _AT_ONCE, _BY_FAR = 0.95, 0.8, 0.1
@@ -49,6 +51,17 @@ _IN_WORDS = {
     Outcome.GENERATOR_LIMITED: "the load generator was at its limit",
     Outcome.VOID: "the machine was disturbed",
 }
+
+
+def words(error: Exception) -> str:
+    """What a candidate said that failed: one line, whatever it was.
+
+    Raises:
+        StorageError: if it is no candidate's fault: without a journal nothing can go on.
+    """
+    if isinstance(error, StorageError):
+        raise error
+    return str(error) if isinstance(error, RushhourError) else " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @dataclasses.dataclass
@@ -107,19 +120,20 @@ class Track:
     def push(self, contender: Contender) -> bool:
         """See how much it answers in time at most; whether it runs at all."""
         users = self._users(contender.predicted or 100.0)
-        self._progress.start(f"{contender.candidate.name}: how much at most?")
+        self._progress.start(f"{contender.candidate.name}: how much at most?", _PUSHES)
         try:
             with self.loaded(contender, "push") as loaded:
                 for turn in range(_PUSHES):
                     seen = loaded.crowd(users, self._moment_s(_PUSH_S), turn)
                     contender.throughput = max(seen.throughput_rps, 1.0)
+                    self._progress.advance()
                     wanted = self._users(contender.throughput)
                     if turn and 1 / _ALIKE <= wanted / users <= _ALIKE:
                         break
                     users = wanted
-        except EngineError as error:
-            contender.end("failed", str(error))
-            self._progress.done(error.what, good=False)
+        except Exception as error:  # an engine, a server or the load on it: of one candidate, and so it ends alone
+            contender.end("failed", words(error))
+            self._progress.done(contender.why, good=False)
             return False
         self._progress.done(f"about {contender.throughput:,.0f} requests/s")
         return True
@@ -135,7 +149,9 @@ class Track:
     def duel(
         self, incumbent: Contender, ours: Loaded, rival: Contender, theirs: Loaded, *, rivals: int = 1, again: int = 0
     ) -> Race | None:
-        """Which of two carries more? None where the rival does not run. Whoever leads has no fate afterwards.
+        """Which of two carries more? None where one of them does not run, which has failed then.
+
+        Whoever leads has no fate afterwards.
 
         Args:
             incumbent: the one to beat, after its `push`.
@@ -149,25 +165,29 @@ class Track:
         seconds = self._moment_s(_RACE_S)
         self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
 
-        def ask(loaded: Loaded, other: Contender) -> Callable[[int], float]:
+        asked = incumbent
+
+        def ask(loaded: Loaded, of: Contender, other: Contender) -> Callable[[int], float]:
             def taken(turn: int) -> float:
+                nonlocal asked
+                asked = of
                 self._progress.advance()
                 return loaded.crowd(users, seconds, _TURNS * again + turn, str(other.candidate)).throughput_rps
 
             return taken
 
         try:
-            for loaded in (ours, theirs):  # a server just started
-                loaded.crowd(users, self._moment_s(_PUSH_S), 0)
+            for asked in (incumbent, rival):  # a server just started
+                (ours if asked is incumbent else theirs).crowd(users, self._moment_s(_PUSH_S), 0)
             ended = race(
-                ask(ours, rival),
-                ask(theirs, incumbent),
+                ask(ours, incumbent, rival),
+                ask(theirs, rival, incumbent),
                 rivals=rivals,
                 is_over=lambda: self._budget.left < Budget.FOR_PROOF,
             )
-        except EngineError as error:
-            rival.end("failed", str(error))
-            self._progress.done(error.what, good=False)
+        except Exception as error:  # as in `push`
+            asked.end("failed", words(error))
+            self._progress.done(asked.why, good=False)
             return None
         incumbent.throughput, rival.throughput = ended.throughput_rps
         if ended.order == "faster":
@@ -198,9 +218,9 @@ class Track:
                     prove=False,
                     budget_s=Budget.FOR_WAY / step * self._budget.seconds,
                 )
-        except EngineError as error:
-            contender.end("failed", str(error))
-            self._progress.done(error.what, good=False)
+        except Exception as error:  # as in `push`
+            contender.end("failed", words(error))
+            self._progress.done(contender.why, good=False)
             return
         contender.capacity = search.capacity_rps
         said = f"about {search.capacity_rps:,.0f} requests/s" if search.capacity_rps else "nothing: too slow"
@@ -215,60 +235,78 @@ class Track:
 
         return noted
 
-    def confirm(self, contender: Contender) -> Measurement | None:
+    def confirm(self, contender: Contender, share: float = 1.0) -> Measurement | None:
         """A proof of a candidate's capacity, on fresh seeds.
 
         It begins at the lower end of what all windows of this candidate tell by then; the last window that there is
         time for is taken somewhat below. A proof raises the rate, half way to what was not proven; any other window
         lowers it to the lower end of the estimate as it is then, and the next one is longer, as far as the last one
         asks for it. Where none is a proof, the candidate keeps the estimate.
+
+        Several windows are several chances to be lucky. So each may spend half of what is left of the error, and all
+        of them together no more than one window alone would.
+
+        Args:
+            share: of the error that this confirmation may spend, where others are tried for the same claim.
         """
         found = self.estimate(contender)
         if found is None:
             return None
-        proven: Measurement | None = None
+        self._progress.start(f"{contender.candidate.name}: proof on fresh seeds", _PROOFS)
+        failure = ""
+        proven: list[Measurement] = []
+        try:
+            self._prove(contender, found, share * _ERROR, proven)
+        except Exception as error:  # as in `push`; what it proved before stays
+            failure = words(error)
+        if proven:
+            contender.capacity, contender.p99_ms = proven[-1].rate_rps, proven[-1].p99_ms
+            self._progress.done(f"{proven[-1].rate_rps:,.0f} requests/s")
+            return proven[-1]
+        found = self.estimate(contender)
+        contender.capacity = found.rate_rps if found else 0.0
+        contender.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
+        if failure:
+            contender.end("failed", failure)
+        self._progress.done(contender.why, good=False)
+        return None
+
+    def _prove(self, contender: Contender, found: Estimate, error: float, proven: list[Measurement]) -> None:
+        """The windows of a confirmation; each proof is added to `proven`, at a higher rate than the one before."""
         last: Outcome | None = None
         ceiling, window_s = found.interval_rps[1], self._settings.proof_s
         rate = max(found.interval_rps[0], _LOWER * found.rate_rps)
         sure = _SURE * rate
-        self._progress.start(f"{contender.candidate.name}: proof on fresh seeds")
         with self.loaded(contender, "confirm") as loaded:
             for attempt in range(_PROOFS):
                 if attempt and self._budget.left < Budget.FOR_RUNGS and self._stands(contender):
                     break
-                if proven is None and self._budget.left * self._budget.seconds < _TRIES * window_s:
+                if not proven and self._budget.left * self._budget.seconds < _TRIES * window_s:
                     rate = min(rate, sure)
                 rate = rounded(rate)
-                probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}")))
+                probe = self._noted(contender, loaded.windows(float(f"{window_s:.3g}"), error / 2))
                 result = probe(rate, self._settings.seed + 10_000 + attempt)
+                if result.outcome not in _SAY_NOTHING:  # which could not have passed
+                    error /= 2
                 if result.outcome is Outcome.PASS:
-                    proven = result
+                    proven.append(result)
                 elif result.outcome not in _SAY_NOTHING:
                     ceiling = min(ceiling, rate)
                     asked_s = result.duration_s + (result.needs_s or 0.0)
                     window_s = min(_LONGEST_PROOF * self._settings.proof_s, max(window_s, asked_s))
-                if proven is not None:
-                    if ceiling <= proven.rate_rps * (1 + self._settings.resolution):
+                if proven:
+                    if ceiling <= proven[-1].rate_rps * (1 + self._settings.resolution):
                         break
-                    rate = math.sqrt(proven.rate_rps * ceiling)
+                    rate = math.sqrt(proven[-1].rate_rps * ceiling)
                 elif result.outcome in _SAY_NOTHING and result.outcome is not last:
                     last = result.outcome  # once more at this rate
                 else:
                     last = None
-                    found = self.estimate(contender)
-                    least = found.interval_rps[0] if found is not None else 0.9 * rate
+                    now = self.estimate(contender)
+                    least = now.interval_rps[0] if now is not None else 0.9 * rate
                     rate = max(min(_DOWN * rate, least), _AT_ONCE * rate)
                     if result.outcome.refutes and result.late > _BY_FAR * result.n:
                         rate = _AT_ONCE * rate  # the host is another one now, and each window costs time
-        if proven is not None:
-            contender.capacity, contender.p99_ms = proven.rate_rps, proven.p99_ms
-            self._progress.done(f"{proven.rate_rps:,.0f} requests/s")
-            return proven
-        found = self.estimate(contender)
-        contender.capacity = found.rate_rps if found else 0.0
-        contender.why = f"{found} keep {self._goal.slo}" if found else "nothing could be confirmed"
-        self._progress.done(contender.why, good=False)
-        return None
 
     def _stands(self, contender: Contender) -> bool:
         """Whether its windows tell a capacity that none of them refuted: it can be the answer."""

@@ -130,10 +130,19 @@ class Loaded:
             "workload": goal.workload,
         }
 
-    def windows(self, window_s: float) -> Probe:
-        """Windows of so many seconds, longer where the SLO needs it, that end when they are decided."""
+    def windows(self, window_s: float, error: float) -> Probe:
+        """Windows of so many seconds, longer where the SLO needs it, that end when they are decided.
+
+        Args:
+            window_s: how long.
+            error: how often one may pass at a rate that does not hold.
+        """
         return partial(
-            self._take, f"window {window_s:g} s", window_s=window_s, warmup_s=min(2.0, max(1.0, window_s / 5))
+            self._take,
+            f"window {window_s:g} s at {error:.3g}",
+            window_s=window_s,
+            warmup_s=min(2.0, max(1.0, window_s / 5)),
+            error=error,
         )
 
     def glances(self, window_s: float) -> Probe:

@@ -1,12 +1,14 @@
 """The joint search: goal in, Plan out. The cheap steps come first, and real load decides.
 
     time       each engine alone, batch by batch: seconds                    -> failed
-    judge      each compiled artefact on held-out data                       -> over budget
+    judge      each compiled artefact on the validation part; then on the    -> over budget
+               test part, the gentlest first, up to the first that misses
     predict    a simulated batching server on the measured service times     -> dominated
     race       two real servers at a time, interleaved, under real load       -> beaten, tied
-    confirm    the winner on fresh seeds and the untouched test set          -> won
+    confirm    the winner on fresh seeds                                      -> won
 
-The untouched baseline is always measured too. Every measurement is on file before the next one starts, and what is
+The untouched baseline is always measured too. A candidate that fails, in whatever way, ends alone, with its words.
+Every measurement is on file before the next one starts, and what is
 asked next depends on nothing but the measurements, and on the time that is left where there is a budget: a killed
 search goes on where it was.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from rushhour.bundle import Bundle
 from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
 from rushhour.clock import Clock, WallClock
-from rushhour.compress import judge, outputs_of
+from rushhour.compress import judge, outputs_of, too_few, why_outside
 from rushhour.data import Dataset, Split
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import EngineError
@@ -36,11 +38,11 @@ from rushhour.load import Generator
 from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.models import code_of
-from rushhour.plan import Evidence, OperatingPoint, Plan, Rung, Trial
+from rushhour.plan import Evidence, Fate, OperatingPoint, Plan, Policy, Rung, Trial
 from rushhour.progress import Progress
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.space import Candidate, baseline, candidates, plain
-from rushhour.tune.track import Contender, Track
+from rushhour.tune.track import Contender, Track, words
 from rushhour.tune.trial import Bench, plan_of
 
 Part = Literal["validation", "test"]
@@ -49,6 +51,11 @@ _RUNNERS_UP = 1
 """That are tried where the winner cannot be confirmed."""
 _NEARLY = 0.9
 """Of what is estimated of the winner, a runner-up has to be proven to carry."""
+_PAIRS, _WINDOWS, _PROOF_WINDOWS, _BESIDE_S = 22, 10, 3, 1.5
+"""What a race, a search for a capacity and a proof take, as a rule: pairs of windows, windows, windows; and the seconds
+beside each window. Only to say how long the rest will take."""
+_WINNERS = 0.8
+"""Of the error of a proof: the winner's. The runner-up has the rest, so that both together err no more than one."""
 
 
 def tune(
@@ -60,6 +67,7 @@ def tune(
     settings: TuneSettings,
     progress: Progress,
     trusted: tuple[str, ...] = (),
+    left_out: Mapping[str, str] | None = None,
     clock: Clock | None = None,
     so_far: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
@@ -73,6 +81,7 @@ def tune(
         settings: of the search.
         progress: hears of every step.
         trusted: as in `open_engine`, for the torch baseline.
+        left_out: role -> why, of bundles that could not be made; they are among the plan's trials.
         clock: what the budget is read on.
         so_far: is given the best plan whenever there is a better one; before its proof it has no evidence.
 
@@ -84,7 +93,8 @@ def tune(
         LoadError: if load cannot be generated.
         StorageError: if the disk does not take a measurement.
     """
-    return _Tuner(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far).plan()
+    tuner = _Tuner(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far)
+    return tuner.plan(left_out or {})
 
 
 class _Tuner:
@@ -113,27 +123,61 @@ class _Tuner:
         """Of serving, by layout, as the first candidate of each under load showed it."""
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
 
-    def plan(self) -> Plan:
+    def plan(self, left_out: Mapping[str, str]) -> Plan:
         reference = self._bundles["reference"]
-        base = Contender(baseline(reference, cores()) or plain(reference, cores()))
-        first_rung = Contender(plain(reference, cores()))
+        self._never = [_never_made(role, why) for role, why in left_out.items()]
         states = [Contender(candidate) for candidate in candidates(self._bundles, cores())]
         self._time(states)
+        self._plain = self._runnable(reference, states)
+        first_rung = Contender(self._plain)
         self._judge(states)
+        self._confirm_accuracy(states)
         alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
         if not alive:
             raise EngineError("nothing can be served", states[0].why, "mend the model, or name another")
         with Generator() as generator:
             bench = Bench(self._journal, generator, self._goal, self._run, self._trusted)
             self._track = Track(bench, self._bundles, self._goal, self._settings, self._progress, self._budget)
-            self._load_plainly(base)
-            base.end("baseline", "the untouched model: torch eager, one sample at a time")
-            winner, confirmed = self._confirmed(self._race(alive))
+            self._foresee(races=self._settings.race, ways=2, rungs=3)
+            base = self._measured_base(reference)
+            winner, confirmed = self._settled(alive)
             self._so_far(self._answer(winner, confirmed, base, [base, *states], self._ladder(base, [], winner)))
             rungs = self._rungs(first_rung, states, winner)
         ladder = self._ladder(base, rungs, winner)
         measured = [first_rung] if first_rung.capacity is not None else []
         return self._answer(winner, confirmed, base, [base, *measured, *states], ladder)
+
+    def _runnable(self, reference: Bundle, states: list[Contender]) -> Candidate:
+        """The reference compiled and nothing else, as the first engine that runs it does: drops are measured from it.
+
+        Raises:
+            EngineError: if none does.
+        """
+        ways = plain(reference, cores())
+        run = {state.candidate.artefact for state in states if state.fate != "failed"}
+        for candidate in ways:
+            if candidate.artefact in run:
+                return candidate
+        why = next(state.why for state in states if state.candidate.artefact == ways[0].artefact)
+        raise EngineError("no engine can run the reference model", why)
+
+    def _measured_base(self, reference: Bundle) -> Contender:
+        """The baseline under load: what a user has today; compiled, where that cannot be had or does not run."""
+        eager = baseline(reference, cores())
+        base = Contender(self._plain)
+        if eager is not None:
+            base = Contender(eager)
+            self._load_plainly(base)
+            if base.fate != "failed":
+                base.end("baseline", "the untouched model: torch eager, one sample at a time")
+                return base
+            self._progress.start("The baseline in torch is left out")
+            self._progress.done(base.why, good=False)
+            self._never.append(_trial(base))
+            base = Contender(self._plain)
+        self._load_plainly(base)
+        base.end("baseline", "the untouched model: compiled, one sample at a time")
+        return base
 
     # Service times: the engine alone.
 
@@ -142,9 +186,9 @@ class _Tuner:
         for state in states:
             try:
                 times = self._service_times(state.candidate)
-            except EngineError as error:
-                state.end("failed", str(error))
-                self._progress.advance(note=f"{state.candidate.artefact}: {error.what}")
+            except Exception as error:  # an engine may fail in any way on a user's graph
+                state.end("failed", words(error))
+                self._progress.advance(note=f"{state.candidate.artefact}: {state.why}")
                 continue
             self._predict(state, times)
             self._progress.advance(note=f"{state.candidate.compiled}: {max(times.throughput):,.0f}/s")
@@ -198,19 +242,59 @@ class _Tuner:
         for state in alive:
             try:
                 state.accuracy = self._accuracy(state.candidate, "validation")
-            except EngineError as error:
-                state.end("failed", str(error))
+            except Exception as error:  # answers that are no numbers, or none at all
+                state.end("failed", words(error))
                 self._progress.advance()
                 continue
-            drop = state.accuracy.drop
-            if drop > budget.max_drop:
-                state.end("over budget", f"{state.accuracy.metric} falls by {drop * 100:.2f} points, allowed {budget}")
+            if why := why_outside(state.accuracy, budget):
+                state.end("over budget", why)
             self._progress.advance(note=f"{state.candidate.artefact}: {state.accuracy.value:.4f}")
         inside = sum(state.fate is None for state in alive)
-        self._progress.done(f"{inside} of {len(alive)} candidates inside {budget}")
+        short = too_few(self._dataset.task, "validation", self._dataset.validation, budget)
+        said = f"{inside} of {len(alive)} candidates inside {budget}"
+        self._progress.done(f"{said}; {short}" if short else said, good=not short)
+
+    def _confirm_accuracy(self, states: list[Contender]) -> None:
+        """On the test part, each compiled artefact once: the gentlest first, up to the first that misses the budget.
+
+        In such a fixed sequence each is tried at the level of one test, and all together err as seldom as one (Maurer,
+        Hothorn and Lehmacher 1995). So whoever wins under load is inside the budget already, and a miss here has a
+        gentler one to stand for it. What a gentler one is predicted to outrun is not tried.
+        """
+        by_artefact: dict[str, list[Contender]] = {}
+        for state in states:
+            if state.fate is None:
+                by_artefact.setdefault(state.candidate.artefact, []).append(state)
+
+        def most(group: list[Contender]) -> float:
+            accuracy = group[0].accuracy
+            return accuracy.drop_interval[1] if accuracy is not None else 0.0
+
+        self._progress.start("Confirming accuracy on the test part", len(by_artefact))
+        fastest, missed = 0.0, ""
+        fate: Fate
+        for group in sorted(by_artefact.values(), key=most):
+            candidate, rate = group[0].candidate, max(state.predicted or 0.0 for state in group)
+            self._progress.advance()
+            if rate < self._settings.keep * fastest:
+                fate, why = "dominated", f"predicted {rate:,.0f}/s, and {fastest:,.0f}/s of what costs less accuracy"
+            elif missed:
+                fate, why = "over budget", f"not tried on the test part: {missed} costs less accuracy, and missed there"
+            else:
+                try:
+                    fate, why = "over budget", why_outside(self._accuracy(candidate, "test"), self._goal.budget)
+                    missed = candidate.artefact if why else ""
+                except Exception as error:  # as in `_judge`; of the others it says nothing
+                    fate, why = "failed", words(error)
+            if not why:
+                fastest = max(fastest, rate)
+                continue
+            for state in group:
+                state.end(fate, why)
+        self._progress.done(f"{missed} misses {self._goal.budget} there" if missed else "all hold", good=not missed)
 
     def _accuracy(self, candidate: Candidate, part: Part) -> Accuracy:
-        reference = plain(self._bundles["reference"], cores())
+        reference = self._plain
         return self._journal.measure(
             "accuracy",
             candidate.artefact,
@@ -246,6 +330,17 @@ class _Tuner:
 
     # Under load: real servers.
 
+    def _settled(self, alive: list[Contender]) -> tuple[Contender, Measurement | None]:
+        """The winner, confirmed if it can be; where all that raced broke down, of those that were left out before."""
+        while True:
+            winner, confirmed = self._confirmed(self._race(alive))
+            alive = [state for state in alive if state.fate == "dominated"]
+            if winner.fate != "failed" or not alive:
+                return winner, confirmed
+            self._overheads.clear()  # what is known of layouts was learnt from servers that broke down
+            for state in alive:
+                state.fate, state.why = None, ""
+
     def _race(self, alive: list[Contender]) -> list[Contender]:
         """The one that carries most, by races of two, then those that raced it, best first.
 
@@ -256,6 +351,7 @@ class _Tuner:
         self._so_far(self._plan_of(incumbent))
         rivals = self._rank(incumbent, [state for state in alive if state.fate is None and state is not incumbent])
         raced = [incumbent]
+        self._foresee(races=len(rivals), ways=1, rungs=2)
         with contextlib.ExitStack() as stack:
             loaded = stack.enter_context(self._track.loaded(incumbent, "race"))
             for rival in rivals:
@@ -266,7 +362,8 @@ class _Tuner:
                     theirs = own.enter_context(self._track.loaded(rival, "race"))
                     ended = self._track.duel(incumbent, loaded, rival, theirs, rivals=len(rivals))
                     raced.append(rival)
-                    if ended is None or not ended.rival_leads:
+                    leads = incumbent.fate == "failed" if ended is None else ended.rival_leads
+                    if not leads:
                         continue
                     stack.close()
                     stack.enter_context(own.pop_all())
@@ -298,6 +395,22 @@ class _Tuner:
         if not pushed:
             raise EngineError("nothing can be served", alive[0].why, "mend the model, or name another")
         return max(pushed, key=lambda state: state.throughput or 0.0)
+
+    def _foresee(self, *, races: int, ways: int, rungs: int) -> None:
+        """Tell how long the rest takes, about, where no budget says it.
+
+        Args:
+            races: that are still to be run.
+            ways: searches for a capacity with a proof, or one without.
+            rungs: searches that show what a step bought.
+        """
+        if self._settings.budget_s is not None:
+            return
+        settings = self._settings
+        window_s, race_s = settings.window_s + _BESIDE_S, 2 * _PAIRS * max(0.5, 8 * self._goal.slo.limit_s)
+        way_s = _WINDOWS * window_s
+        proof_s = 0.0 if ways == 0 else _PROOF_WINDOWS * (settings.proof_s + _BESIDE_S)
+        self._progress.limit(races * race_s + ways * way_s + proof_s + rungs * way_s / 2)
 
     def _learn_overhead(self, state: Contender) -> None:
         candidate = state.candidate
@@ -342,8 +455,12 @@ class _Tuner:
 
     def _load_plainly(self, state: Contender) -> None:
         """A candidate that is measured for comparison only: how fast is it, and how right?"""
-        self._predict_again(state)
-        state.accuracy = self._accuracy(state.candidate, "validation")
+        try:
+            self._predict_again(state)
+            state.accuracy = self._accuracy(state.candidate, "validation")
+        except Exception as error:  # as in `_judge`
+            state.end("failed", words(error))
+            return
         if self._track.push(state):
             self._track.approach(state, rough=True)
         if state.fate is None:
@@ -355,6 +472,7 @@ class _Tuner:
         full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -(s.predicted or 0.0))
         wanted = [("batched", full[0])] if full and winner not in full else []
         measured = []
+        self._foresee(races=0, ways=0, rungs=1 + len(wanted))
         for step, state in [*wanted, ("compiled", first)]:
             if self._budget.left <= 0:
                 self._progress.start(f'What "{step}" buys')
@@ -379,8 +497,11 @@ class _Tuner:
             ranked: the winner, then the others that raced.
         """
         winner, *others = ranked
-        self._track.approach(winner)
-        confirmed = self._track.confirm(winner) if winner.capacity else None
+        self._foresee(races=0, ways=1, rungs=2)
+        confirmed = self._proven(winner)
+        while winner.fate == "failed" and others:  # its server broke down since the race
+            winner, *others = others
+            confirmed = self._proven(winner)
         if confirmed is not None:
             return winner, confirmed
         least = _NEARLY * (winner.capacity or 0.0)
@@ -390,11 +511,15 @@ class _Tuner:
             self._track.approach(state)
             if (state.capacity or 0.0) <= least:
                 continue
-            confirmed = self._track.confirm(state)
+            confirmed = self._track.confirm(state, (1 - _WINNERS) / _RUNNERS_UP)
             if confirmed is not None and confirmed.rate_rps >= least:
                 winner.end("beaten", f"it could not be confirmed on fresh seeds: {winner.why}")
                 return state, confirmed
         return winner, None
+
+    def _proven(self, winner: Contender) -> Measurement | None:
+        self._track.approach(winner)
+        return self._track.confirm(winner, _WINNERS) if winner.capacity and winner.fate != "failed" else None
 
     def _ladder(self, base: Contender, rungs: list[tuple[str, Contender]], winner: Contender) -> tuple[Rung, ...]:
         last = "quantised" if winner.candidate.precision == "int8" else f"in {winner.candidate.precision}"
@@ -421,12 +546,12 @@ class _Tuner:
         ladder: tuple[Rung, ...],
     ) -> Plan:
         reference, bundle = self._bundles["reference"], self._bundles[winner.candidate.bundle]
-        before = self._accuracy(plain(reference, cores()), "test")
+        before = self._accuracy(self._plain, "test")
         after = self._accuracy(winner.candidate, "test")
         found = self._track.estimate(winner)
         capacity = winner.capacity or 0.0
         holds = confirmed is not None or (capacity > 0 and not self._track.refuted(winner, capacity))
-        feasible = holds and after.drop <= self._goal.budget.max_drop
+        feasible = holds and winner.fate != "failed" and not why_outside(after, self._goal.budget)
         why = "the highest confirmed rate" if confirmed is not None else f"the highest estimate: {winner.why}"
         winner.end("won", why if feasible else "the nearest miss: nothing met the whole goal")
         evidence = Evidence(
@@ -449,7 +574,7 @@ class _Tuner:
             reference_model_bytes=reference.model_bytes,
             machine=describe(),
             at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            trials=tuple(_trial(state) for state in states),
+            trials=(*(_trial(state) for state in states), *self._never),
             ladder=ladder,
             proven=confirmed is not None,
             capacity_interval_rps=found.interval_rps if found is not None else None,
@@ -487,6 +612,26 @@ class _Tuner:
 def _judging(candidate: Candidate) -> EngineConfig:
     """How an artefact is opened to be judged."""
     return EngineConfig(candidate.engine, candidate.precision, streams=cores(), threads=1, max_batch=64)
+
+
+def _never_made(role: str, why: str) -> Trial:
+    """A bundle that could not be made: a candidate that failed before it was one."""
+    return Trial(
+        candidate=role,
+        bundle=role,
+        engine="openvino",
+        precision="int8",
+        policy=Policy(),
+        accuracy=None,
+        accuracy_drop=None,
+        accuracy_drop_interval=None,
+        predicted_rps=None,
+        capacity_rps=None,
+        p99_ms=None,
+        fate="failed",
+        why=why,
+        name=f"{role}, which could not be made",
+    )
 
 
 def _trial(state: Contender) -> Trial:
