@@ -295,7 +295,7 @@ def test_more_epochs_than_before_go_on(schedule: Any, tmp_path: Path) -> None:
 def test_fewer_epochs_than_are_done_are_refused(tmp_path: Path) -> None:
     source = Source("rushhour.models:mlp", {"inputs": 5, "outputs": 2, "hidden": 8, "depth": 1})
     killed(tmp_path, 5, SHORT, source=source)
-    with pytest.raises(StorageError, match="broken off at step 4"):
+    with pytest.raises(StorageError, match="broken off at step 4: epochs 2 before, 1 now, which end sooner"):
         trained(tmp_path, msgspec.structs.replace(SHORT, epochs=1), source)
 
 

@@ -242,7 +242,7 @@ def _make_way(task: _Assignment, checkpoint: Checkpoint, dataset: Dataset, out: 
     elif not task.made.same_weights(begun.facts):
         refused = [(begun, identity.WORDS["weights"])]
     elif begun.step > _steps(dataset, task.settings):
-        refused = [(begun, f"{task.settings.epochs} epochs now")]
+        refused = [(begun, f"epochs {begun.facts['epochs']} before, {task.settings.epochs} now, which end sooner")]
     else:
         return
     for other, why in refused:
