@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import math
@@ -329,6 +330,28 @@ def test_a_bundle_comes_back(tiny: Bundle) -> None:
     assert opened.samples()["image"].shape == (8, 4, 4, 1)
     assert opened.weights is None
     assert opened.model_bytes == opened.model.stat().st_size
+
+
+def test_a_bundle_of_before_whose_manifest_says_less_is_opened(tmp_path: Path) -> None:
+    """A field more in what a manifest may say, and every older bundle was "damaged"."""
+    tiny = tiny_bundle(tmp_path / "tiny")
+    file = tiny.path / "bundle.json"
+    said = json.loads(file.read_bytes())
+    said["preprocessing"]["decoding"] = {
+        "orientation": "exif", "fit": "stretch", "resampling": "bilinear", "reducing_gap": 2
+    }  # fmt: skip
+    said["hash"] = ""
+    said["hash"] = hashlib.sha256(msgspec.json.encode(said)).hexdigest()
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(said), indent=2))
+    old = Bundle.open(tiny.path)
+    assert old.manifest.hash == said["hash"]
+    for name in (None, "other"):
+        copy = old.copy_to(tmp_path / "copy", name)
+        assert Bundle.open(copy.path).manifest == copy.manifest
+    assert old.with_metrics({}).manifest == Bundle.open(tiny.path).manifest
+    file.write_bytes(file.read_bytes().replace(b'"stretch"', b'"stretch" ,"more": 1'))
+    with pytest.raises(BundleError, match="its own hash"):
+        Bundle.open(tiny.path)
 
 
 def test_equal_work_gives_an_equal_hash(tmp_path: Path, tiny: Bundle) -> None:

@@ -243,9 +243,10 @@ class Bundle:
                     "upgrade Rushhour, or make the bundle anew",
                 )
             manifest = msgspec.json.decode(content, type=Manifest)
+            as_written = msgspec.json.decode(content)
         except (msgspec.DecodeError, RecursionError) as error:
             raise _damaged(path, f"{_MANIFEST} cannot be read: {error}") from error
-        if _hash(manifest) != manifest.hash:
+        if _hash_as_written(as_written) != manifest.hash:
             raise _damaged(path, f"{_MANIFEST} does not match its own hash")
         if MODEL not in manifest.files:
             raise _damaged(path, f"{_MANIFEST} names no {MODEL}")
@@ -335,10 +336,8 @@ class Bundle:
         with building(path, _FILES, is_bundle) as folder:
             for file in self.manifest.files:
                 shutil.copyfile(self.path / file, folder / file)
-            manifest = self.manifest
-            if name not in (None, manifest.name):
-                unsealed = msgspec.structs.replace(manifest, name=name, hash="")
-                manifest = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
+            unsealed = msgspec.structs.replace(self.manifest, name=name or self.manifest.name, hash="")
+            manifest = msgspec.structs.replace(unsealed, hash=_hash(unsealed))
             (folder / _MANIFEST).write_bytes(_encode(manifest))
         return Bundle(path, manifest)
 
@@ -455,6 +454,11 @@ def _encode(manifest: Manifest) -> bytes:
 def _hash(manifest: Manifest) -> str:
     unsealed = msgspec.structs.replace(manifest, hash="")
     return hashlib.sha256(msgspec.json.encode(unsealed, order="deterministic")).hexdigest()
+
+
+def _hash_as_written(said: dict[str, Any]) -> str:
+    """The same of a manifest as it stands on disk: one of an older Rushhour says less than a `Manifest` would."""
+    return hashlib.sha256(msgspec.json.encode(said | {"hash": ""})).hexdigest()
 
 
 def _noise(signature: Signature) -> dict[str, NDArray[Any]]:
