@@ -135,9 +135,9 @@ def replicas_that_share_gradients(name: str, plan: ParallelPlan) -> dict[str, to
                 one.copy_(before[key])
             (sum_of_losses(network(inputs[part]), targets[part]) / BATCH).backward()
             for key, one in buffers.items():
-                after[key].append(one.clone())
+                after[key].append(one.clone() * (len(part) / BATCH))
         for key, one in buffers.items():
-            one.copy_(torch.stack(after[key]).mean(0))
+            one.copy_(torch.stack(after[key]).sum(0))
         optimizer.step()
     return {key: one for key, one in network.state_dict().items() if "tracked" not in key}
 

@@ -198,7 +198,7 @@ class Parallel:
         self._layers = nn.ModuleList(layers)
         self._resting = [one for layer in layers for one in _whole(layer).modules() if not one.training]
         self._holders_of = self._owners(own)
-        self._versions = {name: self._tensors[name]._version for name in self._holders_of}
+        self._seen = {name: _mark(self._tensors[name]) for name in self._holders_of}
         self._learned = self._learnable()
         self._reducers = [] if relaxed else self._make_reducers(compression, shared_memory=shared_memory)
         reduced = {id(one) for reducer in self._reducers for one in reducer.parameters}
@@ -592,9 +592,9 @@ class Parallel:
                         buffers[key] = held
                     else:
                         self._tensors[name] = held = here.detach()
-                if held._version != self._versions[name]:
+                if _differs(held, self._seen[name]):
                     changed.add(name)
-                    self._versions[name] = held._version
+                    self._seen[name] = _mark(held)
         return [float(entry.held in changed) for entry in self._entries]
 
     def _learnable(self) -> dict[str, nn.Parameter]:
@@ -733,8 +733,8 @@ class Parallel:
         with torch.no_grad():
             for tensor, part in zip(mine, flat.split([one.numel() for one in mine]), strict=True):  # type: ignore[no-untyped-call]
                 tensor.copy_(part.view(tensor.shape))
-        for name in self._holders_of:
-            self._versions[name] = self._tensors[name]._version
+        held = {id(tensor) for tensor in mine}
+        self._seen |= {name: _mark(self._tensors[name]) for name in self._holders_of if id(self._tensors[name]) in held}
 
     def _wire_dtype(self, x: Tensor) -> torch.dtype:
         """Between stages numbers travel in the weights' precision: autocast's is for computing."""
@@ -800,12 +800,25 @@ class Parallel:
         ]
 
 
+def _mark(buffer: Tensor) -> Tensor | int:
+    """By which it is seen whether a buffer has changed: torch counts no changes of running statistics."""
+    return buffer.detach().clone() if buffer.numel() <= _COMPARED else buffer._version
+
+
+def _differs(buffer: Tensor, mark: Tensor | int) -> bool:
+    if isinstance(mark, int):
+        return buffer._version != mark
+    return buffer.shape != mark.shape or not torch.equal(buffer, mark)
+
+
 def _whole(layer: nn.Module) -> nn.Module:
     """The layer itself, where its parameters are shared out."""
     module: nn.Module = layer.__dict__["module"] if isinstance(layer, Sharded) else layer
     return module
 
 
+_COMPARED = 1_000_000
+"""Numbers of a buffer that is compared with what it was; a larger one is a table."""
 _HEADER = 16
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 
