@@ -1102,3 +1102,17 @@ def test_the_commands_in_some_worlds(
     name: str, verbs: Sequence[str], open_place: Path, arrays: Path, trained: Path, server: Server
 ) -> None:
     _walk(name, verbs, open_place, arrays, trained, server.url)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.0, 0.5, 1.5, 3.0])
+def test_ctrl_c_at_any_time_of_a_load(server: Server, after_s: float) -> None:
+    """While the server is asked what it is, while the generator is measured, in the warm-up, in the window."""
+    with started("load", server.url, "--rate", "100", "--duration", "10m") as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        time.sleep(after_s)
+        code, errors = interrupt(process)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("rushhour: stopped by Ctrl-C; what was measured")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,12 +44,14 @@ from rushhour.load import (
     discover,
     endpoint,
     folder_payloads,
+    judge,
     measure,
     null_throughput,
     payloads,
     poisson,
     read_arrivals,
     read_trace,
+    search,
 )
 from rushhour.load.contest import t_quantile
 from rushhour.load.stamps import Stamps
@@ -669,6 +672,29 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     assert 200 < result["n"] < 60_000
     assert result["runs"][0]["reason"].startswith("stopped early")
     assert "partial" in out
+
+
+def test_a_window_that_is_stopped_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the machine was disturbed: else Ctrl-C would only begin another one."""
+
+    def disturbed(*given: Any, **named: Any) -> Measurement:
+        return msgspec.structs.replace(judge(*given, **named), outcome=Outcome.VOID)
+
+    monkeypatch.setattr(search, "judge", disturbed)
+    with behaving() as url:
+        target = discover(url)
+        asked = {"rate_rps": 200, "seed": 1, "window_s": 600.0, "retries": 3}
+        with Generator() as generator:
+
+            def tell(tick: Tick) -> None:
+                if tick.at_s > 3:
+                    generator.stop()
+
+            window = measure(generator, target, payloads(target), SLO.parse("p99<50ms"), **asked, on_tick=tell)
+            assert window.retries == 0
+            assert window.n < 2_000
+            with pytest.raises(LoadError, match="stopped before anything was measured"):
+                measure(generator, target, payloads(target), SLO.parse("p99<50ms"), **asked)
 
 
 def test_a_comparison_for_people_and_machines(tmp_path: Path) -> None:

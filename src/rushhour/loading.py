@@ -170,6 +170,10 @@ class _Stop:
         before = signal.signal(signal.SIGINT, self._on_signal)
         try:
             yield
+        except LoadError:
+            if self._hit:  # before anything was measured
+                raise KeyboardInterrupt from None
+            raise
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -248,6 +252,8 @@ def load(
             if not windows:
                 raise
             stopped, error = str(caught), caught
+    if stopped and not windows:
+        raise KeyboardInterrupt
     return _loaded(url, target, slo, sending, windows, found, stopped, error, is_search=not rates)
 
 
@@ -374,6 +380,8 @@ def contest(
             if not windows:
                 raise
             stopped = str(error)
+    if stopped and not windows:
+        raise KeyboardInterrupt
     if stopped:
         found = summed_up(slo, tuple(urls), tuple(rates), windows)
     return found, stopped

@@ -31,6 +31,7 @@ class Generator:
     def __init__(self, cores: Collection[int] | None = None) -> None:
         self._cores = cores
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
 
     def __enter__(self) -> Generator:
         self._channel, theirs = socket.socketpair()
@@ -88,6 +89,8 @@ class Generator:
             send(self._channel, b"j", msgspec.msgpack.encode(job))
         except OSError:
             raise self._gone() from None
+        if self._stopping:
+            self.stop()
         while (frame := receive(self._channel)) is not None:
             kind, content = frame
             if kind == b"r":
@@ -100,8 +103,9 @@ class Generator:
         raise self._gone()
 
     def stop(self) -> None:
-        """End the job under way early: `run` returns with what was measured until then. For signal handlers and
-        other threads; without a job under way it is the next one that ends at once."""
+        """End the job under way early, and all later ones at once: `run` returns with what was measured until then. For
+        signal handlers and other threads."""
+        self._stopping = True
         if self._process is not None:
             with contextlib.suppress(OSError):
                 os.write(self._lifeline, b".")

@@ -216,8 +216,8 @@ def measure(
     for attempt in range(retries + 1):
         speeds: list[float] = []
         first_seed = seed + attempt * _SEEDS
-        measurement = _grown(run, sizes, slo, rate_rps, first_seed, null_rps, error)
-        if measurement.outcome is not Outcome.VOID:
+        measurement, stopped = _grown(run, sizes, slo, rate_rps, first_seed, null_rps, error)
+        if stopped or measurement.outcome is not Outcome.VOID:
             break
     measurement = msgspec.structs.replace(measurement, retries=attempt, speeds=tuple(speeds))
     report.progress.done(f"{measurement.outcome}: {measurement.reason}")
@@ -232,8 +232,8 @@ def _grown(
     seed: int,
     null_rps: float | None,
     error: float,
-) -> Measurement:
-    """The window, grown to the first of `sizes` at which it is decided."""
+) -> tuple[Measurement, bool]:
+    """The window, grown to the first of `sizes` at which it is decided; and whether it was stopped before that."""
     parts: list[Samples] = []
     before = 0
     while True:
@@ -243,7 +243,7 @@ def _grown(
         look = Look(error=error) if stopped else Look(size / sizes[-1], before / sizes[-1], error)
         measurement = judge(parts, slo, rate_rps=rate_rps, seed=seed, look=look, null_rps=null_rps)
         if stopped or measurement.decided or len(parts) == len(sizes):
-            return measurement
+            return measurement, stopped
         before = size
 
 
