@@ -678,10 +678,10 @@ def test_everything_that_compress_makes_can_be_tuned(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys.modules["rushhour.tune.run"], "quantize_for_all", lambda *_, **__: {})
     for form in ("bf16", "f16"):
         (made,) = apply(Recipe.parse(form), plain, own_answers(), Store(tmp_path / "store"), progress=Silent())
-        plan = tuned(made, tmp_path / f"run-{form}", monkeypatch)
+        plan = tuned(made, tmp_path / f"run-{form}", monkeypatch, answering({}))
         assert plan.feasible, form
         assert open_target(tmp_path / f"run-{form}").bundle.manifest.hash == made.manifest.hash
-    plan = tuned(tiny_bundle(tmp_path / "int8", precision="int8"), tmp_path / "run-int8", monkeypatch)
+    plan = tuned(tiny_bundle(tmp_path / "int8", precision="int8"), tmp_path / "run-int8", monkeypatch, answering({}))
     assert plan.feasible
     assert plan.variants[0].precision == "int8"
 

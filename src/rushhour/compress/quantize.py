@@ -237,9 +237,15 @@ def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progre
 
 
 def _advanced(nncf: Any, wide: bool) -> Any:
-    """NNCF halves the range of the first layer's weights only, unless it is told."""
+    """NNCF halves the range of the first layer's weights only, unless it is told.
+
+    It gives the inputs of depthwise convolutions a scale for each channel, which ONNX Runtime cannot run.
+    """
     fix = nncf.OverflowFix.DISABLE if wide else nncf.OverflowFix.ENABLE
-    return nncf.AdvancedQuantizationParameters(overflow_fix=fix)
+    of_tensors = importlib.import_module("nncf.quantization.advanced_parameters").QuantizationParameters(
+        per_channel=False
+    )
+    return nncf.AdvancedQuantizationParameters(overflow_fix=fix, activations_quantization_params=of_tensors)
 
 
 class _Control:
