@@ -22,9 +22,7 @@ def why_failed(error: BaseException) -> str:
         error: as it was caught, with its traceback. Exporters wrap what happened in pages of advice; causes are
             followed to the first.
     """
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
+    causes = _causes(error)
     first = causes[-1]
     kind = type(first).__name__
     if any(type(one).__name__ in _DATA_DEPENDENT for one in causes):
@@ -33,8 +31,19 @@ def why_failed(error: BaseException) -> str:
         lines = [" ".join(line.split()) for line in _COLOURS.sub("", str(first)).splitlines() if line.strip()]
         more = lines[1:3] if lines and lines[0].endswith(("following indices", ":")) else []
         said = f"{kind}: {' '.join([lines[0], *more])}" if lines else kind
-    place = next((place for place in map(_place, causes[::-1]) if place), "")
-    return (said if len(said) <= _LONGEST else f"{said[:_LONGEST]}...") + place
+    return (said if len(said) <= _LONGEST else f"{said[:_LONGEST]}...") + where_failed(error)
+
+
+def where_failed(error: BaseException) -> str:
+    """The line of the user's own code, in brackets behind a space; empty where it was none."""
+    return next((place for place in map(_place, _causes(error)[::-1]) if place), "")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
 
 
 def _place(error: BaseException) -> str:
