@@ -875,11 +875,16 @@ def test_where_no_file_can_be_written_it_says_so(seam: Seam, tmp_path: Path, mon
 def test_errors_elsewhere_say_which_command_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
+    monkeypatch.setattr(cli, "open_files", None)
+    refused(answer_to("machine"), "while running rushhour machine: TypeError: 'NoneType' object", "please report it")
+
     def broken(*_: Any) -> None:
         raise AttributeError("no such thing")
 
     monkeypatch.setattr(cli, "open_files", broken)
-    refused(answer_to("machine"), "while running rushhour machine: AttributeError: no such thing", "please report it")
+    done = answer_to("machine")
+    refused(done, "AttributeError: no such thing, in your own code (test_environment.py, line ", "its traceback is in ")
+    assert "report it" not in done.stderr
 
 
 # All of it together.

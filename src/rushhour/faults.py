@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -16,12 +17,36 @@ from rushhour.storage import reason
 
 _MOST_LETTERS = 300
 _WHILE = "while "
+_NOT_THEIRS = (*{sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "<")
+_ROOM = str(Path(__file__).resolve().parent)
+_KITS = str(Path(_ROOM) / "testing")
 
 
 def during(error: BaseException, what: str) -> None:
     """Note on an exception what was being done when it came; the first such note counts."""
     first = what[:1].lower() if what[1:2].islower() else what[:1]
     error.add_note(f"{_WHILE}{first}{what[1:]}")
+
+
+def where(error: BaseException) -> str:
+    """The innermost line of the user's own code that an error came through, in brackets behind a space; else empty."""
+    return next((place for place in map(_place, causes(error)[::-1]) if place), "")
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, to the first."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
+def _place(error: BaseException) -> str:
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        ours = frame.filename.startswith(_ROOM) and not frame.filename.startswith(_KITS)
+        if not ours and not frame.filename.startswith(_NOT_THEIRS):
+            return f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return ""
 
 
 def unforeseen(error: BaseException, doing: str) -> str:
@@ -32,16 +57,19 @@ def unforeseen(error: BaseException, doing: str) -> str:
         doing: what that was in other cases.
     """
     notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_WHILE))
-    what, known = next(notes, _WHILE + doing), _known(error)
+    what, known, theirs = next(notes, _WHILE + doing), _known(error), where(error)
     said = " ".join(str(error).split())[:_MOST_LETTERS]
-    happened = known or type(error).__name__ + (f": {said}" if said else "") + ", which Rushhour does not know"
+    happened = known or type(error).__name__ + (f": {said}" if said else "") + (
+        f", in your own code{theirs}" if theirs else ", which Rushhour does not know"
+    )
     kept = _kept(error, f"{what}: {happened}")
     if kept is not None:
-        return f"{what}: {happened}; its traceback is in {kept}" + ("" if known else ": please report it with that")
+        report = "" if known or theirs else ": please report it with that"
+        return f"{what}: {happened}; its traceback is in {kept}{report}"
     if not known:
         traceback.print_exception(error, file=sys.stderr)  # better on the screen than nowhere
-    where = "" if known else ", and stands above"
-    return f"{what}: {happened}; its traceback could be written to no file{where}"
+    shown = "" if known else ", and stands above"
+    return f"{what}: {happened}; its traceback could be written to no file{shown}"
 
 
 def _known(error: BaseException) -> str:

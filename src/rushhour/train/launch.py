@@ -25,7 +25,8 @@ from torch import multiprocessing
 
 from rushhour import machine
 from rushhour.errors import ModelError, RushhourError
-from rushhour.faults import unforeseen
+from rushhour.faults import unforeseen, where
+from rushhour.models.failure import why_failed
 from rushhour.train.position import Position, forget, positions, report_to
 
 _ECHO_S = 1.0
@@ -294,7 +295,7 @@ def _worker(
     except RushhourError as error:
         outcome = False, error
     except Exception as error:
-        outcome = False, unforeseen(error, "training")
+        outcome = False, why_failed(error) if where(error) else unforeseen(error, "training")
     senders[rank].send(outcome)
     senders[rank].close()
 
