@@ -210,7 +210,7 @@ def test_a_signal_during_training_says_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("after_s", [0.5])
 def test_ctrl_c_while_it_quantises_is_no_fault_of_segmentation(arrays: Path, tmp_path: Path, after_s: float) -> None:
     trained = tmp_path / "trained"
     assert answer_to("train", "mlp", "--data", arrays, "--epochs", "1", "--out", trained).returncode == 0
@@ -950,21 +950,22 @@ def half_a_core() -> Iterator[Callable[[], None]]:
             time.sleep(0.1)
 
 
-WORLDS = (
-    "as it is",
-    "a home that may not be written",
-    "no home",
-    "ASCII",
-    "no terminal",
-    "40 columns",
-    "few files",
-    "tiny shared memory",
-    "full disk",
-    "small files",
-    "full temporary folder",
-    "half a core",
-    "another user",
-)
+VERBS = ("train", "compress", "serve", "load", "report", "machine")
+WORLDS: dict[str, Sequence[str]] = {
+    "a home that may not be written": ("report", "serve"),
+    "no home": ("train",),
+    "ASCII": ("train", "report"),
+    "no terminal": ("machine",),
+    "40 columns": ("report",),
+    "few files": ("compress",),
+    "tiny shared memory": ("train", "serve"),
+    "full disk": ("compress", "report", "load"),
+    "small files": ("train", "report"),
+    "full temporary folder": ("train", "report"),
+    "half a core": ("serve", "load", "machine"),
+    "another user": ("report", "serve", "machine"),
+}
+"""Those commands that a world matters most to: all take a quarter of an hour, with RUSHHOUR_TEST_ALL_WORLDS set."""
 
 
 @contextlib.contextmanager
@@ -1013,9 +1014,6 @@ def _quietly(prepare: Callable[[], None]) -> Callable[[], None]:
             os._exit(1)
 
     return prepared
-
-
-VERBS = ("train", "compress", "serve", "load", "report", "machine")
 
 
 @pytest.fixture(scope="module")
@@ -1077,6 +1075,8 @@ def _walk(name: str, verbs: Sequence[str], open_place: Path, arrays: Path, train
             "report": ["report", given / "read", "--out", out / "r.html"],
             "machine": ["machine"],
         }
+        if name == "tiny shared memory":
+            commands["train"] += ["--workers", "2"]
         for verb in verbs:
             if verb == "serve":
                 _serves(["serve", given / "moved run", "--http-port", "0", "--no-grpc"], how, variables)
@@ -1096,8 +1096,9 @@ def _walk(name: str, verbs: Sequence[str], open_place: Path, arrays: Path, train
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
-def test_every_command_in_every_world(name: str, open_place: Path, arrays: Path, trained: Path, server: Server) -> None:
-    _walk(name, VERBS, open_place, arrays, trained, server.url)
+def test_commands_in_every_world(name: str, open_place: Path, arrays: Path, trained: Path, server: Server) -> None:
+    verbs = VERBS if os.environ.get("RUSHHOUR_TEST_ALL_WORLDS") else WORLDS[name]
+    _walk(name, verbs, open_place, arrays, trained, server.url)
 
 
 @pytest.mark.parametrize(
@@ -1110,7 +1111,7 @@ def test_the_commands_in_some_worlds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.0, 0.5, 1.5, 3.0])
+@pytest.mark.parametrize("after_s", [0.0, 1.5])
 def test_ctrl_c_at_any_time_of_a_load(server: Server, after_s: float) -> None:
     """While the server is asked what it is, while the generator is measured, in the warm-up, in the window."""
     with started("load", server.url, "--rate", "100", "--duration", "10m") as process:

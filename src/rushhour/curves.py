@@ -17,6 +17,8 @@ CURVES = "curves.jsonl"
 RECORD = "training.json"
 """The other file there: what the training was."""
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+
 
 class Epoch(msgspec.Struct, frozen=True):
     """One epoch of a training.
@@ -33,7 +35,7 @@ class Epoch(msgspec.Struct, frozen=True):
     """
 
     epoch: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
-    step: Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+    step: _Count
     loss: Number
     validation_loss: Number
     metric: str
@@ -58,12 +60,12 @@ class TrainingRecord(msgspec.Struct, frozen=True):
 
     model: str
     dataset: str
-    samples: dict[str, int]
+    samples: dict[str, _Count]
     settings: dict[str, Any]
-    sealed: int
+    sealed: _Count
     keeps_best: bool
-    resumed: tuple[int, ...] = ()
-    planned: tuple[tuple[int, int], ...] = ()
+    resumed: tuple[_Count, ...] = ()
+    planned: tuple[tuple[_Count, _Count], ...] = ()
 
 
 def best_of(epochs: Sequence[Epoch]) -> Epoch:
