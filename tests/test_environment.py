@@ -123,7 +123,7 @@ main()
         ("numpy", signal.SIGHUP, ["train", "mlp", "--data", "x.npz", "--out", "y"]),
         ("msgspec", signal.SIGINT, ["serve", "x"]),
         ("torch", signal.SIGINT, ["train", "mlp", "--data", "x.npz", "--out", "y"]),
-        ("matplotlib", signal.SIGINT, ["report", "run"]),
+        pytest.param("matplotlib", signal.SIGINT, ["report", "run"], marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_while_it_is_imported_is_one_line(
@@ -475,7 +475,7 @@ def test_a_reader_that_has_gone_ends_nothing() -> None:
     """As with `| head -1`; both streams, as with `2>&1 |`."""
     for stderr in (subprocess.PIPE, subprocess.STDOUT):
         process = subprocess.Popen(
-            [sys.executable, "-c", _PRINTS, "2000"], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
+            [sys.executable, "-c", _PRINTS, "500"], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
         )
         assert process.stdout is not None
         process.stdout.readline()
@@ -487,7 +487,7 @@ def test_a_reader_that_has_gone_ends_nothing() -> None:
             process.stderr.close()
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("closed", [pytest.param((1,), marks=pytest.mark.slow), (0, 1, 2)])
 def test_streams_that_are_closed_lead_nowhere(tmp_path: Path, closed: tuple[int, ...]) -> None:
     """Else the next file that is opened would take what is printed."""
     file = tmp_path / "machine.json"
@@ -535,10 +535,10 @@ def test_a_report_on_forty_columns(tmp_path: Path) -> None:
     assert "9,120" in shown
 
 
-@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}])
-def test_a_report_in_ascii(tmp_path: Path, variables: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_a_report_in_ascii(tmp_path: Path) -> None:
     run_ = make_run(tmp_path / "run")
-    done = run("report", run_, env=environment(**variables), encoding="ascii")
+    done = run("report", run_, env=environment(PYTHONIOENCODING="ascii"), encoding="ascii")
     assert done.returncode == 0, done.stderr
     assert "9,120" in done.stdout
     assert (run_ / "report.html").is_file()
@@ -746,23 +746,17 @@ def test_a_report_of_a_run_that_may_only_be_read_can_go_elsewhere(tmp_path: Path
     assert (tmp_path / "r.html").read_text().startswith("<!")
 
 
-def test_a_file_of_a_run_names_it(tmp_path: Path) -> None:
-    run_ = make_run(tmp_path / "run")
-    for name in ("plan.json", "measurements.jsonl"):
-        assert answer_to("report", run_ / name).returncode == 0
-    (run_ / "other.json").write_text("{}")
-    refused(answer_to("report", run_ / "other.json"), "is no run")
-    refused(answer_to("report", tmp_path / "none" / "plan.json"), "none")
-
-
-def test_who_only_reads_leaves_a_journal_as_it_is(tmp_path: Path) -> None:
+def test_a_file_of_a_run_names_it_and_who_only_reads_leaves_its_journal_as_it_is(tmp_path: Path) -> None:
     """The run may be going on, and its last line half written."""
     run_ = make_run(tmp_path / "run")
     with (run_ / "measurements.jsonl").open("ab") as file:
         file.write(b'{"phase":"sea')
     before = (run_ / "measurements.jsonl").read_bytes()
-    assert answer_to("report", run_).returncode == 0
+    assert answer_to("report", run_ / "plan.json").returncode == 0
     assert (run_ / "measurements.jsonl").read_bytes() == before
+    (run_ / "other.json").write_text("{}")
+    refused(answer_to("report", run_ / "other.json"), "is no run")
+    refused(answer_to("report", tmp_path / "none" / "plan.json"), "none")
 
 
 @pytest.mark.parametrize("url", ["https://example.org/data.npz", "s3://bucket/run", "HTTP://x", "hf://a/b"])
@@ -1102,7 +1096,7 @@ def test_commands_in_every_world(name: str, open_place: Path, arrays: Path, trai
 
 
 @pytest.mark.parametrize(
-    ("name", "verbs"), [("another user", ("train",)), ("full disk", ("train",)), ("full temporary folder", ("serve",))]
+    ("name", "verbs"), [pytest.param("another user", ("train",), marks=pytest.mark.slow), ("full disk", ("train",))]
 )
 def test_the_commands_in_some_worlds(
     name: str, verbs: Sequence[str], open_place: Path, arrays: Path, trained: Path, server: Server
