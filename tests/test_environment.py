@@ -1096,7 +1096,8 @@ def test_commands_in_every_world(name: str, open_place: Path, arrays: Path, trai
 
 
 @pytest.mark.parametrize(
-    ("name", "verbs"), [pytest.param("another user", ("train",), marks=pytest.mark.slow), ("full disk", ("train",))]
+    ("name", "verbs"),
+    [pytest.param("another user", ("train",), marks=pytest.mark.slow), ("full disk", ("train",))],
 )
 def test_the_commands_in_some_worlds(
     name: str, verbs: Sequence[str], open_place: Path, arrays: Path, trained: Path, server: Server
