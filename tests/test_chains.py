@@ -196,6 +196,7 @@ def _checked(result: Result) -> None:
     assert result.exit_code in (0, 1), result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("output", TAKEN)
 def test_every_output_is_taken_or_refused_in_one_line(
@@ -226,6 +227,7 @@ def _first_alive(self: Any, alive: list[Any]) -> list[Any]:
     return [alive[0]]
 
 
+@pytest.mark.slow
 def test_who_names_a_run_for_a_bundle_is_told_which_to_name(made: dict[str, Path]) -> None:
     with pytest.raises(RushhourError, match=r"name a bundle, such as .*run/bundles/int8 or .*run/bundles/reference"):
         Bundle.open(made["run"])
@@ -235,6 +237,7 @@ def test_who_names_a_run_for_a_bundle_is_told_which_to_name(made: dict[str, Path
         open_target(made["compressed/steps"])
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_training_by_two_is_no_tuning_run(made: dict[str, Path]) -> None:
     """Its plan, by which the workers shared the network, was taken for one that says how to serve."""
     done = invoke("report", made["trained by two/training"])

@@ -304,6 +304,7 @@ def test_a_network_that_ends_in_softmax_is_served_with_one(soft: tuple[Bundle, S
 # Modes, and what does not lie in one piece
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_as_the_factory_left_them(tmp_path: Path) -> None:
     said = Said()
     bundle = trained("frozen", tmp_path, progress=said)
@@ -444,6 +445,7 @@ def test_values_of_any_number_are_float32() -> None:
 # The moving average
 
 
+@pytest.mark.slow
 def test_the_moving_average_forgets_the_first_weights_and_has_the_buffers_too(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=4, batch=24, lr=0.05, bf16=False, optimizer="sgd", schedule="constant")
     averaging = msgspec.structs.replace(settings, ema=0.999)
@@ -503,6 +505,7 @@ def test_a_graph_that_answers_logits_teaches_logits(gives: str, tmp_path: Path) 
 # The gallery in the cells of the matrix; `make bench-zoo` has them all
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_matrix(tmp_path: Path) -> None:
     assert cells(specimen("tutorial"), tmp_path / "one", ("export", "serve")) == {
         "train": WORKS, "export": WORKS, "serve": WORKS,

@@ -671,6 +671,7 @@ def test_a_child_that_cannot_be_made_is_left_out_and_its_words_are_kept(
     assert fates(plan)["int8/openvino/int8"] == ("failed", "cannot quantise tiny: RuntimeError: einsum")
 
 
+@pytest.mark.slow
 def test_everything_that_compress_makes_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 was a KeyError; what is stored in fewer bits was quantised again, and refused."""
     plain = tiny_bundle(tmp_path / "plain", shape=(4, 4, 1))
