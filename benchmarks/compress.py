@@ -91,6 +91,11 @@ SMALL = {"width": 0.25, "dense": 64}
 """Of the article's network, in the part on distillation."""
 
 
+def _data_of(case: Case) -> Dataset:
+    """Its data; only pictures in files have a size to choose."""
+    return load(case.data, size=None if case.data == "fashion-mnist" else (case.side, case.side))
+
+
 def article_case(case: Case, at: Path, share: float, samples: int) -> Part:
     """Train, compress by the verb, and judge its answer.
 
@@ -100,7 +105,7 @@ def article_case(case: Case, at: Path, share: float, samples: int) -> Part:
         share: of the epochs that the case says.
         samples: of each part of the data, at most.
     """
-    data = cut(load(case.data, size=(case.side, case.side)), samples)
+    data = cut(_data_of(case), samples)
     reference = _reference(case, data, at, share)
     recipe = _shortened(Recipe.parse(case.recipe), share)
     found = compress(
@@ -182,7 +187,7 @@ def distillation(at: Path, share: float, samples: int, most: int) -> Part:
         most: seeds of each comparison; at least two, for an interval.
     """
     case = CASES["fashion"]
-    whole = cut(load(case.data, size=(case.side, case.side)), samples)
+    whole = cut(_data_of(case), samples)
     teacher = _reference(case, whole, at, share)
     found = source_for("article", whole.train.inputs.shape[1:], whole.task)
     student = Source(found.factory, {**found.arguments, **SMALL})

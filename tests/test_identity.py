@@ -603,3 +603,18 @@ def test_of_equals_the_lower_loss_is_kept(tmp_path: Path) -> None:
         return Epoch(number, number, 1.0, loss, "accuracy", value, 0.1, 1.0)
 
     assert best_of([epoch(1, 0.5, 0.9), epoch(2, 0.5, 0.7), epoch(3, 0.5, 0.7), epoch(4, 0.4, 0.1)]).epoch == 2
+
+
+def test_a_name_in_a_module_is_not_taken_for_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`from helpers import data`, where a folder `data` lies beside: AttributeError, from the import machinery."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "imports_data.py").write_text(
+        "from torch import nn\nfrom imported_by_it import data\n\ndef net():\n    return nn.Linear(5, data)\n"
+    )
+    (tmp_path / "imported_by_it.py").write_text("data = 2\n")
+    importlib.invalidate_caches()
+    code = structure(Source("imports_data:net")).code
+    assert sorted(code) == ["imported_by_it", "imports_data"]

@@ -22,7 +22,7 @@ from rushhour.journal import Entry, Journal
 from rushhour.machine import describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
 from rushhour.plan import SO_FAR, Evidence, Plan, Policy, Rung, Trial, Variant
-from rushhour.report import charts, read_plan, summary_table, wording, write_compression_report, write_report
+from rushhour.report import SummaryTable, charts, read_plan, wording, write_compression_report, write_report
 from rushhour.report.comparison import side_by_side
 from rushhour.report.findings import Capacity, Findings, evidence_of
 
@@ -590,7 +590,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
 
 def printed(plan: Plan) -> str:
     console = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=False)
-    console.print(summary_table(plan))
+    console.print(SummaryTable(plan))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -624,7 +624,7 @@ def test_the_summary_keeps_brackets_of_a_name() -> None:
     odd = msgspec.structs.replace(make_plan().goal, slo=SLO.parse("p95<800us"))
     assert "p95<800us" in printed(make_plan(goal=odd))
     with pytest.raises(PlanError, match="carries no evidence"):
-        summary_table(make_plan(evidence=None))
+        SummaryTable(make_plan(evidence=None))
 
 
 @pytest.mark.parametrize(

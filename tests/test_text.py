@@ -237,7 +237,7 @@ def test_it_answers_as_the_published_implementation(real: Bundle, monkeypatch: p
 def test_lines_of_a_file_are_samples(real: Bundle, tmp_path: Path) -> None:
     (tmp_path / "said.txt").write_text("\n".join([*SAID * 7, "", "  "]), encoding="utf-8")
     data = load(str(tmp_path / "said.txt"), seed=3)
-    assert [len(part) for part in (data.train, data.validation, data.test)] == [17, 2, 2]
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [16, 2, 3]
     assert not data.train.labelled
     assert data.train.inputs["input_ids"].shape == (17, 128)
     assert load(str(tmp_path / "said.txt"), seed=3).fingerprint == data.fingerprint

@@ -63,6 +63,8 @@ class Notes:
     def start(self, what: str, total: float | None = None) -> None:
         self.total = total if total is not None else self.total
 
+    def limit(self, seconds: float) -> None: ...
+
     def advance(self, by: float = 1.0, note: str = "") -> None:
         self.steps += by
         self.notes.append(note)

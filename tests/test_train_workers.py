@@ -454,10 +454,10 @@ def test_a_network_that_cannot_be_seen_through_is_replicated(alone: dict[str, to
 
 
 class Secretive(nn.Module):
-    """Looks at numbers, which the meta device does not have."""
+    """Looks at numbers, which the meta device does not have, but where it is exported."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * 2 if x.sum().item() > 1e9 else x
+        return x * 2 if not torch.compiler.is_exporting() and x.sum().item() > 1e9 else x
 
 
 def secretive() -> nn.Module:

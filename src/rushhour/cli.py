@@ -337,7 +337,7 @@ def _tune(
     trust: tuple[str, ...] = (),
 ) -> None:
     from rushhour.bundle import Source
-    from rushhour.report import summary_table, write_report
+    from rushhour.report import SummaryTable, write_report
     from rushhour.tune import TuneSettings, tune_run
 
     console = result_console()
@@ -366,7 +366,7 @@ def _tune(
         progress.done(str(report))
     _write_json(json_file, plan)
     console.print()
-    console.print(summary_table(plan))
+    console.print(SummaryTable(plan))
     console.print(f"\nServe it:  [bold]rushhour serve {out}[/]\nThe proof: {report}", highlight=False)
     if not plan.feasible:
         click.echo("nothing met the whole goal: this is the nearest miss", err=True)
@@ -897,8 +897,8 @@ def report(run: Path, out: Path | None, json_file: Path | None) -> None:
     from rushhour.journal import JOURNAL
     from rushhour.plan import SO_FAR
     from rushhour.report import (
+        SummaryTable,
         read_plan,
-        summary_table,
         write_compression_report,
         write_report,
         write_training_report,
@@ -924,7 +924,7 @@ def report(run: Path, out: Path | None, json_file: Path | None) -> None:
                 return
     file = write_report(run, out)
     plan, is_finished = read_plan(run)
-    result_console().print(summary_table(plan))
+    result_console().print(SummaryTable(plan))
     click.echo(file)
     if not is_finished:
         click.echo(f"the run was broken off, or still goes on: this is its best plan so far, {SO_FAR}", err=True)

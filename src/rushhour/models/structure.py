@@ -120,8 +120,10 @@ def code_of(source: Source, trusted: tuple[str, ...] = ()) -> dict[str, str]:
 
 def file_of(module: str) -> Path | None:
     """The file of a module, found without importing anything; None where it has none."""
-    path = None
+    path, spec = None, None
     for depth in range(module.count(".") + 1):
+        if depth and path is None:
+            return None  # what lies above is no package: this is a name in it, not a folder of that name elsewhere
         spec = PathFinder.find_spec(".".join(module.split(".")[: depth + 1]), path)
         if spec is None:
             loaded = getattr(sys.modules.get(module), "__file__", None)  # found by a finder of an editable install

@@ -8,12 +8,12 @@ from rushhour.report.compression import write_compression_report
 from rushhour.report.findings import read_plan
 from rushhour.report.load import write_load_plot
 from rushhour.report.page import write_report
-from rushhour.report.summary import summary_table
+from rushhour.report.summary import SummaryTable
 from rushhour.report.training import write_training_report
 
 __all__ = [
+    "SummaryTable",
     "read_plan",
-    "summary_table",
     "write_compression_report",
     "write_load_plot",
     "write_report",

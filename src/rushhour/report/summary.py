@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -11,21 +12,51 @@ from rushhour.report.comparison import side_by_side
 from rushhour.report.findings import evidence_of
 
 _BAR = 22
+_LEAST_WIDE = 70
+"""Columns that the table takes without cutting a word."""
+_LOOSEN = "This came closest. Loosen the goal, or give it more cores."
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def summary_table(plan: Plan) -> Table:
-    """Baseline and plan side by side, in 80 columns, and readable without colour.
+class SummaryTable:
+    """Baseline and plan side by side, in 80 columns, and readable without colour; under each other where it is narrow.
+
+    Args:
+        plan: with evidence.
 
     Raises:
         PlanError: if the plan carries no evidence.
     """
-    found = evidence_of(plan)
+
+    def __init__(self, plan: Plan) -> None:
+        self._wide, self._narrow = _wide(plan), _narrow(plan)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._wide if options.max_width >= _LEAST_WIDE else self._narrow
+
+
+def _narrow(plan: Plan) -> Group:
+    better = "this plan" if plan.feasible else "nearest miss"
+    lines = [_title(plan)]
+    for row in side_by_side(plan):
+        lines.append(Text(f"{row.what}{f', {row.gain}' if row.gain else ''}", style="bold"))
+        lines += [
+            Text(f"  {name}: {value}") for name, value in (("baseline", row.baseline), (better, row.plan)) if value
+        ]
+    return Group(*lines, *([] if plan.feasible else [Text(_LOOSEN)]))
+
+
+def _title(plan: Plan) -> Text:
     goal = f"{plan.goal.slo}, drop at most {plan.goal.budget}"
     title = f"The most requests inside {goal}" if plan.feasible else f"NEAREST MISS: nothing met {goal}"
+    return Text(title, style="bold" if plan.feasible else "bold yellow")
+
+
+def _wide(plan: Plan) -> Table:
+    found = evidence_of(plan)
     table = Table(
-        title=Text(title, style="bold" if plan.feasible else "bold yellow"),
-        caption=None if plan.feasible else Text("This came closest. Loosen the goal, or give it more cores."),
+        title=_title(plan),
+        caption=None if plan.feasible else Text(_LOOSEN),
         box=box.ROUNDED,
         padding=(0, 1),
         header_style="bold",
