@@ -1,6 +1,7 @@
 # make demo     the whole path on real data
 # make test     the tests, without the slow ones
 # make test-slow     the slow ones; docs/testing.md lists them
+# make test-long     those that take half a minute and more each
 # make test-random   those that make up their inputs, on a thousand new ones each
 # make test-avx2     those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
@@ -22,7 +23,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -45,8 +46,12 @@ test: .venv/.dev
 
 # A whole tuning run proves rates under load, which other tests beside it would take from it.
 test-slow: .venv/.dev
-	$(BIN)/pytest -m slow --ignore tests/test_tune.py
+	$(BIN)/pytest -m "slow and not long" --ignore tests/test_tune.py
 	$(BIN)/pytest -m slow tests/test_tune.py
+
+# Half a minute each and more: every world, every place to be killed at, whole rows of the matrix.
+test-long: .venv/.dev
+	$(BIN)/pytest -m long
 
 # The tests that make up their own inputs, on 1,000 that were never tried, each: 20 minutes.
 test-random: .venv/.dev

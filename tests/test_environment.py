@@ -779,6 +779,7 @@ def test_a_file_url_says_the_path() -> None:
     refused(answer_to("serve", "file:///data/run"), "write /data/run")
 
 
+@pytest.mark.slow
 def test_a_home_is_found_wherever_a_path_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrays: Path
 ) -> None:
@@ -1089,6 +1090,7 @@ def _walk(name: str, verbs: Sequence[str], open_place: Path, arrays: Path, train
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", WORLDS)
 def test_commands_in_every_world(name: str, open_place: Path, arrays: Path, trained: Path, server: Server) -> None:
     verbs = VERBS if os.environ.get("RUSHHOUR_TEST_ALL_WORLDS") else WORLDS[name]

@@ -516,6 +516,7 @@ def test_a_slice_of_the_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["buffered", "frozen"])
 def test_whole_rows_of_the_matrix(name: str, tmp_path: Path) -> None:
     outcomes = cells(specimen(name), tmp_path)

@@ -303,7 +303,10 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize(
     "source",
-    [RESIDUAL, pytest.param(Source("test_recipe:Encoder"), marks=pytest.mark.slow)],
+    [
+        pytest.param(RESIDUAL, marks=pytest.mark.slow),
+        pytest.param(Source("test_recipe:Encoder"), marks=pytest.mark.slow),
+    ],
     ids=["residual", "transformer"],
 )
 def test_residual_networks_and_transformers_are_pruned(source: Source, tmp_path: Path) -> None:
@@ -396,6 +399,7 @@ print(made[-1].manifest.hash)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_in_any_step_it_ends_as_if_left_alone(parent: Bundle, stages: list[Bundle], tmp_path: Path) -> None:
     def run(left: int, doing: str) -> subprocess.CompletedProcess[str]:

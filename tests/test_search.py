@@ -100,6 +100,7 @@ def test_hopeless_trials_are_ended_early(pruner: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("work/trials/*/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_dropout_and_augmentation_are_searched_where_they_are(tmp_path: Path) -> None:
     source = Source("test_search:with_dropout")
     _, found = searched(tmp_path / "a", 3, source=source, trusted=("test_search:with_dropout",))

@@ -37,6 +37,8 @@ from test_train_loop import MLP, learned, same, with_extremes
 ROOT = Path(__file__).parent.parent
 SETTINGS = TrainSettings(epochs=3, batch=33, ema=0.9, clip=1.0, bf16=False)  # 9 steps an epoch; 33 does not divide
 
+LONG = (pytest.mark.slow, pytest.mark.long)
+
 
 def divided(mode: Mode = "auto", **how: Any) -> Division:
     """With constants made up, because measuring takes seconds."""
@@ -187,6 +189,7 @@ def children(pid: int) -> list[int]:
     return sorted({int(child) for child in [*found, *(c for one in threads for c in one)]})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Each time another plan, too: a checkpoint holds the whole network."""
@@ -258,10 +261,10 @@ def undisturbed(
 @pytest.mark.parametrize(
     ("division", "rank", "at"),
     [
-        ("data", 0, 4),
-        pytest.param("model", 1, 5, marks=pytest.mark.slow),
-        pytest.param("pipeline", 0, 12, marks=pytest.mark.slow),
-        pytest.param("diloco", 1, 10, marks=pytest.mark.slow),
+        pytest.param("data", 0, 4, marks=pytest.mark.slow),
+        pytest.param("model", 1, 5, marks=LONG),
+        pytest.param("pipeline", 0, 12, marks=LONG),
+        pytest.param("diloco", 1, 10, marks=LONG),
     ],
 )
 def test_the_death_of_any_worker_changes_nothing(
@@ -379,7 +382,7 @@ def fated(folder: Path, number: int, passes: str, monkeypatch: pytest.MonkeyPatc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGSEGV, marks=pytest.mark.slow), signal.SIGABRT])
 def test_a_worker_that_dies_of_a_signal_at_the_same_step_is_not_started_a_third_time(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
