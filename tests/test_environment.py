@@ -218,7 +218,7 @@ def test_ctrl_c_while_it_quantises_is_no_fault_of_segmentation(arrays: Path, tmp
     with started(*command) as process:
         assert process.stderr is not None
         shown = ""
-        while "int8" not in shown:
+        while "quantize" not in shown:
             shown += (letter := process.stderr.read(1))
             assert letter, shown
         time.sleep(after_s)
