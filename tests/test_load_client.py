@@ -440,6 +440,7 @@ def test_a_stop_keeps_what_was_measured() -> None:
     with behaving(service_s=0.001) as url, Generator() as generator:
         target = discover(url)
         long = job(target, payloads(target), rate=100, n=60_000, warmup=10)
+        generator.run(job(target, payloads(target), n=5))  # it is there now
         threading.Timer(1.0, generator.stop).start()
         run = generator.run(long)
         assert 20 < len(run) < 2000
@@ -459,6 +460,7 @@ def test_a_stop_before_anything_was_measured_is_said() -> None:
 def test_who_never_answers_does_not_hold_up_a_stop() -> None:
     with behaving(hang_from=20) as url, Generator() as generator:
         target = discover(url)
+        generator.run(job(target, payloads(target), n=5))  # it is there now
         threading.Timer(0.5, generator.stop).start()
         began = time.monotonic()
         run = generator.run(job(target, payloads(target), rate=200, n=60_000, timeout_s=60.0))
