@@ -22,6 +22,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+AVX2_ENGINES := $(addprefix tests/test_,engines.py compress.py speed.py imported.py)
+AVX2_TRAINING := $(addprefix tests/test_,recipe.py models.py train.py train_loop.py train_workers.py parallel.py)
 
 .PHONY: setup demo test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
@@ -59,9 +61,7 @@ test-random: .venv/.dev
 
 # The engines, compression and training once more, on a processor that has AVX2 and nothing newer.
 test-avx2: .venv/.dev
-	$(BIN)/python -m rushhour.testing.processor $(BIN)/pytest -n 2 tests/test_engines.py tests/test_compress.py \
-		tests/test_recipe.py tests/test_speed.py tests/test_imported.py tests/test_models.py tests/test_train.py \
-		tests/test_train_loop.py tests/test_train_workers.py tests/test_parallel.py
+	$(BIN)/python -m rushhour.testing.processor $(BIN)/pytest -n 2 $(AVX2_ENGINES) $(AVX2_TRAINING)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

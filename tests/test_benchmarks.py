@@ -283,6 +283,7 @@ def test_page_is_what_the_results_say() -> None:
     assert subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"]).returncode == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_of_compression_judges_and_times_shapes(tmp_path: Path) -> None:
     out = tmp_path / "compress.json"

@@ -263,6 +263,7 @@ def test_a_stopped_cell_is_replaced(tiny: Bundle) -> None:
         assert ending(server.process) == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_pause_of_the_whole_machine_costs_no_cell(tiny: Bundle) -> None:
     """As of a container that is paused, or a laptop that sleeps: the supervisor was away, too."""

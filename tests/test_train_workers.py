@@ -486,6 +486,7 @@ def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Pa
     assert float(notes.result.removeprefix("accuracy ")) > 0.9
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_batch_normalisation_of_own_rows_alone_learns_too_and_says_so(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=5, batch=32, lr=5e-3, bf16=False)
