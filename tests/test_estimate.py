@@ -125,3 +125,8 @@ def test_a_search_without_a_proof_ends_in_an_estimate_and_not_in_zero() -> None:
     assert 0.999 * search.estimate.interval_rps[0] <= search.capacity_rps <= 1.001 * search.estimate.interval_rps[1]
     assert search.lowest_failing_rps is None
     assert "could be proven" in search.reason
+
+
+def test_large_rates_are_written_out() -> None:
+    said = str(Estimate(rate_rps=9466.0, interval_rps=(88.474, 10_580.4), bounded=True, requests=9))
+    assert "9,466 requests/s (88.47 to 10,580;" in said

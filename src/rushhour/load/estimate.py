@@ -45,7 +45,13 @@ class Estimate(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         low, high = self.interval_rps
         least = "" if self.bounded else "at least "
-        return f"{least}{self.rate_rps:,.4g} requests/s ({low:,.4g} to {high:,.4g}; estimated, not proven)"
+        rate, low_, high_ = map(_readable, (self.rate_rps, low, high))
+        return f"{least}{rate} requests/s ({low_} to {high_}; estimated, not proven)"
+
+
+def _readable(rate: float) -> str:
+    """Four digits, and none of them as a power of ten."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
 
 
 def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Estimate | None:
