@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import sys
@@ -17,7 +18,6 @@ from rushhour.storage import reason
 
 _MOST_LETTERS = 300
 _WHILE = "while "
-_NOT_THEIRS = (*{sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "<")
 _ROOM = str(Path(__file__).resolve().parent)
 _KITS = str(Path(_ROOM) / "testing")
 
@@ -41,10 +41,22 @@ def causes(error: BaseException) -> list[BaseException]:
     return found
 
 
+def in_short(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@functools.cache
+def _not_theirs() -> tuple[str, ...]:
+    """How the files of Python and of what is installed begin; found when it is asked for: it takes milliseconds."""
+    paths = sysconfig.get_paths()
+    return (*{paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "<")
+
+
 def _place(error: BaseException) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         ours = frame.filename.startswith(_ROOM) and not frame.filename.startswith(_KITS)
-        if not ours and not frame.filename.startswith(_NOT_THEIRS):
+        if not ours and not frame.filename.startswith(_not_theirs()):
             return f" ({Path(frame.filename).name}, line {frame.lineno})"
     return ""
 

@@ -181,18 +181,23 @@ def check_own(path: Path, names: Collection[str], is_own: Callable[[Path], bool]
     Raises:
         StorageError: if it is a file, or a folder with anything else in it.
     """
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise StorageError(f"cannot make the folder {path}", "there is something else of that name", ELSEWHERE)
-    with explained(f"read {path}"):
-        there = sorted(entry.name for entry in path.iterdir())
+    there = _names_in(path)
     left_over = tuple(f".{name}." for name in names)
     others = [name for name in there if name not in names and not name.startswith(left_over)]
     if there and not others and not is_own(path):
         others = there
     if others:
         raise _not_ours(path, others)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What lies in the place of a folder that is to be made; nothing where it is free. Raises if it is no folder."""
+    if not os.path.lexists(folder):
+        return []
+    if not folder.is_dir():
+        raise StorageError(f"cannot make the folder {folder}", "there is something else of that name", ELSEWHERE)
+    with explained(f"read {folder}"):
+        return sorted(entry.name for entry in folder.iterdir())
 
 
 def write_own(path: Path, content: bytes, is_own: Callable[[bytes], bool]) -> None:
@@ -274,12 +279,7 @@ def check_claim(folder: Path) -> None:
     Raises:
         StorageError: if it is a file, or holds what Rushhour did not put there.
     """
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise StorageError(f"cannot make the folder {folder}", "there is something else of that name", ELSEWHERE)
-    with explained(f"read {folder}"):
-        there = sorted(entry.name for entry in folder.iterdir())
+    there = _names_in(folder)
     if there and MARK not in there:
         raise _not_ours(folder, there)
 

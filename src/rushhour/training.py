@@ -197,19 +197,19 @@ def fitted(training: dict[str, Any], samples: int, *, workers: int = 1) -> dict[
     if chosen.get("lr") is None:
         smaller = min(1.0, chosen["batch"] / usual.batch)
         chosen["lr"] = float(f"{usual.lr * math.sqrt(smaller):.2g}")
+    in_epoch = max(1, samples // min(chosen["batch"], samples))
     if chosen.get("epochs") is None:
-        steps = max(1, samples // min(chosen["batch"], samples))
-        chosen["epochs"] = max(usual.epochs, min(_MOST_EPOCHS, math.ceil(_STEPS / steps)))
+        chosen["epochs"] = max(usual.epochs, min(_MOST_EPOCHS, math.ceil(_STEPS / in_epoch)))
     own = [name for name in ("batch", "epochs", "lr") if training.get(name) is None]
     if any(chosen[name] != getattr(usual, name) for name in own):
-        steps = chosen["epochs"] * max(1, samples // min(chosen["batch"], samples))
         said = {
             "batch": f"batches of {chosen['batch']}",
             "epochs": f"{chosen['epochs']} epochs",
             "lr": f"learning rate {chosen['lr']:g}",
         }
         say(
-            f"fitted to {samples:,} training samples: {', '.join(said[name] for name in own)}, {steps:,} steps in all; "
+            f"fitted to {samples:,} training samples: {', '.join(said[name] for name in own)}, "
+            f"{chosen['epochs'] * in_epoch:,} steps in all; "
             f"{', '.join(f'--{name}' for name in own)} say otherwise"
         )
     return chosen

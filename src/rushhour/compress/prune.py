@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rushhour import machine
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
+from rushhour.faults import in_short
 from rushhour.models import Deployed
 from rushhour.train.loss import loss_for
 from rushhour.train.memory_format import MemoryFormat, guard
@@ -183,13 +184,9 @@ def _copied(network: nn.Module, example: Tensor, name: str) -> nn.Module:
     except Exception as error:  # a module may hold what cannot be copied
         raise ModelError(
             f"cannot prune {name}",
-            f"which channels can go is tried on copies, and it cannot be copied: {_reason(error)}",
+            f"which channels can go is tried on copies, and it cannot be copied: {in_short(error)}",
             "leave prune out of the recipe",
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _check_names(network: nn.Module, step: Prune, name: str) -> None:
@@ -228,7 +225,7 @@ def _graph(network: nn.Module, example: Tensor, name: str) -> Any:
     except Exception as error:  # tracing may fail in any way on a user's model
         raise ModelError(
             f"cannot prune {name}",
-            f"what depends on what cannot be traced: {_reason(error)}",
+            f"what depends on what cannot be traced: {in_short(error)}",
             "leave prune out of the recipe, or distil into a smaller network",
         ) from error
 

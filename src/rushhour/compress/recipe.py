@@ -30,6 +30,7 @@ from rushhour.compress.weights import compress_weights, halve_weights
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset
 from rushhour.errors import BundleError, DataError, GoalError, ModelError, RushhourError
+from rushhour.faults import in_short
 from rushhour.models import Deployed, build, code_of, export, load_deployed, resized, trusted_of
 from rushhour.progress import Progress
 from rushhour.train.checkpoint import Checkpoint
@@ -396,10 +397,9 @@ class _Work:
         except (RushhourError, OSError):
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
             raise ModelError(
                 f"cannot {said(step)} {before.manifest.name}",
-                f"{type(error).__name__}: {reason[0]}",
+                in_short(error),
                 "leave that step out of the recipe",
             ) from error
         for checkpoint in self._checkpoints:

@@ -29,10 +29,11 @@ class SummaryTable:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._wide, self._narrow = _wide(plan), _narrow(plan)
+        evidence_of(plan)
+        self._plan = plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._wide if options.max_width >= _LEAST_WIDE else self._narrow
+        yield (_wide if options.max_width >= _LEAST_WIDE else _narrow)(self._plan)
 
 
 def _narrow(plan: Plan) -> Group:

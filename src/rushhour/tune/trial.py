@@ -121,11 +121,11 @@ class Loaded:
         self._phase = phase
         self._aim = aim
         source = bundle.manifest.source
-        is_torch = candidate.engine == "torch" and source is not None
+        code = code_of(source, trusted) if source is not None and candidate.engine == "torch" else {}
         self._served: dict[str, Any] = {
             "bundle": bundle,
             "candidate": candidate,
-            "code": code_of(source, trusted) if is_torch and source is not None else {},
+            "code": code,
             "slo": goal.slo,
             "workload": goal.workload,
         }
