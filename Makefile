@@ -22,8 +22,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-AVX2_ENGINES := $(addprefix tests/test_,engines.py compress.py speed.py imported.py)
-AVX2_TRAINING := $(addprefix tests/test_,recipe.py models.py train.py train_loop.py train_workers.py parallel.py)
+AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(addprefix tests/compress/test_,compress.py speed.py)
+AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
+	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
 .PHONY: setup demo test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
@@ -48,8 +49,8 @@ test: .venv/.dev
 
 # A whole tuning run proves rates under load, which other tests beside it would take from it.
 test-slow: .venv/.dev
-	$(BIN)/pytest -m "slow and not long" --ignore tests/test_tune.py
-	$(BIN)/pytest -m slow tests/test_tune.py
+	$(BIN)/pytest -m "slow and not long" --ignore tests/tune/test_tune.py
+	$(BIN)/pytest -m slow tests/tune/test_tune.py
 
 # Half a minute each and more: every world, every place to be killed at, whole rows of the matrix.
 test-long: .venv/.dev

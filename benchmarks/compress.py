@@ -28,15 +28,15 @@ from bench.record import Check, Table, verdict
 from scipy import stats
 
 from rushhour.bundle import Bundle, Source
+from rushhour.cli.terminal import TerminalProgress
 from rushhour.compress import Distil, Recipe, Store, apply, compress, judge, outputs_of
-from rushhour.compression import Compression
 from rushhour.data import Dataset, load
 from rushhour.data.augment import Augmentation
 from rushhour.engines import EngineConfig
 from rushhour.goal import AccuracyBudget
-from rushhour.machine import cores
 from rushhour.models import source_for
-from rushhour.terminal import TerminalProgress
+from rushhour.records.compression import Compression
+from rushhour.system.machine import cores
 from rushhour.train import TrainSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "compress.json"

@@ -26,11 +26,11 @@ from bench.parts import Part, run_parts, say
 from bench.record import Check, Table, verdict
 
 from rushhour.bundle import Bundle
+from rushhour.cli.terminal import TerminalProgress
 from rushhour.compress import quantize
 from rushhour.data import Dataset, load
-from rushhour.machine import describe
 from rushhour.models import source_for
-from rushhour.terminal import TerminalProgress
+from rushhour.system.machine import describe
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.processor import VARIABLES, restricted
 from rushhour.train import TrainSettings, train
@@ -63,7 +63,7 @@ def seen() -> dict[str, str]:
     import torch
 
     import rushhour.engines as engines
-    from rushhour.answers import deviation
+    from rushhour.records.answers import deviation
 
     features = np._core._multiarray_umath.__cpu_features__  # type: ignore[attr-defined]
     found = {
@@ -93,7 +93,7 @@ def measure(network: str, scale: Scale) -> dict[str, Any]:
     from rushhour.compress import bench_artefacts, outputs_of
     from rushhour.engines import EngineConfig
     from rushhour.errors import EngineError
-    from rushhour.machine import cores
+    from rushhour.system.machine import cores
 
     data = load("fashion-mnist")
     forms = {"f32": BENCH / network, **{form: BENCH / f"{network}-{form[0]}" for form in _BITS}}

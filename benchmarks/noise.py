@@ -42,11 +42,11 @@ from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_ca
 from rushhour.clock import WallClock
 from rushhour.engines import open_engine, time_service
 from rushhour.goal import SLO, AccuracyBudget, Goal
-from rushhour.journal import Journal
 from rushhour.load import Generator
-from rushhour.machine import cores
 from rushhour.plan import Plan
 from rushhour.progress import Silent
+from rushhour.records.journal import Journal
+from rushhour.system.machine import cores
 from rushhour.testing.disturbers import VARIABLE, surroundings
 from rushhour.tune import TuneSettings
 from rushhour.tune.settings import Budget

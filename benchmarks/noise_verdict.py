@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 import msgspec
 from bench.parts import say
 from bench.record import Check, Table, verdict
-from load import QUEUES, TURN_AWAY, proportion
 
+from load import QUEUES, TURN_AWAY, proportion
 from rushhour.goal import SLO
 from rushhour.load import look_sizes, window_n
 from rushhour.measurement import Outcome

@@ -36,9 +36,9 @@ from bench.servers import DidNotStart
 from rushhour.capacity import best_batch
 from rushhour.goal import SLO
 from rushhour.load import Search
-from rushhour.machine import describe
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Precision
+from rushhour.system.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".bench"

@@ -33,17 +33,18 @@ from bench.record import Table, judged, mean_ratio, verdict
 from bench.training import CLASSES, KILLS, NETWORKS, OWN_ROWS, Stepped, deep, one_epoch, stepped, timed
 
 from rushhour.bundle import Source
-from rushhour.curves import read_curves
 from rushhour.data import Dataset, Split
 from rushhour.data.arrays import from_splits
 from rushhour.errors import ModelError, PlanError
 from rushhour.models import article
 from rushhour.progress import Silent
+from rushhour.records.curves import read_curves
 from rushhour.testing.networks import ANY, SMALL, WIDE, all_of, arranged, distance, short_training, table_for
-from rushhour.train import Division, Tracking, TrainSettings, launch
-from rushhour.train.cost import Layer, Layout, Mesh, measure
+from rushhour.train import Division, Tracking, TrainSettings
 from rushhour.train.loop import learn
-from rushhour.train.plan import Mode, ParallelPlan, plan_layers, ranked_plans, state_bytes, table_of
+from rushhour.train.parallel.cost import Layer, Layout, Mesh, measure
+from rushhour.train.parallel.launch import launch
+from rushhour.train.parallel.plan import Mode, ParallelPlan, plan_layers, ranked_plans, state_bytes, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
@@ -446,7 +447,7 @@ def deaths(scale: Scale) -> Part:
                 say(f"6  {mode}: worker {rank} killed in pass {pass_}, losses differ by {error:g}")
         reference = trained(Path(at) / "reference", 2, "data")
         folder = Path(at) / "fewer"
-        with mock.patch("rushhour.train.workers._RESTARTS", 0):
+        with mock.patch("rushhour.train.parallel.workers._RESTARTS", 0):
             for workers, mode, pass_ in ((4, "hybrid", 8), (2, "pipeline", 10)):
                 with (
                     mock.patch.dict(os.environ, {KILLS: f"1 {pass_} {folder}-{workers}.killed"}),

@@ -26,7 +26,7 @@ from rushhour.data import Dataset, load
 from rushhour.errors import RushhourError
 from rushhour.models import load_deployed
 from rushhour.progress import Silent
-from rushhour.storage import write_whole
+from rushhour.system.storage import write_whole
 from rushhour.train import Division, Relaxed, TrainSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "train_options.json"

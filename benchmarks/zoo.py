@@ -25,7 +25,7 @@ import msgspec
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
 
-from rushhour.machine import cores
+from rushhour.system.machine import cores
 from rushhour.testing.gallery import GALLERY
 from rushhour.testing.matrix import CELLS, WORKS, cells, is_fault
 from rushhour.testing.zoo import WAYS, Instructions, Outcome, checker, outcomes, specimen

@@ -21,20 +21,19 @@ from typing import Any, NamedTuple
 import httptools
 
 import rushhour.wire as wire_module
-from rushhour import pieces
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits, ServeSettings, open_target
-from rushhour.serve import codec as codec_module
-from rushhour.serve import http as http_module
-from rushhour.serve.codec import GrpcCodec
-from rushhour.serve.control import Control
-from rushhour.serve.http import HttpConnection
+from rushhour.serve.protocols import grpc_codec as codec_module
+from rushhour.serve.protocols import http as http_module
+from rushhour.serve.protocols.control import Control
+from rushhour.serve.protocols.grpc_codec import GrpcCodec
+from rushhour.serve.protocols.http import HttpConnection
 from rushhour.serve.repository import Repository
 from rushhour.serve.server import _Desk
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine
-from rushhour.wire import Codec, InferRequest, content_of
+from rushhour.wire import Codec, InferRequest, content_of, pieces
 
 CORPUS = Path(__file__).parent / "corpus"
 CUT = b"\xff\xfe"

@@ -30,11 +30,11 @@ from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_ca
 from rushhour.clock import VirtualClock, WallClock
 from rushhour.errors import BundleError, DataError, GoalError, PlanError, RushhourError, StorageError, TaskError
 from rushhour.goal import SLO, AccuracyBudget, Goal, Workload
-from rushhour.journal import Journal
-from rushhour.machine import _cgroup_quota, cores, describe
 from rushhour.measurement import Accuracy, ServiceTimes, latency_curve, pack_latencies
 from rushhour.plan import Plan, Policy, Variant
-from rushhour.storage import building, explained, write_whole
+from rushhour.records.journal import Journal
+from rushhour.system.machine import _cgroup_quota, cores, describe
+from rushhour.system.storage import building, explained, write_whole
 from rushhour.task import Task, wilson
 from rushhour.testing.bundles import tiny_bundle
 
@@ -198,7 +198,7 @@ def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_builder_leaves_nothing_that_counts(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from rushhour.storage import building\n"
+        "import sys, time; from pathlib import Path; from rushhour.system.storage import building\n"
         "with building(Path(sys.argv[1]), ('x',), lambda folder: True) as folder:\n"
         "    (folder / 'x').write_bytes(b'half'); print('there', flush=True); time.sleep(60)"
     )
@@ -631,7 +631,7 @@ def test_a_quota_on_any_cgroup_above_counts(tmp_path: Path) -> None:
 def test_a_quota_counts_in_whole_cores_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     for quota, wanted in ((None, 4), (0.5, 1), (1.5, 1), (2.0, 2), (64.0, 4)):
-        monkeypatch.setattr("rushhour.machine._cgroup_quota", lambda root, quota=quota: quota)
+        monkeypatch.setattr("rushhour.system.machine._cgroup_quota", lambda root, quota=quota: quota)
         assert cores() == wanted
 
 

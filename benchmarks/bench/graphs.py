@@ -30,10 +30,10 @@ from rushhour.data.arrays import from_splits
 from rushhour.data.text import sentences
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError
-from rushhour.machine import cores
 from rushhour.models import article, export, minilm_bundle
 from rushhour.plan import EngineName, Precision
 from rushhour.progress import Silent
+from rushhour.system.machine import cores
 from rushhour.task import Task
 from rushhour.train import TrainSettings, train
 

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rushhour.machine import describe
-from rushhour.storage import write_whole
+from rushhour.system.machine import describe
+from rushhour.system.storage import write_whole
 
 _RESAMPLES = 10_000
 _FEWEST = 3
@@ -93,7 +93,7 @@ def record(
         checks: in order.
         data: further figures.
         seeds: of all that was random.
-        versions: of programs beside those that `rushhour.machine` knows.
+        versions: of programs beside those that `rushhour.system.machine` knows.
     """
     machine = msgspec.to_builtins(describe())
     return Record(

@@ -1,4 +1,4 @@
-"""What the workers of `make bench-train` do; all of it is started by `rushhour.train.launch`."""
+"""What the workers of `make bench-train` do; all of it is started by `rushhour.train.parallel.launch`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import loopback_bytes, peak_bytes, sent_bytes
 from rushhour.testing.networks import sum_of_losses, transformer
-from rushhour.train.divided import TRIAL_S
-from rushhour.train.parallel import BatchNorm, parallelise
-from rushhour.train.plan import ParallelPlan
-from rushhour.train.trial import fastest
+from rushhour.train.parallel.autotune import fastest
+from rushhour.train.parallel.division import TRIAL_S
+from rushhour.train.parallel.network import BatchNorm, parallelise
+from rushhour.train.parallel.plan import ParallelPlan
 
 CLASSES = 10
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

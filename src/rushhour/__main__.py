@@ -11,15 +11,15 @@ def _say_stopped() -> None:
 def main() -> None:
     """The command line, as a process: it ends with the command's exit code."""
     if sys.argv[1:2] == ["serve"]:
-        from rushhour.serve.signals import SIGNALS
+        from rushhour.serve.processes.signals import SIGNALS
 
         SIGNALS.last_words = _say_stopped
         SIGNALS.early()
     else:
-        from rushhour.interruption import INTERRUPTION
+        from rushhour.system.interruption import INTERRUPTION
 
         INTERRUPTION.take_over()
-    from rushhour import streams
+    from rushhour.system import streams
 
     streams.settle()
     from rushhour.cli import main as run

@@ -25,12 +25,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour import identity
-from rushhour.answers import TOLERANCES, graph_answers
 from rushhour.errors import BundleError, StorageError
 from rushhour.measurement import Accuracy, Number
 from rushhour.plan import Precision
-from rushhour.storage import building, check_own, explained, write_whole
+from rushhour.records import identity
+from rushhour.records.answers import TOLERANCES, graph_answers
+from rushhour.system.storage import building, check_own, explained, write_whole
 from rushhour.task import Task
 
 SCHEMA = 2
@@ -189,7 +189,7 @@ class Manifest(msgspec.Struct, frozen=True):
         precision: `int8` where the graph is quantised, `f32` otherwise (an engine may still compute it in bf16).
         parameters: number of weights of the network.
         metrics: split -> accuracy, as measured on the compiled artefact.
-        tolerance: precision -> how far from the recorded answers an engine may be; see `rushhour.answers.deviation`.
+        tolerance: precision -> how far from the recorded answers it may be: `rushhour.records.answers.deviation`.
             Unset where no answers are recorded.
         hash: SHA-256 over this manifest (with an empty `hash`), and by its file records over all content.
     """

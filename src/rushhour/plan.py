@@ -9,9 +9,9 @@ import msgspec
 
 from rushhour.errors import GoalError, PlanError
 from rushhour.goal import Goal
-from rushhour.machine import Machine
 from rushhour.measurement import Interval, Number, Rate, Time
-from rushhour.storage import explained, write_whole
+from rushhour.system.machine import Machine
+from rushhour.system.storage import explained, write_whole
 
 SCHEMA = 1
 PLAN = "plan.json"

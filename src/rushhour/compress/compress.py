@@ -9,7 +9,6 @@ from typing import Any, Final, Literal
 import msgspec
 from numpy.typing import NDArray
 
-from rushhour import identity
 from rushhour.bundle import Bundle, check_place
 from rushhour.compress.distil import Distil
 from rushhour.compress.judge import judge, outputs_of, too_few, why_outside
@@ -18,16 +17,17 @@ from rushhour.compress.prune import Prune
 from rushhour.compress.quantize import COSTLY
 from rushhour.compress.recipe import LEFT, NothingToDo, Quantize, Recipe, Store, apply, check_data, said
 from rushhour.compress.speed import Artefact, Ratio, Speed, bench_artefacts
-from rushhour.compression import COMPRESSION, Attempt, Compression, Confirmation, Factor, Stage
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig, full_range
 from rushhour.errors import RushhourError, StorageError
 from rushhour.goal import AccuracyBudget
-from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
-from rushhour.storage import alone_at, claimed
+from rushhour.records import identity
+from rushhour.records.compression import COMPRESSION, Attempt, Compression, Confirmation, Factor, Stage
+from rushhour.system.machine import cores, describe
+from rushhour.system.storage import alone_at, claimed
 
 _TIE: Final = 0.02
 """Artefacts whose speed differs by less than this count as equally fast."""

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from rushhour.answers import TOLERANCES, deviation, graph_answers
 from rushhour.bundle import SAMPLES, Bundle, Step
 from rushhour.engines import EngineConfig, Runner, open_engine, saturates_here
 from rushhour.errors import BundleError, ModelError
 from rushhour.plan import EngineName, Precision
+from rushhour.records.answers import TOLERANCES, deviation, graph_answers
 
 _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 

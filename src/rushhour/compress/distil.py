@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rushhour import machine
 from rushhour.bundle import Bundle, Source
 from rushhour.data.augment import Augmentation, check_pictures
 from rushhour.data.dataset import Dataset
@@ -26,6 +25,7 @@ from rushhour.engines import EngineConfig, Runner, open_engine
 from rushhour.errors import ModelError
 from rushhour.models import Deployed, load_deployed
 from rushhour.progress import Progress
+from rushhour.system import machine
 from rushhour.task import Task, are_probabilities
 from rushhour.train import TrainSettings
 from rushhour.train.checkpoint import Checkpoint

@@ -20,11 +20,11 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from rushhour import machine
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
-from rushhour.faults import in_short
 from rushhour.models import Deployed
+from rushhour.system import machine
+from rushhour.system.faults import in_short
 from rushhour.train.loss import loss_for
 from rushhour.train.memory_format import MemoryFormat, guard
 

@@ -23,14 +23,14 @@ from rushhour.compress.judge import judge, named_inputs, outputs_of
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig, saturates_here
 from rushhour.errors import EngineError, ModelError
-from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy
 from rushhour.models.deployed import strip_origin
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
-from rushhour.signal_stack import own_signal_stack
-from rushhour.storage import explained
-from rushhour.telemetry import keep_home
+from rushhour.system.machine import cores, describe
+from rushhour.system.signal_stack import own_signal_stack
+from rushhour.system.storage import explained
+from rushhour.system.telemetry import keep_home
 
 _JUDGED = 2_000
 """Samples that decide, at most, whether plain quantisation is inside the budget."""

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from rushhour import identity, machine
 from rushhour.bundle import SAMPLES, Bundle, Source, Step
 from rushhour.compress.distil import Distil, distil
 from rushhour.compress.judge import named_inputs
@@ -30,9 +29,11 @@ from rushhour.compress.weights import compress_weights, halve_weights
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset
 from rushhour.errors import BundleError, DataError, GoalError, ModelError, RushhourError
-from rushhour.faults import in_short
 from rushhour.models import Deployed, build, code_of, export, load_deployed, resized, trusted_of
 from rushhour.progress import Progress
+from rushhour.records import identity
+from rushhour.system import machine
+from rushhour.system.faults import in_short
 from rushhour.train.checkpoint import Checkpoint
 
 

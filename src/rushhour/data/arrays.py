@@ -18,7 +18,7 @@ from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import PART_OF, PARTS, divide, keys_of_rows
 from rushhour.data.targets import Kind, read_targets, strata
 from rushhour.errors import DataError
-from rushhour.storage import explained
+from rushhour.system.storage import explained
 from rushhour.task import Task
 
 _ENOUGH = 8_000_000

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour import identity
 from rushhour.bundle import Preprocessing
 from rushhour.data.marks import MARKS, marks_of
 from rushhour.data.targets import of_task
 from rushhour.errors import DataError
+from rushhour.records import identity
 from rushhour.task import Task
 
 

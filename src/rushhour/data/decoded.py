@@ -21,9 +21,9 @@ from rushhour.data.arrays import FEWEST
 from rushhour.data.dataset import Split
 from rushhour.data.splits import PARTS, Part, divide
 from rushhour.errors import DataError, StorageError
-from rushhour.machine import cores
 from rushhour.picture import Seen, decode
-from rushhour.storage import building, explained
+from rushhour.system.machine import cores
+from rushhour.system.storage import building, explained
 
 WORTH_CACHING = 64_000_000
 """Bytes of decoded pictures from which on they are kept on disk; fewer are decoded sooner than looked for."""

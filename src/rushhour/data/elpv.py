@@ -20,8 +20,8 @@ from rushhour.data.arrays import from_splits
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import stratified
 from rushhour.errors import DataError
-from rushhour.machine import cores
 from rushhour.picture import decode
+from rushhour.system.machine import cores
 
 CLASSES = ("functional", "defective")
 SIDE = 96

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import DataError, StorageError
-from rushhour.storage import home, write_whole
+from rushhour.system.storage import home, write_whole
 from rushhour.task import Task
 
 CLASSES = (

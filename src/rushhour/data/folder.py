@@ -24,7 +24,7 @@ from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, OnDecoded, Tal
 from rushhour.data.splits import PART_OF, Part
 from rushhour.errors import DataError, TaskError
 from rushhour.picture import Seen, look
-from rushhour.storage import explained
+from rushhour.system.storage import explained
 from rushhour.task import Task
 
 SUFFIXES = {

@@ -14,7 +14,7 @@ from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import divide, keys_of
 from rushhour.errors import DataError
-from rushhour.storage import explained
+from rushhour.system.storage import explained
 from rushhour.task import Task
 
 _FEWEST = 10

@@ -8,8 +8,8 @@ from rushhour.bundle import Bundle
 from rushhour.engines.agreement import check_answers, full_range, saturates_here
 from rushhour.engines.engine import Done, Engine, EngineConfig, Runner, Slot
 from rushhour.engines.service import batch_cost, fill, keep_busy, time_service
-from rushhour.machine import describe
 from rushhour.plan import EngineName
+from rushhour.system.machine import describe
 
 __all__ = [
     "Done",

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from rushhour.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
 from rushhour.bundle import Bundle
 from rushhour.engines.engine import Engine, EngineConfig, Runner
 from rushhour.errors import EngineError
-from rushhour.machine import describe
+from rushhour.records.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
+from rushhour.system.machine import describe
 
 _SAFE = 64
 """Weights up to this size keep a pair of products with unsigned activations inside 16 bits: 2 x 255 x 64 < 2^15."""

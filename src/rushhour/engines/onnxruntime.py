@@ -11,7 +11,7 @@ from rushhour.engines.agreement import saturates_here
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
-from rushhour.telemetry import keep_home
+from rushhour.system.telemetry import keep_home
 
 _SPINNING = "session.intra_op.allow_spinning"
 _PRECISION = "session.x64quantprecision"

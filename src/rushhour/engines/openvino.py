@@ -16,8 +16,8 @@ from rushhour.engines.agreement import check_range
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
-from rushhour.signal_stack import own_signal_stack
-from rushhour.telemetry import keep_home
+from rushhour.system.signal_stack import own_signal_stack
+from rushhour.system.telemetry import keep_home
 
 _HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
 """`INFERENCE_PRECISION_HINT`. What is not quantised in an int8 graph runs in f32, so that the accuracy that was

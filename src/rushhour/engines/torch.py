@@ -12,7 +12,7 @@ from rushhour.bundle import Bundle, Signature
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
-from rushhour.machine import describe
+from rushhour.system.machine import describe
 
 
 class TorchEngine:

@@ -16,16 +16,16 @@ Below them: `poisson`, `constant`, `Bursty` and `Trace` make schedules, `judge` 
 """
 
 from rushhour.load.arrivals import Arrivals, Bursty, Trace, constant, poisson, read_arrivals, read_trace
-from rushhour.load.closed import ClosedResult, closed_loop
 from rushhour.load.contest import Comparison, Ratio, Window, compare
 from rushhour.load.declared import Interface, Shape, read_shapes
 from rushhour.load.estimate import Estimate, estimate
-from rushhour.load.generator import Generator
-from rushhour.load.job import ClosedJob, OpenJob, Tick
-from rushhour.load.null import null_server, null_throughput
+from rushhour.load.generator.closed import ClosedResult, closed_loop
+from rushhour.load.generator.job import ClosedJob, OpenJob, Tick
+from rushhour.load.generator.null import null_server, null_throughput
+from rushhour.load.generator.process import Generator
+from rushhour.load.generator.samples import Samples, Status
 from rushhour.load.payload import Payload, body_payloads, folder_payloads, payloads, read_bodies
 from rushhour.load.race import Race, race
-from rushhour.load.samples import Samples, Status
 from rushhour.load.search import (
     Probe,
     Search,

@@ -200,7 +200,7 @@ def _header(text: str) -> tuple[str, str]:
 def _infer_request(target: Target, tensors: Sequence[tuple[Declared, NDArray[Any]]], encoding: Encoding) -> Payload:
     contents = [_fitted(target, declared, array) for declared, array in tensors]
     if target.protocol == "grpc":
-        from rushhour.load.grpc import encode_grpc_request  # grpcio takes a quarter of a second to import
+        from rushhour.load.generator.grpc import encode_grpc_request  # grpcio takes a quarter of a second to import
 
         return encode_grpc_request(target, contents)
     if encoding == "json":

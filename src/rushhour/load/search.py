@@ -15,11 +15,11 @@ from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.load.arrivals import Arrivals, Trace, check_rate, poisson
 from rushhour.load.estimate import Estimate, estimate, tells
-from rushhour.load.generator import Generator
-from rushhour.load.job import ClosedJob, OpenJob, Tick
-from rushhour.load.null import null_throughput
+from rushhour.load.generator.job import ClosedJob, OpenJob, Tick
+from rushhour.load.generator.null import null_throughput
+from rushhour.load.generator.process import Generator
+from rushhour.load.generator.samples import Samples, Status
 from rushhour.load.payload import Payload
-from rushhour.load.samples import Samples, Status
 from rushhour.load.target import Endpoint, Target
 from rushhour.load.verdict import ERROR, Look, judge, needed_n
 from rushhour.measurement import Measurement, Outcome, Rung

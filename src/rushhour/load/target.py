@@ -120,7 +120,7 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
             not have that model.
     """
     if url.strip().startswith("grpc://"):
-        from rushhour.load.grpc import discover_grpc  # grpcio takes a quarter of a second to import
+        from rushhour.load.generator.grpc import discover_grpc  # grpcio takes a quarter of a second to import
 
         return discover_grpc(endpoint(url), model, timeout_s)
     server = _Server(url, timeout_s)

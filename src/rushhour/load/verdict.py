@@ -44,10 +44,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.goal import SLO
-from rushhour.load.job import MAX_CONNECTIONS
-from rushhour.load.samples import Samples, Status, joined
-from rushhour.machine import open_files
+from rushhour.load.generator.job import MAX_CONNECTIONS
+from rushhour.load.generator.samples import Samples, Status, joined
 from rushhour.measurement import Interval, Measurement, Outcome, pack_latencies
+from rushhour.system.machine import open_files
 
 CONFIDENCE = 0.95
 ERROR = 1 - CONFIDENCE

@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rushhour.answers import TOLERANCES, deviation
 from rushhour.bundle import Bundle, Manifest, Preprocessing, Signature, Source, Step, TensorSpec
 from rushhour.errors import ModelError, RushhourError
-from rushhour.machine import cores
 from rushhour.models.company import apart_in_company
 from rushhour.models.failure import why_failed
 from rushhour.models.source import build
 from rushhour.models.trust import remember, trusted_of
-from rushhour.storage import explained
+from rushhour.records.answers import TOLERANCES, deviation
+from rushhour.system.machine import cores
+from rushhour.system.storage import explained
+from rushhour.system.telemetry import keep_home
 from rushhour.task import Task, are_probabilities
-from rushhour.telemetry import keep_home
 
 _LARGEST_BYTES = 1_900_000_000
 """Of the weights in one ONNX file: protobuf ends at 2 GiB, and the graph and tools need some of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rushhour.faults import causes, where
+from rushhour.system.faults import causes, where
 
 _LONGEST = 300
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

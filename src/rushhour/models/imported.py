@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from rushhour.answers import INTEGER_PRODUCTS
 from rushhour.bundle import Bundle, DType, Manifest, Preprocessing, Signature, Step, TensorSpec
 from rushhour.errors import ModelError
 from rushhour.models.deployed import strip_origin
+from rushhour.records.answers import INTEGER_PRODUCTS
+from rushhour.system.telemetry import keep_home
 from rushhour.task import Task
-from rushhour.telemetry import keep_home
 
 _INT8 = INTEGER_PRODUCTS | {"QuantizeLinear"}
 """Operators of a graph whose activations are quantised, whichever tool did it."""

@@ -24,11 +24,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from rushhour.compression import Compression, Stage
-from rushhour.curves import Epoch, best_of
 from rushhour.goal import SLO
 from rushhour.measurement import Interval, Measurement, Outcome, latency_curve
 from rushhour.plan import EngineName, Plan, Precision, Trial
+from rushhour.records.compression import Compression, Stage
+from rushhour.records.curves import Epoch, best_of
 from rushhour.report import wording
 from rushhour.report.findings import Capacity, Findings, baseline_of, evidence_of, holds, winner_of
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from rushhour.compression import Compression
+from rushhour.records.compression import Compression
 from rushhour.report import wording
 from rushhour.report.page import is_page, page_style
-from rushhour.storage import write_own
+from rushhour.system.storage import write_own
 
 
 def write_compression_report(folder: Path, file: Path | None = None) -> Path:

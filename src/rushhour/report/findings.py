@@ -8,10 +8,10 @@ from typing import NamedTuple
 import msgspec
 
 from rushhour.errors import PlanError
-from rushhour.journal import JOURNAL, Entry, Journal
-from rushhour.machine import Machine
 from rushhour.measurement import Interval, Measurement, Outcome
 from rushhour.plan import SO_FAR, Evidence, Plan, Rung, Trial
+from rushhour.records.journal import JOURNAL, Entry, Journal
+from rushhour.system.machine import Machine
 
 
 class Capacity(NamedTuple):

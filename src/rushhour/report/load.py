@@ -13,7 +13,7 @@ from rushhour.goal import SLO
 from rushhour.measurement import Measurement
 from rushhour.report import wording
 from rushhour.report.page import MARKS, is_page, page_style
-from rushhour.storage import check_own_file, write_own
+from rushhour.system.storage import check_own_file, write_own
 
 FORMATS = (".html", ".png")
 

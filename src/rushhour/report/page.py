@@ -13,12 +13,12 @@ from typing import Final, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rushhour.curves import CURVES, read_curves
 from rushhour.plan import Fate, Plan, Trial
+from rushhour.records.curves import CURVES, read_curves
 from rushhour.report import wording
 from rushhour.report.comparison import served_by, side_by_side
 from rushhour.report.findings import Capacity, Findings, baseline_of, winner_of
-from rushhour.storage import write_own
+from rushhour.system.storage import write_own
 
 _MOST_ROWS: Final = (
     1000  # of one table; keeps the file under 2 MB whatever the run, the rest is counted and lies on disk

@@ -9,10 +9,10 @@ from typing import Final
 
 from jinja2 import Environment, StrictUndefined
 
-from rushhour.curves import Epoch, best_of, read_curves, read_record
+from rushhour.records.curves import Epoch, best_of, read_curves, read_record
 from rushhour.report import wording
 from rushhour.report.page import is_page, page_style
-from rushhour.storage import write_own
+from rushhour.system.storage import write_own
 
 _OPEN: Final = 15
 """Epochs that a table shows at once, about; all others fold away."""

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rushhour.serve.guard import Keys, Limits
+    from rushhour.serve.protocols.limits import Keys, Limits
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
     from rushhour.serve.target import Target, open_target
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Keys", "Limits", "ServeSettings", "Target", "open_target", "serve"]
 
 _HOMES = {
-    "Keys": "guard",
-    "Limits": "guard",
+    "Keys": "protocols.limits",
+    "Limits": "protocols.limits",
     "ServeSettings": "settings",
     "Target": "target",
     "open_target": "target",

@@ -12,7 +12,7 @@ import io
 import sys
 from pathlib import Path
 
-from rushhour.serve.signals import SIGNALS
+from rushhour.serve.processes.signals import SIGNALS
 
 
 def _write(line: bytes) -> None:
@@ -26,11 +26,11 @@ def _main(arguments: list[str]) -> int:
     import msgspec
 
     from rushhour.errors import RushhourError
-    from rushhour.serve.orders import Said
+    from rushhour.serve.processes.messages import Said
+    from rushhour.serve.processes.watchdog import Tether
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
     from rushhour.serve.target import open_planned, open_target
-    from rushhour.serve.tether import Tether
 
     def say(said: Said) -> None:
         _write(msgspec.json.encode(said) + b"\n")
@@ -53,7 +53,7 @@ def _main(arguments: list[str]) -> int:
         say(Said(error=f"cannot read the settings: {error}; they are JSON, as in rushhour.serve.ServeSettings"))
         return 2
     except Exception as error:
-        from rushhour.faults import unforeseen
+        from rushhour.system.faults import unforeseen
 
         say(Said(error=unforeseen(error, "serving")))
         return 2

@@ -23,16 +23,17 @@ from rushhour.bundle import Bundle, Decoding, Signature
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
-from rushhour.machine import cores
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Plan, Policy
-from rushhour.serve import log, memory
-from rushhour.serve.admission import Profile
-from rushhour.serve.cell import Cell
-from rushhour.serve.guard import Budget, Limits
-from rushhour.serve.pictures import Decoder
-from rushhour.serve.statistics import Totals, add_counts, reason_of, remembered, together
+from rushhour.serve.observability import log
+from rushhour.serve.observability.statistics import Totals, add_counts, reason_of, remembered, together
+from rushhour.serve.processes import allocator as memory
+from rushhour.serve.protocols.limits import Budget, Limits
+from rushhour.serve.scheduling.admission import Profile
+from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.target import Target, Way, open_planned, open_target
+from rushhour.system.machine import cores
 from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03

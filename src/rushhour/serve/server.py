@@ -22,30 +22,31 @@ import uvloop
 
 from rushhour.clock import WallClock
 from rushhour.errors import ServeError
-from rushhour.machine import cores, describe, open_files
-from rushhour.serve import log, memory
-from rushhour.serve.cell import Cell
-from rushhour.serve.control import Control
-from rushhour.serve.door import let_nobody_in
-from rushhour.serve.duties import Duties
-from rushhour.serve.guard import Asker, Certificates, Keys, KnownAs, check_exposure, tls
-from rushhour.serve.http import HttpConnection
-from rushhour.serve.observe import ObservedConnection, Observer
-from rushhour.serve.orders import Do, Renew
-from rushhour.serve.ports import Take, claim, everywhere, join, reserve
-from rushhour.serve.renewal import Renewal
+from rushhour.serve.observability import log
+from rushhour.serve.observability.requests import ObservedConnection, Observer
+from rushhour.serve.observability.statistics import State
+from rushhour.serve.processes import allocator as memory
+from rushhour.serve.processes.commands import Duties
+from rushhour.serve.processes.messages import Do, Renew
+from rushhour.serve.processes.renewal import Renewal
+from rushhour.serve.processes.signals import SIGNALS
+from rushhour.serve.processes.supervisor import Supervisor, pins
+from rushhour.serve.processes.watchdog import Tether
+from rushhour.serve.protocols.closing import let_nobody_in
+from rushhour.serve.protocols.control import Control
+from rushhour.serve.protocols.http import HttpConnection
+from rushhour.serve.protocols.limits import Asker, Certificates, Keys, KnownAs, check_exposure, tls
+from rushhour.serve.protocols.listener import Take, claim, everywhere, join, reserve
+from rushhour.serve.protocols.routes import Answer, Routes
+from rushhour.serve.protocols.shared_memory import SharedMemory
 from rushhour.serve.repository import Opener, Repository, opener
-from rushhour.serve.routes import Answer, Routes
+from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.settings import ServeSettings
-from rushhour.serve.shared_memory import SharedMemory
-from rushhour.serve.signals import SIGNALS
-from rushhour.serve.statistics import State
-from rushhour.serve.supervisor import Supervisor, pins
 from rushhour.serve.target import Target, open_target
-from rushhour.serve.tether import Tether
+from rushhour.system.machine import cores, describe, open_files
 
 if TYPE_CHECKING:
-    from rushhour.serve.grpc import GrpcFace
+    from rushhour.serve.protocols.grpc import GrpcFace
 
 _ADMIN_HOST = "127.0.0.1"
 _LINGER_SECONDS = 0.25
@@ -297,7 +298,7 @@ def _observing(settings: ServeSettings) -> Iterator[Observer | None]:
     if not settings.otel:
         yield Observer(WallClock(), records=True) if settings.log_requests else None
         return
-    from rushhour.serve import tracing  # an extra: only who wants it needs it
+    from rushhour.serve.observability import tracing
 
     provider = tracing.exported(_sample(settings))
     try:
@@ -535,7 +536,7 @@ class _Server:
             return server, close
 
     async def _open_grpc(self, addresses: Sequence[str]) -> GrpcFace:
-        from rushhour.serve.grpc import GrpcFace  # grpcio is large: only who wants it pays for it
+        from rushhour.serve.protocols.grpc import GrpcFace  # grpcio is large: only who wants it pays for it
 
         face = GrpcFace(self._repository, self._control, self._desk.limits, self._keys, self._observer)
         await face.start(addresses[0], self._certificates, addresses[1:])

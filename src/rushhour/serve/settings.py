@@ -8,9 +8,9 @@ import msgspec
 
 from rushhour.errors import ServeError
 from rushhour.plan import Plan
-from rushhour.serve.guard import Identity, Limits, is_loopback
-from rushhour.serve.log import LogFormat
-from rushhour.serve.orders import LogLevel, Register
+from rushhour.serve.observability.log import LogFormat
+from rushhour.serve.processes.messages import LogLevel, Register
+from rushhour.serve.protocols.limits import Identity, Limits, is_loopback
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 

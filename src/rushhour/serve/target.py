@@ -18,9 +18,9 @@ from rushhour.bundle import Bundle, meant
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
-from rushhour.machine import Machine, cores, describe
 from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
-from rushhour.storage import explained
+from rushhour.system.machine import Machine, cores, describe
+from rushhour.system.storage import explained
 
 _ITSELF = "."
 """The folder of the bundle in the plan that is made of a bundle alone."""

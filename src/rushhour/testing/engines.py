@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from rushhour.bundle import Bundle
 from rushhour.engines.engine import Engine, EngineConfig, Runner
 from rushhour.errors import EngineError
-from rushhour.machine import cores
 from rushhour.plan import Precision
+from rushhour.system.machine import cores
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 
 TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 2e-2, "int8": 5e-2}

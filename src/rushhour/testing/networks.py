@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import sent_bytes
-from rushhour.train.cost import Constants, Layer, Layout, Link, Mesh
-from rushhour.train.parallel import BatchNorm, parallelise
-from rushhour.train.plan import LayerPlan, ParallelPlan, plan_layers, table_of
-from rushhour.train.reducer import Compression
+from rushhour.train.parallel.cost import Constants, Layer, Layout, Link, Mesh
+from rushhour.train.parallel.network import BatchNorm, parallelise
+from rushhour.train.parallel.plan import LayerPlan, ParallelPlan, plan_layers, table_of
+from rushhour.train.parallel.reducer import Compression
 
 CLASSES = 5
 ANY = Constants(

@@ -1,6 +1,6 @@
 """A smaller processor: runs a command as if this machine had AVX2 and nothing newer.
 
-    python -m rushhour.testing.processor pytest tests/test_engines.py
+    python -m rushhour.testing.processor pytest tests/engines/test_engines.py
 
 What each library heeds by itself is not enough: torch reads ATEN_CPU_CAPABILITY, oneDNN (in torch and in OpenVINO)
 ONEDNN_MAX_CPU_ISA, but OpenVINO's own kernels and those of ONNX Runtime ask the processor and nobody else. So their
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from rushhour.errors import EngineError
-from rushhour.machine import describe
-from rushhour.storage import write_whole
+from rushhour.system.machine import describe
+from rushhour.system.storage import write_whole
 
 VARIABLES = {
     "ATEN_CPU_CAPABILITY": "avx2",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rushhour.errors import RushhourError
-from rushhour.storage import explained, write_whole
+from rushhour.system.storage import explained, write_whole
 
 _HEADER = "rushhour"
 _COUNT = "step"

@@ -26,31 +26,32 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
-from rushhour import identity, machine
 from rushhour.bundle import Bundle, Source, Step, TensorSpec, check_place, name_of
-from rushhour.curves import Epoch, TrainingRecord, best_of
 from rushhour.data.augment import check_pictures
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import BundleError, DataError, ModelError, StorageError, TaskError
 from rushhour.models import Deployed, build, export
 from rushhour.models.deployed import Meaning
 from rushhour.progress import Progress, Silent
-from rushhour.storage import alone_at, claimed, explained, write_whole
+from rushhour.records import identity
+from rushhour.records.curves import Epoch, TrainingRecord, best_of
+from rushhour.system import machine
+from rushhour.system.storage import alone_at, claimed, explained, write_whole
 from rushhour.task import Task
 from rushhour.train.checkpoint import Begun, Checkpoint, shapes
-from rushhour.train.divided import Divided, Division, decide, only_leader
 from rushhour.train.feed import Batch, Feed
-from rushhour.train.launch import under_torchrun
+from rushhour.train.fingerprint import Made, made_of
 from rushhour.train.loss import loss_for
-from rushhour.train.made import Made, made_of
 from rushhour.train.memory_format import NOTE, MemoryFormat, choose
-from rushhour.train.plan import ParallelPlan
-from rushhour.train.position import reached, watch
+from rushhour.train.parallel.division import Divided, Division, decide, only_leader
+from rushhour.train.parallel.launch import under_torchrun
+from rushhour.train.parallel.plan import ParallelPlan
+from rushhour.train.parallel.position import reached, watch
+from rushhour.train.parallel.workers import together
 from rushhour.train.preflight import Steps, inspect
 from rushhour.train.settings import TrainSettings
 from rushhour.train.stepper import Alone, Stepper
 from rushhour.train.tracking import Tracker, Tracking
-from rushhour.train.workers import together
 
 PLAN = "workers.json"
 """In the folder of the tracking, how the workers share the training."""
@@ -104,7 +105,7 @@ def train(
 
     A bundle at `out` that came from the very same training is returned as it is. A checkpoint of the very same
     training in `work` is gone on from, also where only the epochs are others: the learning rate follows the schedule of
-    the new number from there on, and the lineage says so. What makes a training the same, is `rushhour.identity`'s:
+    the new number from there on, and the lineage says so. `rushhour.records.identity` says what that is:
     settings, data, and the network with its code (`rushhour.models.structure`). Equal arguments give equal bundles on
     equal machines, up to rounding where trial steps choose between memory formats that are about equally fast
     (`rushhour.train.memory_format`).

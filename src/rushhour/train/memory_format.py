@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rushhour.faults import where
 from rushhour.models import Deployed
+from rushhour.system.faults import where
 
 _BLOCK = 16
 """Channels from which on no instruction set is at fault; AVX2's block is 8, but a training may change machines."""

@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 import msgspec
 
-from rushhour import identity
 from rushhour.bundle import Bundle, Source, check_place
-from rushhour.curves import Epoch, read_curves, read_record, write_curves
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
 from rushhour.models import build
 from rushhour.progress import Progress
-from rushhour.storage import alone_at, claimed, explained
-from rushhour.train.divided import Division
+from rushhour.records import identity
+from rushhour.records.curves import Epoch, read_curves, read_record, write_curves
+from rushhour.system.storage import alone_at, claimed, explained
+from rushhour.train.fingerprint import SEARCH, made_of
 from rushhour.train.loop import Diverged, learn, opened, train_here
-from rushhour.train.made import SEARCH, made_of
+from rushhour.train.parallel.division import Division
 from rushhour.train.settings import TrainSettings
 from rushhour.train.tracking import Tracking
 

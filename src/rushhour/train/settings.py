@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from rushhour import machine
 from rushhour.data.augment import Augmentation
 from rushhour.errors import ModelError
+from rushhour.system import machine
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["one-cycle", "cosine", "constant", "step"]

@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
-from rushhour.curves import Epoch, TrainingRecord, write_curves
 from rushhour.errors import ModelError
-from rushhour.storage import explained
+from rushhour.records.curves import Epoch, TrainingRecord, write_curves
+from rushhour.system.storage import explained
 
 _FILES = itertools.count()
 """Tells the files of one process apart."""

@@ -17,23 +17,23 @@ from typing import Any
 
 import msgspec
 
-from rushhour import identity
 from rushhour.bundle import Bundle, Source, name_of
 from rushhour.clock import Clock, WallClock
 from rushhour.compress import is_plain, quantize_for_all
 from rushhour.data import Dataset
 from rushhour.errors import StorageError
 from rushhour.goal import Goal
-from rushhour.journal import JOURNAL, Journal
-from rushhour.machine import describe
 from rushhour.measurement import ServiceTimes
 from rushhour.models import trusted_of
 from rushhour.plan import PLAN, SO_FAR, Plan
 from rushhour.progress import Progress
-from rushhour.storage import claimed, write_whole
+from rushhour.records import identity
+from rushhour.records.journal import JOURNAL, Journal
+from rushhour.system.machine import describe
+from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Division, Tracking, TrainSettings, step_seconds, train
+from rushhour.train.fingerprint import made_of
 from rushhour.train.loop import opened
-from rushhour.train.made import made_of
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.track import words
 from rushhour.tune.tune import tune

@@ -21,7 +21,6 @@ import msgspec
 from rushhour.bundle import Bundle
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
-from rushhour.journal import Journal
 from rushhour.load import (
     ClosedJob,
     Generator,
@@ -41,6 +40,7 @@ from rushhour.load import (
 from rushhour.measurement import Measurement, Rung
 from rushhour.models import code_of
 from rushhour.plan import Plan, Variant
+from rushhour.records.journal import Journal
 from rushhour.serve import ServeSettings
 from rushhour.tune.space import Candidate
 

@@ -33,13 +33,13 @@ from rushhour.data import Dataset, Split
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
-from rushhour.journal import JOURNAL, Journal
 from rushhour.load import Generator
-from rushhour.machine import cores, describe
 from rushhour.measurement import Accuracy, Measurement, Outcome, ServiceTimes
 from rushhour.models import code_of
 from rushhour.plan import Evidence, Fate, OperatingPoint, Plan, Policy, Rung, Trial
 from rushhour.progress import Progress
+from rushhour.records.journal import JOURNAL, Journal
+from rushhour.system.machine import cores, describe
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.space import Candidate, baseline, candidates, plain
 from rushhour.tune.track import Contender, Track, words

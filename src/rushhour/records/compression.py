@@ -1,0 +1,173 @@
+"""What compression found: each step of each recipe, judged as it would be served, and which of them is the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from rushhour.errors import DataError, GoalError
+from rushhour.goal import AccuracyBudget
+from rushhour.measurement import Accuracy, Interval, Rate
+from rushhour.plan import EngineName, Precision
+from rushhour.system.storage import explained, write_whole
+
+COMPRESSION = "compression.json"
+"""The file's name in a compression's folder."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+
+Verdict = Literal["best", "no gain", "nearest miss"]
+"""`best`: shown to be inside the budget, and to be faster, or smaller and no slower. `no gain`: of what is inside no
+gain is shown, so the bundle is as it was. `nearest miss`: nothing is shown to be inside the budget."""
+
+
+class Factor(msgspec.Struct, frozen=True):
+    """One artefact's figure over another's, measured in the same blocks: the geometric mean, and its 95% interval."""
+
+    value: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+    interval: Interval
+    n: _Count
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One bundle, as it is compiled.
+
+    Attributes:
+        step: what made it, as in a recipe's text; empty for the bundle that all began with.
+        bundle: its folder in the store.
+        hash: of its content.
+        parameters: of the network.
+        bytes: of the graph on disk.
+        precision: what it is compiled in.
+        accuracy: on the validation part, paired with the reference.
+        throughput: samples per second over the reference's; None of the reference itself.
+        over_parent: the same over the bundle that this step began with.
+        latency: seconds for one sample alone, over the reference's.
+        samples_per_s: of the engine alone, all its streams busy.
+        slower: whether it is slower than the reference or than its parent: then it is never the best.
+        needs: the class of machine without which its int8 is not right on every engine; empty where it is right on any.
+        kept: layers that its step left as they were, each with the reason.
+    """
+
+    step: str
+    bundle: str
+    hash: str
+    parameters: _Count
+    bytes: _Count
+    precision: Precision
+    accuracy: Accuracy
+    throughput: Factor | None = None
+    over_parent: Factor | None = None
+    latency: Factor | None = None
+    samples_per_s: Rate | None = None
+    slower: bool = False
+    needs: Literal["", "vnni"] = ""
+    kept: str = ""
+
+
+class Confirmation(msgspec.Struct, frozen=True):
+    """What the test part said of one stage.
+
+    Attributes:
+        stage: recipe and step, as places in `attempts` and its `stages`.
+        accuracy: on the test part, paired with the reference; None where it could not be judged.
+        why: why the budget is not shown to hold; empty where it is.
+    """
+
+    stage: tuple[int, int]
+    accuracy: Accuracy | None
+    why: str = ""
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One recipe.
+
+    Attributes:
+        stages: one for each step that was done.
+        why: what ended it, where it could not be done to its end.
+    """
+
+    recipe: str
+    stages: tuple[Stage, ...]
+    why: str = ""
+
+
+class Compression(msgspec.Struct, frozen=True):
+    """The whole answer.
+
+    Attributes:
+        model: name of the bundle that all began with.
+        engine: that compiled everything.
+        reference: the bundle that all began with.
+        attempts: in the order they were made.
+        best: recipe and step of the answer, as places in `attempts` and its `stages`; None where it is the reference.
+        verdict: see there.
+        said: the verdict in a sentence.
+        test: the answer on the test part, which no decision has seen, paired with the reference.
+        reference_test: the reference on it.
+        asked: for what, by name: another compression into the same place does not replace this one unasked.
+        also: the same in int8 for other machines, where 7 bits of the weights cost more than they may: its place, as
+            `best`. It lies beside the answer.
+        confirmations: on the test part, in the order they were tried: the gentlest first, until one misses.
+    """
+
+    model: str
+    engine: EngineName
+    budget: AccuracyBudget
+    reference: Stage
+    attempts: tuple[Attempt, ...]
+    best: tuple[int, int] | None
+    verdict: Verdict
+    said: str
+    test: Accuracy
+    reference_test: Accuracy
+    also: tuple[int, int] | None = None
+    asked: dict[str, Any] = {}
+    confirmations: tuple[Confirmation, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, place in (("best", self.best), ("also", self.also)):
+            if place is not None and not self._has(*place):
+                raise ValueError(f"`{name}` is {list(place)}, which no attempt has")
+
+    def _has(self, attempt: int, stage: int) -> bool:
+        return 0 <= attempt < len(self.attempts) and 0 <= stage < len(self.attempts[attempt].stages)
+
+    @property
+    def answer(self) -> Stage:
+        """The stage that is the answer."""
+        if self.best is None:
+            return self.reference
+        return self.stage(self.best)
+
+    def stage(self, place: tuple[int, int]) -> Stage:
+        """The stage at a place in `attempts` and its `stages`."""
+        attempt, stage = place
+        return self.attempts[attempt].stages[stage]
+
+    def save(self, folder: Path) -> None:
+        """Keep it.
+
+        Raises:
+            StorageError: if the disk does not take it.
+        """
+        write_whole(folder / COMPRESSION, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Compression:
+        """What was kept in `folder`.
+
+        Raises:
+            DataError: if it is damaged.
+            StorageError: if it cannot be read.
+        """
+        with explained(f"read {folder / COMPRESSION}"):
+            content = (folder / COMPRESSION).read_bytes()
+        try:
+            return msgspec.json.decode(content, type=cls)
+        except (msgspec.DecodeError, GoalError, RecursionError) as error:
+            raise DataError(
+                f"cannot read {folder / COMPRESSION}", str(error), "compress again; what was made before is kept"
+            ) from error

@@ -1,0 +1,137 @@
+"""`measurements.jsonl`: every measurement, on disk before the next one starts, so that a killed run goes on.
+
+Asking again for what was measured, on the same machine and versions, returns what is on file; nothing is repeated,
+nothing is lost. What another machine measured stays on file but is no answer here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from rushhour.errors import GoalError, StorageError
+from rushhour.measurement import Accuracy, Measurement, Reading, Rung, ServiceTimes
+from rushhour.records import identity
+from rushhour.system.machine import Machine, describe
+from rushhour.system.storage import explained
+
+JOURNAL = "measurements.jsonl"
+"""The file's name in a run's folder."""
+
+R = TypeVar("R", Measurement, ServiceTimes, Accuracy, Rung)
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One line: what was asked, what came out, when and on what machine.
+
+    Attributes:
+        phase: what it was for: `service`, `accuracy`, `search`, `confirm`, ...
+        subject: what was measured: a candidate, or a bundle on an engine.
+        detail: what else people want to know: rate and seed, the split; may be empty.
+        key: of all that decides the result, as hex: bundles, data, settings.
+    """
+
+    phase: str
+    subject: str
+    detail: str
+    reading: Reading
+    at: str
+    machine: Machine
+    key: str = ""
+
+
+class Journal:
+    """Append-only file of measurements, one JSON object a line, each on disk before `measure` returns.
+
+    A last line that a kill cut short is left out, and gone with the next line that is written: it never counted, and
+    whoever only reads may not write.
+
+    Args:
+        path: the file; made with its folder at the first measurement.
+
+    Raises:
+        StorageError: if the file cannot be read, or holds a damaged line that is not the last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._all: list[Entry] = []
+        self._here: dict[tuple[str, str, str, str], Entry] = {}
+        self._cut: int | None = None
+        with explained(f"read {path}"):
+            if not path.exists():
+                return
+            content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                entry = msgspec.json.decode(line, type=Entry)
+            except (msgspec.DecodeError, GoalError, RecursionError) as error:
+                raise StorageError(
+                    f"cannot read line {number} of {path}",
+                    str(error),
+                    "move the file away to measure anew, or remove that line",
+                ) from error
+            self._remember(entry)
+        if whole != len(content):
+            self._cut = whole
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def measure(self, phase: str, subject: str, detail: str, kind: type[R], take: Callable[..., R], **inputs: Any) -> R:
+        """The measurement asked for: the one on file, or the one `take` makes now, put on file before it returns.
+
+        Args:
+            phase: as in `Entry`.
+            subject: as in `Entry`.
+            detail: as in `Entry`.
+            kind: the type that `take` returns.
+            take: makes the measurement from the inputs, by name.
+            inputs: all that decides the result beside machine and versions; see `rushhour.records.identity.key`.
+
+        Raises:
+            StorageError: if the disk does not take the new line.
+        """
+        key = identity.key(**inputs)
+        known = self._here.get((phase, subject, detail, key))
+        if known is not None and isinstance(known.reading, kind):
+            return known.reading
+        reading = take(**inputs)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        entry = Entry(phase, subject, detail, reading, now, describe(), key)
+        self._append(entry)
+        return reading
+
+    def _append(self, entry: Entry) -> None:
+        with explained(f"write {self.path}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a buffer that could not be written is tried again at the close, behind the truncation.
+            with self.path.open("ab", buffering=0) as file:
+                if self._cut is not None:
+                    file.truncate(self._cut)
+                    file.seek(0, os.SEEK_END)
+                    self._cut = None
+                start = file.tell()
+                line = memoryview(msgspec.json.encode(entry) + b"\n")
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, start)
+                    raise
+        self._remember(entry)
+
+    def _remember(self, entry: Entry) -> None:
+        self._all.append(entry)
+        if entry.machine == describe():
+            self._here[entry.phase, entry.subject, entry.detail, entry.key] = entry

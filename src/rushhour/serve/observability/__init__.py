@@ -1,0 +1,1 @@
+"""What a server tells about itself: statistics, metrics, logs, single requests, and traces."""

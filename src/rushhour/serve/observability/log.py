@@ -1,0 +1,296 @@
+"""Structured logs on standard error: what happens to the server, and on request each request.
+
+A record is an event with fields: `event(INFO, "ready", url=...)`. One line each: JSON for machines, or text for people.
+What other libraries log at level warning or above is a record of the same form, with the event `library`.
+
+Nobody waits for whoever reads the log: lines are put into a bounded queue, and a thread writes them. While the queue is
+full further lines are dropped; they are counted (`dropped`), and the log says so as soon as it is read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+from rushhour.serve.processes.messages import LogLevel
+
+LogFormat = Literal["json", "text"]
+
+_LOGGER = logging.getLogger("rushhour.serve")
+_QUEUE_BYTES = 2**19
+_ATOMIC_BYTES = 4096
+"""PIPE_BUF of Linux: writes up to it stay whole where several processes write into one pipe. Source: pipe(7)."""
+_FLUSH_S = 1.0
+"""For so long at the end the log waits for its reader."""
+
+
+def event(level: int, what: str, /, **fields: Any) -> None:
+    """Log that something happened.
+
+    Args:
+        level: of `logging`.
+        what: in a few words that are always the same.
+        fields: what was particular about it.
+    """
+    if _LOGGER.isEnabledFor(level):
+        _LOGGER.log(level, "%s", what, extra={"fields": fields})
+
+
+def failure(what: str, error: BaseException, /, **fields: Any) -> None:
+    """Log an error that should not have happened, with its traceback."""
+    _LOGGER.error("%s", what, extra={"fields": {**fields, "error": repr(error)}}, exc_info=error)
+
+
+def usual_format() -> LogFormat:
+    """Text on a terminal, else JSON."""
+    return "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
+
+
+@contextmanager
+def to_stderr(form: LogFormat, level: LogLevel) -> Iterator[None]:
+    """For as long as this lasts, the server's log goes to standard error, and with it what other libraries log.
+
+    Where the program has handlers of its own for other libraries, those stay as they are.
+    """
+    global _handler
+    handler = _Handler(_Json() if form == "json" else _Text())
+    root = logging.getLogger()
+    before, propagates, outer = _LOGGER.level, _LOGGER.propagate, _handler
+    with contextlib.ExitStack() as undone:
+        undone.callback(handler.close)
+        if not root.handlers:
+            undone.callback(root.removeHandler, handler)
+            root.addHandler(handler)
+            undone.enter_context(_hooks())
+        _LOGGER.addHandler(handler)
+        _LOGGER.propagate = False
+        _handler = handler
+        set_level(level)
+        try:
+            yield
+        finally:
+            _handler = outer
+            _LOGGER.removeHandler(handler)
+            _LOGGER.propagate = propagates
+            _LOGGER.setLevel(before)
+
+
+def set_level(level: LogLevel) -> None:
+    """Log what is at least so serious, from now on."""
+    _LOGGER.setLevel(level.upper())
+
+
+def level() -> int:
+    """From which level of `logging` on the server logs."""
+    return _LOGGER.getEffectiveLevel()
+
+
+def dropped() -> int:
+    """Lines that were dropped since the log began, because it was not read or could not be written."""
+    return 0 if _handler is None else _handler.dropped
+
+
+def flush(within_s: float) -> None:
+    """Wait until all lines are written, but no longer than this. For who ends the process without a return."""
+    if _handler is not None:
+        _handler.drain(within_s)
+
+
+@contextmanager
+def _hooks() -> Iterator[None]:
+    """Exceptions and warnings that Python prints by itself are logged: printing waits for the reader."""
+    unraisable, threads = sys.unraisablehook, threading.excepthook
+
+    def ignored(said: sys.UnraisableHookArgs) -> None:
+        if said.exc_value is not None:
+            failure("exception ignored", said.exc_value, where=repr(said.object))
+
+    def ended(said: threading.ExceptHookArgs) -> None:
+        if said.exc_value is not None:
+            failure("thread ended", said.exc_value, thread=said.thread.name if said.thread is not None else "")
+
+    sys.unraisablehook, threading.excepthook = ignored, ended
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        sys.unraisablehook, threading.excepthook = unraisable, threads
+
+
+class _Handler(logging.Handler):
+    """Queues formatted lines for a thread that writes them to standard error."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.dropped = 0
+        self._said = 0
+        self._write = _writer()
+        self._lines: deque[bytes] = deque()
+        self._size = 0
+        self._closed = False
+        # Reentrant: a signal's handler may log while this thread is inside.
+        self._changed = threading.Condition(threading.RLock())
+        self._waits = False
+        self._busy = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Put its line into the queue, or drop it."""
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+        except Exception:
+            line = b""  # what cannot be said is dropped, too: `handleError` would print
+        with self._changed:
+            if not line or self._size + len(line) > _QUEUE_BYTES or self._closed:
+                self.dropped += 1
+                return
+            self._size += len(line)
+            self._lines.append(line)
+            if self._waits:
+                self._waits = False
+                self._changed.notify_all()
+
+    def drain(self, within_s: float) -> bool:
+        """Wait until all is written; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._lines and not self._busy, within_s)
+
+    def close(self) -> None:
+        """Write what waits, as far as its reader takes it in time."""
+        with self._changed:
+            if self._closed:
+                return  # again, at the end of the program
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(_FLUSH_S)
+        super().close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                while not self._lines and not self._closed and self.dropped == self._said:
+                    self._waits = True
+                    self._changed.wait()
+                if not self._lines and self.dropped == self._said:
+                    return
+                lines, self._busy = list(self._lines), True
+                self._lines.clear()
+                self._size = 0
+                lost = self.dropped - self._said
+                self._said = self.dropped
+            if lost:
+                lines.append(self._confession(lost))
+            for chunk in _chunks(lines):
+                if not self._write(chunk):
+                    with self._changed:
+                        self.dropped += chunk.count(b"\n")
+                        self._said = self.dropped  # nobody is there to be told
+
+    def _confession(self, lost: int) -> bytes:
+        why = "the log was not read as fast as it was written"
+        record = _LOGGER.makeRecord(
+            *(_LOGGER.name, logging.WARNING, "", 0, "%s", ("log lines dropped",), None),
+            extra={"fields": {"lines": lost, "why": why}},
+        )
+        return (self.format(record) + "\n").encode()
+
+
+_handler: _Handler | None = None
+
+
+def _chunks(lines: list[bytes]) -> Iterator[bytes]:
+    """Whole lines, together where they are short: other processes may write into the same pipe."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        if chunk and size + len(line) > _ATOMIC_BYTES:
+            yield b"".join(chunk)
+            chunk, size = [], 0
+        chunk.append(line)
+        size += len(line)
+    if chunk:
+        yield b"".join(chunk)
+
+
+def _writer() -> Callable[[bytes], bool]:
+    """What writes to standard error, and says whether it could."""
+    stream = sys.stderr
+    try:
+        # Not through the stream's buffer: its lock, held by a thread that waits for the reader, bars the way out.
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+
+        def into_stream(data: bytes) -> bool:
+            try:
+                stream.write(data.decode())
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                return False
+            return True
+
+        return into_stream
+
+    def write(data: bytes) -> bool:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(descriptor, rest) :]
+            except BlockingIOError:  # whoever made the pipe made it so
+                wait = select.poll()
+                wait.register(descriptor, select.POLLOUT)
+                wait.poll()
+            except OSError:
+                return False
+        return True
+
+    return write
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    fields: dict[str, Any] | None = getattr(record, "fields", None)
+    return {"logger": record.name, "message": record.getMessage()} if fields is None else fields
+
+
+def _event(record: logging.LogRecord) -> str:
+    return record.getMessage() if hasattr(record, "fields") else "library"
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname.lower(),
+            "event": _event(record),
+            "pid": os.getpid(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created).astimezone().isoformat(sep=" ", timespec="milliseconds")
+        # As JSON, so that a client's line breaks and quotes stay inside their field.
+        fields = [
+            f"{name}={msgspec.json.encode(value, enc_hook=str).decode()}" for name, value in _fields(record).items()
+        ]
+        line = " ".join((moment, record.levelname, _event(record), *fields))
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

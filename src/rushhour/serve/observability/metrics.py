@@ -1,0 +1,168 @@
+"""A report as Prometheus and OpenMetrics read it: made when it is asked for, nothing before.
+
+Source: prometheus.io/docs/instrumenting/exposition_formats, and writing_exporters for the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from rushhour.serve.observability.statistics import BOUNDS, Report, State, Totals
+from rushhour.system.machine import describe
+
+_BATCH_BOUNDS = tuple(2**power for power in range(11))
+
+
+def render(report: Report, accept: str) -> tuple[str, bytes]:
+    """The content type and the text.
+
+    Args:
+        report: of one cell or of all.
+        accept: what the client reads, as its `Accept` says; Prometheus' text where it says nothing.
+    """
+    encode, content_type = choose_encoder(accept)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(report))
+    return content_type, encode(registry)
+
+
+class _Families(Collector):
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._report
+        versions = describe().versions
+        yield InfoMetricFamily("rushhour_build", "What runs.", {"version": versions.get("rushhour", "")})
+        yield from _counted(report)
+        yield from _latencies(report.model, report.total)
+        yield from _now(report)
+        yield from _processes(report.cells)
+
+
+def _counted(report: Report) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        "rushhour_requests", "Inference requests, by how they ended.", labels=("model", "version", "outcome")
+    )
+    for version, totals in report.versions.items():
+        for outcome, count in (
+            ("success", totals.answered),
+            ("failure", totals.failed),
+            ("invalid", totals.invalid),
+            ("shed", totals.shed_queue + totals.shed_deadline),
+            ("cancelled", totals.cancelled),
+        ):
+            requests.add_metric((report.model, version, outcome), count)
+    yield requests
+    errors = CounterMetricFamily(
+        "rushhour_errors",
+        "Answers with an error, each once. Without a model's name: to other requests than for inference.",
+        labels=("model", "version", "reason"),
+    )
+    for version, totals in report.versions.items():
+        for reason, count in totals.errors.items():
+            errors.add_metric((report.model, version, reason), count)
+    for reason, count in report.errors.items():
+        errors.add_metric(("", "", reason), count)
+    yield errors
+    total = report.total
+    shed = CounterMetricFamily("rushhour_shed", "Requests turned away at their arrival.", labels=("model", "reason"))
+    shed.add_metric((report.model, "queue"), total.shed_queue)
+    shed.add_metric((report.model, "deadline"), total.shed_deadline)
+    yield shed
+    cancelled = CounterMetricFamily(
+        "rushhour_cancelled", "Requests whose client went away before the answer.", labels=("model",)
+    )
+    cancelled.add_metric((report.model,), total.cancelled)
+    yield cancelled
+    yield CounterMetricFamily("rushhour_cell_restarts", "Cells that died and were started again.", report.restarts)
+    yield CounterMetricFamily("rushhour_cell_frozen", "Cells that did not answer and were killed.", report.frozen)
+    yield CounterMetricFamily("rushhour_log_lines_dropped", "Log lines that nobody read in time.", report.dropped)
+
+
+def _latencies(model: str, total: Totals) -> Iterator[Metric]:
+    for name, what, histogram in (
+        ("rushhour_queue_seconds", "From a request's arrival to its batch.", total.queue_s),
+        ("rushhour_inference_seconds", "A batch on the engine.", total.inference_s),
+        ("rushhour_request_seconds", "From a request's arrival to its answer.", total.request_s),
+    ):
+        family = HistogramMetricFamily(name, what, labels=("model",))
+        family.add_metric((model,), _buckets(BOUNDS, histogram.counts), histogram.sum)
+        yield family
+    sizes = HistogramMetricFamily("rushhour_batch_size", "Samples in a batch.", labels=("model",))
+    counts = [0] * (len(_BATCH_BOUNDS) + 1)
+    for rows, stages in total.of_size.items():
+        counts[sum(rows > bound for bound in _BATCH_BOUNDS)] += stages.computing.count
+    sizes.add_metric((model,), _buckets(_BATCH_BOUNDS, counts), total.samples)
+    yield sizes
+
+
+def _buckets(bounds: Iterable[float], counts: list[int]) -> list[tuple[str, float]]:
+    """Cumulated, as the format wants them."""
+    buckets, below = [], 0
+    for bound, count in zip((*(f"{bound:g}" for bound in bounds), "+Inf"), counts, strict=True):
+        below += count
+        buckets.append((bound, float(below)))
+    return buckets
+
+
+def _now(report: Report) -> Iterator[Metric]:
+    states = report.cells.values()
+    for name, what, value in (
+        ("rushhour_ready", "Whether requests are welcome.", float(any(state.ready for state in states))),
+        ("rushhour_queue_samples", "Samples that wait.", sum(state.waiting for state in states)),
+        ("rushhour_in_flight_batches", "Batches that run.", sum(state.batches for state in states)),
+        ("rushhour_in_flight_samples", "Samples in the batches that run.", sum(state.running for state in states)),
+    ):
+        yield GaugeMetricFamily(name, what, value)
+    connections = GaugeMetricFamily(
+        "rushhour_connections", "Open connections over HTTP, calls under way over gRPC.", labels=("protocol",)
+    )
+    connections.add_metric(("http",), sum(state.connections for state in states))
+    connections.add_metric(("grpc",), sum(state.calls for state in states))
+    yield connections
+    cells = GaugeMetricFamily("rushhour_cells", "Processes behind the port.", labels=("state",))
+    cells.add_metric(("up",), len(states))
+    cells.add_metric(("down",), report.down)
+    yield cells
+    service = GaugeMetricFamily(
+        "rushhour_service_time_seconds",
+        "A batch of n samples is expected to take base + n per_sample.",
+        labels=("cell", "coefficient"),
+    )
+    for number, state in report.cells.items():
+        service.add_metric((str(number), "base"), state.base_s)
+        service.add_metric((str(number), "per_sample"), state.sample_s)
+    yield service
+    speed = GaugeMetricFamily(
+        "rushhour_host_speed",
+        "In the last ten seconds of work: what batches were to take by the start's profile, over what they took.",
+        labels=("cell",),
+    )
+    for number, state in report.cells.items():
+        if state.speed is not None:
+            speed.add_metric((str(number),), state.speed)
+    yield speed
+
+
+def _processes(cells: dict[int, State]) -> Iterator[Metric]:
+    """Prometheus' usual figures, of each cell: they begin anew when it does, as with any process."""
+    for name in sorted({name for state in cells.values() for name in state.process}):
+        counter = name.endswith("_total")
+        kind = CounterMetricFamily if counter else GaugeMetricFamily
+        family = kind(name.removesuffix("_total"), "Of a cell's process.", labels=("cell",))
+        for number, state in cells.items():
+            if name in state.process:
+                family.add_metric((str(number),), state.process[name])
+        yield family

@@ -1,0 +1,273 @@
+"""The paths of everything over HTTP that is not inference, and what lies behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+
+from rushhour.errors import WireError
+from rushhour.serve.protocols import openapi
+from rushhour.serve.protocols.control import Control
+from rushhour.serve.protocols.limits import Asker, KnownAs
+from rushhour.serve.protocols.shared_memory import Access
+
+Answer = tuple[int, bytes] | tuple[int, bytes, bytes] | tuple[int, bytes, bytes, bytes]
+"""A status, a body, its content type where that is not JSON, and further fields of the header, with their line ends."""
+
+Handler = Callable[[bytes], Any]
+"""Takes the request's body; gives what is to be answered as JSON, or that as a whole `Answer` where its
+status is not 200, or an awaitable of either."""
+
+Refused = Callable[[bytes, int], None]
+"""Told of each answer with an error: the path and the status."""
+
+JSON = b"application/json"
+MAX_BODY_BYTES = 64 * 2**10
+"""Of a request that is no inference: it is parsed on the event loop."""
+_OF_THE_SERVER = ("GET", "HEAD", "POST", "OPTIONS")
+
+
+class Routes:
+    """Answers control requests over HTTP.
+
+    Args:
+        control: what knows the answers.
+        infers: whether inference is taken here.
+        refused: told of errors.
+    """
+
+    def __init__(self, control: Control, *, infers: bool = True, refused: Refused = lambda path, status: None) -> None:
+        self._control = control
+        self._infers = infers
+        self._refused = refused
+
+    def answer(
+        self,
+        method: bytes,
+        path: bytes,
+        body: bytes,
+        accept: bytes = b"",
+        asker: Asker = Asker(),  # noqa: B008 - frozen
+        known_as: KnownAs | None = None,
+    ) -> Answer | Awaitable[Answer]:
+        """The answer to a request; awaitable where it takes time.
+
+        Args:
+            known_as: holds who asks for a change against the names of the server; None where keys do that.
+        """
+        shown, asked = path.decode("latin-1"), method.decode("latin-1")
+        try:
+            if path == b"*" and asked == "OPTIONS":
+                return _options(_OF_THE_SERVER)
+            segments = [unquote(segment) for segment in shown.strip("/").split("/")]
+            handlers = self._at(segments, accept.decode("latin-1"), asker)
+            if handlers is None:
+                name = self._control.index()[0]["name"]
+                raise WireError(f"there is nothing at {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
+            if asked == "HEAD":
+                asked = "GET"  # whoever sends the answer leaves its body out
+            if asked not in handlers:
+                taken = (*handlers, *(("HEAD",) if "GET" in handlers else ()), "OPTIONS")
+                if asked == "OPTIONS":
+                    return _options(taken)
+                self._refused(path, 405)
+                return not_allowed(method, taken)
+            if known_as is not None and asked == "POST" and not _only_asks(segments):
+                known_as.check(asker)
+            answer = handlers[asked](body)
+        except WireError as error:
+            return self._error(path, error)
+        return self._later(path, answer) if isinstance(answer, Awaitable) else _json(answer)
+
+    async def _later(self, path: bytes, answer: Awaitable[Any]) -> Answer:
+        try:
+            return _json(await answer)
+        except WireError as error:
+            return self._error(path, error)
+
+    def _error(self, path: bytes, error: WireError) -> Answer:
+        self._refused(path, error.status)
+        return error.status, msgspec.json.encode({"error": str(error)})
+
+    def _at(self, path: list[str], accept: str, asker: Asker) -> dict[str, Handler] | None:
+        """Method -> what answers it at this path; None where there is nothing."""
+        control = self._control
+        if "" in path:
+            return None  # a name or version that is empty is none, and not any
+        match path:
+            case ["v2"]:
+                return {"GET": lambda body: control.server()}
+            case ["v2", "health", "live"]:
+                return {"GET": lambda body: {"live": True}}
+            case ["v2", "health", "ready"]:
+                return {"GET": lambda body: _ready(control.ready())}
+            case ["v2", "models", "stats"]:
+                return {"GET": lambda body: control.statistics()}
+            case ["v2", "models", name, "versions", version, *rest] if name and version:
+                return self._of_model(name, version, rest)
+            case ["v2", "models", name, *rest] if name:
+                return self._of_model(name, "", rest)
+            case ["v2", "repository", "index"]:
+                return {"POST": lambda body: control.index(ready_only=_ready_only(body))}
+            case ["v2", "repository", "models", name, "load"]:
+                return {"POST": lambda body: self._load(name, body)}
+            case ["v2", "repository", "models", name, "unload"]:
+                return {"POST": lambda body: self._unload(name, body)}
+            case ["v2", "systemsharedmemory", "status"]:
+                return {"GET": lambda body: control.region_status(None)}
+            case ["v2", "systemsharedmemory", "unregister"]:
+                return {"POST": lambda body: control.unregister(None)}
+            case ["v2", "systemsharedmemory", "region", name, "status"]:
+                return {"GET": lambda body: control.region_status(name)}
+            case ["v2", "systemsharedmemory", "region", name, "register"]:
+                return {"POST": lambda body: self._register(name, body, asker)}
+            case ["v2", "systemsharedmemory", "region", name, "unregister"]:
+                return {"POST": lambda body: control.unregister(name)}
+            case ["v2", "cudasharedmemory", *rest]:
+                return self._cuda(rest)
+            case ["v2", "trace", "setting"]:
+                return {"GET": lambda body: control.tracing({}), "POST": lambda body: control.tracing(_parsed(body))}
+            case ["v2", "logging"]:
+                return {"GET": lambda body: control.logging({}), "POST": lambda body: control.logging(_parsed(body))}
+            case ["config"]:
+                return {"GET": lambda body: control.effective()}
+            case ["stats"]:
+                return {"GET": lambda body: control.counters()}
+            case ["metrics"]:
+                return {"GET": lambda body: self._metrics(accept)}
+            case ["openapi.json"]:
+                return {"GET": lambda body: openapi.description(control, infers=self._infers)}
+        return None
+
+    def _of_model(self, name: str, version: str, rest: list[str]) -> dict[str, Handler] | None:
+        control = self._control
+        match rest:
+            case []:
+                return {"GET": lambda body: control.metadata(name, version)}
+            case ["ready"]:
+                return {"GET": lambda body: self._model_ready(name, version)}
+            case ["config"]:
+                return {"GET": lambda body: control.config(name, version)}
+            case ["stats"]:
+                return {"GET": lambda body: control.statistics(name, version)}
+            case ["speed"]:
+                return {"GET": lambda body: control.speed(name, version)}
+            case ["trace", "setting"]:
+                return {
+                    "GET": lambda body: control.tracing({}, name),
+                    "POST": lambda body: control.tracing(_parsed(body), name),
+                }
+            case ["infer"]:
+                return {"POST": lambda body: self._not_inferred(name, version)}
+        return None
+
+    def _not_inferred(self, name: str, version: str) -> None:
+        """What is served is answered before it comes here: say why this is not."""
+        self._control.metadata(name, version)
+        if not self._infers:
+            raise WireError("this is the port for administration", "", "send requests to the other", status=404)
+        raise WireError("there is nothing at this path", "", f"use v2/models/{name}/infer", status=404)
+
+    def _cuda(self, rest: list[str]) -> dict[str, Handler] | None:
+        """Of CUDA memory nothing is registered, and nothing can be; clients unregister all the same."""
+        match rest:
+            case ["status"] | ["region", _, "status"]:
+                return {"GET": lambda body: []}
+            case ["unregister"] | ["region", _, "unregister"]:
+                return {"POST": lambda body: None}
+            case ["region", _, "register"]:
+                return {"POST": lambda body: self._control.refuse_cuda()}
+        return None
+
+    def _model_ready(self, name: str, version: str) -> Any:
+        if not self._control.model_ready(name, version):
+            self._control.metadata(name, version)  # says what is wrong with the name, if that is wrong
+            return _ready(False)
+        return _ready(True)
+
+    async def _load(self, name: str, body: bytes) -> dict[str, Any]:
+        await self._control.change("load", name, _parameters(body))
+        return {}
+
+    async def _unload(self, name: str, body: bytes) -> dict[str, Any]:
+        await self._control.change("unload", name, _parameters(body))
+        return {}
+
+    async def _metrics(self, accept: str) -> Answer:
+        content_type, text = await self._control.metrics(accept)
+        return 200, text, content_type.encode()
+
+    def _register(self, name: str, body: bytes, asker: Asker) -> Awaitable[None]:
+        try:
+            region = msgspec.convert(_parsed(body), _Region)
+        except msgspec.ValidationError as error:
+            raise WireError(
+                f"cannot register the region {name[:100]!r}", str(error), "send key, byte_size and offset"
+            ) from error
+        return self._control.register(name, region.key, region.offset or 0, region.byte_size, region.access, asker)
+
+
+class _Region(msgspec.Struct):
+    key: str
+    byte_size: int
+    offset: int | None = None
+    access: Access | None = None
+
+
+def _only_asks(path: list[str]) -> bool:
+    """Whether a POST to this path changes nothing."""
+    return path == ["v2", "repository", "index"] or path[-1] == "infer"
+
+
+def _ready(ready: bool) -> Answer:
+    return (200 if ready else 503), msgspec.json.encode({"ready": ready})
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    if not body:
+        return {}
+    if len(body) > MAX_BODY_BYTES:
+        raise WireError("the body is too large", f"here the limit is {MAX_BODY_BYTES} bytes", "send less", status=413)
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError("the request's JSON cannot be read", str(error), "send an object") from error
+
+
+def _ready_only(body: bytes) -> bool:
+    wanted = _parsed(body).get("ready")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise WireError("'ready' cannot be read", "it is true or false", "send one of them, or leave it out")
+    return bool(wanted)
+
+
+def _parameters(body: bytes) -> dict[str, Any]:
+    parameters = _parsed(body).get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise WireError("the parameters cannot be read", "they are no object", "send one, or leave them out")
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _json(content: Any) -> Answer:
+    if isinstance(content, tuple):
+        return content
+    return 200, msgspec.json.encode({} if content is None else content)
+
+
+def _options(methods: Sequence[str]) -> Answer:
+    return 200, b"", JSON, _allow(methods)
+
+
+def not_allowed(method: bytes, methods: Sequence[str]) -> Answer:
+    """The answer to a method that the path does not take."""
+    error = WireError(f"the method is {method.decode('latin-1')}", f"this path takes {', '.join(methods)}", "use that")
+    return 405, msgspec.json.encode({"error": str(error)}), JSON, _allow(methods)
+
+
+def _allow(methods: Sequence[str]) -> bytes:
+    return f"allow: {', '.join(methods)}\r\n".encode()

@@ -1,0 +1,193 @@
+"""Encoded pictures become samples on threads of their own, while the engine computes those that came before.
+
+Pillow decodes without the GIL, so the threads really run side by side, and the loop goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from rushhour.bundle import Decoding as Decoded
+from rushhour.bundle import TensorSpec
+from rushhour.errors import DataError, WireError
+from rushhour.picture import decode
+from rushhour.wire import PictureRequest, content_of
+from rushhour.wire.pieces import rest
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG_MAGIC, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
+_COUNTED_BYTES = 2**20
+"""In one go."""
+_MAX_SCANS = 64
+"""Of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and next to no bytes."""
+_MEMORY = 0.05
+"""Weight of the newest request in the speed of decoding."""
+
+Done = Callable[[memoryview | WireError], None]
+"""Called once, on the loop: the samples' raw rows, or what is wrong with a picture."""
+
+
+class PictureSettings(msgspec.Struct, frozen=True):
+    """How pictures are decoded: a part of `GET /config`."""
+
+    formats: tuple[str, ...]
+    threads: int
+    max_pixels: int
+
+
+class Decoder:
+    """Decodes for one model. Made and closed on any thread, used on the loop's.
+
+    Args:
+        spec: of the samples: uint8 `(height, width, channels)`.
+        max_pixels: of one picture; each thread needs 4 bytes for each.
+        threads: that decode.
+        decoding: how the bundle's pictures were decoded in training; as is usual by default.
+    """
+
+    def __init__(self, spec: TensorSpec, *, max_pixels: int, threads: int, decoding: Decoded | None = None) -> None:
+        self._decoding = decoding or Decoded()
+        self.settings = PictureSettings(FORMATS, threads, max_pixels)
+        self._shape = spec.shape
+        self._pool = ThreadPoolExecutor(threads, "rushhour-decode")
+        self._backlog = 0
+        # Pillow warns of odd pictures, in words that the sender chooses and Python remembers for ever.
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        self._bytes: float
+        self._bytes, self._seconds = self._warm_up()
+
+    def seconds(self, request: PictureRequest) -> float:
+        """Seconds until a request that comes now would be decoded."""
+        at_once = min(self.settings.threads, request.rows)
+        size = sum(map(len, request.pictures))
+        return self._seconds / self._bytes * (self._backlog / self.settings.threads + size / at_once)
+
+    def start(self, request: PictureRequest, done: Done) -> Decoding:
+        """Decode the pictures of a request, each on the next thread that is free; `done` is called later."""
+        decoding = Decoding(self, request, done)
+        try:
+            for index in range(request.rows):
+                self._pool.submit(decoding.decode, index)
+        except BaseException:
+            decoding.cancel()
+            raise
+        return decoding
+
+    def close(self) -> None:
+        """End the threads when they have done what they are doing."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def decode(self, content: bytes, into: np.ndarray) -> None:
+        """Write one picture as a sample. May be called on any thread.
+
+        Raises:
+            DataError: if it is damaged, too large, or of another format.
+        """
+        if content.startswith(_JPEG_MAGIC) and _scans(content) > _MAX_SCANS:
+            raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "leave it out")
+        how = self._decoding
+        seen = decode(io.BytesIO(content), into, max_pixels=self.settings.max_pixels, formats=FORMATS, decoding=how)
+        if seen.deep > how.deep:
+            raise DataError(
+                "the picture cannot be read",
+                f"its grey goes up to {seen.deep}, and white is {how.deep} for this model",
+                "send what it was trained on",
+            )
+
+    def _warm_up(self) -> tuple[int, float]:
+        """Load the codecs, which the first caller must not wait for; the bytes of a picture, and its seconds."""
+        side = min(224, math.isqrt(self.settings.max_pixels))
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        size, seconds = 0, 0.0
+        for name in reversed(FORMATS):
+            encoded = io.BytesIO()
+            Image.fromarray(noise).save(encoded, name)
+            for _ in range(2):
+                began = time.perf_counter()
+                self.decode(encoded.getvalue(), np.empty(self._shape, np.uint8))
+                size, seconds = len(encoded.getvalue()), time.perf_counter() - began
+        return size, seconds
+
+    def _took(self, size: int, seconds: float) -> None:
+        # One picture that is a thousand times slower than its size lets expect must not have all others turned away.
+        seconds = min(seconds, 4 * size * self._seconds / self._bytes)
+        self._bytes += _MEMORY * (size - self._bytes)
+        self._seconds += _MEMORY * (seconds - self._seconds)
+
+
+def _scans(content: bytes) -> int:
+    """Where scans of a JPEG seem to begin."""
+    found = 0
+    for at in range(0, len(content), _COUNTED_BYTES):
+        if at:
+            rest()
+        found += content.count(_JPEG_SCAN, at, at + _COUNTED_BYTES + len(_JPEG_SCAN) - 1)
+    return found
+
+
+class Decoding:
+    """The pictures of one request on the threads."""
+
+    def __init__(self, decoder: Decoder, request: PictureRequest, done: Done) -> None:
+        self._decoder = decoder
+        self._pictures = request.pictures
+        self._size = sum(map(len, request.pictures))
+        self._samples = np.empty((request.rows, *decoder._shape), np.uint8)
+        self._done: Done | None = done
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._missing = request.rows
+        self._seconds = 0.0
+        self._error: WireError | None = None
+        decoder._backlog += self._size
+
+    def cancel(self) -> None:
+        """Nobody waits for it: what has not begun is left out, and `done` is not called. May be called again."""
+        if self._done is not None:
+            self._done = None
+            self._decoder._backlog -= self._size
+            self._pictures = ()  # a thread that is just about to take one finds none, and that is told to nobody
+
+    def decode(self, index: int) -> None:
+        """Decode one picture, unless it does not matter any more; on a thread."""
+        began = time.perf_counter()
+        error = None
+        if self._done is not None and self._error is None:
+            try:
+                self._decoder.decode(content_of(self._pictures[index]), self._samples[index])
+            except DataError as wrong:
+                which = f"picture {index + 1} of {len(self._pictures)}"
+                error = WireError(f"{which} cannot be read", wrong.why, f"send {', '.join(FORMATS)}, whole")
+            except WireError as wrong:
+                error = wrong
+            except Exception as wrong:
+                error = WireError("a picture cannot be decoded", repr(wrong), "", status=500)
+        with self._lock:
+            self._error = self._error or error
+            self._seconds += time.perf_counter() - began
+            self._missing -= 1
+            if self._missing:
+                return
+        self._loop.call_soon_threadsafe(self._finish)
+
+    def _finish(self) -> None:
+        done = self._done
+        if done is None:
+            return
+        self.cancel()
+        if self._error is not None:
+            done(self._error)
+        else:
+            self._decoder._took(self._size, self._seconds)
+            done(self._samples.reshape(-1).data)

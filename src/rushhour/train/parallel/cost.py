@@ -1,0 +1,362 @@
+"""What a layer costs under each layout: computing, sending and keeping, from constants measured on this machine.
+
+Time is predicted by a roofline (Williams et al. 2009) for computing and by alpha-beta (Hockney 1994) for sending.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rushhour.system import machine
+from rushhour.train.parallel.collectives import Group
+from rushhour.train.parallel.launch import Backend, launch
+from rushhour.train.parallel.shared_memory import add_up, together
+
+Layout = Literal["local", "data", "sharded", "column", "row"]
+"""How a layer lies on the workers of its stage.
+
+local: it has no parameters. data: each worker has them all. sharded: each keeps an equal part, and all of them only
+while it computes the layer (ZeRO-3). column, row: a dense layer, cut along its outputs or its inputs.
+"""
+
+Kind = Literal["dense", "convolution", "elementwise", "other"]
+
+FLOAT = 4
+STATE = 4
+"""Numbers kept for each parameter: itself, its gradient, and Adam's two moments."""
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that are reduced together; the same as DDP's (Li et al., VLDB 2020)."""
+
+
+class Link(msgspec.Struct, frozen=True):
+    """Seconds for a message: `latency_s + bytes * byte_s`, with all workers sending at once."""
+
+    latency_s: float
+    byte_s: float
+
+
+class Constants(msgspec.Struct, frozen=True):
+    """What one worker can do while all others do the same.
+
+    Attributes:
+        workers: that shared the machine when it was measured.
+        dense_flops: per second in matrix products.
+        convolution_flops: per second in 3x3 convolutions.
+        bandwidth: bytes of memory per second.
+        operation_s: fixed time of one operation, forward or backward.
+        solo: how many times faster one worker computes while the others wait; 1 where each has cores of its own.
+        reduce: a message of a ring all-reduce; in shared memory, what comes to the same.
+        exchange: a message of an all-to-all.
+        send: a message from one stage to the next.
+    """
+
+    workers: int
+    dense_flops: float
+    convolution_flops: float
+    bandwidth: float
+    operation_s: float
+    solo: float
+    reduce: Link
+    exchange: Link
+    send: Link
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """One row of the layer table; all sizes are for one sample.
+
+    Attributes:
+        name: of the module in the network; empty for the network itself.
+        kind: dense is exactly `nn.Linear`; elementwise works on any part of the features alone.
+        flops: of the forward pass; the backward pass takes twice as many.
+        parameters: how many numbers it learns.
+        inputs: numbers that go in.
+        outputs: numbers that come out.
+        in_width: last dimension of the input: the features of a dense layer.
+        out_width: last dimension of the output.
+        saved: numbers kept for the backward pass, without parameters.
+        operations: how many it is made of.
+        norms: batch normalisations in it, which couple the samples of a batch.
+    """
+
+    name: str
+    kind: Kind
+    flops: float
+    parameters: int
+    inputs: int
+    outputs: int
+    in_width: int
+    out_width: int
+    saved: int
+    operations: int
+    norms: int
+
+
+class Mesh(msgspec.Struct, frozen=True):
+    """How the workers are arranged.
+
+    Worker `(stage * data + i) * tensor + j` is the j-th of the i-th replica of a stage.
+
+    Attributes:
+        data: replicas, each with its own rows.
+        tensor: workers that share a replica: they divide its rows where a layer is whole, its features where it is cut.
+        pipeline: stages.
+    """
+
+    data: int
+    tensor: int
+    pipeline: int
+
+    @property
+    def inner(self) -> int:
+        """Workers in a stage."""
+        return self.data * self.tensor
+
+    def __str__(self) -> str:
+        return f"{self.data} x {self.tensor} x {self.pipeline}"
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """Of one worker, for one step.
+
+    Attributes:
+        compute_s: forward, backward and the optimizer.
+        send_s: communication inside the stage.
+        sent_bytes: to other workers.
+        state_bytes: parameters, gradients and the optimizer's moments, for as long as the training lasts.
+        working_bytes: what is kept for the backward pass of one microbatch, and weights gathered for a while.
+    """
+
+    compute_s: float = 0.0
+    send_s: float = 0.0
+    sent_bytes: float = 0.0
+    state_bytes: float = 0.0
+    working_bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.compute_s + other.compute_s,
+            self.send_s + other.send_s,
+            self.sent_bytes + other.sent_bytes,
+            self.state_bytes + other.state_bytes,
+            self.working_bytes + other.working_bytes,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Computing and sending, one after the other: on processors both take the same cores."""
+        return self.compute_s + self.send_s
+
+
+def layer_cost(layer: Layer, layout: Layout, mesh: Mesh, batch: int, microbatches: int, constants: Constants) -> Cost:
+    """What one worker spends on a layer in a step; moves between rows and features come on top (`move_cost`).
+
+    Args:
+        batch: samples in the step, over all workers.
+        microbatches: into which each worker's samples are divided.
+    """
+    n, t, d = mesh.inner, mesh.tensor, mesh.data
+    rows = batch / n
+    cut = layout in ("column", "row")
+    parameters = layer.parameters / t if cut else float(layer.parameters)
+    kept = layer.parameters / n if layout == "sharded" else parameters
+    rate = constants.convolution_flops if layer.kind == "convolution" else constants.dense_flops
+    flops = 3 * layer.flops * rows  # a cut layer computes t times the rows with a t-th of the weights
+    traffic = FLOAT * (3 * rows * (layer.inputs + layer.outputs) + 3 * microbatches * parameters)
+    optimizer = FLOAT * 7 * kept
+    operations = 3 * layer.operations * microbatches
+    compute = (
+        max(flops / rate, traffic / constants.bandwidth)
+        + optimizer / constants.bandwidth
+        + operations * constants.operation_s
+    )
+    reduced = exchanged = messages = 0.0
+    working = FLOAT * layer.saved * rows / microbatches
+    if layout == "data" and n > 1:
+        reduced = 2 * (n - 1) / n * FLOAT * parameters
+    elif layout == "sharded" and n > 1:
+        exchanged = 3 * (n - 1) / n * FLOAT * parameters * microbatches
+        messages += 3 * (n - 1) * microbatches
+        working += FLOAT * parameters
+        compute += 6 * FLOAT * parameters * microbatches / constants.bandwidth  # packed and unpacked
+    elif cut:
+        width = layer.inputs if layout == "column" else layer.outputs
+        exchanged = 2 * rows * width * (t - 1) * FLOAT
+        messages += 2 * (t - 1) * microbatches
+        working += FLOAT * rows * t * width / microbatches
+        compute += 2 * FLOAT * rows * width * t / constants.bandwidth
+        reduced = 2 * (d - 1) / d * FLOAT * parameters
+    if layer.norms and n > 1:
+        exchanged += 4 * layer.norms * (layer.out_width + 1) * FLOAT * (n - 1) * microbatches
+        messages += 2 * (n - 1) * layer.norms * microbatches
+    group = n if layout == "data" else d
+    send = (
+        exchanged * constants.exchange.byte_s
+        + messages * constants.exchange.latency_s
+        + reduced * constants.reduce.byte_s
+        + reduced / BUCKET_BYTES * 2 * (group - 1) * constants.reduce.latency_s
+    )
+    return Cost(compute, send, exchanged + reduced, STATE * FLOAT * kept, working)
+
+
+def move_cost(width: int, mesh: Mesh, batch: int, microbatches: int, constants: Constants) -> Cost:
+    """Rows to features or back, forward and backward, for `width` numbers a sample."""
+    t = mesh.tensor
+    rows = batch / mesh.inner
+    sent = 2 * rows * width * (t - 1) / t * FLOAT
+    seconds = sent * constants.exchange.byte_s + 2 * (t - 1) * microbatches * constants.exchange.latency_s
+    copies = 4 * FLOAT * rows * width * 2 / constants.bandwidth
+    return Cost(copies, seconds, sent, 0.0, FLOAT * rows * width / microbatches)
+
+
+def boundary_cost(width: int, mesh: Mesh, batch: int, microbatches: int, constants: Constants) -> Cost:
+    """What a stage sends to the next (activations) or to the one before (gradients): `width` numbers a sample."""
+    sent = batch / mesh.inner * width * FLOAT
+    return Cost(0.0, sent * constants.send.byte_s + microbatches * constants.send.latency_s, sent, 0.0, 0.0)
+
+
+@functools.cache
+def measure(workers: int, backend: Backend = "gloo", *, shared_memory: bool = True) -> Constants:
+    """The constants of this machine with so many workers at once; takes some seconds, and is kept for the process.
+
+    Args:
+        workers: how many.
+        backend: that they talk over.
+        shared_memory: whether gradients are added up in it; false for what machines apart would do.
+
+    Raises:
+        ModelError: if the workers cannot be started.
+    """
+    found: Constants = launch(measure_together, workers, (shared_memory,), backend=backend)[0]
+    return found
+
+
+def measure_together(shared_memory: bool = True) -> Constants:
+    """The same, where all workers of the default group call it at once; each gets what `measure` gives."""
+    workers = dist.get_world_size()
+    found: list[Any] = [None] * workers
+    dist.all_gather_object(found, _measured(workers, shared_memory=shared_memory))
+    return slowest(found, workers)
+
+
+def slowest(found: list[Constants], workers: int) -> Constants:
+    """The constants of the slowest worker: the others wait for it."""
+
+    def least(of: Callable[[Constants], float]) -> float:
+        return min(of(one) for one in found)
+
+    def link(of: Callable[[Constants], Link]) -> Link:
+        return Link(max(of(one).latency_s for one in found), max(of(one).byte_s for one in found))
+
+    return Constants(
+        workers,
+        least(lambda one: one.dense_flops),
+        least(lambda one: one.convolution_flops),
+        least(lambda one: one.bandwidth),
+        max(one.operation_s for one in found),
+        least(lambda one: one.solo),
+        link(lambda one: one.reduce),
+        link(lambda one: one.exchange),
+        link(lambda one: one.send),
+    )
+
+
+_LEAST_S = 0.15
+_MANY = 2_000_000
+"""Numbers in a large message."""
+
+
+def _measured(workers: int, *, shared_memory: bool) -> Constants:
+    group: Group = dist.group.WORLD  # type: ignore[assignment]
+    rank = dist.get_rank()
+    a, b = torch.randn(256, 1024), torch.randn(1024, 1024)
+    dense = 2 * 256 * 1024 * 1024 / _seconds(lambda: a @ b)
+    convolution, picture = nn.Conv2d(32, 32, 3, padding=1), torch.randn(4, 32, 56, 56)
+    with torch.no_grad():
+        convolved = 2 * 4 * 32 * 32 * 9 * 56 * 56 / _seconds(lambda: convolution(picture))
+    large = torch.randn(8_000_000)
+    bandwidth = 2 * FLOAT * large.numel() / _seconds(lambda: large.mul_(1.0))
+    small, tiny = nn.Linear(8, 8), torch.randn(1, 8)
+    operation = _seconds(lambda: small(tiny).sum().backward()) / 4
+    alone = 1.0
+    if workers > 1:
+        for turn in (0, 1):
+            dist.barrier()
+            if rank == turn:
+                alone = 2 * 256 * 1024 * 1024 / _seconds(lambda: a @ b) / dense
+        dist.barrier()
+    if workers == 1:
+        nothing = Link(0.0, 0.0)
+        return Constants(1, dense, convolved, bandwidth, operation, 1.0, nothing, nothing, nothing)
+
+    memory = together(_MANY * FLOAT, group) if shared_memory else None
+
+    def reduce(tensor: torch.Tensor) -> None:
+        if memory is None:
+            dist.all_reduce(tensor, group=group)
+            return
+        dist.barrier()
+        add_up([buffer[: tensor.nbytes].view(tensor.dtype) for buffer in memory], rank)
+        dist.barrier()
+
+    def exchange(tensor: torch.Tensor) -> None:
+        dist.all_to_all_single(torch.empty_like(tensor), tensor, group=group)
+
+    def send(tensor: torch.Tensor) -> None:
+        out = dist.isend(tensor, (rank + 1) % workers)
+        dist.recv(torch.empty_like(tensor), (rank - 1) % workers)
+        assert out is not None
+        out.wait()
+
+    n = workers
+    return Constants(
+        workers,
+        dense,
+        convolved,
+        bandwidth,
+        operation,
+        max(1.0, alone),
+        _link(reduce, 2 * (n - 1), 2 * (n - 1) / n, n),
+        _link(exchange, n - 1, (n - 1) / n, n),
+        _link(send, 1, 1.0, n),
+    )
+
+
+def _link(move: Callable[[torch.Tensor], None], messages: int, share: float, workers: int) -> Link:
+    """Alpha and beta from a small and a large message; a fixed number of turns, for all must take part."""
+    few, many = torch.zeros(workers), torch.zeros(_MANY // workers * workers)
+    times = []
+    for tensor, turns in ((few, 50), (many, 6)):
+        move(tensor)
+        taken = []
+        for _ in range(turns):
+            dist.barrier()
+            began = time.perf_counter()
+            move(tensor)
+            taken.append(time.perf_counter() - began)
+        times.append(sorted(taken)[len(taken) // 2])
+    small, large = times
+    return Link(small / messages, max(0.0, large - small) / (many.numel() * FLOAT * share))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median seconds of a call."""
+    run()
+    taken: list[float] = []
+    while sum(taken) < _LEAST_S or len(taken) < 5:
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[len(taken) // 2]
+
+
+def cores_each(workers: int) -> float:
+    """Cores for each worker; below 1 they take turns."""
+    return machine.cores() / workers
