@@ -1,9 +1,10 @@
-"""The report's promises: one small file that loads nothing, tells everything, and never makes up a number."""
+"""The reports: each is one small file that loads nothing, shows everything, and invents no number."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from rushhour.plan import SO_FAR, Evidence, Plan, Policy, Rung, Trial, Variant
 from rushhour.records.compression import Attempt, Compression, Confirmation, Factor, Stage
 from rushhour.records.journal import Entry, Journal
 from rushhour.report import SummaryTable, charts, read_plan, wording, write_compression_report, write_report
+from rushhour.report.charts import accuracy, compression, latency, percentiles
+from rushhour.report.charts.palette import style
 from rushhour.report.comparison import side_by_side
 from rushhour.report.findings import Capacity, Findings, evidence_of
 from rushhour.system.machine import describe
@@ -233,7 +236,7 @@ def test_it_is_one_small_file_that_loads_nothing(content: str, page: Page) -> No
 
 def test_the_headline_says_the_answer(page: Page) -> None:
     answer = (
-        "fashion-mnist: 9,120 requests/s inside p99<50ms, 24× the baseline, "
+        "fashion-mnist: 9,120 requests/s within p99<50ms, 24× the baseline, "
         "accuracy 90.52% (89.93 to 91.08), drop 0.42 points"
     )
     assert page.text.count(answer) == 2  # the title and the first heading
@@ -301,8 +304,8 @@ def test_a_nearest_miss_is_labelled_loudly(tmp_path: Path) -> None:
     plan = make_plan(feasible=False, accuracy_drop=0.017, accuracy_drop_interval=(0.0131, 0.0208))
     text = Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
     assert text.startswith("Nearest miss")
-    assert "Nearest miss: nothing met the goal" in text
-    assert "the drop is 1.70 points (1.31 to 2.08), and its interval must stay inside 1%" in text
+    assert "Nearest miss: no plan meets the goal" in text
+    assert "the drop is 1.70 points (1.31 to 2.08), and the upper end of its interval must be at most 1%" in text
     assert f"nearest miss: {WINNER}" in text
     assert text.count("Nearest miss") == 3  # the title, the first heading and the banner
     assert "★ winner" not in text
@@ -313,7 +316,7 @@ def test_what_held_at_no_rate_gets_no_star_at_its_prediction(tmp_path: Path) -> 
     text = Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
     assert f"nearest miss: {WINNER} predicted only" in text
     assert f"{WINNER}: 9,480/s predicted" in text
-    assert "No rate held p99<50ms, proven or estimated" in text
+    assert "No rate is within p99<50ms, proven or estimated" in text
 
 
 def test_windows_of_every_outcome_are_shown(tmp_path: Path) -> None:
@@ -344,7 +347,7 @@ def test_an_estimate_is_called_one_everywhere(tmp_path: Path) -> None:
     plan = make_plan(**ESTIMATE)
     content = write_report(make_run(tmp_path, plan)).read_text("utf-8")
     text = Page(content).text
-    assert "8,930 requests/s (estimated, not proven) inside p99<50ms, about 23× the baseline" in text
+    assert "8,930 requests/s (8,410 to 9,120; estimated, not proven) within p99<50ms, about 23× the baseline" in text
     assert "estimated, not proven (8,410 to 9,120)" in text
     rows = [Page(row).text for row in re.findall("<tr.*?</tr>", content, re.DOTALL)]
     told = [row for row in rows if WINNER in row and row.startswith(("★ won", "quantised"))]
@@ -354,8 +357,10 @@ def test_an_estimate_is_called_one_everywhere(tmp_path: Path) -> None:
         assert "estimated, not proven" in row
         assert "9,120/s" not in row
     assert "the proof:" not in text
-    # The page once said that no window was a proof, where some had passed.
-    assert re.search(r"the highest rate proven by a window is 9,120/s \(\d+ of 6,000 late\)", text)
+    # The page once said that no window was a proof, where some had passed; then that one proved a rate beside a
+    # headline of "not proven".
+    assert re.search(r"The highest rate at which a window passed is 9,120/s \(\d+ of 6,000 late\)", text)
+    assert not re.search(r"proven by a window|proved", text)
     assert "estimated, not proven (8,410 to 9,120)" in str(side_by_side(plan)[0])
     assert side_by_side(plan)[1].plan == "not measured at that rate"
 
@@ -363,7 +368,7 @@ def test_an_estimate_is_called_one_everywhere(tmp_path: Path) -> None:
 def test_an_estimate_without_any_proof_says_so(tmp_path: Path) -> None:
     make_plan(**ESTIMATE).save(tmp_path / "plan.json")
     (tmp_path / "measurements.jsonl").touch()
-    assert "no window proved any rate" in Page(write_report(tmp_path).read_text("utf-8")).text
+    assert "No window passed" in Page(write_report(tmp_path).read_text("utf-8")).text
 
 
 REFUSAL, LATE = "torch has no kernel for QLinearConv", "the time was up before it was loaded"
@@ -420,31 +425,31 @@ def test_a_tie_and_what_was_skipped_are_plain_words(odd: tuple[Plan, str]) -> No
     """The page had no place for either, and ended in a traceback."""
     _, text = odd
     assert "1 tied with the winner under load" in text
-    assert "2 skipped, because the time was up" in text
+    assert "2 skipped, no time left" in text
 
 
 def test_a_step_above_the_plan_is_explained(odd: tuple[Plan, str]) -> None:
     _, text = odd
-    assert "The step “batched” shows more than the plan (9,500/s, estimated, not proven, against 9,120/s)" in text
-    assert "a proof asks for a lower rate than an estimate" in text
+    assert "The step “batched” has a higher capacity than the plan (9,500/s, estimated, not proven, against" in text
+    assert "a proof needs a lower rate than an estimate" in text
     assert "about 0.96×" in text
 
 
 def test_the_host_s_speed_during_the_proof_is_said(odd: tuple[Plan, str], page: Page) -> None:
     _, text = odd
-    assert "Host speed during the proof: median 1.02, slow moments 0.80 (10th percentile)." in text
+    assert "Host speed during the proof: median 1.02, 10th percentile 0.80." in text
     assert "Host speed" not in page.text
 
 
-# -- a run that was broken off
+# -- a run that was interrupted
 
 
-def test_a_run_that_was_broken_off_is_reported_so(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_reported_as_such(tmp_path: Path) -> None:
     """It said that there is no plan."""
     run = make_run(tmp_path)
     (run / "plan.json").rename(run / SO_FAR)
     text = Page(write_report(run).read_text("utf-8")).text
-    assert "The run was broken off, or still goes on. This is the best plan so far" in text
+    assert "The run was interrupted, or is not finished yet. This is the best plan so far" in text
     assert f"winner: {WINNER}" in text
     assert read_plan(run) == (Plan.load(run / SO_FAR), False)
     done = CliRunner().invoke(cli, ["report", str(run), "--json", str(tmp_path / "report.json")])
@@ -452,18 +457,18 @@ def test_a_run_that_was_broken_off_is_reported_so(tmp_path: Path) -> None:
     assert "the run was broken off" in done.output
     assert msgspec.json.decode((tmp_path / "report.json").read_bytes())["finished"] is False
     make_plan(capacity_rps=9000.0).save(run / "plan.json")
-    assert "broken off" not in Page(write_report(run).read_text("utf-8")).text
+    assert "was interrupted" not in Page(write_report(run).read_text("utf-8")).text
     assert read_plan(run)[1], "what was found at the end counts, whatever else lies there"
 
 
-def test_a_run_that_was_broken_off_early_is_one_line(tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_early_is_one_line(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "plan.json").unlink()
-    with pytest.raises(PlanError, match=r"broken off before it found one; the command that began it goes on"):
+    with pytest.raises(PlanError, match=r"interrupted before it found one; run the same command again to continue"):
         write_report(run)
     make_plan(evidence=None).save(run / SO_FAR)
     with pytest.raises(
-        PlanError, match=r"broken off before its best plan so far, int8, was .*rushhour serve"
+        PlanError, match=r"interrupted before its best plan so far, int8, was .*rushhour serve"
     ) as caught:
         write_report(run)
     assert "\n" not in str(caught.value)
@@ -479,9 +484,8 @@ def test_a_run_that_was_broken_off_early_is_one_line(tmp_path: Path) -> None:
 
 
 def drawn(windows: list[Measurement], capacity: Capacity | None = None) -> Any:
-    with charts._style("latency"):
-        side = charts.Side("plan", True, windows, capacity)
-        return charts._latency([side], SLO_50, charts._latencies([side]), narrow=False).axes[0]
+    with style("latency"):
+        return latency.draw_latency([charts.Series("plan", True, windows, capacity)], SLO_50).axes[0]
 
 
 def joined(axes: Any) -> list[list[float]]:
@@ -493,7 +497,7 @@ def judged(rate: float, outcome: Outcome, late: int = 0) -> Measurement:
     return msgspec.structs.replace(load(WINNER, rate, 1), outcome=outcome, late=late)
 
 
-def test_lines_join_only_windows_that_held() -> None:
+def test_lines_join_only_windows_within_the_slo() -> None:
     few, many = 30, 300
     windows = [
         judged(2000.0, Outcome.PASS),
@@ -523,8 +527,8 @@ def test_the_star_stands_at_the_window_that_is_the_proof() -> None:
 
 
 def test_the_answer_of_the_plane_stands_at_its_window_too(run: Path, tmp_path: Path) -> None:
-    def answer(folder: Path) -> charts.Point:
-        points, _ = charts._points(Findings.read(folder))
+    def answer(folder: Path) -> accuracy.Point:
+        points, _ = accuracy.points_of(Findings.read(folder))
         return next(point for point in points if point.trial.candidate == WINNER)
 
     assert answer(run)[1:2] + answer(run)[3:] == (9120.0, "proven", None)
@@ -550,7 +554,7 @@ def test_a_plan_with_numbers_only_still_makes_a_page(tmp_path: Path) -> None:
     (tmp_path / "measurements.jsonl").touch()
     page = Page(write_report(tmp_path).read_text("utf-8"))
     assert "svg" not in {tag for tag, _ in page.tags}
-    assert "No rate held p99<50ms" in page.text
+    assert "No rate is within p99<50ms" in page.text
     assert "The plan names no candidates" in page.text
 
 
@@ -579,7 +583,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="there are no measurements at"):
         write_report(tmp_path)
     make_run(tmp_path, make_plan(evidence=None))
-    with pytest.raises(PlanError, match="carries no evidence"):
+    with pytest.raises(PlanError, match="has no evidence"):
         write_report(tmp_path)
     (tmp_path / "measurements.jsonl").write_text("nonsense\n")
     make_plan().save(tmp_path / "plan.json")
@@ -617,13 +621,13 @@ def test_the_summary_of_a_nearest_miss_says_so() -> None:
     text = printed(make_plan(feasible=False, baseline_capacity_rps=0.0, baseline_p99_ms=None))
     assert "NEAREST MISS" in text
     assert "nearest miss" in text
-    assert "no rate held" in " ".join(text.split())
+    assert "no rate within the SLO" in " ".join(text.split())
 
 
 def test_the_summary_keeps_brackets_of_a_name() -> None:
     odd = msgspec.structs.replace(make_plan().goal, slo=SLO.parse("p95<800us"))
     assert "p95<800us" in printed(make_plan(goal=odd))
-    with pytest.raises(PlanError, match="carries no evidence"):
+    with pytest.raises(PlanError, match="has no evidence"):
         SummaryTable(make_plan(evidence=None))
 
 
@@ -670,6 +674,17 @@ LONG = "reference quantised to int8 on OpenVINO, 2 streams of 1 thread, batches 
 def test_the_names_of_baseline_and_winner_never_overlap(
     rates: tuple[float, float], drop: float, narrow: bool, proven: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _check_names(rates, drop, narrow, proven, monkeypatch)
+
+
+def _check_names(
+    rates: tuple[float, float],
+    drop: float,
+    narrow: bool,
+    proven: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    beside: Sequence[Trial] = (),
+) -> None:
     trials = [
         msgspec.structs.replace(
             each, name=f"{fate} {LONG}", capacity_rps=rps, accuracy=0.9094 - lost, accuracy_drop=lost
@@ -678,11 +693,11 @@ def test_the_names_of_baseline_and_winner_never_overlap(
             ("baseline", TRIALS[0], rates[0], 0.0),
             ("winner", TRIALS[5], rates[1], drop),
         )
-    ]
+    ] + list(beside)
     changes: dict[str, Any] = {} if proven else {"proven": False, "p99_ms": None}
     plan = make_plan(trials=tuple(trials), ladder=(), capacity_rps=rates[1], baseline_capacity_rps=rates[0], **changes)
     drawn: list[Any] = []
-    monkeypatch.setattr(charts, "_svg", lambda figure, *_: drawn.append(figure) or "")
+    monkeypatch.setattr(accuracy, "svg", lambda figure, *_: drawn.append(figure) or "")
     charts.accuracy_against_capacity(Findings("run", plan, ()), narrow)
     (axes,) = drawn[0].axes
     drawn[0].draw_without_rendering()
@@ -694,6 +709,55 @@ def test_the_names_of_baseline_and_winner_never_overlap(
         assert page.x0 <= box.x0 <= box.x1 <= page.x1, "cut at the side"
         assert page.y0 <= box.y0 <= box.y1 <= page.y1
         assert not any(box.overlaps(other) for other in boxes[index + 1 :]), list(names)
+        for line in axes.lines:
+            if (line.get_gid() or "").startswith("point-"):
+                x, y = axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
+                assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1), "a name covers a point"
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("rps", [303.0, 9400.0])
+@pytest.mark.parametrize("drop", [-0.002, 0.0015, 0.006])
+def test_names_cover_no_points(rps: float, drop: float, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The winner's name was written over the candidates beside it, and before the legend moved the axes."""
+    beside = [
+        msgspec.structs.replace(TRIALS[6], bundle=f"at {lost}", accuracy=0.9094 - lost, predicted_rps=share * 9120.0)
+        for share in (0.7, 0.8, 0.9, 1.0, 1.1)
+        for lost in (0.0, drop)
+    ]
+    _check_names((rps, 9120.0), drop, narrow, False, monkeypatch, beside)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("role", ["winner", "nearest miss"])
+def test_no_legend_is_cut_off(role: str, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second column of the latency chart's legend ended beyond the drawing."""
+    figures: list[Any] = []
+    for module in (accuracy, compression, latency, percentiles):
+        monkeypatch.setattr(module, "svg", lambda figure, *_: figures.append(figure) or "")
+    windows = [judged(2000.0 + index, outcome, 30) for index, outcome in enumerate(Outcome)]
+    estimate = Capacity(8930.0, False, (8410.0, 9120.0), window=judged(8400.0, Outcome.INCONCLUSIVE))
+    series = [
+        charts.Series("baseline", False, windows, estimate),
+        charts.Series(role, True, windows, estimate),
+    ]
+    many = tuple(
+        msgspec.structs.replace(TRIALS[6], candidate=f"int8/openvino/int8/s4t1b{index}", predicted_rps=1000.0 + index)
+        for index in range(5000)
+    )
+    plan = make_plan(trials=(*TRIALS, *many), **ESTIMATE)
+    charts.latency_against_rate(series, SLO_50, narrow)
+    charts.latency_distribution(series, SLO_50, narrow)
+    charts.accuracy_against_capacity(Findings("run", plan, ()), narrow)
+    charts.compression_trade_off(compressed((1, 0)), narrow)
+    charts.compression_sizes(compressed((1, 0)), narrow)
+    assert len(figures) == 5
+    for figure in figures:
+        figure.draw_without_rendering()
+        shown = figure.axes[0].get_legend().get_window_extent()
+        page = figure.bbox
+        assert page.x0 <= shown.x0 <= shown.x1 <= page.x1, "cut at the side"
+        assert page.y0 <= shown.y0 <= shown.y1 <= page.y1, "cut above"
 
 
 # What a compression found
@@ -735,21 +799,21 @@ def test_the_report_of_a_compression_has_no_empty_rows_and_stars_one_step(tmp_pa
     page = write_compression_report(tmp_path).read_text()
     body = page[page.index("<tbody>") : page.index("</tbody>")]
     rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)]
-    assert len(rows) == 5, "as it was, three steps, and what was not finished"
+    assert len(rows) == 5, "the reference, three steps, and the unfinished recipe"
     assert all(len(row) > 4 for row in rows)
     assert [row.count("★") for row in rows] == [0, 0, 1, 0, 0]
-    assert "left as it was: stem (stem is frozen)" in page
+    assert "not changed: stem (stem is frozen)" in page
     assert "not finished: nothing of mine can be pruned" in page
     confirmed = page[page.index("Confirmed on the test part") :]
-    assert "inside 5%" in confirmed
+    assert "within 5%" in confirmed
     assert "they are no numbers" in confirmed
 
 
 @pytest.mark.parametrize("best", [None, (0, 0), (1, 0)])
 def test_the_star_hides_no_point(best: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(charts, "_svg", lambda figure, *_: figures.append(figure))
-    charts.compression_trade(compressed(best))
+    monkeypatch.setattr(compression, "svg", lambda figure, *_: figures.append(figure))
+    charts.compression_trade_off(compressed(best))
     lines = figures[0].axes[0].lines
     star = next(line for line in lines if line.get_marker() == "*")
     points = [line for line in lines if line.get_marker() in ("o", "s")]

@@ -134,9 +134,9 @@ def _record(**changed: Any) -> TrainingRecord:
         (
             _record(sealed=1, keeps_best=True),
             "40.00% on the validation part, after epoch 1 of 3",
-            "--patience keeps it",
+            "--patience was given",
         ),
-        (_record(resumed=(5, 9), planned=((2, 5),)), "31.70%", "after step 5, 9, having been broken off there"),
+        (_record(resumed=(5, 9), planned=((2, 5),)), "31.70%", "after step 5, 9, where the training was interrupted"),
     ],
     ids=["the last one", "the best one", "gone on"],
 )
@@ -162,7 +162,7 @@ def test_a_long_table_is_shortened_and_can_be_opened(epochs: int, rows: int, tmp
     shown, _, folded = text.partition("<details>")
     assert abs(shown.count('<th scope="row"') - rows) <= 1
     assert folded.count('<th scope="row"') == (epochs if epochs > 15 else 0)
-    assert shown.count("<td>best</td>") == shown.count("<td>sealed</td>") == 1
+    assert shown.count("<td>best</td>") == shown.count("<td>in the bundle</td>") == 1
 
 
 @pytest.mark.parametrize("name", ["plan.json", "workers.json"])

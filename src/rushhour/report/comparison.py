@@ -1,4 +1,4 @@
-"""Side by side: the untouched baseline, the plan, and how many times better. Told on the page and in the terminal."""
+"""The untouched baseline and the plan side by side, with their ratio: for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from rushhour.plan import Plan, Trial
 from rushhour.report import wording
-from rushhour.report.findings import Capacity, baseline_of, evidence_of, stated, winner_of
+from rushhour.report.findings import Capacity, baseline_of, evidence_of, stated_capacities, winner_of
 
 
 class Row(NamedTuple):
-    """One line of the comparison; `gain` is empty where a factor says nothing."""
+    """One line of the comparison; `gain` is empty where a ratio has no meaning."""
 
     what: str
     baseline: str
@@ -23,29 +23,29 @@ def side_by_side(plan: Plan, capacities: tuple[Capacity, Capacity] | None = None
 
     Args:
         plan: with evidence.
-        capacities: of baseline and plan, where the windows behind them are at hand; else what the plan itself states.
+        capacities: of baseline and plan, where their windows are available; else as the plan states them.
 
     Raises:
-        PlanError: if the plan carries no evidence.
+        PlanError: if the plan has no evidence.
     """
     found = evidence_of(plan)
     name = found.metric
-    before, after = capacities or stated(plan)
+    before, after = capacities or stated_capacities(plan)
     alone = (
         []
         if found.alone_rps is None
-        else [Row("without the load generator here", "", f"{wording.rate(found.alone_rps)}, predicted")]
+        else [Row("without load generator", "", f"{wording.rate(found.alone_rps)}, predicted")]
     )
     return (
         Row("capacity", wording.capacity(before), wording.capacity(after), wording.gain(after, before)),
         *alone,
-        Row("p99 there", wording.p99_of(before), wording.p99_of(after)),
+        Row("p99 at capacity", wording.p99_of(before), wording.p99_of(after)),
         Row(
             name,
             wording.metric_with_interval(found.reference_accuracy, found.reference_accuracy_interval, name),
             wording.metric_with_interval(found.accuracy, found.accuracy_interval, name),
         ),
-        Row("drop", "", wording.drop(found.accuracy_drop, name, found.accuracy_drop_interval)),
+        Row(f"{name} drop", "", wording.drop(found.accuracy_drop, name, found.accuracy_drop_interval)),
         Row(
             "parameters",
             wording.amount(found.reference_parameters),
@@ -63,7 +63,7 @@ def side_by_side(plan: Plan, capacities: tuple[Capacity, Capacity] | None = None
 
 
 def served_by(plan: Plan) -> str:
-    """How the plan serves: `int8 on OpenVINO, 2 streams, batches up to 32`."""
+    """The plan's way to serve: `int8 on OpenVINO, 2 streams, batches up to 32`."""
     winner, variant = winner_of(plan), plan.variants[0]
     if winner is not None and winner.name:
         return _served(winner)

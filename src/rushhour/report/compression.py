@@ -1,15 +1,11 @@
-"""What each step of a compression cost and bought, as a page: in the folder that `rushhour compress` keeps."""
+"""What each step of a compression cost and gained, as a page: in the folder that `rushhour compress` keeps."""
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from rushhour.records.compression import Compression
-from rushhour.report import wording
-from rushhour.report.page import is_page, page_style
+from rushhour.report.page import is_page, render
 from rushhour.system.storage import write_own
 
 
@@ -17,28 +13,25 @@ def write_compression_report(folder: Path, file: Path | None = None) -> Path:
     """Render `report.html` from the folder's `compression.json`. The file loads nothing from anywhere.
 
     Args:
-        folder: what it is about.
+        folder: the folder of the compression.
         file: where it is written; in that folder by default.
 
     Returns:
         The path of the file.
 
     Raises:
-        DataError: if what was found is damaged.
-        StorageError: if the disk does not give or take the files.
+        DataError: if the record is damaged.
+        StorageError: if the files cannot be read or written.
     """
     from rushhour.report import charts  # matplotlib takes a second to import
 
     found = Compression.load(folder)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["say"] = wording
-    template = environment.from_string(resources.files(__package__).joinpath("compression.html").read_text("utf-8"))
     path = file or folder / "report.html"
-    page = template.render(
-        style=page_style(),
+    page = render(
+        "compression.html",
         found=found,
-        trade=charts.in_both_widths(lambda narrow: charts.compression_trade(found, narrow)),
-        sizes=charts.in_both_widths(lambda narrow: charts.compression_sizes(found, narrow)),
+        trade_off=charts.wide_and_narrow(lambda narrow: charts.compression_trade_off(found, narrow)),
+        sizes=charts.wide_and_narrow(lambda narrow: charts.compression_sizes(found, narrow)),
     )
-    write_own(path, page.encode("utf-8", "replace"), is_page)
+    write_own(path, page, is_page)
     return path

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
 
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement
-from rushhour.report import wording
-from rushhour.report.page import MARKS, is_page, page_style
+from rushhour.report.page import MARKS, is_page, render
 from rushhour.system.storage import check_own_file, write_own
 
 FORMATS = (".html", ".png")
 
 
 def check_plot_name(file: Path) -> None:
-    """Raise, before anything is measured for it, unless a plot can be written to this file.
+    """Check, before anything is measured, that a plot can be written to this file.
 
     Raises:
-        LoadError: if its name says none of the formats.
-        StorageError: if there is a file that is no plot of Rushhour's.
+        LoadError: if its name has none of the formats' endings.
+        StorageError: if another file is there that is no plot of Rushhour's.
     """
     if file.suffix.lower() not in FORMATS:
         raise LoadError(
@@ -42,32 +38,27 @@ def write_load_plot(file: Path, name: str, windows: Sequence[Measurement], slo: 
     Args:
         file: `.html` (with the table of windows; loads nothing from anywhere) or `.png`.
         name: of the server or model.
-        windows: in the order asked.
-        slo: what they were judged by.
+        windows: in the order in which they ran.
+        slo: of their verdicts.
         headline: the result in one sentence.
 
     Raises:
-        LoadError: if the name says neither, or no window has a latency to draw.
-        StorageError: if the disk does not take it.
+        LoadError: if the name has neither ending, or no window has a latency to draw.
+        StorageError: if the file cannot be written.
     """
     from rushhour.report import charts  # matplotlib takes a second to import
 
     check_plot_name(file)
-    sides = [charts.Side(name, True, windows, None)]
+    series = [charts.Series(name, True, windows, None)]
     content: bytes | None
     if file.suffix.lower() == ".png":
-        content = charts.latency_against_rate_png(sides, slo)
+        content = charts.latency_against_rate_png(series, slo)
     else:
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        environment.globals["say"] = wording
-        template = environment.from_string(resources.files(__package__).joinpath("load.html").read_text("utf-8"))
-        chart = charts.in_both_widths(lambda narrow: charts.latency_against_rate(sides, slo, narrow))
+        chart = charts.wide_and_narrow(lambda narrow: charts.latency_against_rate(series, slo, narrow))
         content = (
             None
             if chart is None
-            else template.render(
-                style=page_style(), name=name, slo=slo, headline=headline, chart=chart, windows=windows, marks=MARKS
-            ).encode("utf-8", "replace")
+            else render("load.html", name=name, headline=headline, chart=chart, windows=windows, marks=MARKS)
         )
     if content is None:
         raise LoadError(f"cannot plot to {file}", "no window has a p99: there is nothing to draw", "load for longer")

@@ -1,4 +1,4 @@
-"""The table that ends `rushhour demo`: what was there, what there is now, how many times better."""
+"""The table at the end of `rushhour demo`: baseline, plan and their ratio."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rushhour.report.findings import evidence_of
 
 _BAR = 22
 _LEAST_WIDE = 70
-"""Columns that the table takes without cutting a word."""
-_LOOSEN = "This came closest. Loosen the goal, or give it more cores."
+"""Columns of the terminal that the table needs."""
+_LOOSEN = "This plan is closest to the goal. Loosen the goal, or use more cores."
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 class SummaryTable:
-    """Baseline and plan side by side, in 80 columns, and readable without colour; under each other where it is narrow.
+    """Baseline and plan side by side, in 80 columns, readable without colour; below each other on a narrow terminal.
 
     Args:
         plan: with evidence.
 
     Raises:
-        PlanError: if the plan carries no evidence.
+        PlanError: if the plan has no evidence.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -49,7 +49,7 @@ def _narrow(plan: Plan) -> Group:
 
 def _title(plan: Plan) -> Text:
     goal = f"{plan.goal.slo}, drop at most {plan.goal.budget}"
-    title = f"The most requests inside {goal}" if plan.feasible else f"NEAREST MISS: nothing met {goal}"
+    title = f"Highest capacity within {goal}" if plan.feasible else f"NEAREST MISS: no plan meets {goal}"
     return Text(title, style="bold" if plan.feasible else "bold yellow")
 
 
@@ -67,7 +67,7 @@ def _wide(plan: Plan) -> Table:
     table.add_column("this plan" if plan.feasible else "nearest miss")
     table.add_column("", justify="right", style="bold green", no_wrap=True)
     for row in side_by_side(plan):
-        # `Text`, because names come from users and rich would read [brackets] in them as markup.
+        # `Text`, because names come from users, and rich reads [brackets] as markup.
         table.add_row(*(Text(cell) for cell in row), style="bold" if row.what == "capacity" else "")
         if row.what == "capacity":
             before, after = _bars(found)
@@ -76,7 +76,7 @@ def _wide(plan: Plan) -> Table:
 
 
 def _bars(found: Evidence) -> tuple[str, str]:
-    """Both capacities to one scale, in eighths of a character, so that 1 in 50 can still be seen."""
+    """Both capacities to one scale, in eighths of a character, so that a ratio of 50 is visible."""
     most = max(found.baseline_capacity_rps, found.capacity_rps)
 
     def bar(rps: float) -> str:

@@ -1,21 +1,17 @@
-"""How a training went, as a page: `rushhour report` of the folder that `rushhour train` tracked into."""
+"""The course of a training as a page: `rushhour report` of the folder that `rushhour train` tracked into."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from jinja2 import Environment, StrictUndefined
-
 from rushhour.records.curves import Epoch, best_of, read_curves, read_record
-from rushhour.report import wording
-from rushhour.report.page import is_page, page_style
+from rushhour.report.page import is_page, render
 from rushhour.system.storage import write_own
 
 _OPEN: Final = 15
-"""Epochs that a table shows at once, about; all others fold away."""
+"""Epochs that a table shows at once, about; the others are folded."""
 _MOST: Final = 2_000
 
 
@@ -23,7 +19,7 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
     """Render `report.html` of a training's folder from its `curves.jsonl`. The file loads nothing from anywhere.
 
     Args:
-        folder: what it is about.
+        folder: the training's folder.
         file: where it is written; in that folder by default.
 
     Returns:
@@ -31,7 +27,7 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
 
     Raises:
         DataError: if there are no curves, or they are damaged.
-        StorageError: if the disk does not give or take the files.
+        StorageError: if the files cannot be read or written.
     """
     from rushhour.report import charts  # matplotlib takes a second to import
 
@@ -40,15 +36,12 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
     sealed = next((epoch for epoch in epochs if record is not None and epoch.epoch == record.sealed), epochs[-1])
 
     def marks(epoch: Epoch) -> str:
-        said = (("sealed", epoch is sealed and record is not None), ("best", epoch is best))
-        return ", ".join(word for word, holds in said if holds)
+        words = (("in the bundle", epoch is sealed and record is not None), ("best", epoch is best))
+        return ", ".join(word for word, applies in words if applies)
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["say"] = wording
-    template = environment.from_string(resources.files(__package__).joinpath("training.html").read_text("utf-8"))
     path = file or folder / "report.html"
-    page = template.render(
-        style=page_style(),
+    page = render(
+        "training.html",
         name=folder.resolve().name,
         epochs=epochs,
         shown=_shown(epochs, (best, sealed)),
@@ -57,10 +50,10 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
         sealed=sealed,
         record=record,
         marks=marks,
-        loss=charts.in_both_widths(lambda narrow: charts.training_loss(epochs, narrow)),
-        metric=charts.in_both_widths(lambda narrow: charts.training_metric(epochs, narrow)),
+        loss=charts.wide_and_narrow(lambda narrow: charts.training_loss(epochs, narrow)),
+        metric=charts.wide_and_narrow(lambda narrow: charts.training_metric(epochs, narrow)),
     )
-    write_own(path, page.encode("utf-8", "replace"), is_page)
+    write_own(path, page, is_page)
     return path
 
 

@@ -1,4 +1,4 @@
-"""How a number is put in words: one way for each kind of number, and never a number where there is none."""
+"""Numbers in words: one form for each kind of number, and words where a number is missing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NOT_MEASURED = "not measured"
 INSUFFICIENT = "insufficient samples"
 ESTIMATED = "estimated, not proven"
 
-_FEWEST_FOR_P99 = 299  # below it no order statistic bounds the 99th percentile at 95% (shared with the load verdict)
+_FEWEST_FOR_P99 = 299  # with fewer requests no order statistic bounds the 99th percentile at 95%
 
-_MONTHS = (  # not by `strftime`, whose names follow the machine's language
+_MONTHS = (  # not by `strftime`, whose names depend on the machine's locale
     "January",
     "February",
     "March",
@@ -32,10 +32,10 @@ _MONTHS = (  # not by `strftime`, whose names follow the machine's language
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A plain number with `digits` significant ones, thousands separated, minus sign of its own width."""
+    """A plain number with `digits` significant digits, thousands separated, with a typographic minus sign."""
     if value == 0:
         return "0"
-    value = float(f"{value:.{digits - 1}e}")  # first, because 9.996 has one decimal less once it is 10.0
+    value = float(f"{value:.{digits - 1}e}")  # rounded first: 9.996 becomes 10.0, with one decimal less
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{decimals}f}"
     return text.replace("-", "\N{MINUS SIGN}")
@@ -54,13 +54,16 @@ def milliseconds(value: float | None, missing: str = INSUFFICIENT) -> str:
 
 
 def capacity(found: Capacity) -> str:
-    """A capacity; an estimate is called one: `2,610/s, estimated, not proven (2,400 to 2,700)`."""
-    said = rate(found.rps)
+    """A capacity; an estimate is named as such: `2,610/s, estimated, not proven (2,400 to 2,700)`."""
     if found.proven or not found.rps:
-        return said
-    if found.interval_rps is None:
-        return f"{said}, {ESTIMATED}"
-    return f"{said}, {ESTIMATED} ({rates(found.interval_rps)})"
+        return rate(found.rps)
+    interval = "" if found.interval_rps is None else f" ({rates(found.interval_rps)})"
+    return f"{rate(found.rps)}, {ESTIMATED}{interval}"
+
+
+def estimated(found: Capacity) -> str:
+    """The 95% interval of an estimate with its label: `2,400 to 2,700; estimated, not proven`."""
+    return ESTIMATED if found.interval_rps is None else f"{rates(found.interval_rps)}; {ESTIMATED}"
 
 
 def rates(interval: Interval) -> str:
@@ -76,7 +79,7 @@ def gain(after: Capacity, before: Capacity) -> str:
 
 
 def percentile(value: float | None, interval: Interval | None, n: int | None) -> str:
-    """A percentile of the latency with all that is known about it: `41.2 ms (39.8 to 43.0, n = 6,000)`."""
+    """A percentile of the latency with its interval and sample count: `41.2 ms (39.8 to 43.0, n = 6,000)`."""
     if value is None:
         return INSUFFICIENT
     known = [] if interval is None else [f"{number(interval[0])} to {number(interval[1])}"]
@@ -93,13 +96,13 @@ def p99(window: Measurement) -> str:
         return f"none: unstable (n = {window.n:,})"
     if window.n < _FEWEST_FOR_P99:
         return f"{INSUFFICIENT} (n = {window.n:,})"
-    return f"none: among the unanswered (n = {window.n:,})"
+    return f"none: over 1% unanswered (n = {window.n:,})"
 
 
 def p99_of(found: Capacity) -> str:
-    """The p99 at a capacity. At an estimate none was measured, so that of the fastest window below that held."""
+    """The p99 at a capacity. At an estimate none was measured: that of the fastest window below it within the SLO."""
     if not found.rps:
-        return "no rate held"
+        return "no rate within the SLO"
     if not found.proven:
         if found.window is None or found.window.p99_ms is None:
             return "not measured at that rate"
@@ -110,10 +113,10 @@ def p99_of(found: Capacity) -> str:
 
 
 def speeds(window: Measurement) -> str:
-    """The host's speed in a window: `median 1.02, slow moments 0.83 (10th percentile)`; empty where it is not known."""
+    """The host's speed in a window: `median 1.02, 10th percentile 0.83`; empty where it is not known."""
     if window.speed is None or window.slow_speed is None:
         return ""
-    return f"median {window.speed:.2f}, slow moments {window.slow_speed:.2f} (10th percentile)"
+    return f"median {window.speed:.2f}, 10th percentile {window.slow_speed:.2f}"
 
 
 def metric(value: float | None, name: str) -> str:
@@ -130,7 +133,7 @@ def metric_with_interval(value: float, interval: Interval, name: str) -> str:
 
 
 def drop(value: float | None, name: str, interval: Interval | None = None) -> str:
-    """How far the metric fell: `0.42 points (0.05 to 0.80)`; below zero where it rose."""
+    """The drop of the metric: `0.42 points (0.05 to 0.80)`; negative where it rose."""
     if value is None:
         return NOT_MEASURED
     text = f"{_points(value, name)}{' points' if name == 'accuracy' else ''}"
@@ -140,7 +143,7 @@ def drop(value: float | None, name: str, interval: Interval | None = None) -> st
 
 
 def factor(after: float | None, before: float | None) -> str:
-    """How many times `before` goes into `after`: `24×`; empty where either is missing or zero."""
+    """The ratio of `after` to `before`: `24×`; empty where either is missing or zero."""
     if not after or not before:
         return ""
     times = after / before
@@ -148,7 +151,7 @@ def factor(after: float | None, before: float | None) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as people say them: `2.9 MB`."""
+    """Bytes in decimal units: `2.9 MB`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{number(count / scale)} {unit}"
