@@ -17,6 +17,7 @@
 # make bench-machines  what int8 answers and how fast it is, with and without VNNI, 20 minutes
 # make bench-zoo    500 random networks under a checked heap, and named ones of all kinds in every step, 45 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
+# make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -114,6 +115,9 @@ bench-machines: .venv/.dev
 bench-zoo: setup
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/render.py
+
+picture: setup
+	$(BIN)/python benchmarks/picture.py
 
 docs: setup
 	$(BIN)/python benchmarks/render.py

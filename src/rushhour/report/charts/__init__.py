@@ -8,7 +8,7 @@ from rushhour.report.charts.compression import compression_sizes, compression_tr
 from rushhour.report.charts.latency import Series, latency_against_rate, latency_against_rate_png
 from rushhour.report.charts.percentiles import latency_distribution
 from rushhour.report.charts.steps import capacity_by_step
-from rushhour.report.charts.svg import wide_and_narrow
+from rushhour.report.charts.svg import standalone, wide_and_narrow
 from rushhour.report.charts.training import training_loss, training_metric
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "latency_against_rate",
     "latency_against_rate_png",
     "latency_distribution",
+    "standalone",
     "training_loss",
     "training_metric",
     "wide_and_narrow",

@@ -85,6 +85,11 @@ def style(name: str, palette: Mapping[str, str] = _MARKERS) -> Iterator[None]:
         yield
 
 
+def light_css() -> str:
+    """The CSS variables of all colours, light."""
+    return " ".join(f"--{name.removeprefix('rushhour:')}: {colour};" for name, colour in LIGHT.items())
+
+
 def themed(css: str) -> str:
     """An SVG style with the page's CSS variables for marker colours, and without a font, which the page decides."""
     rules = [rule for rule in css.split("; ") if not rule.startswith("font-family:")]

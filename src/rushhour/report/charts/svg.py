@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rushhour.report.charts.axes import short
-from rushhour.report.charts.palette import themed
+from rushhour.report.charts.palette import light_css, themed
 
 
 def wide_and_narrow(draw: Callable[[bool], Markup | None]) -> Markup | None:
@@ -76,6 +76,21 @@ def svg(figure: Any, name: str, label: str, tips: Mapping[str, str] | None = Non
     root.set("role", "img")
     root.set("aria-label", short(label, 2000))
     return Markup(ET.tostring(root, encoding="unicode"))  # ElementTree has escaped every text in it
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as an SVG file of its own: in light colours, on white.
+
+    Args:
+        chart: made by `svg`, in one width.
+    """
+    root = ET.fromstring(str(chart))
+    _, _, width, height = root.attrib["viewBox"].split()
+    root.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": width, "height": height}
+    style = ET.Element("style")
+    style.text = f"svg {{ {light_css()} background: var(--paper); font-family: system-ui, sans-serif; }}"
+    root.insert(0, style)
+    return ET.tostring(root, encoding="unicode") + "\n"
 
 
 def _references(element: ET.Element) -> list[str]:
