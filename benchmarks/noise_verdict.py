@@ -23,7 +23,7 @@ from bench.record import Check, Table, verdict
 
 from load import QUEUES, TURN_AWAY, proportion
 from rushhour.goal import SLO
-from rushhour.load import look_sizes, window_n
+from rushhour.load import interim_sizes, window_n
 from rushhour.measurement import Outcome
 from rushhour.testing import queues
 from rushhour.testing.waves import Recorded, TwoState
@@ -88,7 +88,7 @@ def judged(name: str, limit_s: float, share: float, seconds: float, runs: int) -
     """Judge `runs` windows of a queue."""
     queue, arrivals, capacity = _ALL[name]
     slo, rate = SLO(percentile=99, limit_s=limit_s), share * capacity
-    sizes = look_sizes(slo, rate, window_n(slo, rate, seconds))
+    sizes = interim_sizes(slo, rate, window_n(slo, rate, seconds))
     found = queues.verdicts(queue, arrivals, slo, rate, sizes, runs=runs, seed=3)
     outcomes = [outcome for outcome, _ in found]
     return Judged(

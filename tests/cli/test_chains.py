@@ -23,9 +23,7 @@ from rushhour.compress import Ratio, Recipe, Speed, Store, apply
 from rushhour.data import load
 from rushhour.engines import open_engine
 from rushhour.errors import RushhourError
-from rushhour.load import poisson
-from rushhour.load.declared import Interface
-from rushhour.load.target import Target
+from rushhour.load import Interface, Target, poisson
 from rushhour.measurement import Measurement, pack_latencies
 from rushhour.plan import SO_FAR, Plan
 from rushhour.progress import Silent

@@ -40,7 +40,7 @@ from rushhour.bundle import Bundle
 from rushhour.cli import training
 from rushhour.errors import BundleError, PlanError, StorageError
 from rushhour.goal import SLO, Goal
-from rushhour.load import verdict
+from rushhour.load.verdict import validity
 from rushhour.measurement import Accuracy, Measurement, Rung, ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.records.journal import Journal
@@ -731,10 +731,10 @@ def test_load_with_few_files_works_or_says_it(server: Server, tmp_path: Path) ->
 
 
 def test_why_a_generator_has_few_connections_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "open_files", lambda wanted: (300, 10))
-    assert "only 300 files" in verdict._few_files()
-    monkeypatch.setattr(verdict, "open_files", lambda wanted: (wanted, 10))
-    assert verdict._few_files() == ""
+    monkeypatch.setattr(validity, "open_files", lambda wanted: (300, 10))
+    assert "only 300 files" in validity.file_limit_hint()
+    monkeypatch.setattr(validity, "open_files", lambda wanted: (wanted, 10))
+    assert validity.file_limit_hint() == ""
 
 
 # What is said.

@@ -30,31 +30,31 @@ from rushhour.load import (
     ClosedJob,
     Generator,
     Interface,
-    Look,
+    InterimAnalysis,
     OpenJob,
     Rung,
     Samples,
     Search,
     Status,
     Target,
-    climb,
     discover,
     find_capacity,
+    interim_sizes,
     judge,
-    look_sizes,
     measure,
     needed_n,
     null_throughput,
     payloads,
     percentile_ranks,
     poisson,
+    ramp_concurrency,
     search_capacity,
     variance_inflation,
     window_n,
 )
 from rushhour.load.generator.job import pack, unpack
 from rushhour.load.generator.samples import joined
-from rushhour.load.verdict import passes
+from rushhour.load.significance import passes
 from rushhour.measurement import Measurement, Outcome, ServiceTimes
 from rushhour.testing.fakes import SIGNATURE
 from rushhour.testing.queues import (
@@ -210,7 +210,7 @@ def test_too_many_misses_fail_and_too_few_to_tell_are_inconclusive() -> None:
     latencies[::110] = 0.08
     measurement = verdict(samples(latencies))
     assert measurement.outcome is Outcome.INCONCLUSIVE
-    assert "19 of 2000 requests missed" in measurement.reason
+    assert "19 of 2,000 late" in measurement.reason
 
 
 def test_what_is_alike_in_all_blocks_comes_in_no_waves() -> None:
@@ -229,7 +229,7 @@ def test_an_undecided_window_says_how_much_longer_it_would_take() -> None:
     assert measurement.outcome is Outcome.INCONCLUSIVE, measurement.reason
     assert measurement.needs_s is not None
     assert "effective sample size" in measurement.reason
-    assert "more would decide" in measurement.reason
+    assert "more at this rate would decide" in measurement.reason
     assert sum(measurement.blocks) == measurement.late
     assert len(measurement.blocks) == 20
 
@@ -414,9 +414,9 @@ def test_a_host_that_becomes_slower_is_no_server_that_falls_behind() -> None:
 
 
 def test_a_window_that_grows_does_not_pass_in_its_first_seconds() -> None:
-    early = verdict_at(quick(4000), Look(0.25))
+    early = verdict_at(quick(4000), InterimAnalysis(0.25))
     assert (early.outcome, early.decided) == (Outcome.INCONCLUSIVE, False)
-    assert verdict_at(quick(4000), Look()).outcome is Outcome.PASS
+    assert verdict_at(quick(4000), InterimAnalysis()).outcome is Outcome.PASS
 
 
 def test_a_step_in_the_queue_is_no_slope() -> None:
@@ -490,29 +490,29 @@ def test_bursts_come_at_their_rate_and_in_bursts() -> None:
 
 @pytest.mark.parametrize(("share", "before"), [((1.0,), (0.0,)), ((0.125, 0.25, 0.5, 1.0), (0.0, 0.125, 0.25, 0.5))])
 def test_looks_spend_five_percent_together(share: tuple[float, ...], before: tuple[float, ...]) -> None:
-    spent = [Look(*each).significance for each in zip(share, before, strict=True)]
-    assert Look(error=0.01).significance == pytest.approx(0.01)
+    spent = [InterimAnalysis(*each).significance for each in zip(share, before, strict=True)]
+    assert InterimAnalysis(error=0.01).significance == pytest.approx(0.01)
     assert sum(spent) == pytest.approx(0.05)
     assert spent == sorted(spent)
 
 
 def test_a_window_that_grows_is_decided_early_where_it_can_be() -> None:
-    inside = verdict_at(quick(8000), Look(0.25))
+    inside = verdict_at(quick(8000), InterimAnalysis(0.25))
     assert (inside.outcome, inside.decided) == (Outcome.PASS, True)
     latencies = quick(4000)
     latencies[::110] = 0.08
-    close = verdict_at(latencies, Look(0.25))
+    close = verdict_at(latencies, InterimAnalysis(0.25))
     assert (close.outcome, close.decided) == (Outcome.INCONCLUSIVE, False)
-    assert verdict_at(latencies, Look()).decided
+    assert verdict_at(latencies, InterimAnalysis()).decided
     latencies[::20] = 0.08
-    hopeless = verdict_at(latencies, Look(0.25))
+    hopeless = verdict_at(latencies, InterimAnalysis(0.25))
     assert (hopeless.outcome, hopeless.decided) == (Outcome.FAIL, True)
-    few = verdict_at(quick(200), Look(0.01))
+    few = verdict_at(quick(200), InterimAnalysis(0.01))
     assert (few.decided, few.p99_ms) == (False, None)
 
 
-def verdict_at(latencies: NDArray[np.float64], look: Look) -> Measurement:
-    return judge(samples(latencies), P99, rate_rps=500, seed=1, look=look)
+def verdict_at(latencies: NDArray[np.float64], interim: InterimAnalysis) -> Measurement:
+    return judge(samples(latencies), P99, rate_rps=500, seed=1, interim=interim)
 
 
 def test_several_runs_are_one_window() -> None:
@@ -711,9 +711,9 @@ def test_little_s_law_is_checked_where_the_generator_waits() -> None:
 
 
 def test_looks_double_up_to_the_whole_window() -> None:
-    assert look_sizes(P99, 500, 20_000) == (2500, 5000, 10_000, 20_000)
-    assert look_sizes(P99, 500, 4_000) == (4_000,)
-    assert look_sizes(SLO.parse("p99<1s"), 500, 40_000) == (10_000, 20_000, 40_000)
+    assert interim_sizes(P99, 500, 20_000) == (2500, 5000, 10_000, 20_000)
+    assert interim_sizes(P99, 500, 4_000) == (4_000,)
+    assert interim_sizes(SLO.parse("p99<1s"), 500, 40_000) == (10_000, 20_000, 40_000)
 
 
 # -- the client, against real servers
@@ -923,17 +923,17 @@ def test_the_null_server_says_what_the_generator_can_do(generator: Generator, ti
     assert null_throughput(generator, requests) == found
     asked = judge(samples(quick()), P99, rate_rps=500, seed=1, null_rps=999)
     assert asked.outcome is Outcome.GENERATOR_LIMITED
-    assert "999 requests/s out of a server that does nothing" in asked.reason
+    assert "sends 999 requests/s to a null server" in asked.reason
     assert judge(samples(quick()), P99, rate_rps=500, seed=1, null_rps=1001).outcome is Outcome.PASS
 
 
 def test_the_closed_loop_finds_the_throughput(generator: Generator) -> None:
     with behaving(service_s=0.005) as url:
         target = discover(url)
-        rungs = climb(generator, target, payloads(target), rung_s=0.4)
+        rungs = ramp_concurrency(generator, target, payloads(target), step_s=0.4)
     assert 50 < max(rung.throughput_rps for rung in rungs) <= 230
     with behaving(fail_every=1) as url, pytest.raises(LoadError, match="answers no request: status 500"):
-        climb(generator, discover(url), payloads(target), rung_s=0.2)
+        ramp_concurrency(generator, discover(url), payloads(target), step_s=0.2)
 
 
 def test_against_our_own_server(generator: Generator, server: Server, tiny: Bundle) -> None:
@@ -974,9 +974,9 @@ def test_a_killed_generator_is_one_line() -> None:
     with behaving(service_s=0.001) as url, Generator() as doomed:
         target = discover(url)
         threading.Timer(0.7, os.kill, (doomed.pid, signal.SIGKILL)).start()
-        with pytest.raises(LoadError, match=r"the load generator is gone: .*SIGKILL"):
+        with pytest.raises(LoadError, match=r"the load generator process has ended: .*SIGKILL"):
             doomed.run(job(target, rate=100, n=1000))
-        with pytest.raises(LoadError, match="the load generator is gone"):
+        with pytest.raises(LoadError, match="the load generator process has ended"):
             doomed.run(job(target))
 
 

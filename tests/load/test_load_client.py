@@ -52,10 +52,9 @@ from rushhour.load import (
     poisson,
     read_arrivals,
     read_trace,
-    search,
+    t_quantile,
 )
-from rushhour.load.contest import t_quantile
-from rushhour.load.generator.stamps import Stamps
+from rushhour.load.generator.timestamps import Timestamps
 from rushhour.measurement import Measurement, Outcome
 from rushhour.report import write_load_plot
 from rushhour.serve import ServeSettings
@@ -369,8 +368,8 @@ class Clocks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.day, self.monotonic = 1_000_000.0, 500.0
-        monkeypatch.setattr("rushhour.load.generator.stamps.time", lambda: self.day)
-        monkeypatch.setattr("rushhour.load.generator.stamps.monotonic", lambda: self.monotonic)
+        monkeypatch.setattr("rushhour.load.generator.timestamps.time", lambda: self.day)
+        monkeypatch.setattr("rushhour.load.generator.timestamps.monotonic", lambda: self.monotonic)
 
     def advance(self, seconds: float) -> None:
         self.day += seconds
@@ -383,32 +382,32 @@ class Clocks:
 
 def test_the_kernel_s_note_is_read_on_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = Clocks(monkeypatch)
-    stamps = Stamps()
-    assert not stamps.kept
+    stamps = Timestamps()
+    assert not stamps.available
     clocks.advance(1.25)
     note = clocks.note()
     clocks.advance(0.04)
     stamps.refresh()
-    assert stamps.of(note) == pytest.approx(501.25, abs=1e-6)
-    assert stamps.kept
-    assert stamps.of([]) == clocks.monotonic  # nobody noted anything: it is read as soon as it comes from here on
-    assert not stamps.kept
+    assert stamps.arrival(note) == pytest.approx(501.25, abs=1e-6)
+    assert stamps.available
+    assert stamps.arrival([]) == clocks.monotonic  # nobody noted anything: it is read as soon as it comes from here on
+    assert not stamps.available
 
 
 @pytest.mark.parametrize("step", [-3600.0, -0.01, 0.01, 3600.0])
 def test_no_answer_is_early_because_the_clock_was_set(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = Clocks(monkeypatch)
-    stamps = Stamps()
+    stamps = Timestamps()
     note = clocks.note()
     clocks.day += step
     clocks.advance(0.002)
     stamps.refresh()
-    assert stamps.of(note) == clocks.monotonic
-    assert stamps.kept
+    assert stamps.arrival(note) == clocks.monotonic
+    assert stamps.available
     later = clocks.note()
     clocks.advance(0.005)
     stamps.refresh()
-    assert stamps.of(later) == pytest.approx(clocks.monotonic - 0.005, abs=1e-6)
+    assert stamps.arrival(later) == pytest.approx(clocks.monotonic - 0.005, abs=1e-6)
 
 
 # -- checked answers
@@ -682,7 +681,7 @@ def test_a_window_that_is_stopped_is_not_asked_again(monkeypatch: pytest.MonkeyP
     def disturbed(*given: Any, **named: Any) -> Measurement:
         return msgspec.structs.replace(judge(*given, **named), outcome=Outcome.VOID)
 
-    monkeypatch.setattr(search, "judge", disturbed)
+    monkeypatch.setattr("rushhour.load.window.judge", disturbed)
     with behaving() as url:
         target = discover(url)
         asked = {"rate_rps": 200, "seed": 1, "window_s": 600.0, "retries": 3}

@@ -461,7 +461,7 @@ def test_a_server_that_declares_nothing_can_be_loaded(
         ([], r"metadata names no input; name them with --shape NAME:FP32:SIZE,SIZE, or send .*--payloads"),
         (
             [("x", "FP32", [-1, 3, -1, -1])],
-            r"leaves that open; say it with --shape x:3,SIZE,SIZE, or send .*--payloads",
+            r"leaves a size or the datatype open; set it with --shape x:3,SIZE,SIZE, or send .*--payloads",
         ),
         ([("x", "FP32", [3, -1])], r"--shape x:3,SIZE"),
         ([("x", "FP32", None)], r"'x'.*--shape x:SIZE"),
@@ -477,7 +477,7 @@ def test_what_the_metadata_leave_open_is_one_line(inputs: list[tuple[str, Any, A
 
 def test_rows_are_refused_where_there_is_no_axis_for_them() -> None:
     for shape in ([4], [1, 4], []):
-        with pytest.raises(LoadError, match="has no axis of samples: it takes float32 of shape"):
+        with pytest.raises(LoadError, match="has no batch axis: it takes float32 of shape"):
             payloads(taking(("x", "FP32", shape)), rows=2)
 
 

@@ -42,9 +42,9 @@ from rushhour.load import (
     payloads,
     read_bodies,
     search_capacity,
+    summarize,
     why_longer,
 )
-from rushhour.load.contest import summed_up
 from rushhour.load.payload import Encoding
 from rushhour.measurement import Measurement, Outcome
 from rushhour.plan import SO_FAR
@@ -383,7 +383,7 @@ def contest(
     if stopped and not windows:
         raise KeyboardInterrupt
     if stopped:
-        found = summed_up(slo, tuple(urls), tuple(rates), windows)
+        found = summarize(slo, tuple(urls), tuple(rates), windows)
     return found, stopped
 
 

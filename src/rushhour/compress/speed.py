@@ -18,7 +18,7 @@ from rushhour.bundle import Bundle
 from rushhour.engines import Engine, EngineConfig, fill, keep_busy, open_engine, time_service
 from rushhour.engines.openvino import HEAVY, layer_times
 from rushhour.errors import GoalError
-from rushhour.load.contest import t_quantile
+from rushhour.load import t_quantile
 from rushhour.measurement import Interval
 
 _FEWEST_BLOCKS = 2

@@ -1,48 +1,36 @@
-"""Load: arrivals, the client that sends them, the verdict, and the search for capacity.
+"""Load testing: arrivals, the generator that sends them, the verdict, and the search for a capacity.
 
-    discover, payloads    whom to load, and with what; `endpoint`, `body_payloads` for what is no server of models
+    discover, payloads    the server to load, and the requests; `endpoint`, `body_payloads` for any other HTTP server
     Generator             the process that sends
-    measure               one window of open-loop load -> a Measurement with its verdict
-    climb                 a ladder of closed loops: where to start a search
-    estimate              the capacity that all windows tell together, proven or not
+    measure               one window of open-loop load, as a Measurement with its verdict
+    closed_window         a short closed loop, as throughput and mean latency
+    ramp_concurrency      closed loops of growing concurrency: where a search starts
+    closed_loop           what a number of users that wait for their answers measure
+    estimate              the capacity by all windows, proven or not
     find_capacity         the highest rate that passes, confirmed on a fresh seed
-    closed_window         the same for a moment, in one figure
-    closed_loop           what so many users that wait for their answers get
-    race                  which of two servers carries more, in as few short windows in turn as that takes
+    search_capacity       all of it: closed loops, bracket, bisection, proof
+    race                  which of two servers has the higher throughput, in as few short windows as that takes
     compare               several servers, interleaved on the same arrivals, as ratios with intervals
-    search_capacity       all of it: closed loops, the way to the limit, the proof
 
 Below them: `poisson`, `constant`, `Bursty` and `Trace` make schedules, `judge` turns samples into a verdict.
 """
 
 from rushhour.load.arrivals import Arrivals, Bursty, Trace, constant, poisson, read_arrivals, read_trace
-from rushhour.load.contest import Comparison, Ratio, Window, compare
-from rushhour.load.declared import Interface, Shape, read_shapes
+from rushhour.load.closed import ClosedResult, closed_loop, closed_window, ramp_concurrency
+from rushhour.load.comparison import Comparison, Ratio, Window, compare, summarize
 from rushhour.load.estimate import Estimate, estimate
-from rushhour.load.generator.closed import ClosedResult, closed_loop
 from rushhour.load.generator.job import ClosedJob, OpenJob, Tick
 from rushhour.load.generator.null import null_server, null_throughput
-from rushhour.load.generator.process import Generator
+from rushhour.load.generator.process import Generator, Sender
 from rushhour.load.generator.samples import Samples, Status
 from rushhour.load.payload import Payload, body_payloads, folder_payloads, payloads, read_bodies
 from rushhour.load.race import Race, race
-from rushhour.load.search import (
-    Probe,
-    Search,
-    Sender,
-    climb,
-    closed_window,
-    find_capacity,
-    glance_n,
-    look_sizes,
-    measure,
-    rounded,
-    search_capacity,
-    why_longer,
-    window_n,
-)
-from rushhour.load.target import Endpoint, Target, discover, endpoint
-from rushhour.load.verdict import Look, decide, judge, needed_n, percentile_ranks, variance_inflation
+from rushhour.load.search import Search, find_capacity, rounded, search_capacity
+from rushhour.load.significance import needed_n, percentile_ranks, t_quantile
+from rushhour.load.target import Endpoint, Interface, Shape, Target, discover, endpoint, read_shapes
+from rushhour.load.verdict import InterimAnalysis, decide, judge, variance_inflation
+from rushhour.load.window import Probe, measure
+from rushhour.load.window_size import interim_sizes, search_window_n, why_longer, window_n
 from rushhour.measurement import Rung
 
 __all__ = [
@@ -55,7 +43,7 @@ __all__ = [
     "Estimate",
     "Generator",
     "Interface",
-    "Look",
+    "InterimAnalysis",
     "OpenJob",
     "Payload",
     "Probe",
@@ -72,7 +60,6 @@ __all__ = [
     "Trace",
     "Window",
     "body_payloads",
-    "climb",
     "closed_loop",
     "closed_window",
     "compare",
@@ -83,9 +70,8 @@ __all__ = [
     "estimate",
     "find_capacity",
     "folder_payloads",
-    "glance_n",
+    "interim_sizes",
     "judge",
-    "look_sizes",
     "measure",
     "needed_n",
     "null_server",
@@ -94,12 +80,16 @@ __all__ = [
     "percentile_ranks",
     "poisson",
     "race",
+    "ramp_concurrency",
     "read_arrivals",
     "read_bodies",
     "read_shapes",
     "read_trace",
     "rounded",
     "search_capacity",
+    "search_window_n",
+    "summarize",
+    "t_quantile",
     "variance_inflation",
     "why_longer",
     "window_n",

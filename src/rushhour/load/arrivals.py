@@ -1,7 +1,7 @@
-"""When requests arrive: whole schedules, made beforehand from a seed, so that no server can slow its own crowd down.
+"""Arrival processes: whole schedules, made beforehand from a seed, so that a slow server does not delay its own load.
 
-Every process is called as `arrivals(rate_rps, n=..., seed=...)`, gives the same arrivals for the same seed, and begins
-a longer schedule like a shorter one.
+Every process is called as `arrivals(rate_rps, n=..., seed=...)` and gives the same arrivals for the same seed; a longer
+schedule begins with the shorter one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Arrivals(Protocol):
 def poisson(
     rate_rps: float, *, n: int | None = None, duration_s: float | None = None, seed: int
 ) -> NDArray[np.float64]:
-    """Arrivals of a crowd of many independent users (MLPerf LoadGen's Server scenario). See `Arrivals`."""
+    """Arrivals of many independent users (MLPerf LoadGen's Server scenario). See `Arrivals`."""
 
     def first(count: int) -> NDArray[np.float64]:
         return np.cumsum(np.random.default_rng(seed).exponential(1 / rate_rps, count))
@@ -64,7 +64,7 @@ def poisson(
 def constant(
     rate_rps: float, *, n: int | None = None, duration_s: float | None = None, seed: int
 ) -> NDArray[np.float64]:
-    """Arrivals like clockwork, one every `1 / rate_rps`; kinder to a server than any crowd. See `Arrivals`."""
+    """One arrival every `1 / rate_rps` seconds; easier for a server than independent users. See `Arrivals`."""
 
     def first(count: int) -> NDArray[np.float64]:
         return np.arange(1, count + 1) / rate_rps
@@ -74,13 +74,13 @@ def constant(
 
 @dataclasses.dataclass(frozen=True)
 class Bursty:
-    """A crowd in two moods: a Poisson process that switches between calm and burst (MMPP-2), each lasting for an
-    exponentially distributed time. Its rate over long times is the one asked for.
+    """A Poisson process that switches between a calm and a burst state (MMPP-2), each of exponentially distributed
+    length. Its mean rate is the one asked for.
 
     Attributes:
-        intensity: how many times as many arrive in a burst as in the calm.
-        share: of the time that is burst, between 0 and 1.
-        burst_s: how long a burst lasts, on average.
+        intensity: the rate in a burst over the rate in the calm state.
+        share: of the time in bursts, between 0 and 1.
+        burst_s: mean length of a burst.
     """
 
     intensity: float = 5.0
@@ -91,7 +91,7 @@ class Bursty:
         if not (1 <= self.intensity < math.inf and 0 < self.share < 1 and 0 < self.burst_s < math.inf):
             raise LoadError(
                 f"cannot make bursts of {self}",
-                "intensity is 1 or more, share lies between 0 and 1, burst_s is above zero",
+                "intensity must be 1 or more, share between 0 and 1, burst_s above zero",
                 "write for example bursty:intensity=5,share=0.1,burst_s=0.5",
             )
 
@@ -103,13 +103,13 @@ class Bursty:
         calm_s = self.burst_s * (1 - self.share) / self.share
 
         def first(count: int) -> NDArray[np.float64]:
-            # In the process's own time, which runs faster in a burst, arrivals are a plain Poisson process of rate 1.
+            # In a time that runs faster in bursts, arrivals are a plain Poisson process of rate 1.
             own = np.cumsum(np.random.default_rng([seed, 0]).exponential(1.0, count))
             begins_calm = int(np.random.default_rng([seed, 1]).random() >= self.share)
-            moods = 64
+            states = 64
             while True:
-                is_burst = (np.arange(moods) + begins_calm) % 2 == 0
-                lengths = np.random.default_rng([seed, 2]).exponential(1.0, moods)
+                is_burst = (np.arange(states) + begins_calm) % 2 == 0
+                lengths = np.random.default_rng([seed, 2]).exponential(1.0, states)
                 lengths *= np.where(is_burst, self.burst_s, calm_s)
                 wall_at = np.concatenate([[0.0], np.cumsum(lengths)])
                 passed = lengths * np.where(is_burst, self.intensity * calm_rps, calm_rps)
@@ -117,7 +117,7 @@ class Bursty:
                 if own_at[-1] >= own[-1]:
                     found: NDArray[np.float64] = np.interp(own, own_at, wall_at)
                     return found
-                moods *= 2
+                states *= 2
 
         return _schedule(first, rate_rps, n, duration_s)
 
@@ -127,13 +127,13 @@ class Bursty:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """Arrivals as they were recorded, scaled in time to the rate asked for; again from the beginning at its end.
+    """Recorded arrivals, scaled in time to the rate asked for, and repeated from the beginning after the end.
 
-    A schedule that holds the whole trace starts at its beginning. In a shorter one the seed decides where it starts,
-    so that different windows see different parts.
+    A schedule with the whole trace starts at its beginning. In a shorter one the seed decides where it starts, so that
+    different windows see different parts.
 
     Attributes:
-        name: for people, mostly the file.
+        name: for people, usually the file name.
         gaps: seconds between an arrival and the one before, shape `(n,)`; the first is their mean.
     """
 
@@ -142,7 +142,7 @@ class Trace:
 
     @property
     def rate_rps(self) -> float:
-        """As recorded, on average."""
+        """Of the recording, on average."""
         return len(self.gaps) / float(self.gaps.sum())
 
     def __call__(
@@ -161,8 +161,8 @@ class Trace:
 
 
 def read_arrivals(text: str) -> Arrivals:
-    """The arrival process that a user names: `poisson`, `constant`, `bursty`, `bursty:intensity=8,share=0.05`, or the
-    file of a recorded trace (`read_trace`).
+    """The arrival process by name: `poisson`, `constant`, `bursty`, `bursty:intensity=8,share=0.05`, or the file of a
+    recorded trace (`read_trace`).
 
     Raises:
         LoadError: if it is none of these.
@@ -189,8 +189,8 @@ def read_arrivals(text: str) -> Arrivals:
     path = Path(text)
     if not path.suffix and not path.exists():
         raise LoadError(
-            f"there are no arrivals called {text!r}",
-            f"they are {', '.join(_KINDS)}, or a file of recorded times",
+            f"there is no arrival process {text!r}",
+            f"the processes are {', '.join(_KINDS)}, or a file of recorded times",
             "write for example --arrivals poisson",
         )
     return read_trace(path)
@@ -199,12 +199,12 @@ def read_arrivals(text: str) -> Arrivals:
 def read_trace(path: Path) -> Trace:
     """A recorded trace: one arrival a line, in seconds (from any zero) or in ISO 8601.
 
-    Text and CSV hold it in the column called timestamp, time, arrival, at, ts or t, else in the first; JSONL (`.jsonl`,
-    `.ndjson`) as a bare value or in a field of such a name. Blank lines and lines with `#` in front are skipped, and
-    arrivals that were recorded out of order are put into it.
+    Text and CSV have it in the column timestamp, time, arrival, at, ts or t, else in the first; JSONL (`.jsonl`,
+    `.ndjson`) as a bare value or in a field of such a name. Blank lines and lines that begin with `#` are skipped, and
+    arrivals are sorted.
 
     Raises:
-        LoadError: if the file cannot be read, or does not hold two arrivals or more at different times.
+        LoadError: if the file cannot be read, or has fewer than two arrivals at different times.
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -215,7 +215,7 @@ def read_trace(path: Path) -> Trace:
     read = _json_lines if path.suffix in (".jsonl", ".ndjson") else _csv_rows
     times = np.sort(np.fromiter(read(path, text), np.float64))
     if len(times) < 2 or times[-1] <= times[0]:
-        raise _bad_trace(path, f"it holds {len(times)} arrivals, and needs two or more at different times")
+        raise _bad_trace(path, f"it has {len(times)} arrivals; at least two at different times are needed")
     gaps = np.diff(times)
     return Trace(path.name, np.concatenate([[gaps.mean()], gaps]))
 
@@ -257,7 +257,7 @@ def _arrival(path: Path, line: int, value: Any) -> float:
 
 
 def _seconds(value: Any) -> float | None:
-    """A time in seconds, or in words; None if it is neither."""
+    """A time as seconds or ISO 8601; None if it is neither."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
@@ -272,20 +272,20 @@ def _seconds(value: Any) -> float | None:
 
 def _bad_trace(path: Path, why: str) -> LoadError:
     return LoadError(
-        f"cannot use the trace {path}", why, "give a text, CSV or JSONL file with one time in seconds a line"
+        f"cannot use the trace {path}", why, "use a text, CSV or JSONL file with one time in seconds per line"
     )
 
 
 def _schedule(
     first: Callable[[int], NDArray[np.float64]], rate_rps: float, n: int | None, duration_s: float | None
 ) -> NDArray[np.float64]:
-    """The first `n` arrivals of a process, or those within `duration_s`; the process gives any number of its first."""
+    """The first `n` arrivals of a process, or those within `duration_s`; `first` gives any number of first arrivals."""
     check_rate(rate_rps)
     if (n is None) == (duration_s is None):
         raise ValueError(f"give either n or duration_s, but got n={n} and duration_s={duration_s}")
     if n is not None:
         if n < 1:
-            raise LoadError(f"cannot send {n} requests", "a load is at least one request", "use a larger number")
+            raise LoadError(f"cannot send {n} requests", "a load has at least one request", "use a larger number")
         _check_size(n)
         return first(n)
     assert duration_s is not None
@@ -302,7 +302,7 @@ def _schedule(
 
 
 def check_rate(rate_rps: float) -> None:
-    """Raise a `LoadError` unless so many requests per second can be asked for."""
+    """Raise a `LoadError` unless the rate is finite and above zero."""
     if not (math.isfinite(rate_rps) and rate_rps > 0):
         raise LoadError(f"cannot send {rate_rps:g} requests per second", "a rate is above zero", "use --rate 100")
 
@@ -311,6 +311,6 @@ def _check_size(n: float) -> None:
     if n > _MOST:
         raise LoadError(
             f"cannot schedule {n:,.0f} requests",
-            f"a window holds up to {_MOST:,}",
+            f"a window has at most {_MOST:,}",
             "use a lower rate or a shorter time",
         )

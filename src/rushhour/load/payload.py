@@ -1,4 +1,4 @@
-"""What to send: whole requests, encoded before the clock starts, from samples, files or seeded random values."""
+"""Payloads: whole requests, encoded before the load starts, from samples, files or seeded random values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rushhour.errors import LoadError, WireError
-from rushhour.load.declared import Declared
-from rushhour.load.target import Endpoint, Target
+from rushhour.load.target import DeclaredInput, Endpoint, Target
 from rushhour.wire import HEADER_LENGTH, Content, dtype_of, encode_json_tensors, encode_tensors
 
 Payload = bytes
@@ -23,9 +22,9 @@ Payload = bytes
 Encoding = Literal["binary", "json"]
 
 _DISTINCT = 32
-"""Requests in rotation: enough that no cache answers for the model, few enough to stay in memory."""
+"""Requests in rotation: enough that no cache answers in place of the model, few enough to stay in memory."""
 _SMALL_IDS = 100
-"""Random values of wide integers lie below this: as token ids or categories they stay inside any vocabulary."""
+"""Random values of wide integers are below this: as token ids or categories they are inside any vocabulary."""
 _WORD_BYTES = 16
 """Of a random element of a BYTES tensor."""
 _MOST_FILES = 1000
@@ -57,14 +56,14 @@ def payloads(
 
     Args:
         target: the model.
-        samples: input name -> array of shape `(k, *shape)`, real ones if there are any; None for seeded random
-            values in the range of each type, and words for BYTES.
-        rows: samples in one request. A model that takes one at a time gets one, without the axis of samples.
-        seed: decides which samples go together, or the random values.
+        samples: input name -> array of shape `(k, *shape)`; None for seeded random values in the range of each type,
+            and words for BYTES.
+        rows: samples in one request. A model without a batch axis takes one.
+        seed: of the choice of samples, or of the random values.
         encoding: tensors as raw bytes or as JSON; gRPC has raw bytes only.
 
     Raises:
-        LoadError: if the samples do not fit the model, or its server does not declare what samples are made from.
+        LoadError: if the samples do not fit the model, or its server does not declare its inputs.
     """
     if rows < 1:
         raise LoadError(f"cannot send requests of {rows} samples", "a request carries at least one", "use --rows 1")
@@ -72,7 +71,7 @@ def payloads(
     if rows > 1 and inputs and not any(each.takes_rows or each.shape is None for each in inputs):
         raise LoadError(
             f"cannot send requests of {rows} samples",
-            f"{target.model} has no axis of samples: it takes {', '.join(map(str, inputs))}",
+            f"{target.model} has no batch axis: it takes {', '.join(map(str, inputs))}",
             "leave out --rows",
         )
     random = np.random.default_rng(seed)
@@ -91,7 +90,7 @@ def payloads(
             "align them",
         )
     count = counts.pop()
-    # Whole permutations one after the other: every sample is sent before one is sent twice.
+    # Whole permutations one after the other: each sample is sent once before any is sent twice.
     rounds = -(-_DISTINCT * rows // count)
     chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: _DISTINCT * rows]
     return [
@@ -103,10 +102,10 @@ def payloads(
 def folder_payloads(target: Endpoint, folder: Path, *, encoding: Encoding = "binary") -> list[Payload]:
     """One request for each file of a folder, in the order of their names.
 
-    For a model (`Target`): `.npy` (the one input), `.npz` (inputs by name) and images (`.jpg`, `.png`; the one input,
-    uint8, height x width x channels) become tensors, with or without the axis of rows; images and `.txt` are sent as
-    they are where the one input is BYTES; `.json` and `.bin` are bodies as they are, JSON and the raw rows of the one
-    input. For any other endpoint all files are bodies as they are, to be sent by `body_payloads`.
+    For a model (`Target`): `.npy` (the only input), `.npz` (inputs by name) and images (`.jpg`, `.png`; the only input,
+    uint8, height x width x channels) become tensors, with or without a batch axis; images and `.txt` are sent unchanged
+    where the only input is BYTES; `.json` and `.bin` are bodies, sent unchanged: JSON, and the raw rows of the only
+    input. For any other endpoint all files are bodies, to be sent by `body_payloads`.
 
     Raises:
         LoadError: if the folder holds no such file, or one of them cannot be read or does not fit the model.
@@ -117,7 +116,7 @@ def folder_payloads(target: Endpoint, folder: Path, *, encoding: Encoding = "bin
     for file in _files(folder):
         if file.suffix.lower() in (".json", ".bin"):
             if target.protocol == "grpc":
-                raise _bad_file(file, "gRPC takes tensors, not bodies", "give .npy, .npz, .jpg or .png files")
+                raise _bad_file(file, "gRPC takes tensors, not bodies", "use .npy, .npz, .jpg or .png files")
             is_raw = file.suffix.lower() == ".bin"
             headers = [("Content-Type", _TYPES[file.suffix.lower()]), *([(HEADER_LENGTH, "0")] if is_raw else [])]
             requests.append(http_request(target, "POST", target.infer_path, headers, _content(file)))
@@ -134,7 +133,7 @@ def read_bodies(path: Path) -> list[tuple[str, bytes]]:
     """The content type and the bytes of a file, or of each file of a folder in the order of their names.
 
     Raises:
-        LoadError: if there is none, or one cannot be read.
+        LoadError: if there is no file, or one cannot be read.
     """
     files = _files(path) if path.is_dir() else [path]
     return [(_TYPES.get(file.suffix.lower(), "application/octet-stream"), _content(file)) for file in files]
@@ -155,14 +154,18 @@ def body_payloads(
         bodies: content type and bytes of each; empty for one request without a body.
         method: of all of them.
         path: behind the URL's own, with the query if there is one.
-        headers: `Name: value` each; they replace what would be sent by default.
+        headers: `Name: value` each; they replace the defaults.
 
     Raises:
         LoadError: if a method, path or header is not HTTP.
     """
     whole = target.prefix + path or "/"
     if not _TOKEN.fullmatch(method) or method in ("HEAD", "CONNECT"):
-        raise LoadError(f"cannot use the method {method!r}", "its answers have no body", "write for example POST")
+        raise LoadError(
+            f"cannot use the method {method!r}",
+            "it is not an HTTP method whose answers have a body",
+            "write for example POST",
+        )
     if not (whole.startswith("/") and whole.isascii() and whole.isprintable() and " " not in whole):
         raise LoadError(f"cannot use the path {path!r}", "a path begins with / and holds no space", "quote it with %20")
     given = [_header(text) for text in headers]
@@ -193,16 +196,18 @@ def _header(text: str) -> tuple[str, str]:
     if not (colon and _TOKEN.fullmatch(name) and printable and all(ord(letter) < 256 for letter in value)):
         raise LoadError(f"cannot use the header {text!r}", "it is not of the form 'Name: value'", "check --header")
     if name.lower() in _OWN_HEADERS:
-        raise LoadError(f"cannot use the header {text!r}", f"{name} is the client's own to set", "leave it out")
+        raise LoadError(f"cannot use the header {text!r}", f"the client sets {name} itself", "leave it out")
     return name, value
 
 
-def _infer_request(target: Target, tensors: Sequence[tuple[Declared, NDArray[Any]]], encoding: Encoding) -> Payload:
+def _infer_request(
+    target: Target, tensors: Sequence[tuple[DeclaredInput, NDArray[Any]]], encoding: Encoding
+) -> Payload:
     contents = [_fitted(target, declared, array) for declared, array in tensors]
     if target.protocol == "grpc":
-        from rushhour.load.generator.grpc import encode_grpc_request  # grpcio takes a quarter of a second to import
+        from rushhour.load.generator.grpc_codec import encode_grpc_request  # protobuf is needed for gRPC alone
 
-        return encode_grpc_request(target, contents)
+        return encode_grpc_request(target.model, contents)
     if encoding == "json":
         try:
             json = encode_json_tensors(contents)
@@ -214,7 +219,7 @@ def _infer_request(target: Target, tensors: Sequence[tuple[Declared, NDArray[Any
     return http_request(target, "POST", target.infer_path, headers, body)
 
 
-def _fitted(target: Target, declared: Declared, array: NDArray[Any]) -> Content:
+def _fitted(target: Target, declared: DeclaredInput, array: NDArray[Any]) -> Content:
     fitted = declared.fitted(array)
     if fitted is None:
         raise _misfit(target, declared, array)
@@ -224,11 +229,11 @@ def _fitted(target: Target, declared: Declared, array: NDArray[Any]) -> Content:
     return Content(declared.name, declared.datatype, fitted)
 
 
-def _misfit(target: Target, declared: Declared, array: NDArray[Any]) -> LoadError:
+def _misfit(target: Target, declared: DeclaredInput, array: NDArray[Any]) -> LoadError:
     return LoadError(
         f"the samples of {declared.name!r} are {array.dtype} of shape {list(array.shape)}",
         f"{target.model} takes {declared}",
-        "bring them to that form",
+        "convert them to that type and shape",
     )
 
 
@@ -245,8 +250,8 @@ def _files(folder: Path) -> list[Path]:
     if len(files) > _MOST_FILES or size > _MOST_BYTES:
         raise LoadError(
             f"{folder} holds {len(files):,} payloads of {size / 2**20:,.0f} MiB",
-            f"up to {_MOST_FILES:,} of {_MOST_BYTES / 2**20:.0f} MiB are kept in memory",
-            "choose some of them",
+            f"the limits are {_MOST_FILES:,} payloads and {_MOST_BYTES / 2**20:.0f} MiB, as all are kept in memory",
+            "use a part of them",
         )
     return files
 
@@ -259,13 +264,13 @@ def _content(file: Path) -> bytes:
 
 
 def _arrays(file: Path, target: Target) -> dict[str, NDArray[Any]]:
-    """The tensors in a file: by input name, or for the one input."""
+    """The tensors in a file: by input name, or for the only input."""
     inputs, kind = target.interface.inputs, file.suffix.lower()
     only = inputs[0] if len(inputs) == 1 else None
     is_element = only is not None and only.datatype == "BYTES" and (kind in _IMAGES or kind == ".txt")
     if is_element or kind == ".txt":
         if only is None or not is_element:
-            raise _bad_file(file, f"{target.model} does not take one BYTES tensor", "give .npy or .npz files")
+            raise _bad_file(file, f"{target.model} does not take one BYTES tensor", "use .npy or .npz files")
         return {only.name: _element(file, only)}
     try:
         if kind == ".npz":
@@ -277,7 +282,7 @@ def _arrays(file: Path, target: Target) -> dict[str, NDArray[Any]]:
         else:
             array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise _bad_file(file, str(error), "write it anew") from error
+        raise _bad_file(file, str(error), "check that it is a valid file of that type") from error
     if only is None:
         how_many = f"has {len(inputs)} inputs" if inputs else "declares no input"
         raise _bad_file(file, f"{target.model} {how_many}", "give them by name in .npz")
@@ -286,11 +291,11 @@ def _arrays(file: Path, target: Target) -> dict[str, NDArray[Any]]:
     return {only.name: array}
 
 
-def _element(file: Path, only: Declared) -> NDArray[Any]:
-    """A file as the one element of a BYTES tensor."""
+def _element(file: Path, only: DeclaredInput) -> NDArray[Any]:
+    """A file as the only element of a BYTES tensor."""
     shape = only.shape or (1,)
     if not set(shape) <= {-1, 1}:
-        raise _bad_file(file, f"{only.name!r} takes {only}", "give .npy files of so many texts")
+        raise _bad_file(file, f"{only.name!r} takes {only}", "use .npy files of that shape")
     return np.fromiter([_content(file)], object, 1).reshape([1] * len(shape))
 
 
@@ -298,16 +303,16 @@ def _bad_file(file: Path, why: str, fix: str) -> LoadError:
     return LoadError(f"cannot send {file}", why, fix)
 
 
-def _fitting(target: Target, samples: Mapping[str, NDArray[Any]]) -> list[tuple[Declared, NDArray[Any]]]:
-    """The model's inputs with their samples, of the right types. Where it declares none, those of the samples."""
+def _fitting(target: Target, samples: Mapping[str, NDArray[Any]]) -> list[tuple[DeclaredInput, NDArray[Any]]]:
+    """The model's inputs with their samples, of the right types. Where it declares no input, those of the samples."""
     found = []
-    inputs = target.interface.inputs or [Declared(name, "", None) for name in samples]
+    inputs = target.interface.inputs or [DeclaredInput(name, "", None) for name in samples]
     for declared in inputs:
         array = samples.get(declared.name)
         if array is None:
             raise LoadError(
                 f"the samples lack the input {declared.name!r}",
-                f"they hold {', '.join(samples) or 'nothing'}",
+                f"they have {', '.join(samples) or 'none'}",
                 f"give all inputs of {target.model}",
             )
         declared = declared.typed(array.dtype)
@@ -317,7 +322,7 @@ def _fitting(target: Target, samples: Mapping[str, NDArray[Any]]) -> list[tuple[
     return found
 
 
-def _shapes(target: Target, rows: int) -> list[tuple[Declared, tuple[int, ...]]]:
+def _shapes(target: Target, rows: int) -> list[tuple[DeclaredInput, tuple[int, ...]]]:
     """The model's inputs with the shapes of a request's tensors.
 
     Raises:
@@ -334,7 +339,7 @@ def _shapes(target: Target, rows: int) -> list[tuple[Declared, tuple[int, ...]]]
         if each.datatype and not each.is_known:
             raise LoadError(
                 f"cannot make samples of the input {each.name!r}",
-                f"the server declares it as {each}, a type that is not known here",
+                f"the server declares it as {each}, an unknown datatype",
                 "send .json files with --payloads",
             )
         shape = each.whole(rows)
@@ -345,26 +350,26 @@ def _shapes(target: Target, rows: int) -> list[tuple[Declared, tuple[int, ...]]]
             )
             raise LoadError(
                 f"cannot make samples of the input {each.name!r}",
-                f"the server declares it as {each}, which leaves that open",
-                f"say it with --shape {each.name}:{sizes}, or send files with --payloads",
+                f"the server declares it as {each}, which leaves a size or the datatype open",
+                f"set it with --shape {each.name}:{sizes}, or send files with --payloads",
             )
         shapes.append((each, shape))
     return shapes
 
 
-def _distinct(shapes: Sequence[tuple[Declared, tuple[int, ...]]]) -> int:
-    """How many requests of these shapes are kept in memory."""
+def _distinct(shapes: Sequence[tuple[DeclaredInput, tuple[int, ...]]]) -> int:
+    """The number of requests of these shapes that are kept in memory."""
     size = sum(math.prod(shape) * each.value_bytes for each, shape in shapes)
     if size > _MOST_BYTES:
         raise LoadError(
             f"a request has {size / 2**20:,.0f} MiB",
             f"up to {_MOST_BYTES / 2**20:.0f} MiB are kept in memory",
-            "ask for smaller ones with --shape or --rows",
+            "make it smaller with --shape or --rows",
         )
     return max(1, min(_DISTINCT, _MOST_BYTES // max(1, size)))
 
 
-def _random(declared: Declared, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[Any]:
+def _random(declared: DeclaredInput, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[Any]:
     if declared.datatype == "BYTES":
         letters = random.integers(ord("a"), ord("z") + 1, (math.prod(shape), _WORD_BYTES), np.uint8)
         return np.fromiter([word.tobytes() for word in letters], object, len(letters)).reshape(shape)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.goal import SLO
-from rushhour.load import ClosedJob, Look, OpenJob, Samples, Status, Tick, decide
+from rushhour.load import ClosedJob, InterimAnalysis, OpenJob, Samples, Status, Tick, decide
 from rushhour.measurement import Outcome
 from rushhour.testing.waves import STEP_S, Waves
 
@@ -256,7 +256,9 @@ def verdict_on(
         start = before + len(parts) * warmup
         part = slice(start, start + warmup + size - before)
         parts.append(samples_of(due[part] - due[start], latencies[part], warmup))
-        outcome, _ = decide(parts, slo, rate_rps=rate_rps, look=Look(size / sizes[-1], before / sizes[-1]))
+        outcome, _ = decide(
+            parts, slo, rate_rps=rate_rps, interim=InterimAnalysis(size / sizes[-1], before / sizes[-1])
+        )
         if outcome is not None:
             return outcome, size
         before = size
@@ -277,7 +279,7 @@ def samples_of(scheduled: Times, latencies: Times, warmup: int = 0) -> Samples:
 
 
 class VirtualGenerator:
-    """A generator and its server in one, in virtual time: gives `measure` and `climb` what a quiet machine would.
+    """A generator and its server in one, in virtual time: it gives `measure` what a quiet machine would give.
 
     Args:
         server: what answers.

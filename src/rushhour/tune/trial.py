@@ -32,10 +32,10 @@ from rushhour.load import (
     Tick,
     closed_window,
     discover,
-    glance_n,
     measure,
     null_throughput,
     payloads,
+    search_window_n,
 )
 from rushhour.measurement import Measurement, Rung
 from rushhour.models import code_of
@@ -149,7 +149,7 @@ class Loaded:
         """Windows that find the way and prove little. The server has warmed its engine up before it listened."""
 
         def probe(rate_rps: float, seed: int) -> Measurement:
-            n = glance_n(self._goal.slo, rate_rps, window_s)
+            n = search_window_n(self._goal.slo, rate_rps, window_s)
             return self._take(f"glance {window_s:g} s", rate_rps, seed, n=n, warmup_s=1.0, is_warm=True)
 
         return probe

@@ -1,11 +1,12 @@
-"""The noise guard: a process that sleeps 5 ms at a time and notices when the machine lets it sleep longer.
+"""The canary: a process that sleeps 5 ms at a time and measures how much longer the machine lets it sleep.
 
 A process of its own, started by the generator, because a thread would wait for the generator's interpreter lock and
-report that as noise. It holds to the standard library and starts in a few milliseconds.
+report that as noise. It uses the standard library alone and starts in a few milliseconds.
 
 A sleep that is 200 ms too long hides 40 others that would have been too long as well; they are counted with it, so
-that the 99th percentile is one over time, not one over sleeps. It is the same for any length of sleep; shorter ones see
-more of a short window, and cost more: to be woken takes 15 to 25 µs of CPU, which counts as the generator's.
+that the 99th percentile is over time, not over sleeps (as HdrHistogram corrects for coordinated omission). It is the
+same for any length of sleep; shorter ones see more of a short window, and cost more: a wake-up takes 15 to 25 µs of
+CPU, which counts as the generator's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _SLEEP_S = 0.005
 
 
 class Canary:
-    """Owner of the canary process. Between `start` and `stop` it watches; `stop` does not wait, `result` does.
+    """The canary process. It measures between `start` and `stop`; `stop` does not wait, `result` does.
 
     The process ends when this object is closed or its owner dies.
     """
@@ -45,37 +46,37 @@ class Canary:
         self._process.stdout.close()
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._say()
+        """Begin to measure."""
+        self._signal()
 
     def stop(self) -> None:
-        """Watch no more."""
-        self._say()
+        """End the measurement."""
+        self._signal()
 
     def result(self) -> tuple[float, float, float]:
-        """Of the time between `start` and `stop`.
+        """The result for the time between `start` and `stop`.
 
         Returns:
-            The 99th percentile of what was slept too long, in seconds; the canary's own CPU seconds; the share of
-            the time that was taken from the machine: by its hypervisor, or by waiting for memory or disk.
+            The 99th percentile of the oversleep, in seconds; the canary's own CPU seconds; the share of the time that
+            the hypervisor stole, or in which all tasks waited for memory or disk.
         """
         assert self._process.stdout is not None
         line = b""
         while not line.endswith(b"\n"):
             part = self._process.stdout.read(256)
-            if not part:  # killed by someone: without a guard nothing may pass, so the whole time counts as noise
+            if not part:  # it was killed: without it no window may pass, so the whole time counts as noise
                 return 3600.0, 0.0, 0.0
             line += part
         overshoot, cpu, steal = map(float, line.split())
         return overshoot, cpu, steal
 
-    def _say(self) -> None:
+    def _signal(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(b".")
 
 
-def _watch() -> None:
+def _measure() -> None:
     while os.read(0, 1):
         overshoots = []
         began, cpu, stolen, total = time.monotonic(), time.process_time(), *_cpu_times()
@@ -102,7 +103,7 @@ def _watch() -> None:
 
 
 def _cpu_times() -> tuple[int, int]:
-    """The machine's stolen and total CPU time since its start, in ticks of the kernel; zeros where it does not say."""
+    """The machine's stolen and total CPU time since boot, in ticks of the kernel; zeros where it is not known."""
     try:
         with open("/proc/stat", "rb") as file:
             fields = [int(field) for field in file.readline().split()[1:9]]
@@ -112,9 +113,9 @@ def _cpu_times() -> tuple[int, int]:
 
 
 def _stalled_s() -> tuple[float, float]:
-    """Seconds since the start in which every task waited for memory, and for disk (PSI); zeros without PSI.
+    """Seconds since boot in which all tasks waited for memory, and for disk (PSI); zeros without PSI.
 
-    Waiting for a CPU is left out: a server that is busy causes it itself, and the sleeps feel it.
+    Waiting for a CPU is left out: a busy server causes it itself, and the sleeps measure it.
     """
     memory, disk = (_full_s(f"/proc/pressure/{resource}") for resource in ("memory", "io"))
     return memory, disk
@@ -130,4 +131,4 @@ def _full_s(path: str) -> float:
 
 
 if __name__ == "__main__":
-    _watch()
+    _measure()

@@ -1,8 +1,8 @@
-"""The client: when requests go out, and the book of what became of them, in the generator's process.
+"""The client: it sends requests on schedule and records what became of each, in the generator's process.
 
-How they get to the server, and how time passes in between, is a `Carrier`'s affair: `pool.py` for HTTP, `grpc.py` for
-gRPC. What is timed is taken from `time.monotonic` around the calls themselves, and from the kernel's note of when an
-answer came; never from an event loop's clock, which stands still while the loop works.
+How requests reach the server, and how the client waits, is the task of a `Transport`: `pool.py` for HTTP, `grpc.py` for
+gRPC. Times come from `time.monotonic` around the calls themselves, and from the kernel's receive timestamps; never from
+an event loop's clock, which stands still while the loop works.
 """
 
 from __future__ import annotations
@@ -12,69 +12,67 @@ import gc
 import math
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import monotonic, process_time
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from rushhour.errors import LoadError, WireError
+from rushhour.errors import LoadError
+from rushhour.load.generator.answers import AnswerCheck
 from rushhour.load.generator.canary import Canary
-from rushhour.load.generator.carrier import Carrier
 from rushhour.load.generator.job import ClosedJob, Job, OpenJob, Tick
-from rushhour.load.generator.pool import HttpCarrier
+from rushhour.load.generator.pool import HttpTransport
 from rushhour.load.generator.samples import Samples, Status
-from rushhour.wire import decode_answer, json_of
+from rushhour.load.generator.transport import Transport
+from rushhour.wire import decode_answer
 
 _NAN = float("nan")
 _SHED = (429, 503)
 _REJECTED = (400, 404, 405, 411, 413, 415, 422)
-"""The server says that the request itself is wrong: with the first answer there is nothing to measure."""
+"""Statuses for a request that is itself wrong: as the first answer, they end the run."""
 
 _START_DELAY_S = 0.02
-_SWEEP_S = 0.05
+_EXPIRE_S = 0.05
 _TICK_S = 0.2
 _RECENT = 4096
-"""The live percentiles are those of so many latest requests; more would cost time that the sending needs."""
+"""Latest requests in the live percentiles; more would cost time that the sending needs."""
 _STOP_GRACE_S = 1.0
 _PREOPENED = 128
 _AT_ONCE = 32
-"""Requests taken up before answers are looked at again: a generator that was held up catches up in small
-steps, so that it does not read answers late as well."""
+"""Requests sent before answers are read again: a generator that was delayed catches up in small steps, so that it does
+not read answers late as well."""
 _PAUSE_S = 0.05
-"""How long a user of a closed loop who was turned away waits."""
-_LENGTHS = 64
-"""Distinct lengths of answers that are each looked into once. A server with more of them writes numbers as text."""
+"""How long a user of a closed loop waits after an answer 429 or 503."""
 
 
 async def run(
     job: OpenJob | ClosedJob, canary: Canary, on_tick: Callable[[Tick], None], stop: asyncio.Event
 ) -> Samples:
-    """Do what `job` says, and say five times a second how it stands.
+    """Run a job, and report its state five times a second.
 
-    Once `stop` is set no request goes out any more; those under way are waited for as long as twice the limit, at
-    least a second, and what was measured until then is the result.
+    Once `stop` is set no request is sent any more; those in flight are awaited for up to twice the limit, at least a
+    second, and what was measured until then is the result.
 
     Raises:
         LoadError: if the server cannot be reached at the start, rejects the requests, or answers with something
             that is not an answer; or if it was stopped before anything was measured.
     """
-    load = _OpenLoop(job, canary, on_tick) if isinstance(job, OpenJob) else _ClosedLoop(job, canary, on_tick)
+    loop = _OpenLoop(job, canary, on_tick) if isinstance(job, OpenJob) else _ClosedLoop(job, canary, on_tick)
     gc.collect()
-    gc.disable()  # a collection in the middle of a run would be a stall of the generator's own making
+    gc.disable()  # a collection in the middle of a run would delay requests
     try:
-        return await load.go(stop)
+        return await loop.run(stop)
     finally:
         gc.enable()
 
 
-class _Load:
-    """What both loops share: the book, and its beginning and end."""
+class _Loop:
+    """What open and closed loop share: the recorder, and the beginning and end of a run."""
 
     _prompt = False
-    """Whether answers are read as they come, because the next request waits for them."""
+    """Whether answers are read as soon as they arrive, because the next request waits for them."""
 
     def __init__(self, job: Job, canary: Canary, on_tick: Callable[[Tick], None]) -> None:
         self._job = job
@@ -82,23 +80,20 @@ class _Load:
         self._on_tick = on_tick
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = self._loop.create_future()
-        self._carrier: Carrier
-        self._decode: Callable[[bytes, int | None], Mapping[str, NDArray[Any]]]
+        self._transport: Transport
         if job.protocol == "grpc":
-            from rushhour.load.generator.grpc import GrpcCarrier, decode_grpc_answer  # a quarter of a second to import
+            from rushhour.load.generator.grpc import GrpcTransport  # grpcio takes a quarter of a second to import
+            from rushhour.load.generator.grpc_codec import decode_grpc_answer
 
-            self._carrier, self._decode = GrpcCarrier(job, self), decode_grpc_answer
+            self._transport, answers = GrpcTransport(job, self), AnswerCheck(job, decode_grpc_answer)
         else:
-            self._carrier, self._decode = HttpCarrier(job, self), decode_answer
-        self._carry = self._carrier.carry
+            self._transport, answers = HttpTransport(job, self), AnswerCheck(job, decode_answer)
+        self._send = self._transport.send
+        self.fault_of = answers.fault_of
+        self._deviation = answers.deviation
         self._limit_s = job.limit_s
         self._distinct = len(job.requests)
         self._check = job.check or bool(job.expected)
-        self._expected: dict[int, tuple[bytes, int | None]] = {
-            position: (body, None) for position, body in enumerate(job.expected)
-        }
-        self._sound: set[int] = set()
-        self._valid: set[tuple[int, int | None]] = set()
         self._any_answer = False
         self._first_error = ""
         self._kinds: Counter[str] = Counter()
@@ -120,13 +115,13 @@ class _Load:
         self._stopped = False
 
     def sent(self, index: int) -> None:
-        """See `Book`."""
+        """See `Recorder`."""
         self._sent[index] = monotonic() - self._start
 
     def answered(self, index: int, body: bytes, header_length: int | None, at: float) -> None:
-        """See `Book`."""
+        """See `Recorder`."""
         done = at - self._start
-        if done < self._sent[index]:  # it was here before it was noted that its request is out
+        if done < self._sent[index]:  # it arrived before the sending was recorded
             done = self._sent[index]
         self._done[index] = done
         self._any_answer = True
@@ -141,27 +136,27 @@ class _Load:
         if self._ended == self._issued:
             self._finish_if_over()
 
-    def turned_down(self, index: int, status: int, body: bytes, at: float) -> None:
-        """See `Book`."""
+    def error_status(self, index: int, status: int, body: bytes, at: float) -> None:
+        """See `Recorder`."""
         self._done[index] = max(at - self._start, self._sent[index])
         if status in _SHED:
             self._end(index, Status.SHED)
             return
-        said = _in_words(body)
+        message = _error_message(body)
         if status in _REJECTED and not self._any_answer:
             self._fail(
                 LoadError(
                     f"the server rejects the request with status {status}",
-                    said or "it does not say why",
+                    message or "it gives no reason",
                     "check the model's name, the shape and type of the samples (--shape, --payloads), and whether the "
                     "server takes raw tensors (--json-tensors sends JSON)",
                 )
             )
-        self._note(f"status {status}" + (f" ({said})" if said else ""))
+        self._note(f"status {status}" + (f" ({message})" if message else ""))
         self._end(index, Status.ERROR, f"status {status}")
 
-    def garbled(self, index: int, what: str, why: str, at: float) -> None:
-        """See `Book`. As the first thing a server says they end the run, later they are errors."""
+    def malformed(self, index: int, what: str, why: str, at: float) -> None:
+        """See `Recorder`. As the first answer they end the run, later they count as errors."""
         self._done[index] = max(at - self._start, self._sent[index])
         if not self._any_answer:
             self._fail(LoadError(what, why, "check the URL and the server"))
@@ -169,65 +164,17 @@ class _Load:
         self._end(index, Status.ERROR, "not an answer")
 
     def lost(self, index: int, kind: str, why: str) -> None:
-        """See `Book`."""
+        """See `Recorder`."""
         self._note(why)
         self._end(index, Status.LOST, kind)
 
     def starved(self, index: int) -> None:
-        """See `Book`."""
+        """See `Recorder`."""
         if index >= self._warmup:
             self._starved += 1
 
-    def fault_of(self, body: bytes, header_length: int | None) -> str:
-        """See `Book`. Each length is looked into once: answers to requests of one shape that have one length have
-        one form."""
-        key = (len(body), header_length)
-        if self._job.outputs is None or key in self._valid or len(self._valid) >= _LENGTHS:
-            return ""
-        try:
-            outputs = self._decode(body, header_length)
-        except (WireError, RecursionError) as error:
-            return getattr(error, "why", str(error))
-        missing = [name for name in self._job.outputs if name not in outputs]
-        if missing:
-            return f"it has no output {missing[0]!r}"
-        self._valid.add(key)
-        return ""
-
-    def _deviation(self, position: int, body: bytes, header_length: int | None) -> str:
-        """What is wrong with an answer; where none is expected, the first one to a request becomes that."""
-        expected, its_header = self._expected.setdefault(position, (body, header_length))
-        if its_header is None:  # one that was given beforehand has no header length of its own
-            its_header = header_length
-        if position not in self._sound:
-            if self._is_void(expected, its_header):
-                if not self._job.expected:
-                    del self._expected[position]
-                return "holds no finite number"
-            self._sound.add(position)
-        if body == expected:
-            return ""
-        if self._job.outputs is not None:
-            try:
-                right, given = self._decode(expected, its_header), self._decode(body, header_length)
-                if _alike(right, given, self._job.tolerance):
-                    return ""
-            except (WireError, RecursionError):
-                pass
-        return "is not the one expected"
-
-    def _is_void(self, body: bytes, header_length: int | None) -> bool:
-        """Whether an output is nothing but NaN and infinities: a model that is broken answers so, always alike."""
-        try:
-            if self._job.outputs is None:
-                return _has_void(json_of(body))
-            outputs = self._decode(body, header_length)
-        except (WireError, msgspec.DecodeError, RecursionError):
-            return False
-        return any(each.dtype.kind == "f" and each.size and not np.isfinite(each).any() for each in outputs.values())
-
     def _end(self, index: int, status: Status, kind: str = "") -> None:
-        """In any other way than well."""
+        """Record a request that was not answered well."""
         self._status[index] = status
         self._ended += 1
         self._late += 1
@@ -255,15 +202,15 @@ class _Load:
     def _all_issued(self) -> bool:
         raise NotImplementedError
 
-    def _sweep(self) -> None:
-        """Give up on what has been under way for too long."""
+    def _expire(self) -> None:
+        """Give up requests that are in flight for longer than the time-out."""
         before = monotonic() - self._start - self._job.timeout_s
         scheduled = self._scheduled
         why = f"no answer within {self._job.timeout_s:g} s"
-        self._carrier.sweep(lambda index: scheduled[index] < before, "time-out", why)
+        self._transport.expire(lambda index: scheduled[index] < before, "time-out", why)
 
-    async def go(self, stop: asyncio.Event) -> Samples:
-        """Run, and return what happened."""
+    async def run(self, stop: asyncio.Event) -> Samples:
+        """See `run`."""
         self._loop.set_exception_handler(self._on_error)
         noise = (0.0, 0.0, 0.0)
         stopping: asyncio.Task[None] | None = None
@@ -277,34 +224,34 @@ class _Load:
             self._finished.cancel()
             if stopping is not None:
                 stopping.cancel()
-            await self._carrier.close()
-            await asyncio.sleep(0)  # what was cancelled ends here, not in the next run
+            await self._transport.close()
+            await asyncio.sleep(0)  # cancelled tasks end here, not in the next run
             if self._measured_from:
                 self._end_measuring()
                 noise = self._canary.result()
         if self._stopped and self._issued <= self._warmup:
-            raise LoadError("the load was stopped before anything was measured", "", "let it run for longer")
+            raise LoadError("the load was stopped before anything was measured", "", "run it for longer")
         return self._samples(*noise)
 
     async def _drive(self) -> None:
-        """Send what is due and read what has come, in turns, until all is over."""
-        rest, finished = self._carrier.rest, self._finished
-        swept = ticked = monotonic()
+        """Send requests that are due and read answers, in turns, until all requests have ended."""
+        wait, finished = self._transport.wait, self._finished
+        expired = ticked = monotonic()
         while not finished.done():
             due = self._issue_due()
-            passing = rest(min(due, swept + _SWEEP_S), prompt=self._prompt or due == math.inf)
-            if passing is not None:
-                await passing
-            if (now := monotonic()) >= swept + _SWEEP_S:
-                swept = now
-                self._sweep()
+            waiting = wait(min(due, expired + _EXPIRE_S), prompt=self._prompt or due == math.inf)
+            if waiting is not None:
+                await waiting
+            if (now := monotonic()) >= expired + _EXPIRE_S:
+                expired = now
+                self._expire()
                 if now >= ticked + _TICK_S:
                     ticked = now
                     self._tick()
-                await asyncio.sleep(0)  # the loop's turn: the word to stop, the parent's end
+                await asyncio.sleep(0)  # the event loop's turn: the order to stop, the end of the parent
 
     def _issue_due(self) -> float:
-        """Take up what is due; when to be called again, in seconds of `time.monotonic`: infinity at the next answer."""
+        """Send what is due; when to call again, in seconds of `time.monotonic`: infinity for at the next answer."""
         raise NotImplementedError
 
     async def _stop_on(self, stop: asyncio.Event) -> None:
@@ -313,10 +260,10 @@ class _Load:
         self._issue_no_more()
         self._finish_if_over()
         await asyncio.sleep(max(_STOP_GRACE_S, 2 * self._job.limit_s))
-        self._carrier.sweep(lambda index: True, "stopped", "the load was stopped before an answer came")
+        self._transport.expire(lambda index: True, "stopped", "the load was stopped before an answer came")
 
     def _on_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What the loop caught: the network's doing ends in `connection_lost`, all else is a fault of this program."""
+        """An exception that the event loop caught: network errors are recorded elsewhere, any other is a bug here."""
         error = context.get("exception") or RuntimeError(str(context.get("message")))
         if not isinstance(error, OSError):
             self._fail(error)
@@ -352,7 +299,7 @@ class _Load:
         )
 
     def _recent(self) -> tuple[float | None, float | None]:
-        """Median and 99th percentile in ms of what was answered of the latest requests."""
+        """Median and 99th percentile in ms of the answered ones among the latest requests."""
         part = slice(max(0, self._issued - _RECENT), self._issued)
         latencies = np.array(self._done[part]) - np.array(self._scheduled[part])
         answered = latencies[~np.isnan(latencies)]
@@ -375,7 +322,7 @@ class _Load:
             generator_cpu=(self._cpu_to - self._cpu_from + canary_cpu_s) / wall,
             canary_p99_s=overshoot_s,
             steal=steal,
-            connections=self._carrier.most_connections,
+            connections=self._transport.peak_connections,
             starved=self._starved,
             timeout_s=self._job.timeout_s,
             first_error=self._first_error,
@@ -383,11 +330,11 @@ class _Load:
         )
 
 
-class _OpenLoop(_Load):
-    """Requests go out when they are due, or a little later.
+class _OpenLoop(_Loop):
+    """Requests are sent when they are due, or a little later.
 
-    The first that is due waits as long as the quantum, half a hundredth of the limit and at most 0.25 ms, for others to
-    go out with: to be woken costs more than to send. That delay counts as latency, as any of the generator's does.
+    The first that is due waits for a quantum, 0.5% of the limit and at most 0.25 ms, to be sent together with others:
+    a wake-up costs more than a send. This delay counts as latency, as any delay of the generator does.
     """
 
     def __init__(self, job: OpenJob, canary: Canary, on_tick: Callable[[Tick], None]) -> None:
@@ -405,12 +352,12 @@ class _OpenLoop(_Load):
 
     async def _prepare(self) -> None:
         rate = self._n / max(self._scheduled[-1], 1e-9)
-        wanted = 1 + int(rate * self._job.limit_s)  # Little's law: so many are under way when all take the limit
-        await self._carrier.open(min(wanted, _PREOPENED))
+        wanted = 1 + int(rate * self._job.limit_s)  # Little's law: requests in flight if each takes the limit
+        await self._transport.open(min(wanted, _PREOPENED))
         self._start = monotonic() + _START_DELAY_S
 
     def _issue_due(self) -> float:
-        scheduled, index, carry = self._scheduled, self._issued, self._carry
+        scheduled, index, send = self._scheduled, self._issued, self._send
         last = min(self._n, index + _AT_ONCE)
         now = monotonic() - self._start
         while index < last and scheduled[index] <= now:
@@ -418,7 +365,7 @@ class _OpenLoop(_Load):
                 self._begin_measuring()
             self._taken[index] = now
             self._issued = index + 1
-            carry(index)
+            send(index)
             index += 1
         if index >= self._n:
             self._end_measuring()
@@ -431,11 +378,11 @@ class _OpenLoop(_Load):
             self._end_measuring()
 
 
-class _ClosedLoop(_Load):
+class _ClosedLoop(_Loop):
     """Each of `concurrency` users sends the next request when the last is answered, until the time is over.
 
-    Who is turned away waits a little before: users who ask again at once keep a server busy with turning them away, and
-    one that was slow for a moment never gets out of that.
+    After an answer 429 or 503 a user pauses. Users that retry at once keep a server busy with shedding, so that one
+    that was slow for a moment does not recover.
     """
 
     _prompt = True
@@ -451,7 +398,7 @@ class _ClosedLoop(_Load):
         return self._over
 
     async def _prepare(self) -> None:
-        await self._carrier.open(self._concurrency)
+        await self._transport.open(self._concurrency)
         self._start = monotonic()
         self._begin_measuring()
 
@@ -482,52 +429,11 @@ class _ClosedLoop(_Load):
             self._done.append(_NAN)
             self._status.append(Status.UNANSWERED)
             self._issued += 1
-            self._carry(index)
+            self._send(index)
         return self._start + pausing[0] if pausing else math.inf
 
 
-def _alike(right: Mapping[str, NDArray[Any]], given: Mapping[str, NDArray[Any]], tolerance: float) -> bool:
-    """Whether two answers say the same: numbers up to a share of their output's largest, all else exactly."""
-    if right.keys() != given.keys():
-        return False
-    for name, wanted in right.items():
-        found = given[name]
-        if wanted.shape != found.shape or wanted.dtype != found.dtype:
-            return False
-        if wanted.dtype.kind != "f":
-            if not np.array_equal(wanted, found):
-                return False
-            continue
-        finite = np.isfinite(wanted)
-        if not np.array_equal(finite, np.isfinite(found)):
-            return False
-        if not np.array_equal(wanted[~finite], found[~finite], equal_nan=True):
-            return False
-        numbers = wanted[finite].astype(np.float64)
-        if numbers.size and np.abs(found[finite] - numbers).max() > tolerance * np.abs(numbers).max():
-            return False
-    return True
-
-
-def _has_void(said: object) -> bool:
-    """Whether a value in an answer of any form is numbers, of which none is finite."""
-    waiting = [said]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += value.values()
-            continue
-        leaves = value if isinstance(value, list) else [value]
-        while any(isinstance(each, list) for each in leaves):
-            leaves = [leaf for each in leaves for leaf in (each if isinstance(each, list) else [each])]
-        numbers = [each for each in leaves if isinstance(each, float | int) and not isinstance(each, bool)]
-        if numbers and not any(isinstance(each, int) or math.isfinite(each) for each in numbers):
-            return True
-        waiting += [each for each in leaves if isinstance(each, dict)]
-    return False
-
-
-def _in_words(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
     """A server's error message: the field `error` of its JSON, or the start of the text."""
     try:
         error = msgspec.json.decode(body, type=dict[str, object]).get("error")

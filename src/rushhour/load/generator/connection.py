@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection of the client: a request's bytes out, an answer's bytes in, one at a time."""
+"""One HTTP/1.1 connection of the client: it sends one request at a time and reads its answer."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from typing import Protocol
 
 import httptools
 
-from rushhour.load.generator.carrier import Book
-from rushhour.load.generator.stamps import ANCILLARY_BYTES, Stamps
+from rushhour.load.generator.timestamps import ANCILLARY_BYTES, Timestamps
+from rushhour.load.generator.transport import Recorder
 from rushhour.wire import HEADER_LENGTH
 
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 _PIECE_BYTES = 1 << 16
-"""Read at once."""
+"""Read in one call."""
 _SMALL_BYTES = 1 << 14
-"""An answer of so many bytes fits a socket's buffer whatever its size: left unread, it holds nobody up."""
+"""An answer of up to this size fits into any socket buffer, so leaving it unread does not block the server."""
 
 
 class Pool(Protocol):
-    """Whom a connection belongs to."""
+    """The owner of a connection."""
 
     def free(self, connection: Connection) -> None:
-        """The connection can carry the next request."""
+        """The connection is ready for the next request."""
         ...
 
     def blocked(self, connection: Connection) -> None:
-        """A part of a request is still to be written, by `write_on` when there is room for it."""
+        """A part of a request is not written yet; call `write_on` when the socket is writable."""
         ...
 
     def unblocked(self, connection: Connection) -> None:
-        """It has been written, or never will be."""
+        """The request is written whole, or the connection is closed."""
         ...
 
-    def came(self, *, small: bool) -> None:
-        """An answer was read in the long way; `small` if it came in one piece of a few KB."""
+    def answer_read(self, *, small: bool) -> None:
+        """An answer was read by the parser; `small` if it came in one piece of a few KB."""
         ...
 
     def closed(self, connection: Connection, why: str) -> None:
-        """The connection is over, and with it the answer it still owes (`index`)."""
+        """The connection is closed; the answer to the request `index`, if any, will not arrive."""
         ...
 
 
 class KnownHead:
-    """The head of an answer that httptools has read: a good status, a body of a known length, the connection kept.
+    """The head of an answer that httptools has parsed: status 2xx, a body of known length, the connection kept open.
 
-    An answer with the same head, byte for byte, says the same thing again and need not be read again. All
-    connections to one server share it; a server that dates its answers changes it once a second.
+    An answer whose head has the same bytes is not parsed again. All connections to one server share this object; where
+    a server sends a Date header, the head changes once a second.
     """
 
     __slots__ = ("head", "header_length", "total")
@@ -59,19 +59,18 @@ class KnownHead:
 
 
 class Connection:
-    """A connection and the request it carries (`index`, -1 for none).
+    """A connection and the index of the request in flight on it (`index`, -1 for none).
 
     Args:
-        wire: a socket that does not block.
-        book: is told of answers.
-        pool: it belongs to.
+        wire: a non-blocking socket.
+        recorder: records answers.
+        pool: the owner.
         known: shared by all connections to the server.
-        stamps: tells when bytes arrived.
+        timestamps: when bytes arrived.
     """
 
     __slots__ = (
         "_body",
-        "_book",
         "_complete",
         "_fresh",
         "_header_length",
@@ -81,10 +80,11 @@ class Connection:
         "_parser",
         "_pool",
         "_receive",
+        "_recorder",
         "_send",
         "_sized",
-        "_stamps",
         "_status",
+        "_timestamps",
         "_unsent",
         "_until_end",
         "index",
@@ -92,16 +92,18 @@ class Connection:
         "wire",
     )
 
-    def __init__(self, wire: socket.socket, book: Book, pool: Pool, known: KnownHead, stamps: Stamps) -> None:
+    def __init__(
+        self, wire: socket.socket, recorder: Recorder, pool: Pool, known: KnownHead, timestamps: Timestamps
+    ) -> None:
         self.wire = wire
         self.index = -1
         self.opening = False
         self._send = wire.send
         self._receive = wire.recvmsg
-        self._book = book
+        self._recorder = recorder
         self._pool = pool
         self._known = known
-        self._stamps = stamps
+        self._timestamps = timestamps
         self._parser = httptools.HttpResponseParser(self)
         self._body: list[bytes] = []
         self._header_length: int | None = None
@@ -115,7 +117,7 @@ class Connection:
         self._unsent = memoryview(b"")
 
     def send(self, index: int, request: bytes) -> None:
-        """Write a whole request; its answer will be reported under `index`."""
+        """Write a whole request; its answer is recorded under `index`."""
         self.index = index
         try:
             written = self._send(request)
@@ -129,7 +131,7 @@ class Connection:
             self._pool.blocked(self)
 
     def write_on(self) -> None:
-        """Write more of a request that was too long to be written at once."""
+        """Continue a request that was too long for one write."""
         try:
             self._unsent = self._unsent[self._send(self._unsent) :]
         except BlockingIOError:
@@ -141,12 +143,12 @@ class Connection:
             self._pool.unblocked(self)
 
     def abort(self) -> None:
-        """Close at once, without a word about what it carries."""
+        """Close at once, without recording the request in flight."""
         self.index = -1
         self._close("")
 
     def read(self) -> None:
-        """Take what has arrived."""
+        """Read what has arrived."""
         try:
             data, ancillary, _, _ = self._receive(_PIECE_BYTES, ANCILLARY_BYTES)
         except BlockingIOError:
@@ -161,14 +163,14 @@ class Connection:
             else:
                 self._gone(None)
             return
-        at = self._stamps.of(ancillary)
-        book, known, index = self._book, self._known, self.index
-        if index < 0:  # bytes that nobody asked for: what follows them could not be told from an answer
+        at = self._timestamps.arrival(ancillary)
+        recorder, known, index = self._recorder, self._known, self.index
+        if index < 0:  # no request is in flight: these bytes would be taken for the next answer
             self.abort()
             return
         if self._fresh and len(data) == known.total and data.startswith(known.head) and not self._unsent:
             self.index = -1
-            book.answered(index, data[len(known.head) :], known.header_length, at)
+            recorder.answered(index, data[len(known.head) :], known.header_length, at)
             self._pool.free(self)
             return
         fresh, self._fresh = self._fresh, False
@@ -176,41 +178,41 @@ class Connection:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.abort()
-            book.garbled(index, "the server does not speak HTTP", str(error), at)
+            recorder.malformed(index, "the server does not speak HTTP", str(error), at)
             return
         except httptools.HttpParserUpgrade:
             self.abort()
-            book.garbled(index, "the server does not speak HTTP", "it switches to another protocol", at)
+            recorder.malformed(index, "the server does not speak HTTP", "it switches to another protocol", at)
             return
         if self._complete:
             self._finish(at, data if fresh else b"")
-        elif self._until_end:  # its end has no note of its own: it must not lie unread
-            self._pool.came(small=False)
+        elif self._until_end:  # the end of the stream has no timestamp: it has to be read as soon as it comes
+            self._pool.answer_read(small=False)
 
     def _finish(self, at: float, data: bytes) -> None:
-        """Report an answer that is whole; `data` is all of it where it came in one piece."""
-        book, known, index = self._book, self._known, self.index
+        """Record a complete answer; `data` is all of it where it came in one piece."""
+        recorder, known, index = self._recorder, self._known, self.index
         body, length, status, header_length = b"".join(self._body), self._length, self._status, self._header_length
         self._body.clear()
         self._complete, self._until_end, self._fresh, self.index = False, False, True, -1
-        self._pool.came(small=0 < len(data) <= _SMALL_BYTES)
+        self._pool.answer_read(small=0 < len(data) <= _SMALL_BYTES)
         if not 200 <= status < 300:
-            book.turned_down(index, status, body, at)
-        elif fault := book.fault_of(body, header_length):
-            book.garbled(index, "the server answered 200 with something that is not an answer", fault, at)
+            recorder.error_status(index, status, body, at)
+        elif fault := recorder.fault_of(body, header_length):
+            recorder.malformed(index, "the server answered 200, but the body is not an answer", fault, at)
         else:
             head = data[: len(data) - len(body)]
             if data and self._keep and length == len(body) and head.endswith(b"\r\n\r\n"):
                 known.head, known.total, known.header_length = head, len(data), header_length
-            book.answered(index, body, header_length, at)
-        if self._keep and not self._unsent:  # an answer before the question was over says that nobody reads the rest
+            recorder.answered(index, body, header_length, at)
+        if self._keep and not self._unsent:  # an answer before the end of the request: the server reads no more of it
             self._pool.free(self)
         else:
             self._close("")
 
     def on_message_begin(self) -> None:
         """Called by the parser."""
-        if self._complete:  # nobody asked for a second answer
+        if self._complete:  # a second answer to one request
             self._keep = False
         else:
             self._header_length, self._length, self._sized = None, None, False
@@ -240,7 +242,7 @@ class Connection:
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        if self._complete or self._status < 200:  # 100, 103: the answer is still to come
+        if self._complete or self._status < 200:  # 100, 103: the final answer follows
             return
         self._complete = True
         self._keep = self._parser.should_keep_alive()

@@ -1,4 +1,4 @@
-"""What a generator is asked to do, and the frames in which the two processes speak: a kind, a length, the content."""
+"""Jobs for the generator's process, and the frames between the two processes: a kind, a length, the content."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from rushhour.errors import LoadError
 from rushhour.load.generator.samples import Samples
-from rushhour.load.target import Protocol
 
+Protocol = Literal["http", "grpc"]
+"""Of the server under load."""
 MAX_CONNECTIONS = 2048
 
 _FRAME = struct.Struct("<cQ")
@@ -25,16 +26,16 @@ class Job(msgspec.Struct, frozen=True, tag_field="loop", kw_only=True):
         host: name or address of the server.
         port: of the server.
         requests: whole HTTP/1.1 requests as bytes, or gRPC messages, sent in rotation.
-        limit_s: of the SLO; decides how finely time is kept and what counts as late in the live figures.
+        limit_s: of the SLO; sets the precision of the schedule, and what counts as late in the live figures.
         timeout_s: after this time from its schedule a request counts as lost.
-        max_connections: open at once, at most; reaching it is reported, never hidden.
-        outputs: names of the outputs that an answer has to hold, in Open Inference Protocol; None where answers are
-            not that, and are not looked into.
+        max_connections: open at once, at most; requests that wait for that reason are counted (`Samples.starved`).
+        outputs: names of the outputs that an answer must have, in Open Inference Protocol; None where answers have
+            another form, and are not decoded.
         expected: the right answer's body for each of `requests`; empty where it is not known beforehand.
-        check: whether answers are compared: with what is expected, else with the first answer to the same request.
-        tolerance: how far a number may be off in such a comparison, as a share of the largest in its output: a batch
+        check: whether answers are compared: with the expected one, else with the first answer to the same request.
+        tolerance: how far a number may differ in such a comparison, as a share of the largest in its output: a batch
             of another size sums in another order. Answers without `outputs` are compared byte for byte.
-        protocol: how the server is spoken to.
+        protocol: of the server.
     """
 
     host: str
@@ -55,7 +56,7 @@ class OpenJob(Job, frozen=True, tag="open", kw_only=True):
 
     Attributes:
         schedule: seconds from the start, ascending, as the bytes of float64.
-        warmup: so many requests at the front are not measured.
+        warmup: number of requests at the start that are not measured.
     """
 
     schedule: bytes
@@ -65,16 +66,16 @@ class OpenJob(Job, frozen=True, tag="open", kw_only=True):
         n = len(self.schedule) // 8
         if not (self.requests and 0 <= self.warmup < n):
             raise LoadError(
-                f"cannot send {n} requests of which {self.warmup} warm up",
-                "at least one is measured",
+                f"cannot send {n} requests with a warm-up of {self.warmup}",
+                "at least one must be measured",
                 "make a longer schedule",
             )
 
 
 class ClosedJob(Job, frozen=True, tag="closed", kw_only=True):
-    """Keep `concurrency` requests under way for `duration_s`: each user sends the next when the last is answered.
+    """Keep `concurrency` requests in flight for `duration_s`: each user sends the next when the last is answered.
 
-    Says what a server can carry, never what a crowd would feel.
+    It measures throughput. Its latency is not that of independent users, who do not wait for each other's answers.
     """
 
     concurrency: int
@@ -82,13 +83,13 @@ class ClosedJob(Job, frozen=True, tag="closed", kw_only=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """How a run stands.
+    """The state of a run.
 
     Attributes:
         at_s: seconds since its start.
-        sent: requests taken up so far; `ended` of them have ended, one way or another.
+        sent: requests sent so far; `ended` of them have ended, in whatever way.
         late: ended over the limit, shed or with an error.
-        p50_ms: median latency of the latest thousands that were answered; None before there are some.
+        p50_ms: median latency of the latest few thousand that were answered; None before there are any.
         p99_ms: their 99th percentile.
     """
 
@@ -103,7 +104,7 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A `LoadError` on its way from the generator to its parent."""
+    """A `LoadError`, as the generator sends it to its parent."""
 
     what: str
     why: str
@@ -111,7 +112,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """All of a run's result that is not an array."""
+    """The result of a run without its arrays."""
 
     warmup: int
     generator_cpu: float

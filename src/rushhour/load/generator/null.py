@@ -1,8 +1,8 @@
-"""The null server: answers everything at once. What a generator gets out of it is the generator's own bound.
+"""The null server: answers every request at once, without computing. Its throughput is the bound of the generator.
 
-Its process (`main`, arguments PROTOCOL SIZE [CORE ...]) answers HTTP or gRPC with bodies of SIZE bytes, says its port
-on standard output, and ends when its standard input does. For gRPC it knows as much of HTTP/2 (RFC 9113) as that takes:
-a server made of grpcio would be slower than the generator, and its own bound would be measured.
+Its process (`main`, arguments PROTOCOL SIZE [CORE ...]) answers HTTP or gRPC with bodies of SIZE bytes, prints its port
+on standard output, and ends when its standard input is closed. For gRPC it implements the part of HTTP/2 (RFC 9113)
+that this takes: a server made of grpcio would be slower than the generator.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ import numpy as np
 import uvloop
 
 from rushhour.errors import LoadError
-from rushhour.load.generator.job import ClosedJob
+from rushhour.load.generator.job import ClosedJob, Protocol
 from rushhour.load.generator.process import Generator
 from rushhour.load.generator.samples import Status
-from rushhour.load.target import Protocol
 
 _CONCURRENCY = 64
 _SECONDS, _SETTLED_S = 1.0, 0.2
 _ANSWER_BYTES = 64
 _LENGTH = re.compile(rb"content-length:[ ]*(\d+)", re.IGNORECASE)
 
-_known: dict[tuple[Protocol, int], float] = {}
+_measured: dict[tuple[Protocol, int], float] = {}
 
 
 @contextlib.contextmanager
@@ -43,7 +42,7 @@ def null_server(
     Args:
         cores: to pin it to; None leaves that to the kernel.
         answer_bytes: length of the body of every answer, over gRPC of the message.
-        protocol: that it speaks.
+        protocol: of its port.
 
     Raises:
         LoadError: if it does not start.
@@ -57,10 +56,14 @@ def null_server(
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        said = process.stdout.readline()
-        if not said:
-            raise LoadError("the null server does not start", f"it ended with {process.wait()}", "run it by hand")
-        yield int(said)
+        line = process.stdout.readline()
+        if not line:
+            raise LoadError(
+                "the null server does not start",
+                f"its process ended with code {process.wait()}",
+                "run the command again",
+            )
+        yield int(line)
     finally:
         process.stdin.close()
         process.wait()
@@ -68,21 +71,21 @@ def null_server(
 
 
 def null_throughput(generator: Generator, requests: Sequence[bytes], protocol: Protocol = "http") -> float:
-    """What the generator gets out of a server that does nothing, in requests per second.
+    """The generator's throughput against the null server, in requests per second.
 
-    Measured once for each protocol and size of request, in a second, and kept as long as this process lives: on file
-    it would outlive what may have disturbed it.
+    Measured once for each protocol and size of request, for a second, and kept as long as this process lives. It is not
+    kept in a file: a disturbed measurement would be used again and again.
 
     Args:
-        generator: that sends.
+        generator: to measure.
         requests: that it is going to send.
-        protocol: over which.
+        protocol: of the requests.
 
     Raises:
         LoadError: if the generator is gone.
     """
     key = protocol, max(map(len, requests)).bit_length()
-    if key not in _known:
+    if key not in _measured:
         with null_server(protocol=protocol) as port:
             job = ClosedJob(
                 host="127.0.0.1",
@@ -97,11 +100,11 @@ def null_throughput(generator: Generator, requests: Sequence[bytes], protocol: P
             samples = generator.run(job)
         done = samples.done[samples.status == Status.OK]
         settled = np.count_nonzero((done >= _SETTLED_S) & (done <= _SECONDS))
-        _known[key] = float(settled) / (_SECONDS - _SETTLED_S)
-    return _known[key]
+        _measured[key] = float(settled) / (_SECONDS - _SETTLED_S)
+    return _measured[key]
 
 
-class _Null(asyncio.Protocol):
+class _NullHttp(asyncio.Protocol):
     """One connection. A client sends the next request when the last is answered."""
 
     def __init__(self, answer: bytes) -> None:
@@ -135,7 +138,7 @@ _END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
 _PREFACE_BYTES = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 _INITIAL_WINDOW_SIZE, _LARGEST_WINDOW, _USUAL_WINDOW = 4, 2**31 - 1, 2**16 - 1
 # HPACK (RFC 7541): `:status: 200` is entry 8 of the static table, `content-type` the name of entry 31; the rest is
-# literal. Nothing is put into the dynamic table, so that all answers have the same bytes.
+# literal. Nothing enters the dynamic table, so that all answers have the same bytes.
 _GOOD = b"\x88\x0f\x10\x10application/grpc"
 _TRAILERS = b"\x00\x0bgrpc-status\x010"
 
@@ -145,7 +148,7 @@ def _frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
 
 
 class _NullGrpc(asyncio.Protocol):
-    """One connection over which a client makes any number of calls at a time."""
+    """One connection, on which a client may have any number of calls in flight."""
 
     def __init__(self, answer: bytes) -> None:
         message = b"\x00" + len(answer).to_bytes(4, "big") + answer
@@ -161,14 +164,14 @@ class _NullGrpc(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, _LARGEST_WINDOW)
-        self._transport.write(_frame(_SETTINGS, 0, 0, settings) + self._opened(_LARGEST_WINDOW - _USUAL_WINDOW))
+        self._transport.write(_frame(_SETTINGS, 0, 0, settings) + self._window_update(_LARGEST_WINDOW - _USUAL_WINDOW))
 
-    def _opened(self, by: int) -> bytes:
-        """So many bytes more may come over this connection."""
+    def _window_update(self, by: int) -> bytes:
+        """A frame that grants the client this many bytes more on the connection."""
         return _frame(_WINDOW_UPDATE, 0, 0, by.to_bytes(4, "big"))
 
     def data_received(self, data: bytes) -> None:
-        unread, at, said = self._unread, self._at, []
+        unread, at, replies = self._unread, self._at, []
         unread += data
         while len(unread) >= at + _FRAME.size:
             high, low, kind, flags, stream = _FRAME.unpack_from(unread, at)
@@ -176,21 +179,21 @@ class _NullGrpc(asyncio.Protocol):
             if len(unread) < end:
                 break
             if kind in (_DATA, _HEADERS) and flags & _END_STREAM:
-                said += [part[:5] + stream.to_bytes(4, "big") + part[9:] for part in self._parts]
+                replies += [part[:5] + stream.to_bytes(4, "big") + part[9:] for part in self._parts]
             if kind == _DATA:
                 self._taken += end - at - _FRAME.size
             elif kind in (_SETTINGS, _PING) and not flags & _ACK:
-                said.append(_frame(kind, _ACK, 0, bytes(unread[at + _FRAME.size : end]) if kind == _PING else b""))
+                replies.append(_frame(kind, _ACK, 0, bytes(unread[at + _FRAME.size : end]) if kind == _PING else b""))
             at = end
         if self._taken > _LARGEST_WINDOW // 2:
-            said.append(self._opened(self._taken))
+            replies.append(self._window_update(self._taken))
             self._taken = 0
-        if at <= len(unread):  # else the preface is not all here
+        if at <= len(unread):  # else the preface is not complete
             del unread[:at]
             at = 0
         self._at = at
-        if said:
-            self._transport.write(b"".join(said))
+        if replies:
+            self._transport.write(b"".join(replies))
 
 
 async def _serve(protocol: str, answer_bytes: int) -> None:
@@ -199,7 +202,7 @@ async def _serve(protocol: str, answer_bytes: int) -> None:
     body = bytes(answer_bytes)
     whole = f"HTTP/1.1 200 OK\r\nContent-Length: {answer_bytes}\r\n\r\n".encode() + body
     server = await loop.create_server(
-        lambda: _NullGrpc(body) if protocol == "grpc" else _Null(whole), "127.0.0.1", 0, backlog=1024
+        lambda: _NullGrpc(body) if protocol == "grpc" else _NullHttp(whole), "127.0.0.1", 0, backlog=1024
     )
     loop.add_reader(sys.stdin.fileno(), over.set)
     print(server.sockets[0].getsockname()[1], flush=True)

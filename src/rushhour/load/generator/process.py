@@ -1,4 +1,4 @@
-"""The generator as its parent sees it: a process that takes jobs and gives samples, started once for many runs."""
+"""The generator as seen from its parent: a process that takes jobs and returns samples, started once for many runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection
 from types import TracebackType
+from typing import Protocol
 
 import msgspec
 
 from rushhour.errors import LoadError
 from rushhour.load.generator.job import ClosedJob, OpenJob, Refusal, Tick, receive, send, unpack
 from rushhour.load.generator.samples import Samples
+
+
+class Sender(Protocol):
+    """Sends load: a `Generator`, or a simulated one (`rushhour.testing.queues`)."""
+
+    def run(self, job: OpenJob | ClosedJob, on_progress: Callable[[Tick], None] | None = None) -> Samples:
+        """Run a job and return its samples."""
 
 
 class Generator:
@@ -39,14 +47,14 @@ class Generator:
         cores = [str(core) for core in self._cores or ()]
         self._errors = tempfile.TemporaryFile()
         with theirs:
-            # -P: what lies in the folder the user happens to stand in must not shadow the standard library.
+            # -P: files in the working directory must not shadow the standard library.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rushhour.load.generator", str(theirs.fileno()), str(lifeline), *cores],
                 pass_fds=[theirs.fileno(), lifeline],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
-                start_new_session=True,  # the terminal's Ctrl-C reaches the parent alone
+                start_new_session=True,  # Ctrl-C of the terminal goes to the parent only
             )
         os.close(lifeline)
         return self
@@ -74,7 +82,7 @@ class Generator:
         return self._started().pid
 
     def run(self, job: OpenJob | ClosedJob, on_progress: Callable[[Tick], None] | None = None) -> Samples:
-        """Do a job and return what happened.
+        """Run a job and return its samples.
 
         Args:
             job: what to send, where and when.
@@ -103,8 +111,8 @@ class Generator:
         raise self._gone()
 
     def stop(self) -> None:
-        """End the job under way early, and all later ones at once: `run` returns with what was measured until then. For
-        signal handlers and other threads."""
+        """End the running job early, and all later ones at once: `run` returns what was measured until then. Safe to
+        call from signal handlers and other threads."""
         self._stopping = True
         if self._process is not None:
             with contextlib.suppress(OSError):
@@ -112,7 +120,9 @@ class Generator:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            raise LoadError("the load generator was not started", "it starts with its block", "use `with Generator()`")
+            raise LoadError(
+                "the load generator was not started", "it starts when its context is entered", "use `with Generator()`"
+            )
         return self._process
 
     def _gone(self) -> LoadError:
@@ -121,10 +131,10 @@ class Generator:
             process.wait(timeout=2)
         code = process.returncode
         if code is not None and code < 0:
-            why = f"its process {process.pid} was ended by {signal.Signals(-code).name}"
+            why = f"its process {process.pid} was killed by {signal.Signals(-code).name}"
         else:
             self._errors.seek(0)
             lines = self._errors.read().decode("utf-8", "replace").split("\n")
-            said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-            why = f"its process {process.pid} ended with code {code}: {said}"
-        return LoadError("the load generator is gone", why, "run the command again")
+            last = next((line for line in reversed(lines) if line.strip()), "it wrote no message")
+            why = f"its process {process.pid} ended with code {code}: {last}"
+        return LoadError("the load generator process has ended", why, "run the command again")

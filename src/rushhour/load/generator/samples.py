@@ -1,4 +1,4 @@
-"""What came back from one run of load: when each request was due, taken up, sent and answered, and how it ended."""
+"""The result of one run of load: when each request was scheduled, taken, sent and answered, and how it ended."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Status(enum.IntEnum):
     """How a request ended."""
 
     UNANSWERED = 0
-    """Not ended yet; none is left when a run is over."""
+    """Still in flight; none is left at the end of a run."""
     OK = 1
-    """Answered with status 200 and, as far as that was asked for, the right answer."""
+    """Answered with status 200 and, where answers are compared, the right answer."""
     SHED = 2
-    """Turned away by the server: status 429 or 503."""
+    """Shed by the server: status 429 or 503."""
     ERROR = 3
-    """Answered with another status, with a wrong answer, or with bytes that are no answer."""
+    """Answered with another status, with a wrong answer, or with bytes that are not an answer."""
     LOST = 4
     """Never answered: connection refused or closed, or no answer within the time-out."""
 
@@ -32,21 +32,21 @@ class Samples:
 
     Attributes:
         scheduled: when the request was due.
-        taken: when the generator woke up for it. `taken - scheduled` is the generator's own lag.
+        taken: when the generator woke up to send it. `taken - scheduled` is the generator's own delay.
         sent: when its bytes were written to a connection, NaN where they never were. Between `taken` and `sent` it
             waited for a connection.
-        done: when the last byte of its answer arrived at this machine, NaN where none did; where the kernel does not
-            note that, when it was read.
+        done: when the last byte of its answer arrived at this machine, NaN where none did; without receive timestamps
+            of the kernel, when it was read.
         status: a `Status` each, uint8.
-        warmup: so many requests at the front prepare the server and are not judged.
+        warmup: number of requests at the start that warm up the server and are not judged.
         generator_cpu: CPU seconds of the generator per second of wall time: 1.0 is a core.
         canary_p99_s: how much longer than asked for short sleeps took, 99th percentile over time.
-        steal: share of the time that was taken from the machine: CPU time by its hypervisor, or everything stood
-            still for want of memory or disk (PSI).
-        connections: the most that were open at once.
-        starved: requests that had to wait because the bound on connections was reached.
+        steal: share of the time that the machine did not have: CPU time stolen by its hypervisor, or all tasks
+            stalled on memory or disk (PSI).
+        connections: the largest number that were open at once.
+        starved: requests that waited because the bound on connections was reached.
         timeout_s: after this time from its schedule a request counts as lost.
-        first_error: what the first error was, in words; empty where there was none.
+        first_error: message of the first error; empty where there was none.
         error_kinds: how many requests after the warm-up ended in each kind of error: `mismatch` (an answer that is not
             the expected one), `status 500`, `not an answer`, `time-out`, `closed`, `refused`, ...
     """
@@ -89,14 +89,14 @@ class Samples:
         return np.where(self.status == Status.OK, self.done - self.scheduled, np.inf)
 
     def count(self, status: Status) -> int:
-        """How many ended so."""
+        """Number of requests that ended so."""
         return int(np.count_nonzero(self.status == status))
 
 
 def joined(runs: Sequence[Samples]) -> Samples:
-    """What several runs measured, one after the other, as if it were one run without a warm-up.
+    """Several runs, one after the other, as one run without a warm-up.
 
-    The noisiest of them counts: a disturbance in one is not thinned out by the calm of the others.
+    Of generator CPU, canary and steal the largest counts: quiet runs do not dilute a disturbance in one.
     """
     if len(runs) == 1:
         return runs[0].measured()

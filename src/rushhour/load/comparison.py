@@ -1,8 +1,8 @@
-"""Servers compared: interleaved windows on the same arrivals, and what is left of their differences after the noise.
+"""A comparison of servers: interleaved windows on the same arrivals, as ratios with confidence intervals.
 
-Windows come in blocks of one for each server, in turn forwards and backwards (A B, B A), so that a machine that drifts
-favours nobody; all windows of a block have the same arrivals. Each block gives one ratio for each server against the
-first, and the logarithms of these give an interval by Student's t. What disturbs a whole block cancels in its ratio.
+Windows come in blocks of one for each server, in alternating order (A B, B A), so that a drift of the machine favours
+no server; all windows of a block have the same arrivals. Each block gives one ratio for each server against the first,
+and the logarithms of these give an interval by Student's t. A disturbance of a whole block cancels in its ratio.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 
 from rushhour.errors import LoadError
 from rushhour.goal import SLO
+from rushhour.load.significance import t_quantile
 from rushhour.measurement import Interval, Measurement, Outcome
 
 Metric = Literal["p50_ms", "p99_ms", "answered_rps"]
@@ -25,8 +26,8 @@ _DISTURBED = (Outcome.VOID, Outcome.GENERATOR_LIMITED)
 _RETRIES = 3
 _FEWEST_PAIRS = 2
 
-Ask = Callable[[str, float, int], Measurement]
-"""Measures one window of a server, asked for by its name, its rate and its seed."""
+MeasureServer = Callable[[str, float, int], Measurement]
+"""Measures one window of a server, by its name, the rate and the seed."""
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -34,7 +35,7 @@ class Window(msgspec.Struct, frozen=True):
 
     Attributes:
         block: windows of the same block had the same arrivals.
-        counted: whether it is part of the ratios; blocks that were disturbed are not.
+        counted: whether it is part of the ratios; disturbed blocks are not.
     """
 
     server: str
@@ -44,13 +45,13 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """One server against the first, in one figure at one rate.
+    """One server against the first, in one metric at one rate.
 
     Attributes:
-        ratio: geometric mean over the blocks, None where no block gave both figures.
+        ratio: geometric mean over the blocks, None where no block gave both values.
         interval: its 95% interval, None where fewer than two blocks did.
-        pairs: blocks that did.
-        of_blocks: blocks there were.
+        pairs: blocks that gave both values.
+        of_blocks: all blocks.
     """
 
     server: str
@@ -64,7 +65,7 @@ class Ratio(msgspec.Struct, frozen=True):
 
     @property
     def differs(self) -> bool:
-        """Whether the two are shown to differ."""
+        """Whether the difference is significant."""
         return self.interval is not None and not self.interval[0] <= 1 <= self.interval[1]
 
 
@@ -72,10 +73,10 @@ class Comparison(msgspec.Struct, frozen=True):
     """Servers compared.
 
     Attributes:
-        servers: their names; the first is what the others are compared with.
-        ratios: of each other server, at each rate, in each figure.
-        windows: all that was measured, in the order asked.
-        retries: blocks that were asked again because the machine was disturbed or the generator at its limit.
+        servers: their names; the others are compared with the first.
+        ratios: of each other server, at each rate, in each metric.
+        windows: all that were measured, in order.
+        retries: blocks that were repeated because the machine was disturbed or the generator at its limit.
     """
 
     slo: SLO
@@ -87,7 +88,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def compare(
-    ask: Ask,
+    measure: MeasureServer,
     servers: Sequence[str],
     slo: SLO,
     *,
@@ -99,54 +100,56 @@ def compare(
     """Compare servers at the given rates.
 
     Args:
-        ask: measures a window; `measure` with its server and requests filled in.
+        measure: measures a window: `rushhour.load.measure` with its server and requests filled in.
         servers: two or more different names.
-        slo: what windows are judged by.
+        slo: of the verdicts.
         rates: requests per second, each in its own blocks.
-        blocks: at each rate; an even number gives every order the same weight.
+        blocks: at each rate; an even number gives both orders the same weight.
         seed: all arrivals are made from it.
-        on_window: is told each window. `counted` is provisional there: the rest of its block may yet be disturbed.
+        on_window: receives each window. `counted` is provisional there: the rest of its block may yet be disturbed.
 
     Raises:
-        LoadError: if there is nothing to compare, or as `ask` does.
+        LoadError: if there is nothing to compare, or as `measure` does.
     """
     if len(servers) < 2 or len(set(servers)) != len(servers):
         raise LoadError(
-            f"cannot compare {', '.join(servers) or 'nothing'}", "it takes two or more different servers", "name them"
+            f"cannot compare {', '.join(servers) or 'nothing'}",
+            "a comparison needs two or more different servers",
+            "give their URLs",
         )
     if not rates or blocks < _FEWEST_PAIRS:
         raise LoadError(
             f"cannot compare at {len(rates)} rates in {blocks} blocks",
-            f"it takes one rate or more, and {_FEWEST_PAIRS} blocks or more for an interval",
+            f"a comparison needs at least one rate, and {_FEWEST_PAIRS} blocks for an interval",
             "use for example --rate 200 --blocks 6",
         )
     windows: list[Window] = []
     retries = block = 0
     for rate in rates:
-        done = tried_again = 0
+        done = repeated = 0
         while done < blocks:
             order = servers if done % 2 == 0 else servers[::-1]
             taken = []
             for server in order:
-                measurement = ask(server, rate, seed * 1000 + block)
+                measurement = measure(server, rate, seed * 1000 + block)
                 taken.append(Window(server, block, measurement.outcome not in _DISTURBED, measurement))
                 if on_window is not None:
                     on_window(taken[-1])
             is_counted = all(window.counted for window in taken)
             windows += [msgspec.structs.replace(window, counted=is_counted) for window in taken]
             block += 1
-            if not is_counted and tried_again < _RETRIES:
-                tried_again += 1
+            if not is_counted and repeated < _RETRIES:
+                repeated += 1
                 retries += 1
                 continue
             done += 1
-    return summed_up(slo, tuple(servers), tuple(rates), windows, retries)
+    return summarize(slo, tuple(servers), tuple(rates), windows, retries)
 
 
-def summed_up(
+def summarize(
     slo: SLO, servers: tuple[str, ...], rates: tuple[float, ...], windows: Sequence[Window], retries: int = 0
 ) -> Comparison:
-    """The ratios of windows, whole blocks or not: of a comparison that was broken off, too."""
+    """The comparison from its windows, also where it was interrupted within a block."""
     ratios = [
         _ratio(server, servers[0], rate, metric, windows)
         for rate in rates
@@ -157,16 +160,14 @@ def summed_up(
 
 
 def _ratio(server: str, against: str, rate_rps: float, metric: Metric, windows: Sequence[Window]) -> Ratio:
-    figures: dict[str, dict[int, float]] = {server: {}, against: {}}
+    values: dict[str, dict[int, float]] = {server: {}, against: {}}
     of_rate = [window for window in windows if window.measurement.rate_rps == rate_rps]
     for window in of_rate:
-        value = _figure(window.measurement, metric)
-        if window.server in figures and window.counted and value:
-            figures[window.server][window.block] = value
+        value = _value(window.measurement, metric)
+        if window.server in values and window.counted and value:
+            values[window.server][window.block] = value
     logs = [
-        math.log(value / figures[against][block])
-        for block, value in figures[server].items()
-        if block in figures[against]
+        math.log(value / values[against][block]) for block, value in values[server].items() if block in values[against]
     ]
     interval = None
     if len(logs) >= _FEWEST_PAIRS:
@@ -185,27 +186,9 @@ def _ratio(server: str, against: str, rate_rps: float, metric: Metric, windows: 
     )
 
 
-def _figure(window: Measurement, metric: Metric) -> float | None:
+def _value(window: Measurement, metric: Metric) -> float | None:
     if metric == "p50_ms":
         return window.p50_ms
     if metric == "p99_ms":
         return window.p99_ms
     return (window.n - window.errors - window.shed) / window.duration_s
-
-
-def t_quantile(p: float, freedom: int) -> float:
-    """The quantile of Student's t for p above one half: by bisection of its distribution, Simpson's rule inside."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-
-    def beyond_middle(t: float) -> float:
-        # With t = sqrt(freedom) tan(a) the density becomes a power of a cosine, smooth for all degrees of freedom.
-        end, steps = math.atan(t / math.sqrt(freedom)), 200
-        at = [math.cos(end * i / steps) ** (freedom - 1) for i in range(steps + 1)]
-        simpson = at[0] + at[-1] + 4 * sum(at[1:-1:2]) + 2 * sum(at[2:-1:2])
-        return scale * math.sqrt(freedom) * simpson * end / steps / 3
-
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if beyond_middle(middle) < p - 0.5 else (low, middle)
-    return high

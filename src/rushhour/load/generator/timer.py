@@ -1,4 +1,4 @@
-"""An alarm that rings on time: event loops keep time in whole milliseconds, arrivals do not."""
+"""A timer with the precision of the kernel: event loops keep time in whole milliseconds, schedules do not."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class _Spec(ctypes.Structure):
     )
 
 
-class Alarm:
-    """Calls `ring` on the loop at the time it is set to, within the kernel's 0.1 ms where there is `timerfd` (Linux).
+class Timer:
+    """Calls a function on the event loop at the time it is set to, within 0.1 ms where there is `timerfd` (Linux).
 
-    Elsewhere it is the loop's own timer, true to a millisecond; the verdict's check of the send delay then says so.
+    Elsewhere it is the event loop's own timer, precise to 1 ms; the verdict then reports the send delay.
 
     Args:
-        loop: the loop it rings on.
-        ring: called once each time it was set.
+        loop: the event loop.
+        callback: what to call.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
-        self._ring = ring
+        self._callback = callback
         self._fd = -1
         self._timer: asyncio.TimerHandle | None = None
         self._spec = _Spec()
@@ -45,24 +45,24 @@ class Alarm:
             self._libc = ctypes.CDLL(None, use_errno=True)
             self._fd = self._libc.timerfd_create(_CLOCK_MONOTONIC, _NONBLOCK_CLOEXEC)
             if self._fd >= 0:
-                loop.add_reader(self._fd, ring)  # it is not read: to set it anew does as much
+                loop.add_reader(self._fd, callback)  # the descriptor is not read: setting the timer clears it too
 
     def set(self, at: float) -> None:
-        """Ring at `at` (seconds of `time.monotonic`), at once if that is over, and not at any time set before.
+        """Expire at `at` (seconds of `time.monotonic`), at once if that is past. It replaces any time set before.
 
-        Whoever is rung sets the next time, or calls `silence`: until then it goes on ringing.
+        The callback sets the next time or calls `disarm`; otherwise it is called again and again.
         """
         if self._fd < 0:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_later(max(0.0, at - time.monotonic()), self._ring)
+            self._timer = self._loop.call_later(max(0.0, at - time.monotonic()), self._callback)
             return
         nanoseconds = max(1, int(at * 1e9))
         self._spec.s, self._spec.ns = divmod(nanoseconds, 1_000_000_000)
         self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(self._spec), None)
 
-    def silence(self) -> None:
-        """Do not ring until it is set again."""
+    def disarm(self) -> None:
+        """Do not expire until it is set again."""
         if self._timer is not None:
             self._timer.cancel()
         if self._fd >= 0:
@@ -70,7 +70,7 @@ class Alarm:
             self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(self._spec), None)
 
     def close(self) -> None:
-        """Never ring again."""
+        """Release the descriptor; the timer never expires again."""
         if self._timer is not None:
             self._timer.cancel()
         if self._fd >= 0:

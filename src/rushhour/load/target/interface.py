@@ -1,4 +1,4 @@
-"""What a server of any make declares of its model, and what a user says where that leaves something open."""
+"""The interface of a model: what its server declares, completed by the user where the server leaves something open."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from rushhour.errors import LoadError, WireError
 from rushhour.wire import datatype_of, json_of
 
 _DEFAULT_DATATYPE = "FP32"
-"""Of an input of which neither the server nor the user names one."""
+"""Of an input whose datatype neither the server nor the user names."""
 _NAMES = {dtype: datatype_of(TensorSpec("", dtype, ())) for dtype in get_args(DType)}
 """numpy's name of a type -> the protocol's."""
 _VALUE_BYTES: dict[str, int] = {name: np.dtype(dtype).itemsize for dtype, name in _NAMES.items()} | {
     "BF16": 4,
     "BYTES": 64,
 }
-"""The types that are known here, and what one value takes in memory, about."""
+"""The datatypes that are known here, with the approximate size of one value in memory."""
 
 
 class Shape(NamedTuple):
-    """What a user says of an input; `datatype` is empty where that is nothing."""
+    """What a user states of an input; `datatype` may be empty."""
 
     sizes: tuple[int, ...]
     datatype: str = ""
 
 
-class Declared(msgspec.Struct, frozen=True):
+class DeclaredInput(msgspec.Struct, frozen=True):
     """An input as the server declares it.
 
     Attributes:
         datatype: the protocol's name of its type; empty where the server names none.
-        shape: of the whole tensor, -1 for a size that is open; None where the server names none. A model that takes
-            several samples at once has an open size in front.
+        shape: of the whole tensor, -1 for an open size; None where the server names none. A model that takes several
+            samples at once has an open size in front.
     """
 
     name: str
@@ -46,26 +46,26 @@ class Declared(msgspec.Struct, frozen=True):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether the first axis is that of the samples."""
+        """Whether the first axis is the batch axis."""
         return self.shape is not None and self.shape[:1] == (-1,)
 
-    def shaped(self, given: Shape) -> Declared:
-        """With a user's shape: of one sample, or of the whole tensor where it has as many axes as that."""
+    def shaped(self, given: Shape) -> DeclaredInput:
+        """With a user's shape: of one sample, or of the whole tensor if it has as many axes as the tensor."""
         whole = given.sizes
         if self.shape is None or (self.takes_rows and len(whole) != len(self.shape)):
             whole = (-1, *whole)
-        return Declared(self.name, given.datatype or self.datatype or _DEFAULT_DATATYPE, whole)
+        return DeclaredInput(self.name, given.datatype or self.datatype or _DEFAULT_DATATYPE, whole)
 
     def whole(self, rows: int) -> tuple[int, ...] | None:
-        """The shape of a request's tensor with so many samples; None where a size is open."""
+        """The shape of a request's tensor with `rows` samples; None where a size is open."""
         if self.shape is None:
             return None
         shape = (rows, *self.shape[1:]) if self.takes_rows else self.shape
         return None if -1 in shape else shape
 
     def fitted(self, array: NDArray[Any]) -> NDArray[Any] | None:
-        """The array as the tensor of a request, with an axis of one sample put before it or taken away where that is
-        what it needs; None where it does not fit."""
+        """The array as the tensor of a request; a batch axis of size 1 is added or removed if that makes it fit. None
+        where it does not fit."""
         for candidate in (array, array[None], array[0] if array.shape[:1] == (1,) else array):
             if self._fits(candidate.shape):
                 return candidate
@@ -80,28 +80,28 @@ class Declared(msgspec.Struct, frozen=True):
 
     @property
     def is_known(self) -> bool:
-        """Whether values of its type can be made here."""
+        """Whether values of its datatype can be generated here."""
         return self.datatype in _VALUE_BYTES
 
     @property
     def value_bytes(self) -> int:
-        """What one value takes in memory, about."""
+        """Approximate size of one value in memory."""
         return _VALUE_BYTES[self.datatype]
 
     def takes(self, dtype: np.dtype[Any]) -> bool:
-        """Whether values of this type are its own: bytes or text for BYTES, any float for BF16."""
+        """Whether it accepts values of this type: bytes or text for BYTES, any float for BF16."""
         if self.datatype == "BYTES":
             return dtype.kind in "OSU"
         if self.datatype == "BF16":
             return dtype.kind == "f"
         return _NAMES.get(dtype.name) == self.datatype
 
-    def typed(self, dtype: np.dtype[Any]) -> Declared:
-        """With the type of its values, where the server names none."""
+    def typed(self, dtype: np.dtype[Any]) -> DeclaredInput:
+        """With the datatype of these values, where the server names none."""
         if self.datatype:
             return self
         named = "BYTES" if dtype.kind in "OSU" else _NAMES.get(dtype.name, "")
-        return Declared(self.name, named, self.shape)
+        return DeclaredInput(self.name, named, self.shape)
 
     def __str__(self) -> str:
         named = next((dtype for dtype, name in _NAMES.items() if name == self.datatype), self.datatype or "any type")
@@ -109,23 +109,23 @@ class Declared(msgspec.Struct, frozen=True):
 
 
 class Interface(msgspec.Struct, frozen=True):
-    """What a model takes, and the names of what it gives. Either may be empty: some servers declare nothing."""
+    """The inputs of a model, and the names of its outputs. Either may be empty: some servers declare nothing."""
 
-    inputs: tuple[Declared, ...]
+    inputs: tuple[DeclaredInput, ...]
     outputs: tuple[str, ...]
 
     @classmethod
     def of(cls, signature: Signature) -> Interface:
-        """That of a bundle's model, as its server declares it."""
-        inputs = (Declared(spec.name, datatype_of(spec), (-1, *spec.shape)) for spec in signature.inputs)
+        """Of a bundle's model, as its server declares it."""
+        inputs = (DeclaredInput(spec.name, datatype_of(spec), (-1, *spec.shape)) for spec in signature.inputs)
         return cls(tuple(inputs), tuple(spec.name for spec in signature.outputs))
 
     @classmethod
     def declared(cls, inputs: Sequence[tuple[str, str, Sequence[Any] | None]], outputs: Sequence[str]) -> Interface:
-        """From names, datatypes and shapes; a size that is no number above zero is open."""
+        """From names, datatypes and shapes; a size that is not a number above zero is open."""
         return cls(
             tuple(
-                Declared(name, datatype.upper(), None if shape is None else tuple(map(_size, shape)))
+                DeclaredInput(name, datatype.upper(), None if shape is None else tuple(map(_size, shape)))
                 for name, datatype, shape in inputs
             ),
             tuple(outputs),
@@ -133,26 +133,26 @@ class Interface(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, metadata: bytes) -> Interface:
-        """From the answer to GET v2/models/MODEL. What is null there is absent.
+        """From the answer to GET v2/models/MODEL. A null counts as absent.
 
         Raises:
-            WireError: if it is no metadata.
+            WireError: if it is not valid metadata.
         """
         try:
-            said = msgspec.convert(json_of(metadata), type=_Metadata)
+            fields = msgspec.convert(json_of(metadata), type=_Metadata)
         except (msgspec.DecodeError, RecursionError) as error:
             what = "the model's metadata cannot be used"
             raise WireError(what, str(error), "check the URL and the server") from error
-        inputs = [(each.name, each.datatype or "", each.shape) for each in said.inputs or ()]
-        return cls.declared(inputs, [each.name for each in said.outputs or ()])
+        inputs = [(each.name, each.datatype or "", each.shape) for each in fields.inputs or ()]
+        return cls.declared(inputs, [each.name for each in fields.outputs or ()])
 
     def shaped(self, shapes: Mapping[str, Shape], model: str) -> Interface:
-        """With a user's shapes of inputs. Where the server declares no input, these are the inputs.
+        """With a user's shapes of inputs. Where the server declares no input, the user's are the inputs.
 
         Raises:
-            LoadError: if it has other inputs.
+            LoadError: if the model has other inputs.
         """
-        known = {each.name: each for each in self.inputs} or {name: Declared(name, "", None) for name in shapes}
+        known = {each.name: each for each in self.inputs} or {name: DeclaredInput(name, "", None) for name in shapes}
         for name in shapes:
             if name not in known:
                 raise LoadError(
@@ -166,7 +166,7 @@ def read_shapes(texts: Sequence[str]) -> dict[str, Shape]:
     """Input name -> shape, from `NAME:3,224,224` or `NAME:FP32:3,224,224`. A name may hold colons.
 
     Raises:
-        LoadError: if a text is not of that form, or a name is there twice.
+        LoadError: if a text is not of that form, or a name occurs twice.
     """
     shapes: dict[str, Shape] = {}
     for text in texts:
@@ -204,7 +204,7 @@ class _Metadata(msgspec.Struct):
 
 
 def _size(size: object) -> int:
-    """A declared size; -1 for one that is open, which some write as 0, None or a word."""
+    """A declared size; -1 for an open one, which some servers write as 0, None or a word."""
     try:
         number = int(str(size))  # numbers as text are 64-bit ones that went through protobuf's JSON
     except ValueError:
