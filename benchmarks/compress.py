@@ -37,7 +37,7 @@ from rushhour.goal import AccuracyBudget
 from rushhour.models import source_for
 from rushhour.records.compression import Compression
 from rushhour.system.machine import cores
-from rushhour.train import TrainSettings, train
+from rushhour.train import TrainingJob, TrainSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "compress.json"
 BENCH = Path(__file__).resolve().parent.parent / ".bench"
@@ -243,7 +243,8 @@ def graphs(measured: Callable[[Path, Scale], tuple[list[Check], list[Measured]]]
 def _reference(case: Case, data: Dataset, at: Path, share: float) -> Bundle:
     settings = msgspec.structs.replace(case.training, epochs=max(1, round(case.training.epochs * share)))
     source = source_for("article", data.train.inputs.shape[1:], data.task)
-    return train(data, source, settings, out=at / case.name, work=at / ".checkpoints", progress=TerminalProgress())
+    job = TrainingJob(source, settings, at / ".checkpoints")
+    return train(data, job, out=at / case.name, progress=TerminalProgress())
 
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:

@@ -33,7 +33,7 @@ from rushhour.models import source_for
 from rushhour.system.machine import describe
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.processor import VARIABLES, restricted
-from rushhour.train import TrainSettings, train
+from rushhour.train import TrainingJob, TrainSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "machines.json"
 BENCH = Path(__file__).resolve().parent.parent / ".bench" / "machines"
@@ -188,14 +188,8 @@ def _reference(network: str, data: Dataset, scale: Scale) -> Bundle:
             return there
     settings = TrainSettings(epochs=scale.epochs, seed=SEED)
     progress = TerminalProgress()
-    return train(
-        data,
-        source_for(network, data.sample_shape, data.task),
-        settings,
-        out=path,
-        work=BENCH / "work",
-        progress=progress,
-    )
+    job = TrainingJob(source_for(network, data.sample_shape, data.task), settings, BENCH / "work")
+    return train(data, job, out=path, progress=progress)
 
 
 def _checks(measured: Mapping[str, dict[str, Any]]) -> list[Check]:

@@ -40,11 +40,12 @@ from rushhour.models import article
 from rushhour.progress import Silent
 from rushhour.records.curves import read_curves
 from rushhour.testing.networks import ANY, SMALL, WIDE, all_of, arranged, distance, short_training, table_for
-from rushhour.train import Division, Tracking, TrainSettings
-from rushhour.train.loop import learn
-from rushhour.train.parallel.cost import Layer, Layout, Mesh, measure
-from rushhour.train.parallel.launch import launch
-from rushhour.train.parallel.plan import Mode, ParallelPlan, plan_layers, ranked_plans, state_bytes, table_of
+from rushhour.train import ParallelSettings, Tracking, TrainingJob, TrainSettings, trained_weights
+from rushhour.train.parallel import Mode, ParallelPlan, launch
+from rushhour.train.parallel.calibration import calibrate
+from rushhour.train.parallel.cost import Layer, Layout, Mesh, state_bytes
+from rushhour.train.parallel.layer_table import table_of
+from rushhour.train.parallel.planner import plan_layers, ranked_plans
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
@@ -250,7 +251,7 @@ def _article_table(side: int) -> tuple[Layer, ...]:
 def _article(scale: Scale, mode: Mode, *, adam: bool = False, wire: bool = False) -> tuple[ParallelPlan, list[Stepped]]:
     """Steps of the article's network; `wire`: as if each worker were on a machine of its own."""
     workers = scale.workers
-    constants = measure(workers, shared_memory=not wire)
+    constants = calibrate(workers, shared_memory=not wire)
     plan = plan_layers(_article_table(scale.side), workers=workers, batch=scale.batch, mode=mode, constants=constants)
     given = (article, {"input_size": scale.side}, (3, scale.side, scale.side), 1000, plan, scale.steps, adam, not wire)
     return plan, launch(stepped, workers, given)
@@ -272,7 +273,7 @@ def cases(scale: Scale) -> Part:
     with torch.device("meta"):
         table = table_of(deep(**arguments), (width,), width)
     planned = partial(
-        plan_layers, table, workers=workers, batch=scale.batch, constants=measure(workers), memory_bytes=int(room)
+        plan_layers, table, workers=workers, batch=scale.batch, constants=calibrate(workers), memory_bytes=int(room)
     )
     plan = planned()
     plans = {"chosen": plan}
@@ -388,12 +389,12 @@ def _candidates(name: str, workers: int) -> dict[str, ParallelPlan]:
     factory, shape, batch = NETWORKS[name]
     with torch.device("meta"):
         table = table_of(factory(), shape, CLASSES)
-    found = ranked_plans(table, workers=workers, batch=batch, constants=measure(workers))
+    found = ranked_plans(table, workers=workers, batch=batch, constants=calibrate(workers))
     return {str(plan.mode): plan for plan in found}
 
 
 def _simulated(scale: Scale) -> Table:
-    constants, table, rows = measure(2, shared_memory=False), _article_table(scale.side), []
+    constants, table, rows = calibrate(2, shared_memory=False), _article_table(scale.side), []
     one = plan_layers(table, workers=1, batch=8, constants=constants).predicted.step_s
     for workers in (2, 4, 8, 16, 32, 64):
         figures: list[str | float | None] = [float(workers)]
@@ -425,11 +426,12 @@ def deaths(scale: Scale) -> Part:
     with tempfile.TemporaryDirectory(dir=BENCH) as at:
 
         def trained(folder: Path, workers: int, mode: Mode) -> np.ndarray[Any, Any]:
-            learn(
-                data, Source("bench.training:mortal"), settings, work=folder / "work", progress=Silent(),
+            job = TrainingJob(
+                Source("bench.training:mortal"), settings, folder / "work",
                 trusted=("bench.training:mortal",), checkpoint_every_s=0.0, workers=workers,
-                division=Division(mode, constants=ANY), tracking=Tracking(folder, tensorboard=False),
+                parallel=ParallelSettings(mode, constants=ANY), tracking=Tracking(folder, tensorboard=False),
             )  # fmt: skip
+            trained_weights(data, job, progress=Silent())
             return np.array([(one.loss, one.validation_loss, one.value) for one in read_curves(folder)])
 
         for mode in modes:

@@ -27,7 +27,7 @@ from rushhour.errors import RushhourError
 from rushhour.models import load_deployed
 from rushhour.progress import Silent
 from rushhour.system.storage import write_whole
-from rushhour.train import Division, Relaxed, TrainSettings, train
+from rushhour.train import ParallelSettings, Relaxed, TrainingJob, TrainSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "train_options.json"
 BENCH = Path(__file__).resolve().parent.parent / ".bench"
@@ -35,12 +35,12 @@ _DROP = "<= 1"
 """Points of accuracy that an option may cost."""
 
 OPTIONS = {
-    "exact": Division("data", shared_memory=False),  # so that what it sends can be compared
-    "fp16": Division("data", compression="fp16"),
-    "bf16": Division("data", compression="bf16"),
-    "powersgd": Division("data", compression="powersgd"),
-    "local SGD": Division("data", relaxed=Relaxed(8)),
-    "DiLoCo": Division("data", relaxed=Relaxed(8, outer_lr=0.7, outer_momentum=0.9)),
+    "exact": ParallelSettings("data", shared_memory=False),  # so that what it sends can be compared
+    "fp16": ParallelSettings("data", compression="fp16"),
+    "bf16": ParallelSettings("data", compression="bf16"),
+    "powersgd": ParallelSettings("data", compression="powersgd"),
+    "local SGD": ParallelSettings("data", relaxed=Relaxed(8)),
+    "DiLoCo": ParallelSettings("data", relaxed=Relaxed(8, outer_lr=0.7, outer_momentum=0.9)),
 }
 _WORDS = {
     "fp16": "gradients halved to float16",
@@ -91,10 +91,8 @@ def measure(option: str, seed: int, data: Dataset, scale: Scale, work: Path) -> 
     settings = TrainSettings(epochs=scale.epochs, seed=seed, bf16=False)
     source = Source("rushhour.models:article", {"input_size": 28, "channels": 1, "classes": 10, "width": 0.5})
     before = _loopback()
-    bundle = train(
-        data, source, settings, out=work / "bundle", work=work / "checkpoints", progress=Silent(),
-        workers=scale.workers, division=OPTIONS[option],
-    )  # fmt: skip
+    job = TrainingJob(source, settings, work / "checkpoints", workers=scale.workers, parallel=OPTIONS[option])
+    bundle = train(data, job, out=work / "bundle", progress=Silent())
     sent = _loopback() - before
     steps = scale.epochs * (len(data.train) // settings.batch)
     found = Trained(option, seed, accuracy(bundle, data), sent, steps)

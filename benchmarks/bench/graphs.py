@@ -35,7 +35,7 @@ from rushhour.plan import EngineName, Precision
 from rushhour.progress import Silent
 from rushhour.system.machine import cores
 from rushhour.task import Task
-from rushhour.train import TrainSettings, train
+from rushhour.train import TrainingJob, TrainSettings, train
 
 SEED = 0
 _BUDGET = 0.01
@@ -94,7 +94,8 @@ def residual(at: Path, scale: Scale) -> tuple[list[Check], list[Measured]]:
     data = cut(load("fashion-mnist"), scale.samples)
     source = Source("rushhour.models:residual", {"input_size": 28, "channels": 1, "classes": 10})
     settings = TrainSettings(epochs=scale.epochs, seed=SEED)
-    parent = train(data, source, settings, out=at / "residual", work=at / ".checkpoints", progress=Silent())
+    job = TrainingJob(source, settings, at / ".checkpoints")
+    parent = train(data, job, out=at / "residual", progress=Silent())
     return _children("residual", "the residual network on Fashion-MNIST", parent, data, at, scale)
 
 

@@ -22,10 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import loopback_bytes, peak_bytes, sent_bytes
 from rushhour.testing.networks import sum_of_losses, transformer
+from rushhour.train.parallel import BatchNorm, ParallelPlan, parallelise
 from rushhour.train.parallel.autotune import fastest
-from rushhour.train.parallel.division import TRIAL_S
-from rushhour.train.parallel.network import BatchNorm, parallelise
-from rushhour.train.parallel.plan import ParallelPlan
+from rushhour.train.parallel.choice import TRIAL_S
 
 CLASSES = 10
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

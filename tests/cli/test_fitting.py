@@ -25,7 +25,7 @@ from rushhour.errors import DataError, RushhourError, TaskError
 from rushhour.models import build, source_for
 from rushhour.progress import Silent
 from rushhour.task import Task
-from rushhour.train.loop import learn
+from rushhour.train import TrainingJob, trained_weights
 
 NETS = """
 import math
@@ -178,7 +178,8 @@ def test_little_data_is_learned_without_any_setting(tmp_path: Path) -> None:
     data = from_splits("rows", *(Split(rows[part::3], labels[part::3]) for part in range(3)))
     source = Source("rushhour.models:mlp", {"inputs": 16, "outputs": 4, "hidden": 32, "depth": 2})
     heard = Heard()
-    learn(data, source, settings_of(fitted(NOTHING, len(data.train))), work=tmp_path, progress=heard)
+    job = TrainingJob(source, settings_of(fitted(NOTHING, len(data.train))), tmp_path)
+    trained_weights(data, job, progress=heard)
     assert float(heard.result.split()[-1]) > 0.8, heard.result
 
 
@@ -192,8 +193,8 @@ class Heard(Silent):
 def test_labels_of_32_bits_from_a_users_factory_are_trained_on(nets: str, tmp_path: Path) -> None:
     data = load(f"{nets}:data")
     source = source_for(f"{nets}:features", data.sample_shape, data.task)
-    weights = learn(data, source, settings_of({"epochs": 1, "batch": 8}), work=tmp_path, progress=Silent(),
-                    trusted=(f"{nets}:features",))  # fmt: skip
+    job = TrainingJob(source, settings_of({"epochs": 1, "batch": 8}), tmp_path, (f"{nets}:features",))
+    weights = trained_weights(data, job, progress=Silent())
     assert tuple(weights["weight"].shape) == (2, 4)
 
 
@@ -203,9 +204,9 @@ def test_labels_that_the_task_does_not_have_are_found_in_every_part(nets: str, p
     strange = Split(data.train.inputs, np.where(np.arange(40) == 7, 5, data.train.targets))
     data = dataclasses.replace(data, **{part: strange})
     source = source_for(f"{nets}:features", data.sample_shape, data.task)
+    job = TrainingJob(source, settings_of({"epochs": 1}), tmp_path, (f"{nets}:features",))
     with pytest.raises(TaskError, match=f"the {part} labels of own do not fit the task"):
-        learn(data, source, settings_of({"epochs": 1}), work=tmp_path, progress=Silent(),
-              trusted=(f"{nets}:features",))  # fmt: skip
+        trained_weights(data, job, progress=Silent())
 
 
 # Data is brought to a bundle

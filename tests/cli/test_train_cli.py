@@ -118,7 +118,9 @@ def test_a_loss_that_is_no_number_ends_it_and_names_the_batch(sharing: list[str]
         "--out",
         tmp_path / "run",
     )
-    refused(done, "the training of mlp broke at step 2 of 18", "step 2 of epoch 1", "its samples are", "lower the lear")
+    refused(
+        done, "the training of mlp diverged at step 2 of 18", "step 2 of epoch 1", "its samples are", "lower the lear"
+    )
     assert not (tmp_path / "run").exists()
 
 

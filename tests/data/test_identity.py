@@ -32,8 +32,7 @@ from rushhour.records import identity
 from rushhour.records.curves import Epoch, best_of, read_record, write_curves
 from rushhour.records.journal import Journal
 from rushhour.testing.bundles import tiny_bundle
-from rushhour.train import Tracking, TrainSettings, train
-from rushhour.train.loop import learn
+from rushhour.train import Tracking, TrainingJob, TrainSettings, train, trained_weights
 from rushhour.train.search import search
 from rushhour.tune import TuneSettings, tune_run
 
@@ -89,16 +88,10 @@ def structure(source: Source = NET) -> Structure:
 
 
 def trained(folder: Path, settings: TrainSettings = SHORT, source: Source = NET, **options: Any) -> Bundle:
-    options.setdefault("progress", Silent())
-    options.setdefault("dataset", table(200))
-    return train(
-        source=source,
-        settings=settings,
-        out=folder / "mine",
-        work=folder / ".work",
-        trusted=(source.factory,),
-        **options,
-    )
+    call = {name: options.pop(name) for name in ("on_epoch", "name", "force") if name in options}
+    progress, dataset = options.pop("progress", Silent()), options.pop("dataset", table(200))
+    job = TrainingJob(source, settings, folder / ".work", (source.factory,), **options)
+    return train(dataset, job, out=folder / "mine", progress=progress, **call)
 
 
 def killed(folder: Path, at: int, settings: TrainSettings = SHORT, **options: Any) -> None:
@@ -230,7 +223,8 @@ def test_a_killed_training_does_not_go_on_under_other_code(edit: Edit, tmp_path:
     killed(tmp_path, 3)
     edit("nets", "torch.relu", "torch.tanh")
     with pytest.raises(
-        StorageError, match=r"was broken off at step 2: .*the code of nets; .*its checkpoint would be lost"
+        StorageError,
+        match=r"was interrupted at step 2: .*the code of nets; .*starting anew would delete its checkpoint",
     ):
         trained(tmp_path)
     edit("nets", "torch.tanh", "torch.relu")
@@ -255,7 +249,7 @@ def test_changed_settings_lose_nothing_unsaid(changed: dict[str, Any], says: str
     other = msgspec.structs.replace(SHORT, **changed)
     killed(tmp_path, 2, source=source)
     kept = content(tmp_path / ".work")
-    with pytest.raises(StorageError, match=f"broken off at step 1: .*{says}"):
+    with pytest.raises(StorageError, match=f"interrupted at step 1: .*{says}"):
         trained(tmp_path, other, source)
     assert content(tmp_path / ".work") == kept
     notes = Notes()
@@ -295,7 +289,7 @@ def test_more_epochs_than_before_go_on(schedule: Any, tmp_path: Path) -> None:
 def test_fewer_epochs_than_are_done_are_refused(tmp_path: Path) -> None:
     source = Source("rushhour.models:mlp", {"inputs": 5, "outputs": 2, "hidden": 8, "depth": 1})
     killed(tmp_path, 5, SHORT, source=source)
-    with pytest.raises(StorageError, match="broken off at step 4: epochs 2 before, 1 now, which end sooner"):
+    with pytest.raises(StorageError, match="interrupted at step 4: epochs 2 before, 1 now, which end sooner"):
         trained(tmp_path, msgspec.structs.replace(SHORT, epochs=1), source)
 
 
@@ -590,7 +584,8 @@ def test_two_trainings_do_not_make_one_bundle(edit: Edit, tmp_path: Path) -> Non
 def test_the_record_says_what_was_trained_and_where_it_went_on(edit: Edit, tmp_path: Path) -> None:
     logs = Tracking(tmp_path / "logs", tensorboard=False)
     killed(tmp_path, 2, tracking=logs)
-    learn(table(200), NET, SHORT, work=tmp_path / ".work", progress=Silent(), trusted=TRUSTED, tracking=logs)
+    job = TrainingJob(NET, SHORT, tmp_path / ".work", TRUSTED, tracking=logs)
+    trained_weights(table(200), job, progress=Silent())
     record = read_record(tmp_path / "logs")
     assert record is not None
     assert record.samples == {"train": 120, "validation": 40, "test": 40}

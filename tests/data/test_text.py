@@ -27,7 +27,7 @@ from rushhour.models.minilm import INPUTS
 from rushhour.plan import EngineName
 from rushhour.progress import Silent
 from rushhour.task import Task
-from rushhour.train import TrainSettings, train
+from rushhour.train import TrainingJob, TrainSettings, train
 
 SOURCE = Source(
     "rushhour.models:minilm",
@@ -174,7 +174,12 @@ def test_its_weights_alone_can_be_quantised(encoder: Bundle, tmp_path: Path) -> 
 
 def test_it_cannot_be_trained_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(RushhourError):
-        train(unlabelled(), SOURCE, TrainSettings(epochs=1), out=tmp_path / "b", work=tmp_path / "w", progress=Silent())
+        train(
+            unlabelled(),
+            TrainingJob(SOURCE, TrainSettings(epochs=1), tmp_path / "w"),
+            out=tmp_path / "b",
+            progress=Silent(),
+        )
     assert not (tmp_path / "b").exists()
 
 

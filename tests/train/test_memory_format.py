@@ -215,7 +215,7 @@ def bad() -> nn.Module:
 def test_training_what_corrupted_memory(workers: int, tmp_path: Path) -> None:
     """Died of a signal before, or hung, where there is AVX2 and no more."""
     code = (
-        "import sys, pathlib; sys.path.insert(0, 'tests'); import test_memory_format as t; notes = t.Notes()\n"
+        "import sys, pathlib; sys.path.insert(0, 'tests/train'); import test_memory_format as t; notes = t.Notes()\n"
         "if __name__ == '__main__':\n"
         "  t.learned(pathlib.Path(sys.argv[1]), t.DATA, t.Source('test_memory_format:bad'),"
         " t.TrainSettings(epochs=2, batch=30), trusted=('test_memory_format:bad',), progress=notes,"

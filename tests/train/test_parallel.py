@@ -22,9 +22,9 @@ from rushhour.testing.networks import (
     sum_of_losses,
     table_for,
 )
+from rushhour.train.parallel import Mode, ParallelPlan, launch
 from rushhour.train.parallel.cost import Layout, Mesh
-from rushhour.train.parallel.launch import launch
-from rushhour.train.parallel.plan import Mode, ParallelPlan, plan_layers
+from rushhour.train.parallel.planner import plan_layers
 
 BATCH = 11
 

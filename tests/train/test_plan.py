@@ -14,8 +14,11 @@ from rushhour.errors import ModelError, PlanError
 from rushhour.models import article, mlp
 from rushhour.system import machine
 from rushhour.testing.networks import ANY
-from rushhour.train.parallel.cost import Layout, Link, Mesh, boundary_cost, layer_cost, move_cost
-from rushhour.train.parallel.plan import LayerPlan, Mode, ParallelPlan, plan_for, plan_layers, state_bytes, table_of
+from rushhour.train.parallel import Mode, ParallelPlan, plan_for
+from rushhour.train.parallel.cost import Layout, Link, Mesh, boundary_cost, layer_cost, move_cost, state_bytes
+from rushhour.train.parallel.layer_table import table_of
+from rushhour.train.parallel.plan import LayerPlan
+from rushhour.train.parallel.planner import plan_layers
 
 FAR = msgspec.structs.replace(
     ANY,

@@ -27,8 +27,7 @@ from rushhour.task import Task
 from rushhour.testing import gallery
 from rushhour.testing.gallery import GALLERY, Specimen, data, specimen
 from rushhour.testing.matrix import WORKS, cells
-from rushhour.train import TrainSettings, train
-from rushhour.train.loop import learn
+from rushhour.train import TrainingJob, TrainSettings, train, trained_weights
 from rushhour.train.preflight import Inspected, Steps, inspect
 
 PLAIN = TrainSettings(epochs=2, batch=24, lr=0.02, bf16=False)
@@ -70,16 +69,10 @@ def trained(
     name: str, folder: Path, dataset: Dataset | None = None, settings: TrainSettings = PLAIN, **more: Any
 ) -> Bundle:
     factory = name if ":" in name else f"{gallery.__name__}:{name}"
-    return train(
-        dataset or data(specimen(name).data),
-        Source(factory),
-        settings,
-        out=folder / "bundle",
-        work=folder / "work",
-        progress=more.pop("progress", None) or Silent(),
-        trusted=(factory,),
-        **more,
-    )
+    progress, on_epoch = more.pop("progress", None) or Silent(), more.pop("on_epoch", None)
+    job = TrainingJob(Source(factory), settings, folder / "work", (factory,), **more)
+    dataset = dataset or data(specimen(name).data)
+    return train(dataset, job, out=folder / "bundle", progress=progress, on_epoch=on_epoch)
 
 
 class Said(Silent):
@@ -453,7 +446,8 @@ def test_the_moving_average_forgets_the_first_weights_and_has_the_buffers_too(tm
     source, dataset = specimen("residual").source, data("pictures")
 
     def weights(folder: Path, settings: TrainSettings, **more: Any) -> dict[str, Tensor]:
-        return learn(dataset, source, settings, work=folder, progress=Silent(), trusted=(source.factory,), **more)
+        job = TrainingJob(source, settings, folder, (source.factory,))
+        return trained_weights(dataset, job, progress=Silent(), **more)
 
     last, mean = weights(tmp_path / "last", settings), weights(tmp_path / "mean", averaging)
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ def killed_search(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_search_goes_on_in_the_middle_of_its_trial(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; sys.path.insert(0, 'tests'); import test_search as t; "
+        "import sys, pathlib; sys.path.insert(0, 'tests/train'); import test_search as t; "
         "t.killed_search(pathlib.Path(sys.argv[1]))"
     )
     died = subprocess.run(
@@ -113,7 +113,7 @@ def test_dropout_and_augmentation_are_searched_where_they_are(tmp_path: Path) ->
 
 def test_trials_that_diverge_are_said_and_the_rest_goes_on(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=1, batch=64, lr=1e30, optimizer="sgd", momentum=0.0, bf16=False)
-    with pytest.raises(ModelError, match="none of 2 trials came to its end"):
+    with pytest.raises(ModelError, match="none of 2 trials was completed"):
         searched(tmp_path, 2, settings)
 
 

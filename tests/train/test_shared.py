@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from rushhour.testing.meters import sent_bytes
+from rushhour.train.parallel import launch
 from rushhour.train.parallel import shared_memory as shared
-from rushhour.train.parallel.launch import launch
 from rushhour.train.parallel.reducer import Reducer
-from rushhour.train.parallel.shared_memory import add_up, together
+from rushhour.train.parallel.shared_memory import add_up, shared_buffers
 
 SIZES = (1, 7, 100_003)
 
@@ -23,7 +23,7 @@ SIZES = (1, 7, 100_003)
 def added(size: int) -> list[float] | None:
     """Each worker's own buffer after a sum; `None` where memory is not shared."""
     group, rank = dist.group.WORLD, dist.get_rank()
-    buffers = together(size * 8, group)  # type: ignore[arg-type]
+    buffers = shared_buffers(size * 8, group)  # type: ignore[arg-type]
     if buffers is None:
         return None
     numbers = [buffer.view(torch.float64) for buffer in buffers]
@@ -78,7 +78,7 @@ def elsewhere(what: str) -> tuple[bool, int, list[float]]:
                 patch.setattr(shared, "os", Forbidding())
         group = dist.group.WORLD
         assert group is not None
-        visible = together(800, group) is not None
+        visible = shared_buffers(800, group) is not None
         before = sent_bytes()
         parameter = nn.Parameter(torch.zeros(100_000))
         reducer = Reducer([parameter], group)

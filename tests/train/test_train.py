@@ -20,7 +20,7 @@ from rushhour.errors import DataError, ModelError, StorageError, TaskError
 from rushhour.models import load_deployed, mlp
 from rushhour.progress import Silent
 from rushhour.task import Task
-from rushhour.train import TrainSettings, train
+from rushhour.train import TrainingJob, TrainSettings, train
 from rushhour.train.checkpoint import Checkpoint
 
 ARTICLE = Source("rushhour.models:article", {"input_size": 16, "channels": 1, "classes": 4, "width": 0.25, "dense": 32})
@@ -81,8 +81,10 @@ class Notes:
 def trained(
     folder: Path, dataset: Dataset, source: Source = ARTICLE, settings: TrainSettings = SHORT, **options: object
 ) -> Bundle:
-    options.setdefault("progress", Silent())
-    return train(dataset, source, settings, out=folder / "bundle", work=folder / "work", **options)  # type: ignore[arg-type]
+    call = {name: options.pop(name) for name in ("on_epoch", "name", "force") if name in options}
+    progress = options.pop("progress", Silent())
+    job = TrainingJob(source, settings, folder / "work", **options)  # type: ignore[arg-type]
+    return train(dataset, job, out=folder / "bundle", progress=progress, **call)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(
     dies_at: int, undisturbed: tuple[Bundle, Notes], tmp_path: Path
 ) -> None:
     code = (
-        "import sys, pathlib; sys.path.insert(0, 'tests'); import test_train as t; "
+        "import sys, pathlib; sys.path.insert(0, 'tests/train'); import test_train as t; "
         f"t.trained(pathlib.Path(sys.argv[1]), t.pictures(), progress=t.Notes({dies_at}), checkpoint_every_s=0.0)"
     )
     died = subprocess.run(
@@ -212,9 +214,9 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_no_number(tmp_path: Pa
     settings = TrainSettings(epochs=50, batch=32, lr=1e30, bf16=False)
     source = Source("rushhour.models:mlp", {"inputs": 5, "outputs": 2, "hidden": 8, "depth": 1})
     notes = Notes()
-    with pytest.raises(ModelError, match=r"broke at step \d+ of 500.*lower the learning rate") as raised:
+    with pytest.raises(ModelError, match=r"diverged at step \d+ of 500.*lower the learning rate") as raised:
         trained(tmp_path, table(), source, settings, progress=notes, checkpoint_every_s=0.0)
-    assert f"broke at step {int(notes.steps) + 1} " in str(raised.value) or "weights" in str(raised.value)
+    assert f"diverged at step {int(notes.steps) + 1} " in str(raised.value) or "weights" in str(raised.value)
     (checkpoint,) = (tmp_path / "work").glob("*.safetensors")
     assert str(checkpoint) in str(raised.value)
     state = load_file(checkpoint)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from rushhour.testing.networks import ANY, table_for
+from rushhour.train.parallel import ParallelPlan, launch
 from rushhour.train.parallel.autotune import fastest
-from rushhour.train.parallel.launch import launch
-from rushhour.train.parallel.plan import ParallelPlan, ranked_plans
+from rushhour.train.parallel.planner import ranked_plans
 
 
 def _plans() -> list[ParallelPlan]:

@@ -32,7 +32,7 @@ from rushhour.records.journal import Journal
 from rushhour.serve import open_target
 from rushhour.task import Task
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
-from rushhour.train import TrainSettings
+from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune import TuneSettings, tune_run
 from rushhour.tune.space import Candidate
 from rushhour.tune.trial import cpu_seconds
@@ -156,8 +156,8 @@ def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
     class Trained(Exception):
         pass
 
-    def train(_: object, __: object, settings: TrainSettings, **___: object) -> None:
-        raise Trained(settings.epochs)
+    def train(_: object, job: TrainingJob, **__: object) -> None:
+        raise Trained(job.settings.epochs)
 
     run = sys.modules["rushhour.tune.run"]
     monkeypatch.setattr(run, "train", train)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rushhour.bundle import Bundle, Source
     from rushhour.data import Dataset, Kind
     from rushhour.task import Task
-    from rushhour.train import Division, TrainSettings
+    from rushhour.train import ParallelSettings, TrainSettings
     from rushhour.train.search import Found
 
 # Only what options need is imported here; training takes seconds to import.
@@ -221,13 +221,13 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def division_of(sharing: dict[str, Any]) -> Division:
+def parallel_of(sharing: dict[str, Any]) -> ParallelSettings:
     """How workers share a training, as options name it.
 
     Raises:
         GoalError: if two options contradict each other.
     """
-    from rushhour.train import Division, Relaxed
+    from rushhour.train import ParallelSettings, Relaxed
 
     local, diloco, memory = sharing["local_sgd"], sharing["diloco"], sharing["memory"]
     if local is not None and diloco is not None:
@@ -239,7 +239,7 @@ def division_of(sharing: dict[str, Any]) -> Division:
         relaxed = Relaxed(diloco, outer_lr=0.7, outer_momentum=0.9)
     if memory is not None and not 0 < memory < 1e6:
         raise GoalError(f"a worker cannot use {memory:g} GB", "memory is above 0", "leave out --memory, or change it")
-    return Division(
+    return ParallelSettings(
         sharing["parallel"],
         memory_bytes=None if memory is None else int(memory * 1e9),
         compression=sharing["compress_gradients"],
@@ -360,9 +360,8 @@ def run(
         RushhourError: as `rushhour.train.train`.
     """
     from rushhour.bundle import Bundle, check_folder
-    from rushhour.train import Tracking, train
-    from rushhour.train.loop import PLAN
-    from rushhour.train.parallel.launch import under_torchrun
+    from rushhour.train import PARALLEL_PLAN, Tracking, TrainingJob, train
+    from rushhour.train.parallel import under_torchrun
     from rushhour.train.search import search as search_best
 
     folder = logs or out.with_name(f"{out.name}-training")
@@ -373,9 +372,9 @@ def run(
             "a trial is ended early by the process it runs in",
             "leave out --workers",
         )
-    division = division_of({name: training.pop(name) for name in _SHARING})
+    parallel = parallel_of({name: training.pop(name) for name in _SHARING})
     workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else workers
-    if workers == 1 and not division.exact:
+    if workers == 1 and not parallel.exact:
         raise GoalError(
             "one worker sends nothing and meets nobody",
             "--compress-gradients, --batch-norm local, --local-sgd and --diloco are for several",
@@ -392,22 +391,18 @@ def run(
     settings = settings_of(fitted(training, len(dataset.train), workers=workers))
     tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
     if search is None:
-        bundle = train(
-            dataset,
+        job = TrainingJob(
             source,
             settings,
-            out=out,
-            work=out.with_name(f".{out.name}.checkpoints"),
-            progress=progress,
-            trusted=trusted,
+            out.with_name(f".{out.name}.checkpoints"),
+            trusted,
             tracking=tracking,
             workers=workers,
-            division=division,
-            name=name,
-            force=force,
+            parallel=parallel,
         )
+        bundle = train(dataset, job, out=out, progress=progress, name=name, force=force)
         shared = under_torchrun() or workers > 1
-        return Outcome(bundle, plan=msgspec.json.decode((folder / PLAN).read_bytes()) if shared else None)
+        return Outcome(bundle, plan=msgspec.json.decode((folder / PARALLEL_PLAN).read_bytes()) if shared else None)
     bundle, found = search_best(
         dataset,
         source,

@@ -27,10 +27,9 @@ from rushhour.models import Deployed, load_deployed
 from rushhour.progress import Progress
 from rushhour.system import machine
 from rushhour.task import Task, are_probabilities
-from rushhour.train import TrainSettings
+from rushhour.train import Diverged, TrainSettings
 from rushhour.train.checkpoint import Checkpoint
 from rushhour.train.feed import Feed
-from rushhour.train.loop import Diverged
 from rushhour.train.loss import loss_for
 from rushhour.train.memory_format import NOTE, MemoryFormat, choose
 from rushhour.train.settings import ScheduleName

@@ -31,7 +31,7 @@ from rushhour.progress import Progress, Silent
 from rushhour.serve import ServeSettings
 from rushhour.testing.gallery import Specimen, data, specimen
 from rushhour.testing.networks import ANY, distance
-from rushhour.train import Division, TrainSettings, train
+from rushhour.train import ParallelSettings, TrainingJob, TrainSettings, train
 
 Cell = Literal["train", "resume", "2 workers", "export", "prune", "int8", "serve"]
 """Two epochs; the same, killed and gone on; on two workers; the graph against torch; 30% of the channels pruned;
@@ -116,18 +116,16 @@ class _Said:
 
 
 def _train(one: Specimen, dataset: Dataset, folder: Path, progress: Progress | None = None, workers: int = 1) -> Bundle:
-    return train(
-        dataset,
+    job = TrainingJob(
         one.source,
         _SETTINGS,
-        out=folder / "bundle",
-        work=folder / "work",
-        progress=progress or Silent(),
+        folder / "work",
         trusted=(one.source.factory,),
         checkpoint_every_s=0.0,
         workers=workers,
-        division=Division(mode="data", constants=ANY),
+        parallel=ParallelSettings(mode="data", constants=ANY),
     )
+    return train(dataset, job, out=folder / "bundle", progress=progress or Silent())
 
 
 def _resume(one: Specimen, dataset: Dataset, folder: Path, whole: Bundle) -> str | None:

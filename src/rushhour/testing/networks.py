@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import sent_bytes
-from rushhour.train.parallel.cost import Constants, Layer, Layout, Link, Mesh
-from rushhour.train.parallel.network import BatchNorm, parallelise
-from rushhour.train.parallel.plan import LayerPlan, ParallelPlan, plan_layers, table_of
-from rushhour.train.parallel.reducer import Compression
+from rushhour.train.parallel import BatchNorm, Constants, GradientCompression, ParallelPlan, parallelise
+from rushhour.train.parallel.cost import Layer, Layout, Link, Mesh
+from rushhour.train.parallel.layer_table import table_of
+from rushhour.train.parallel.plan import LayerPlan
+from rushhour.train.parallel.planner import plan_layers
 
 CLASSES = 5
 ANY = Constants(
@@ -149,7 +150,7 @@ def short_training(
     double: bool = True,
     steps: int = 5,
     clip: float | None = None,
-    compression: Compression = "none",
+    compression: GradientCompression = "none",
     batch_norm: BatchNorm = "whole",
     shared_memory: bool = True,
     wide: bool = False,

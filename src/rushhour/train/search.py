@@ -1,7 +1,7 @@
-"""The search for good hyper-parameters: many trainings, the hopeless ones ended early, the best one's bundle kept.
+"""Hyper-parameter search: many trainings, of which the worst are pruned early; the bundle of the best is kept.
 
-Optuna chooses what to try (tree-structured Parzen estimator, Bergstra et al. 2011) and what to end early. Its study
-lies in SQLite; a killed search goes on, and so does the training that it was in the middle of.
+Optuna chooses the values (tree-structured Parzen estimator, Bergstra et al. 2011) and what to prune. Its study is
+stored in SQLite; a killed search is resumed, with the training that it was killed in.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from rushhour.progress import Progress
 from rushhour.records import identity
 from rushhour.records.curves import Epoch, read_curves, read_record, write_curves
 from rushhour.system.storage import alone_at, claimed, explained
-from rushhour.train.fingerprint import SEARCH, made_of
-from rushhour.train.loop import Diverged, learn, opened, train_here
-from rushhour.train.parallel.division import Division
+from rushhour.train.fingerprint import SEARCH, fingerprint_of
+from rushhour.train.job import TrainingJob
+from rushhour.train.loop import Diverged
 from rushhour.train.settings import TrainSettings
 from rushhour.train.tracking import Tracking
+from rushhour.train.training import bundle_at, train_for_search, trained_weights
 
 PrunerName = Literal["median", "hyperband"]
 
@@ -39,10 +40,10 @@ class Tried(msgspec.Struct, frozen=True):
 
     Attributes:
         number: from 0.
-        fate: `complete`; `pruned`: ended early, as others were better by then; `diverged`: its loss was no number.
+        fate: `complete`; `pruned`: ended early, as others were better at that epoch; `diverged`: its loss was NaN.
         chosen: hyper-parameter -> value.
-        value: the metric on the validation part, of what was or would be sealed; None where it diverged at once.
-        epochs: that it was trained.
+        value: the metric on the validation part, of the weights to be sealed; None if it diverged in the first epoch.
+        epochs: that it was trained for.
     """
 
     number: int
@@ -87,15 +88,15 @@ def search(
         source: the network.
         settings: what is not searched, and where the search begins.
         trials: how many in all; those of an earlier, killed call count.
-        pruner: `median` ends what is below the median of the others at the same epoch (after five whole trials);
+        pruner: `median` prunes trials below the median of the others at the same epoch (after five whole trials);
             `hyperband` (Li et al. 2018) by successive halving.
         out: the best bundle's folder. An older bundle there is replaced where one of these trials left it.
-        work: of the study and its trainings; one process at a time works in it. It stays, so that a later call with
-            more trials goes on.
-        progress: hears of every step.
+        work: of the study and its trainings; one process at a time works in it. It stays: a later call with more trials
+            continues the study.
+        progress: told of every step.
         trusted: factories that may be imported; the user's own.
         tracking: which of TensorBoard and Weights & Biases each trial is tracked with, below `work`.
-        checkpoint_every_s: see `train`.
+        checkpoint_every_s: see `TrainingJob`.
         name: see `train`.
         force: see `train`.
 
@@ -109,11 +110,11 @@ def search(
         raise ModelError(f"cannot search in {trials} trials", "it takes at least one", "use for example --search 20")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     takes_dropout = _takes_dropout(source, trusted)
-    made = made_of(dataset, source, settings, Division(), 1, trusted)
+    facts = fingerprint_of(dataset, TrainingJob(source, settings, work, trusted)).facts
     with alone_at(out), claimed(work):
         study = optuna.create_study(
             storage=f"sqlite:///{(work / 'search.db').resolve()}",
-            study_name=identity.key(**made.facts, pruner=pruner)[:16],
+            study_name=identity.key(**facts, pruner=pruner)[:16],
             direction="maximize",
             pruner=(
                 optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
@@ -126,15 +127,15 @@ def search(
         def is_own(bundle: Bundle) -> bool:
             return bundle.manifest.lineage[0].settings.get(SEARCH) == study.study_name
 
-        older = opened(out)
-        check_place(out, force=force or (older is not None and is_own(older)), why="the search that left it")
-        _take_up(study, settings, takes_dropout=takes_dropout)
+        older = bundle_at(out)
+        check_place(out, force=force or (older is not None and is_own(older)), why="the search that made it")
+        _enqueue(study, settings, takes_dropout=takes_dropout)
         taken: list[float] = []
         while (number := _ended(study)) < trials:
             if taken:
                 progress.limit(statistics.fmean(taken) * (trials - number))
             began = time.monotonic()
-            # a sampler of its own for each trial: what it draws then depends on no process that was killed
+            # a new sampler for each trial: its draws then do not depend on whether the search was killed before
             study.sampler = optuna.samplers.TPESampler(seed=settings.seed + number)
             _try(study, dataset, source, settings, work, progress, trusted, tracking, checkpoint_every_s, takes_dropout)
             taken.append(time.monotonic() - began)
@@ -143,24 +144,14 @@ def search(
         place = work / "trials" / best.user_attrs["place"]
         write_curves(work, read_curves(place), read_record(place))
         own, own_settings = _choose(optuna.trial.FixedTrial(best.params), source, settings, takes_dropout=takes_dropout)
-        # goes on from the trial's last checkpoint, which is its end
-        bundle = train_here(
-            dataset,
-            own,
-            own_settings,
-            out=out,
-            work=place,
-            progress=progress,
-            trusted=trusted,
-            name=name,
-            force=True,
-            search=study.study_name,
-        )
+        # resumes from the last checkpoint of the trial, which is at its end
+        job = TrainingJob(own, own_settings, place, trusted)
+        bundle = train_for_search(dataset, job, out=out, progress=progress, name=name, search=study.study_name)
         return bundle, found
 
 
-def _take_up(study: Any, settings: TrainSettings, *, takes_dropout: bool) -> None:
-    """Begin with the settings as they are; try again what a killed process was in the middle of."""
+def _enqueue(study: Any, settings: TrainSettings, *, takes_dropout: bool) -> None:
+    """Enqueue the settings as they are as the first trial, and again the trials that a killed process left."""
     import optuna
 
     if not study.trials and settings.weight_decay in _DECAYS:
@@ -209,15 +200,10 @@ def _try(
         Tracking(place, tensorboard=False) if tracking is None else msgspec.structs.replace(tracking, folder=place)
     )
     try:
-        learn(
+        trained_weights(
             dataset,
-            own,
-            own_settings,
-            work=place,
+            TrainingJob(own, own_settings, place, trusted, checkpoint_every_s, tracked),
             progress=progress,
-            trusted=trusted,
-            checkpoint_every_s=checkpoint_every_s,
-            tracking=tracked,
             on_epoch=on_epoch,
         )
     except (optuna.TrialPruned, Diverged) as ended:
@@ -225,16 +211,16 @@ def _try(
             trial.set_user_attr("diverged", ended.why)
         progress.done("ended early" if isinstance(ended, optuna.TrialPruned) else "diverged")
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        _forget(place)
+        _delete_checkpoints(place)
         return
     values = [epoch.value for epoch in read_curves(place)]
     study.tell(trial, max(values) if settings.patience is not None else values[-1])
     for other in (work / "trials").iterdir():
         if other.name != study.best_trial.user_attrs["place"]:
-            _forget(other)
+            _delete_checkpoints(other)
 
 
-def _forget(place: Path) -> None:
+def _delete_checkpoints(place: Path) -> None:
     """Delete the weights of a trial that is not the best; its curves stay."""
     with explained(f"delete the checkpoint in {place}"):
         for checkpoint in place.glob("train-*.safetensors"):
@@ -274,14 +260,14 @@ def _found(study: Any, dataset: Dataset) -> Found:
         number = study.best_trial.number
     except ValueError as error:
         raise ModelError(
-            f"none of {len(tried)} trials came to its end",
-            "their losses were no numbers, or all were ended early",
-            "lower --lr, or search on with more trials",
+            f"none of {len(tried)} trials was completed",
+            "their losses were no numbers, or all were pruned",
+            "lower --lr, or continue the search with more trials",
         ) from error
     return Found(dataset.task.metric, next(one for one in tried if one.number == number), tuple(tried))
 
 
 def _takes_dropout(source: Source, trusted: tuple[str, ...]) -> bool:
-    build(source, trusted)  # says what is wrong with it, before anything is searched
+    build(source, trusted)  # raises if it cannot be built, before the search
     module, _, name = source.factory.partition(":")
     return "dropout" in inspect.signature(getattr(importlib.import_module(module), name)).parameters

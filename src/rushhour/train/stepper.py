@@ -1,4 +1,4 @@
-"""What takes the steps of a training: a network on one worker, or its parts on many; to the loop they are the same."""
+"""What computes the steps of a training, for the loop: a network on one worker, or its parts on several."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rushhour.train.feed import Batch
 from rushhour.train.loss import loss_for
 
 AVERAGE = "ema"
-"""The moment, among the optimizer's, that is the moving average of a parameter."""
+"""The moment of the optimizer that holds the moving average of a parameter."""
 AVERAGES = "average"
-"""Below it, in a snapshot, those of buffers."""
+"""Below it, in a snapshot, the moving averages of buffers."""
 
 
 class Stepper(Protocol):
     """Every worker makes the same calls in the same order.
 
     Attributes:
-        leads: whether this worker is the one that judges and writes.
+        is_leader: whether this worker validates and writes: worker 0.
         part: which of how many parts of a batch this worker is given.
     """
 
-    leads: bool
+    is_leader: bool
     part: tuple[int, int]
 
     def parameters(self) -> Sequence[Tensor]:
@@ -42,35 +42,35 @@ class Stepper(Protocol):
         """Forward and backward: leaves the gradient of the mean loss over the whole batch, and returns that loss.
 
         Args:
-            batch: the samples of this worker. All workers return the loss of all samples.
+            batch: with the samples of this worker. All workers return the loss of all samples.
         """
         ...
 
     def clip(self, max_norm: float) -> None:
-        """Shorten the gradient of the whole network to this Euclidean norm, if it is longer."""
+        """Scale the gradient of the whole network down to this Euclidean norm, if it is larger."""
         ...
 
-    def meet(self) -> None:
-        """To be called after each step of the optimizer: workers that do not meet in each may do it now."""
+    def synchronise(self) -> None:
+        """To be called after each step of the optimizer: relaxed workers synchronise when it is time."""
         ...
 
     def finite(self) -> bool:
         """Whether all weights, on all workers, are numbers."""
         ...
 
-    def agree(self, value: float) -> float:
+    def from_leader(self, value: float) -> float:
         """The value that the leading worker has."""
         ...
 
-    def culprits(self, batch: Batch) -> list[int]:
-        """The samples of the whole batch, as rows of the training part, whose own loss is no number."""
+    def nonfinite_rows(self, batch: Batch) -> list[int]:
+        """The samples of the whole batch, as rows of the training part, whose own loss is NaN or infinite."""
         ...
 
     def average(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
-        """Move the averages of parameters and buffers towards these; they begin where these are."""
+        """Move the averages of parameters and buffers towards their values, with which they begin."""
         ...
 
-    def take(
+    def snapshot(
         self,
         step: int,
         optimizer: torch.optim.Optimizer,
@@ -81,34 +81,34 @@ class Stepper(Protocol):
         """A snapshot of the whole training, on the leading worker; None on the others."""
         ...
 
-    def put(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-        """Put a snapshot back, whose shapes fit."""
+    def restore(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+        """Restore a snapshot whose shapes fit."""
         ...
 
     def averaged(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        """In it, average weights stand in for the network's, where they are kept."""
+        """Within the block, average weights replace the network's, where they are kept."""
         ...
 
     def predict(self, inputs: Tensor) -> Tensor | None:
-        """The network's outputs in evaluation mode to samples that all workers are given; None if not leading."""
+        """The network's outputs in evaluation mode for samples that all workers are given; None but on the leader."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the whole network's state, which share no memory; empty if not leading."""
+        """Copies of the whole network's state, which share no memory; empty but on the leader."""
         ...
 
 
-class Alone:
-    """A network on one worker.
+class SingleStepper:
+    """A `Stepper` of a network on one worker.
 
     Args:
         deployed: with the network; its preprocessing is applied to the inputs.
         task: decides the loss.
-        accumulate: parts that a batch goes through in.
+        accumulate: parts in which a batch passes through the network.
         bf16: whether convolutions and products are computed in bfloat16.
     """
 
-    leads = True
+    is_leader = True
     part = (0, 1)
 
     def __init__(self, deployed: Deployed, task: Task, *, accumulate: int, bf16: bool) -> None:
@@ -141,22 +141,22 @@ class Alone:
         return total
 
     def clip(self, max_norm: float) -> None:
-        """Shorten the gradient."""
+        """Scale the gradient down."""
         nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
-    def meet(self) -> None:
-        """There is nobody to meet."""
+    def synchronise(self) -> None:
+        """There is no other worker."""
 
     def finite(self) -> bool:
         """Whether all weights are numbers."""
         return all(bool(parameter.isfinite().all()) for parameter in self.parameters())
 
-    def agree(self, value: float) -> float:
+    def from_leader(self, value: float) -> float:
         """The value itself."""
         return value
 
-    def culprits(self, batch: Batch) -> list[int]:
-        """Found by asking for each sample's own loss."""
+    def nonfinite_rows(self, batch: Batch) -> list[int]:
+        """Found from the loss of each sample."""
         self._deployed.eval()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             losses = loss_for(self._task, "none")(self._deployed.logits(batch.inputs), batch.targets)
@@ -167,7 +167,7 @@ class Alone:
         average_moments(self.parameters(), optimizer, decay)
         move_averages(self._averages, self._buffers(), decay)
 
-    def take(
+    def snapshot(
         self,
         step: int,
         optimizer: torch.optim.Optimizer,
@@ -179,20 +179,20 @@ class Alone:
         averages = {f"{AVERAGES}.{name}": one.clone() for name, one in self._averages.items()}
         return snapshot(step, self._deployed.network, optimizer, schedule, notes=notes, more={**more, **averages})
 
-    def put(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-        """Put a snapshot back."""
+    def restore(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+        """Restore a snapshot."""
         put_back(found, self._deployed.network, optimizer, schedule)
         self._averages = found.part(AVERAGES)
 
     @contextmanager
     def averaged(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Averages stand in, where they are kept."""
+        """Averages replace the weights, where they are kept."""
         buffers = self._buffers()
         kept = ((one, optimizer.state.get(one, {}).get(AVERAGE)) for one in self.parameters())
-        standing = {one: average for one, average in kept if average is not None}
-        standing |= {buffers[name]: one for name, one in self._averages.items() if name in buffers}
-        own = {tensor: tensor.data for tensor in standing}
-        for tensor, average in standing.items():
+        averages = {one: average for one, average in kept if average is not None}
+        averages |= {buffers[name]: one for name, one in self._averages.items() if name in buffers}
+        own = {tensor: tensor.data for tensor in averages}
+        for tensor, average in averages.items():
             tensor.data = average
         try:
             yield
@@ -201,7 +201,7 @@ class Alone:
                 tensor.data = data
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Those that have fractions, and are part of the state."""
+        """Floating-point buffers that are part of the state."""
         network = self._deployed.network
         kept = network.state_dict(keep_vars=True)
         return {name: one for name, one in network.named_buffers() if name in kept and one.is_floating_point()}

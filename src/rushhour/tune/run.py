@@ -31,9 +31,7 @@ from rushhour.records import identity
 from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import describe
 from rushhour.system.storage import claimed, write_whole
-from rushhour.train import Division, Tracking, TrainSettings, step_seconds, train
-from rushhour.train.fingerprint import made_of
-from rushhour.train.loop import opened
+from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, fingerprint_of, step_seconds, train
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.track import words
 from rushhour.tune.tune import tune
@@ -95,18 +93,8 @@ def tune_run(
             place = run / "bundles" / "reference"
             if fit_epochs and settings.budget_s is not None:
                 training = _fitted(training, model, dataset, run, settings.budget_s, progress, trusted)
-            reference = train(
-                dataset,
-                model,
-                training,
-                out=place,
-                work=run / ".checkpoints",
-                progress=progress,
-                trusted=trusted,
-                tracking=Tracking(run / "training"),
-                name=name or name_of(run),
-                force=force,
-            )
+            job = TrainingJob(model, training, run / ".checkpoints", trusted, tracking=Tracking(run / "training"))
+            reference = train(dataset, job, out=place, progress=progress, name=name or name_of(run), force=force)
         bundles, left_out = {"reference": reference}, {}
         if reference.manifest.precision == "f32" and is_plain(reference):
             try:
@@ -284,14 +272,15 @@ def _fitted(
     A reference that is there already was trained for as long as it was. How long a step takes is on file, so that a run
     that goes on trains for as long as it began to.
     """
-    if (there := opened(run / "bundles" / "reference")) is not None:
+    if (there := bundle_at(run / "bundles" / "reference")) is not None:
         epochs = there.manifest.lineage[0].settings.get("epochs", training.epochs)
         return msgspec.structs.replace(training, epochs=epochs)
     steps = max(1, len(dataset.train) // training.batch)
+    job = TrainingJob(source, training, run / ".checkpoints", trusted)
 
     def take(facts: dict[str, Any]) -> ServiceTimes:
         progress.start("Timing a few steps of training")
-        seconds = step_seconds(dataset, source, training, work=run / ".checkpoints", trusted=trusted)
+        seconds = step_seconds(dataset, job)
         progress.done(f"{steps * seconds:,.0f} s for one pass over the data")
         return ServiceTimes((training.batch,), (seconds,), (training.batch / seconds,))
 
@@ -301,7 +290,7 @@ def _fitted(
         f"batch {training.batch}",
         ServiceTimes,
         take,
-        facts=made_of(dataset, source, training, Division(), 1, trusted).facts,
+        facts=fingerprint_of(dataset, job).facts,
     )
     fits = int(_TRAINING_SHARE * budget_s / (steps * taken.seconds[0]))
     return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))

@@ -1,7 +1,7 @@
-"""The last word on plans: the few that could be fastest take turns at real steps.
+"""Chooses among plans by trial steps: the few that could be fastest take turns at real training steps.
 
-A prediction ranks plans well and times them badly: what a layer costs beside others, in the cache and between two
-messages, shows only when it runs. So the prediction draws up the list, and some seconds of the training itself decide.
+A prediction ranks plans well but is wrong about their times: how layers share the caches, and how computing overlaps
+with messages, shows only in a real step. So the prediction makes the list, and some seconds of training decide.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 import torch.distributed as dist
 
+from rushhour.train.parallel.broadcast import from_leader
 from rushhour.train.parallel.plan import ParallelPlan
 
 Step = Callable[[], object]
@@ -34,8 +34,8 @@ def fastest(
 
     Args:
         plans: the fastest by prediction first.
-        prepare: what a plan's step is.
-        budget_s: about so long it may take. Where that is not enough for some steps of two plans, the first is
+        prepare: gives a function that runs one step by a plan.
+        budget_s: about the time that it may take. Where that is not enough for some steps of two plans, the first is
             returned as it is.
         memory_bytes: for all plans that are tried, on each worker, by prediction.
 
@@ -54,12 +54,12 @@ def fastest(
     began = time.monotonic()
     steps = {index: prepare(plans[index]) for index in tried}
     for step in steps.values():
-        step()  # libraries get ready
+        step()  # warm-up
     taken: dict[int, list[float]] = {index: [] for index in tried}
     order = random.Random(0)
-    going = list(tried)
+    left = list(tried)
     for turn in range(1, _MOST + 1):
-        for index in order.sample(going, len(going)):
+        for index in order.sample(left, len(left)):
             dist.barrier()
             at = time.perf_counter()
             steps[index]()
@@ -67,25 +67,22 @@ def fastest(
             taken[index].append(time.perf_counter() - at)
         if turn < _FEWEST:
             continue
-        middle = {index: statistics.median(times) for index, times in taken.items()}
-        least = min(middle[index] for index in going)
-        going = [index for index in going if middle[index] <= _HOPELESS * least]
-        if len(going) == 1 or time.monotonic() - began > budget_s:
-            going = [min(going, key=lambda index: middle[index])]
-        # clocks differ: worker 0's is what counts
-        box: list[Any] = [going]
-        dist.broadcast_object_list(box, 0)
-        going = box[0]
-        for index in set(steps) - set(going):
+        medians = {index: statistics.median(times) for index, times in taken.items()}
+        least = min(medians[index] for index in left)
+        left = [index for index in left if medians[index] <= _HOPELESS * least]
+        if len(left) == 1 or time.monotonic() - began > budget_s:
+            left = [min(left, key=lambda index: medians[index])]
+        left = from_leader(left)  # each worker has times of its own
+        for index in set(steps) - set(left):
             del steps[index]
-        if len(going) == 1:
+        if len(left) == 1:
             break
-    box = [{index: statistics.median(times) for index, times in taken.items()}]
-    dist.broadcast_object_list(box, 0)
-    middle = box[0]
-    chosen = plans[min(going, key=lambda index: middle[index])]
-    times = {plans[index].mode: middle[index] for index in tried}
+    medians = from_leader({index: statistics.median(times) for index, times in taken.items()})
+    chosen = plans[min(left, key=lambda index: medians[index])]
+    times_s = {plans[index].mode: medians[index] for index in tried}
     return msgspec.structs.replace(
         chosen,
-        alternatives=tuple(msgspec.structs.replace(one, measured_s=times.get(one.mode)) for one in chosen.alternatives),
+        alternatives=tuple(
+            msgspec.structs.replace(one, measured_s=times_s.get(one.mode)) for one in chosen.alternatives
+        ),
     )

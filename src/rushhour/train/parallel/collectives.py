@@ -1,7 +1,7 @@
-"""Moves of rows and features between workers, each with its gradient. Gradients are sums, never means.
+"""Exchanges of rows and features between workers, each with its gradient. Gradients are sums, never means.
 
-All are built on one all-to-all, which sends no byte too much on any backend (gloo's own reduce-scatter sends twice
-what it must), takes unequal parts, and leaves the sums to us, in the order of the ranks: the same bits every time.
+All are built on all-to-all: it sends the fewest bytes on any backend (gloo's own reduce-scatter sends twice as many)
+and takes unequal parts. The sums are computed here, in the order of the ranks, so that results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Group = dist.ProcessGroup
 
 
 def shares(total: int, parts: int) -> tuple[int, ...]:
-    """`total` things dealt out to `parts`, as evenly as they go; the first get one more."""
+    """`total` things divided into `parts`, as evenly as possible; the first parts have one more."""
     each, more = divmod(total, parts)
     return tuple(each + (index < more) for index in range(parts))
 
@@ -41,7 +41,7 @@ def gather(part: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
     shapes = [(size, *part.shape[1:]) for size in sizes]
     received = part.new_empty((sum(sizes), *part.shape[1:]))
     width = math.prod(part.shape[1:])
-    # the same part goes to everybody: repeated, because an all-to-all reads one buffer
+    # the same part goes to all workers: repeated, because all-to-all reads one buffer
     packed = part.reshape(-1).repeat(len(sizes))
     dist.all_to_all_single(
         received.view(-1), packed, [size * width for size in sizes], [part.numel()] * len(shapes), group=group
@@ -66,19 +66,19 @@ def to_features(x: Tensor, rows: tuple[int, ...], group: Group) -> Tensor:
 
 
 def to_rows(x: Tensor, features: int, rows: tuple[int, ...], group: Group) -> Tensor:
-    """The way back: `(sum(rows), ..., f[own])` to `(rows[own], ..., features)`."""
+    """The inverse of `to_features`: `(sum(rows), ..., f[own])` to `(rows[own], ..., features)`."""
     out: Tensor = _ToRows.apply(x, features, rows, group)  # type: ignore[no-untyped-call]
     return out
 
 
 def gather_rows(x: Tensor, rows: tuple[int, ...], group: Group) -> Tensor:
-    """Own rows to all rows; the gradient is summed over the workers and comes back as own rows."""
+    """Own rows to all rows; the gradient is summed over the workers and returned as own rows."""
     out: Tensor = _GatherRows.apply(x, rows, group)  # type: ignore[no-untyped-call]
     return out
 
 
 def sum_rows(x: Tensor, rows: tuple[int, ...], group: Group) -> Tensor:
-    """All rows, of which each worker holds a summand, to own rows of the sum."""
+    """All rows, each worker with its own summand, to own rows of the sum."""
     out: Tensor = _SumRows.apply(x, rows, group)  # type: ignore[no-untyped-call]
     return out
 

@@ -1,8 +1,7 @@
-"""Workers: runs a function in k processes of this machine, or joins those that torchrun started on several.
+"""Runs a function in k worker processes of this machine, or in a worker process that torchrun started.
 
-A worker that dies takes the others with it, for they would wait for it for ever; all are started again, and go on
-from whatever the function keeps on disk. One that a signal ends twice at the same step would die there again, so it is
-not started a third time.
+If a worker dies, the others would wait for it forever, so all are killed and started again; the function resumes from
+what it keeps on disk. If a signal kills a worker twice at the same step, `launch` gives up.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,21 +26,21 @@ from rushhour.errors import ModelError, RushhourError
 from rushhour.models.failure import why_failed
 from rushhour.system import machine
 from rushhour.system.faults import unforeseen, where
-from rushhour.train.parallel.position import Position, forget, positions, report_to
+from rushhour.train.parallel.position import Position, position_file, record_in, reset_positions
+from rushhour.train.parallel.settings import Backend
 
 _ECHO_S = 1.0
-_MEET_S = 300.0
-_LOOK_S = 0.02
+"""After an error of a worker, seconds to wait for the death or the error of another that caused it."""
+_JOIN_S = 300.0
+_POLL_S = 0.02
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
-"""Signals that a process gives itself."""
+"""Signals of a fault in the process itself."""
 _MOST_FAULTS = 3
-"""Of these, at whatever steps: corrupted memory shows at one step or another."""
-
-Backend = Literal["gloo", "nccl", "mpi"]
+"""Of these at different steps, before `launch` gives up: corrupted memory shows at one step or another."""
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun, or anything that sets the same variables, started this process."""
+    """Whether torchrun, or a program that sets the same environment variables, started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
@@ -54,20 +53,20 @@ def launch(
     restarts: int = 0,
     threads: int | None = None,
 ) -> list[Any]:
-    """Run `fn(*args)` in `workers` processes that form torch's default process group; one result a worker, by rank.
+    """Run `fn(*args)` in `workers` processes that form torch's default process group; one result per worker, by rank.
 
     Under torchrun this process is already one of the workers: `fn` is run in it, and the list holds its result only.
 
     Args:
         fn: of a module, so that a new process can import it; its result must be picklable.
-        workers: processes; they meet on 127.0.0.1, at a port that the kernel chooses.
+        workers: processes; they connect on 127.0.0.1, at a port that the kernel chooses.
         args: picklable.
-        backend: of torch.distributed; nccl wants a GPU for each worker, mpi a torch that was built with it.
-        restarts: how often all are started again after one has died. An error that `fn` raises is not repeated.
-        threads: of each worker; by default the machine's cores, shared out, at least 1.
+        backend: of torch.distributed; nccl needs a GPU for each worker, mpi a torch that was built with it.
+        restarts: how often all are started again after one has died. After an error that `fn` raised they are not.
+        threads: of each worker; by default an equal share of the machine's cores, at least 1.
 
     Raises:
-        RushhourError: whatever `fn` raised of that kind, as it was.
+        RushhourError: that `fn` raised, unchanged.
         ModelError: if a worker raised anything else, or died too often, or twice of one signal at the same step;
             torchrun's number of workers is another than `workers`; or torch was built without the backend.
     """
@@ -81,38 +80,38 @@ def launch(
             raise ModelError(
                 f"{workers} workers were asked for, but torchrun started {size}",
                 "both must be the same",
-                f"say --workers {size}",
+                f"use --workers {size}",
             )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        with _group(backend, threads or _threads(here), **_met()):
+        with _group(backend, threads or _threads(here), **_rendezvous()):
             return [fn(*args)]
-    # The store lives here, so its port is free for sure, and a fresh prefix each time forgets the dead.
+    # this process holds the store, so its port is free; each attempt has a prefix of its own
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
     deaths: list[_Died] = []
-    with positions(workers) as file:
+    with position_file(workers) as file:
         for attempt in range(restarts + 1):
             try:
                 return _once(fn, workers, args, backend, store.port, attempt, threads or _threads(workers), file)
             except _Died as death:
-                if restarts and (hopeless := _hopeless(death, deaths, workers)) is not None:
-                    raise hopeless from death
+                if restarts and (fatal := _fatal(death, deaths, workers)) is not None:
+                    raise fatal from death
                 deaths.append(death)
                 if attempt == restarts:
                     times = f" {attempt + 1} times" if attempt else ""
                     raise ModelError(
                         f"a worker died{times}: {death}",
-                        "it was killed from outside, ran out of memory, or met a bug",
-                        "see its words above; use fewer workers if memory was short",
+                        "it was killed from outside, ran out of memory, or crashed",
+                        "see its output above; use fewer workers if memory was short",
                     ) from death
                 logging.getLogger(__name__).warning("%s; all workers start again from the last checkpoint", death)
     raise AssertionError("unreachable")
 
 
-def _met() -> dict[str, Any]:
-    """How this worker of torchrun's joins the others: store, rank and number of workers.
+def _rendezvous() -> dict[str, Any]:
+    """The store, rank and number of workers with which this worker of torchrun joins the process group.
 
-    Torchrun keeps its store through restarts, with the addresses of the dead. So the first worker gives the group a
-    name of its own, under which nobody has written yet, to those who say hello with a name that is new as well.
+    Torchrun keeps its store through restarts, with the addresses of workers that died. So rank 0 chooses a new, random
+    prefix for the group, and sends it to the workers that announce themselves under random names.
     """
     store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
     own = secrets.token_hex(8)
@@ -121,38 +120,38 @@ def _met() -> dict[str, Any]:
         group = store.get(f"welcome/{own}").decode()
         store.set(f"joined/{group}/{rank}", "")
     else:
-        group, missing, until = own, set(range(1, size)), time.monotonic() + _MEET_S
+        group, missing, until = own, set(range(1, size)), time.monotonic() + _JOIN_S
         while missing:
             for other in tuple(missing):
-                if store.check([f"hello/{other}"]):  # perhaps a dead one's, whose successor's will follow
+                if store.check([f"hello/{other}"]):  # it may be that of a dead worker; its successor's follows
                     store.set(f"welcome/{store.get(f'hello/{other}').decode()}", group)
                 if store.check([f"joined/{group}/{other}"]):
                     missing.discard(other)
             if missing and time.monotonic() > until:
                 raise ModelError(
-                    f"workers {sorted(missing)} of {size} do not come",
-                    "torchrun has started them elsewhere, or they died",
-                    "see what the other machines say",
+                    f"workers {sorted(missing)} of {size} did not join within {_JOIN_S:.0f} s",
+                    "torchrun has not started them, or they died",
+                    "check the output on the other machines",
                 )
-            time.sleep(_LOOK_S)
-    named = dist.PrefixStore(group, store)  # type: ignore[attr-defined]
-    return {"store": named, "rank": rank, "world_size": size}
+            time.sleep(_POLL_S)
+    own_store = dist.PrefixStore(group, store)  # type: ignore[attr-defined]
+    return {"store": own_store, "rank": rank, "world_size": size}
 
 
 class _Died(Exception):
     """A worker ended without a result.
 
     Args:
-        who: the worker, in words.
-        signal: that ended it, if one did.
-        step: of the optimizer that it was at, from 1; 0 before the first; None where it never said.
+        worker: its rank and the number of workers, in words.
+        signal: that killed it; None if none did.
+        step: of the optimizer that it was at, from 1; 0 before the first; None where it is not known.
         layer: that it was at; empty where it is not known.
     """
 
-    def __init__(self, who: str, signal: int | None, step: int | None, layer: str) -> None:
-        self.who, self.signal, self.step, self.layer = who, signal, step, layer
+    def __init__(self, worker: str, signal: int | None, step: int | None, layer: str) -> None:
+        self.worker, self.signal, self.step, self.layer = worker, signal, step, layer
         end = "failed" if signal is None else f"got {_named(signal)}"
-        super().__init__(f"{who} {end}{_place(step, layer)}")
+        super().__init__(f"{worker} {end}{_place(step, layer)}")
 
 
 def _place(step: int | None, layer: str) -> str:
@@ -167,25 +166,27 @@ def _named(number: int) -> str:
         return f"signal {number}"
 
 
-def _hopeless(death: _Died, before: Sequence[_Died], workers: int) -> ModelError | None:
-    """The error to end with, where another start would end as this one."""
+def _fatal(death: _Died, before: Sequence[_Died], workers: int) -> ModelError | None:
+    """The error to end with, where another start would die in the same way; else None."""
     if death.signal is None:
         return None
     same = [one for one in before if (one.signal, one.step) == (death.signal, death.step) and one.step is not None]
     faults = [one for one in (*before, death) if one.signal in _FAULTS]
     if not same and (death.signal not in _FAULTS or len(faults) < _MOST_FAULTS):
         return None
-    threads = f"another number of --workers, now {workers}, and so of threads"
+    threads = f"another number of --workers than {workers}, which also changes the number of threads"
     if same:
-        what = f"{death.who} died of {_named(death.signal)} twice{_place(death.step, death.layer)}"
+        what = f"{death.worker} died of {_named(death.signal)} twice{_place(death.step, death.layer)}"
     else:
         steps = ", ".join("?" if one.step is None else str(one.step) for one in faults)
-        what = f"{death.who} died of {_named(death.signal)}{_place(death.step, death.layer)}, after others at {steps}"
+        what = (
+            f"{death.worker} died of {_named(death.signal)}{_place(death.step, death.layer)}, after others at {steps}"
+        )
     if death.signal in _FAULTS:
         return ModelError(
             what, "a native library failed, or something corrupted memory", f"try --no-channels-last, or {threads}"
         )
-    return ModelError(what, "memory ran out, or something ends it there", f"free memory, or try {threads}")
+    return ModelError(what, "it ran out of memory, or another process killed it", f"free memory, or try {threads}")
 
 
 def _once(
@@ -198,12 +199,12 @@ def _once(
     threads: int,
     file: Path,
 ) -> list[Any]:
-    forget(file, workers)
+    reset_positions(file, workers)
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(workers)]
     quiet = logging.getLogger("torch.multiprocessing.spawn")
     level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns of every process that it ends
-    # A Ctrl-C that meets a worker while it still imports would be a traceback: it hears none until it works.
+    quiet.setLevel(logging.ERROR)  # it warns of every process that it kills
+    # Ctrl-C while a worker still imports would print a traceback: SIGINT is blocked until the worker runs `fn`
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
@@ -223,13 +224,13 @@ def _once(
     waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
     died: set[int] = set()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # where it ends this, it ends them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a SIGINT here kills the workers too
         while waiting and failed is None and not died:
-            # an error may be the echo of a death, or of a better error, elsewhere
-            heard = wait_for_any(list(waiting), _ECHO_S if raised else None)
-            if not heard:
+            # an error may be the consequence of a death, or of a clearer error, in another worker
+            readable = wait_for_any(list(waiting), _ECHO_S if raised else None)
+            if not readable:
                 break
-            for receiver in heard:
+            for receiver in readable:
                 assert isinstance(receiver, Connection)
                 rank = waiting.pop(receiver)
                 try:
@@ -250,12 +251,14 @@ def _once(
             for rank in sorted(died):
                 context.processes[rank].join(5)
                 codes[rank] = context.processes[rank].exitcode or 0
-            first = min(codes, key=lambda rank: codes[rank] >= 0)  # one that a signal ended, if there is one
+            first = min(codes, key=lambda rank: codes[rank] >= 0)  # one that a signal killed, if there is one
             ended = -codes[first] if codes[first] < 0 else None
             raise _Died(f"worker {first} of {workers}", ended, *Position(file, first).read())
         if raised:
             rank, error = raised[0]
-            raise ModelError(f"worker {rank} of {workers} failed", error, "mend that, and run the same command again")
+            raise ModelError(
+                f"worker {rank} of {workers} failed", error, "correct that, and run the same command again"
+            )
         for process in context.processes:
             process.join()
         return [results[rank] for rank in range(workers)]
@@ -284,9 +287,9 @@ def _worker(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for other, sender in enumerate(senders):
         if other != rank:
-            sender.close()  # else its end would not be seen when its worker dies
-    report_to(Position(file, rank, layers=attempt > 0))  # layers only after a death: they take time
-    outcome: tuple[bool, Any]  # and its result, an error for the user, or the words of any other
+            sender.close()  # else the parent would not see the end of the pipe when its worker dies
+    record_in(Position(file, rank, layers=attempt > 0))  # layers only after a death: they take time
+    outcome: tuple[bool, Any]  # and its result, an error for the user, or any other error in words
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The forms that layers take on several workers. Each computes what the plain layer computes, up to rounding."""
+"""Layers that are divided over several workers. Each computes what the plain layer computes, up to rounding."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from rushhour.train.parallel.collectives import Group, exchange, gather_rows, sh
 
 
 @dataclasses.dataclass
-class Moment:
-    """What is being computed now; one for a worker, read by its layers.
+class ForwardContext:
+    """The forward pass that is being computed; one object for each worker, read by its layers.
 
     Attributes:
+        seed: of dropout.
         step: of the training, from 0.
-        serial: of the forward pass.
-        rows: how many each worker of the tensor group has in this microbatch.
-        own: the number, in the global batch, of each own row.
-        all: those of the whole tensor group, in the order of the ranks.
+        serial: number of the forward pass.
+        rows: how many rows each worker of the tensor group has in this microbatch.
+        own: the index of each own row in the global batch.
+        all: the indices of the rows of the whole tensor group, in the order of the ranks.
     """
 
     seed: int = 0
@@ -38,7 +39,7 @@ class Moment:
 
 
 def part_of(whole: Tensor, dim: int, group: Group) -> Tensor:
-    """This worker's part of a tensor that is dealt out along a dimension, as memory of its own."""
+    """This worker's part of a tensor that is divided along a dimension, as a copy."""
     parts = torch.split(whole, list(shares(whole.shape[dim], group.size())), dim)
     return parts[dist.get_rank(group)].clone(memory_format=torch.contiguous_format)
 
@@ -46,9 +47,9 @@ def part_of(whole: Tensor, dim: int, group: Group) -> Tensor:
 class Column(nn.Module):
     """A dense layer cut along its outputs: own rows in, all rows of own features out."""
 
-    def __init__(self, whole: nn.Linear, moment: Moment, group: Group) -> None:
+    def __init__(self, whole: nn.Linear, context: ForwardContext, group: Group) -> None:
         super().__init__()
-        self._moment, self._group = moment, group
+        self._context, self._group = context, group
         self.weight = nn.Parameter(part_of(whole.weight.detach(), 0, group), whole.weight.requires_grad)
         self.bias = (
             None
@@ -58,55 +59,58 @@ class Column(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Own rows in; all rows of own features out."""
-        return functional.linear(gather_rows(x, self._moment.rows, self._group), self.weight, self.bias)
+        return functional.linear(gather_rows(x, self._context.rows, self._group), self.weight, self.bias)
 
 
 class Row(nn.Module):
     """A dense layer cut along its inputs: all rows of own features in, own rows out."""
 
-    def __init__(self, whole: nn.Linear, moment: Moment, group: Group) -> None:
+    def __init__(self, whole: nn.Linear, context: ForwardContext, group: Group) -> None:
         super().__init__()
-        self._moment, self._group = moment, group
+        self._context, self._group = context, group
         self.weight = nn.Parameter(part_of(whole.weight.detach(), 1, group), whole.weight.requires_grad)
         self.bias = whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """All rows of own features in; own rows out."""
-        y = sum_rows(functional.linear(x, self.weight), self._moment.rows, self._group)
+        y = sum_rows(functional.linear(x, self.weight), self._context.rows, self._group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class ToFeatures(nn.Module):
     """Own rows with all features become all rows with own features."""
 
-    def __init__(self, moment: Moment, group: Group) -> None:
+    def __init__(self, context: ForwardContext, group: Group) -> None:
         super().__init__()
-        self._moment, self._group = moment, group
+        self._context, self._group = context, group
 
     def forward(self, x: Tensor) -> Tensor:
         """Own rows in; all rows of own features out."""
-        return to_features(x, self._moment.rows, self._group)
+        return to_features(x, self._context.rows, self._group)
 
 
 class ToRows(nn.Module):
     """All rows with own features become own rows with all features."""
 
-    def __init__(self, features: int, moment: Moment, group: Group) -> None:
+    def __init__(self, features: int, context: ForwardContext, group: Group) -> None:
         super().__init__()
-        self._features, self._moment, self._group = features, moment, group
+        self._features, self._context, self._group = features, context, group
 
     def forward(self, x: Tensor) -> Tensor:
         """All rows of own features in; own rows out."""
-        return to_rows(x, self._features, self._moment.rows, self._group)
+        return to_rows(x, self._features, self._context.rows, self._group)
 
 
 class Sharded(nn.Module):
-    """A layer whose parameters are shared out and gathered only while it computes, forward and backward.
+    """A layer whose parameters are sharded, and gathered only while it computes, forward and backward.
 
-    `took` says which of them took part in the last backward pass on this worker.
+    ZeRO stage 3 (Rajbhandari et al. 2020). Each parameter is divided as a flat vector: its size need not be a
+    multiple of the number of workers, and an elementwise optimizer works on the parts as on the whole.
 
-    ZeRO stage 3 (Rajbhandari et al. 2020). Each parameter is dealt out as a flat vector, so that nothing need divide
-    evenly and an elementwise optimizer sees what it always sees.
+    Attributes:
+        names: of the parameters.
+        parts: this worker's part of each.
+        took_part: which of them took part in the last backward pass on this worker.
 
     Args:
         module: is emptied: its parameters go to the meta device.
@@ -114,13 +118,13 @@ class Sharded(nn.Module):
 
     def __init__(self, module: nn.Module, group: Group) -> None:
         super().__init__()
-        self.__dict__["module"] = module  # not registered: its empty parameters are nobody's business
+        self.__dict__["module"] = module  # not registered: its parameters are empty
         self._group = group
         whole = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         self.names = list(whole)
         self._shapes = [tuple(tensor.shape) for tensor in whole.values()]
         self._sizes = [shares(tensor.numel(), group.size()) for tensor in whole.values()]
-        self.took = [False] * len(self.names)
+        self.took_part = [False] * len(self.names)
         self.parts = nn.ParameterList(
             nn.Parameter(part_of(tensor.detach().reshape(-1), 0, group)) for tensor in whole.values()
         )
@@ -136,7 +140,7 @@ class Sharded(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer, with parameters that are there only meanwhile."""
+        """As the layer, with parameters that are gathered for this pass."""
         whole: tuple[Tensor, ...] = _Gather.apply(self, *self.parts)  # type: ignore[no-untyped-call]
         where = {tensor.untyped_storage().data_ptr(): index for index, tensor in enumerate(whole) if tensor.numel()}
 
@@ -172,7 +176,7 @@ class Sharded(nn.Module):
         ]
 
     def _scatter(self, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
-        """The sum over the workers of own parts of the gradients."""
+        """This worker's parts of the gradients, summed over the workers."""
         n, own = self._group.size(), dist.get_rank(self._group)
         flat = [
             (part.new_zeros(sum(sizes)) if grad is None else grad.reshape(-1)).split(list(sizes))
@@ -199,14 +203,14 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         sharded: Sharded = ctx.sharded
         sharded._gathered = None  # the layer's backward pass is over
-        sharded.took = [before or grad is not None for before, grad in zip(sharded.took, grads, strict=True)]
+        sharded.took_part = [before or grad is not None for before, grad in zip(sharded.took_part, grads, strict=True)]
         return None, *sharded._scatter(grads)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the rows of all workers of a stage; torch's own wants a GPU.
+    """Batch normalisation over the rows of all workers of a stage; torch's own needs a GPU.
 
-    Takes over parameters and buffers of the layer that it stands for.
+    Takes over the parameters and buffers of the layer that it replaces.
     """
 
     def __init__(self, plain: nn.modules.batchnorm._BatchNorm, group: Group) -> None:
@@ -244,13 +248,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 class _Normalise(torch.autograd.Function):
     """The statistics are combined as by Chan et al. (1979): no cancellation, whatever the mean.
 
-    What passes over the whole tensor is torch's own: its statistics, and its normalisation by given statistics. The
-    latter's gradients with respect to weight and bias are the two sums that all workers need.
+    The passes over the whole tensor are torch's own: its statistics, and its normalisation by given statistics. The
+    gradients of the latter with respect to weight and bias are the two sums that all workers need.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group) -> Any:
-        # float64 for few numbers: a variance from parts must not lose what one over all rows keeps
+        # float64, for these few numbers: a variance from parts must be as exact as one over all rows
         count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64)
         exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         mean, variance = torch.batch_norm_update_stats(exact, None, None, 0.0)
@@ -288,7 +292,7 @@ class _Normalise(torch.autograd.Function):
             )
         ).sum(0)
         all_bias, all_weight = (sums.to(mean.dtype) / total).split(x.shape[1])
-        # dx = factor (dy - mean(dy) - (x - mean) scale mean(dy normal)); the first term is there already
+        # dx = factor (dy - mean(dy) - (x - mean) scale mean(dy normal)); the first term is in grad_x already
         scale = torch.rsqrt(variance + eps)
         factor = scale if weight is None else scale * weight
         slope = -factor * scale * all_weight
@@ -307,32 +311,32 @@ class Dropout(nn.Module):
     """Dropout whose mask depends on seed, step, layer, row and feature alone: the same under every plan.
 
     The bits come from a counter (in the manner of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011),
-    hashed by the finaliser of MurmurHash3, so each worker makes only the part of the mask that it needs.
+    hashed by the finaliser of MurmurHash3, so each worker computes only the part of the mask that it needs.
 
     Args:
         p: share of the features that become 0.
-        layer: which dropout of the network it is.
-        cut: where features are divided: all of them, and the first of one's own; None where rows are divided.
+        layer: the number of this dropout layer in the network.
+        cut: where features are divided, how many there are, and the first of this worker's; None where rows are.
     """
 
-    def __init__(self, p: float, layer: int, moment: Moment, cut: tuple[int, int] | None = None) -> None:
+    def __init__(self, p: float, layer: int, context: ForwardContext, cut: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.p, self._layer, self._moment, self._cut = p, layer, moment, cut
+        self.p, self._layer, self._context, self._cut = p, layer, context, cut
         self._serial, self._uses = -1, 0
         self._keys: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """As torch's, with a mask of its own making."""
-        moment = self._moment
+        """As torch's, with the mask described above."""
+        context = self._context
         if not self.training or self.p == 0 or x.numel() == 0:
             return x
-        if self._serial != moment.serial:
-            self._serial, self._uses = moment.serial, 0
+        if self._serial != context.serial:
+            self._serial, self._uses = context.serial, 0
         self._uses += 1
-        rows = moment.own if self._cut is None else moment.all
+        rows = context.own if self._cut is None else context.all
         if x.shape[0] % len(rows):
             return functional.dropout(x, self.p)  # the first dimension is not of samples
-        key = (moment.seed, moment.step, self._layer, self._uses)
+        key = (context.seed, context.step, self._layer, self._uses)
         of_rows = torch.from_numpy(_bits(rows, *key))
         shape = (x.shape[0] // len(rows), *x.shape[1:]) if x.shape[0] != len(rows) else tuple(x.shape[1:])
         if shape not in self._keys:

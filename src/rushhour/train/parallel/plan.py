@@ -1,51 +1,14 @@
-"""The parallel plan: which layout each layer has on which workers, why, and what the others would have cost.
-
-The layer table comes from the network on the meta device, where nothing is computed. For each arrangement of the
-workers (data x tensor x pipeline) the cheapest layouts are found by dynamic programming along the chain of layers,
-whose state is whether activations are divided by rows or by features (Viterbi; compare OptCNN, Jia et al. 2018). Stages
-of a pipeline are cut by a second one, so that the slowest is as fast as can be. Where memory is short, memory is given
-a price, and the price is raised until the plan fits.
-"""
+"""The parallel plan: which layout each layer has on which workers, what that costs, and what other plans would cost."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from rushhour.bundle import Source, TensorSpec
-from rushhour.errors import ModelError, PlanError
-from rushhour.models import build
-from rushhour.system import machine
-from rushhour.train.parallel.cost import (
-    STATE,
-    Constants,
-    Cost,
-    Kind,
-    Layer,
-    Layout,
-    Mesh,
-    boundary_cost,
-    layer_cost,
-    measure,
-    move_cost,
-)
-from rushhour.train.parallel.launch import Backend
-
-Mode = Literal["auto", "data", "model", "pipeline", "hybrid", "sharded"]
-
-_MEMORY_SHARE = 0.85
-ELEMENTWISE: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish,
-    nn.Dropout, nn.Identity,
-)  # fmt: skip
-_NORM = nn.modules.batchnorm._BatchNorm
+from rushhour.train.parallel.cost import Layout, Mesh
+from rushhour.train.parallel.settings import Backend, Mode
 
 
 class LayerPlan(msgspec.Struct, frozen=True):
@@ -57,13 +20,13 @@ class LayerPlan(msgspec.Struct, frozen=True):
 
 
 class Prediction(msgspec.Struct, frozen=True):
-    """What a plan is thought to cost: of a step, and of the busiest worker.
+    """What a plan costs by prediction: of a step, and of the busiest worker.
 
     Attributes:
         step_s: seconds.
         sent_bytes: sent to other workers.
-        state_bytes: parameters, gradients, moments.
-        memory_bytes: the state and all that a step needs besides.
+        state_bytes: parameters, gradients, the optimizer's moments.
+        memory_bytes: the state and all else that a step needs.
     """
 
     step_s: float
@@ -73,7 +36,7 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Alternative(msgspec.Struct, frozen=True):
-    """The best plan of one mode, or why it has none; with the median seconds of its steps, where it was tried."""
+    """The best plan of one mode, or why it has none; with the median seconds of its trial steps, if there were any."""
 
     mode: Mode
     mesh: Mesh | None = None
@@ -83,7 +46,7 @@ class Alternative(msgspec.Struct, frozen=True):
 
 
 class ParallelPlan(msgspec.Struct, frozen=True):
-    """How a network is trained by several workers. JSON; `rushhour.train.parallel.network` applies it.
+    """How a network is trained by several workers. JSON; `parallelise` applies it.
 
     Attributes:
         mode: the family it belongs to; never `auto`.
@@ -91,7 +54,7 @@ class ParallelPlan(msgspec.Struct, frozen=True):
         microbatches: into which each worker divides its samples.
         layers: all layers, in order.
         alternatives: the best of each family, itself among them.
-        notes: what the user should know.
+        notes: for the user.
         simulated: the constants were not measured with so many workers.
     """
 
@@ -109,7 +72,7 @@ class ParallelPlan(msgspec.Struct, frozen=True):
     schema: int = 1
 
     def explain(self) -> str:
-        """Why this, and what the others would have cost; a few lines of text."""
+        """This plan, and what the plans of other modes cost; a few lines of text."""
         if self.workers == 1:
             return "\n".join(["one worker: nothing is divided", *self.notes])
         lines = [
@@ -142,543 +105,6 @@ class ParallelPlan(msgspec.Struct, frozen=True):
         return "\n".join([*lines, *self.notes])
 
 
-def plan_for(
-    source: Source,
-    sample: TensorSpec,
-    outputs: int,
-    *,
-    workers: int,
-    batch: int,
-    mode: Mode = "auto",
-    memory_bytes: int | None = None,
-    constants: Constants | None = None,
-    microbatches: int | None = None,
-    backend: Backend = "gloo",
-    trusted: tuple[str, ...] = (),
-) -> ParallelPlan:
-    """The fastest plan, by prediction, of those that fit in memory and belong to `mode`.
-
-    Args:
-        source: the network.
-        sample: one sample; a tensor named `image` of `(height, width, channels)` reaches the network as channels first.
-        outputs: length of one answer.
-        workers: how many there are.
-        batch: samples in a step, over all workers.
-        mode: data: replicas. sharded: replicas that share the state (ZeRO-3). model: dense layers are cut, the rest is
-            replicated. pipeline: stages. hybrid: at least two kinds at once. auto: whichever is fastest.
-        memory_bytes: that each worker may use; by default its share of this machine's.
-        constants: of the machine; measured with so many workers where not given, which takes some seconds.
-        microbatches: of a pipeline; found where not given.
-        backend: of torch.distributed.
-        trusted: factories that may be imported besides those of `rushhour.models`.
-
-    Raises:
-        ModelError: if the network cannot be built or run on such a sample.
-        PlanError: if no plan of this mode exists, or none fits in memory.
-    """
-    layers = layer_table(source, sample, outputs, trusted)
-    if constants is None:
-        constants = measure(workers, backend)
-    return plan_layers(
-        layers,
-        workers=workers,
-        batch=batch,
-        mode=mode,
-        memory_bytes=memory_bytes,
-        constants=constants,
-        microbatches=microbatches,
-        backend=backend,
-    )
-
-
-def plan_layers(
-    layers: tuple[Layer, ...],
-    *,
-    workers: int,
-    batch: int,
-    constants: Constants,
-    mode: Mode = "auto",
-    memory_bytes: int | None = None,
-    microbatches: int | None = None,
-    backend: Backend = "gloo",
-) -> ParallelPlan:
-    """As `plan_for`, for a layer table that is there already."""
-    return ranked_plans(
-        layers,
-        workers=workers,
-        batch=batch,
-        constants=constants,
-        mode=mode,
-        memory_bytes=memory_bytes,
-        microbatches=microbatches,
-        backend=backend,
-    )[0]
-
-
-def ranked_plans(
-    layers: tuple[Layer, ...],
-    *,
-    workers: int,
-    batch: int,
-    constants: Constants,
-    mode: Mode = "auto",
-    memory_bytes: int | None = None,
-    microbatches: int | None = None,
-    backend: Backend = "gloo",
-) -> list[ParallelPlan]:
-    """The best plan of each mode that `mode` allows and that fits in memory, the fastest by prediction first."""
-    if workers < 1 or batch < 1:
-        raise PlanError(
-            f"cannot plan for {workers} workers and batches of {batch}", "both are at least 1", "change that setting"
-        )
-    if microbatches is not None and microbatches < 1:
-        raise PlanError(f"cannot divide a batch by {microbatches}", "microbatches are at least 1", "use 1 or more")
-    limit = memory_bytes or worker_memory(workers)
-    notes = []
-    if workers > machine.cores():
-        notes.append(
-            f"warning: {workers} workers share {machine.cores()} cores and take turns; more workers than cores only "
-            "pay where one worker's memory is too small"
-        )
-    if workers == 1:
-        only = _Candidate("data", Mesh(1, 1, 1), microbatches or 1, _whole(layers), 0.0, Cost())
-        candidates: dict[Mode, _Candidate | str] = {"data": only.priced(layers, batch, constants)}
-    else:
-        search = _Search(layers, workers, batch, limit, constants, microbatches)
-        modes: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
-        candidates = {one: search.best(one) for one in modes}
-    possible = [
-        one
-        for name, one in candidates.items()
-        if not isinstance(one, str) and (mode == "auto" or name == mode or workers == 1)
-    ]
-    if not possible:
-        why = candidates[mode]
-        assert isinstance(why, str)
-        raise PlanError(f"there is no {mode} plan for {workers} workers", why, "use --parallel auto, or other workers")
-    fitting = [one for one in possible if one.memory_bytes <= limit]
-    if not fitting:
-        least = min(one.memory_bytes for one in possible)
-        raise PlanError(
-            "no plan fits in memory" if mode == "auto" else f"no {mode} plan fits in memory",
-            f"the smallest needs {least / 1e9:,.2f} GB for each of {workers} workers, and each may use "
-            f"{limit / 1e9:,.2f} GB",
-            "use more machines, a smaller batch or a smaller network"
-            + ("" if mode == "auto" else ", or --parallel auto"),
-        )
-    alternatives = []
-    for name, one in candidates.items():
-        if isinstance(one, str):
-            alternatives.append(Alternative(name, why_not=one))
-        else:
-            over = one.memory_bytes > limit
-            alternatives.append(
-                Alternative(name, one.mesh, one.prediction(), f"more than the {limit / 1e6:,.0f} MB" if over else "")
-            )
-    return [
-        ParallelPlan(
-            workers=workers,
-            mode=one.mode,
-            mesh=one.mesh,
-            batch=batch,
-            microbatches=one.microbatches,
-            layers=one.layers,
-            predicted=one.prediction(),
-            backend=backend,
-            alternatives=tuple(alternatives),
-            notes=tuple(notes),
-            simulated=constants.workers != workers,
-        )
-        for one in sorted(fitting, key=lambda one: one.step_s)
-    ]
-
-
-def worker_memory(workers: int) -> int:
-    """Bytes that each of so many workers may use on this machine."""
-    return int(_MEMORY_SHARE * machine.describe().memory_gb * 2**30 / workers)
-
-
-def chain(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that run one after the other: the leaves of nested `nn.Sequential`s; else the network, named ''.
-
-    A network that uses one parameter in two layers stays whole, for the two must not be parted.
-    """
-    found: list[tuple[str, nn.Module]] = []
-
-    def walk(name: str, module: nn.Module) -> None:
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-            for key, child in module.named_children():
-                walk(f"{name}.{key}" if name else key, child)
-        else:
-            found.append((name, module))
-
-    walk("", network)
-    owners: dict[int, int] = {}
-    for index, (_, module) in enumerate(found):
-        for tensor in (*module.parameters(), *module.buffers()):
-            if owners.setdefault(id(tensor), index) != index:
-                return [("", network)]
-    # one module named twice is listed once by named_children: then the chain is not the network
-    if sum(1 for _ in _leaves(network)) != len(found):
-        return [("", network)]
-    return found
-
-
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-        for child in module:
-            yield from _leaves(child)
-    else:
-        yield module
-
-
-def layer_table(source: Source, sample: TensorSpec, outputs: int, trusted: tuple[str, ...] = ()) -> tuple[Layer, ...]:
-    """The layers of the network that `source` names, with what each computes and keeps for one sample.
-
-    Raises:
-        ModelError: if it cannot be built, cannot take such samples, or does not answer with `outputs` numbers.
-    """
-    try:
-        with torch.device("meta"):
-            network = build(source, trusted)
-    except ModelError:
-        # a factory may need real numbers, for instance to set its weights by them
-        network = build(source, trusted).to("meta")
-    shape = sample.shape
-    if sample.name == "image" and len(shape) == 3:
-        shape = (shape[2], shape[0], shape[1])
-    whole = sample.dtype in ("int64", "int32") and sample.name != "image"
-    return table_of(network, shape, outputs, torch.int64 if whole else torch.float32)
-
-
-def table_of(
-    network: nn.Module, shape: tuple[int, ...], outputs: int | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Layer, ...]:
-    """The layer table of a network on the meta device, for samples of `shape` as the network takes them."""
-    rows = 2  # batch normalisation takes no single sample
-    x = torch.empty((rows, *shape), device="meta", dtype=dtype)
-    table = []
-    name = ""
-    try:
-        for name, module in chain(network.train()):
-            own = {id(tensor) for tensor in module.parameters()}
-            saved: dict[int, int] = {}
-
-            def keep(tensor: Tensor, own: set[int] = own, saved: dict[int, int] = saved) -> Tensor:
-                if id(tensor) not in own and not isinstance(tensor, nn.Parameter) and tensor._base is None:
-                    saved[id(tensor)] = tensor.numel()
-                return tensor
-
-            entry = x.detach()
-            if entry.is_floating_point():
-                entry.requires_grad_()
-            counter = FlopCounterMode(display=False)
-            with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                y: Tensor = module(entry)
-            leaves = [leaf for leaf in module.modules() if not list(leaf.children())]
-            table.append(
-                Layer(
-                    name=name,
-                    kind=_kind(module, leaves),
-                    flops=counter.get_total_flops() / rows,
-                    parameters=sum(tensor.numel() for tensor in module.parameters()),
-                    inputs=x.numel() // rows,
-                    outputs=y.numel() // rows,
-                    in_width=x.shape[-1],
-                    out_width=y.shape[-1] if y.dim() == 2 or not _norms(leaves) else y.shape[1],
-                    saved=max(
-                        sum(saved.values()) // rows, y.numel() // rows if not isinstance(module, nn.Flatten) else 0
-                    ),
-                    operations=len(leaves),
-                    norms=_norms(leaves),
-                )
-            )
-            x = y
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError) as error:
-        raise ModelError(
-            f"cannot see how the network computes{f' in its layer {name}' if name else ''}",
-            f"{type(error).__name__}: {error}",
-            "use modules that run on torch's meta device, with samples that fit them",
-        ) from error
-    if outputs is not None and tuple(x.shape[1:]) != (outputs,):
-        raise ModelError(
-            f"the network answers with shape {tuple(x.shape[1:])}", f"the task has {outputs} outputs", "change either"
-        )
-    return tuple(table)
-
-
-def _norms(leaves: list[nn.Module]) -> int:
-    return sum(isinstance(leaf, _NORM) for leaf in leaves)
-
-
-def _kind(module: nn.Module, leaves: list[nn.Module]) -> Kind:
-    if type(module) is nn.Linear:
-        return "dense"
-    if isinstance(module, ELEMENTWISE):
-        return "elementwise"
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return "convolution" if any(isinstance(leaf, convolutions) for leaf in leaves) else "other"
-
-
-class _Candidate(msgspec.Struct, frozen=True):
-    mode: Mode
-    mesh: Mesh
-    microbatches: int
-    layers: tuple[LayerPlan, ...]
-    step_s: float
-    busiest: Cost
-    memory_bytes: float = 0.0
-
-    def prediction(self) -> Prediction:
-        return Prediction(self.step_s, self.busiest.sent_bytes, self.busiest.state_bytes, self.memory_bytes)
-
-    def priced(self, table: tuple[Layer, ...], batch: int, constants: Constants) -> _Candidate:
-        """With what it costs."""
-        stages = [Cost() for _ in range(self.mesh.pipeline)]
-        args = (self.mesh, batch, self.microbatches, constants)
-        features = False
-        for index, (layer, planned) in enumerate(zip(table, self.layers, strict=True)):
-            stage = planned.stage
-            cost = layer_cost(layer, planned.layout, *args)
-            wants = planned.layout == "row"
-            if features != wants and layer.kind != "elementwise":
-                cost += move_cost(layer.inputs, *args)
-            features = planned.layout == "column" or (features and layer.kind == "elementwise")
-            last = index + 1 == len(table) or self.layers[index + 1].stage != stage
-            if last and features:
-                cost += move_cost(layer.outputs, *args)
-                features = False
-            stages[stage] += cost
-            if last and index + 1 < len(table):
-                boundary = boundary_cost(layer.outputs, *args)
-                stages[stage] += boundary
-                stages[stage + 1] += boundary
-        p, m = self.mesh.pipeline, self.microbatches
-        slowest = max(cost.seconds for cost in stages)
-        # a pipeline fills and empties; where workers share cores, whoever works has the time of those that wait
-        path = slowest * (m + p - 1) / m / (constants.solo if p > 1 else 1.0)
-        all_work = sum(cost.seconds for cost in stages) / p
-        memory = max(cost.state_bytes + cost.working_bytes * min(m, p - stage) for stage, cost in enumerate(stages))
-        busiest = Cost(
-            max(cost.compute_s for cost in stages),
-            max(cost.send_s for cost in stages),
-            max(cost.sent_bytes for cost in stages),
-            max(cost.state_bytes for cost in stages),
-            max(cost.working_bytes for cost in stages),
-        )
-        return msgspec.structs.replace(self, step_s=max(path, all_work), busiest=busiest, memory_bytes=memory)
-
-
-def _whole(layers: tuple[Layer, ...]) -> tuple[LayerPlan, ...]:
-    return tuple(LayerPlan(layer.name, "data" if layer.parameters else "local") for layer in layers)
-
-
-class _Search:
-    """The best plan of each mode."""
-
-    def __init__(
-        self,
-        layers: tuple[Layer, ...],
-        workers: int,
-        batch: int,
-        limit: int,
-        constants: Constants,
-        microbatches: int | None,
-    ) -> None:
-        self._layers = layers
-        self._workers = workers
-        self._batch = batch
-        self._limit = limit
-        self._constants = constants
-        self._microbatches = microbatches
-
-    def best(self, mode: Mode) -> _Candidate | str:
-        """The fastest plan that fits, else the smallest; or why there is none."""
-        if self._batch < self._workers and mode != "pipeline":
-            return f"a batch of {self._batch} does not give each of {self._workers} workers a sample"
-        n = self._workers
-        allowed: tuple[Layout, ...] = ("data",)
-        meshes = [Mesh(n, 1, 1)]
-        if mode == "sharded":
-            if not any(layer.parameters for layer in self._layers):
-                return "there are no parameters"
-            allowed = ("sharded",)
-        elif mode == "model":
-            if not any(self._cuttable(layer, n) for layer in self._layers):
-                return f"no dense layer has {n} or more inputs and outputs, each a layer of its own in a Sequential"
-            meshes, allowed = [Mesh(1, n, 1)], ("data", "column", "row")
-        elif mode == "pipeline":
-            if len(self._layers) < n:
-                return f"it has {len(self._layers)} layers in sequence, fewer than {n} stages"
-            learning = sum(layer.parameters > 0 for layer in self._layers)
-            if learning < n:
-                return f"it has {learning} layers that learn, fewer than {n} stages"
-            meshes = [Mesh(1, 1, n)]
-        elif mode == "hybrid":
-            meshes = [mesh for mesh in _meshes(n) if mesh.data != n and mesh.pipeline != n]
-            allowed = ("data", "sharded", "column", "row")
-        found: list[_Candidate] = []
-        for mesh in meshes:
-            if mesh.pipeline > len(self._layers) or self._batch < mesh.inner:
-                continue
-            for m in self._divisions(mesh):
-                found += self._with_price(mode, mesh, m, allowed)
-        if mode == "hybrid":
-            found = [one for one in found if _kinds(one) > 1]
-        if not found:
-            return "nothing could be mixed" if mode == "hybrid" else "no arrangement of the workers fits the layers"
-        fitting = [one for one in found if one.memory_bytes <= self._limit]
-        if fitting:
-            return min(fitting, key=lambda one: one.step_s)
-        return min(found, key=lambda one: one.memory_bytes)
-
-    def _divisions(self, mesh: Mesh) -> list[int]:
-        most = self._batch // mesh.inner
-        if self._microbatches is not None:
-            return [min(self._microbatches, most)]
-        if mesh.pipeline == 1:
-            return [1]
-        if any(layer.norms for layer in self._layers):
-            return [1]  # the statistics of a batch need all of it
-        return sorted({min(most, mesh.pipeline * times) for times in (1, 2, 4, 8)})
-
-    def _with_price(self, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...]) -> list[_Candidate]:
-        """The fastest plan; where it does not fit, also those that a price on memory makes smaller."""
-        found: list[_Candidate] = []
-        price = 0.0
-        for _ in range(24):
-            stages = self._stages(mode, mesh, m, allowed, price)
-            if stages is None:
-                return found
-            layers = tuple(
-                LayerPlan(layer.name, layout, stage)
-                for layer, (layout, stage) in zip(self._layers, stages, strict=True)
-            )
-            one = _Candidate(mode, mesh, m, layers, 0.0, Cost()).priced(self._layers, self._batch, self._constants)
-            if not found or one.layers != found[-1].layers:
-                found.append(one)
-            if one.memory_bytes <= self._limit or len(allowed) == 1:
-                break
-            price = price * 4 if price else 1e-14  # seconds for a byte
-        return found
-
-    def _stages(
-        self, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...], price: float
-    ) -> list[tuple[Layout, int]] | None:
-        """Layout and stage of each layer, so that the slowest stage is fastest; each stage has something to learn."""
-        count, p = len(self._layers), mesh.pipeline
-        if p == 1:
-            paths = self._paths(0, mode, mesh, m, allowed, price)
-            end = paths.get(count)
-            return None if end is None else [(layout, 0) for layout in end[1]]
-        costs: dict[tuple[int, int], tuple[float, list[Layout]]] = {}
-        for start in range(count):
-            for end_at, path in self._paths(start, mode, mesh, m, allowed, price).items():
-                costs[start, end_at] = path
-        args = (mesh, self._batch, m, self._constants)
-        ends = [0.0, *(boundary_cost(layer.outputs, *args).seconds for layer in self._layers)]
-        learnt = [0, *itertools.accumulate(layer.parameters for layer in self._layers)]
-        best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
-        for stage in range(1, p + 1):
-            for end_at in range(stage, count + 1):
-                options = [
-                    (
-                        max(
-                            best[stage - 1, start][0],
-                            costs[start, end_at][0]
-                            + (ends[start] if start else 0.0)
-                            + (ends[end_at] if end_at < count else 0.0),
-                        ),
-                        start,
-                    )
-                    for start in range(stage - 1, end_at)
-                    if (stage - 1, start) in best and (start, end_at) in costs and learnt[start] < learnt[end_at]
-                ]
-                if options:
-                    best[stage, end_at] = min(options)
-        if (p, count) not in best:
-            return None
-        parts: list[tuple[Layout, int]] = []
-        at = count
-        for stage in range(p, 0, -1):
-            start = best[stage, at][1]
-            parts = [(layout, stage - 1) for layout in costs[start, at][1]] + parts
-            at = start
-        return parts
-
-    def _paths(
-        self, start: int, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...], price: float
-    ) -> dict[int, tuple[float, list[Layout]]]:
-        """The cheapest layouts of the layers from `start` up to each end, with rows at both ends."""
-        args = (mesh, self._batch, m, self._constants)
-
-        def weight(cost: Cost) -> float:
-            return cost.seconds + price * (cost.state_bytes + cost.working_bytes)
-
-        ends: dict[int, tuple[float, list[Layout]]] = {}
-        # state: activations are divided by features
-        states: dict[bool, tuple[float, list[Layout]]] = {False: (0.0, [])}
-        for index in range(start, len(self._layers)):
-            layer = self._layers[index]
-            after: dict[bool, tuple[float, list[Layout]]] = {}
-            for features, (spent, path) in states.items():
-                for layout in self._choices(layer, mode, mesh, allowed):
-                    cost = layer_cost(layer, layout, *args)
-                    if layer.kind == "elementwise":
-                        then = features
-                    else:
-                        if features != (layout == "row"):
-                            cost += move_cost(layer.inputs, *args)
-                        then = layout == "column"
-                    total = spent + weight(cost)
-                    if then not in after or total < after[then][0]:
-                        after[then] = total, [*path, layout]
-            states = after
-            closed = [
-                (spent + (weight(move_cost(layer.outputs, *args)) if features else 0.0), path)
-                for features, (spent, path) in states.items()
-            ]
-            ends[index + 1] = min(closed, key=lambda one: one[0])
-        return ends
-
-    def _choices(self, layer: Layer, mode: Mode, mesh: Mesh, allowed: tuple[Layout, ...]) -> list[Layout]:
-        if not layer.parameters:
-            return ["local"]
-        cut = mesh.tensor > 1 and self._cuttable(layer, mesh.tensor)
-        if mode == "model" and cut:
-            return ["column", "row"]
-        return [
-            layout
-            for layout in allowed
-            if (layout in ("column", "row") and cut) or layout == "data" or (layout == "sharded" and mesh.inner > 1)
-        ]
-
-    @staticmethod
-    def _cuttable(layer: Layer, parts: int) -> bool:
-        return layer.kind == "dense" and min(layer.in_width, layer.out_width) >= parts
-
-
-def _meshes(workers: int) -> list[Mesh]:
-    return [
-        Mesh(data, tensor, workers // data // tensor)
-        for data in range(1, workers + 1)
-        if workers % data == 0
-        for tensor in range(1, workers // data + 1)
-        if workers // data % tensor == 0
-    ]
-
-
-def _kinds(one: _Candidate) -> int:
-    """How many kinds of parallelism a plan mixes: replicas, shared state, cut layers, stages."""
-    layouts = {layer.layout for layer in one.layers}
-    return (
-        (one.mesh.pipeline > 1)
-        + ("sharded" in layouts)
-        + bool({"column", "row"} & layouts)
-        + ("data" in layouts and one.mesh.inner > 1)
-    )
-
-
 def _arranged(mesh: Mesh) -> str:
     parts = [
         f"{count} {word}"
@@ -690,7 +116,7 @@ def _arranged(mesh: Mesh) -> str:
 
 _WORDS: dict[Layout, str] = {
     "data": "replicated",
-    "sharded": "shared out, gathered when used",
+    "sharded": "sharded, gathered when used",
     "column": "cut along its outputs",
     "row": "cut along its inputs",
 }
@@ -708,8 +134,3 @@ def _runs(layers: tuple[LayerPlan, ...]) -> list[str]:
             lines.append(f"  {stage}layer {layer.name or 'network'}: {_WORDS[layer.layout]}")
         before = (layer.layout, layer.stage)
     return lines
-
-
-def state_bytes(layers: tuple[Layer, ...]) -> int:
-    """What the parameters, gradients and Adam's moments of the whole network take in float32."""
-    return 4 * STATE * sum(layer.parameters for layer in layers)

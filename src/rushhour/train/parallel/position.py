@@ -1,6 +1,6 @@
-"""Where each worker is: the step, and if asked for the layer, in a file that is mapped and so outlives the worker.
+"""The step, and if asked for the layer, that each worker is at, in a mapped file that outlives the worker.
 
-A worker that dies of a signal says nothing any more; whoever started it reads here what it did last.
+A worker that dies of a signal cannot report anything; the process that started it reads here what it did last.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _own: Position | None = None
 
 
 class Position:
-    """One worker's place in the file.
+    """One worker's slot in the file.
 
     Args:
-        file: of all workers, from `positions`.
+        file: of all workers, from `position_file`.
         rank: the worker's.
-        layers: whether it notes layers too, which takes some microseconds for each.
+        layers: whether it records layers too, which takes some microseconds for each.
     """
 
     def __init__(self, file: Path, rank: int, *, layers: bool = False) -> None:
@@ -39,18 +39,18 @@ class Position:
             self._map = mmap.mmap(stream.fileno(), 0)
 
     def at_step(self, step: int) -> None:
-        """It begins optimizer step `step`, from 1; 0 is all before the first."""
+        """The worker begins optimizer step `step`, from 1; 0 is everything before the first."""
         _STEP.pack_into(self._map, self._at, step)
         self.at_layer("")
 
     def at_layer(self, layer: str) -> None:
-        """It begins this layer, in words."""
-        said = layer.encode()[:_LAYER_BYTES]
+        """The worker begins this layer, in words."""
+        text = layer.encode()[:_LAYER_BYTES]
         begin = self._at + _STEP.size
-        self._map[begin : begin + _LAYER_BYTES] = said.ljust(_LAYER_BYTES, b"\0")
+        self._map[begin : begin + _LAYER_BYTES] = text.ljust(_LAYER_BYTES, b"\0")
 
     def read(self) -> tuple[int | None, str]:
-        """The step, None if it never named one, and the layer, empty if it is not known."""
+        """The step, None if none was recorded, and the layer, empty if it is not known."""
         (step,) = _STEP.unpack_from(self._map, self._at)
         begin = self._at + _STEP.size
         layer = self._map[begin : begin + _LAYER_BYTES].rstrip(b"\0").decode(errors="ignore")
@@ -58,34 +58,34 @@ class Position:
 
 
 @contextlib.contextmanager
-def positions(workers: int) -> Iterator[Path]:
+def position_file(workers: int) -> Iterator[Path]:
     """A file for so many workers, deleted afterwards."""
     with tempfile.NamedTemporaryFile(prefix="rushhour-positions-") as file:
         path = Path(file.name)
-        forget(path, workers)
+        reset_positions(path, workers)
         yield path
 
 
-def forget(file: Path, workers: int) -> None:
-    """Nobody has said anything yet."""
+def reset_positions(file: Path, workers: int) -> None:
+    """Mark the step and layer of all workers as unknown."""
     with file.open("r+b") as stream:
         stream.write((_STEP.pack(_UNKNOWN) + bytes(_LAYER_BYTES)) * workers)
 
 
-def report_to(position: Position | None) -> None:
-    """What this process reaches from now on is noted there."""
+def record_in(position: Position | None) -> None:
+    """Record in this slot, from now on, the steps and layers of this process; None: nowhere."""
     global _own
     _own = position
 
 
-def reached(step: int) -> None:
-    """This process begins an optimizer step, from 1; 0 for all before. Nothing happens if nobody asked."""
+def record_step(step: int) -> None:
+    """This process begins an optimizer step, from 1; 0 for everything before. No effect without `record_in`."""
     if _own is not None:
         _own.at_step(step)
 
 
-def watch(network: nn.Module) -> None:
-    """Note which layer of the network is being computed, forward and backward, if that was asked for.
+def record_layers(network: nn.Module) -> None:
+    """Record which layer of the network is computed, forward and backward, if the slot asks for layers.
 
     Results stay the same, bit for bit.
     """
@@ -93,7 +93,7 @@ def watch(network: nn.Module) -> None:
     if position is None or not position.layers:
         return
 
-    def watch_one(module: nn.Module, name: str) -> None:
+    def add_hooks(module: nn.Module, name: str) -> None:
         def before(module: nn.Module, inputs: Any) -> None:
             position.at_layer(f"{name}, forward")
 
@@ -107,4 +107,4 @@ def watch(network: nn.Module) -> None:
 
     for name, module in network.named_modules():
         if not any(True for _ in module.children()):
-            watch_one(module, f"{type(module).__name__} {name!r}")
+            add_hooks(module, f"{type(module).__name__} {name!r}")

@@ -1,7 +1,7 @@
-"""Memory that the workers of one machine have in common, and sums in it.
+"""Shared memory of the workers on one machine, and sums in it.
 
-Over the loopback a gradient goes through the kernel twice on its way to a neighbour. Here it stays where it is: each
-worker adds up its share of everybody's buffers, and writes the sum into all of them. Messages only say when.
+Over the loopback interface a gradient passes through the kernel twice. In shared memory nothing is sent: each worker
+sums its share of all buffers and writes the sum into all of them. Messages only synchronise the workers.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from torch import Tensor
 from rushhour.train.parallel.collectives import Group, shares
 
 
-def together(nbytes: int, group: Group) -> list[Tensor] | None:
-    """A buffer of each worker of the group, in the order of their ranks, that all of them see; zeros.
+def shared_buffers(nbytes: int, group: Group) -> list[Tensor] | None:
+    """A buffer of each worker of the group, in the order of their ranks, in memory that all workers share; zeros.
 
-    All workers must call it. The memory has no name, so nothing is left of it when workers are killed.
+    All workers of the group call this. The memory has no name, so it is freed when the workers are killed.
 
     Args:
         nbytes: of each buffer; the same on all workers.
         group: of the workers.
 
     Returns:
-        Flat tensors of bytes; None on all workers where any of them cannot see all the others' memory: because it is
-        on another machine or in another container, or because its system has no such memory.
+        Flat tensors of bytes; None on all workers if any worker cannot map the memory of the others: it runs on another
+        machine, in another container or as another user, or its system has no such memory.
     """
     own = _anonymous(nbytes)
     try:
         every: list[tuple[str, int, int]] = [("", 0, 0)] * group.size()
         dist.all_gather_object(every, (_place(), os.getpid(), own), group=group)
-        seen = _mapped(every, nbytes)
-        # nobody lets go of its own before all have it
-        all_see = torch.tensor(float(seen is not None))
-        dist.all_reduce(all_see, dist.ReduceOp.MIN, group=group)
+        mapped = _mapped(every, nbytes)
+        # no worker closes its file before all workers have mapped it
+        all_mapped = torch.tensor(float(mapped is not None))
+        dist.all_reduce(all_mapped, dist.ReduceOp.MIN, group=group)
     finally:
         if own >= 0:
             os.close(own)
-    return seen if all_see else None
+    return mapped if all_mapped else None
 
 
 def add_up(buffers: list[Tensor], rank: int) -> None:
-    """This worker's share of a sum in place: afterwards that part of each worker's buffer holds the sum of all.
+    """Sum this worker's share of the buffers in place: afterwards that part of each buffer holds the sum of all.
 
-    All buffers must have been filled before any worker begins, and none may be read before all have ended.
+    All buffers must be filled before any worker begins, and none may be read before all workers have finished.
 
     Args:
         buffers: flat and alike, in the order of the ranks.
@@ -62,21 +62,21 @@ def add_up(buffers: list[Tensor], rank: int) -> None:
 
 
 def _anonymous(nbytes: int) -> int:
-    """A file in memory; -1 where there is no such thing."""
+    """The descriptor of a file in memory; -1 where the system has none."""
     try:
         found = os.memfd_create("gradients")
     except (OSError, AttributeError):  # not Linux, or not allowed
         return -1
     try:
         os.posix_fallocate(found, 0, max(1, nbytes))
-    except OSError:  # no memory left for it
+    except OSError:  # not enough memory
         os.close(found)
         return -1
     return found
 
 
 def _place() -> str:
-    """Where numbers of processes mean the same: this machine since its start, and this container."""
+    """Where process ids mean the same: this boot of this machine, and this container."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -97,6 +97,6 @@ def _mapped(every: list[tuple[str, int, int]], nbytes: int) -> list[Tensor] | No
             finally:
                 os.close(file)
             found.append(torch.frombuffer(memory, dtype=torch.uint8)[:nbytes])
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         return None
     return found

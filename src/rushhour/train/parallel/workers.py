@@ -1,7 +1,7 @@
-"""One training on several workers: processes on this machine, or those that torchrun has started on many.
+"""Runs a training on several workers: processes on this machine, or those that torchrun started on several.
 
-The arrays of the data set reach the workers as files that they map; how it goes they tell in a file beside the
-checkpoint. When one dies, all are started again (`launch`) and go on from the last checkpoint.
+The workers map the arrays of the data set from files, and rank 0 writes its progress to a file beside the checkpoint.
+If a worker dies, all are started again (`launch`) and resume from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,55 +25,58 @@ from rushhour.data.dataset import Dataset, Split
 from rushhour.progress import Progress, Silent
 from rushhour.system.storage import explained
 from rushhour.task import Task
-from rushhour.train.parallel.launch import Backend, launch, under_torchrun
+from rushhour.train.parallel.launch import launch, under_torchrun
+from rushhour.train.parallel.settings import Backend
 
 _RESTARTS = 10
-"""Deaths of a worker that are taken before the training is given up."""
+"""Deaths of workers after which all are started again, before the training is given up."""
 
-_LOOK_EVERY_S = 0.1
+_POLL_S = 0.1
 _PARTS = ("train", "validation", "test")
 
 Work = Callable[[Dataset, Progress], None]
-"""What each worker does, with data and whom it tells how it goes. It must survive pickle."""
+"""What each worker does with the data set, and where it reports its progress. It must be picklable."""
 
 
-def together(work: Work, dataset: Dataset, *, workers: int, backend: Backend, folder: Path, progress: Progress) -> bool:
-    """Run `work` on that many workers until each has ended well.
+def run_on_workers(
+    work: Work, dataset: Dataset, *, workers: int, backend: Backend, folder: Path, progress: Progress
+) -> bool:
+    """Run `work` on so many workers until each has ended well.
 
     Args:
-        work: begins where the last checkpoint is, whenever it is called.
-        dataset: handed to each.
+        work: resumes from the last checkpoint, whenever it is called.
+        dataset: given to each.
         workers: on this machine; under torchrun, as many as it has started, of which this process is one.
         backend: of torch.distributed.
         folder: of the training's files; on a disk that all workers share.
-        progress: hears what rank 0 says.
+        progress: told what rank 0 reports.
 
     Returns:
-        Whether this process is to go on with what the workers left: the one that started them, or rank 0.
+        Whether this process continues with what the workers left: it started them, or is rank 0 of torchrun.
 
     Raises:
-        RushhourError: what one of the workers raised.
+        RushhourError: that one of the workers raised.
         ModelError: if workers died too often.
     """
     if under_torchrun():
         leads = os.environ["RANK"] == "0"
         launch(work, workers, (dataset, progress if leads else Silent()), backend=backend)
         return leads
-    told, data = folder / "told.jsonl", folder / "data"
+    reports, data = folder / "told.jsonl", folder / "data"
     try:
         with explained(f"write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            told.write_bytes(b"")
-        handed = _hand_over(dataset, data)
-        with _telling(told, progress):
-            launch(_worker, workers, (work, handed, told), backend=backend, restarts=_RESTARTS)
+            reports.write_bytes(b"")
+        files = _write_dataset(dataset, data)
+        with forwarded(reports, progress):
+            launch(_worker, workers, (work, files, reports), backend=backend, restarts=_RESTARTS)
     finally:
         shutil.rmtree(data, ignore_errors=True)
-        told.unlink(missing_ok=True)
+        reports.unlink(missing_ok=True)
     return True
 
 
-class _Handed(msgspec.Struct, frozen=True):
+class _DatasetFiles(msgspec.Struct, frozen=True):
     """A data set whose arrays lie in files: `PART-inputs.npy`, `PART-targets.npy`."""
 
     folder: Path
@@ -98,20 +101,20 @@ class _Handed(msgspec.Struct, frozen=True):
         return Split(*(np.load(self.folder / f"{part}-{what}.npy", mmap_mode="c") for what in ("inputs", "targets")))
 
 
-def _hand_over(dataset: Dataset, folder: Path) -> _Handed:
+def _write_dataset(dataset: Dataset, folder: Path) -> _DatasetFiles:
     with explained(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for part in _PARTS:
             split: Split = getattr(dataset, part)
             if part == "test":
-                split = split.head(1)  # no training looks at it
+                split = split.head(1)  # training does not use it
             for what in ("inputs", "targets"):
-                _to_file(getattr(split, what), folder / f"{part}-{what}.npy")
-    return _Handed(folder.resolve(), dataset.name, dataset.task, dataset.preprocessing, dataset.fingerprint)
+                _write_array(getattr(split, what), folder / f"{part}-{what}.npy")
+    return _DatasetFiles(folder.resolve(), dataset.name, dataset.task, dataset.preprocessing, dataset.fingerprint)
 
 
-def _to_file(array: NDArray[Any], file: Path) -> None:
-    """An array that is mapped from a whole .npy file already is linked to; any other is written."""
+def _write_array(array: NDArray[Any], file: Path) -> None:
+    """Write an array; one that is mapped from a whole .npy file already is linked instead."""
     file.unlink(missing_ok=True)
     owner: Any = array
     while isinstance(owner.base, np.ndarray):
@@ -123,55 +126,59 @@ def _to_file(array: NDArray[Any], file: Path) -> None:
         np.save(file, array)
 
 
-def _worker(work: Work, handed: _Handed, told: Path) -> None:
-    with told.open("a", buffering=1, encoding="utf-8") as stream:
-        work(handed.open(), _Telling(stream) if dist.get_rank() == 0 else Silent())
+def _worker(work: Work, files: _DatasetFiles, reports: Path) -> None:
+    with reports.open("a", buffering=1, encoding="utf-8") as stream:
+        work(files.open(), ProgressWriter(stream) if dist.get_rank() == 0 else Silent())
 
 
-class _Telling:
-    """Progress that goes to another process, a line at a time."""
+class ProgressWriter:
+    """Progress that is written to a file, a call on each line, for `forwarded` in another process."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def _tell(self, name: str, *said: Any, **named: Any) -> None:
-        self._stream.write(json.dumps([name, said, named]) + "\n")
+    def _write(self, name: str, *arguments: Any, **named: Any) -> None:
+        self._stream.write(json.dumps([name, arguments, named]) + "\n")
 
     def start(self, what: str, total: float | None = None) -> None:
-        self._tell("start", what, total)
+        """As `Progress.start`."""
+        self._write("start", what, total)
 
     def advance(self, by: float = 1.0, note: str = "") -> None:
-        self._tell("advance", by, note)
+        """As `Progress.advance`."""
+        self._write("advance", by, note)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        self._tell("done", note, good=good)
+        """As `Progress.done`."""
+        self._write("done", note, good=good)
 
     def limit(self, seconds: float) -> None:
-        self._tell("limit", seconds)
+        """As `Progress.limit`."""
+        self._write("limit", seconds)
 
 
 @contextlib.contextmanager
-def _telling(told: Path, progress: Progress) -> Iterator[None]:
-    """Say to `progress` what appears in the file, on a thread of its own."""
+def forwarded(reports: Path, progress: Progress) -> Iterator[None]:
+    """Call `progress` as the lines that `ProgressWriter` adds to the file say, on a thread of its own."""
     over = threading.Event()
 
-    def tell() -> None:
+    def forward() -> None:
         rest = ""
-        with told.open(encoding="utf-8") as stream:
+        with reports.open(encoding="utf-8") as stream:
             while True:
                 ending = over.is_set()
                 *lines, rest = (rest + stream.read()).split("\n")
                 for line in lines:
-                    name, said, named = json.loads(line)
-                    getattr(progress, name)(*said, **named)
+                    name, arguments, named = json.loads(line)
+                    getattr(progress, name)(*arguments, **named)
                 if ending:
                     return
-                over.wait(_LOOK_EVERY_S)
+                over.wait(_POLL_S)
 
-    teller = threading.Thread(target=tell, name="progress of the workers")
-    teller.start()
+    thread = threading.Thread(target=forward, name="progress of the workers")
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        teller.join()
+        thread.join()
