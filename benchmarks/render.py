@@ -1,6 +1,6 @@
-"""`make docs`: docs/benchmarks.md from the records in `benchmarks/results`. Fails, with `--check`, if it would change.
+"""`make docs`: docs/benchmarks.md from the records in `benchmarks/results`. `--check` fails if it would change.
 
-Numbers get their form here, and nowhere else.
+All numbers of the page are formatted here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def render(records: list[tuple[str, Record]]) -> str:
     """The whole page.
 
     Args:
-        records: name -> record, in the order they are to be shown.
+        records: name and record, in the order of the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -34,7 +34,7 @@ def render(records: list[tuple[str, Record]]) -> str:
 
 
 def number(value: Any) -> str:
-    """A figure for people: three digits, thousands set apart, never 1e+03; text as it is, nothing as a dash."""
+    """A number with three digits and separated thousands, not 1e+03; text unchanged; a missing value as a dash."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -60,7 +60,7 @@ def _capitalised(text: str) -> str:
 
 
 def main() -> int:
-    """Write the page, or say that it is not what the records say."""
+    """Write the page, or check that it agrees with the records."""
     parser = argparse.ArgumentParser(description="docs/benchmarks.md from benchmarks/results/*.json")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -70,7 +70,7 @@ def main() -> int:
     if arguments.check:
         if arguments.out.exists() and arguments.out.read_text() == page:
             return 0
-        print(f"{arguments.out} is not what the results say: run `make docs`", file=sys.stderr)
+        print(f"{arguments.out} does not agree with the results: run `make docs`", file=sys.stderr)
         return 1
     arguments.out.write_text(page)
     return 0
