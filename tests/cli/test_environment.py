@@ -30,8 +30,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from runs import load, make_plan, make_run
 from test_cli import answer_to, refused
-from test_report import load, make_plan, make_run
 
 import rushhour
 from conftest import Server

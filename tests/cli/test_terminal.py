@@ -8,7 +8,7 @@ import io
 import msgspec
 import pytest
 from rich.console import Console
-from test_report import SLO_50, WINNER, load
+from runs import SLO_50, WINNER, load
 
 from rushhour.cli.loading import print_comparison, print_windows
 from rushhour.cli.terminal import TerminalProgress, result_console
