@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,9 +37,7 @@ from noise_costs import BEFORE, generator_and_server
 from noise_verdict import verdict_part
 
 from rushhour.bundle import Bundle
-from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
 from rushhour.clock import WallClock
-from rushhour.engines import open_engine, time_service
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.load import Generator
 from rushhour.plan import Plan
@@ -49,10 +46,12 @@ from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
 from rushhour.testing.disturbers import VARIABLE, surroundings
 from rushhour.tune import TuneSettings
+from rushhour.tune.bench import Bench, ServedCandidate
+from rushhour.tune.load_tests import LoadTests
+from rushhour.tune.prediction import Predictor
 from rushhour.tune.settings import Budget
 from rushhour.tune.space import Candidate, candidates
-from rushhour.tune.track import Contender, Track
-from rushhour.tune.trial import Bench, Loaded
+from rushhour.tune.state import CandidateState
 
 RESULTS = Path(__file__).parent / "results" / "noise.json"
 BENCH = Path(__file__).resolve().parent.parent / ".bench" / "machines"
@@ -68,6 +67,7 @@ DISTURBED: dict[str, tuple[str, ...]] = {
 }
 _NOT_ASKED = "bursts 15%"
 """Of the demo: the line asks for disturbances up to 8%, and waves."""
+_TRUSTED = ("rushhour.models:build",)
 _NETWORKS = ("article", "residual", "mlp")
 _APART = 1.1
 _HERE = str(Path(__file__).resolve())
@@ -113,17 +113,31 @@ def child(name: str, what: str, **given: Any) -> Any:
 # In a disturbed process.
 
 
+class Tuning(NamedTuple):
+    """The parts of the tuner, for some bundles, with an empty journal."""
+
+    bench: Bench
+    load_tests: LoadTests
+    predictor: Predictor
+
+
 @contextlib.contextmanager
-def track(bundles: dict[str, Bundle], seed: int, generator: Generator) -> Iterator[tuple[Track, Bench]]:
-    """Where candidates of these bundles are put under load, with nothing on file."""
+def tuning(bundles: dict[str, Bundle], seed: int, generator: Generator) -> Iterator[Tuning]:
+    """The parts of the tuner in a folder of their own, as a context."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         (run / "bundles").mkdir()
         for role, bundle in bundles.items():
             shutil.copytree(bundle.path, run / "bundles" / role)
-        bench = Bench(Journal(run / "measurements.jsonl"), generator, GOAL, run, ("rushhour.models:build",))
+        bench = Bench(Journal(run / "measurements.jsonl"), generator, GOAL, run, _TRUSTED)
         settings = TuneSettings(seed=seed)
-        yield Track(bench, bundles, GOAL, settings, Silent(), Budget(None, WallClock())), bench
+        load_tests = LoadTests(bench, bundles, GOAL, settings, Silent(), Budget(None, WallClock()))
+        yield Tuning(bench, load_tests, predictor_of(bundles, run / "measurements.jsonl"))
+
+
+def predictor_of(bundles: dict[str, Bundle], journal: Path) -> Predictor:
+    """The tuner's predictor."""
+    return Predictor(Journal(journal), bundles, GOAL.slo, TuneSettings().time_s, _TRUSTED)
 
 
 def of(network: str) -> dict[str, Bundle]:
@@ -131,16 +145,12 @@ def of(network: str) -> dict[str, Bundle]:
     return {"reference": Bundle.open(BENCH / network), "int8": Bundle.open(BENCH / f"{network}-7")}
 
 
-def timed(bundles: dict[str, Bundle], candidate: Candidate) -> tuple[Candidate, ServiceProfile, float]:
-    """A candidate with the best bound on its batches, its service times, and what they alone predict."""
-    bundle = bundles[candidate.bundle]
-    engine = open_engine(bundle, candidate.engine_config())
-    try:
-        times = time_service(engine, bundle, GOAL.slo.limit_s)
-    finally:
-        engine.close()
-    bound, predicted = best_batch(times, streams=candidate.streams, slo=GOAL.slo)
-    return candidate.with_batch(bound), ServiceProfile(times), predicted
+def timed(bundles: dict[str, Bundle], candidate: Candidate) -> CandidateState:
+    """A candidate with the best batch bound, and the capacity predicted from its service times alone."""
+    state = CandidateState(candidate)
+    with tempfile.TemporaryDirectory() as folder:
+        predictor_of(bundles, Path(folder) / "measurements.jsonl").choose_batch(state)
+    return state
 
 
 def first_of(bundles: dict[str, Bundle], role: str = "int8") -> Candidate:
@@ -155,62 +165,62 @@ def first_of(bundles: dict[str, Bundle], role: str = "int8") -> Candidate:
 def searches(n: int, windows: int) -> dict[str, Any]:
     """One candidate searched `n` times, and each of its proofs tried on `windows` fresh seeds."""
     bundles, found = of("article"), []
-    candidate, _, predicted = timed(bundles, first_of(bundles))
+    first = timed(bundles, first_of(bundles))
     with Generator() as generator:
         for seed in range(1, n + 1):
-            with track(bundles, seed, generator) as (course, bench):
+            with tuning(bundles, seed, generator) as (bench, load_tests, _):
                 began = time.monotonic()
-                contender = Contender(candidate, predicted=predicted)
-                course.push(contender)
-                course.approach(contender)
-                estimated = contender.capacity
-                proof = course.confirm(contender)
+                state = CandidateState(first.candidate, predicted=first.predicted)
+                load_tests.measure_throughput(state)
+                load_tests.estimate_capacity(state)
+                estimated = state.capacity
+                proof = load_tests.confirm(state)
                 seconds = time.monotonic() - began
                 held: list[bool] = []
                 if proof is not None:
-                    with bench.load(candidate, bundles["int8"], "again") as loaded:
+                    with bench.serve(first.candidate, bundles["int8"], "again") as served:
                         for again in range(windows):
-                            window = loaded.windows(5.0)(proof.rate_rps, 50_000 + again)
+                            window = served.proof_windows(5.0, 0.05)(proof.rate_rps, 50_000 + again)
                             held.append(not window.outcome.refutes and window.keeps_slo)
                 found.append(
                     {
                         "estimated": estimated,
                         "proven": proof.rate_rps if proof else None,
-                        "capacity": contender.capacity,
+                        "capacity": state.capacity,
                         "seconds": round(seconds, 1),
                         "held": held,
                     }
                 )
-    return {"candidate": candidate.name, "searches": found}
+    return {"candidate": first.candidate.name, "searches": found}
 
 
 def races(n: int, slower: float) -> list[dict[str, Any]]:
     """A candidate raced against itself, or against itself on an engine that takes `slower` times as long."""
     bundles, found = of("article"), []
-    candidate, _, predicted = timed(bundles, first_of(bundles))
-    with Generator() as generator, track(bundles, SEED, generator) as (course, bench):
-        one, two = Contender(candidate, predicted=predicted), Contender(candidate, predicted=predicted)
-        course.push(one)
+    one = timed(bundles, first_of(bundles))
+    candidate, two = one.candidate, CandidateState(one.candidate, predicted=one.predicted)
+    with Generator() as generator, tuning(bundles, SEED, generator) as (bench, load_tests, _):
+        load_tests.measure_throughput(one)
         two.throughput = one.throughput
         with contextlib.ExitStack() as stack:
             with slowed(1.0) if slower != 1 else contextlib.nullcontext():
-                ours = stack.enter_context(bench.load(candidate, bundles["int8"], "race"))
-                ours.crowd(8, 0.5, 0)  # it starts
+                ours = stack.enter_context(bench.serve(candidate, bundles["int8"], "race"))
+                ours.closed_window(8, 0.5, 0)  # it starts
             with slowed(slower) if slower != 1 else contextlib.nullcontext():
-                theirs = stack.enter_context(bench.load(candidate, bundles["int8"], "race of the other"))
-                theirs.crowd(8, 0.5, 0)
+                theirs = stack.enter_context(bench.serve(candidate, bundles["int8"], "race of the other"))
+                theirs.closed_window(8, 0.5, 0)
             for again in range(n):
                 began = time.monotonic()
                 is_first = again % 2 == 0
                 pair = ((one, ours), (two, theirs)) if is_first else ((two, theirs), (one, ours))
-                ended = course.duel(*pair[0], *pair[1], again=again)
-                assert ended is not None
+                result = load_tests.race(*pair[0], *pair[1], again=again)
+                assert result is not None
                 found.append(
                     {
-                        "order": ended.order,
+                        "order": result.order,
                         "expected": "tie" if slower == 1 else "slower" if is_first else "faster",
-                        "ratio": ended.ratio,
-                        "pairs": ended.pairs,
+                        "ratio": result.ratio,
+                        "pairs": result.pairs,
                         "seconds": round(time.monotonic() - began, 1),
                     }
                 )
@@ -219,7 +229,7 @@ def races(n: int, slower: float) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def slowed(times: float) -> Iterator[None]:
-    """Engines that are opened by processes started here take so many times as long, in the same waves as before."""
+    """Engines in processes started here take this factor longer, with the same variation of the host's speed."""
     before = dict(os.environ)
     waves = json.loads(before.get(VARIABLE, "{}"))
     os.environ.update(surroundings(waves.get("waves"), waves.get("seed", SEED), slower=times))
@@ -231,52 +241,31 @@ def slowed(times: float) -> Iterator[None]:
 
 
 def predictions(network: str, plans: int) -> list[dict[str, Any]]:
-    """Capacities of one network's plans: predicted as tune does, with what the best of each layout shows that serving
-    costs; and measured. Of those that it is learnt from, only what they answer at most is seen."""
+    """Capacities of one network's plans, predicted as the tuner does, and measured. The overhead of serving comes from
+    the throughput of the best plan of each layout; these plans are not among the measured ones."""
     bundles, found = of(network), []
-    ready = [timed(bundles, candidate) for candidate in candidates(bundles, cores()) if candidate.precision != "bf16"]
-    ready = sorted(ready, key=lambda each: -each[2])
-    overheads: dict[tuple[int, int, int], Overhead] = {}
-    rest: list[tuple[Candidate, ServiceProfile, float]] = []
-    with Generator() as generator:
-        for candidate, profile, alone in ready:
-            if candidate.layout in overheads:
-                rest.append((candidate, profile, alone))
-                continue
-            with track(bundles, SEED, generator) as (course, _):
-                contender = Contender(candidate, predicted=alone)
-                if course.push(contender):
-                    overheads[candidate.layout] = Overhead.seen(
-                        profile,
-                        streams=candidate.streams,
-                        max_batch=candidate.policy.max_batch,
-                        spare=candidate.spare(cores()),
-                        most_rps=contender.throughput or 1.0,
-                    )
-        chosen = [rest[round(at)] for at in np.linspace(0, len(rest) - 1, min(plans, len(rest)))]
-        for candidate, profile, alone in chosen:
-            predicted = predicted_capacity(
-                profile,
-                streams=candidate.streams,
-                max_batch=candidate.policy.max_batch,
-                slo=GOAL.slo,
-                overhead=dataclasses.replace(overheads[candidate.layout], spare=candidate.spare(cores())),
-            )
-            with track(bundles, SEED, generator) as (course, _):
-                contender = Contender(candidate, predicted=alone)
-                if course.push(contender):
-                    course.approach(contender)
-                told = course.estimate(contender)
-            if contender.capacity and told is not None:
-                low, high = told.interval_rps
-                plan = f"{candidate.name}, batches up to {candidate.policy.max_batch}"
+    states = [CandidateState(each) for each in candidates(bundles, cores()) if each.precision != "bf16"]
+    with Generator() as generator, tuning(bundles, SEED, generator) as (_, load_tests, predictor):
+        for state in states:
+            predictor.choose_batch(state)
+        states = sorted(states, key=lambda state: -(state.predicted or 0.0))
+        learnt = predictor.learn_overheads(states, load_tests.measure_throughput)
+        rest = [state for state in states if state not in learnt and state.fate is None]
+        for state in (rest[round(at)] for at in np.linspace(0, len(rest) - 1, min(plans, len(rest)))):
+            candidate = state.candidate
+            predicted = predictor.capacity(candidate)
+            if load_tests.measure_throughput(state):
+                load_tests.estimate_capacity(state)
+            estimated = load_tests.estimate(state)
+            if state.capacity and estimated is not None:
+                low, high = estimated.interval_rps
                 found.append(
                     {
                         "network": network,
-                        "plan": plan,
-                        "engine_alone": alone,
+                        "plan": f"{candidate.name}, batches up to {candidate.policy.max_batch}",
+                        "engine_alone": state.predicted,
                         "predicted": predicted,
-                        "measured": contender.capacity,
+                        "measured": state.capacity,
                         "interval": f"{low:,.0f} to {high:,.0f}",
                     }
                 )
@@ -298,18 +287,18 @@ def layouts(run: str, rounds: int) -> dict[str, float]:
     assert plan.evidence is not None
     users = max(1, min(512, round(0.5 * plan.evidence.capacity_rps * GOAL.slo.limit_s)))
     answered: dict[str, list[float]] = {}
-    with Generator() as generator, track(bundles, SEED, generator) as (_, bench), contextlib.ExitStack() as stack:
-        ready: list[tuple[str, Loaded]] = []
+    with Generator() as generator, tuning(bundles, SEED, generator) as (bench, *_), contextlib.ExitStack() as stack:
+        ready: list[tuple[str, ServedCandidate]] = []
         for each in wanted:
             policy = each.policy
             is_shipped = (policy.cells, policy.streams, policy.threads) == shipped
-            candidate = each.with_batch(bound) if is_shipped else timed(bundles, each)[0]
-            loaded = stack.enter_context(bench.load(candidate, bundles[role], "layout"))
-            loaded.crowd(users, 1.0, 0)
-            ready.append(("shipped" if is_shipped else candidate.name, loaded))
+            candidate = each.with_batch(bound) if is_shipped else timed(bundles, each).candidate
+            served = stack.enter_context(bench.serve(candidate, bundles[role], "layout"))
+            served.closed_window(users, 1.0, 0)
+            ready.append(("shipped" if is_shipped else candidate.name, served))
         for turn in range(rounds):
-            for name, loaded in ready if turn % 2 == 0 else ready[::-1]:
-                answered.setdefault(name, []).append(loaded.crowd(users, 1.0, 1 + turn).throughput_rps)
+            for name, served in ready if turn % 2 == 0 else ready[::-1]:
+                answered.setdefault(name, []).append(served.closed_window(users, 1.0, 1 + turn).throughput_rps)
     return {name: statistics.mean(seen) for name, seen in answered.items()}
 
 

@@ -566,9 +566,9 @@ def test_what_serving_takes_is_lost_whole_by_one_stream_of_all_cores_and_shared_
     assert kept(1, overhead) < 0.8
     assert kept(1, Overhead(request_s=0.002, spare=1)) == pytest.approx(1, abs=0.02), "an idle core does it"
     full = profile.throughput(2, 4)
-    seen = Overhead.seen(profile, streams=2, max_batch=4, spare=0, most_rps=0.7 * full)
+    seen = Overhead.from_throughput(profile, streams=2, max_batch=4, spare=0, most_rps=0.7 * full)
     assert 1 / seen.stretch(0.7 * full, 2) == pytest.approx(0.7), "what it was fitted to, it explains"
-    assert Overhead.seen(profile, streams=2, max_batch=4, spare=0, most_rps=1.1 * full).request_s == 0
+    assert Overhead.from_throughput(profile, streams=2, max_batch=4, spare=0, most_rps=1.1 * full).request_s == 0
 
 
 def test_the_best_batch_is_the_smallest_of_those_alike() -> None:

@@ -1,9 +1,9 @@
-"""What a server can carry, predicted from service times: one model for the offline tuner and the online controller.
+"""The capacity of a server, predicted from service times: one model for the offline tuner and the online controller.
 
-The server is a queue before `streams` equal streams; a free stream takes all that waits, up to `max_batch`.
+The server is a queue in front of `streams` equal streams; a free stream takes all waiting requests, up to `max_batch`.
 
-An engine alone never serves: reading and answering a request costs CPU too, and so does sending it, where the load
-comes from the same machine. Where the engine has all cores, every second of that is taken from it (`Overhead`).
+Serving costs CPU beside the engine: to read and answer requests, and to send them where the load comes from the same
+machine. Where the engine uses all cores, this time is taken from it (`Overhead`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rushhour.goal import SLO
 from rushhour.measurement import ServiceTimes
 
 _LEAST = 0.02
-"""Of its cores, an engine keeps at least so much: beyond that no prediction means anything."""
+"""The least share of its cores that an engine keeps: below it no prediction is meaningful."""
 
 
 class ServiceProfile:
-    """Seconds that one stream takes for a batch of n, from the sizes that were timed, linear in between.
+    """Seconds that one stream takes for a batch of n: the sizes that were timed, linear in between.
 
     Args:
-        times: what was timed; beyond the largest size, each sample costs as much as in a batch of that size.
+        times: the sizes that were timed; beyond the largest, each sample costs as much as in a batch of that size.
     """
 
     def __init__(self, times: ServiceTimes) -> None:
@@ -41,7 +41,7 @@ class ServiceProfile:
         return self._table[-1] * n / self.largest
 
     def throughput(self, streams: int, max_batch: int) -> float:
-        """The most samples per second of `streams` streams with batches of up to `max_batch`: an upper bound."""
+        """An upper bound of samples per second, of `streams` streams with batches of up to `max_batch`."""
         return streams * max(n / self.seconds(n) for n in range(1, max_batch + 1))
 
 
@@ -50,31 +50,33 @@ class Overhead:
     """What serving takes from the cores that the engine computes on.
 
     Attributes:
-        request_s: CPU seconds of a request beside the engine: the server's own, and the generator's if it is here.
-        spare: cores that the engine leaves alone.
+        request_s: CPU seconds of a request beside the engine: the server's, and those of a generator on this machine.
+        spare: cores that the engine does not use.
     """
 
     request_s: float = 0.0
     spare: int = 0
 
     def stretch(self, rate_rps: float, streams: int) -> float:
-        """How many times longer batches take at this rate.
+        """The factor by which batches take longer at this rate.
 
-        The work runs on one core at a time, and whatever stream computes there waits for it, with all its threads:
-        one stream of two threads loses all the time that is taken, two streams of one thread each lose half of it.
+        The work runs on one core at a time, and the stream that computes there waits for it, with all its threads: one
+        stream of two threads loses all that time, two streams of one thread each lose half of it.
         """
         taken = max(0.0, rate_rps * self.request_s - self.spare)
         return 1 / max(_LEAST, 1 - taken / streams)
 
     @classmethod
-    def seen(cls, profile: ServiceProfile, *, streams: int, max_batch: int, spare: int, most_rps: float) -> Overhead:
-        """The overhead that explains the most that a server was seen to carry, its batches full."""
+    def from_throughput(
+        cls, profile: ServiceProfile, *, streams: int, max_batch: int, spare: int, most_rps: float
+    ) -> Overhead:
+        """The overhead that explains a measured throughput `most_rps`, with full batches."""
         taken = streams * (1 - most_rps / profile.throughput(streams, max_batch))
         return cls(request_s=(taken + spare) / most_rps if taken > 0 else 0.0, spare=spare)
 
 
 _ALONE = Overhead()
-"""An engine that no serving takes anything from."""
+"""No overhead: the engine has all of its cores."""
 
 
 def simulate(
@@ -137,10 +139,10 @@ def predicted_capacity(
 
 
 def best_batch(times: ServiceTimes, *, streams: int, slo: SLO, overhead: Overhead = _ALONE) -> tuple[int, float]:
-    """The bound on batches to serve with, of the sizes timed, and the requests per second it is predicted to carry.
+    """The batch bound to serve with, of the sizes timed, and the capacity predicted for it in requests per second.
 
-    The smallest that comes within 2% of the best: what is timed is no more certain than that, and with smaller batches
-    a late one makes fewer wait.
+    The smallest within 2% of the best: service times are no more precise, and a late batch delays fewer requests if it
+    is small.
     """
     profile = ServiceProfile(times)
     predicted = {

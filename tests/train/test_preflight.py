@@ -376,7 +376,7 @@ def test_what_cannot_be_exported_is_refused_before_the_first_step(
     said = Said()
     with pytest.raises(ModelError, match=r"cannot export branching to ONNX: .*depends on the values of a tensor") as no:
         trained("branching", tmp_path, progress=said)
-    assert "(gallery.py, line " in str(no.value), "where it is"
+    assert "(refused.py, line " in str(no.value), "where it is"
     assert said.steps == 0
     assert not list(tmp_path.glob("work/*"))
     out = capfd.readouterr()

@@ -34,9 +34,9 @@ from rushhour.task import Task
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune import TuneSettings, tune_run
+from rushhour.tune.search import tune
+from rushhour.tune.server import cpu_seconds
 from rushhour.tune.space import Candidate
-from rushhour.tune.trial import cpu_seconds
-from rushhour.tune.tune import tune
 
 RUN = """
 import sys
@@ -269,12 +269,12 @@ class Opened:
 
 def without_engines(patch: pytest.MonkeyPatch, outputs: Callable[..., Any]) -> None:
     """`outputs` stands in for engines, and what they carry is read off, not simulated: that takes seconds."""
-    tuner = sys.modules["rushhour.tune.tune"]
-    patch.setattr(tuner, "open_engine", Opened)
-    patch.setattr(tuner, "outputs_of", outputs)
-    patch.setattr(tuner, "best_batch", lambda times, **_: (times.batch_sizes[-1], times.throughput[-1] / 2))
+    prediction = sys.modules["rushhour.tune.prediction"]
+    patch.setattr(prediction, "open_engine", Opened)
+    patch.setattr(sys.modules["rushhour.tune.accuracy"], "outputs_of", outputs)
+    patch.setattr(prediction, "best_batch", lambda times, **_: (times.batch_sizes[-1], times.throughput[-1] / 2))
     patch.setattr(
-        tuner,
+        prediction,
         "predicted_capacity",
         lambda profile, *, streams, max_batch, **_: profile.throughput(streams, max_batch) / 2,
     )
@@ -284,15 +284,15 @@ def without_engines(patch: pytest.MonkeyPatch, outputs: Callable[..., Any]) -> N
 def loaded_by(load: Load, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Where a search is run, `load` stands in for servers and generator."""
     with monkeypatch.context() as patch:
-        tuner, trial = (sys.modules[f"rushhour.tune.{name}"] for name in ("tune", "trial"))
-        patch.setattr(tuner, "Generator", contextlib.nullcontext)
-        patch.setattr(tuner, "time_service", timed)
-        patch.setattr(trial, "served", load.served)
-        patch.setattr(trial, "discover", lambda url: url)
-        patch.setattr(trial, "payloads", lambda *_, **__: [])
-        patch.setattr(trial, "measure", load.measure)
-        patch.setattr(trial, "closed_window", load.closed_window)
-        patch.setattr(trial, "null_throughput", lambda *_: None)
+        bench = sys.modules["rushhour.tune.bench"]
+        patch.setattr(sys.modules["rushhour.tune.search"], "Generator", contextlib.nullcontext)
+        patch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", timed)
+        patch.setattr(bench, "served", load.served)
+        patch.setattr(bench, "discover", lambda url: url)
+        patch.setattr(bench, "payloads", lambda *_, **__: [])
+        patch.setattr(bench, "measure", load.measure)
+        patch.setattr(bench, "closed_window", load.closed_window)
+        patch.setattr(bench, "null_throughput", lambda *_: None)
         yield patch
 
 
@@ -452,12 +452,12 @@ def test_after_a_tie_the_one_that_looked_better_is_taken(tmp_path: Path, monkeyp
             by = 1.1 if "/s2t1" in candidate and asked["seconds"] < 0.5 else 1.0  # in a race, and not before
             return msgspec.structs.replace(found, throughput_rps=found.throughput_rps * by)
 
-    monkeypatch.setattr(sys.modules["rushhour.tune.track"], "race", undecided)
+    monkeypatch.setattr(sys.modules["rushhour.tune.load_tests"], "race", undecided)
     plan = searched(tmp_path, Uneven(), monkeypatch)
     assert plan.evidence is not None
     trials = [trial for trial in plan.evidence.trials if trial.fate in ("won", "tied")]
     assert (plan.policy.streams, plan.policy.threads) == (2, 1)
-    assert any("2 streams carries 1.10x" in trial.why for trial in trials), "it led no race"
+    assert any("2 streams, which has the higher estimate: 1.10x" in trial.why for trial in trials), "it led no race"
 
 
 class Watched(Load):
@@ -772,7 +772,7 @@ def test_the_test_part_is_asked_gentlest_first_and_not_after_a_miss(
     plan = searched(tmp_path, Load(), monkeypatch, roles=roles, outputs=noted, budget="8%")
     assert plan.variants[0].bundle == "bundles/reference"
     assert [name for name in asked if "int8" in name or "other" in name] == ["tiny-int8/openvino"]
-    assert "costs less accuracy, and missed there" in fates(plan)["other/openvino/int8"][1]
+    assert "has a smaller accuracy drop and misses the budget there" in fates(plan)["other/openvino/int8"][1]
 
 
 def test_too_few_samples_for_the_budget_leave_the_reference_and_say_what_to_do(

@@ -1,13 +1,13 @@
-"""A whole run in one folder: train or take the reference, compress it, search, and leave the Plan.
+"""A whole run in one folder: train or copy the reference, compress it, search, and write the Plan.
 
     RUN/bundles/reference, RUN/bundles/int8     what can be served; int8-vnni too, where 7 bits of the weights cost much
     RUN/training                                how the reference was trained: curves, TensorBoard
     RUN/measurements.jsonl                      every measurement
-    RUN/run.json                                what was asked for
-    RUN/plan-so-far.json                        the best answer until then, while the search goes on
+    RUN/run.json                                the settings of the run
+    RUN/plan-so-far.json                        the best plan so far, while the search runs
     RUN/plan.json                               the answer, written last
 
-Each part is there whole or not at all, so whatever a killed run has finished is not done again.
+Each part is written whole or not at all, so a run that was killed resumes after the last finished part.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import describe
 from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, fingerprint_of, step_seconds, train
+from rushhour.tune.search import tune
 from rushhour.tune.settings import Budget, TuneSettings
-from rushhour.tune.track import words
-from rushhour.tune.tune import tune
+from rushhour.tune.state import failure_reason
 
 _TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
-"""Of the budget, for the training; more where fewer epochs would be left: one pass over the data teaches too little."""
+"""Share of the budget for training; more where that is less than two epochs, as one epoch teaches too little."""
 _RECORD = "run.json"
 _DIGITS = 16
 _LEAST_SHARE = 0.6
-"""Of the budget, that the search has even where training took more than its share."""
+"""Share of the budget for the search, at least, even where training took more than its share."""
 
 
 def tune_run(
@@ -59,24 +59,24 @@ def tune_run(
     name: str | None = None,
     force: bool = False,
 ) -> Plan:
-    """Do everything from a model to a Plan in the folder `run`, going on where an earlier, killed call stopped.
+    """Do everything from a model to a Plan in the folder `run`, and resume an earlier call that was killed.
 
     Args:
         model: a network to be trained, or a trained bundle.
-        dataset: to train, calibrate and judge with.
-        goal: what to meet.
+        dataset: for training, calibration and accuracy.
+        goal: the limits.
         run: the folder; one process at a time works in it.
-        training: how a network is trained.
-        settings: how the search goes. Its budget is one for all: training and compression are part of it.
-        progress: hears of every step.
+        training: settings of the training.
+        settings: of the search. The budget includes training and compression.
+        progress: receives each step.
         trusted: factories that may be imported; the user's own.
-        fit_epochs: with a budget, train for fewer epochs where this machine would take too much of it.
-        clock: what the budget is read on.
-        name: of the model, under which it is served; of a bundle its own by default, else that of the folder `run`.
-        force: whether what another command left in `run` may be replaced; measurements that still hold are used.
+        fit_epochs: with a budget, train for fewer epochs where this machine would need too much of it.
+        clock: the budget is read on it.
+        name: of the model, under which it is served; by default the bundle's own name, or that of the folder `run`.
+        force: whether the result of other settings in `run` may be replaced; valid measurements are used.
 
     Raises:
-        RushhourError: of the part that failed; what was finished before stays.
+        RushhourError: of the part that failed; finished parts stay.
     """
     clock = clock or WallClock()
     budget = Budget(settings.budget_s, clock)
@@ -88,13 +88,13 @@ def tune_run(
         if settings.budget_s is not None:
             progress.limit(settings.budget_s)
         if isinstance(model, Bundle):
-            reference = _taken(model, run / "bundles" / "reference")
+            reference = _copied(model, run / "bundles" / "reference")
         else:
-            place = run / "bundles" / "reference"
+            out = run / "bundles" / "reference"
             if fit_epochs and settings.budget_s is not None:
                 training = _fitted(training, model, dataset, run, settings.budget_s, progress, trusted)
             job = TrainingJob(model, training, run / ".checkpoints", trusted, tracking=Tracking(run / "training"))
-            reference = train(dataset, job, out=place, progress=progress, name=name or name_of(run), force=force)
+            reference = train(dataset, job, out=out, progress=progress, name=name or name_of(run), force=force)
         bundles, left_out = {"reference": reference}, {}
         if reference.manifest.precision == "f32" and is_plain(reference):
             try:
@@ -106,13 +106,13 @@ def tune_run(
                     progress=progress,
                 )
                 bundles |= {made_for.path.name: made_for for made_for in made.values()}
-            except Exception as error:  # one candidate that cannot be made; what it said is in the plan
-                left_out["int8"] = words(error)
+            except Exception as error:  # only this candidate fails; its error is in the plan
+                left_out["int8"] = failure_reason(error)
                 progress.done(left_out["int8"], good=False)
         finished = _finished_plan(run, record, bundles, settings, force=force)
         if finished is not None:
-            progress.start("This run is complete: the plan is there")
-            progress.done("say --force to search anew")
+            progress.start("This run is complete: its plan exists")
+            progress.done("use --force to search again")
             return finished
         searching = settings
         if settings.budget_s is not None:
@@ -144,10 +144,10 @@ def tune_run(
 
 
 class _Record(msgspec.Struct, frozen=True):
-    """What a run was asked for, and once it is finished what else its plan depends on: RUN/run.json.
+    """The settings of a run, and once it is finished what else its plan depends on: RUN/run.json.
 
     Attributes:
-        asked: by name; the budget of time apart, because a run may go on with another one.
+        asked: settings by name, without the budget: a run may resume with another one.
         finished: by name; empty before.
     """
 
@@ -198,10 +198,10 @@ def _but_budget(settings: TuneSettings) -> dict[str, Any]:
 
 
 def _check_same(run: Path, record: _Record, *, force: bool) -> None:
-    """Raise unless `run` is new, or was asked for the same; keep what is asked now.
+    """Raise unless `run` is new or has the same settings; write the settings.
 
     Raises:
-        StorageError: if it was asked for something else, and `force` does not allow to replace its plan.
+        StorageError: if it has other settings, and `force` is not set.
     """
     before = _recorded(run)
     why = [] if before is None else identity.changes(before.asked, record.asked)
@@ -209,15 +209,15 @@ def _check_same(run: Path, record: _Record, *, force: bool) -> None:
         return
     if before is not None and not force:
         raise StorageError(
-            f"{run} holds a run that was asked otherwise",
+            f"{run} holds a run with other settings",
             ", ".join(why),
-            "name another --out, or say --force to replace its plan; measurements that still hold are used",
+            "choose another --out, or use --force to replace its plan; measurements that are still valid are used",
         )
     record.save(run)
 
 
 def _recorded(run: Path) -> _Record | None:
-    """What is on file; nothing where it is damaged."""
+    """The record in the file; None where there is none or it is damaged."""
     try:
         return msgspec.json.decode((run / _RECORD).read_bytes(), type=_Record)
     except (OSError, msgspec.DecodeError):
@@ -225,7 +225,7 @@ def _recorded(run: Path) -> _Record | None:
 
 
 def _end(bundles: dict[str, Bundle], settings: TuneSettings) -> dict[str, Any]:
-    """What a finished plan depends on beside what was asked."""
+    """What a finished plan depends on, beside the settings."""
     here = describe()
     return {
         "bundles": {role: bundle.content_key[:_DIGITS] for role, bundle in bundles.items()},
@@ -239,11 +239,11 @@ def _end(bundles: dict[str, Bundle], settings: TuneSettings) -> dict[str, Any]:
 def _finished_plan(
     run: Path, record: _Record, bundles: dict[str, Bundle], settings: TuneSettings, *, force: bool
 ) -> Plan | None:
-    """The plan on disk, if it is the answer to what is asked, on this machine; None where there is none yet.
+    """The plan in the folder, if it was found for the same settings on this machine; None where there is none yet.
 
     Raises:
         PlanError: if it cannot be read.
-        StorageError: if it is the answer to something else, and `force` does not allow to replace it.
+        StorageError: if it was found for others, and `force` is not set.
     """
     if force or not (run / PLAN).exists():
         return None
@@ -252,9 +252,9 @@ def _finished_plan(
     if not why:
         return plan
     raise StorageError(
-        f"{run / PLAN} is finished, and was found otherwise",
+        f"{run / PLAN} was found under other conditions",
         ", ".join(why),
-        "name another --out, or say --force to search anew; measurements that still hold are used",
+        "choose another --out, or use --force to search again; measurements that are still valid are used",
     )
 
 
@@ -267,10 +267,10 @@ def _fitted(
     progress: Progress,
     trusted: tuple[str, ...],
 ) -> TrainSettings:
-    """With as many epochs as take their share of the budget on this machine, but a few, and no more than asked for.
+    """With as many epochs as fit into their share of the budget on this machine: at least two, at most those asked for.
 
-    A reference that is there already was trained for as long as it was. How long a step takes is on file, so that a run
-    that goes on trains for as long as it began to.
+    A reference that is trained already keeps its number of epochs. The time of a step is in the journal, so a resumed
+    run trains for the same number of epochs.
     """
     if (there := bundle_at(run / "bundles" / "reference")) is not None:
         epochs = there.manifest.lineage[0].settings.get("epochs", training.epochs)
@@ -296,10 +296,10 @@ def _fitted(
     return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))
 
 
-def _taken(bundle: Bundle, path: Path) -> Bundle:
-    """`bundle`, copied into the run unless it is there already: a plan and its bundles live in one folder."""
+def _copied(bundle: Bundle, path: Path) -> Bundle:
+    """`bundle`, copied into the run unless it is in there already: a plan and its bundles are in one folder."""
     if path.is_dir() and bundle.path.resolve() == path.resolve():
         return bundle
-    if (path / "bundle.json").is_file() and (there := Bundle.open(path)).manifest.hash == bundle.manifest.hash:
-        return there
+    if (path / "bundle.json").is_file() and (copied := Bundle.open(path)).manifest.hash == bundle.manifest.hash:
+        return copied
     return bundle.copy_to(path)

@@ -1,4 +1,4 @@
-"""How a search goes about it."""
+"""Settings of a search, and its budget of time."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rushhour.clock import Clock
 
 
 class TuneSettings(msgspec.Struct, frozen=True):
-    """How the search goes about it.
+    """Settings of a search.
 
     Attributes:
-        seed: of all arrival schedules; equal seeds ask equal questions.
+        seed: of all arrival schedules.
         keep: a candidate predicted below this share of the best prediction is not raced.
         race: candidates that are raced, at most.
         resolution: highest passing over lowest failing rate at the end of a search, at most 1 + this.
         time_s: how long each size of a batch is timed, the engine alone.
-        window_s: length of one load window on the way; longer where the SLO needs more requests.
-        proof_s: length of a window that something is claimed from. A queue is slow in long waves; a short window
-            near its capacity proves little.
-        budget_s: seconds that all of it may take, about: what decides least is left out, and said so. None: as long as
-            it takes. A search that goes on has all of it again.
+        window_s: length of one load window in a search; longer where the SLO needs more requests.
+        proof_s: length of a window of a proof. Near its capacity the latency of a queue is correlated over seconds, so
+            a short window proves little.
+        budget_s: seconds that all of it may take, about; the steps with the least effect on the answer are skipped, and
+            reported as skipped. None: no limit. A resumed search has the whole budget again.
     """
 
     seed: int = 0
@@ -36,16 +36,16 @@ class TuneSettings(msgspec.Struct, frozen=True):
 
 
 class Budget:
-    """The time that a search has, from now on.
+    """The time of a search, from now on.
 
     Args:
-        seconds: all of it; None for as long as it takes.
-        clock: what it is read on.
+        seconds: all of it; None for no limit.
+        clock: it is read on.
     """
 
-    FOR_PROOF, FOR_RUNGS, FOR_WAY = 0.4, 0.1, 0.15
-    """Shares of it: kept for the winner's capacity and its proof; kept for the ladder's other steps; for the estimate
-    of one capacity, at most."""
+    FOR_PROOF, FOR_STEPS, FOR_SEARCH = 0.4, 0.1, 0.15
+    """Shares of it: kept for the winner's capacity and its proof; kept for measuring what each step bought; for the
+    estimate of one capacity, at most."""
 
     def __init__(self, seconds: float | None, clock: Clock) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""The candidates: every bundle on every engine that can run it, at every precision and policy worth a thought."""
+"""The search space: every bundle on every engine that can run it, at every useful precision and policy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import msgspec
 
 from rushhour.bundle import Bundle
 from rushhour.engines import EngineConfig
+from rushhour.models import code_of
 from rushhour.plan import EngineName, Policy, Precision
 
 LARGEST_BATCH = 64
 QUEUE_BOUND = 1024
 
 ENGINE_NAMES: dict[EngineName, str] = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "torch"}
-"""As their makers write them."""
+"""For people."""
 
 _RUNS: dict[Precision, tuple[tuple[EngineName, Precision], ...]] = {
     "f32": (("openvino", "f32"), ("openvino", "bf16"), ("onnxruntime", "f32")),
@@ -26,7 +27,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
     Attributes:
         bundle: its role in the run: `reference`, `int8`. A folder of that name lies in `bundles/`.
-        content: the first digits of the bundle's graph's SHA-256: a measurement is of these bytes and no others.
+        content: the first digits of the SHA-256 of the bundle's graph: a measurement holds for these bytes only.
     """
 
     bundle: str
@@ -37,17 +38,17 @@ class Candidate(msgspec.Struct, frozen=True):
 
     @property
     def artefact(self) -> str:
-        """The bundle as this engine compiles it: what decides accuracy."""
+        """Names the bundle as this engine compiles it, which determines accuracy."""
         return f"{self.bundle}@{self.content}/{self.engine}/{self.precision}"
 
     @property
     def compiled(self) -> str:
-        """With all streams, of however many cells, and their threads: what decides service times."""
+        """Names the artefact with the streams of all cells and their threads, which determine service times."""
         return f"{self.artefact}/s{self.streams}t{self.policy.threads}"
 
     @property
     def streams(self) -> int:
-        """Batches at the same time, over all cells."""
+        """Batches at the same time, of all cells together."""
         return self.policy.cells * self.policy.streams
 
     def __str__(self) -> str:
@@ -69,15 +70,15 @@ class Candidate(msgspec.Struct, frozen=True):
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """How it shares out the cores, which decides what serving costs: cells, streams of each, threads of each."""
+        """Cells, streams of each, threads of each: the layout of the cores determines the overhead of serving."""
         return self.policy.cells, self.policy.streams, self.policy.threads
 
     def spare(self, cores: int) -> int:
-        """Of so many cores, those that its engine leaves alone."""
+        """The number of `cores` that its engine does not use."""
         return max(0, cores - self.streams * self.policy.threads)
 
     def engine_config(self) -> EngineConfig:
-        """How one engine is opened that does what all its cells' engines do, to time and to judge it."""
+        """One engine with the streams of all cells, to time it and measure its accuracy."""
         return EngineConfig(
             engine=self.engine,
             precision=self.precision,
@@ -96,7 +97,7 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
 
     Args:
         bundles: role -> bundle.
-        cores: to be shared out: all cores on one batch, one batch for each core, or one cell for each core.
+        cores: of the machine. The layouts are all cores on one batch, one batch per core, and one cell per core.
     """
     layouts = sorted({(1, 1, cores), (1, cores, 1), (cores, 1, 1)})
     return [
@@ -114,7 +115,7 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
 
 
 def baseline(reference: Bundle, cores: int) -> Candidate | None:
-    """What a user has today: the torch module, eager, one sample at a time; None where there is no torch module."""
+    """The baseline: the torch module, eager, one sample at a time; None where there is no torch module."""
     if reference.manifest.source is None or reference.manifest.precision != "f32":
         return None
     policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
@@ -122,15 +123,21 @@ def baseline(reference: Bundle, cores: int) -> Candidate | None:
 
 
 def plain(reference: Bundle, cores: int) -> tuple[Candidate, ...]:
-    """The reference compiled and nothing else, one sample at a time: as it is meant; then what may run where that does
-    not, another engine before another precision."""
+    """The reference compiled and otherwise unchanged, one sample at a time, in the order of preference: its own
+    precision on each engine, then another precision."""
     policy = Policy(streams=1, threads=cores, max_batch=1, queue_bound=QUEUE_BOUND)
-    meant = reference.manifest.precision
-    runs = [run for run in _RUNS[meant] if run[1] in (meant, "f32")]
+    own = reference.manifest.precision
+    runs = [run for run in _RUNS[own] if run[1] in (own, "f32")]
     return tuple(
         Candidate("reference", _content(reference), engine, precision, policy)
-        for engine, precision in sorted(runs, key=lambda run: run[1] != meant)
+        for engine, precision in sorted(runs, key=lambda run: run[1] != own)
     )
+
+
+def torch_code(candidate: Candidate, bundle: Bundle, trusted: tuple[str, ...]) -> dict[str, str]:
+    """Hashes of the torch module's code, where that is what runs: the code is not part of the bundle."""
+    source = bundle.manifest.source
+    return code_of(source, trusted) if candidate.engine == "torch" and source is not None else {}
 
 
 def _content(bundle: Bundle) -> str:

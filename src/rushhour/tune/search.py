@@ -1,0 +1,404 @@
+"""The joint search: a goal in, a Plan out. The cheap steps come first, and real load decides.
+
+    time       each engine alone, batch by batch: seconds                      -> failed
+    validate   each compiled artefact on the validation part; then on the      -> over budget
+               test part, the smallest drop first, up to the first that misses
+    predict    a simulated batching server on the measured service times       -> dominated
+    race       two real servers at a time, interleaved, under real load        -> beaten, tied
+    confirm    the winner on fresh seeds                                       -> won
+
+The unchanged baseline is always measured too. If a candidate fails, the others go on, and its error is in the plan.
+Every measurement is in the journal before the next one starts, and what is measured next depends on the measurements
+alone, and on the time left where there is a budget: a search that was killed resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from rushhour.bundle import Bundle
+from rushhour.clock import Clock, WallClock
+from rushhour.compress import why_outside
+from rushhour.data import Dataset
+from rushhour.errors import EngineError
+from rushhour.goal import Goal
+from rushhour.load import Generator
+from rushhour.measurement import Measurement
+from rushhour.plan import Evidence, Plan, Rung
+from rushhour.progress import Progress
+from rushhour.records.journal import JOURNAL, Journal
+from rushhour.system.machine import cores, describe
+from rushhour.tune.accuracy import AccuracyJudge
+from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, steps_of, trial_of
+from rushhour.tune.bench import Bench
+from rushhour.tune.load_tests import LoadTests
+from rushhour.tune.prediction import Predictor
+from rushhour.tune.server import plan_of
+from rushhour.tune.settings import Budget, TuneSettings
+from rushhour.tune.space import Candidate, baseline, candidates, plain
+from rushhour.tune.state import CandidateState, failure_reason
+
+_RUNNERS_UP = 1
+"""Runners-up that are tried where the winner cannot be confirmed."""
+_NEARLY = 0.9
+"""A runner-up has to be proven at this share of the winner's estimate."""
+_PAIRS, _WINDOWS, _PROOF_WINDOWS, _BESIDE_S = 22, 10, 3, 1.5
+"""Usual pairs of windows of a race, windows of a search for a capacity, windows of a proof, and the seconds beside each
+window. Only to tell how long the rest takes."""
+_WINNERS = 0.8
+"""The winner's share of the error of a proof. The runner-up has the rest, so both together err no more than one."""
+
+
+def tune(
+    bundles: dict[str, Bundle],
+    dataset: Dataset,
+    goal: Goal,
+    *,
+    run: Path,
+    settings: TuneSettings,
+    progress: Progress,
+    trusted: tuple[str, ...] = (),
+    left_out: Mapping[str, str] | None = None,
+    clock: Clock | None = None,
+    so_far: Callable[[Plan], None] = lambda plan: None,
+) -> Plan:
+    """Find the way to serve that has the highest capacity inside the goal, and prove it.
+
+    Args:
+        bundles: role -> bundle, each in the folder `bundles/ROLE` of the run; `reference` must be among them.
+        dataset: for accuracy: validation decides, test confirms.
+        goal: the limits.
+        run: the run's folder; `measurements.jsonl` there is used and added to.
+        settings: of the search.
+        progress: receives each step.
+        trusted: as in `open_engine`, for the torch baseline.
+        left_out: role -> why, of bundles that could not be made; they are among the plan's trials.
+        clock: the budget is read on it.
+        so_far: receives the best plan whenever there is a better one; before its proof it has no evidence.
+
+    Returns:
+        The plan. Where nothing met the goal it is the nearest miss, with `feasible` false. It is not saved here.
+
+    Raises:
+        EngineError: if not even the reference can be run.
+        LoadError: if load cannot be generated.
+        StorageError: if a measurement cannot be written to the disk.
+    """
+    search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far)
+    return search.plan(left_out or {})
+
+
+class _Search:
+    def __init__(
+        self,
+        bundles: dict[str, Bundle],
+        dataset: Dataset,
+        goal: Goal,
+        run: Path,
+        settings: TuneSettings,
+        progress: Progress,
+        trusted: tuple[str, ...],
+        clock: Clock,
+        so_far: Callable[[Plan], None],
+    ) -> None:
+        self._bundles = bundles
+        self._dataset = dataset
+        self._goal = goal
+        self._run = run
+        self._settings = settings
+        self._progress = progress
+        self._trusted = trusted
+        self._journal = Journal(run / JOURNAL)
+        self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted)
+        self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
+
+    def plan(self, left_out: Mapping[str, str]) -> Plan:
+        reference = self._bundles["reference"]
+        self._outside = [failed_bundle(role, why) for role, why in left_out.items()]
+        """Trials of what never was in the search."""
+        states = [CandidateState(candidate) for candidate in candidates(self._bundles, cores())]
+        self._time(states)
+        self._plain = self._first_plain(reference, states)
+        self._accuracy = AccuracyJudge(
+            *(self._journal, self._bundles, self._dataset, self._goal.budget),
+            *(self._plain, self._progress, self._trusted),
+        )
+        compiled = CandidateState(self._plain)
+        self._accuracy.validate(states)
+        self._accuracy.confirm(states, self._settings.keep)
+        alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
+        if not alive:
+            raise EngineError("no candidate can be served", states[0].why, "correct the model, or use another")
+        with Generator() as generator:
+            bench = Bench(self._journal, generator, self._goal, self._run, self._trusted)
+            self._load_tests = LoadTests(bench, self._bundles, self._goal, self._settings, self._progress, self._budget)
+            self._announce_rest(races=self._settings.race, searches=2, steps=3)
+            base = self._measured_base(reference)
+            winner, confirmed = self._settled(alive)
+            self._so_far(self._answer(winner, confirmed, base, [base, *states], steps_of(base, [], winner)))
+            steps = self._steps(compiled, states, winner)
+        measured = [compiled] if compiled.capacity is not None else []
+        return self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner))
+
+    def _first_plain(self, reference: Bundle, states: list[CandidateState]) -> Candidate:
+        """The reference compiled and otherwise unchanged, on the first engine that runs it: drops are measured from it.
+
+        Raises:
+            EngineError: if none does.
+        """
+        ways = plain(reference, cores())
+        run = {state.candidate.artefact for state in states if state.fate != "failed"}
+        for candidate in ways:
+            if candidate.artefact in run:
+                return candidate
+        why = next(state.why for state in states if state.candidate.artefact == ways[0].artefact)
+        raise EngineError("no engine can run the reference model", why)
+
+    def _measured_base(self, reference: Bundle) -> CandidateState:
+        """The baseline under load: torch eager; the compiled reference where there is none or it does not run."""
+        eager = baseline(reference, cores())
+        base = CandidateState(self._plain)
+        if eager is not None:
+            base = CandidateState(eager)
+            self._measure_for_comparison(base)
+            if base.fate != "failed":
+                base.end("baseline", "the unchanged model: torch eager, one sample at a time")
+                return base
+            self._progress.start("The baseline in torch is left out")
+            self._progress.done(base.why, good=False)
+            self._outside.append(trial_of(base))
+            base = CandidateState(self._plain)
+        self._measure_for_comparison(base)
+        base.end("baseline", "the unchanged model: compiled, one sample at a time")
+        return base
+
+    def _time(self, states: list[CandidateState]) -> None:
+        """Service times of each engine alone, and the predictions from them."""
+        self._progress.start("Timing each engine alone", len(states))
+        for state in states:
+            try:
+                times = self._predictor.choose_batch(state)
+            except Exception as error:  # an engine may fail in any way on a user's graph
+                state.end("failed", failure_reason(error))
+                self._progress.advance(note=f"{state.candidate.artefact}: {state.why}")
+                continue
+            self._progress.advance(note=f"{state.candidate.compiled}: {max(times.throughput):,.0f}/s")
+        best = max((state.predicted or 0.0 for state in states), default=0.0)
+        self._progress.done(f"best prediction {best:,.0f} requests/s")
+        if all(state.fate == "failed" for state in states):
+            raise EngineError("no engine can run the reference model", states[0].why)
+
+    # Under load: real servers.
+
+    def _settled(self, alive: list[CandidateState]) -> tuple[CandidateState, Measurement | None]:
+        """The winner, confirmed if it can be; where all that raced failed, of those that were dominated before."""
+        while True:
+            winner, confirmed = self._confirmed(self._race(alive))
+            alive = [state for state in alive if state.fate == "dominated"]
+            if winner.fate != "failed" or not alive:
+                return winner, confirmed
+            self._predictor.forget_overheads()  # they were learnt from servers that failed
+            for state in alive:
+                state.fate, state.why = None, ""
+
+    def _race(self, alive: list[CandidateState]) -> list[CandidateState]:
+        """The winner of races of two, then the others that raced, best first.
+
+        Args:
+            alive: candidates inside the accuracy budget, best prediction first.
+        """
+        incumbent = self._best_of_layouts(alive)
+        self._so_far(self._plan_of(incumbent))
+        rivals = self._rank(incumbent, [state for state in alive if state.fate is None and state is not incumbent])
+        raced = [incumbent]
+        self._announce_rest(races=len(rivals), searches=1, steps=2)
+        with contextlib.ExitStack() as stack:
+            served = stack.enter_context(self._load_tests.serve(incumbent, "race"))
+            for rival in rivals:
+                if self._budget.left < Budget.FOR_PROOF:
+                    rival.end("skipped", "the time was up before its race")
+                    continue
+                with contextlib.ExitStack() as own:
+                    rival_served = own.enter_context(self._load_tests.serve(rival, "race"))
+                    result = self._load_tests.race(incumbent, served, rival, rival_served, rivals=len(rivals))
+                    raced.append(rival)
+                    leads = incumbent.fate == "failed" if result is None else result.rival_leads
+                    if not leads:
+                        continue
+                    stack.close()
+                    stack.enter_context(own.pop_all())
+                    incumbent, served = rival, rival_served
+                    self._so_far(self._plan_of(rival))
+        others = [state for state in raced if state is not incumbent and state.fate != "failed"]
+        return [incumbent, *sorted(others, key=lambda state: -(state.throughput or 0.0))]
+
+    def _plan_of(self, state: CandidateState) -> Plan:
+        """The plan of a candidate, under the name of the reference model, whichever of its bundles it serves."""
+        model, bundle = self._bundles["reference"].manifest.name, self._bundles[state.candidate.bundle]
+        return plan_of(state.candidate, bundle, self._goal, model)
+
+    def _best_of_layouts(self, alive: list[CandidateState]) -> CandidateState:
+        """The best candidate of each layout under load, for the overhead of serving; of these, the fastest.
+
+        Raises:
+            EngineError: if none runs.
+        """
+        measured = self._predictor.learn_overheads(
+            alive, self._load_tests.measure_throughput, lambda: self._budget.left < Budget.FOR_PROOF
+        )
+        if not measured:
+            raise EngineError("no candidate can be served", alive[0].why, "correct the model, or use another")
+        return max(measured, key=lambda state: state.throughput or 0.0)
+
+    def _announce_rest(self, *, races: int, searches: int, steps: int) -> None:
+        """Announce about how long the rest takes, where there is no budget.
+
+        Args:
+            races: still to be run.
+            searches: of a capacity with a proof, or one without.
+            steps: searches that show what a step bought.
+        """
+        if self._settings.budget_s is not None:
+            return
+        settings = self._settings
+        window_s, race_s = settings.window_s + _BESIDE_S, 2 * _PAIRS * max(0.5, 8 * self._goal.slo.limit_s)
+        search_s = _WINDOWS * window_s
+        proof_s = 0.0 if searches == 0 else _PROOF_WINDOWS * (settings.proof_s + _BESIDE_S)
+        self._progress.limit(races * race_s + searches * search_s + proof_s + steps * search_s / 2)
+
+    def _rank(self, incumbent: CandidateState, rivals: list[CandidateState]) -> list[CandidateState]:
+        """The rivals worth a race, best prediction first; the others are dominated."""
+        for state in rivals:
+            self._predictor.choose_batch(state)
+        rivals = sorted(rivals, key=lambda state: -(state.predicted or 0.0))
+        best = max(state.predicted or 0.0 for state in (incumbent, *rivals))
+        for position, state in enumerate(rivals, 1):
+            predicted = state.predicted or 0.0
+            if predicted < self._settings.keep * best or position >= self._settings.race:
+                state.end("dominated", f"predicted {predicted:,.0f}/s, the best prediction is {best:,.0f}/s")
+        return [state for state in rivals if state.fate is None]
+
+    def _measure_for_comparison(self, state: CandidateState) -> None:
+        """Accuracy and capacity, roughly, of a candidate that is measured for comparison only."""
+        try:
+            self._predictor.predict(state)
+            state.accuracy = self._accuracy.accuracy(state.candidate, "validation")
+        except Exception as error:  # an engine may fail in any way, or answer with values that are not finite
+            state.end("failed", failure_reason(error))
+            return
+        if self._load_tests.measure_throughput(state):
+            self._load_tests.estimate_capacity(state, rough=True)
+        if state.fate is None:
+            state.end("beaten", "compiled, but one sample at a time: measured to show what batching buys")
+
+    def _steps(
+        self, compiled: CandidateState, states: list[CandidateState], winner: CandidateState
+    ) -> list[tuple[str, CandidateState]]:
+        """What is measured to show what each step bought, while there is time: compiled; then batched, too."""
+        full = [s for s in states if s.candidate.bundle == "reference" and s.candidate.precision == "f32"]
+        full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -(s.predicted or 0.0))
+        wanted = [("batched", full[0])] if full and winner not in full else []
+        measured = []
+        self._announce_rest(races=0, searches=0, steps=1 + len(wanted))
+        for step, state in [*wanted, ("compiled", compiled)]:
+            if self._budget.left <= 0:
+                self._progress.start(f'What the step "{step}" buys')
+                self._progress.done("skipped: the time was up", good=False)
+                continue
+            if state is compiled:
+                self._measure_for_comparison(state)
+            elif state.capacity is None and (
+                state.throughput is not None or self._load_tests.measure_throughput(state)
+            ):
+                self._load_tests.estimate_capacity(state, rough=True)
+            if state.capacity is not None:
+                measured.append((step, state))
+        return measured[::-1]
+
+    # The answer.
+
+    def _confirmed(self, ranked: list[CandidateState]) -> tuple[CandidateState, Measurement | None]:
+        """The winner of the races, confirmed; where it cannot be, a runner-up that can, with nearly the same capacity.
+
+        Where there is none the winner keeps its estimate: a proof of clearly less is no better answer.
+
+        Args:
+            ranked: the winner, then the others that raced.
+        """
+        winner, *others = ranked
+        self._announce_rest(races=0, searches=1, steps=2)
+        confirmed = self._proven(winner)
+        while winner.fate == "failed" and others:  # its server failed since the race
+            winner, *others = others
+            confirmed = self._proven(winner)
+        if confirmed is not None:
+            return winner, confirmed
+        least = _NEARLY * (winner.capacity or 0.0)
+        for state in others[:_RUNNERS_UP]:
+            if self._budget.left < Budget.FOR_STEPS:
+                break
+            self._load_tests.estimate_capacity(state)
+            if (state.capacity or 0.0) <= least:
+                continue
+            confirmed = self._load_tests.confirm(state, (1 - _WINNERS) / _RUNNERS_UP)
+            if confirmed is not None and confirmed.rate_rps >= least:
+                winner.end("beaten", f"it could not be confirmed on fresh seeds: {winner.why}")
+                return state, confirmed
+        return winner, None
+
+    def _proven(self, winner: CandidateState) -> Measurement | None:
+        self._load_tests.estimate_capacity(winner)
+        return self._load_tests.confirm(winner, _WINNERS) if winner.capacity and winner.fate != "failed" else None
+
+    def _answer(
+        self,
+        winner: CandidateState,
+        confirmed: Measurement | None,
+        base: CandidateState,
+        states: list[CandidateState],
+        steps: tuple[Rung, ...],
+    ) -> Plan:
+        reference, bundle = self._bundles["reference"], self._bundles[winner.candidate.bundle]
+        before = self._accuracy.accuracy(self._plain, "test")
+        after = self._accuracy.accuracy(winner.candidate, "test")
+        found = self._load_tests.estimate(winner)
+        capacity = winner.capacity or 0.0
+        holds = confirmed is not None or (capacity > 0 and not self._load_tests.refuted(winner, capacity))
+        feasible = holds and winner.fate != "failed" and not why_outside(after, self._goal.budget)
+        why = "the highest confirmed rate" if confirmed is not None else f"the highest estimate: {winner.why}"
+        winner.end("won", why if feasible else "the nearest miss: no candidate met the whole goal")
+        evidence = Evidence(
+            capacity_rps=capacity,
+            lowest_failing_rps=lowest_failing(winner),
+            p99_ms=confirmed.p99_ms if confirmed else None,
+            p99_interval_ms=confirmed.p99_interval_ms if confirmed else None,
+            metric=after.metric,
+            accuracy=after.value,
+            accuracy_interval=after.interval,
+            accuracy_drop=after.drop,
+            accuracy_drop_interval=after.drop_interval,
+            reference_accuracy=before.value,
+            reference_accuracy_interval=before.interval,
+            baseline_capacity_rps=base.capacity or 0.0,
+            baseline_p99_ms=base.p99_ms,
+            parameters=bundle.manifest.parameters,
+            model_bytes=bundle.model_bytes,
+            reference_parameters=reference.manifest.parameters,
+            reference_model_bytes=reference.model_bytes,
+            machine=describe(),
+            at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            trials=(*map(trial_of, states), *self._outside),
+            ladder=steps,
+            proven=confirmed is not None,
+            capacity_interval_rps=found.interval_rps if found is not None else None,
+            alone_rps=self._predictor.capacity_alone(winner),
+        )
+        points = operating_points(winner.windows)
+        return msgspec.structs.replace(
+            self._plan_of(winner), operating_points=points, evidence=evidence, feasible=feasible
+        )

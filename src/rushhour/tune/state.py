@@ -1,0 +1,51 @@
+"""The state of a candidate in the search."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rushhour.errors import RushhourError, StorageError
+from rushhour.measurement import Accuracy, Measurement
+from rushhour.plan import Fate
+from rushhour.tune.space import Candidate
+
+
+@dataclasses.dataclass
+class CandidateState:
+    """A candidate and what is known of it so far.
+
+    Attributes:
+        accuracy: on the validation part.
+        predicted: capacity in requests per second, by simulation.
+        throughput: answers in time per second, of a closed loop.
+        capacity: requests per second, measured.
+        p99_ms: at the proven capacity.
+        windows: of open-loop load, in the order measured in this process, also those answered from the journal.
+        fate: None while it is in the search.
+        why: in words.
+    """
+
+    candidate: Candidate
+    accuracy: Accuracy | None = None
+    predicted: float | None = None
+    throughput: float | None = None
+    capacity: float | None = None
+    p99_ms: float | None = None
+    windows: list[Measurement] = dataclasses.field(default_factory=list)
+    fate: Fate | None = None
+    why: str = ""
+
+    def end(self, fate: Fate, why: str) -> None:
+        """It leaves the search."""
+        self.fate, self.why = fate, why
+
+
+def failure_reason(error: Exception) -> str:
+    """Why a candidate failed, in one line.
+
+    Raises:
+        StorageError: if the error is one: without a journal the search cannot continue.
+    """
+    if isinstance(error, StorageError):
+        raise error
+    return str(error) if isinstance(error, RushhourError) else " ".join(f"{type(error).__name__}: {error}".split())
