@@ -131,7 +131,7 @@ def test_the_same_work_is_returned_and_other_work_replaces_it(parent: Bundle, sm
 
 def test_it_is_silent_and_reports_to_nobody(parent: Bundle, tmp_path: Path) -> None:
     code = (
-        "import sys, os, pathlib; sys.path.insert(0, 'tests'); import test_compress as t; "
+        "import sys, os, pathlib; sys.path.insert(0, 'tests/compress'); import test_compress as t; "
         "small = t.quantize(t.Bundle.open(pathlib.Path(sys.argv[1])), t.pictures(), pathlib.Path(sys.argv[2]), "
         "calibration=20, progress=t.Silent()); "
         "assert 'NNCF_CI' not in os.environ; del sys.modules['pytest']; "

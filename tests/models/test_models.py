@@ -206,7 +206,7 @@ def test_equal_weights_give_an_equal_bundle_in_any_process(bundle: Bundle, tmp_p
     sealed(residual(10, 1, 4, width=4, blocks=1), tmp_path / "other")  # counters of the exporter move on
     assert sealed(tiny(), tmp_path / "again", source=TINY).manifest.hash == here
     code = (
-        "import sys, pathlib; sys.path.insert(0, 'tests'); import test_models as t; "
+        "import sys, pathlib; sys.path.insert(0, 'tests/models'); import test_models as t; "
         "print(t.sealed(t.tiny(), pathlib.Path(sys.argv[1]), source=t.TINY).manifest.hash)"
     )
     ran = subprocess.run(

@@ -221,7 +221,7 @@ def test_a_log_that_is_read_again_says_what_was_lost(monkeypatch: pytest.MonkeyP
 def test_what_libraries_log_and_python_prints_is_in_the_log() -> None:
     code = """
 import asyncio, logging, threading, warnings
-from rushhour.serve import log
+from rushhour.serve.observability import log
 class Bad:
     def __del__(self): raise ValueError("del")
 with log.to_stderr("json", "info"):
