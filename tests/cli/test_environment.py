@@ -402,7 +402,7 @@ def test_settings_of_a_server_are_checked(tiny: Bundle, settings: str) -> None:
 
 _PRINTS = r"""
 import sys
-from rushhour import streams
+from rushhour.system import streams
 streams.settle()
 import click
 from rich.table import Table
@@ -455,7 +455,7 @@ def test_output_in_other_encodings(encoding: str) -> None:
 
 def test_a_file_name_that_is_no_text_is_printed_as_it_is() -> None:
     code = (
-        "from rushhour import streams\nstreams.settle()\nimport click\n"
+        "from rushhour.system import streams\nstreams.settle()\nimport click\n"
         "click.echo(b'a\\xff'.decode(errors='surrogateescape'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, env=environment(), check=False)
