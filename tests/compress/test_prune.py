@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rushhour.bundle import Bundle, Preprocessing, Source, TensorSpec
-from rushhour.compress import Prune, Recipe, Store, apply, compress, ladder
+from rushhour.compress import Prune, Recipe, Store, apply, compress, default_recipes
 from rushhour.compress.prune import prune
-from rushhour.compress.recipe import _check_rebuilt
+from rushhour.compress.run import _check_rebuilt
 from rushhour.data.dataset import Dataset, Split
 from rushhour.errors import ModelError, RushhourError
 from rushhour.goal import AccuracyBudget
@@ -325,10 +325,10 @@ FACTORIES: dict[str, tuple[str, float, str] | tuple[str, float, str, Arguments]]
     "groups of 8": ("grouped", 0.8, ""),
     "groups of 2": ("grouped", 0.8, "", {"groups": 2}),
     "two filters a channel": ("multiplied", 1.0, "too few for 16 groups"),
-    "shuffle": ("shuffled", 0.9, "counts on"),
+    "shuffle": ("shuffled", 0.9, "depends on all"),
     "concatenation": ("Concatenated", 0.8, ""),
     "squeeze and excite": ("Squeezed", 0.8, ""),
-    "LSTM": ("Recurrent", 0.95, "cannot do with fewer"),
+    "LSTM": ("Recurrent", 0.95, "need all its channels"),
     "GRU": ("Recurrent", 0.95, "", {"kind": "GRU"}),
     "attention": ("Attentive", 0.9, "embed"),
     "transposed": ("transposed", 0.9, ""),
@@ -337,14 +337,14 @@ FACTORIES: dict[str, tuple[str, float, str] | tuple[str, float, str, Arguments]]
     "einsum": ("Summed", 0.8, ""),
     "tied": ("Tied", 0.95, "shares weights"),
     "called twice": ("Twice", 1.0, ""),
-    "buffer": ("Scaled", 0.95, "counts on"),
+    "buffer": ("Scaled", 0.95, "depends on all"),
     "two arguments": ("Masked", 0.8, ""),
-    "pixel shuffle": ("pixels", 1.0, "counts on"),
+    "pixel shuffle": ("pixels", 1.0, "depends on all"),
     "group norm": ("group_normed", 0.95, ""),
     "one-dimensional": ("flat", 0.8, ""),
     "frozen middle": ("frozen_middle", 0.9, "is frozen"),
     "frozen norms": ("frozen_norms", 0.8, ""),
-    "backbone without gradients": ("Backbone", 0.95, "followed"),
+    "backbone without gradients": ("Backbone", 0.95, "traced"),
 }
 """Kind -> factory, what is left of its parameters at most, and a word on what stays as it was; its arguments."""
 
@@ -451,7 +451,7 @@ def test_the_default_recipes_of_a_mobile_network_end_well(tmp_path: Path) -> Non
     made = compress(
         parent,
         data,
-        ladder(parent, data, epochs=1, trusted=TRUSTED)[:2],
+        default_recipes(parent, data, epochs=1, trusted=TRUSTED)[:2],
         budget=AccuracyBudget(1.0),
         out=tmp_path / "out",
         steps=tmp_path / "steps",
@@ -478,7 +478,7 @@ def test_a_network_that_cannot_be_built_again_is_said_before_it_is_trained(head:
             return out
 
     changed = Deployed(Sized(), TASK, PICTURES)
-    with pytest.raises(ModelError, match="cannot write down how only_the_head was changed"):
+    with pytest.raises(ModelError, match="cannot record how only_the_head was changed"):
         _check_rebuilt(changed, Source("test_prune:grouped"), head, TRUSTED)
 
 

@@ -20,22 +20,22 @@ from rushhour.bundle import Bundle, Preprocessing, Source, TensorSpec
 from rushhour.compress import (
     Distil,
     LowRank,
-    Precision,
     Prune,
     Quantize,
     Recipe,
+    ReducedPrecision,
     Store,
     apply,
     compress,
+    default_recipes,
     judge,
-    ladder,
     outputs_of,
     quantize,
     too_few,
     why_outside,
 )
-from rushhour.compress.compress import Bench
-from rushhour.compress.speed import Artefact, Ratio, Speed
+from rushhour.compress.evaluation import Evaluation
+from rushhour.compress.speed import Artefact, Bench, Ratio, Speed
 from rushhour.data.augment import Augmentation
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig
@@ -110,7 +110,7 @@ def stages(parent: Bundle) -> list[Bundle]:
     [
         ("prune:0.5,lowrank:0.1,distil:3,int8", (Prune(0.5), LowRank(0.1), Distil(3), Quantize())),
         ("lowrank:32", (LowRank(rank=32),)),
-        ("lowrank:energy=0.9:layers=13+16,f16", (LowRank(energy=0.9, layers=("13", "16")), Precision("f16"))),
+        ("lowrank:energy=0.9:layers=13+16,f16", (LowRank(energy=0.9, layers=("13", "16")), ReducedPrecision("f16"))),
         ("prune:parameters=0.9:ignored=0:epochs=4", (Prune(parameters=0.9, ignored=("0",), epochs=4),)),
         ("distil:2:augment=flip+crop=0.1:dropout=true", (Distil(2, augment=Augmentation(True, 0.1), dropout=True),)),
         ("int8:50", (Quantize(50),)),
@@ -140,7 +140,7 @@ def test_a_recipe_may_lie_in_a_file(tmp_path: Path) -> None:
         ("int8,prune:0.5", "cannot prune:0.5 after int8"),
         ("int8,f16", "cannot f16 after int8"),
         ("prune:half", "cannot read the step"),
-        ("prune:0.5:ratio=0.4", "it is there twice"),
+        ("prune:0.5:ratio=0.4", "it is given twice"),
         ("prune:0.5:speed=2", "prune has ratio"),
         ("distil:3:student=x", "JSON only"),
         ("f16:3", "f16 takes no settings"),
@@ -498,14 +498,14 @@ def test_a_recipe_that_cannot_be_done_does_not_stop_the_others(parent: Bundle, t
         _compressed(parent, tmp_path, ["lowrank:layers=99"], "50%", {})
 
 
-def test_the_ladder_fits_the_bundle(parent: Bundle, stages: list[Bundle]) -> None:
-    rungs = [str(rung) for rung in ladder(parent, pictures(), epochs=2)]
-    assert rungs[0] == "int8"
-    assert all("prune" in rung and "lowrank" in rung and "distil:2" in rung for rung in rungs[1:])
+def test_default_recipes_fit_the_bundle(parent: Bundle, stages: list[Bundle]) -> None:
+    recipes = [str(one) for one in default_recipes(parent, pictures(), epochs=2)]
+    assert recipes[0] == "int8"
+    assert all("prune" in one and "lowrank" in one and "distil:2" in one for one in recipes[1:])
     graph_alone = Bundle(parent.path, msgspec.structs.replace(parent.manifest, source=None))
-    assert [str(rung) for rung in ladder(graph_alone, pictures())] == ["int8", "w8", "f16"]
+    assert [str(one) for one in default_recipes(graph_alone, pictures())] == ["int8", "w8", "f16"]
     with pytest.raises(ModelError, match=r"cannot compress quarters: it is quantised already; name the bundle that"):
-        ladder(stages[-1], pictures())
+        default_recipes(stages[-1], pictures())
 
 
 def test_whatever_goes_wrong_in_one_recipe_ends_that_recipe_only(
@@ -516,7 +516,7 @@ def test_whatever_goes_wrong_in_one_recipe_ends_that_recipe_only(
     def fails(*_: object, **__: object) -> None:
         raise IndexError("index 1 is out of bounds\nand a second line")
 
-    monkeypatch.setattr(sys.modules["rushhour.compress.recipe"], "prune", fails)
+    monkeypatch.setattr(sys.modules["rushhour.compress.run"], "prune", fails)
     made = _compressed(parent, tmp_path, ["f16", "prune:0.5,int8:20", "bf16"], "50%", {"f16": 1.5})
     assert [attempt.recipe for attempt in made.attempts] == ["f16", "prune:0.5,int8:20", "bf16"]
     assert made.attempts[1].why == (
@@ -548,13 +548,13 @@ def _spread(interval: tuple[float, float], value: float) -> Bench:
             1.23,
             (0.83, 1.82),
             "no gain",
-            r"no gain is shown: bf16 comes nearest, with 1\.23x \(0\.83 to 1\.82\)",
+            r"no gain is shown: the best is bf16, 1\.23x \(0\.83 to 1\.82\)",
         ),
         ("f16", 1.23, (0.83, 1.82), "no gain", "no gain is shown"),
-        ("bf16", 1.01, (0.99, 1.03), "no gain", "the bundle is as it was"),
+        ("bf16", 1.01, (0.99, 1.03), "no gain", "the bundle is unchanged"),
         ("bf16", 1.23, (1.02, 1.4), "best", r"^bf16: 1\.23x \(1\.02 to 1\.40\) the throughput$"),
         ("f16", 1.0, (0.98, 1.02), "best", r"^f16: \d\.\dx smaller on disk and no slower, 1\.00x"),
-        ("f16", 0.9, (0.85, 0.95), "no gain", "slower than what it was made from"),
+        ("f16", 0.9, (0.85, 0.95), "no gain", "slower than the bundle that they were made from"),
     ],
 )
 def test_no_proven_gain_is_no_gain(
@@ -572,7 +572,7 @@ def test_no_proven_gain_is_no_gain(
     def accuracy(self: object, bundle: Bundle, part: str) -> Accuracy:
         return Accuracy("accuracy", 0.9, (0.8, 1.0), 1000, part)
 
-    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    monkeypatch.setattr(Evaluation, "accuracy", accuracy)
     made = compress(
         parent,
         pictures(),
@@ -610,7 +610,7 @@ def test_too_few_samples_say_how_many_would_do_or_which_budget() -> None:
         return judge(task, "validation", np.zeros(n, np.int64), after, before)
 
     said = why_outside(judged(80, 0), AccuracyBudget(0.01))
-    assert "falls by 0.00 points on 80 samples" in said
+    assert "drops by 0.00 points on 80 samples" in said
     assert said.endswith("about 194 samples in that part would show it, or a budget of 2.4%")
     assert why_outside(judged(194, 0), AccuracyBudget(0.01)) == ""
     assert why_outside(judged(80, 0), AccuracyBudget(0.024)) == ""
@@ -661,7 +661,7 @@ def test_a_miss_on_the_test_part_has_a_gentler_runner_up(
             most += 0.02
         return Accuracy("accuracy", 0.9 - drop, (0.8, 1.0), 1000, part, drop, (-most, most))
 
-    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    monkeypatch.setattr(Evaluation, "accuracy", accuracy)
     made = _compressed(parent, tmp_path, ["bf16", "f16"], "1%", {"bf16": 2.0, "f16": 1.5})
     assert made.verdict == verdict
     assert last(Bundle.open(tmp_path / "out")) == name
@@ -670,7 +670,7 @@ def test_a_miss_on_the_test_part_has_a_gentler_runner_up(
                                              if each.stage == made.best and each.accuracy)  # fmt: skip
     assert Compression.load(tmp_path / "steps") == made
     if verdict == "best" and missing:
-        assert "bf16 promised more, but on the test part accuracy falls by 0.20 points" in made.said
+        assert "bf16 is better on the validation part, but on the test part accuracy drops by 0.20 points" in made.said
 
 
 def test_answers_that_are_no_numbers_on_the_test_part_leave_the_runner_up(
@@ -682,7 +682,7 @@ def test_answers_that_are_no_numbers_on_the_test_part_leave_the_runner_up(
         most = 0.002 if last(bundle) == "bf16" else 0.0
         return Accuracy("accuracy", 0.9, (0.8, 1.0), 1000, part, 0.0, (-most, most))
 
-    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    monkeypatch.setattr(Evaluation, "accuracy", accuracy)
     made = _compressed(parent, tmp_path, ["bf16", "f16"], "1%", {"bf16": 2.0, "f16": 1.5})
     assert (made.verdict, made.answer.step) == ("best", "f16")
     assert made.confirmations[-1].why == "answers of it are no numbers"

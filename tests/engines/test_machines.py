@@ -57,7 +57,7 @@ def wide(path: Path) -> Bundle:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
     other = msgspec.structs.replace(describe(), features=features)
-    for module in ("engines.agreement", "compress.compress", "compress.quantize"):
+    for module in ("engines.agreement", "compress.evaluation", "compress.quantize"):
         monkeypatch.setattr(sys.modules[f"rushhour.{module}"], "describe", lambda: other)
 
 
@@ -463,7 +463,7 @@ def test_compress_leaves_both_beside_each_other(
         drop = 0.0 if bundle.manifest.precision == "f32" else drops[full_range(bundle)]
         return msgspec.structs.replace(judged, value=0.9 - drop, drop=drop, drop_interval=(drop, drop), split=part)
 
-    monkeypatch.setattr(sys.modules["rushhour.compress.compress"]._Trial, "accuracy", accuracy)
+    monkeypatch.setattr(sys.modules["rushhour.compress.evaluation"].Evaluation, "accuracy", accuracy)
     found = compress(
         parent,
         noise(),

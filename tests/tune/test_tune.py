@@ -742,8 +742,8 @@ def answering(wrong: dict[str, dict[str, int]]) -> Callable[..., Any]:
     ("wrong", "wins", "says"),
     [
         ({}, "int8", ""),
-        ({"validation": 3}, "reference", "falls by 3.00 points on 100 samples of the validation part"),
-        ({"test": 6}, "reference", "falls by 6.00 points on 100 samples of the test part"),
+        ({"validation": 3}, "reference", "drops by 3.00 points on 100 samples of the validation part"),
+        ({"test": 6}, "reference", "drops by 6.00 points on 100 samples of the test part"),
     ],
 )
 def test_an_artefact_has_to_be_shown_inside_the_budget_on_both_parts(

@@ -19,7 +19,7 @@ from rushhour.records.compression import Compression, Factor, Stage
 from rushhour.system.storage import check_claim, try_folder
 
 if TYPE_CHECKING:
-    from rushhour.compress.quantize import Target
+    from rushhour.compress import Target
     from rushhour.data import Kind
     from rushhour.plan import EngineName
 
@@ -78,7 +78,7 @@ def run(
         RushhourError: as `rushhour.compress.compress`.
     """
     from rushhour.bundle import Bundle, check_folder
-    from rushhour.compress import Recipe, compress, ladder
+    from rushhour.compress import Recipe, compress, default_recipes
     from rushhour.report import write_compression_report
 
     folder = steps or out.with_name(f"{out.name}-steps")
@@ -90,7 +90,7 @@ def run(
     check_folder(out)  # before data is loaded
     check_claim(folder)
     dataset = load_data(data, progress, str(bundle), size=size, skip_corrupt=skip_corrupt, kind=kind)
-    recipes = ladder(parent, dataset, epochs=epochs, trusted=trust) if asked is None else (asked,)
+    recipes = default_recipes(parent, dataset, epochs=epochs, trusted=trust) if asked is None else (asked,)
     if target is not None:
         recipes = tuple(recipe.for_machines(target) for recipe in recipes)
     found = compress(

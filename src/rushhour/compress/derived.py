@@ -1,4 +1,4 @@
-"""A bundle made from another's graph alone, without its torch module: verified on both engines, then sealed."""
+"""A bundle made from another's graph, without its torch module: verified on both engines, then sealed."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 _VERIFIED_BATCHES = (1, 3, 32)
 
 _AGREEMENT = 0.05
-"""Mean distance allowed between two engines' answers, as a share of their range. They round int8 differently."""
+"""Mean difference allowed between two engines' answers, as a share of their range: they round int8 differently."""
 
-_ROOM: Final = 3.0
-"""Engines of other versions and processors round otherwise than those here, but not so many times as far."""
+_MARGIN: Final = 3.0
+"""The recorded tolerance over the deviation found here: other versions and processors round differently."""
 
 OUTCOME: Final = "control"
-"""The setting of a step that is a result: what accuracy control did."""
+"""The setting of a step in the lineage that is a result: what accuracy control did."""
 
 Answers = list[dict[str, NDArray[Any]]]
 """For each verified batch: output name -> array."""
 
 
 def engine_versions(*tools: str) -> dict[str, str]:
-    """Package -> version: of the engines that decide whether an artefact is taken, and of what else makes it."""
+    """Package -> version: of the engines that verify a bundle, and of the tools that make it."""
     return {package: importlib.metadata.version(package) for package in (*tools, *_ENGINES)}
 
 
-def made_before(out: Path, parent: Bundle, step: Step) -> Bundle | None:
-    """The bundle at `out`, if it came from this very step on this very parent; a damaged one counts as none.
+def existing_bundle(out: Path, parent: Bundle, step: Step) -> Bundle | None:
+    """The bundle at `out`, if it came from this step on this parent; None if it is another, or damaged.
 
     Args:
-        step: all that was asked for; the bundle's own step may say `OUTCOME` besides.
+        step: its settings; the bundle's own step may have `OUTCOME` besides.
     """
     try:
-        there = Bundle.open(out)
+        existing = Bundle.open(out)
     except BundleError:
         return None
-    *before, last = there.manifest.lineage or (Step(""),)
-    asked = {name: value for name, value in last.settings.items() if name != OUTCOME}
-    same = tuple(before) == parent.manifest.lineage and last.what == step.what and asked == step.settings
-    return there if same else None
+    *before, last = existing.manifest.lineage or (Step(""),)
+    settings = {name: value for name, value in last.settings.items() if name != OUTCOME}
+    same = tuple(before) == parent.manifest.lineage and last.what == step.what and settings == step.settings
+    return existing if same else None
 
 
 def seal(
@@ -66,7 +66,7 @@ def seal(
     samples: Mapping[str, NDArray[Any]],
     near_parent: float | None = None,
 ) -> Bundle:
-    """The bundle with `graph` at `out`, once both engines run it at any batch size and mean the same.
+    """The bundle with `graph` at `out`, once both engines run it at any batch size and agree on its answers.
 
     It carries neither source nor weights: its answers are no longer those of the torch module.
 
@@ -74,7 +74,7 @@ def seal(
         parent: what it was made from.
         out: its folder; any other bundle there is replaced.
         step: the end of its lineage.
-        precision: what engines are asked to run it in.
+        precision: that engines run it in.
         samples: real inputs, one or more: name -> array of shape `(n, *shape)`.
         near_parent: how far its answers may be from the parent's on average, as a share of their range.
 
@@ -103,8 +103,8 @@ def seal(
 def _verify(
     bundle: Bundle, parent: Bundle, samples: Mapping[str, NDArray[Any]], near_parent: float | None
 ) -> dict[Precision, float]:
-    """How far from the graph's own answers an engine may be, from what the engines here do."""
-    # OpenVINO would refuse it: this machine cannot vouch for what it is not for
+    """The tolerance of an engine's answers, from the deviations of the engines here."""
+    # OpenVINO refuses it on this machine, which it is not for
     engines = _ENGINES[1:] if saturates_here(bundle) else _ENGINES
     precision = bundle.manifest.precision
     found = {engine: _answers(bundle, engine, precision, samples) for engine in engines}
@@ -113,7 +113,7 @@ def _verify(
         first,
         last,
         _AGREEMENT,
-        f"{bundle.manifest.name} is not the same model on {engines[0]} and {engines[-1]}",
+        f"{bundle.manifest.name} answers differently on {engines[0]} and {engines[-1]}",
     )
     if near_parent is not None:
         meant = parent.manifest.precision
@@ -123,7 +123,7 @@ def _verify(
     whole = {name: np.resize(array, (largest, *array.shape[1:])) for name, array in samples.items()}
     exact = graph_answers(bundle.model, whole)
     off = max(deviation(exact, answers[-1]) for answers in found.values())
-    return {precision: max(TOLERANCES[precision], _ROOM * off)}
+    return {precision: max(TOLERANCES[precision], _MARGIN * off)}
 
 
 def _answers(bundle: Bundle, engine: EngineName, precision: Precision, samples: Mapping[str, NDArray[Any]]) -> Answers:
@@ -141,11 +141,11 @@ def _answers(bundle: Bundle, engine: EngineName, precision: Precision, samples: 
 def _check_near(first: Answers, second: Answers, share: float, what: str) -> None:
     for size, left, right in zip(_VERIFIED_BATCHES, first, second, strict=True):
         for name in left:
-            apart = float(np.abs(left[name].astype(np.float64) - right[name]).mean())
+            difference = float(np.abs(left[name].astype(np.float64) - right[name]).mean())
             allowed = share * max(1e-3, float(np.ptp(left[name])))
-            if not apart <= allowed:
+            if not difference <= allowed:
                 raise ModelError(
                     what,
-                    f"at batch {size} their answers are {apart:.2g} apart on average, and {allowed:.2g} is allowed",
+                    f"at batch {size} answers differ by {difference:.2g} on average, and {allowed:.2g} is allowed",
                     "serve it in f32 or bf16",
                 )

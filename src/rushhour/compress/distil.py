@@ -1,8 +1,8 @@
-"""Distillation: a smaller network learns from the answers of a larger one (Hinton et al. 2015), and from labels.
+"""Distillation: a smaller network learns from the outputs of a larger one (Hinton et al. 2015), and from labels.
 
-Both see the same picture, augmented alike, and the schedule is long (Beyer et al. 2022). A teacher answers through its
-torch module, or through its compiled graph where it has none. The order of the data follows from (seed, epoch), and the
-rest is in the checkpoint, so a killed distillation ends with the same weights, bit for bit, as one left alone.
+Both get the same augmented picture, and the schedule is long (Beyer et al. 2022). The teacher is a torch module, or the
+compiled graph where there is none. The order of the data follows from (seed, epoch), and the rest is in the checkpoint,
+so a killed distillation ends with the same weights, bit for bit, as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from rushhour.train.loss import loss_for
 from rushhour.train.memory_format import NOTE, MemoryFormat, choose
 from rushhour.train.settings import ScheduleName
 
-_REMEMBERED_BYTES = 256_000_000
-"""Answers of the teacher to the training part are kept, where nothing is augmented, up to this size."""
-_LOOKED_AT = 32
-"""Samples whose answers show whether a graph gives probabilities or logits."""
+_CACHED_BYTES = 256_000_000
+"""Largest size of the teacher's outputs that are cached, where nothing is augmented."""
+_PROBED = 32
+"""Samples whose outputs show whether a graph gives probabilities or logits."""
 _COARSE = 0.05
-"""By which the sum of an int8 graph's probabilities may miss 1."""
+"""By which the sum of an int8 graph's probabilities may differ from 1."""
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 Teacher = Callable[[Tensor], Tensor]
@@ -47,19 +47,19 @@ Teacher = Callable[[Tensor], Tensor]
 
 
 class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
-    """Train a network on the answers of the recipe's first bundle, and on labels where there are any.
+    """Train a network on the outputs of the recipe's first bundle, and on labels where there are any.
 
     Attributes:
         epochs: passes over the training part.
-        student: the network that learns; without one, the network as the recipe has left it so far.
-        temperature: answers of both are divided by it before they are compared; a classification's only.
-        alpha: weight of the teacher's answers in the loss; the labels have the rest.
+        student: the network that learns; without one, the network as the steps before have left it.
+        temperature: logits of both are divided by it before they are compared; for classification only.
+        alpha: weight of the teacher's outputs in the loss; the labels have the rest.
         lr: the peak of the learning rate.
         batch: samples in a step.
         schedule: of the learning rate, as in `TrainSettings`.
         augment: what happens to pictures, for teacher and student alike.
-        dropout: whether the student's layers of dropout work. Off, because a small network has nothing to spare, and
-            the teacher's answers keep it from overfitting too (`make bench-compress` shows what dropout costs there).
+        dropout: whether the student's dropout layers are on. They are off by default: a small network has little
+            capacity, and the teacher's outputs regularise it too (`make bench-compress` shows the cost of dropout).
     """
 
     epochs: int = 3
@@ -82,7 +82,7 @@ class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
         self.settings(0)
 
     def settings(self, seed: int) -> TrainSettings:
-        """The part of it that every training has."""
+        """The settings that every training has."""
         return TrainSettings(
             epochs=self.epochs,
             batch=self.batch,
@@ -108,14 +108,14 @@ def distil(
     """Train `student`, in place; it ends in evaluation mode.
 
     Args:
-        teacher: gives the answers.
+        teacher: whose outputs the student learns.
         student: with the weights to begin with; a checkpoint replaces them.
         dataset: its training part; labels are used where there are any.
         step: how.
         seed: of order, augmentation and dropout.
-        checkpoint: is gone on from, and stays at the end: called again, all is done already.
-        progress: hears of every step.
-        trusted: factories that may be imported for the teacher; without trust its graph answers.
+        checkpoint: resumed from; it stays at the end, so that a second call has nothing to do.
+        progress: told of every step.
+        trusted: factories that may be imported for the teacher; its graph is used where its factory is not among them.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step.
 
     Raises:
@@ -145,13 +145,13 @@ def distil(
         form.in_force(),
         torch.random.fork_rng(devices=[]),
         Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment) as feed,
-        _answering(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)) as asked,
+        _teaching(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)) as taught,
     ):
         torch.manual_seed(seed)
         total = feed.steps * step.epochs
         schedule = settings.make_schedule(optimizer, total)
         done, saved = checkpoint.restore(student.network, optimizer, schedule), time.monotonic()
-        remembered = _remembered(asked, dataset, feed.batch, step, progress) if done < total else None
+        cached = _cached(taught, dataset, feed.batch, step, progress) if done < total else None
         progress.start(f"distil from {name} on {dataset.name}", total)
         if done:
             progress.advance(done, f"resumed after step {done}")
@@ -162,11 +162,11 @@ def distil(
         while done < total:
             epoch, first = divmod(done, feed.steps)
             for batch in feed.epoch(epoch, first):
-                hints = remembered[batch.own] if remembered is not None else asked(batch.inputs)
+                wanted = cached[batch.own] if cached is not None else taught(batch.inputs)
                 student.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings.bf16)):
                     logits = student.logits(batch.inputs)
-                loss = loss_of(logits.float(), hints, batch.targets)
+                loss = loss_of(logits.float(), wanted, batch.targets)
                 if not math.isfinite(value := loss.item()):
                     raise Diverged(
                         f"distilling from {name} diverged",
@@ -190,36 +190,36 @@ def _loss(task: Task, step: Distil, labelled: bool) -> Callable[[Tensor, Tensor,
     """Of the student's outputs, the teacher's, and the targets: a mean over samples."""
     of_targets, heat = loss_for(task), step.temperature
 
-    def of_hints(outputs: Tensor, hints: Tensor) -> Tensor:
+    def of_teacher(outputs: Tensor, wanted: Tensor) -> Tensor:
         if task.kind != "classification":
-            return functional.mse_loss(outputs, hints)
-        soft, wanted = (functional.log_softmax(each / heat, dim=1) for each in (outputs, hints))
+            return functional.mse_loss(outputs, wanted)
+        student, teacher = (functional.log_softmax(each / heat, dim=1) for each in (outputs, wanted))
         # its gradient shrinks with the square of the temperature
-        return functional.kl_div(soft, wanted, reduction="batchmean", log_target=True) * heat**2
+        return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * heat**2
 
-    def loss(outputs: Tensor, hints: Tensor, targets: Tensor) -> Tensor:
+    def loss(outputs: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
         if not labelled:
-            return of_hints(outputs, hints)
-        return step.alpha * of_hints(outputs, hints) + (1 - step.alpha) * of_targets(outputs, targets)
+            return of_teacher(outputs, wanted)
+        return step.alpha * of_teacher(outputs, wanted) + (1 - step.alpha) * of_targets(outputs, targets)
 
     return loss
 
 
 @contextlib.contextmanager
-def _answering(
+def _teaching(
     bundle: Bundle, dataset: Dataset, batch: int, trusted: tuple[str, ...], *, bf16: bool
 ) -> Iterator[Teacher]:
-    """The teacher at work."""
+    """The teacher's outputs for samples, while the block runs."""
     module = _module(bundle, trusted)
     if module is not None:
-        # only gradients are at fault, and `load_deployed` has seen whether it can take channels-last pictures
+        # oneDNN's fault is in gradients only, and `load_deployed` has tried channels-last pictures
         MemoryFormat(channels_last=not module.preprocess.contiguous).lay(module)
 
-        def torch_answers(inputs: Tensor) -> Tensor:
+        def of_module(inputs: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 return module.logits(inputs).float()
 
-        yield torch_answers
+        yield of_module
         return
     (spec,), output = bundle.manifest.signature.inputs, bundle.manifest.signature.outputs[0].name
     precision = bundle.manifest.precision
@@ -227,25 +227,25 @@ def _answering(
     engine = open_engine(bundle, config)
     try:
         runner = Runner(engine)
-        first = np.ascontiguousarray(dataset.train.inputs[:_LOOKED_AT])
+        first = np.ascontiguousarray(dataset.train.inputs[:_PROBED])
         gives = runner.infer({spec.name: first[:batch]})[output]
         # log-probabilities are logits up to a constant, which softmax at any temperature ignores
         are_logs = dataset.task.kind == "classification" and are_probabilities(np.asarray(gives), _COARSE)
 
-        def compiled_answers(inputs: Tensor) -> Tensor:
+        def of_graph(inputs: Tensor) -> Tensor:
             samples = inputs.numpy()
             if samples.dtype != spec.dtype:  # augmented pictures; the graph takes whole pixels
                 samples = np.rint(samples).astype(spec.dtype)
             answers = torch.from_numpy(np.asarray(runner.infer({spec.name: samples})[output], dtype=np.float32))
             return answers.clamp_min(1e-12).log() if are_logs else answers
 
-        yield compiled_answers
+        yield of_graph
     finally:
         engine.close()
 
 
 def _module(bundle: Bundle, trusted: tuple[str, ...]) -> Deployed | None:
-    """The teacher in torch; None where it has no module, or one whose code nobody trusts: its graph answers alike."""
+    """The teacher in torch; None where it has no module, or its factory is not trusted: its graph gives the same."""
     if bundle.manifest.source is None or bundle.weights is None:
         return None
     try:
@@ -254,16 +254,16 @@ def _module(bundle: Bundle, trusted: tuple[str, ...]) -> Deployed | None:
         return None
 
 
-def _remembered(asked: Teacher, dataset: Dataset, batch: int, step: Distil, progress: Progress) -> Tensor | None:
-    """The teacher's answers to the whole training part, where they are asked for again in every epoch."""
+def _cached(taught: Teacher, dataset: Dataset, batch: int, step: Distil, progress: Progress) -> Tensor | None:
+    """The teacher's outputs for the whole training part, where every epoch needs the same; else None."""
     inputs, outputs = dataset.train.inputs, dataset.task.outputs
-    if step.augment is not None or step.epochs < 2 or len(inputs) * outputs * 4 > _REMEMBERED_BYTES:
+    if step.augment is not None or step.epochs < 2 or len(inputs) * outputs * 4 > _CACHED_BYTES:
         return None
-    progress.start(f"the teacher answers on {dataset.name}", len(inputs))
+    progress.start(f"outputs of the teacher on {dataset.name}", len(inputs))
     answers = torch.empty(len(inputs), outputs)
     for at in range(0, len(inputs), batch):
         part = np.ascontiguousarray(inputs[at : at + batch])
-        answers[at : at + len(part)] = asked(torch.from_numpy(part))
+        answers[at : at + len(part)] = taught(torch.from_numpy(part))
         progress.advance(len(part))
     progress.done()
     return answers

@@ -1,4 +1,4 @@
-"""How good a bundle is: the compiled artefact's answers on held-out data, compared with the reference's."""
+"""The accuracy of a bundle: the compiled graph's answers on held-out data, compared with the reference's."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rushhour.measurement import Accuracy
 from rushhour.task import Task, Z
 
 _ROUNDING: Final = 1e-4
-"""Of the answers' range: what two engines' sums in float32 may differ by."""
+"""Share of the answers' range that two engines' float32 results may differ by."""
 _UNCHANGED: Final = 2.0
-"""Over n: so near its drop is the upper end where not one answer is right on one side alone."""
+"""Over n: so close to the drop is the upper end of its interval where no answer is right in one of the two only."""
 
 
 def outputs_of(bundle: Bundle, config: EngineConfig, split: Split, trusted: tuple[str, ...] = ()) -> NDArray[Any]:
@@ -46,7 +46,7 @@ def outputs_of(bundle: Bundle, config: EngineConfig, split: Split, trusted: tupl
             f"answers of {bundle.manifest.name} on {config.engine} in {config.precision} are no numbers",
             f"{int(wrong.sum())} of {len(answers)} samples, the first of them number {int(wrong.argmax())}, gave NaN "
             "or infinity",
-            "check its weights, and the range of its inputs; in another precision it may not overflow",
+            "check its weights, and the range of its inputs; it may overflow in this precision only",
         )
     return answers
 
@@ -60,14 +60,14 @@ def judge(
 ) -> Accuracy:
     """The task's metric of `outputs`, and how far it fell below the reference on the same samples.
 
-    Where there are no targets it is fidelity instead: how far the artefact answers as the reference does, which by
-    itself has 1. What is missing to 1 counts as the drop, under the same budget. Outputs that differ from the
-    reference's by rounding alone are the reference's: they have no drop, on however few samples.
+    Where there are no targets it is fidelity instead: the agreement with the reference's answers, 1 for the reference
+    itself. The difference to 1 is the drop, under the same budget. Outputs that differ from the reference's by rounding
+    only have no drop, on however few samples.
 
     Args:
         split_name: which part of the data: `validation`, `test`.
-        targets: what was right, as in `Split`.
-        outputs: of the artefact that is judged, `(n, outputs)`.
+        targets: as in `Split`.
+        outputs: of the bundle that is judged, `(n, outputs)`.
         reference_outputs: of the reference on the same samples; None if this is the reference.
     """
     if not Split(outputs, targets).labelled:
@@ -89,42 +89,42 @@ def judge(
 
 
 def why_outside(accuracy: Accuracy, budget: AccuracyBudget) -> str:
-    """Why the drop is not shown to stay inside the budget, and what would help; empty where it is shown.
+    """Why the drop is not shown to be inside the budget, and the remedy; empty where it is shown.
 
-    The upper end of the paired interval has to be inside, not the drop alone: of artefacts whose true drop is the
-    whole budget, one in forty passes, and not one in two.
+    The upper end of the paired interval must be inside, not the drop alone: of bundles whose true drop is the whole
+    budget, one in forty passes, and not one in two.
     """
     drop, (_, high), allowed, n = accuracy.drop, accuracy.drop_interval, budget.max_drop, accuracy.n
     if high <= allowed:
         return ""
-    said = (
-        f"{accuracy.metric} falls by {drop * 100:.2f} points on {n:,} samples of the {accuracy.split} part, "
+    sentence = (
+        f"{accuracy.metric} drops by {drop * 100:.2f} points on {n:,} samples of the {accuracy.split} part, "
         f"by {high * 100:.2f} at most, and {budget} is allowed"
     )
     if drop > allowed:
-        return said
+        return sentence
     wider = f"a budget of {math.ceil(high * 1000) / 10:g}%"
     if not allowed:
-        return f"{said}: no number of samples shows that there is no fall at all; {wider} would do"
+        return f"{sentence}: no number of samples shows that there is no drop at all; {wider} would do"
     is_unchanged = high - drop <= _UNCHANGED / n
     enough = least_samples(budget) if is_unchanged else n * ((high - drop) / max(1e-9, allowed - drop)) ** 2
     more = f"about {math.ceil(enough):,} samples in that part would show it, or {wider}" if enough < 1e7 else wider
-    return f"{said}: {more}"
+    return f"{sentence}: {more}"
 
 
 def least_samples(budget: AccuracyBudget) -> int:
-    """Samples without which no classifier can be shown to stay inside the budget, even if not one answer changes."""
+    """The fewest samples that can show that a classifier is inside the budget, if no answer changes."""
     return math.ceil(Z / budget.max_drop) - 2 if budget.max_drop else sys.maxsize
 
 
 def too_few(task: Task, split_name: str, split: Split, budget: AccuracyBudget) -> str:
-    """What to do about a part of the data that cannot show the budget, whatever the artefact; empty where it can."""
+    """The remedy for a part of the data with too few samples to show the budget; empty where it has enough."""
     n, least = len(split), least_samples(budget)
     if task.kind != "classification" or n >= least or not budget.max_drop:
         return ""
     return (
-        f"{n:,} samples of the {split_name} part cannot show that accuracy falls by less than {budget}, even if not "
-        f"one answer changes: give {least:,} or more, or a budget of {math.ceil(1000 * Z / (n + 2)) / 10:g}%"
+        f"{n:,} samples of the {split_name} part cannot show that accuracy drops by less than {budget}, even if no "
+        f"answer changes: give {least:,} or more, or a budget of {math.ceil(1000 * Z / (n + 2)) / 10:g}%"
     )
 
 
@@ -165,8 +165,8 @@ def named_inputs(bundle: Bundle, inputs: NDArray[Any]) -> dict[str, NDArray[Any]
         inputs: as in `Split`; a field for each input where the bundle has several.
 
     Raises:
-        DataError: if names, shapes or types differ from the signature's (one wrong dimension would be broadcast in
-            silence), or there is NaN or infinity in them.
+        DataError: if names, shapes or types differ from the signature's (a wrong dimension would be broadcast
+            silently), or if they hold NaN or infinity.
     """
     specs = {spec.name: spec for spec in bundle.manifest.signature.inputs}
     fields = inputs.dtype.names or ()

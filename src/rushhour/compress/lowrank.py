@@ -1,7 +1,7 @@
 """Low rank: a dense layer that holds most of a network becomes a product of two narrow ones.
 
-Which directions stay is decided by what the layer gives on real samples, not by its weights alone: of all products of
-that rank, the one that is nearest in the layer's outputs (the best approximation of W X, Eckart and Young 1936).
+The directions are chosen by the outputs of the layer for real samples, not by its weights alone: of all products of
+that rank, the one whose outputs are nearest (the best approximation of W X, Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rushhour.models import Deployed, split_dense
 
 _SAMPLES, _BATCH = 2_048, 128
 _QUAD = 4
-"""Ranks are multiples of it: int8 instructions take four numbers at a time."""
+"""Ranks are multiples of it: int8 instructions multiply four numbers at a time."""
 _DOMINANT = 0.25
 """A dense layer with this share of all parameters is worth splitting."""
 
 
 class LowRank(msgspec.Struct, frozen=True, tag_field="step", tag="lowrank"):
-    """Split dense layers in two, with few features between; no training, so let `distil` follow.
+    """Split dense layers in two, with few features between; without training, so `distil` should follow.
 
-    One of the first three says how few; a tenth of the layer's parameters by default.
+    One of the first three decides the rank; by default a tenth of the layer's parameters stays.
 
     Attributes:
         keep: share of the layer's parameters that stays, at most.
@@ -59,16 +59,16 @@ def split(deployed: Deployed, dataset: Dataset, step: LowRank, *, seed: int, nam
 
     Args:
         deployed: with its weights.
-        dataset: its training part tells which directions matter; labels are not needed.
+        dataset: the layers' outputs are computed on its training part; labels are not needed.
         step: how far.
         seed: of the samples.
         name: of the model, for messages.
 
     Returns:
-        Layer -> rank, of those that were split; none where no layer becomes smaller.
+        Layer -> rank, of the layers that were split; empty where no layer becomes smaller.
 
     Raises:
-        ModelError: if a layer named in the step is not there.
+        ModelError: if the network has no layer that the step names.
     """
     network = deployed.eval().network
     dense = _dense(network)
@@ -84,7 +84,7 @@ def split(deployed: Deployed, dataset: Dataset, step: LowRank, *, seed: int, nam
     seen = _outputs(deployed, dataset, {layer: dense[layer] for layer in chosen}, seed)
     for layer, (mean, moment) in seen.items():
         module = dense[layer]
-        # around the mean where a bias can hold what is left of it
+        # centred where a bias can hold the rest of the mean
         values, directions = torch.linalg.eigh(moment if module.bias is None else moment - torch.outer(mean, mean))
         rank = _rank(module, values.flip(0), step)
         if rank * (module.in_features + module.out_features) >= module.in_features * module.out_features:
@@ -101,9 +101,10 @@ def dominant(network: nn.Module) -> list[str]:
 
 
 def _dense(network: nn.Module) -> dict[str, nn.Linear]:
-    """Dense layers that can be split: with weights of their own, and called as a layer.
+    """Dense layers that can be split: with weights that no other layer has, and called as layers.
 
-    One that shares its weights would leave the others as large as they are; attention reads those of its last one.
+    Splitting a layer with shared weights would not make the others smaller; attention reads the weights of its last
+    layer without calling it.
     """
     owners = Counter(id(one) for module in network.modules() for one in module.parameters(recurse=False))
     return {
@@ -119,7 +120,7 @@ def _dense(network: nn.Module) -> dict[str, nn.Linear]:
 def _outputs(
     deployed: Deployed, dataset: Dataset, layers: dict[str, nn.Linear], seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each layer the mean of what it gives, without its bias, and the mean product of all pairs; float64."""
+    """Of each layer the mean of its outputs without the bias, and the mean product of all pairs of them; float64."""
     found: dict[str, tuple[Tensor, Tensor, int]] = {}
     hooks = []
     for layer, module in layers.items():
@@ -144,7 +145,7 @@ def _outputs(
 
 
 def _rank(module: nn.Linear, values: Tensor, step: LowRank) -> int:
-    """How many directions stay, in whole vector registers where there are enough of them."""
+    """How many directions stay: a multiple of the vector registers, where there are enough."""
     most = min(module.in_features, module.out_features)
     if step.rank is not None:
         return min(step.rank, most)
@@ -162,7 +163,7 @@ def _rank(module: nn.Linear, values: Tensor, step: LowRank) -> int:
 
 def _put(network: nn.Module, layer: str, old: nn.Linear, directions: Tensor, mean: Tensor) -> None:
     """Replace a layer by its product: outputs are projected onto the directions around their mean."""
-    with torch.random.fork_rng(devices=[]):  # fresh weights are thrown away; the caller's seed must not be
+    with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; the caller's generator must not advance
         first, second = split_dense(network, layer, directions.shape[1])
     with torch.no_grad():
         first.weight.copy_(directions.T @ old.weight.double())

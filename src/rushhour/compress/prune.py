@@ -1,8 +1,9 @@
-"""Structured pruning: whole channels and units go, so that what is left is a smaller dense network, and a faster one.
+"""Structured pruning: removes whole channels and units, which leaves a smaller and faster dense network.
 
-Torch-Pruning finds what hangs together and cuts it (Fang et al. 2023, DepGraph); which channels matter least is the
-first-order Taylor estimate (Molchanov et al. 2019), ranked among layers of the same structure (Fang et al. 2024).
-Zeroing single weights instead would make nothing faster here: no engine of ours skips zeros on a CPU without AMX.
+Torch-Pruning finds which channels depend on each other and removes them (DepGraph, Fang et al. 2023). The least
+important ones are found by the first-order Taylor estimate (Molchanov et al. 2019), ranked among layers of the same
+structure (Fang et al. 2024). Zeroing single weights would make nothing faster: our engines do not skip zeros on a CPU
+without AMX.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ _BISECTIONS = 7
 _CONVOLUTION = nn.modules.conv._ConvNd
 _LAYERS = (_CONVOLUTION, nn.Linear)
 _ASKED, _ANSWERS = "it was asked for", "its channels are the answers"
-_COUNTED = "something between the layers counts on all its channels"
+_COUNTED = "code between the layers depends on all its channels"
 
 R = TypeVar("R")
 
 
 class Prune(msgspec.Struct, frozen=True, tag_field="step", tag="prune"):
-    """Remove the channels that matter least, then fine-tune under distillation from the bundle before.
+    """Remove the least important channels, then fine-tune under distillation from the bundle before.
 
     Attributes:
-        ratio: share of the channels that goes, over all layers that can be pruned; parameters fall faster, by about
-            its square.
-        parameters: share of the parameters that goes, in place of `ratio`.
+        ratio: share of the channels to remove, over all layers that can be pruned; of the parameters about the square
+            of the rest stays.
+        parameters: share of the parameters to remove, in place of `ratio`.
         limit: no layer loses more than this share of its channels.
         limits: the same for single layers, by name.
         ignored: layers that keep all their channels.
-        round_to: channels are left in multiples of this (less in layers with fewer than two of it): others leave
-            vector registers partly empty. By default what the processor's registers hold.
-        importance: `taylor` needs labels; without them, or on request, the size of the weights decides.
-        iterations: cut and fine-tune so many times, a part each time.
-        epochs: of fine-tuning after each cut.
-        lr: peak learning rate of that.
+        round_to: the channels that stay are a multiple of this (of less in layers with fewer than twice as many), or
+            vector registers stay partly empty. By default what the processor's registers hold.
+        importance: `taylor` needs labels; without them, or by request, the magnitude of the weights decides.
+        iterations: prune and fine-tune so many times, a part each time.
+        epochs: of fine-tuning after each pruning.
+        lr: peak learning rate of the fine-tuning.
     """
 
     ratio: float = 0.5
@@ -78,7 +79,7 @@ class Prune(msgspec.Struct, frozen=True, tag_field="step", tag="prune"):
         if not all(0 <= share < 1 for share in shares) or 0 in (self.ratio, self.parameters):
             raise ModelError(
                 f"cannot prune by ratio {self.ratio:g} with limits {', '.join(f'{share:g}' for share in shares[1:])}",
-                "each is a share that goes, above 0 and below 1",
+                "each is a share to remove, above 0 and below 1",
                 "write for example prune:0.5",
             )
         if self.iterations < 1 or self.epochs < 0 or (self.round_to or 1) < 1 or not self.lr > 0:
@@ -95,26 +96,25 @@ def fast_multiple() -> int:
 
 
 def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, seed: int, name: str) -> dict[str, str]:
-    """Cut the network of `deployed`, in place, as far as `iteration` of the step goes.
+    """Prune the network of `deployed`, in place, as far as `iteration` of the step says.
 
-    Which channels go follows from the weights, the data and the seed alone. What cannot be cut stays as it is: frozen
-    layers, those that share their weights or compute them, and those whose channels something else counts on.
+    The channels follow from the weights, the data and the seed alone. Some layers stay unchanged: frozen ones, those
+    that share or compute their weights, and those whose channels other code depends on.
 
     Args:
         deployed: with the weights of the bundle before, or of the iteration before.
-        dataset: its training part tells what matters.
-        step: how much, and what not.
+        dataset: importance is estimated on its training part.
+        step: how much, and which layers not.
         iteration: from 0.
         seed: of the samples for gradients.
         name: of the model, for messages.
 
     Returns:
-        Layer -> why it keeps all its channels, of those that nobody asked to keep. Layers that give the answers are
-        not among them.
+        Layer -> why it keeps all its channels, without the layers in `step.ignored` and those that give the answers.
 
     Raises:
-        ModelError: if a layer named in the step is not there, or the network cannot be traced or copied, or does not
-            run any more afterwards.
+        ModelError: if the network has no layer that the step names, cannot be traced or copied, or does not run after
+            pruning.
     """
     network = deployed.network
     _check_names(network, step, name)
@@ -139,7 +139,7 @@ def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, 
     if after is None or [one.shape for one in after] != [one.shape for one in before]:
         raise ModelError(
             f"cannot prune {name}",
-            "with fewer channels it does not run any more, or gives answers of another shape",
+            "with fewer channels it fails, or gives answers of another shape",
             "leave prune out of the recipe, or name layers to keep: prune:0.5:ignored=stem+head",
         )
     return {layer: why for layer, why in kept.items() if why not in (_ASKED, _ANSWERS)}
@@ -147,7 +147,7 @@ def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, 
 
 @contextlib.contextmanager
 def _trainable(network: nn.Module) -> Iterator[set[str]]:
-    """With gradients for every parameter, which tracing needs too; gives the names of those that are frozen."""
+    """With gradients for every parameter, which tracing needs too; yields the names of the frozen ones."""
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
 
     def thaw(is_thawed: bool) -> None:
@@ -164,13 +164,13 @@ def _trainable(network: nn.Module) -> Iterator[set[str]]:
 
 
 def _answers(network: nn.Module, example: Tensor) -> list[Tensor]:
-    """Every tensor that the network gives."""
+    """All output tensors of the network."""
     with torch.no_grad():
         return [leaf for leaf in torch.utils._pytree.tree_leaves(network(example)) if isinstance(leaf, Tensor)]
 
 
 def _tried(what: Callable[[], R]) -> R | None:
-    """None where it fails: code of any kind lies in a user's network."""
+    """The result; None where it fails: a user's network may fail in any way."""
     try:
         return what()
     except Exception:
@@ -179,12 +179,12 @@ def _tried(what: Callable[[], R]) -> R | None:
 
 def _copied(network: nn.Module, example: Tensor, name: str) -> nn.Module:
     try:
-        _answers(network, example)  # what a layer computes anew each time holds no gradients then, and can be copied
+        _answers(network, example)  # without gradients, so that computed weights can be copied
         return copy.deepcopy(network)
     except Exception as error:  # a module may hold what cannot be copied
         raise ModelError(
             f"cannot prune {name}",
-            f"which channels can go is tried on copies, and it cannot be copied: {in_short(error)}",
+            f"channels are removed from copies first, and it cannot be copied: {in_short(error)}",
             "leave prune out of the recipe",
         ) from error
 
@@ -219,34 +219,34 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
 
 
 def _graph(network: nn.Module, example: Tensor, name: str) -> Any:
-    """What hangs together with what."""
+    """Which channels depend on each other."""
     try:
         return torch_pruning.DependencyGraph().build_dependency(network, example, forward_fn=_forward)
     except Exception as error:  # tracing may fail in any way on a user's model
         raise ModelError(
             f"cannot prune {name}",
-            f"what depends on what cannot be traced: {in_short(error)}",
+            f"the dependencies of its channels cannot be traced: {in_short(error)}",
             "leave prune out of the recipe, or distil into a smaller network",
         ) from error
 
 
 def _forward(network: nn.Module, example: Tensor) -> Any:
-    """Torch-Pruning would hand the samples of the batch over as arguments."""
+    """A call with one argument: Torch-Pruning would pass each sample of the batch as an argument."""
     return network(example)
 
 
 def _kept(network: nn.Module, example: Tensor, frozen: set[str], name: str) -> dict[str, str]:
-    """Layer -> why its channels cannot go.
+    """Layer -> why its channels cannot be removed.
 
-    A channel can go if the network without it is the network in which nobody listens to it. That is tried on a copy,
-    because code of any kind lies between layers: those of attention have a place in a head, those of a residual stream
-    are counted in a LayerNorm's mean, a shuffle gives them other places.
+    A channel can be removed if the network without it computes the same as the network whose later layers ignore it.
+    That is tried on a copy, because any code may lie between layers: channels of attention belong to a head, those of a
+    residual stream count in the mean of a LayerNorm, and a shuffle moves them.
     """
     names = {module: layer for layer, module in network.named_modules()}
     held = _held(network, frozen)
     graph = _graph(network, example, name)
     kept = {
-        layer: "it is not called in a way that can be followed"
+        layer: "it is not called in a way that can be traced"
         for module, layer in names.items()
         if isinstance(module, _LAYERS) and module not in graph.module2node
     }
@@ -260,7 +260,7 @@ def _kept(network: nn.Module, example: Tensor, frozen: set[str], name: str) -> d
         layers = [names[one] for one in (root, *together) if isinstance(one, _LAYERS) and one in names]
         seen.update(together)
         if group is None:
-            why = "what depends on its channels cannot be followed"
+            why = "what depends on its channels cannot be traced"
         else:
             fixed = next((part.target.module for part, _ in group if part.target.module in held), None)
             if fixed is None:
@@ -275,10 +275,10 @@ def _kept(network: nn.Module, example: Tensor, frozen: set[str], name: str) -> d
 
 
 def _held(network: nn.Module, frozen: set[str]) -> dict[nn.Module, str]:
-    """Module -> why its weights must stay as they are, whatever hangs together with it.
+    """Module -> why its weights must not change.
 
-    A frozen normalisation may lose channels: those that are left are scaled as before. A frozen layer of weights would
-    add up other terms.
+    A frozen normalisation may lose channels: the others are scaled as before. A frozen dense or convolution layer would
+    sum other terms.
     """
     owners: dict[int, list[str]] = {}
     for module_name, module in network.named_modules():
@@ -298,12 +298,12 @@ def _held(network: nn.Module, frozen: set[str]) -> dict[nn.Module, str]:
 
 
 def _whole(graph: Any, root: nn.Module, handler: Any) -> Any:
-    """All channels of a layer, and all that hangs together with them."""
+    """All channels of a layer, and all that depend on them."""
     return graph.get_pruning_group(root, handler, list(range(graph.get_out_channels(root))))
 
 
 def _blocks(group: Any) -> int:
-    """From so many blocks of equal size channels have to go alike: of grouped convolutions and normalisations."""
+    """The number of equal blocks that must lose the same channels: of grouped convolutions and normalisations."""
     counts = [1]
     for part, _ in group:
         module = part.target.module
@@ -315,12 +315,12 @@ def _blocks(group: Any) -> int:
 
 
 def _is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
-    """As Torch-Pruning has it: its inputs go with its outputs."""
+    """As Torch-Pruning defines it: its inputs are removed with its outputs."""
     return module.groups == module.out_channels > 1
 
 
 def _spread(within: list[int], width: int, blocks: int) -> list[int]:
-    """The same places in every block of a layer's channels."""
+    """The same indices in every block of a layer's channels."""
     size = width // blocks
     return [block * size + place for block in range(blocks) for place in within]
 
@@ -328,14 +328,14 @@ def _spread(within: list[int], width: int, blocks: int) -> list[int]:
 def _why_fixed(
     network: nn.Module, example: Tensor, graph: Any, group: Any, names: dict[nn.Module, str], name: str
 ) -> str:
-    """Why a group of channels cannot be made smaller; empty where it can."""
+    """Why no channels of a group can be removed; empty where some can."""
     root, handler = group[0].dep.target.module, group[0].dep.handler
     width, blocks = graph.get_out_channels(root), _blocks(group)
     if width % blocks or width // blocks < 2:
         return f"its {width} channels are too few for {blocks} groups" if blocks > 1 else "it has one channel"
     some = _spread(list(range(max(1, int(width // blocks * _TRIAL_SHARE)))), width, blocks)
-    deaf = _copied(network, example, name)
-    listened = False
+    ignoring = _copied(network, example, name)
+    is_used = False
     with torch.no_grad():
         for part, rows in graph.get_pruning_group(root, handler, some):
             module = part.target.module
@@ -343,18 +343,18 @@ def _why_fixed(
                 continue
             if isinstance(module, _CONVOLUTION) and _is_depthwise(module):
                 continue
-            if _tried(partial(_deafen, deaf.get_submodule(names[module]), rows)) is None:
+            if _tried(partial(_ignore_inputs, ignoring.get_submodule(names[module]), rows)) is None:
                 return _COUNTED
-            listened = True
-    if not listened:
+            is_used = True
+    if not is_used:
         taken = any(
             part.target.module in names
             and graph.is_in_channel_pruning_fn(part.handler)
             and not graph.is_out_channel_pruning_fn(part.handler)
             for part, _ in group
         )
-        return "what takes its channels cannot do with fewer" if taken else _ANSWERS
-    expected = _answers(deaf, example)
+        return "the layers after it need all its channels" if taken else _ANSWERS
+    expected = _answers(ignoring, example)
 
     def without() -> list[Tensor]:
         smaller = _copied(network, example, name)
@@ -370,8 +370,8 @@ def _why_fixed(
     return _ANSWERS if is_last else _COUNTED
 
 
-def _deafen(layer: nn.Module, channels: list[int]) -> bool:
-    """Have a layer take nothing from these channels."""
+def _ignore_inputs(layer: nn.Module, channels: list[int]) -> bool:
+    """Set the weights of these input channels to 0; true."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -408,7 +408,7 @@ def _cut(network: nn.Module, example: Tensor, ratio: float, step: Prune, kept: M
         ignored_layers=[network.get_submodule(layer) for layer in kept],
         root_module_types=list(_LAYERS),
         forward_fn=_forward,
-        # its own defaults are shared between all pruners of a process
+        # its own defaults are shared by all pruners of a process
         in_channel_groups={},
         out_channel_groups={},
         num_heads={},
@@ -428,25 +428,25 @@ def _cut(network: nn.Module, example: Tensor, ratio: float, step: Prune, kept: M
 
 
 class _Importance:
-    """Of each channel of a group: by Taylor's estimate where that is wanted and a number, else by its weights."""
+    """Of each channel of a group: by Taylor's estimate if wanted and finite, else by the magnitude of its weights."""
 
     def __init__(self, taylor: bool) -> None:
-        self._ways = [torch_pruning.importance.GroupMagnitudeImportance()]
+        self._estimators = [torch_pruning.importance.GroupMagnitudeImportance()]
         if taylor:
-            self._ways.insert(0, torch_pruning.importance.GroupTaylorImportance())
+            self._estimators.insert(0, torch_pruning.importance.GroupTaylorImportance())
 
     def __call__(self, group: Any) -> Tensor | None:
-        for way in self._ways:
-            found: Tensor | None = _tried(partial(way, group))
+        for estimator in self._estimators:
+            found: Tensor | None = _tried(partial(estimator, group))
             if found is not None and torch.isfinite(found).all():
                 return found
         return None
 
 
 def _rounded(wanted: int, width: int, limit: float, granule: int, blocks: int = 1) -> int:
-    """The width to leave: a multiple of the granule near `wanted`, within the limit, and alike in every block.
+    """The width that stays: a multiple of the granule near `wanted`, within the limit, the same in every block.
 
-    Each block keeps two channels at least: grouped layers with one would be taken for depthwise ones.
+    Each block keeps two channels at least: a grouped layer with one would count as depthwise.
     """
     while granule > 1 and width < 2 * math.lcm(granule, blocks):
         granule //= 2
@@ -459,7 +459,7 @@ def _rounded(wanted: int, width: int, limit: float, granule: int, blocks: int = 
 def _ratio_for(
     network: nn.Module, example: Tensor, step: Prune, kept: Mapping[str, str], taylor: bool, target: float, name: str
 ) -> float:
-    """The smallest ratio, found by trying on copies, that leaves `target` parameters or fewer."""
+    """The smallest ratio, found on copies, that leaves `target` parameters or fewer."""
     low, high = 0.0, step.limit
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""int8 without training: NNCF calibrates the bundle's own graph and writes one QDQ graph for all engines."""
+"""Post-training quantisation to int8: NNCF calibrates the bundle's graph and writes one QDQ graph for all engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from rushhour.bundle import MODEL, Bundle, Step
-from rushhour.compress.derived import OUTCOME, engine_versions, made_before, seal
+from rushhour.compress.derived import OUTCOME, engine_versions, existing_bundle, seal
 from rushhour.compress.judge import judge, named_inputs, outputs_of
 from rushhour.data.dataset import Dataset, Split
 from rushhour.engines import EngineConfig, saturates_here
@@ -33,21 +33,37 @@ from rushhour.system.storage import explained
 from rushhour.system.telemetry import keep_home
 
 _JUDGED = 2_000
-"""Samples that decide, at most, whether plain quantisation is inside the budget."""
+"""Samples, at most, that decide whether plain quantisation is inside the accuracy budget."""
 _RANKED = 500
-"""Samples that accuracy control measures every attempt with, at most."""
+"""Samples, at most, that accuracy control measures every attempt on."""
 _ATTENTION = {"Attention", "MultiHeadAttention"}
 _WIDE: Final = ("vnni", "amx")
 COSTLY: Final = 0.003
-"""What weights of 7 bits may cost of the metric; from there on an artefact with all 8 is made beside."""
+"""Accuracy drop of 7-bit weights above which a bundle with all 8 bits is made too."""
 
 Target = Literal["any", "avx2", "vnni", "amx"]
-"""The class of machine that an int8 artefact is for.
+"""The class of machine that an int8 bundle is for.
 
-`any` and `avx2`: weights use 7 of their 8 bits, so that no processor saturates; right everywhere. `vnni` and `amx`:
-weights use all 8 bits; right where products are added in 32 bits. Where they are not, OpenVINO refuses such a bundle,
+`any` and `avx2`: weights use 7 of their 8 bits, so that no processor saturates: correct on every machine. `vnni` and
+`amx`: weights use all 8 bits: correct where products are summed in 32 bits. Elsewhere OpenVINO refuses such a bundle,
 and ONNX Runtime takes slower kernels.
 """
+
+
+class Quantize(msgspec.Struct, frozen=True, tag_field="step", tag="int8"):
+    """int8 weights and activations; see `quantize`.
+
+    Attributes:
+        calibration: samples that the ranges of activations are found on.
+        target: the machines that it is for: `any` and `avx2` use 7 bits of the weights, `vnni` and `amx` all 8.
+    """
+
+    calibration: int = 300
+    target: Target = "any"
+
+    def __post_init__(self) -> None:
+        if self.calibration < 1:
+            raise ModelError(f"cannot calibrate with {self.calibration} samples", "1 or more are needed", "use 300")
 
 
 def quantize(
@@ -64,25 +80,25 @@ def quantize(
 ) -> Bundle:
     """The bundle with int8 weights and activations, for OpenVINO and ONNX Runtime at any batch size.
 
-    torch cannot run it, so it carries neither source nor weights. A bundle at `out` that came from the very same work
-    on the very same graph is returned as it is. A graph with attention is quantised as a transformer: activations are
-    smoothed (Xiao et al. 2022), and what is sensitive there stays in f32.
+    torch cannot run it, so it carries neither source nor weights. A bundle at `out` that came from the same step on the
+    same graph is returned as it is. A graph with attention is quantised as a transformer: activations are smoothed
+    (Xiao et al. 2022), and sensitive layers stay in f32.
 
-    With a budget, a plain result that misses it on random training samples is followed by accuracy control: the layers
-    that cost most go back to f32, one after another. The better of both is kept, inside the budget or not: judging the
-    compiled artefact is the caller's.
+    With an accuracy budget, accuracy control follows where the plain result exceeds it on random training samples: the
+    layers that cost most return to f32, one after another. The better of both is kept, inside the budget or not: the
+    caller judges the compiled bundle.
 
-    What was asked for and what was done is in the last step of its lineage: `for` and `weight bits`.
+    The last step of the lineage says for which machines it is: `for` and `weight bits`.
 
     Args:
         bundle: an f32 bundle; its graph is enough.
         dataset: calibration samples come from its training part.
         out: the new bundle's folder; any other bundle there is replaced.
-        calibration: samples to find the ranges of activations with; fewer where the data has fewer.
+        calibration: samples that the ranges of activations are found on; fewer where the data has fewer.
         seed: of their choice.
         max_drop: of the task's metric, or of fidelity where there are no labels; as in `AccuracyBudget`. None takes
             the plain result as it is.
-        iterations: layers that accuracy control gives back, at most.
+        iterations: layers that accuracy control returns to f32, at most.
         target: the machines that it is for.
 
     Raises:
@@ -101,14 +117,14 @@ def quantize(
     check_plain(bundle)
     inputs = named_inputs(bundle, dataset.train.inputs)
     calibration = min(calibration, len(dataset.train))
-    asked = Step(
+    step = Step(
         "quantize",
         {
             "calibration": calibration,
             "seed": seed,
             "dataset": dataset.name,
             "fingerprint": dataset.fingerprint,
-            # of the graph, not of the bundle: adding a metric to the parent changes nothing here
+            # of the graph, not of the bundle: a metric that is added to the parent changes nothing here
             "parent": bundle.manifest.files[MODEL].sha256,
             **engine_versions("nncf"),
             "for": target,
@@ -116,20 +132,18 @@ def quantize(
             **({} if max_drop is None else {"max_drop": max_drop, "iterations": iterations}),
         },
     )
-    there = made_before(out, bundle, asked)
-    if there is not None:
-        return there
+    existing = existing_bundle(out, bundle, step)
+    if existing is not None:
+        return existing
     rows = np.random.default_rng(seed).choice(len(dataset.train), calibration, replace=False)
     samples = {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
     progress.start(f"quantize {name}", calibration)
     wide = target in _WIDE
     graph = _plain(bundle, samples, progress, wide)
-
-    step = asked
     if max_drop is not None:
         control = _Control(bundle, dataset, max_drop, iterations, seed, wide)
-        graph, said = control.settled(graph, samples, out)
-        step = msgspec.structs.replace(asked, settings={**asked.settings, OUTCOME: said})
+        graph, outcome = control.best(graph, samples, out)
+        step = msgspec.structs.replace(step, settings={**step.settings, OUTCOME: outcome})
     made = seal(bundle, out, graph, step=step, precision="int8", samples=samples)
     progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
     return made
@@ -145,16 +159,16 @@ def quantize_for_all(
     max_drop: float | None = None,
     progress: Progress,
 ) -> dict[Target, Bundle]:
-    """int8 for any machine; and where that costs more than `COSTLY` against int8 that needs VNNI, that one too.
+    """int8 for any machine; and where its accuracy is more than `COSTLY` below that of int8 that needs VNNI, that too.
 
-    Which it is, only a machine with VNNI can tell: elsewhere there is the first alone. Both forms are the same graph
-    with other numbers in it; how fast they are is measured by `make bench-machines`.
+    Only a machine with VNNI can compare them: elsewhere there is the first alone. Both have the same graph with other
+    weights; `make bench-machines` measures their speed.
 
     Args:
         bundle: as for `quantize`.
         dataset: as for `quantize`; its validation part decides.
-        out: folder of the first; the second lies beside it, with `-vnni` at the end of its name.
-        max_drop: as for `quantize`: where it is missed, the layers that cost most go back to f32.
+        out: folder of the first; the second is in a folder beside it, with `-vnni` at the end of its name.
+        max_drop: as for `quantize`.
 
     Raises:
         RushhourError: as `quantize`.
@@ -165,14 +179,14 @@ def quantize_for_all(
     if describe().saturates:
         return made
     split = dataset.validation.sample(_JUDGED, seed=seed)
-    progress.start(f"what 7 bits of the weights cost {bundle.manifest.name}")
+    progress.start(f"accuracy drop of {bundle.manifest.name} with 7-bit weights")
     expected = _answers_of(bundle, split)
 
     def drop(of: Bundle) -> float:
         return judge(dataset.task, "validation", split.targets, _answers_of(of, split), expected).drop
 
     cost = drop(made["any"])
-    progress.done(f"{cost * 100:.2f} points at most")
+    progress.done(f"{cost * 100:.2f} points")
     if cost <= COSTLY:
         return made
     beside = out.with_name(f"{out.name}-vnni")
@@ -192,20 +206,20 @@ def quantize_for_all(
 
 
 def is_plain(bundle: Bundle) -> bool:
-    """Whether the bundle's weights are as they were trained: not quantised, nor stored in fewer bits."""
+    """Whether the bundle's weights are neither quantised nor stored in fewer bits."""
     steps = {step.what for step in bundle.manifest.lineage}
     done = bundle.manifest.precision == "int8" or bool(steps & {"quantize", "compress_weights", "halve_weights"})
     return not done and all(node.op_type != "DequantizeLinear" for node in onnx.load(bundle.model).graph.node)
 
 
 def check_plain(bundle: Bundle, doing: str = "quantise") -> None:
-    """Raise unless the bundle's weights are as they were trained.
+    """Raise if the bundle's weights are quantised or stored in fewer bits.
 
     Args:
-        doing: what cannot be done else, for the message.
+        doing: what cannot be done then, for the message.
 
     Raises:
-        ModelError: if they are quantised, or stored in fewer bits, already.
+        ModelError: if they are.
     """
     steps = {step.what for step in bundle.manifest.lineage}
     if not is_plain(bundle):
@@ -237,9 +251,10 @@ def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progre
 
 
 def _advanced(nncf: Any, wide: bool) -> Any:
-    """NNCF halves the range of the first layer's weights only, unless it is told.
+    """Settings without which NNCF halves the range of the first layer's weights only.
 
-    It gives the inputs of depthwise convolutions a scale for each channel, which ONNX Runtime cannot run.
+    By default NNCF also gives the inputs of depthwise convolutions a scale for each channel, which ONNX Runtime cannot
+    run.
     """
     fix = nncf.OverflowFix.DISABLE if wide else nncf.OverflowFix.ENABLE
     of_tensors = importlib.import_module("nncf.quantization.advanced_parameters").QuantizationParameters(
@@ -249,7 +264,7 @@ def _advanced(nncf: Any, wide: bool) -> Any:
 
 
 class _Control:
-    """Whether a plain result is inside the budget, and what can be given back where it is not."""
+    """Accuracy control: whether a plain result is inside the budget, and which layers return to f32 if it is not."""
 
     def __init__(
         self, bundle: Bundle, dataset: Dataset, max_drop: float, iterations: int, seed: int, wide: bool
@@ -259,20 +274,20 @@ class _Control:
         self._task = dataset.task
         self._max_drop = max_drop
         self._iterations = iterations
-        # what is fitted here must not have been judged on: validation and test are for that
+        # on training samples: validation and test are for judging the result
         self._split = dataset.train.sample(_JUDGED, seed=seed + 1)
         self._expected = self._outputs(bundle)
         rows = np.random.default_rng(seed).choice(len(self._split), min(_RANKED, len(self._split)), replace=False)
         self._ranked = Split(self._split.inputs[rows], self._split.targets[rows])
         self._expected_ranked = self._expected[rows]
 
-    def settled(
+    def best(
         self, plain: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], near: Path
     ) -> tuple[onnx.ModelProto, str]:
-        """The graph to take, and in a few words why: `plain`, or the same with its costliest layers back in f32.
+        """The better graph, and what was done: `plain`, or the same with its costliest layers back in f32.
 
         Args:
-            near: a place to work beside.
+            near: temporary files are written beside it.
         """
         with explained(f"write beside {near}"):
             near.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +295,7 @@ class _Control:
         with folder as at:
             accuracy = self._judged(plain, samples, Path(at))
             missed = accuracy.drop
-            # the upper end of the interval has to be inside, and on these samples it lies so far above
+            # the upper end of the interval must be inside the budget; on these samples it lies this far above the drop
             allowed = max(0.0, self._max_drop - (accuracy.drop_interval[1] - missed))
             if missed <= allowed:
                 return plain, "not needed"
@@ -295,7 +310,7 @@ class _Control:
         return (graph, f"{given_back} quantizers given back") if drop < missed else (plain, "no better")
 
     def _judged(self, graph: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], at: Path) -> Accuracy:
-        """The compiled artefact against its parent."""
+        """The accuracy of the compiled graph, against its parent."""
         step = Step("quantize")
         made = seal(self._bundle, at / "int8", graph, step=step, precision="int8", samples=samples)
         return judge(self._task, "train", self._split.targets, self._outputs(made), self._expected)
@@ -347,7 +362,7 @@ class _Control:
 
 
 def _answers_of(bundle: Bundle, split: Split) -> NDArray[Any]:
-    """As the first engine gives them that is right about this bundle here."""
+    """Answers of an engine that computes this bundle correctly on this machine."""
     engine: EngineName = "onnxruntime" if saturates_here(bundle) else "openvino"
     return outputs_of(bundle, EngineConfig(engine, bundle.manifest.precision, streams=cores(), max_batch=32), split)
 
@@ -357,7 +372,7 @@ def _count(samples: Mapping[str, NDArray[Any]]) -> int:
 
 
 def _row(samples: Mapping[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:
-    """A batch of one: transformers must be calibrated so, and others may be."""
+    """A batch of one: transformers must be calibrated so, and other networks may be."""
     return {name: array[row : row + 1] for name, array in samples.items()}
 
 
@@ -366,7 +381,7 @@ def _quantizers(graph: onnx.ModelProto) -> int:
 
 
 def _attends(graph: onnx.GraphProto) -> bool:
-    """Whether there is attention in it: a product of what comes out of a softmax."""
+    """Whether the graph has attention: a matrix product of the output of a softmax."""
     soft = {name for node in graph.node if node.op_type == "Softmax" for name in node.output}
     return any(
         node.op_type in _ATTENTION or (node.op_type == "MatMul" and not soft.isdisjoint(node.input))
@@ -378,14 +393,14 @@ def _attends(graph: onnx.GraphProto) -> bool:
 def quiet_nncf(bundle: Bundle) -> Iterator[Any]:
     """NNCF, imported here because it takes seconds, without its logs, warnings, progress bars and telemetry.
 
-    Its bars would break the one that a face draws. Its telemetry reports every use to Google Analytics unless this
-    variable is set while it is imported; a person who imports it before us has made another choice.
+    Its bars would break ours. Its telemetry reports every use to Google Analytics unless this variable is set while it
+    is imported; who imports it first has made another choice.
 
     Raises:
         ModelError: whatever goes wrong in the block: NNCF may fail in any way on a graph from elsewhere.
     """
     keep_home()
-    told = os.environ.get("NNCF_CI")
+    before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"
     logger, logger_class = logging.getLogger("nncf"), logging.getLoggerClass()
     with warnings.catch_warnings():
@@ -394,8 +409,8 @@ def quiet_nncf(bundle: Bundle) -> Iterator[Any]:
             nncf = importlib.import_module("nncf")
             track = importlib.import_module("nncf.common.logging.track_progress").track
         finally:
-            logging.setLoggerClass(logger_class)  # NNCF leaves its own
-            if told is None:
+            logging.setLoggerClass(logger_class)  # NNCF sets its own
+            if before is None:
                 del os.environ["NNCF_CI"]
         level, bar = logger.level, track.__iter__
         try:

@@ -1,8 +1,8 @@
-"""Whether a smaller artefact is also a faster one: compiled, alone on the engine, side by side with its parent.
+"""Whether a smaller bundle is also a faster one: compiled, and measured on the engine in turns with its parent.
 
 Parent and children are all open at once and take turns in blocks, forwards and backwards (P A B, B A P), so that a
-machine that drifts favours nobody. Each block gives one ratio for each child; the logarithms of these give an interval
-by Student's t. What a crowd gets from it is for `tune` to find out: here nothing queues.
+drift of the machine affects all alike. Each block gives one ratio for each child; the logarithms of the ratios give an
+interval by Student's t. Nothing queues here: `tune` measures the latency under load.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from rushhour.measurement import Interval
 
 _FEWEST_BLOCKS = 2
 _LIMIT_S = 1.0
-"""A larger batch is not tried once one takes this long: nobody would wait for it."""
+"""Once a batch takes this long, no larger one is tried."""
 
 Artefact = tuple[Bundle, EngineConfig]
 """A bundle, and how it is compiled."""
 
 Open = Callable[[Bundle, EngineConfig], Engine]
+"""Opens an engine; a seam for tests, and for callers that trust factories."""
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -68,12 +69,12 @@ class Speed(msgspec.Struct, frozen=True):
     Attributes:
         throughput: samples per second over the parent's, all streams busy, each at its own best batch; higher is
             better.
-        latency: seconds for one sample alone on an idle engine over the parent's; lower is better.
+        latency: seconds for one sample on an idle engine over the parent's; lower is better.
         batch: the child's best batch.
         parent_batch: the parent's.
         samples_per_s: the child's median over the blocks, at its best batch.
         parent_samples_per_s: the parent's.
-        latency_s: the child's median over the blocks, of one sample alone.
+        latency_s: the child's median over the blocks, for one sample.
         parent_latency_s: the parent's.
     """
 
@@ -85,6 +86,10 @@ class Speed(msgspec.Struct, frozen=True):
     parent_samples_per_s: float
     latency_s: float
     parent_latency_s: float
+
+
+Bench = Callable[[Artefact, Mapping[str, Artefact]], dict[str, Speed]]
+"""Times children beside their parent: name -> figures; a seam for tests."""
 
 
 def compare_speed(
@@ -105,12 +110,12 @@ def bench_artefacts(
     """Throughput and latency of compiled artefacts against their parent, in interleaved blocks of one run.
 
     Args:
-        parent: what the children were made from, and how it is compiled. Its batch bound is the largest batch that is
-            tried; the best, by throughput, is measured.
+        parent: what the children were made from, and how it is compiled. Batches up to its batch bound are tried; the
+            one of the highest throughput is measured.
         children: name -> artefact.
         blocks: two or more; an even number gives every order the same weight.
         seconds: of each artefact's throughput in each block; its latency takes a quarter of that on top.
-        opened: opens an engine; a seam for tests, and for callers that trust factories.
+        opened: see `Open`.
 
     Raises:
         GoalError: if there are too few blocks for an interval.
@@ -136,7 +141,7 @@ def bench_artefacts(
         for block in range(blocks):
             for index in range(len(engines)) if block % 2 == 0 else reversed(range(len(engines))):
                 engine, batch = engines[index], batches[index]
-                keep_busy(engine.slots, batch, 0.0)  # what ran before has taken the caches
+                keep_busy(engine.slots, batch, 0.0)  # warm-up: the other engine has filled the caches
                 times, wall = keep_busy(engine.slots, batch, seconds)
                 throughput[index].append(len(times) * batch / wall)
                 times, _ = keep_busy(engine.slots[:1], 1, seconds / 4)
@@ -170,9 +175,9 @@ def _best_batch(artefact: Artefact, opened: Open) -> int:
 
 
 def reason(parent: Artefact, child: Artefact) -> str:
-    """Where the time of a batch goes in both, in a sentence: why a child is no faster than it is.
+    """Where the time of a batch goes in both, in a sentence: why a child is not faster.
 
-    Only OpenVINO counts its layers; for another engine, OpenVINO's counts are taken, and the sentence says so.
+    Only OpenVINO times its layers; for another engine, OpenVINO's times are taken, and the sentence says so.
 
     Raises:
         EngineError: if OpenVINO is not installed or cannot run one of them.

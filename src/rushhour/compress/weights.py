@@ -1,19 +1,21 @@
-"""Weights in fewer bits, computed with as before: smaller on disk and in memory, without data and without training.
+"""Weights in fewer bits, without data and without training: smaller on disk, computed as before.
 
-Neither makes a batch faster on a processor: weights become floats again before they are multiplied. What it is good for
-is memory: a model that many processes hold, or one whose weights are read anew for every small batch.
+Neither form makes a batch faster on a CPU: weights become floats again before they are multiplied. They save memory:
+of a model that many processes hold, or whose weights are read again for every small batch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rushhour.bundle import MODEL, Bundle, Step
-from rushhour.compress.derived import engine_versions, made_before, seal
+from rushhour.compress.derived import engine_versions, existing_bundle, seal
 from rushhour.compress.quantize import check_plain, quiet_nncf
 from rushhour.errors import ModelError
 from rushhour.models.deployed import strip_origin
@@ -23,39 +25,50 @@ _FAITHFUL_INT8 = 0.05
 _FAITHFUL_F16 = 0.01
 """How far answers may move on average, as a share of their range: a wrong conversion moves them further."""
 _SMALL = 1_024
-"""Numbers; smaller tensors are not worth a node."""
+"""Numbers of the smallest tensor that is stored in f16: smaller ones are not worth a node."""
+
+
+class ReducedPrecision(msgspec.Struct, frozen=True, tag_field="step", tag="precision"):
+    """Fewer bits, without data.
+
+    Attributes:
+        form: `bf16`: engines compute in bfloat16; `f16`: weights are stored in float16, and engines compute in f32;
+            `w8`: the same with 8 bits. The last two make it smaller on disk, not faster.
+    """
+
+    form: Literal["bf16", "f16", "w8"] = "bf16"
 
 
 def compress_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
     """The bundle with weights in int8, a scale and zero point for each channel, and everything else in f32.
 
-    It runs wherever the parent runs, in the same precisions; its own is therefore not `int8`.
+    It runs wherever the parent runs, in the same precisions: its own is not `int8`.
 
     Args:
         bundle: an f32 bundle; its graph is enough.
         out: the new bundle's folder; any other bundle there is replaced.
 
     Raises:
-        ModelError: if it is compressed already, has no weights to compress, or does not answer as before.
+        ModelError: if it is compressed already, has no weights to compress, or its answers move too far.
         StorageError: if the disk does not take it.
     """
     check_plain(bundle)
     step = _step("compress_weights", bundle, "nncf")
-    there = made_before(out, bundle, step)
-    if there is not None:
-        return there
+    existing = existing_bundle(out, bundle, step)
+    if existing is not None:
+        return existing
     progress.start(f"int8 weights of {bundle.manifest.name}")
     with quiet_nncf(bundle) as nncf:
         graph: onnx.ModelProto = nncf.compress_weights(onnx.load(bundle.model), mode=nncf.CompressWeightsMode.INT8_ASYM)
     strip_origin(graph)
-    _mend_scales(graph.graph)
+    _flatten_scales(graph.graph)
     if not any(node.op_type == "DequantizeLinear" for node in graph.graph.node):
         raise _nothing(bundle, "no matrix product or table of embeddings with weights of its own")
     return _sealed(bundle, out, graph, step, _FAITHFUL_INT8, progress)
 
 
 def halve_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
-    """The bundle with weights stored in f16, which engines turn into f32 (or bf16) when they load it.
+    """The bundle with weights stored in f16, which engines convert to f32 (or bf16) when they load it.
 
     Exact to three digits, for any network whose weights f16 can hold; a tensor that it cannot hold stays as it is.
     Computing in f16 is not offered: ONNX Runtime has few such kernels for processors, OpenVINO needs AMX-FP16.
@@ -65,14 +78,14 @@ def halve_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
         out: the new bundle's folder; any other bundle there is replaced.
 
     Raises:
-        ModelError: if it is compressed already, has no weights to halve, or does not answer as before.
+        ModelError: if it is compressed already, has no weights to halve, or its answers move too far.
         StorageError: if the disk does not take it.
     """
     check_plain(bundle)
     step = _step("halve_weights", bundle)
-    there = made_before(out, bundle, step)
-    if there is not None:
-        return there
+    existing = existing_bundle(out, bundle, step)
+    if existing is not None:
+        return existing
     progress.start(f"f16 weights of {bundle.manifest.name}")
     graph = onnx.load(bundle.model)
     casts = []
@@ -93,10 +106,10 @@ def halve_weights(bundle: Bundle, out: Path, *, progress: Progress) -> Bundle:
     return _sealed(bundle, out, graph, step, _FAITHFUL_F16, progress)
 
 
-def _mend_scales(graph: onnx.GraphProto) -> None:
-    """Make vectors of scales and zero points, as the specification of DequantizeLinear has them (opset 13 and later).
+def _flatten_scales(graph: onnx.GraphProto) -> None:
+    """Make scales and zero points vectors, as DequantizeLinear specifies them (opset 13 and later).
 
-    NNCF 3.4 gives those of convolutions the shape `(channels, 1, 1)`; ONNX Runtime takes that, OpenVINO does not.
+    NNCF 3.4 gives those of convolutions the shape `(channels, 1, 1)`, which ONNX Runtime takes and OpenVINO does not.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
