@@ -106,7 +106,8 @@ def test_the_client_examples_run_as_they_stand(
 
 
 @pytest.mark.slow
-def test_the_notebook_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.timeout(400)
+def test_the_notebook_example_runs(tmp_path: Path) -> None:
     """As it stands, but for its times; in an interpreter of its own, which begins as a notebook's does."""
     pytest.importorskip("rushhour.api")
     (code,) = code_of("README.md", "python")
@@ -120,10 +121,10 @@ def test_the_notebook_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture
             file = tmp_path / "photos" / kind / f"{index}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((grey + random.integers(-50, 50, (16, 16, 3))).astype(np.uint8)).save(file)
-    code = code.replace('"8m"', '"30s"').replace('"10s"', '"2s"')
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    code = code.replace('"8m"', '"15s"').replace('"10s"', '"2s"')
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=390)
     assert done.returncode == 0, done.stderr
-    assert "p99<50ms" in done.stdout
+    assert " late" in done.stdout
 
 
 def test_a_file_from_elsewhere_becomes_a_bundle_as_it_stands(
