@@ -15,7 +15,7 @@
 # make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
 # make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
 # make bench-machines  what int8 answers and how fast it is, with and without VNNI, 20 minutes
-# make bench-zoo    500 random networks under a checked heap, and named ones of all kinds in every step, 45 minutes
+# make bench-zoo    500 random networks under a checked heap, and named ones of all kinds in every step, 25 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.

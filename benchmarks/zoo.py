@@ -1,4 +1,4 @@
-"""`make bench-zoo`: any network. Some 5 minutes for the first part and 40 for the second, on 2 cores.
+"""`make bench-zoo`: any network. Some 5 minutes for the first part and 20 for the second, on 2 cores.
 
 heap    500 random small networks are trained for three steps each under a heap that is checked, with all instructions
         of this machine and with those of AVX2 only: as Rushhour trains them, and, as data, in memory formats that are
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
+import multiprocessing
 import queue
 import sys
 import tempfile
@@ -26,8 +28,8 @@ from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
 
 from rushhour.system.machine import cores
-from rushhour.testing.gallery import GALLERY
-from rushhour.testing.matrix import CELLS, WORKS, cells, is_fault
+from rushhour.testing.gallery import GALLERY, Specimen
+from rushhour.testing.matrix import CELLS, WORKS, Cell, cells, is_fault
 from rushhour.testing.zoo import WAYS, Instructions, Outcome, checker, outcomes, specimen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,16 +68,31 @@ def heap(scale: Scale) -> Part:
     return judge(measure(scale), scale)
 
 
+def outcomes_of(one: Specimen) -> dict[Cell, str]:
+    """One network through every cell, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return cells(one, Path(folder))
+
+
 def matrix(scale: Scale) -> Part:
     """Named networks through every cell."""
     some = GALLERY[: scale.named]
     rows: list[tuple[str | float | None, ...]] = []
     lines: list[tuple[str | float | None, ...]] = []
     faults = filled = 0
-    for number, one in enumerate(some, start=1):
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes = cells(one, Path(folder))
-        short = {WORKS: WORKS}
+    with concurrent.futures.ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(outcomes_of, one): one for one in some}
+        done: dict[str, dict[Cell, str]] = {}
+        for future in concurrent.futures.as_completed(pending):
+            one = pending[future]
+            done[one.name] = future.result()
+            result = done[one.name].values()
+            brief = (each if each == WORKS else "fault" if is_fault(each) else "refused" for each in result)
+                said if said == WORKS else "fault" if is_fault(said) else "refused" for said in done[one.name].values()
+            )
+            say(f"{len(done)} of {len(some)}  {one.name}: {', '.join(brief)}")
+    for one in some:
+        outcomes, short = done[one.name], {WORKS: WORKS}
         for cell in CELLS:
             said = outcomes[cell]
             if said not in short:
@@ -84,7 +101,6 @@ def matrix(scale: Scale) -> Part:
         rows.append((one.name, one.data, *(short[outcomes[cell]] for cell in CELLS)))
         faults += sum(is_fault(said) for said in outcomes.values())
         filled += len(outcomes)
-        say(f"{number} of {len(some)}  {one.name}: {', '.join(short[outcomes[cell]] for cell in CELLS)}")
     check = verdict(
         "24.2",
         f"cells of {len(some)} networks that neither work nor say why in one line before any work",
