@@ -88,8 +88,6 @@ def matrix(scale: Scale) -> Part:
             done[one.name] = future.result()
             result = done[one.name].values()
             brief = (each if each == WORKS else "fault" if is_fault(each) else "refused" for each in result)
-                said if said == WORKS else "fault" if is_fault(said) else "refused" for said in done[one.name].values()
-            )
             say(f"{len(done)} of {len(some)}  {one.name}: {', '.join(brief)}")
     for one in some:
         outcomes, short = done[one.name], {WORKS: WORKS}
