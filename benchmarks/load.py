@@ -1,14 +1,14 @@
-"""`make bench-load`: is the judge right? The verdict, the search and the generator, put to the test themselves.
+"""`make bench-load`: the validation of the verdict, the search and the generator.
 
-1 MLPerf LoadGen, the referee, loads the same server    2 a server that stalls
-3 simulated queues of known latency (a: that turn away what would be late)
-4 five searches on one server (v: in virtual time)    5 what one core of generator sends
+1 MLPerf LoadGen, as the reference, loads the same server    2 a server that stalls
+3 simulated queues of known latency (a: that shed requests which would be late)
+4 five searches on one server (v: in virtual time)    5 the throughput of one core of generator
 6 a starved generator, a noisy neighbour
 
-Each part stays in the record with the commit that it was measured at; a run goes on where the last was broken off.
+Each part stays in the record with the commit that it was measured at; a run resumes where the last was interrupted.
 
     python benchmarks/load.py                                            everything, about 25 minutes, quiet machine
-    python benchmarks/load.py --only 3 --runs 20 --lengths 5             a look; its results go to .bench/
+    python benchmarks/load.py --only 3 --runs 20 --lengths 5             a short run; its results go to .bench/
 """
 
 from __future__ import annotations
@@ -89,33 +89,33 @@ QUEUES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "M/M/16": (queues.Exponential(16, 0.008), queues.poisson_arrivals, 1800.0),
     "batches of 32": (queues.Batching(0.001, 0.0005, 32), queues.poisson_arrivals, 1810.0),
     "two streams of 16": (queues.Batching(0.005, 0.001, 16, 2), queues.poisson_arrivals, 1432.0),
-    "M/D/1 in bursts": (queues.Deterministic(0.002), queues.Bursts(), 400.0),
+    "M/D/1 in bursts": (queues.Deterministic(0.002), queues.BurstyArrivals(), 400.0),
 }
 """Server, arrivals, and the rate whose true 99th percentile is taken for the limit."""
 
 TURN_AWAY: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "M/D/1 that turns away": (queues.Deterministic(0.002, 0.05), queues.poisson_arrivals, 486.5),
-    "M/D/1 in bursts that turns away": (queues.Deterministic(0.002, 0.05), queues.Bursts(), 412.0),
+    "M/D/1 in bursts that turns away": (queues.Deterministic(0.002, 0.05), queues.BurstyArrivals(), 412.0),
     "M/M/4 that turns away": (queues.Exponential(4, 0.008, 0.045), queues.poisson_arrivals, 424.0),
 }
-"""Those that do not let everybody in: about 1% misses there, most of it by being turned away."""
+"""Queues that shed load: about 1% of the requests miss, most of them because they are shed."""
 _SIMULATED = QUEUES | TURN_AWAY
 
 
 class Simulated(msgspec.Struct, frozen=True):
-    """What the verdict said of a simulated queue.
+    """The verdicts on a simulated queue.
 
     Attributes:
         queue: its name in `QUEUES` or `TURN_AWAY`.
         share: of the rate at the limit.
         seconds: the longest window.
-        looks: 1 for a fixed n.
+        looks: interim analyses; 1 for a fixed n.
         limit_ms: the true 99th percentile at share 1.
         passed: of `runs`.
-        refuted: of `runs`; all others proved nothing.
-        mean_s: how long a window was on average when it was decided.
+        refuted: of `runs`; all others were inconclusive.
+        mean_s: mean length of a window when it was decided.
         n: requests in the longest window.
-        busy_periods: how often the server in such a window falls idle and starts anew, on average.
+        busy_periods: mean number of busy periods of the server in such a window.
     """
 
     queue: str

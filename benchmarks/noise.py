@@ -1,13 +1,13 @@
-"""`make bench-noise`: the main job on a host that is not quiet, made so on purpose (`rushhour.testing.disturbers`).
+"""`make bench-noise`: tuning on a host that is disturbed on purpose (`rushhour.testing.disturbers`).
 
-1  `rushhour demo` on a processor without AVX-512, disturbed: does it end in an answer, in time, with the right layout?
-2  the same candidate searched again and again: do estimates agree, do proofs hold on fresh seeds?
+1  `rushhour demo` on a processor without AVX-512, disturbed: does it find a plan, in time, with the right layout?
+2  the same candidate searched repeatedly: are estimates consistent, do proofs hold on fresh seeds?
 3  the verdict in simulation (noise_verdict.py)
-4  races between two plans: are they ordered rightly?
+4  races between two plans: is the order right?
 5  predicted against measured capacity
-6  what generator and server cost a request (noise_costs.py)
+6  CPU per request of generator and server (noise_costs.py)
 
-What is disturbed runs in a child process, so that everything it starts is disturbed too. The networks are those of
+Disturbed parts run in a child process, so that everything it starts is disturbed too. The networks are those of
 bench-machines (.bench/machines; trained there if they are missing).
 """
 
@@ -44,7 +44,7 @@ from rushhour.plan import Plan
 from rushhour.progress import Silent
 from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
-from rushhour.testing.disturbers import VARIABLE, surroundings
+from rushhour.testing.disturbers import VARIABLE, slowed_environment
 from rushhour.tune import TuneSettings
 from rushhour.tune.bench import Bench, ServedCandidate
 from rushhour.tune.load_tests import LoadTests
@@ -66,7 +66,7 @@ DISTURBED: dict[str, tuple[str, ...]] = {
     "recorded": ("--waves", "recorded"),
 }
 _NOT_ASKED = "bursts 15%"
-"""Of the demo: the line asks for disturbances up to 8%, and waves."""
+"""Not for the demo: the check asks for disturbances up to 8%, and for varying speed."""
 _TRUSTED = ("rushhour.models:build",)
 _NETWORKS = ("article", "residual", "mlp")
 _APART = 1.1
@@ -74,7 +74,7 @@ _HERE = str(Path(__file__).resolve())
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """How much is measured.
+    """The size of each part.
 
     Attributes:
         searches: of one candidate, for each disturbance; proofs are tried on 20 windows in all.
@@ -141,7 +141,7 @@ def predictor_of(bundles: dict[str, Bundle], journal: Path) -> Predictor:
 
 
 def of(network: str) -> dict[str, Bundle]:
-    """A network as it was trained, and in int8."""
+    """A trained network, and its int8 bundle."""
     return {"reference": Bundle.open(BENCH / network), "int8": Bundle.open(BENCH / f"{network}-7")}
 
 
@@ -154,7 +154,7 @@ def timed(bundles: dict[str, Bundle], candidate: Candidate) -> CandidateState:
 
 
 def first_of(bundles: dict[str, Bundle], role: str = "int8") -> Candidate:
-    """The candidate that parts 2 and 4 look at: int8 on OpenVINO, a stream for each core."""
+    """The candidate of parts 2 and 4: int8 on OpenVINO, a stream for each core."""
     return next(
         each
         for each in candidates(bundles, cores())
@@ -163,7 +163,7 @@ def first_of(bundles: dict[str, Bundle], role: str = "int8") -> Candidate:
 
 
 def searches(n: int, windows: int) -> dict[str, Any]:
-    """One candidate searched `n` times, and each of its proofs tried on `windows` fresh seeds."""
+    """One candidate searched `n` times, and each of its proofs repeated on `windows` fresh seeds."""
     bundles, found = of("article"), []
     first = timed(bundles, first_of(bundles))
     with Generator() as generator:
@@ -231,8 +231,8 @@ def races(n: int, slower: float) -> list[dict[str, Any]]:
 def slowed(times: float) -> Iterator[None]:
     """Engines in processes started here take this factor longer, with the same variation of the host's speed."""
     before = dict(os.environ)
-    waves = json.loads(before.get(VARIABLE, "{}"))
-    os.environ.update(surroundings(waves.get("waves"), waves.get("seed", SEED), slower=times))
+    settings = json.loads(before.get(VARIABLE, "{}"))
+    os.environ.update(slowed_environment(settings.get("curve"), settings.get("seed", SEED), slower=times))
     try:
         yield
     finally:
@@ -273,7 +273,7 @@ def predictions(network: str, plans: int) -> list[dict[str, Any]]:
 
 
 def layouts(run: str, rounds: int) -> dict[str, float]:
-    """Answers in time a second of every layout of a plan's variant, in turn, by users that ask again when answered."""
+    """Answers in time per second of every layout of a plan's variant, in alternating closed loops."""
     plan = Plan.load(Path(run) / "plan.json")
     variant, role = plan.variants[0], Path(plan.variants[0].bundle).name
     bundles = {role: Bundle.open(Path(run) / variant.bundle)}

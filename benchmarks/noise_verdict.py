@@ -1,11 +1,11 @@
-"""The verdict on a host whose speed comes in waves: line 3 of `make bench-noise`, all of it simulated.
+"""The verdict on a host of varying speed: line 3 of `make bench-noise`, all of it simulated.
 
-Every queue of bench-load, and queues whose service is stretched by waves: of two states, and as they were recorded on
-an ordinary host. At a rate whose true percentile is the limit, and below it, in windows that are looked at as `measure`
-looks at them: how often does it pass, and how often does it fail what holds?
+Every queue of bench-load, and queues on a host of two speeds or of a recorded speed. At a rate whose true percentile is
+the limit, and below it, in windows with the interim analyses of `measure`: how often does it pass, and how often does
+it fail a rate that holds?
 
     python benchmarks/noise_verdict.py            about 12 minutes on two cores
-    python benchmarks/noise_verdict.py --quick    a look
+    python benchmarks/noise_verdict.py --quick    a short run
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ from rushhour.goal import SLO
 from rushhour.load import interim_sizes, window_n
 from rushhour.measurement import Outcome
 from rushhour.testing import queues
-from rushhour.testing.waves import Recorded, TwoState
+from rushhour.testing.host_speed import Recorded, TwoState
 
 _BATCHES, _PAIR = queues.Batching(0.001, 0.0005, 32), queues.Batching(0.005, 0.001, 16, 2)
 _SINGLE, _FOUR = queues.Deterministic(0.002), queues.Exponential(4, 0.008)
 _TWO, _FIRST, _SECOND = TwoState(), Recorded(), Recorded("one stream of one thread")
 
-WAVES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
-    "M/D/1, two speeds": (queues.InWaves(_SINGLE, _TWO), queues.poisson_arrivals, 310.0),
-    "M/M/4, two speeds": (queues.InWaves(_FOUR, _TWO), queues.poisson_arrivals, 280.0),
-    "batches of 32, two speeds": (queues.InWaves(_BATCHES, _TWO), queues.poisson_arrivals, 1240.0),
-    "two streams of 16, two speeds": (queues.InWaves(_PAIR, _TWO), queues.poisson_arrivals, 940.0),
-    "M/D/1, recorded": (queues.InWaves(_SINGLE, _FIRST), queues.poisson_arrivals, 400.0),
-    "batches of 32, recorded": (queues.InWaves(_BATCHES, _FIRST), queues.poisson_arrivals, 1590.0),
-    "batches of 32, recorded on one thread": (queues.InWaves(_BATCHES, _SECOND), queues.poisson_arrivals, 1350.0),
-    "two streams of 16, recorded on one thread": (queues.InWaves(_PAIR, _SECOND), queues.poisson_arrivals, 1050.0),
+VARYING: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
+    "M/D/1, two speeds": (queues.OnVaryingHost(_SINGLE, _TWO), queues.poisson_arrivals, 310.0),
+    "M/M/4, two speeds": (queues.OnVaryingHost(_FOUR, _TWO), queues.poisson_arrivals, 280.0),
+    "batches of 32, two speeds": (queues.OnVaryingHost(_BATCHES, _TWO), queues.poisson_arrivals, 1240.0),
+    "two streams of 16, two speeds": (queues.OnVaryingHost(_PAIR, _TWO), queues.poisson_arrivals, 940.0),
+    "M/D/1, recorded": (queues.OnVaryingHost(_SINGLE, _FIRST), queues.poisson_arrivals, 400.0),
+    "batches of 32, recorded": (queues.OnVaryingHost(_BATCHES, _FIRST), queues.poisson_arrivals, 1590.0),
+    "batches of 32, recorded on one thread": (queues.OnVaryingHost(_BATCHES, _SECOND), queues.poisson_arrivals, 1350.0),
+    "two streams of 16, recorded on one thread": (
+        queues.OnVaryingHost(_PAIR, _SECOND),
+        queues.poisson_arrivals,
+        1050.0,
+    ),
 }
 """Server, arrivals, and its true capacity: the limit is the true 99th percentile of the latency at this rate."""
-_ALL = QUEUES | TURN_AWAY | WAVES
+_ALL = QUEUES | TURN_AWAY | VARYING
 
 _MINUTE = 60.0
 _SHORTER = (10.0, 36.0)
@@ -53,7 +57,7 @@ _PROVEN = {0.8: 0.80, 0.7: 0.95}
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """What the verdict said of one queue at one rate.
+    """The verdicts on one queue at one rate.
 
     Attributes:
         queue: its name.
@@ -109,20 +113,20 @@ def verdict_part(runs: int, requests: int, workers: int) -> tuple[list[Check], l
 
     Args:
         runs: windows at each capacity; at other rates three eighths of them.
-        requests: that a true percentile rests on; four times as many where waves make it slow to settle.
+        requests: for a true percentile; four times as many where the speed of the host varies.
         workers: processes.
     """
     fewer = max(1, runs * 3 // 8)
     with ProcessPoolExecutor(workers) as pool:
         names = list(_ALL)
-        asked = [4 * requests if name in WAVES else requests for name in names]
+        asked = [4 * requests if name in VARYING else requests for name in names]
         limits = dict(zip(names, pool.map(limit_of, names, asked), strict=True))
         jobs = [
             (name, limits[name], share, _MINUTE, runs if share == 1.0 else fewer)
             for name in names
-            for share in (_SHARES if name in WAVES else (1.0, 0.8))
+            for share in (_SHARES if name in VARYING else (1.0, 0.8))
         ]
-        jobs += [(name, limits[name], share, s, fewer) for name in WAVES for s in _SHORTER for share in (1.0, 0.8)]
+        jobs += [(name, limits[name], share, s, fewer) for name in VARYING for s in _SHORTER for share in (1.0, 0.8)]
         found = []
         for each in pool.map(judged, *zip(*jobs, strict=True)):
             found.append(each)
@@ -174,12 +178,12 @@ def _tables(found: Sequence[Judged]) -> list[Table]:
         "Two speeds: 30% faster or slower, each for 4 s on average. Recorded: 40 s of a 2-core AMD EPYC VM without "
         "AVX-512, over and over. A window of 10 s lies in one speed often enough that no statistics could tell."
     )
-    return [Table("what the verdict says where service comes in waves", columns, tuple(rows), note)]
+    return [Table("the verdict where the speed of the host varies", columns, tuple(rows), note)]
 
 
 def main(given: list[str] | None = None) -> int:
     """Print the checks; 0 where all hold."""
-    parser = argparse.ArgumentParser(description="The verdict on a host whose speed comes in waves, simulated.")
+    parser = argparse.ArgumentParser(description="The verdict on a host of varying speed, simulated.")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the windows")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that simulate")
     arguments = parser.parse_args(given)

@@ -25,10 +25,10 @@ import msgspec
 from bench.blocks import Block, Costs, engine_us, measure, raw_costs, right_answers, round_to, served
 from bench.closed_loop import Load, generator
 from bench.contestants import OURS, PEERS, Batches, Setup, peer_of
-from bench.crowd import Overload, capacity_of, overload
 from bench.environments import CannotInstall, python_of, versions_of
 from bench.ids import CASES, costs_of
 from bench.models import SEED, ModelName, bundle_of
+from bench.overload import Overload, capacity_of, overload
 from bench.parts import busy_cores, say
 from bench.record import Check, Table, judged, mean_ratio, record, verdict
 from bench.servers import DidNotStart

@@ -1,7 +1,7 @@
 """`make fuzz`: all targets side by side for FUZZ_SECONDS (600), guided by coverage; `benchmarks/results/fuzz.json`.
 
-Inputs that reach something new are kept, minimised, in `fuzz/corpus`; the test suite replays them. An input that
-breaks a promise is left in `.bench/fuzz` for `python fuzz/run.py TARGET FILE`.
+Inputs with new coverage are kept, minimised, in `fuzz/corpus`; the test suite replays them. An input that violates
+an invariant is left in `.bench/fuzz` for `python fuzz/run.py TARGET FILE`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _INSTRUMENTED = ["rushhour.wire", "rushhour.wire.pieces", "rushhour.serve", "rus
 
 
 def attack(target: str, arguments: list[str]) -> None:
-    """Let libFuzzer have this process: `arguments` are its own."""
+    """Run libFuzzer in this process, with its own arguments."""
     with atheris.instrument_imports(include=_INSTRUMENTED):
         import targets
-    # To merge, libFuzzer starts itself again by its first argument, through a shell.
+    # To merge, libFuzzer restarts itself by its first argument, through a shell.
     itself = shlex.join([sys.executable, __file__, target])
     atheris.Setup([itself, *arguments], targets.TARGETS[target])
     atheris.Fuzz()
 
 
 def main() -> int:
-    """Fuzz, keep what is worth it, write the record; 1 if a promise was broken."""
+    """Fuzz, keep new inputs, write the record; 1 if an invariant was violated."""
     from bench.record import Table, record, verdict
     from targets import CORPUS, TARGETS
 
@@ -50,31 +50,31 @@ def main() -> int:
     _FOUND.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         running = {target: _start(target, Path(folder) / target, CORPUS / target, seconds, seed) for target in TARGETS}
-        said = {target: process.communicate()[1] for target, process in running.items()}
+        logs = {target: process.communicate()[1] for target, process in running.items()}
         crashed = {target: int(process.returncode != 0) for target, process in running.items()}
         for target in TARGETS:
             _keep(target, Path(folder) / target, CORPUS / target)
     rows, checks = [], []
     for target in TARGETS:
-        executions = _figure(r"stat::number_of_executed_units: (\d+)", said[target])
-        ran = _figure(r"in (\d+) second", said[target])
+        executions = _figure(r"stat::number_of_executed_units: (\d+)", logs[target])
+        ran = _figure(r"in (\d+) second", logs[target])
         kept = list((CORPUS / target).iterdir())
         rows.append(
             (
                 target,
                 ran,
                 executions,
-                _figure(r"cov: (\d+)", said[target]),
-                _figure(r"ft: (\d+)", said[target]),
-                _figure(r"stat::peak_rss_mb: +(\d+)", said[target]),
+                _figure(r"cov: (\d+)", logs[target]),
+                _figure(r"ft: (\d+)", logs[target]),
+                _figure(r"stat::peak_rss_mb: +(\d+)", logs[target]),
                 len(kept),
                 sum(file.stat().st_size for file in kept) / 1024,
                 crashed[target],
             )
         )
-        what = f"`{target}`: inputs that break a promise, of {executions:,}"
-        words = said[target].strip().splitlines()
-        why = "" if not crashed[target] else f"{words[-1] if words else 'it ended without a word'}"
+        what = f"`{target}`: inputs that violate an invariant, of {executions:,}"
+        lines = logs[target].strip().splitlines()
+        why = "" if not crashed[target] else f"{lines[-1] if lines else 'no message'}"
         checks += [
             verdict(f"7.{target}.crashes", what, "<= 0", crashed[target], None, executions, unit="inputs", why=why),
             verdict(f"7.{target}.time", f"`{target}`: time fuzzed", ">= 600", ran, None, 1, unit="s"),
@@ -90,7 +90,7 @@ def main() -> int:
         print(dict(zip(columns, row, strict=True)))
     for target in TARGETS:
         if crashed[target]:
-            print(said[target][-4000:], file=sys.stderr)
+            print(logs[target][-4000:], file=sys.stderr)
     return max(crashed.values())
 
 
@@ -112,7 +112,7 @@ def _start(target: str, found: Path, corpus: Path, seconds: int, seed: int) -> s
 
 
 def _keep(target: str, found: Path, corpus: Path) -> None:
-    """Bring the corpus down to the fewest and smallest inputs that still reach everything."""
+    """Reduce the corpus to the fewest and smallest inputs with the same coverage."""
     with tempfile.TemporaryDirectory() as folder:
         merge = [sys.executable, __file__, target, "-merge=1", f"-max_len={_LARGEST[target]}", folder]
         subprocess.run([*merge, str(corpus), str(found)], check=True, capture_output=True)
@@ -125,9 +125,9 @@ def _keep(target: str, found: Path, corpus: Path) -> None:
                 shutil.copyfile(file, corpus / file.name[:16])
 
 
-def _figure(pattern: str, said: str) -> int:
-    """The last number of its kind that libFuzzer has said."""
-    return int((re.findall(pattern, said) or ["0"])[-1])
+def _figure(pattern: str, log: str) -> int:
+    """The last number of its kind in the log of libFuzzer."""
+    return int((re.findall(pattern, log) or ["0"])[-1])
 
 
 if __name__ == "__main__":

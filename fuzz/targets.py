@@ -1,7 +1,7 @@
-"""What the fuzzer attacks, and what must hold whatever the bytes are. Broken promises are AssertionErrors.
+"""The targets of the fuzzer, and the invariants that must hold for any input. A violation is an AssertionError.
 
-`wire` is `Codec.decode`, of a request in one go and in pieces. `grpc` is `GrpcCodec.decode`, of a message parsed whole
-and with its typed contents cut out. `http` is one connection of a whole server (all routes, an engine that adds up
+`wire` is `Codec.decode`, of a request read whole and in pieces. `grpc` is `GrpcCodec.decode`, of a message parsed whole
+and with its typed contents cut out. `http` is one connection of a whole server (all routes, an engine that sums
 pixels) behind a transport that delivers the bytes in any pieces. The test suite replays the corpus through the same
 functions.
 """
@@ -37,13 +37,13 @@ from rushhour.wire import Codec, InferRequest, content_of, pieces
 
 CORPUS = Path(__file__).parent / "corpus"
 CUT = b"\xff\xfe"
-"""Where an input of `http` holds this, one read ends and the next begins; the server sees what lies between."""
+"""Separates the reads of an input of `http`; the server does not see it."""
 KEY = "a-key-of-some-length"
 LIMITS = Limits(connections=4, body_bytes=4096, header_bytes=1024)
 SMALL = {"_LARGE": 100, "_SLICE": 400, "_MOST_MET": 16, "_HELD_BYTES": 300, "_LONG_LINE": 2048}
-"""Of the connection's own bounds, so that what is large fits in here; a line that is held is longer than any may be."""
+"""Smaller bounds of the connection, so that an input may exceed them."""
 _TOO_LONG = (414, 431)
-"""Statuses of heads that are too long: one that comes in pieces is counted with the spaces around its values."""
+"""Statuses of heads that are too long: in pieces the spaces around values are counted, too."""
 _PIECE_BYTES = 24
 _LARGE_JSON = 700
 _QUIET_TURNS = 16
@@ -80,18 +80,18 @@ def wire(data: bytes) -> None:
         return
     with _changed(wire_module, "WHOLE_BYTES", 0), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
         in_pieces = _decoded(codec, lambda: codec.decode(data[3:], length))
-    _agree(first, in_pieces, _ONLY_WHOLE)
+    _assert_equivalent(first, in_pieces, _ONLY_WHOLE)
 
 
 _ONLY_WHOLE = re.compile(
     r"too long|elsewhere than in|more than \d+ (characters|texts|fields)|nested too deep|more spaces than text"
     r"|not Base64|unknown kind|found something else than numbers|does not end"
 )
-"""Why what is read in pieces may be refused though it is valid."""
+"""Reasons for which a valid request may be refused when it is read in pieces."""
 
 
-def _agree(whole: object, cut: object, only_whole: re.Pattern[str]) -> None:
-    """What is read in pieces means the same as what is read whole."""
+def _assert_equivalent(whole: object, cut: object, only_whole: re.Pattern[str]) -> None:
+    """A request read in pieces gives the same result as one read whole."""
     if isinstance(cut, Refused):
         assert isinstance(whole, Refused) or only_whole.search(cut), (whole, cut)
     else:
@@ -153,8 +153,8 @@ def grpc(data: bytes) -> None:
     with _changed(codec_module, "WHOLE_BYTES", -1), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
         in_pieces = _decoded(codec, lambda: cut.decode(data[1:]).request)
     if isinstance(whole, Refused) and "cannot be read" in whole:
-        return  # of contents that nobody asked for the parser alone sees the faults
-    _agree(whole, in_pieces, _ONLY_WHOLE)
+        return  # only the parser finds faults in contents that are not needed
+    _assert_equivalent(whole, in_pieces, _ONLY_WHOLE)
 
 
 # http
@@ -173,8 +173,8 @@ class Answer(NamedTuple):
         return b"\r\nconnection: close\r\n" in self.head
 
 
-class Heard(NamedTuple):
-    """What one connection brought back.
+class Exchange(NamedTuple):
+    """What the server sent on one connection.
 
     Attributes:
         answers: in order, without interim ones.
@@ -186,7 +186,7 @@ class Heard(NamedTuple):
 
 
 class _Transport(asyncio.Transport):
-    """As strict as uvloop's: nothing may be written behind the end."""
+    """As strict as uvloop's: no write after the end."""
 
     def __init__(self, connection: HttpConnection) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _Transport(asyncio.Transport):
         self._protocol = protocol
 
     def deliver(self, read: bytes) -> None:
-        """One read of the client's bytes; what a buffer has no room for is the next one's."""
+        """One read of the client's bytes; what does not fit into a buffer goes into the next one."""
         while read and not self._closing:
             if isinstance(self._protocol, asyncio.BufferedProtocol):
                 room = self._protocol.get_buffer(-1)
@@ -242,7 +242,7 @@ class _Transport(asyncio.Transport):
 
 
 class _AtOnce(ThreadPoolExecutor):
-    """Runs what is handed to threads at once, so that every run is the same."""
+    """Runs functions for threads at once, so that every run is the same."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -285,7 +285,7 @@ class Stack:
             cell.submit(request, lambda result: None)
         return server
 
-    def converse(self, reads: Iterable[bytes], *, hasty: bool = False, methods: Sequence[bytes] = ()) -> Heard:
+    def converse(self, reads: Iterable[bytes], *, hasty: bool = False, methods: Sequence[bytes] = ()) -> Exchange:
         """One connection from its beginning to its end.
 
         Args:
@@ -300,7 +300,7 @@ class Stack:
         assert not self._failures, self._failures
         return heard
 
-    async def _converse(self, reads: Iterable[bytes], hasty: bool, methods: Sequence[bytes]) -> Heard:
+    async def _converse(self, reads: Iterable[bytes], hasty: bool, methods: Sequence[bytes]) -> Exchange:
         connection = HttpConnection(self._server)
         transport = _Transport(connection)
         connection.connection_made(transport)
@@ -321,10 +321,10 @@ class Stack:
         transport.close()
         await self._quiet(transport)
         assert connection not in self._server.connections
-        return Heard(_answers(bytes(transport.sent), methods), closed)
+        return Exchange(_answers(bytes(transport.sent), methods), closed)
 
     async def _quiet(self, transport: _Transport) -> None:
-        """Let the loop turn until nothing happens any more."""
+        """Let the event loop run until nothing happens any more."""
         still, before = 0, -1
         cell = self._server.cell_of(b"/v2/models/tiny/infer")
         for _ in range(_MOST_TURNS):
@@ -345,7 +345,7 @@ _OFFER = re.compile(rb"\nupgrade:", re.IGNORECASE)
 
 
 def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
-    """The final answers in what the server sent; every byte of it must belong to one."""
+    """The final answers in the bytes that the server sent; every byte must belong to one."""
     found: list[Answer] = []
     at = 0
     while at < len(sent):
@@ -357,7 +357,7 @@ def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
             continue
         (length,) = _LENGTH.findall(match[2])
         bodiless = len(found) < len(methods) and methods[len(found)] == b"HEAD"
-        # One that is refused before its method is known to be HEAD may get a body: nothing follows it.
+        # A request refused before its method is known to be HEAD may get a body: nothing follows it.
         size = int(length) if not bodiless else len(sent) - at if b"\nconnection: close\r" in match[2] else 0
         found.append(Answer(int(match[1]), b"\r\n" + match[2], sent[at : at + size]))
         assert len(found[-1].body) == size
@@ -366,13 +366,13 @@ def _answers(sent: bytes, methods: Sequence[bytes]) -> list[Answer]:
 
 
 class _Reference:
-    """How far httptools alone can read.
+    """The requests that httptools alone can parse.
 
     Attributes:
         methods: of each request whose header is whole.
         whole: requests that are.
-        sound: nothing in it was beyond reading.
-        over: nothing that follows is a request.
+        sound: all of it was parsed.
+        over: the following bytes are no request.
     """
 
     def __init__(self, sent: bytes) -> None:
@@ -382,7 +382,7 @@ class _Reference:
         self.over = False
         parser = self._parser = httptools.HttpRequestParser(self)
         try:
-            parser.feed_data(_OFFER.sub(b"\nignored:", sent))  # else its body would be left to another protocol
+            parser.feed_data(_OFFER.sub(b"\nignored:", sent))  # else its body would belong to another protocol
         except httptools.HttpParserUpgrade:
             self.over = True
         except httptools.HttpParserError:
@@ -399,7 +399,7 @@ class _Reference:
 
 
 class _Stacks:
-    """Made when first asked for: a server takes a moment."""
+    """Made at first use: a server takes time to start."""
 
     def __init__(self) -> None:
         self._made: dict[int, Stack] = {}
@@ -415,7 +415,7 @@ _stacks = _Stacks()
 
 
 def http(data: bytes) -> None:
-    """One byte chooses server, haste and the size of pieces, the rest is what a client sends."""
+    """One byte chooses server, haste and size of pieces, the rest is sent by a client."""
     if len(data) < 2:
         return
     kind, hasty, piece = data[0] % 3, bool(data[0] & 0x40), 1 + (data[0] >> 2) % 16
@@ -436,18 +436,18 @@ def http(data: bytes) -> None:
 
 def _check(answers: list[Answer], closed: bool, reference: _Reference, *, early: bool) -> None:
     whole = reference.whole
-    assert not any(answer.last for answer in answers[:-1]), "nothing follows a goodbye"
+    assert not any(answer.last for answer in answers[:-1]), "nothing follows connection: close"
     assert not any(answer.status == 500 for answer in answers)
     if answers and answers[-1].last:
         assert closed
         assert len(answers) <= whole + 1, "one answer for each request, and one error at most"
     else:
-        assert reference.sound or reference.over or early, "what cannot be read is said"
+        assert reference.sound or reference.over or early, "what cannot be parsed is refused"
         assert whole <= len(answers) <= whole + early, "each request is answered, and once"
 
 
 def _outcome(answer: Answer) -> int | None:
-    """Which of two faults is met first may depend on the pieces; that there is one may not."""
+    """Which of two faults is found first may depend on the pieces; that there is one must not."""
     return None if answer.last and answer.status >= 400 else answer.status
 
 

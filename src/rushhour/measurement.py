@@ -192,13 +192,13 @@ class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
     drop_interval: Interval = (0.0, 0.0)
 
 
-class Rung(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):
-    """One step of a closed loop.
+class ClosedLoop(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):
+    """A closed loop.
 
     Attributes:
-        concurrency: N, requests kept under way.
+        concurrency: N, requests in flight.
         throughput_rps: X, answers per second.
-        latency_s: R, the mean time of an answer.
+        latency_s: R, the mean latency.
     """
 
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=10**6)]
@@ -207,7 +207,7 @@ class Rung(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):
 
     @property
     def little(self) -> float:
-        """X R / N: 1 where Little's law is seen to hold, far from it where the generator, not the server, waits."""
+        """X R / N: 1 where Little's law holds; far from it where the generator, not the server, is the bottleneck."""
         return self.throughput_rps * self.latency_s / self.concurrency
 
     @property
@@ -216,7 +216,7 @@ class Rung(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):
         return abs(self.little - 1) <= 0.05
 
 
-Reading = Measurement | ServiceTimes | Accuracy | Rung
+Reading = Measurement | ServiceTimes | Accuracy | ClosedLoop
 """Anything that `measurements.jsonl` holds."""
 
 

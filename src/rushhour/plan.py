@@ -115,7 +115,7 @@ class Trial(msgspec.Struct, frozen=True):
     name: str = ""
 
 
-class Rung(msgspec.Struct, frozen=True):
+class Step(msgspec.Struct, frozen=True):
     """What one more step bought: the capacity with all steps up to this one, measured under load.
 
     Attributes:
@@ -173,7 +173,7 @@ class Evidence(msgspec.Struct, frozen=True):
     machine: Machine
     at: str
     trials: tuple[Trial, ...] = ()
-    ladder: tuple[Rung, ...] = ()
+    ladder: tuple[Step, ...] = ()
     proven: bool = True
     capacity_interval_rps: Interval | None = None
     alone_rps: Rate | None = None

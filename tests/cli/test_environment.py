@@ -41,7 +41,7 @@ from rushhour.cli import training
 from rushhour.errors import BundleError, PlanError, StorageError
 from rushhour.goal import SLO, Goal
 from rushhour.load.verdict import validity
-from rushhour.measurement import Accuracy, Measurement, Rung, ServiceTimes
+from rushhour.measurement import Accuracy, ClosedLoop, Measurement, ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.records.journal import Journal
 from rushhour.serve import ServeSettings, open_target
@@ -356,12 +356,12 @@ def test_a_number_in_a_bundle_is_checked_when_it_is_opened(tmp_path: Path, field
         (ServiceTimes((1, 2), (0.001, 0.002), (1e3, 1e3)), "reading.batch_sizes", "[2, 1]"),
         (ServiceTimes((1, 2), (0.001, 0.002), (1e3, 1e3)), "reading.batch_sizes", "[]"),
         (Accuracy("accuracy", 0.9, (0.8, 1.0), 100, "test"), "reading.n", "0"),
-        (Rung(8, 100.0, 0.08), "reading.concurrency", "0"),
-        (Rung(8, 100.0, 0.08), "machine.cores", "1e9"),
+        (ClosedLoop(8, 100.0, 0.08), "reading.concurrency", "0"),
+        (ClosedLoop(8, 100.0, 0.08), "machine.cores", "1e9"),
     ],
 )
 def test_a_number_in_a_journal_is_checked_when_it_is_opened(
-    tmp_path: Path, reading: Measurement | ServiceTimes | Accuracy | Rung, field: str, value: str
+    tmp_path: Path, reading: Measurement | ServiceTimes | Accuracy | ClosedLoop, field: str, value: str
 ) -> None:
     journal = Journal(tmp_path / "measurements.jsonl")
     journal.measure("p", "s", "d", type(reading), lambda: reading)  # type: ignore[type-var,arg-type,return-value]

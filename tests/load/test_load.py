@@ -28,11 +28,11 @@ from rushhour.errors import LoadError
 from rushhour.goal import SLO
 from rushhour.load import (
     ClosedJob,
+    ClosedLoop,
     Generator,
     Interface,
     InterimAnalysis,
     OpenJob,
-    Rung,
     Samples,
     Search,
     Status,
@@ -57,13 +57,14 @@ from rushhour.load.generator.samples import joined
 from rushhour.load.significance import passes
 from rushhour.measurement import Measurement, Outcome, ServiceTimes
 from rushhour.testing.fakes import SIGNATURE
+from rushhour.testing.host_speed import TwoState
 from rushhour.testing.queues import (
     Arrivals,
     Batching,
-    Bursts,
+    BurstyArrivals,
     Deterministic,
     Exponential,
-    InWaves,
+    OnVaryingHost,
     Queue,
     VirtualGenerator,
     poisson_arrivals,
@@ -71,7 +72,6 @@ from rushhour.testing.queues import (
     true_percentile,
     verdicts,
 )
-from rushhour.testing.waves import TwoState
 from rushhour.wire import Codec
 from servers import behaving
 
@@ -352,7 +352,7 @@ QUEUES = [
     pytest.param(Deterministic(0.002), poisson_arrivals, 454.0, id="M/D/1"),
     pytest.param(Exponential(4, 0.008), poisson_arrivals, 430.0, id="M/M/4", marks=pytest.mark.slow),
     pytest.param(Batching(0.001, 0.0005, 32), poisson_arrivals, 1810.0, id="batches of 32", marks=pytest.mark.slow),
-    pytest.param(Deterministic(0.002), Bursts(), 400.0, id="bursts"),
+    pytest.param(Deterministic(0.002), BurstyArrivals(), 400.0, id="bursts"),
 ]
 
 
@@ -399,7 +399,7 @@ def test_a_server_that_turns_away_can_be_proven_inside_its_limit(queue: Queue, r
 
 def test_a_host_of_two_speeds_is_not_believed_in_its_fast_seconds() -> None:
     """It was: a seventh of the windows passed at the limit, most of them in their first seconds."""
-    queue, rate = InWaves(Deterministic(0.002), TwoState()), 310.0
+    queue, rate = OnVaryingHost(Deterministic(0.002), TwoState()), 310.0
     slo = SLO(percentile=99, limit_s=true_percentile(queue, poisson_arrivals, rate, n=4_000_000))
     assert share_of_passes(queue, poisson_arrivals, slo, rate, 100) <= 0.09
     assert share_of_passes(queue, poisson_arrivals, slo, 0.8 * rate, 50) >= 0.8
@@ -407,7 +407,7 @@ def test_a_host_of_two_speeds_is_not_believed_in_its_fast_seconds() -> None:
 
 def test_a_host_that_becomes_slower_is_no_server_that_falls_behind() -> None:
     """It was: a tenth of the windows of these two streams was unstable, 30% below their capacity."""
-    queue, rate = InWaves(Batching(0.005, 0.001, 16, 2), TwoState()), 0.8 * 940.0
+    queue, rate = OnVaryingHost(Batching(0.005, 0.001, 16, 2), TwoState()), 0.8 * 940.0
     slo = SLO(percentile=99, limit_s=0.0516)
     found = verdicts(queue, poisson_arrivals, slo, rate, [round(rate * s) for s in (7.5, 15)], runs=60, seed=11)
     assert not any(outcome.refutes for outcome, _ in found)
@@ -482,7 +482,7 @@ def test_simulated_queues_are_what_they_are_said_to_be() -> None:
 
 
 def test_bursts_come_at_their_rate_and_in_bursts() -> None:
-    arrivals = Bursts()(400.0, 40_000, 20, np.random.default_rng(1))
+    arrivals = BurstyArrivals()(400.0, 40_000, 20, np.random.default_rng(1))
     assert 40_000 / arrivals[-1].mean() == pytest.approx(400, rel=0.02)
     counts = np.histogram(arrivals[:, 0], bins=np.arange(0, 90, 0.2))[0]
     assert counts.var() / counts.mean() > 1.5
@@ -706,8 +706,8 @@ def test_a_search_in_a_hurry_takes_larger_steps() -> None:
 
 
 def test_little_s_law_is_checked_where_the_generator_waits() -> None:
-    assert Rung(8, 1000, 0.008).consistent
-    assert not Rung(8, 1000, 0.007).consistent
+    assert ClosedLoop(8, 1000, 0.008).consistent
+    assert not ClosedLoop(8, 1000, 0.007).consistent
 
 
 def test_looks_double_up_to_the_whole_window() -> None:

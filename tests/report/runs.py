@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
-from rushhour.plan import Evidence, Plan, Policy, Rung, Trial, Variant
+from rushhour.plan import Evidence, Plan, Policy, Step, Trial, Variant
 from rushhour.records.compression import Attempt, Compression, Confirmation, Factor, Stage
 from rushhour.records.journal import Journal
 from rushhour.report import SummaryTable
@@ -128,10 +128,10 @@ def make_plan(**changes: object) -> Plan:
         at="2026-03-14T09:26:53+00:00",
         trials=TRIALS,
         ladder=(
-            Rung("as it is", BASELINE, 388.0, None, 0.9094),
-            Rung("compiled", "reference/openvino/f32/s1t2b1", 962.0, None, 0.9094),
-            Rung("batched", "reference/openvino/bf16/s2t1b16", 3610.0, None, 0.909),
-            Rung("quantised", WINNER, 9120.0, None, 0.9052),
+            Step("as it is", BASELINE, 388.0, None, 0.9094),
+            Step("compiled", "reference/openvino/f32/s1t2b1", 962.0, None, 0.9094),
+            Step("batched", "reference/openvino/bf16/s2t1b16", 3610.0, None, 0.909),
+            Step("quantised", WINNER, 9120.0, None, 0.9052),
         ),
     )
     proofs = {name: load(name, CAPACITIES[name], 101) for name in CAPACITIES}

@@ -20,10 +20,10 @@ sys.path.insert(0, str(BENCHMARKS))
 import render  # noqa: E402
 from bench.blocks import _engine_s  # noqa: E402
 from bench.contestants import OURS, Batches, Setup, batches_between, peer_of, start_peer  # noqa: E402
-from bench.crowd import recovery_s  # noqa: E402
 from bench.environments import CannotInstall  # noqa: E402
 from bench.keeper import descendants  # noqa: E402
 from bench.models import bundle_of  # noqa: E402
+from bench.overload import recovery_s  # noqa: E402
 from bench.record import Check, Record, judged, mean_ratio, meets, verdict  # noqa: E402
 from bench.servers import DidNotStart, free_port, running  # noqa: E402
 from train_options import OPTIONS, Trained, judge  # noqa: E402

@@ -22,10 +22,10 @@ from rushhour.engines import Engine, EngineConfig, open_engine
 from rushhour.system.machine import cores
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.burner import bursts
-from rushhour.testing.disturbers import Bursts, HostSpeed, Stretched, compute, surroundings
+from rushhour.testing.disturbers import Bursts, HostSpeed, SlowedEngine, compute, slowed_environment
 from rushhour.testing.engines import EngineConformance
 from rushhour.testing.fakes import FakeEngine
-from rushhour.testing.waves import STEP_S, Recorded, TwoState, recordings
+from rushhour.testing.host_speed import STEP_S, Recorded, TwoState, recordings
 
 
 @pytest.mark.parametrize("share", [0.03, 0.08, 0.15])
@@ -109,7 +109,7 @@ def test_waves_stretch_a_batch_by_their_factor_on_every_thread(threads: int) -> 
     config = EngineConfig(engine="openvino", threads=threads, max_batch=4)
     plain = FakeEngine(config, service_s=lambda rows: 0.02 if paused is None else paused, schedule=finish_later)
     speed = HostSpeed(TwoState(swing=0.5), 3, clock)
-    engine = Stretched(plain, speed, computed.append, timer=lambda: now[0])
+    engine = SlowedEngine(plain, speed, computed.append, timer=lambda: now[0])
     paused = None
     run(engine, clock, speed, fast=True)
     assert not computed  # at the fastest it is as it is
@@ -138,7 +138,7 @@ def test_what_is_stretched_is_computed_for_so_long() -> None:
     assert time.thread_time() - began > 0.04
 
 
-class TestStretched(EngineConformance):
+class TestSlowedEngine(EngineConformance):
     config = EngineConfig(engine="openvino", streams=min(2, cores()), max_batch=5)
 
     @pytest.fixture
@@ -146,7 +146,7 @@ class TestStretched(EngineConformance):
         with contextlib.ExitStack() as opened:
 
             def open_one(config: EngineConfig) -> Engine:
-                engine = Stretched(open_engine(bundle, config), HostSpeed(TwoState(), 1))
+                engine = SlowedEngine(open_engine(bundle, config), HostSpeed(TwoState(), 1))
                 opened.callback(engine.close)
                 return engine
 
@@ -159,11 +159,11 @@ from pathlib import Path
 from rushhour.bundle import Bundle
 from rushhour.clock import VirtualClock
 from rushhour.engines import EngineConfig, open_engine
-from rushhour.testing.disturbers import WAVES, HostSpeed
+from rushhour.testing.disturbers import CURVES, HostSpeed
 assert "torch" not in sys.modules
 engine = open_engine(Bundle.open(Path(sys.argv[1])), EngineConfig(engine="openvino"))
 clock = VirtualClock()
-speed, speeds = HostSpeed(WAVES["recorded"], 7, clock), []
+speed, speeds = HostSpeed(CURVES["recorded"], 7, clock), []
 for _ in range(50):
     clock.advance(0.4)
     speeds.append(speed.now())
@@ -181,12 +181,12 @@ def test_a_command_and_its_children_have_the_same_waves_and_the_neighbours(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second = map(json.loads, done.stdout.splitlines())
     assert first == second
-    assert first[0] == "Stretched"
+    assert first[0] == "SlowedEngine"
     assert len(set(first[1])) > 10
     assert "bursts of 3% of each core" in done.stderr
 
 
 def test_surroundings_keep_what_is_there() -> None:
-    found = surroundings("two-state", 1, {"PYTHONPATH": "mine", "HOME": "here"})
+    found = slowed_environment("two-state", 1, {"PYTHONPATH": "mine", "HOME": "here"})
     assert found["HOME"] == "here"
     assert found["PYTHONPATH"].endswith(os.pathsep + "mine")

@@ -25,7 +25,7 @@ from rushhour.engines import Engine, EngineConfig
 from rushhour.errors import LoadError, ModelError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.load import Race
-from rushhour.measurement import Measurement, Outcome, Rung, ServiceTimes
+from rushhour.measurement import ClosedLoop, Measurement, Outcome, ServiceTimes
 from rushhour.plan import Plan, Precision
 from rushhour.progress import Silent
 from rushhour.records.journal import Journal
@@ -227,12 +227,12 @@ class Load:
             "so it is", "",
         )  # fmt: skip
 
-    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> Rung:
+    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> ClosedLoop:
         self.windows += 1
         self.clock.advance(0.5)
         if self._kill_every is not None and self.windows % self._kill_every == 0:
             raise KeyboardInterrupt
-        return Rung(concurrency, held(candidate), concurrency / held(candidate))
+        return ClosedLoop(concurrency, held(candidate), concurrency / held(candidate))
 
 
 def timed(engine: Engine, bundle: Bundle, _: float, __: float) -> ServiceTimes:
@@ -447,7 +447,7 @@ def test_after_a_tie_the_one_that_looked_better_is_taken(tmp_path: Path, monkeyp
         return Race("tie", ratio, (0.9 * ratio, 1.1 * ratio), 54, (incumbent(1), rival(1)))
 
     class Uneven(Load):
-        def closed_window(self, _: object, candidate: str, __: object, **asked: Any) -> Rung:
+        def closed_window(self, _: object, candidate: str, __: object, **asked: Any) -> ClosedLoop:
             found = super().closed_window(_, candidate, __, **asked)
             by = 1.1 if "/s2t1" in candidate and asked["seconds"] < 0.5 else 1.0  # in a race, and not before
             return msgspec.structs.replace(found, throughput_rps=found.throughput_rps * by)
@@ -479,7 +479,7 @@ class Watched(Load):
         finally:
             self.up.remove(str(candidate))
 
-    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> Rung:
+    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> ClosedLoop:
         found = super().closed_window(_, candidate, __, concurrency=concurrency, **asked)
         if len(self.up) == 2:
             self.raced |= set(self.up)
@@ -634,7 +634,7 @@ class Broken(Load):
             if self._left < 0:
                 raise LoadError("cannot connect to it", "the server is gone")
 
-    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> Rung:
+    def closed_window(self, _: object, candidate: str, __: object, *, concurrency: int, **asked: Any) -> ClosedLoop:
         self._break(candidate)
         return super().closed_window(_, candidate, __, concurrency=concurrency, **asked)
 

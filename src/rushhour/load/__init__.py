@@ -31,12 +31,13 @@ from rushhour.load.target import Endpoint, Interface, Shape, Target, discover, e
 from rushhour.load.verdict import InterimAnalysis, decide, judge, variance_inflation
 from rushhour.load.window import Probe, measure
 from rushhour.load.window_size import interim_sizes, search_window_n, why_longer, window_n
-from rushhour.measurement import Rung
+from rushhour.measurement import ClosedLoop
 
 __all__ = [
     "Arrivals",
     "Bursty",
     "ClosedJob",
+    "ClosedLoop",
     "ClosedResult",
     "Comparison",
     "Endpoint",
@@ -49,7 +50,6 @@ __all__ = [
     "Probe",
     "Race",
     "Ratio",
-    "Rung",
     "Samples",
     "Search",
     "Sender",

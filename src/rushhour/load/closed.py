@@ -15,7 +15,7 @@ from rushhour.load.generator.samples import Samples, Status
 from rushhour.load.payload import Payload
 from rushhour.load.significance import percentile_ranks
 from rushhour.load.target import Endpoint
-from rushhour.measurement import Interval, Rung
+from rushhour.measurement import ClosedLoop, Interval
 from rushhour.progress import Progress, Silent
 
 _FEWEST_FOR_P99 = 299
@@ -121,7 +121,7 @@ def closed_window(
     concurrency: int,
     seconds: float,
     within_s: float = math.inf,
-) -> Rung:
+) -> ClosedLoop:
     """A short closed loop, as throughput and mean latency.
 
     Args:
@@ -164,7 +164,7 @@ def ramp_concurrency(
     *,
     step_s: float = 1.0,
     progress: Progress | None = None,
-) -> tuple[Rung, ...]:
+) -> tuple[ClosedLoop, ...]:
     """Closed loops at concurrency 1, 2, 4, ... until throughput grows by less than 5% twice in a row.
 
     Once is not enough: a server that batches answers two users one after the other, and two at a time only from the
@@ -182,7 +182,7 @@ def ramp_concurrency(
     """
     progress = progress or Silent()
     progress.start("throughput in a closed loop")
-    points: list[Rung] = []
+    points: list[ClosedLoop] = []
     best, without_gain, concurrency = 0.0, 0, 1
     while without_gain < 2 and concurrency <= _MOST_CONCURRENCY:
         point = closed_window(generator, target, requests, concurrency=concurrency, seconds=step_s)
@@ -196,7 +196,7 @@ def ramp_concurrency(
     return tuple(points)
 
 
-def _throughput(samples: Samples, concurrency: int, seconds: float, within_s: float) -> Rung:
+def _throughput(samples: Samples, concurrency: int, seconds: float, within_s: float) -> ClosedLoop:
     """Answers per second and their mean latency: over the last four fifths, or over all where few requests ended."""
     answered = samples.status == Status.OK
     answered &= samples.done - samples.scheduled <= within_s
@@ -207,5 +207,5 @@ def _throughput(samples: Samples, concurrency: int, seconds: float, within_s: fl
     elif answered.any():
         settled, throughput = answered, float(np.count_nonzero(answered) / samples.done[answered].max())
     else:
-        return Rung(concurrency, 0.0, 0.0)
-    return Rung(concurrency, throughput, float((samples.done - samples.scheduled)[settled].mean()))
+        return ClosedLoop(concurrency, 0.0, 0.0)
+    return ClosedLoop(concurrency, throughput, float((samples.done - samples.scheduled)[settled].mean()))

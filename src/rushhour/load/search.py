@@ -18,7 +18,7 @@ from rushhour.load.payload import Payload
 from rushhour.load.target import Endpoint
 from rushhour.load.window import Probe, measure
 from rushhour.load.window_size import WARMUP_S, search_window_n
-from rushhour.measurement import Measurement, Outcome, Rung
+from rushhour.measurement import ClosedLoop, Measurement, Outcome
 from rushhour.progress import Progress, Silent
 
 _RETRIES = {Outcome.VOID: 3, Outcome.GENERATOR_LIMITED: 1}
@@ -57,7 +57,7 @@ class Search(msgspec.Struct, frozen=True):
     runs: tuple[Measurement, ...]
     retries: int
     reason: str = ""
-    rungs: tuple[Rung, ...] = ()
+    rungs: tuple[ClosedLoop, ...] = ()
     seconds: float = 0.0
     estimate: Estimate | None = None
 

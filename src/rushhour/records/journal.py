@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from rushhour.errors import GoalError, StorageError
-from rushhour.measurement import Accuracy, Measurement, Reading, Rung, ServiceTimes
+from rushhour.measurement import Accuracy, ClosedLoop, Measurement, Reading, ServiceTimes
 from rushhour.records import identity
 from rushhour.system.machine import Machine, describe
 from rushhour.system.storage import explained
@@ -23,7 +23,7 @@ from rushhour.system.storage import explained
 JOURNAL = "measurements.jsonl"
 """The file's name in a run's folder."""
 
-R = TypeVar("R", Measurement, ServiceTimes, Accuracy, Rung)
+R = TypeVar("R", Measurement, ServiceTimes, Accuracy, ClosedLoop)
 
 
 class Entry(msgspec.Struct, frozen=True):

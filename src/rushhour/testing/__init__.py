@@ -1,1 +1,1 @@
-"""Fakes and conformance kits, for the tests of Rushhour and of whoever builds on it."""
+"""Fakes, simulations and conformance kits: for the tests of Rushhour, and of packages that build on it."""

@@ -1,8 +1,8 @@
-"""A neighbour that takes a core in bursts: a program of its own, which needs nothing but the standard library.
+"""A program that uses a core in bursts, like another tenant of the host. It needs the standard library alone.
 
     python -I -S burner.py CORE SHARE SEED
 
-It says in one line how it takes the core, and ends when the process that started it does.
+It prints one line with its priority, and ends when the process that started it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def bursts(core: int, share: float, seed: int) -> Iterator[tuple[float, float]]:
 
     Args:
         core: each has bursts of its own.
-        share: of the core, on average over a long time; above 0 and below 1.
+        share: mean share of the core; above 0 and below 1.
         seed: of all that is random.
     """
     normal = statistics.NormalDist()
@@ -38,17 +38,17 @@ def bursts(core: int, share: float, seed: int) -> Iterator[tuple[float, float]]:
 
 
 def priority() -> str:
-    """Come before all others on this core, as far as that is allowed; how, in words."""
+    """Take the highest priority on this core that is allowed. Returns its description."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except OSError as error:
-        refused = f"SCHED_FIFO is not allowed here ({error.strerror})"
+        refused = f"SCHED_FIFO is not allowed ({error.strerror})"
     else:
         return "SCHED_FIFO"
     try:
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     except OSError as error:
-        return f"like any other: {refused}, nor is nice -20 ({error.strerror})"
+        return f"normal priority: {refused}, nor is nice -20 ({error.strerror})"
     return f"nice -20: {refused}"
 
 

@@ -1,10 +1,10 @@
-"""A host that is not quiet, made so on purpose: for trying everything else on it.
+"""Disturbances of a host, made on purpose, to run any command under them.
 
     python -m rushhour.testing.disturbers --bursts 0.08 --waves two-state --seed 1 -- rushhour demo
 
-`Bursts` are a neighbour that takes every core for moments. Waves are a host whose speed changes over seconds: every
-batch of every engine takes longer while the host is slow, in the command and in all Python processes that it starts,
-in the same moments and for the same factor.
+`Bursts` are processes that use every core for short times. `--waves` names a curve of the host's speed, which varies
+over seconds: every batch of every engine takes longer while the host is slow, in the command and in all Python
+processes that it starts, at the same times and by the same factor.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from rushhour import engines
 from rushhour.bundle import Bundle, Signature
 from rushhour.clock import Clock, WallClock
 from rushhour.engines import Done, Engine, EngineConfig, Slot
-from rushhour.testing.waves import STEP_S, Recorded, Steady, TwoState, Waves
+from rushhour.testing.host_speed import STEP_S, Recorded, SpeedCurve, Steady, TwoState
 
-WAVES: Mapping[str, Waves] = {
+CURVES: Mapping[str, SpeedCurve] = {
     "two-state": TwoState(),
     "recorded": Recorded(),
     "recorded-single": Recorded("one stream of one thread"),
 }
 VARIABLE = "RUSHHOUR_WAVES"
-"""In the environment, which waves stretch engines, as JSON."""
+"""Environment variable: the curve that slows down engines, as JSON."""
 _STEPS = 36_000
-"""An hour; then it begins anew."""
+"""An hour; then the curve repeats."""
 _REMEMBERED = 15
 
 
 class Bursts:
-    """A context in which a neighbour takes every core of this process in bursts, before everything else on it.
+    """A context in which processes use every core of this process in bursts, with priority over everything else on it.
 
-    One process for each core, pinned, under SCHED_FIFO: that takes the core from whatever runs there, as a busy
-    hypervisor does. It needs root or CAP_SYS_NICE, and a control group may forbid it all the same; then it is the
-    strongest that is allowed, and `how` says so. The kernel leaves others 5% of each second (`sched_rt_runtime_us`),
-    so a burst of a whole second takes a little longer. The processes end with this one, however it ends.
+    One process for each core, pinned, under SCHED_FIFO: it preempts whatever runs there, like a busy hypervisor. It
+    needs root or CAP_SYS_NICE, and a control group may forbid it; then it takes the highest priority that is allowed,
+    and `how` has it. The kernel leaves others 5% of each second (`sched_rt_runtime_us`), so a burst of a whole second
+    takes a little longer. The processes end with this one in every case.
 
     Args:
-        share: of each core, on average: 0 for none.
+        share: mean share of each core; 0 for none.
         seed: of the bursts' lengths and pauses.
     """
 
@@ -65,11 +65,11 @@ class Bursts:
         self._seed = seed
         self._burners: list[subprocess.Popen[str]] = []
         self.how: tuple[str, ...] = ()
-        """How cores are taken, in words; more than one where cores differ."""
+        """Descriptions of the priority; more than one where cores differ."""
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The neighbours' processes, one for each core."""
+        """The processes, one for each core."""
         return tuple(burner.pid for burner in self._burners)
 
     def __enter__(self) -> Bursts:
@@ -77,8 +77,8 @@ class Bursts:
         for core in sorted(os.sched_getaffinity(0)) if self._share else ():
             command = [sys.executable, "-I", "-S", program, str(core), str(self._share), str(self._seed)]
             self._burners.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True))
-        said = [burner.stdout.readline().strip() for burner in self._burners if burner.stdout is not None]
-        self.how = tuple(sorted(set(said)))
+        lines = [burner.stdout.readline().strip() for burner in self._burners if burner.stdout is not None]
+        self.how = tuple(sorted(set(lines)))
         return self
 
     def __exit__(
@@ -93,17 +93,17 @@ class Bursts:
 
 
 class HostSpeed:
-    """How fast the host is at this moment, as a share of its fastest: equal in all processes of the machine.
+    """The host's speed now, as a share of its highest: equal in all processes of the machine.
 
     Args:
-        waves: of its speed.
-        seed: of them.
+        curve: of the speed.
+        seed: of the curve.
         clock: by default the machine's own, which all its processes share.
-        slower: than it would be, by this factor, at all times.
+        slower: factor by which it is slower at all times.
     """
 
-    def __init__(self, waves: Waves, seed: int, clock: Clock | None = None, *, slower: float = 1.0) -> None:
-        speeds = waves.speeds(_STEPS, 1, np.random.default_rng(seed))[:, 0]
+    def __init__(self, curve: SpeedCurve, seed: int, clock: Clock | None = None, *, slower: float = 1.0) -> None:
+        speeds = curve.speeds(_STEPS, 1, np.random.default_rng(seed))[:, 0]
         self._shares: list[float] = (speeds / (slower * speeds.max())).tolist()
         self._clock = clock or WallClock()
 
@@ -112,18 +112,18 @@ class HostSpeed:
         return self._shares[int(self._clock.now() / STEP_S) % _STEPS]
 
 
-class Stretched:
-    """An engine on a host whose speed comes in waves: as it is at the fastest moment, and slower at all others.
+class SlowedEngine:
+    """An engine on a host of varying speed: unchanged at the highest speed, slower at all other times.
 
-    What a batch takes longer is computed, not slept: a slow core is busy for longer. Each thread of the stream
-    computes so long, without holding back the interpreter. What is stretched is the shortest of the last batches of the
-    same size: what a batch waited for a busy core is not the engine's.
+    The extra time of a batch is computed, not slept, because a slow core is busy for longer. Each thread of the stream
+    computes, without holding the interpreter lock. The extra time is a share of the shortest of the last batches of the
+    same size: the time that a batch waited for a busy core is not the engine's.
 
     Args:
-        engine: to be stretched; closed with this one.
+        engine: to be slowed down; closed with this one.
         speed: of the host.
-        busy: keeps one thread busy for so many seconds.
-        timer: what batches are timed by, in seconds.
+        busy: keeps one thread busy for a number of seconds.
+        timer: of batches, in seconds.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Stretched:
 
 
 class _Slot:
-    """A slot whose batches are over later."""
+    """A slot whose batches end later."""
 
     def __init__(self, slot: Slot, speed: HostSpeed, busy: Callable[[float], None], timer: Callable[[], float]) -> None:
         self._slot = slot
@@ -207,64 +207,64 @@ def _on_all(busy: Callable[[float], None], pool: ThreadPoolExecutor | None, besi
 
 @cache
 def _rounds_per_s() -> float:
-    """Of a hash that is computed without the interpreter, on this processor: the best of several tries."""
-    tried = []
+    """Rounds per second of a hash that is computed without the interpreter lock: the best of several attempts."""
+    rates = []
     for _ in range(5):
         began = time.thread_time()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)
-        tried.append(20_000 / (time.thread_time() - began))
-    return max(tried)
+        rates.append(20_000 / (time.thread_time() - began))
+    return max(rates)
 
 
 def compute(seconds: float) -> None:
-    """Keep this thread busy for about so many seconds, without holding back the interpreter's other threads."""
+    """Keep this thread busy for about `seconds`, without the interpreter lock."""
     hashlib.pbkdf2_hmac("sha256", b"", b"", max(1, round(seconds * _rounds_per_s())))
 
 
-def surroundings(
-    waves: str | None, seed: int, base: Mapping[str, str] | None = None, *, slower: float = 1.0
+def slowed_environment(
+    curve: str | None, seed: int, base: Mapping[str, str] | None = None, *, slower: float = 1.0
 ) -> dict[str, str]:
-    """Environment variables under which a Python command, and whatever Python it starts, has its engines stretched.
+    """Environment variables that slow down the engines of a Python command and of all Python processes it starts.
 
     Args:
-        waves: of `WAVES`; None for a speed that stays.
-        seed: of the waves.
-        base: what to add them to; by default this process's environment.
-        slower: every batch takes so many times as long, beside the waves.
+        curve: a name of `CURVES`; None for a constant speed.
+        seed: of the curve.
+        base: the environment to extend; by default that of this process.
+        slower: factor by which every batch takes longer, beside the curve.
     """
     environment = dict(os.environ if base is None else base)
     hook = str(importlib.resources.files("rushhour.testing") / "hook")
     folders = [hook, *filter(None, [environment.get("PYTHONPATH")])]
-    settings = json.dumps({"waves": waves, "seed": seed, "slower": slower})
+    settings = json.dumps({"curve": curve, "seed": seed, "slower": slower})
     return {**environment, "PYTHONPATH": os.pathsep.join(folders), VARIABLE: settings}
 
 
-def stretch_all() -> None:
-    """Stretch every engine that this process opens from now on, as the environment says."""
+def slow_all_engines() -> None:
+    """Slow down every engine that this process opens from now on, as `VARIABLE` sets it."""
     settings = json.loads(os.environ[VARIABLE])
-    waves = WAVES.get(settings["waves"] or "", Steady())
-    speed = HostSpeed(waves, settings["seed"], slower=settings["slower"])
+    curve = CURVES.get(settings["curve"] or "", Steady())
+    speed = HostSpeed(curve, settings["seed"], slower=settings["slower"])
     plain = engines._compiled
 
     def compiled(bundle: Bundle, config: EngineConfig, trusted: tuple[str, ...]) -> Engine:
-        return Stretched(plain(bundle, config, trusted), speed)
+        return SlowedEngine(plain(bundle, config, trusted), speed)
 
     engines._compiled = compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Become the command, disturbed."""
+    """Run the command in place of this process, disturbed."""
     parser = argparse.ArgumentParser(
-        prog="python -m rushhour.testing.disturbers", description="Runs a command on a host that is not quiet."
+        prog="python -m rushhour.testing.disturbers", description="Runs a command on a disturbed host."
     )
-    parser.add_argument("--bursts", type=float, default=0.0, metavar="SHARE", help="of each core taken, in bursts")
-    parser.add_argument("--waves", choices=sorted(WAVES), help="in which the speed of engines comes")
+    parser.add_argument("--bursts", type=float, default=0.0, metavar="SHARE", help="of each core, used in bursts")
+    parser.add_argument("--waves", choices=sorted(CURVES), help="curve of the host's speed, for all engines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("command", nargs="+", help="after --")
     given = parser.parse_args(arguments)
-    environment = dict(os.environ) if given.waves is None else surroundings(given.waves, given.seed)
-    neighbour = Bursts(given.bursts, given.seed).__enter__()  # ends when the command does: it is this process
-    for how in neighbour.how:
+    environment = dict(os.environ) if given.waves is None else slowed_environment(given.waves, given.seed)
+    bursts = Bursts(given.bursts, given.seed).__enter__()  # they end with the command, which is this process
+    for how in bursts.how:
         print(f"bursts of {given.bursts:.0%} of each core, {how}", file=sys.stderr, flush=True)
     os.execvpe(given.command[0], given.command, environment)
 

@@ -30,7 +30,7 @@ from rushhour.system.machine import cores
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 
 TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 2e-2, "int8": 5e-2}
-"""How far an answer may be off, as a share of the range of all answers."""
+"""Tolerated deviation of an answer, as a share of the range of all answers."""
 
 _WAIT_S = 30.0
 
@@ -39,7 +39,7 @@ class EngineConformance:
     """What every engine must do. Override `bundle` and `reference` to run it on another model than the tiny one.
 
     Attributes:
-        config: asked for in all tests; two streams where the machine has them, and a max_batch that is no power of two.
+        config: in all tests; two streams where the machine has two cores, and a max_batch that is no power of two.
     """
 
     config: ClassVar[EngineConfig] = EngineConfig(engine="openvino", streams=min(2, cores()), max_batch=5)
@@ -56,8 +56,8 @@ class EngineConformance:
 
     @pytest.fixture
     def open_engine(self, bundle: Bundle) -> Callable[[EngineConfig], Engine]:
-        """The fixture to give: opens the engine under test on `bundle`."""
-        raise NotImplementedError("give the fixture open_engine")
+        """The fixture to override: opens the engine under test on `bundle`."""
+        raise NotImplementedError("override the fixture open_engine")
 
     @pytest.fixture
     def engine(self, open_engine: Callable[[EngineConfig], Engine]) -> Iterator[Engine]:
@@ -96,13 +96,13 @@ class EngineConformance:
                 self.assert_close(answer, reference(samples))
 
     def test_a_row_does_not_depend_on_its_batch(self, engine: Engine) -> None:
-        """Nor on its place in it: a user's answer must not change with the company it came in."""
+        """Nor on its place in it: an answer must not depend on the other requests in the batch."""
         samples = self.samples(engine, self.config.max_batch, seed=1)
-        together = self.infer(engine, samples)
+        in_one = self.infer(engine, samples)
         alone = np.concatenate([self.infer(engine, samples[row : row + 1]) for row in range(len(samples))])
         backwards = self.infer(engine, samples[::-1])[::-1]
-        self.assert_close(together, alone)
-        self.assert_close(together, backwards)
+        self.assert_close(in_one, alone)
+        self.assert_close(in_one, backwards)
 
     def test_concurrent_callers_get_their_own_answers(
         self, engine: Engine, reference: Callable[[NDArray[Any]], NDArray[Any]]
@@ -145,8 +145,8 @@ class EngineConformance:
         engine.slots[0].start(1, called.put)
         assert called.get(timeout=_WAIT_S) is None
 
-    def test_a_done_that_raises_harms_nobody(self, engine: Engine) -> None:
-        """The slot goes on."""
+    def test_an_error_in_done_does_not_stop_the_slot(self, engine: Engine) -> None:
+        """The next batch runs."""
         reached = threading.Event()
 
         def broken(error: BaseException | None) -> None:

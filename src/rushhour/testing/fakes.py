@@ -1,4 +1,4 @@
-"""An engine that computes nothing, for the tests of what stands around an engine: batchers, servers, tuners."""
+"""A fake engine that computes sums, to test batchers, servers and tuners."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from rushhour.engines.engine import Done, EngineConfig, Slot
 from rushhour.errors import EngineError
 
 Schedule = Callable[[float, Callable[[], None]], object]
-"""Calls the function after so many seconds: `at_once`, `on_a_timer`, or a loop's own `call_later`."""
+"""Calls a function after a number of seconds: `at_once`, `on_a_timer`, or an event loop's `call_later`."""
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="image", dtype="uint8", shape=(4, 4, 1)),),
     outputs=(TensorSpec(name="probabilities", dtype="float32", shape=(3,)),),
 )
-"""As `tiny_bundle` has it."""
+"""That of `tiny_bundle`."""
 
 
 def at_once(seconds: float, finish: Callable[[], None]) -> None:
-    """Take no time: the batch is done before `start` returns."""
+    """Call it at once: the batch is done before `start` returns."""
     finish()
 
 
 def on_a_timer(seconds: float, finish: Callable[[], None]) -> None:
-    """Take real time, on a thread: `done` comes from another thread, as it does from a real engine."""
+    """Call it after real time, on another thread, like a real engine."""
     timer = threading.Timer(seconds, finish)
     timer.daemon = True
     timer.start()
 
 
 def fake_answers(inputs: NDArray[Any], length: int = 3) -> NDArray[np.float32]:
-    """What a `FakeEngine` answers: the sum of each sample, then that plus 1, plus 2, ...
+    """The answers of a `FakeEngine`: the sum of each sample, then that plus 1, plus 2, ...
 
     Args:
         inputs: shape `(n, *shape)`.
@@ -52,13 +52,13 @@ def fake_answers(inputs: NDArray[Any], length: int = 3) -> NDArray[np.float32]:
 
 
 class FakeEngine:
-    """Answers with sums of its inputs, after the time it is told to take.
+    """Answers with sums of its inputs, after a given time.
 
     Args:
-        config: its streams and max_batch are kept; the rest is only reported.
+        config: its streams and max_batch are used; the rest is only reported.
         signature: of one input or more; answers come from the first.
-        service_s: seconds that a batch of so many samples takes.
-        schedule: who waits for them.
+        service_s: samples of a batch -> the seconds that it takes.
+        schedule: waits for that time.
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class FakeEngine:
         self._failures: list[EngineError] = []
         self.closed = False
         self.batches: list[int] = []
-        """Rows of every batch that was started, in order."""
+        """Rows of every batch started, in order."""
 
     @property
     def signature(self) -> Signature:
-        """What goes in and comes out."""
+        """As `Engine.signature`."""
         return self._signature
 
     @property
     def config(self) -> EngineConfig:
-        """What was asked for."""
+        """As `Engine.config`."""
         return self._config
 
     @property
     def effective(self) -> Mapping[str, str]:
-        """What was asked for, again."""
+        """As `Engine.effective`: the config."""
         return {
             "engine": "fake",
             "precision": self._config.precision,
@@ -100,19 +100,19 @@ class FakeEngine:
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """One per stream."""
+        """As `Engine.slots`: one per stream."""
         return self._slots
 
     def fail_next(self, error: EngineError) -> None:
-        """Let the next batch that ends fail with `error`. May be called several times, for several batches."""
+        """Make the next batch that ends fail with `error`. It may be called several times, for several batches."""
         self._failures.append(error)
 
     def take_failure(self) -> EngineError | None:
-        """The error that the batch now ending fails with, if one was asked for."""
+        """The error of the batch that ends now, if one was set."""
         return self._failures.pop(0) if self._failures else None
 
     def close(self) -> None:
-        """End the batches that run at once, calling their `done`. May be called again."""
+        """End the running batches at once, with their `done`. It may be called again."""
         self.closed = True
         for slot in self._slots:
             slot.finish()
@@ -129,7 +129,7 @@ class _FakeSlot:
         }
         self._outputs: dict[str, NDArray[Any]] = {}
         self._running: list[tuple[int, Done]] = []
-        # Held through `done`, so that `close` returns after it; taken again by a `done` that starts the next batch.
+        # Held during `done`, so that `close` returns after it; acquired again by a `done` that starts the next batch.
         self._ending = threading.RLock()
 
     @property
@@ -151,7 +151,7 @@ class _FakeSlot:
         self._schedule(self._service_s(rows), lambda: self.finish(batch))
 
     def finish(self, batch: tuple[int, Done] | None = None) -> None:
-        """End the batch that runs: once, whoever comes first, its time or `close`."""
+        """End the running batch once: when its time is over, or at `close`."""
         with self._ending:
             if not self._running or (batch is not None and batch is not self._running[0]):
                 return
@@ -161,6 +161,6 @@ class _FakeSlot:
                 spec.name: fake_answers(first, int(np.prod(spec.shape))).astype(spec.dtype).reshape(rows, *spec.shape)
                 for spec in self._engine.signature.outputs
             }
-            # As in any engine, what a caller's `done` raises is the caller's: its loop may be gone by now.
+            # As in any engine, an error in the caller's `done` is the caller's: its event loop may be closed by now.
             with contextlib.suppress(Exception):
                 done(self._engine.take_failure())

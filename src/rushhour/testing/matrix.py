@@ -1,6 +1,6 @@
-"""What each network of the gallery goes through: training, a kill, workers, export, pruning, int8, a request.
+"""The matrix of networks: each one of the gallery in training, a resume, two workers, export, pruning, int8, serving.
 
-A cell says `works`, or the one line by which that was refused before any work. Anything else is a fault.
+A cell of the matrix is `works`, or the message that refused it before any work. Anything else is a fault.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from rushhour.testing.networks import ANY, distance
 from rushhour.train import ParallelSettings, TrainingJob, TrainSettings, train
 
 Cell = Literal["train", "resume", "2 workers", "export", "prune", "int8", "serve"]
-"""Two epochs; the same, killed and gone on; on two workers; the graph against torch; 30% of the channels pruned;
+"""Two epochs; the same, killed and resumed; on two workers; the graph compared with torch; 30% of the channels pruned;
 quantised; one request to a real server."""
 CELLS: tuple[Cell, ...] = get_args(Cell)
 WORKS = "works"
 FAULT = "FAULT"
-"""Begins what is neither."""
+"""The beginning of a cell that is neither."""
 
 _SETTINGS = TrainSettings(epochs=2, batch=24, lr=0.02, optimizer="sgd", schedule="constant", bf16=False)
 _DIES_AT = 4
@@ -49,15 +49,15 @@ _START_S, _ANSWER_S = 60.0, 30.0
 
 
 def cells(one: Specimen, folder: Path, only: Collection[Cell] = CELLS) -> dict[Cell, str]:
-    """Put one network through the cells in order.
+    """One row of the matrix.
 
     Args:
         one: the network.
         folder: for its bundles; empty.
-        only: these; `train` is always among them.
+        only: these cells; `train` is always among them.
 
     Returns:
-        Cell -> `WORKS`, the words of a refusal, or `FAULT` and what happened.
+        Cell -> `WORKS`, the message of a refusal, or `FAULT` and what happened.
     """
     dataset = data(one.data)
     trained: list[Bundle] = []
@@ -77,7 +77,7 @@ def cells(one: Specimen, folder: Path, only: Collection[Cell] = CELLS) -> dict[C
 
 
 def is_fault(outcome: str) -> bool:
-    """Whether a cell shows what must not be: no result, and no line that says why."""
+    """Whether a cell has neither a result nor a refusal."""
     return outcome.startswith(FAULT)
 
 
@@ -86,33 +86,33 @@ def _tried(work: Callable[[], str | None]) -> str:
         wrong = work()
     except RushhourError as error:
         return str(error)
-    except Exception as error:  # that is what is looked for
+    except Exception as error:  # this is the fault that the matrix looks for
         return f"{FAULT} {type(error).__name__}: {error} ({traceback.extract_tb(error.__traceback__)[-1]})"
     return WORKS if wrong is None else f"{FAULT} {wrong}"
 
 
-class _Said:
-    """Progress that keeps what is said, and kills its own process at a step."""
+class _Notes:
+    """Progress that keeps its notes, and kills its own process at a step."""
 
     def __init__(self, dies_at: int | None = None) -> None:
-        self.said: list[str] = []
+        self.notes: list[str] = []
         self._dies_at, self._steps = dies_at, 0.0
 
     def start(self, what: str, total: float | None = None) -> None:
-        """A piece of work begins."""
+        """As `Progress.start`."""
 
     def advance(self, by: float = 1.0, note: str = "") -> None:
-        """A step is done."""
+        """As `Progress.advance`."""
         self._steps += by
         if self._dies_at is not None and self._steps >= self._dies_at:
             signal.raise_signal(signal.SIGKILL)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        """It ends."""
-        self.said.append(note)
+        """As `Progress.done`."""
+        self.notes.append(note)
 
     def limit(self, seconds: float) -> None:
-        """There is none."""
+        """As `Progress.limit`."""
 
 
 def _train(one: Specimen, dataset: Dataset, folder: Path, progress: Progress | None = None, workers: int = 1) -> Bundle:
@@ -133,19 +133,21 @@ def _resume(one: Specimen, dataset: Dataset, folder: Path, whole: Bundle) -> str
         [sys.executable, "-m", __name__, one.name, str(folder)], capture_output=True, text=True, check=False
     )
     if died.returncode != -signal.SIGKILL:
-        return f"it did not come to its kill: {died.stderr.strip().splitlines()[-1:]}"
+        return f"it ended before the kill: {died.stderr.strip().splitlines()[-1:]}"
     again = _train(one, dataset, folder)
-    return None if again.manifest.hash == whole.manifest.hash else "gone on with, it ends otherwise than undisturbed"
+    return None if again.manifest.hash == whole.manifest.hash else "after a resume its bundle differs"
 
 
 def _on_two(one: Specimen, dataset: Dataset, folder: Path, alone: Bundle) -> str | None:
-    said = _Said()
-    two = _train(one, dataset, folder, said, workers=2)
+    progress = _Notes()
+    two = _train(one, dataset, folder, progress, workers=2)
     assert alone.weights is not None
     assert two.weights is not None
     apart = distance(load_file(alone.weights), load_file(two.weights))
-    is_said = any("workers" in note or "worker draws" in note for note in said.said)
-    return None if apart <= _APART or one.random or is_said else f"on two workers weights differ by {apart:.1g}, unsaid"
+    is_noted = any("workers" in note or "worker draws" in note for note in progress.notes)
+    if apart <= _APART or one.random or is_noted:
+        return None
+    return f"on two workers the weights differ by {apart:.1g}, without a note"
 
 
 def _export(bundle: Bundle, dataset: Dataset) -> str | None:
@@ -162,14 +164,14 @@ def _export(bundle: Bundle, dataset: Dataset) -> str | None:
         with torch.no_grad():
             expected = deployed(torch.from_numpy(samples)).numpy()
         if not np.allclose(answer, expected, atol=1e-3):
-            return f"the graph answers otherwise at batch {size}"
+            return f"the graph's answers differ from torch's at batch {size}"
     return None
 
 
 def _prune(one: Specimen, bundle: Bundle, dataset: Dataset, store: Path) -> str | None:
     recipe = Recipe((Prune(ratio=0.3, round_to=1, epochs=1),))
     *_, last = apply(recipe, bundle, dataset, Store(store), progress=Silent(), trusted=(one.source.factory,))
-    return None if last.manifest.parameters < bundle.manifest.parameters else "nothing was cut, unsaid"
+    return None if last.manifest.parameters < bundle.manifest.parameters else "nothing was pruned, without a message"
 
 
 def _int8(bundle: Bundle, dataset: Dataset, out: Path) -> str | None:
@@ -184,22 +186,22 @@ def _serve(bundle: Bundle) -> str | None:
     with popen as server, contextlib.ExitStack() as stack:
         try:
             assert server.stdout is not None
-            said = json.loads(server.stdout.readline())
-            if not said["url"]:
-                return f"the server does not start: {said['error']}"
-            host = said["url"].partition("://")[2]
+            started = json.loads(server.stdout.readline())
+            if not started["url"]:
+                return f"the server does not start: {started['error']}"
+            host = started["url"].partition("://")[2]
             connection = stack.enter_context(closing(http.client.HTTPConnection(host, timeout=_ANSWER_S)))
             (name, samples), *_ = bundle.samples().items()
             (spec,) = bundle.manifest.signature.inputs
             datatype = {"uint8": "UINT8", "float32": "FP32"}[spec.dtype]
-            asked = {
+            tensor = {
                 "name": name,
                 "shape": [1, *spec.shape],
                 "datatype": datatype,
                 "data": samples[:1].ravel().tolist(),
             }
             model = bundle.manifest.name
-            connection.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": [asked]}))
+            connection.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": [tensor]}))
             answer = connection.getresponse()
             body = json.loads(answer.read())
             if answer.status != 200:
@@ -208,7 +210,7 @@ def _serve(bundle: Bundle) -> str | None:
             assert recorded is not None
             (expected,) = recorded.values()
             if not np.allclose(body["outputs"][0]["data"], expected[0], atol=0.02):
-                return "the server answers otherwise than the bundle says"
+                return "the server's answer differs from the one in the bundle"
             return None
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -217,7 +219,7 @@ def _serve(bundle: Bundle) -> str | None:
 
 def _die(name: str, folder: str) -> None:
     one = specimen(name)
-    _train(one, data(one.data), Path(folder), _Said(_DIES_AT))
+    _train(one, data(one.data), Path(folder), _Notes(_DIES_AT))
 
 
 if __name__ == "__main__":

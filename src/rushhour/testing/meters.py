@@ -1,4 +1,4 @@
-"""What a process really sends and keeps, read from the kernel."""
+"""Meters of a process's traffic and memory, read from the kernel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SENT_AT = 200
 
 
 def sent_bytes() -> int:
-    """Payload that the open TCP sockets of this process have sent so far, what was sent twice counted once.
+    """Payload bytes that the open TCP sockets of this process have sent so far, without retransmissions.
 
-    Unlike the counters of the loopback, it does not hold what other programs send.
+    Unlike the counters of the loopback interface, it does not include other programs.
 
     Raises:
         OSError: on a kernel before Linux 4.19, which does not count it.
@@ -28,21 +28,21 @@ def sent_bytes() -> int:
             with socket.socket(fileno=os.dup(int(link.name))) as one:
                 if one.type != socket.SOCK_STREAM or one.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
-                told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SENT_AT + 16)
-            if len(told) < _SENT_AT + 16:
+                info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SENT_AT + 16)
+            if len(info) < _SENT_AT + 16:
                 raise OSError("this kernel does not count the bytes of a socket")
-            sent, again = struct.unpack_from("=QQ", told, _SENT_AT)
+            sent, again = struct.unpack_from("=QQ", info, _SENT_AT)
             total += sent - again
     return total
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback has carried, headers included, all programs together, each byte once."""
+    """Bytes on the loopback interface, with headers, of all programs, each byte counted once."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.partition(":")[2].split()[8])
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had at once."""
+    """The peak resident memory of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -32,11 +32,11 @@ ANY = Constants(
     exchange=Link(1e-4, 1e-9),
     send=Link(1e-4, 1e-9),
 )
-"""Where it matters only that there is a plan."""
+"""For tests in which any plan will do."""
 
 
 class _Block(nn.Module):
-    """Self-attention and a perceptron, each after a normalisation and with a way around it (pre-norm)."""
+    """Self-attention and a perceptron, each after a normalisation and with a residual connection (pre-norm)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: mlp(inputs=512, outputs=CLASSES, hidden=512, depth=7), (512,)),
     "transformer": (lambda: transformer(inputs=64, width=128, blocks=2), (16, 64)),
 }
-"""The same with numbers enough that what they send is more than what goes around it."""
+"""The same, large enough that the payload of messages outweighs their overhead."""
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def arranged(
     rest: Layout = "data",
     microbatches: int = 1,
 ) -> ParallelPlan:
-    """A plan made by hand: equal stages, one layout for the dense layers that can be cut and one for the others."""
+    """A plan made by hand: equal stages, one layout for the dense layers that can be split and one for the others."""
     each = -(-len(layers) // mesh.pipeline)
     plans = []
     for index, layer in enumerate(layers):
@@ -123,12 +123,12 @@ def arranged(
 
 
 class Trained(msgspec.Struct):
-    """What a short training came to on one worker.
+    """The result of a short training on one worker.
 
     Attributes:
         state: of the whole network, on worker 0; empty elsewhere.
         losses: of each step, over the whole batch.
-        state_bytes: kept here: parameters, gradients, and two moments of the optimizer.
+        state_bytes: on this worker: parameters, gradients, and two moments of the optimizer.
         sent_bytes: by this worker in the last step.
     """
 
@@ -157,8 +157,8 @@ def short_training(
 ) -> Trained:
     """Train one of `SMALL` or `WIDE` for some steps on seeded random data, alone or as a worker of the default group.
 
-    In float64 by Adam; in float32 by SGD with momentum, because Adam makes whole steps of gradients that are rounding
-    errors only.
+    In float64 by Adam; in float32 by SGD with momentum, because Adam turns gradients that are rounding errors only into
+    whole steps.
     """
     factory, shape = (WIDE if wide else SMALL)[name]
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def short_training(
 
 
 def all_of(cases: list[tuple[str, ParallelPlan, dict[str, Any]]]) -> list[Trained]:
-    """`short_training` of each case in turn; for `launch`, which is slow to start."""
+    """`short_training` of each case in turn, in one `launch`, which is slow to start."""
     done = []
     for name, plan, how in cases:
         done.append(short_training(name, plan, **how))

@@ -1,11 +1,11 @@
-"""A smaller processor: runs a command as if this machine had AVX2 and nothing newer.
+"""A restricted processor: runs a command as if this machine had AVX2 and nothing newer.
 
     python -m rushhour.testing.processor pytest tests/engines/test_engines.py
 
-What each library heeds by itself is not enough: torch reads ATEN_CPU_CAPABILITY, oneDNN (in torch and in OpenVINO)
-ONEDNN_MAX_CPU_ISA, but OpenVINO's own kernels and those of ONNX Runtime ask the processor and nobody else. So their
-`cpuid` instructions are found, and answered by an auditor of the dynamic linker (cpuid.c, compiled here). The table of
-what each variable reaches is in docs/machines.md.
+Environment variables are not enough: torch reads ATEN_CPU_CAPABILITY, oneDNN (in torch and in OpenVINO)
+ONEDNN_MAX_CPU_ISA, but OpenVINO's own kernels and those of ONNX Runtime query the processor directly. So their `cpuid`
+instructions are located, and answered by an auditor of the dynamic linker (cpuid.c, compiled here). docs/machines.md
+has a table of what each variable affects.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ VARIABLES = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
-"""What libraries heed by themselves."""
+"""Variables that libraries read themselves."""
 _PACKAGES = ("onnxruntime", "openvino", "torch", "numpy", "scipy")
 _CPUID = b"\x0f\xa2"
 _NEAR = range(24, 120)
-"""Bytes before a candidate at which decoding starts: instructions fall into step within a few of them."""
+"""Bytes before a candidate at which decoding starts: decoding synchronises within a few instructions."""
 _MOST = 0.3
-"""Of these starts must meet it as an instruction. On three libraries, against a full disassembly: all true ones above
-0.45, all others 0."""
+"""This share of the starts must decode it as an instruction. On three libraries, against a full disassembly: above 0.45
+for all true ones, 0 for all others."""
 
 
 def restricted(base: dict[str, str] | None = None) -> dict[str, str]:
-    """Environment variables under which a command, and whatever it starts, sees no instruction set above AVX2.
+    """Environment variables under which a command and its child processes see no instruction set above AVX2.
 
     Args:
-        base: what to add them to; by default this process's environment.
+        base: the environment to extend; by default that of this process.
 
     Raises:
-        EngineError: if the machine does not allow it: it needs x86-64 Linux, a C compiler and the package capstone; or
-            has nothing above AVX2 to hide.
+        EngineError: if that is not possible: it needs x86-64 Linux, a C compiler and the package capstone, and a
+            processor with more than AVX2.
     """
     if not set(describe().features) - {"avx2"}:
         raise EngineError(
-            "there is nothing to hide", "this processor has no more than AVX2", "run the command as it is"
+            "there is no instruction set to hide", "this processor has no more than AVX2", "run the command directly"
         )
     auditor, sites = _auditor(), _sites()
     environment = dict(os.environ if base is None else base)
@@ -88,7 +88,7 @@ def _auditor() -> Path:
 
 @cache
 def _sites() -> Path:
-    """A file with the places of all `cpuid` instructions in the libraries of engines."""
+    """A file with the addresses of all `cpuid` instructions in the libraries of engines."""
     libraries = sorted(_libraries())
     known = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in libraries]
     target = _cached(f"sites-{_digest(chr(10).join(known).encode())}")
@@ -106,7 +106,7 @@ def _libraries() -> Iterator[Path]:
 
 
 def _instructions(path: Path) -> Iterator[int]:
-    """Virtual addresses, as the file has them, of its `cpuid` instructions."""
+    """Virtual addresses, as in the file, of its `cpuid` instructions."""
     try:
         import capstone
     except ImportError as error:
@@ -131,7 +131,7 @@ def _instructions(path: Path) -> Iterator[int]:
 
 
 def _meets(decoder: Any, code: bytes, distance: int) -> bool:
-    """Whether decoding `code` from its start meets a `cpuid` at its end."""
+    """Whether decoding `code` from its start finds a `cpuid` at its end."""
     return any(at == distance and name == "cpuid" for at, _, name, _ in decoder.disasm_lite(code, 0))
 
 
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python -m rushhour.testing.processor COMMAND [ARGUMENT ...]")
     try:
-        surroundings = restricted()
+        environment = restricted()
     except EngineError as error:
         sys.exit(f"rushhour: {error}")
-    os.execvpe(sys.argv[1], sys.argv[1:], surroundings)
+    os.execvpe(sys.argv[1], sys.argv[1:], environment)

@@ -1,10 +1,10 @@
-"""Servers that exist only as numbers: queues whose true latencies are known, for judging the judge.
+"""Simulated servers: queues whose true latencies are known, to validate the verdict.
 
-`verdicts` says how often a verdict is right, over thousands of runs; `VirtualGenerator` stands in for a generator
-and its server, so that a whole search runs in virtual time.
+`verdicts` measures how often a verdict is right, over thousands of runs; `VirtualGenerator` replaces a generator and
+its server, so that a whole search runs in virtual time.
 
-All runs advance together, one request (or one batch) of each in a step of numpy: thousands of runs take seconds.
-Arrays have the shape `(requests, runs)`, times are in seconds.
+Numpy advances all runs at once, by one request (or one batch) of each: thousands of runs take seconds. Arrays have the
+shape `(requests, runs)`, times are in seconds.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from numpy.typing import NDArray
 from rushhour.goal import SLO
 from rushhour.load import ClosedJob, InterimAnalysis, OpenJob, Samples, Status, Tick, decide
 from rushhour.measurement import Outcome
-from rushhour.testing.waves import STEP_S, Waves
+from rushhour.testing.host_speed import STEP_S, SpeedCurve
 
 Times = NDArray[np.float64]
 Arrivals = Callable[[float, int, int, np.random.Generator], Times]
-"""Rate in requests per second, requests, runs, random numbers -> when they come, ascending along the first axis."""
+"""Rate in requests per second, requests, runs, random numbers -> arrival times, ascending along the first axis."""
 
 
 class Queue(Protocol):
-    """A server: when requests come -> how long each of them takes, both of the shape `(requests, runs)`."""
+    """A server: arrival times -> latencies, both of the shape `(requests, runs)`."""
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
-        """Seconds from each arrival to its answer; infinite where the request is turned away."""
+        """Seconds from each arrival to its answer; infinite where the request is shed."""
 
 
 def poisson_arrivals(rate_rps: float, n: int, runs: int, random: np.random.Generator) -> Times:
-    """A crowd of independent users."""
+    """Arrivals of independent users."""
     return random.exponential(1 / rate_rps, (n, runs)).cumsum(axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Bursts:
-    """A crowd with two moods (a Markov-modulated Poisson process), each of them lasting exponentially long.
+class BurstyArrivals:
+    """A Markov-modulated Poisson process of two states, each of exponentially distributed length.
 
     Attributes:
-        factor: how many times as many come in a burst as between bursts.
-        share: of the time that is burst.
-        mean_s: how long one burst lasts on average.
+        factor: the rate in a burst over the rate between bursts.
+        share: of the time in bursts.
+        mean_s: mean length of a burst.
     """
 
     factor: float = 1.6
@@ -74,14 +74,14 @@ class Deterministic:
     """One request after the other, each taking `service_s`: M/D/1 under Poisson arrivals.
 
     Attributes:
-        within_s: what would take longer is turned away.
+        within_s: a request that would take longer is shed.
     """
 
     service_s: float
     within_s: float = math.inf
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
-        """As in `Queue`: what is left when a request comes is what was left before, less the time since (Lindley)."""
+        """As in `Queue`, by Lindley's recursion: the backlog at an arrival is the last one less the time since."""
         found = np.empty_like(arrivals)
         gaps = np.diff(arrivals, axis=0, prepend=0.0)
         backlog = np.zeros(arrivals.shape[1])
@@ -102,8 +102,8 @@ class Exponential:
     """`servers` behind one queue, service times exponential: M/M/c under Poisson arrivals.
 
     Attributes:
-        within_s: what is expected to take longer is turned away. How long a request computes is not known beforehand,
-            only how long they do on average: some of those let in are late.
+        within_s: a request that is expected to take longer is shed. Only the mean service time is known beforehand, so
+            some of the admitted requests are late.
     """
 
     servers: int
@@ -111,7 +111,7 @@ class Exponential:
     within_s: float = math.inf
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
-        """As in `Queue`: each takes the server that is free first (Kiefer and Wolfowitz)."""
+        """As in `Queue`: each request takes the server that is free first (Kiefer and Wolfowitz)."""
         found = np.empty_like(arrivals)
         columns = np.arange(arrivals.shape[1])
         free = np.zeros((self.servers, arrivals.shape[1]))
@@ -128,7 +128,7 @@ class Exponential:
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """As Rushhour's own server: a free stream takes all that waits, up to `max_batch`, for `fixed_s + n each_s`."""
+    """Rushhour's own server: a free stream takes all waiting requests, up to `max_batch`, for `fixed_s + n each_s`."""
 
     fixed_s: float
     each_s: float
@@ -161,25 +161,25 @@ class Batching:
 
 
 @dataclasses.dataclass(frozen=True)
-class InWaves:
-    """A queue on a host whose speed comes in waves: whatever it does takes longer while the host is slow.
+class OnVaryingHost:
+    """A queue on a host of varying speed: all its work takes longer while the host is slow.
 
-    In the time that its host's work takes, any queue is the one that it is without waves: arrivals are brought to
-    that time, and answers back. A bound `within_s` is kept in that time too, as by a server that does not learn.
+    Measured in work done by the host, the queue is the one at speed 1: arrivals are converted to that time, and answers
+    back. A bound `within_s` holds in that time too, as in a server that does not learn its speed.
 
     Attributes:
         queue: at speed 1.
-        waves: the speed of its host.
+        curve: the speed of the host.
     """
 
     queue: Queue
-    waves: Waves
+    curve: SpeedCurve
 
     def latencies(self, arrivals: Times, random: np.random.Generator) -> Times:
         """As in `Queue`."""
         runs = arrivals.shape[1]
         steps = math.ceil(float(arrivals.max()) / STEP_S) + 1
-        speeds = self.waves.speeds(steps, runs, random)
+        speeds = self.curve.speeds(steps, runs, random)
         clock = np.append(np.arange(steps + 1) * STEP_S, 1e6)  # after the last arrival it stays as fast
         done = np.concatenate([np.zeros((1, runs)), speeds, speeds[-1:]]) * np.diff(clock, prepend=0.0)[:, None]
         work = done.cumsum(axis=0)
@@ -190,7 +190,7 @@ class InWaves:
 
 
 _CHUNK = 250
-"""Runs that are simulated together, of a few requests; of many fewer, so that memory stays small."""
+"""Runs that are simulated at once, at most; fewer if they have many requests, to bound the memory."""
 _CELLS = 8_000_000
 
 
@@ -218,19 +218,19 @@ def verdicts(
     seed: int,
     warmup_s: float = 2.0,
 ) -> list[tuple[Outcome, int]]:
-    """What the verdict says of each of `runs` windows that are looked at when they hold `sizes` requests.
+    """The verdict on each of `runs` windows, analysed at `sizes` requests.
 
-    Each part between two looks has its own warm-up, as in `measure`; the parts follow each other on one host.
+    Each part between two analyses has its own warm-up, as in `measure`; the parts follow each other on one host.
 
     Returns:
         The outcome, and at how many requests it was decided.
     """
     warmup = math.ceil(rate_rps * warmup_s)
-    together = max(1, min(_CHUNK, _CELLS // (sizes[-1] + len(sizes) * warmup)))
+    chunk_size = max(1, min(_CHUNK, _CELLS // (sizes[-1] + len(sizes) * warmup)))
     found: list[tuple[Outcome, int]] = []
-    for chunk in range(0, runs, together):
+    for chunk in range(0, runs, chunk_size):
         random = np.random.default_rng([seed, chunk])
-        at_once = min(together, runs - chunk)
+        at_once = min(chunk_size, runs - chunk)
         due = arrivals(rate_rps, sizes[-1] + len(sizes) * warmup, at_once, random)
         latencies = queue.latencies(due, random)
         for run in range(at_once):
@@ -241,11 +241,11 @@ def verdicts(
 def verdict_on(
     due: Times, latencies: Times, slo: SLO, rate_rps: float, sizes: Sequence[int], warmup: int
 ) -> tuple[Outcome, int]:
-    """What the verdict says of one run that is looked at when it holds `sizes` requests, warm-ups not counted.
+    """The verdict on one run, analysed at `sizes` requests, warm-ups not counted.
 
     Args:
-        due: when its requests come, shape `(n,)`: a warm-up before each part.
-        latencies: of them.
+        due: arrival times, shape `(n,)`: with a warm-up before each part.
+        latencies: of these requests.
 
     Returns:
         The outcome, and at how many requests it was decided.
@@ -266,7 +266,7 @@ def verdict_on(
 
 
 def samples_of(scheduled: Times, latencies: Times, warmup: int = 0) -> Samples:
-    """What a perfect generator on a quiet machine would have seen; who is turned away hears it at once."""
+    """The samples of a perfect generator on a quiet machine; shed requests are answered at once."""
     answered = np.isfinite(latencies)
     return Samples(
         scheduled=np.ascontiguousarray(scheduled),
@@ -291,7 +291,7 @@ class VirtualGenerator:
         """Virtual seconds of load so far."""
 
     def run(self, job: OpenJob | ClosedJob, on_progress: Callable[[Tick], None] | None = None) -> Samples:
-        """Do a job, in no time."""
+        """As `Sender.run`, in virtual time."""
         if isinstance(job, OpenJob):
             due = np.frombuffer(job.schedule, np.float64)
             latencies = self._server.latencies(due[:, None].copy(), np.random.default_rng(0))[:, 0]
@@ -303,7 +303,7 @@ class VirtualGenerator:
     def _closed(self, job: ClosedJob) -> Samples:
         server = self._server
         free = [0.0] * server.streams
-        waiting = [0.0] * job.concurrency  # when each user asked; a heap
+        waiting = [0.0] * job.concurrency  # when each user sent its request; a heap
         scheduled, done = [], []
         while waiting[0] < job.duration_s:
             start = max(heapq.heappop(free), waiting[0])
@@ -312,8 +312,8 @@ class VirtualGenerator:
                 batch.append(heapq.heappop(waiting))
             finish = start + server.fixed_s + server.each_s * len(batch)
             heapq.heappush(free, finish)
-            for asked in batch:
-                scheduled.append(asked)
+            for sent in batch:
+                scheduled.append(sent)
                 done.append(finish)
                 heapq.heappush(waiting, finish)
         due = np.array(scheduled)

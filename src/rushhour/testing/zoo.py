@@ -1,7 +1,7 @@
-"""Random small networks, each trained for three steps in a process of its own under a heap that is checked.
+"""Random small networks, each trained for three steps in a process of its own, with a checked heap.
 
-What a native library does to memory shows in the process that it happens in, if at all by a signal or a hang. So a
-child process is started in which glibc checks every block that is freed, and forks for each network.
+Memory corruption by a native library ends in a signal or a hang of its process, if it shows at all. So a child process
+is started in which glibc checks every block that is freed, and it forks for each network.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from rushhour.task import Task
 from rushhour.train.memory_format import MemoryFormat, choose
 
 Way = Literal["rushhour", "channels-last", "contiguous", "as it comes"]
-"""Who says how weights and pictures lie in memory: Rushhour; or else both channels-last; both contiguous; contiguous
-weights, and pictures as a view of those on the wire, which are channels-last."""
+"""The memory format of weights and pictures: chosen by Rushhour; both channels-last; both contiguous; contiguous
+weights, and pictures as a view of those in the request, which are channels-last."""
 Instructions = Literal["native", "avx2"]
-"""What torch and oneDNN may use of this machine's processor."""
+"""The instruction sets that torch and oneDNN may use."""
 
 WAYS: tuple[Way, ...] = ("rushhour", "channels-last", "contiguous", "as it comes")
 STEPS = 3
@@ -42,8 +42,8 @@ CLASSES = 4
 _LARGEST = 32
 """Channels, pixels of a side, samples of a batch."""
 _MOST_CPU_S, _MOST_S = 5.0, 60.0
-"""Of one network, which takes a tenth of a second: more processor time, or time, and it hangs."""
-_LOOK_S = 0.25
+"""Limits of processor time and wall time of one network, which takes a tenth of a second: beyond them it hangs."""
+_POLL_S = 0.25
 _RESTRICTED = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 _RAISED = 3
 """Exit code of a fork in which torch raised an error."""
@@ -53,8 +53,8 @@ class Layer(msgspec.Struct, frozen=True):
     """A convolution, and what follows it.
 
     Attributes:
-        transposed: it makes pictures larger where it has a stride.
-        reordered: its input is copied channels-last before it, whatever it was.
+        transposed: a transposed convolution, which enlarges pictures where it has a stride.
+        reordered: its input is copied to channels-last.
         norm: batch normalisation follows.
     """
 
@@ -93,10 +93,10 @@ KNOWN_BAD = Specimen((Layer(4, 8, 1, 2, 1, False, 0),), signals=False, side=16, 
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a training ended.
+    """The end of a training.
 
     Attributes:
-        ended: `well`, `hung`, the name of a signal, or the words of an error.
+        ended: `well`, `hung`, the name of a signal, or the message of an error.
         corrupted: by a signal or a hang.
     """
 
@@ -106,7 +106,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
     @property
     def corrupted(self) -> bool:
-        """Whether memory was written that was not its own: a signal, or a hang."""
+        """Whether memory was corrupted: it ended by a signal, or hung."""
         return self.ended == "hung" or self.ended.startswith("SIG")
 
 
@@ -156,10 +156,10 @@ def specimen(seed: int) -> Specimen:
 
 
 def trained(one: Specimen, way: Way) -> None:
-    """Train it for three steps in this process, which it may end."""
+    """Train it for three steps in this process, which may crash."""
     torch.set_num_threads(one.threads)
     torch.manual_seed(0)
-    bf16 = one.bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Rushhour computes in it only there
+    bf16 = one.bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Rushhour uses bfloat16 only with it
     deployed = Deployed(
         nn.Sequential(*_modules(one)),
         Task.classification(tuple("abcd")),
@@ -184,25 +184,25 @@ def trained(one: Specimen, way: Way) -> None:
             functional.cross_entropy(outputs.float(), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     del deployed, optimizer, outputs
-    gc.collect()  # each block is checked when it is freed
+    gc.collect()  # the heap is checked when blocks are freed
 
 
 def outcomes(
     numbers: Sequence[int], ways: Sequence[Way], instructions: Instructions, known: bool = False
 ) -> Iterator[Outcome]:
-    """Train each specimen in each way, in forks of a child process, and say how it ended.
+    """Train each specimen in each way, in forks of a child process, and yield how each ended.
 
     Args:
         numbers: seeds of the specimens.
-        ways: of each.
+        ways: memory formats of each.
         instructions: that the child may use.
         known: number 0 is `KNOWN_BAD` instead.
 
     Raises:
-        RuntimeError: if the child itself does not end well.
+        RuntimeError: if the child process itself fails.
     """
-    asked = msgspec.json.encode((list(numbers), ways, known)).decode()
-    command = [sys.executable, "-m", "rushhour.testing.zoo", asked]
+    arguments = msgspec.json.encode((list(numbers), ways, known)).decode()
+    command = [sys.executable, "-m", "rushhour.testing.zoo", arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(instructions)) as child:
         try:
             assert child.stdout is not None
@@ -216,12 +216,12 @@ def outcomes(
 
 
 def environment(instructions: Instructions) -> dict[str, str]:
-    """Of a process whose heap is checked, and that may use these instructions only."""
+    """Environment variables of a process with a checked heap that may use these instructions only."""
     checked = {
         "MALLOC_CHECK_": "3",  # abort when a block is freed that was written past
         "MALLOC_PERTURB_": "165",  # freed memory holds no old values
-        "MALLOC_MMAP_THRESHOLD_": "33554432",  # large blocks are neighbours too
-        "OMP_WAIT_POLICY": "passive",  # other processes compute as well
+        "MALLOC_MMAP_THRESHOLD_": "33554432",  # large blocks are on the heap too
+        "OMP_WAIT_POLICY": "passive",  # other processes need the cores too
     }
     library = checker()
     preloaded = {} if library is None else {"LD_PRELOAD": library}
@@ -229,7 +229,7 @@ def environment(instructions: Instructions) -> dict[str, str]:
 
 
 def checker() -> str | None:
-    """glibc's library that checks the heap; None where there is none, and corruption shows by chance only."""
+    """glibc's library that checks the heap; None where there is none, and corruption is found by chance only."""
     return ctypes.util.find_library("c_malloc_debug")
 
 
@@ -263,7 +263,7 @@ class _Reordered(nn.Module):
 
 
 def _serve(numbers: Sequence[int], ways: Sequence[Way], known: bool) -> None:
-    # on one thread: a fork would miss the others; what is imported now, no fork imports
+    # on one thread, because a fork has no others; modules that are imported now are not imported in each fork
     trained(
         Specimen((Layer(1, 1, 3, 1, 1, False, 0),), signals=False, side=4, batch=1, bf16=False, threads=1), "rushhour"
     )
@@ -271,8 +271,8 @@ def _serve(numbers: Sequence[int], ways: Sequence[Way], known: bool) -> None:
     for number in numbers:
         one = KNOWN_BAD if known and number == 0 else specimen(number)
         for way in ways:
-            said = msgspec.json.encode(Outcome(number, way, _ended(one, way)))
-            sys.stdout.buffer.write(said + b"\n")
+            line = msgspec.json.encode(Outcome(number, way, _ended(one, way)))
+            sys.stdout.buffer.write(line + b"\n")
             sys.stdout.buffer.flush()
 
 
@@ -282,7 +282,7 @@ def _ended(one: Specimen, way: Way) -> str:
     process = os.fork()
     if not process:
         os.close(receiver)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # glibc's words on what it found
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # messages of glibc
         try:
             trained(one, way)
         except Exception as error:
@@ -291,22 +291,22 @@ def _ended(one: Specimen, way: Way) -> str:
         os._exit(0)
     os.close(sender)
     until, hung = time.monotonic() + _MOST_S, False
-    while not hung and not select.select([receiver], [], [], _LOOK_S)[0]:  # it is closed when the fork ends
+    while not hung and not select.select([receiver], [], [], _POLL_S)[0]:  # closed when the fork ends
         hung = _cpu_s(process) > _MOST_CPU_S or time.monotonic() > until
     if hung:
         os.kill(process, signal.SIGKILL)
-    heard = b"" if hung else os.read(receiver, 500)
+    message = b"" if hung else os.read(receiver, 500)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     os.close(receiver)
     if hung:
         return "hung"
     if code < 0:
         return signal.Signals(-code).name
-    return heard.decode(errors="replace") or ("well" if code == 0 else f"exit {code}")
+    return message.decode(errors="replace") or ("well" if code == 0 else f"exit {code}")
 
 
 def _cpu_s(process: int) -> float:
-    """Of all its threads: one that waits for its turn on a busy machine does not hang."""
+    """CPU seconds of all its threads: a process that waits for a core does not hang."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -33,7 +33,7 @@ from rushhour.load import (
     payloads,
     search_window_n,
 )
-from rushhour.measurement import Measurement, Rung
+from rushhour.measurement import ClosedLoop, Measurement
 from rushhour.records.journal import Journal
 from rushhour.tune.server import cpu_seconds, served
 from rushhour.tune.space import Candidate, torch_code
@@ -134,7 +134,7 @@ class ServedCandidate:
 
         return probe
 
-    def closed_window(self, concurrency: int, seconds: float, turn: int, against: str = "") -> Rung:
+    def closed_window(self, concurrency: int, seconds: float, turn: int, against: str = "") -> ClosedLoop:
         """A closed loop that counts answers within the limit.
 
         Args:
@@ -144,7 +144,7 @@ class ServedCandidate:
             against: the candidate in the other window of a pair: for another one it is measured again.
         """
 
-        def take(*, concurrency: int, seconds: float, within_s: float, **_: Any) -> Rung:
+        def take(*, concurrency: int, seconds: float, within_s: float, **_: Any) -> ClosedLoop:
             metered, target, requests = self._start()
             return closed_window(
                 metered.generator, target, requests, concurrency=concurrency, seconds=seconds, within_s=within_s
@@ -156,7 +156,7 @@ class ServedCandidate:
             self._phase,
             str(self._candidate),
             detail,
-            Rung,
+            ClosedLoop,
             take,
             **self._inputs,
             concurrency=concurrency,

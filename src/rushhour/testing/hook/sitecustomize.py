@@ -1,4 +1,4 @@
-"""Imported by every Python under `python -m rushhour.testing.disturbers --waves`: its engines are stretched."""
+"""Imported by every Python process under `python -m rushhour.testing.disturbers --waves`: slows down its engines."""
 
 import importlib.abc
 import importlib.machinery
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `rushhour.engines` as all others do, and has it changed once it is loaded. Nothing is imported before."""
+    """Finds `rushhour.engines` like the other finders, and changes it once it is loaded. Nothing is imported before."""
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         if fullname != "rushhour.engines":
@@ -21,9 +21,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def loaded(module: ModuleType) -> None:
             load(module)
-            from rushhour.testing.disturbers import stretch_all
+            from rushhour.testing.disturbers import slow_all_engines
 
-            stretch_all()
+            slow_all_engines()
 
         spec.loader.exec_module = loaded  # type: ignore[method-assign]
         return spec
