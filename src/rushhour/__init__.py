@@ -1,15 +1,25 @@
-"""Rushhour finds, proves and runs the fastest way to serve a deep-learning model to a crowd.
+"""Rushhour finds, proves and runs the fastest way to serve a deep-learning model to many users.
 
-The vocabulary is importable from here and costs nothing heavy; the verbs live in their own rooms:
-`rushhour.train`, `rushhour.compress`, `rushhour.serve`, `rushhour.load`, `rushhour.tune`, `rushhour.report`.
+    import rushhour
 
-What is named here is imported when it is first used: a program that serves must hear signals before that.
+    tuned = rushhour.tune("mynet:build", "photos/", out="runs/photos", slo="p99<50ms", max_accuracy_drop="1%")
+    with rushhour.serve(tuned, http_port=0) as server:
+        print(rushhour.load(server, slo="p99<50ms").headline)
+
+The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare` and `report`; `help(rushhour.tune)` explains one.
+All but `compare` are packages as well: `from rushhour.train import TrainSettings` works beside `rushhour.train(...)`.
+The vocabulary (`SLO`, `Plan`, `Bundle`, ...) is importable from here.
+
+Everything named here is imported when it is first used: `import rushhour` is cheap.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rushhour.api import compare, compress, load, report, serve, train, tune
     from rushhour.bundle import Bundle
     from rushhour.clock import Clock, VirtualClock, WallClock
     from rushhour.errors import RushhourError
@@ -34,6 +44,13 @@ __all__ = [
     "VirtualClock",
     "WallClock",
     "Workload",
+    "compare",
+    "compress",
+    "load",
+    "report",
+    "serve",
+    "train",
+    "tune",
 ]
 
 _HOMES = {
@@ -52,10 +69,70 @@ _HOMES = {
     "VirtualClock": "clock",
     "WallClock": "clock",
     "Workload": "goal",
+    "compare": "api",
 }
+_VERB_PACKAGES = ("compress", "load", "report", "serve", "train", "tune")
+
+
+class _VerbPackage(ModuleType):
+    """A package that is a verb as well: calling `rushhour.tune` calls `rushhour.api.tune`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    @property
+    def _function(self) -> Any:
+        return getattr(import_module("rushhour.api"), self.__name__.rpartition(".")[2])
+
+    @property
+    def __signature__(self) -> Any:
+        from inspect import signature
+
+        return signature(self._function)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        from inspect import getdoc
+
+        function = self._function
+        summary, _, rest = (getdoc(function) or "").partition("\n\n")
+        return (
+            f"{summary}\n\n{_call(function)}\n\n{rest}\n\n"
+            f"The package {self.__name__}: {self.__dict__.get('__doc__') or ''}"
+        )
+
+
+class _Rushhour(ModuleType):
+    """This package, which makes each verb's package callable once it is imported, whoever imports it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _VERB_PACKAGES and isinstance(value, ModuleType):
+            value.__class__ = _VerbPackage
+        super().__setattr__(name, value)
+
+
+def _call(function: Any) -> str:
+    """`rushhour.NAME(...)` with one parameter on a line, as `help` shows it."""
+    from inspect import signature as signature_of
+
+    signature = signature_of(function)
+    lines = [f"    {parameter}," for parameter in map(str, signature.parameters.values())]
+    first = next((at for at, each in enumerate(signature.parameters.values()) if each.kind is each.KEYWORD_ONLY), None)
+    if first is not None:
+        lines.insert(first, "    *,")
+    return "\n".join([f"rushhour.{function.__name__}(", *lines, f") -> {signature.return_annotation}"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _VERB_PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Rushhour

@@ -1,4 +1,4 @@
-"""How long work says where it is. The floors report; a face draws."""
+"""Progress: how long work reports where it stands. The lower floors report; the caller shows it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives what long work has to say. Calls come from one thread, in order."""
+    """Receives the reports of long work. All calls of one piece of work come from one thread, in order."""
 
     def start(self, what: str, total: float | None = None) -> None:
         """A piece of work begins; `total` in its own unit (steps, requests, seconds), None where it is unknown."""
@@ -17,16 +17,20 @@ class Progress(Protocol):
         ...
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        """The piece of work is over; `note` is its result in a few words, `good` whether it is one to be glad of."""
+        """The piece of work is over; `note` is its result in a few words, `good` whether it succeeded."""
         ...
 
     def limit(self, seconds: float) -> None:
         """The whole run, all its pieces of work, ends about `seconds` from now; a later limit replaces this one."""
         ...
 
+    def note(self, text: str) -> None:
+        """A line for the user that belongs to no piece of work: a file that was left out, a setting that was chosen."""
+        ...
+
 
 class Silent:
-    """Says nothing: for tests and for callers from Python."""
+    """Progress that shows nothing: for tests, and the default in Python."""
 
     def start(self, what: str, total: float | None = None) -> None:
         """Nothing."""
@@ -38,4 +42,7 @@ class Silent:
         """Nothing."""
 
     def limit(self, seconds: float) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
         """Nothing."""

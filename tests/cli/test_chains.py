@@ -16,9 +16,9 @@ from click.testing import CliRunner, Result
 from test_tune import Load, loaded_by
 from torch import nn
 
+from rushhour.api.traffic import Traffic
 from rushhour.bundle import Bundle
 from rushhour.cli import cli
-from rushhour.cli.loading import Sending
 from rushhour.compress import Ratio, Recipe, Speed, Store, apply
 from rushhour.data import load
 from rushhour.engines import open_engine
@@ -168,12 +168,12 @@ def serve(path: Path, _: Path, __: Path) -> None:
 
 def load_with(path: Path, _: Path, __: Path) -> None:
     """As `rushhour load --payloads PATH` begins."""
-    sending = Sending(poisson, 0, payloads=path)
+    traffic = Traffic(poisson, 0, payloads=path)
     signature = Bundle.open(path.parent / "trained").manifest.signature if (path.parent / "trained").exists() else None
     target = Target("http://virtual", "virtual", 1, "", "m", Interface.of(signature or _SIGNATURE["of"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["rushhour.cli.loading"], "discover", lambda *_: target)
-        _, requests = sending.aim("http://virtual")
+        patch.setattr(sys.modules["rushhour.api.traffic"], "discover", lambda *_: target)
+        _, requests = traffic.aim("http://virtual")
     assert requests
 
 

@@ -159,7 +159,7 @@ def test_load_at_a_rate_gives_a_verdict_for_machines(server: Server, tmp_path: P
         assert name in result
     assert run["n"] > 700
     assert max(run["speeds"]) > 0
-    assert "of its usual speed at this host's slow moments" in done.stdout
+    assert "of its usual speed" in done.stdout
     assert run["errors"] == 0
 
 

@@ -35,9 +35,9 @@ from test_cli import answer_to, refused
 
 import rushhour
 from conftest import Server
-from rushhour import cli
+from rushhour.api import training
 from rushhour.bundle import Bundle
-from rushhour.cli import training
+from rushhour.cli import command as cli_command
 from rushhour.errors import BundleError, PlanError, StorageError
 from rushhour.goal import SLO, Goal
 from rushhour.load.verdict import validity
@@ -136,7 +136,7 @@ def test_a_signal_while_it_is_imported_is_one_line(
     done = python(_AT_AN_IMPORT, module, str(int(number)), *command, cwd=tmp_path)
     assert done.returncode == 128 + number, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert re.search(r"^rushhour: stopped .*(run it again|goes on)", said(done))
+    assert re.search(r"^rushhour: stopped .*(run it again|continues)", said(done))
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -208,7 +208,9 @@ def test_a_signal_during_training_says_how_to_go_on(
         ended, errors = interrupt(process, number)
     assert ended == code, errors
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == (f"rushhour: stopped by {name}; the same command goes on at its last checkpoint")
+    assert errors.splitlines()[-1] == (
+        f"rushhour: stopped by {name}; the same command continues at its last checkpoint"
+    )
 
 
 @pytest.mark.slow
@@ -228,7 +230,7 @@ def test_ctrl_c_while_it_quantises_is_no_fault_of_segmentation(arrays: Path, tmp
     assert code == 130, (code, errors)
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
-        "rushhour: stopped by Ctrl-C; the same command goes on, and computes nothing twice"
+        "rushhour: stopped by Ctrl-C; the same command continues, and computes nothing twice"
     )
 
 
@@ -872,13 +874,13 @@ def test_where_no_file_can_be_written_it_says_so(seam: Seam, tmp_path: Path, mon
 def test_errors_elsewhere_say_which_command_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    monkeypatch.setattr(cli, "open_files", None)
+    monkeypatch.setattr(cli_command, "open_files", None)
     refused(answer_to("machine"), "while running rushhour machine: TypeError: 'NoneType' object", "please report it")
 
     def broken(*_: Any) -> None:
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr(cli, "open_files", broken)
+    monkeypatch.setattr(cli_command, "open_files", broken)
     done = answer_to("machine")
     refused(done, "AttributeError: no such thing, in your own code (test_environment.py, line ", "its traceback is in ")
     assert "report it" not in done.stderr

@@ -15,10 +15,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from rushhour.api.inputs import load_data
+from rushhour.api.settings import fitted, settings_of
 from rushhour.bundle import Bundle, Decoding, Source
 from rushhour.cli import cli
 from rushhour.cli.terminal import TerminalProgress
-from rushhour.cli.training import fitted, load_data, settings_of
 from rushhour.data import Dataset, Split, decoded, load
 from rushhour.data.arrays import from_splits
 from rushhour.errors import DataError, RushhourError, TaskError
@@ -144,7 +145,7 @@ NOTHING: dict[str, Any] = {"epochs": None, "batch": None, "lr": None, "seed": 0}
 
 @pytest.mark.parametrize("samples", [4, 20, 100, 400, 1000, 5000, 12_800, 55_000, 1_000_000])
 def test_steps_decide_where_nobody_says_epochs(samples: int, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = settings_of(fitted(NOTHING, samples))
+    settings = settings_of(fitted(NOTHING, samples, progress()))
     said = capsys.readouterr().err
     steps = settings.epochs * max(1, samples // min(settings.batch, samples))
     assert steps >= 600 or settings.epochs == 100
@@ -160,15 +161,15 @@ def test_steps_decide_where_nobody_says_epochs(samples: int, capsys: pytest.Capt
 
 def test_what_the_user_says_stays(capsys: pytest.CaptureFixture[str]) -> None:
     said = {"epochs": 2, "batch": 100, "lr": 0.1, "seed": 0}
-    assert fitted(said, 400) == said
+    assert fitted(said, 400, progress()) == said
     assert capsys.readouterr().err == ""
-    assert fitted(NOTHING | {"batch": 100}, 400)["epochs"] == 100
-    assert fitted(NOTHING | {"epochs": 7}, 400)["epochs"] == 7
+    assert fitted(NOTHING | {"batch": 100}, 400, progress())["epochs"] == 100
+    assert fitted(NOTHING | {"epochs": 7}, 400, progress())["epochs"] == 7
     line = capsys.readouterr().err.splitlines()[-1]
     assert "--batch" in line
     assert "--epochs" not in line
-    assert fitted(NOTHING | {"accumulate": 20}, 100)["batch"] >= 20
-    assert fitted(NOTHING, 100, workers=12)["batch"] >= 12
+    assert fitted(NOTHING | {"accumulate": 20}, 100, progress())["batch"] >= 20
+    assert fitted(NOTHING, 100, progress(), workers=12)["batch"] >= 12
 
 
 def test_little_data_is_learned_without_any_setting(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_little_data_is_learned_without_any_setting(tmp_path: Path) -> None:
     data = from_splits("rows", *(Split(rows[part::3], labels[part::3]) for part in range(3)))
     source = Source("rushhour.models:mlp", {"inputs": 16, "outputs": 4, "hidden": 32, "depth": 2})
     heard = Heard()
-    job = TrainingJob(source, settings_of(fitted(NOTHING, len(data.train))), tmp_path)
+    job = TrainingJob(source, settings_of(fitted(NOTHING, len(data.train), progress())), tmp_path)
     trained_weights(data, job, progress=heard)
     assert float(heard.result.split()[-1]) > 0.8, heard.result
 

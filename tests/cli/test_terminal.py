@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from runs import SLO_50, WINNER, load
 
-from rushhour.cli.loading import print_comparison, print_windows
+from rushhour.cli.compare import print_comparison
+from rushhour.cli.load import print_windows
 from rushhour.cli.terminal import TerminalProgress, result_console
 from rushhour.clock import VirtualClock
 from rushhour.load import Comparison, Ratio

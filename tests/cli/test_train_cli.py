@@ -59,7 +59,7 @@ def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
         "--out", tmp_path / "best", "--json", tmp_path / "best.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "What was tried" in done.stdout
+    assert "Trials of the search" in done.stdout
     said = json.loads((tmp_path / "best.json").read_text())
     assert [tried["number"] for tried in said["search"]["trials"]] == [0, 1]
     assert said["hash"] == Bundle.open(tmp_path / "best").manifest.hash
@@ -75,11 +75,11 @@ def test_a_search_on_the_command_line(photos: Path, tmp_path: Path) -> None:
         (["--ema", "2"], "ema=2"),
         (["--optimizer", "lion"], "lion"),
         (["--search", "3", "--workers", "2"], "cannot search on 2 workers"),
-        (["--local-sgd", "3", "--diloco", "2"], "cannot meet in two ways"),
+        (["--local-sgd", "3", "--diloco", "2"], "cannot synchronise in two ways"),
         (["--diloco", "2", "--parallel", "pipeline"], "a pipeline plan cannot be relaxed"),
         (["--memory", "0"], "cannot use 0 GB"),
-        (["--diloco", "8"], "one worker sends nothing"),
-        (["--batch-norm", "local"], "one worker sends nothing"),
+        (["--diloco", "8"], "one worker has nothing to exchange"),
+        (["--batch-norm", "local"], "one worker has nothing to exchange"),
         (["--local-sgd", "0"], "--local-sgd"),
     ],
 )

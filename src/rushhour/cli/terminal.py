@@ -140,8 +140,8 @@ class LoadView(_Shown):
             self._live.stop()
             self._live = None
 
-    def say(self, text: str) -> None:
-        """Tell something before a window begins."""
+    def note(self, text: str) -> None:
+        """Print a line."""
         self._line(text)
 
     def _line(self, text: str) -> None:
@@ -249,6 +249,13 @@ class TerminalProgress(_Shown):
     def limit(self, seconds: float) -> None:
         """Show from now on how much is left of `seconds`."""
         self._ends = self._clock.now() + seconds
+
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._is_line_open:
+            self._is_line_open = False
+            self._print("")
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def fail(self) -> None:
         """End whatever is drawn, because an error ends the work."""

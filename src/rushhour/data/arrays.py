@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,18 +53,44 @@ def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | No
     Raises:
         DataError: if it is missing, not such a file, or its arrays do not fit together.
     """
-    arrays, unused = _named(_arrays(file), file)
+    return from_arrays(_arrays(file), name=file.stem, source=str(file), seed=seed, task=task, kind=kind)
+
+
+def from_arrays(
+    given: Mapping[str, NDArray[Any]],
+    *,
+    name: str,
+    source: str = "",
+    seed: int,
+    task: Task | None = None,
+    kind: Kind | None = None,
+) -> Dataset:
+    """The data set in arrays that are named as in a `.npz` file; see `load_npz`.
+
+    Args:
+        given: name -> array.
+        name: of the data set.
+        source: where the arrays came from, for messages; the name by default.
+        seed: of the split.
+        task: of the model that the data is for; see `from_splits`.
+        kind: what targets are; see `from_splits`.
+
+    Raises:
+        DataError: if the arrays do not fit together.
+    """
+    source = source or name
+    arrays, unused = _named(given, source)
     if not any(key.startswith("y") for key in arrays):
         arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items()}
-    given = [part for part in PARTS if f"x_{part}" in arrays or f"y_{part}" in arrays]
+    parts_given = [part for part in PARTS if f"x_{part}" in arrays or f"y_{part}" in arrays]
     notes = []
     if "x" in arrays and "y" in arrays:
-        parts = split(arrays["x"], arrays["y"], seed=seed, name=file.name, kind=kind)
+        parts = split(arrays["x"], arrays["y"], seed=seed, name=Path(source).name, kind=kind)
         unused += [key for key in arrays if key not in ("x", "y")]
-    elif "train" in given and len(given) > 1:
-        found = {part: _pair(arrays, part, file) for part in given}
+    elif "train" in parts_given and len(parts_given) > 1:
+        found = {part: _pair(arrays, part, source) for part in parts_given}
         train = found["train"]
-        missing = tuple(part for part in PARTS if part not in given)
+        missing = tuple(part for part in PARTS if part not in parts_given)
         rows = divide(keys_of_rows(train.inputs, seed=seed), strata(train.targets, kind), held_out=missing)
         if missing:
             notes.append(f"there is no {missing[0]} part: about a tenth of train is held out for it")
@@ -73,9 +99,9 @@ def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | No
         unused += [key for key in arrays if key in ("x", "y")]
     else:
         raise DataError(
-            f"{file} holds {', '.join((*arrays, *unused)) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays"
+            f"{source} holds {', '.join((*arrays, *unused)) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays"
         )
-    data = from_splits(file.stem, *parts, task=task, kind=kind)
+    data = from_splits(name, *parts, task=task, kind=kind)
     if unused:
         notes.append(f"arrays left out: {', '.join(unused)}")
     return dataclasses.replace(data, notes=(*notes, *data.notes))
@@ -162,7 +188,7 @@ def from_splits(
     )
 
 
-def _named(arrays: dict[str, NDArray[Any]], file: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+def _named(arrays: Mapping[str, NDArray[Any]], source: str) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """The arrays by the names that `load_npz` has for them, and the names of those that are none of them."""
     named: dict[str, NDArray[Any]] = {}
     unused = []
@@ -173,23 +199,23 @@ def _named(arrays: dict[str, NDArray[Any]], file: Path) -> tuple[dict[str, NDArr
             unused.append(key)
         elif name in named:
             raise DataError(
-                f"{file} has two arrays for {name}: {', '.join(arrays)}", "only one can be meant", "rename one"
+                f"{source} has two arrays for {name}: {', '.join(arrays)}", "only one can be meant", "rename one"
             )
         else:
             named[name] = array
     return named, unused
 
 
-def _pair(arrays: dict[str, NDArray[Any]], part: str, file: Path) -> Split:
+def _pair(arrays: dict[str, NDArray[Any]], part: str, source: str) -> Split:
     x, y = (arrays.get(f"{what}_{part}") for what in "xy")
     if x is None or y is None:
         has, lacks = ("x", "y") if y is None else ("y", "x")
         raise DataError(
-            f"{file} has {has}_{part} but no {lacks}_{part}", f"it needs {_KEYS}", "add it, or rename its arrays"
+            f"{source} has {has}_{part} but no {lacks}_{part}", f"it needs {_KEYS}", "add it, or rename its arrays"
         )
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise DataError(
-            f"x_{part} of {file} has the shape {x.shape}, and y_{part} {y.shape}",
+            f"x_{part} of {source} has the shape {x.shape}, and y_{part} {y.shape}",
             "each sample needs exactly one target",
             "mend the arrays",
         )

@@ -114,6 +114,9 @@ class _Notes:
     def limit(self, seconds: float) -> None:
         """As `Progress.limit`."""
 
+    def note(self, text: str) -> None:
+        """Not kept."""
+
 
 def _train(one: Specimen, dataset: Dataset, folder: Path, progress: Progress | None = None, workers: int = 1) -> Bundle:
     job = TrainingJob(

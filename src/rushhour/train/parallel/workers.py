@@ -156,6 +156,10 @@ class ProgressWriter:
         """As `Progress.limit`."""
         self._write("limit", seconds)
 
+    def note(self, text: str) -> None:
+        """As `Progress.note`."""
+        self._write("note", text)
+
 
 @contextlib.contextmanager
 def forwarded(reports: Path, progress: Progress) -> Iterator[None]:

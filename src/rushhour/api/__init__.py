@@ -1,0 +1,40 @@
+"""The Python API: the verbs of the command line as functions. Text or objects in, typed results out, nothing printed.
+
+    train      a network and data -> a trained bundle
+    compress   a bundle -> a smaller, faster bundle inside an accuracy budget
+    tune       a network or bundle, an SLO and an accuracy budget -> a Plan: how to serve it
+    serve      a run, plan or bundle -> a running server
+    load       a server under open-loop load -> whether, or up to which rate, it keeps an SLO
+    compare    two or more servers on the same arrivals -> ratios with confidence intervals
+    report     a run, training or compression -> an HTML file
+
+`rushhour.train` is `rushhour.api.train`, and so with the others. Long work reports to a `rushhour.progress.Progress`.
+No function installs signal handlers; each may run in a thread or beside a running event loop.
+"""
+
+from rushhour.api.comparison import CompareResult, compare
+from rushhour.api.compression import CompressResult, compress
+from rushhour.api.loading import ClosedLoopResult, LoadResult, Stop, load
+from rushhour.api.reporting import ReportResult, report
+from rushhour.api.serving import Server, serve
+from rushhour.api.training import TrainResult, train
+from rushhour.api.tuning import TuneResult, tune
+
+__all__ = [
+    "ClosedLoopResult",
+    "CompareResult",
+    "CompressResult",
+    "LoadResult",
+    "ReportResult",
+    "Server",
+    "Stop",
+    "TrainResult",
+    "TuneResult",
+    "compare",
+    "compress",
+    "load",
+    "report",
+    "serve",
+    "train",
+    "tune",
+]

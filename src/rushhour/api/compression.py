@@ -1,0 +1,154 @@
+"""The verb `compress`: a bundle becomes a smaller, faster one inside an accuracy budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from rushhour.api.inputs import load_data, read_logs
+from rushhour.api.values import StrPath, check_name, read_accuracy_budget, read_path
+from rushhour.bundle import Bundle, check_folder
+from rushhour.goal import AccuracyBudget
+from rushhour.progress import Progress, Silent
+from rushhour.records.compression import Compression, Verdict
+from rushhour.system.storage import check_claim, try_building, try_folder
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from rushhour.compress import Recipe
+    from rushhour.data import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressResult:
+    """A finished compression. It is a path too: that of its bundle.
+
+    Attributes:
+        bundle: the answer.
+        record: every step of every recipe, with its accuracy, size and speed.
+        report: the HTML page about it.
+    """
+
+    bundle: Bundle
+    record: Compression
+    report: Path
+
+    def __fspath__(self) -> str:
+        return str(self.bundle.path)
+
+    @property
+    def verdict(self) -> Verdict:
+        """`best`, `no gain` (the bundle is as it was) or `nearest miss` (nothing is inside the budget)."""
+        return self.record.verdict
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `rushhour compress --json` writes."""
+        return {
+            **msgspec.to_builtins(self.record),
+            "bundle": str(self.bundle.path),
+            "report": str(self.report),
+            "accuracy": msgspec.to_builtins(self.record.test),
+            "bytes": self.record.answer.bytes,
+        }
+
+
+def compress(
+    bundle: StrPath,
+    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    *,
+    out: StrPath,
+    max_accuracy_drop: str | AccuracyBudget = "1%",
+    recipe: str | Recipe | Sequence[Recipe] = "auto",
+    target: Literal["any", "avx2", "vnni", "amx"] | None = None,
+    steps: StrPath | None = None,
+    epochs: int = 5,
+    seed: int = 0,
+    engine: Literal["openvino", "onnxruntime"] = "openvino",
+    task: Literal["classification", "regression"] | None = None,
+    size: str | tuple[int, int] | None = None,
+    skip_corrupt: bool = False,
+    trust: Sequence[str] = (),
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CompressResult:
+    """Make a bundle smaller and faster inside an accuracy budget, judged on the compiled artefact of every step.
+
+    The result is inside the budget and never slower than the bundle it was made from; its verdict says whether it is
+    better. An interrupted compression continues when it is called again, and computes nothing twice.
+
+        rushhour.compress("runs/photos", "photos/", out="runs/small", max_accuracy_drop="1%")
+        rushhour.compress("runs/photos", "photos/", out="runs/small", recipe="prune:0.5,lowrank:0.1,distil:10,int8")
+
+    Args:
+        bundle: the trained bundle, its folder, or the result of `train`.
+        data: as of `rushhour.train`; the validation part decides, the test part confirms.
+        out: the new bundle's folder.
+        max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
+        recipe: a list of steps: `prune` (channels), `lowrank` (dense layers), `distil` (train on the bundle's answers),
+            then `int8`, `bf16`, `f16` or `w8`; a `.json` file; or `auto`, which tries several.
+        target: class of processors on which int8 has to be exact. `any` uses 7 bits of the weights, which is exact on
+            all of them. By default 8 bits are tried as well where 7 cost more than 0.3 points.
+        steps: folder of all bundles on the way and of the report; `OUT-steps` by default.
+        epochs: of distillation, in the recipes of `auto`.
+        seed: of everything random.
+        engine: compiles what is judged.
+        task: as of `rushhour.train`.
+        size: as of `rushhour.train`; a bundle knows its own.
+        skip_corrupt: as of `rushhour.train`.
+        trust: factories (`module:factory`) that may be imported to build the bundle's network.
+        name: the new model's name; the bundle's by default.
+        force: replace another bundle at `out`.
+        progress: gets the progress, and notes on what was left out.
+
+    Raises:
+        RushhourError: if the bundle, the data or the recipe cannot be used; the message says what to do.
+    """
+    from rushhour.compress import compress as compress_bundle
+    from rushhour.compress import ladder
+    from rushhour.report import write_compression_report
+
+    budget, progress, path = read_accuracy_budget(max_accuracy_drop), progress or Silent(), read_path(out)
+    try_building(path)
+    folder = read_logs(steps, path, "steps")
+    try_folder(folder)
+    trusted, recipes = tuple(trust), _recipes(recipe)
+    if isinstance(recipe, str) and not recipe.strip().endswith(".json"):
+        trusted = (*trusted, *(factory for each in recipes or () for factory in each.factories))  # the user named them
+    parent = bundle if isinstance(bundle, Bundle) else Bundle.open(read_path(bundle))
+    name = check_name(name)
+    check_folder(path)  # before data is loaded
+    check_claim(folder)
+    dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task)
+    chosen: Sequence[Recipe] = recipes or default_recipes(parent, dataset, epochs=epochs, trusted=trusted)
+    if target is not None:
+        chosen = tuple(each.for_machines(target) for each in chosen)
+    record = compress_bundle(
+        parent,
+        dataset,
+        chosen,
+        budget=budget,
+        out=path,
+        steps=folder,
+        seed=seed,
+        engine=engine,
+        progress=progress,
+        trusted=trusted,
+        name=name,
+        force=force,
+    )
+    return CompressResult(Bundle.open(path), record, write_compression_report(folder))
+
+
+def _recipes(recipe: str | Recipe | Sequence[Recipe]) -> tuple[Recipe, ...]:
+    """What a user gave; nothing for `auto`."""
+    from rushhour.compress import Recipe
+
+    if isinstance(recipe, str):
+        return () if recipe.strip() == "auto" else (Recipe.parse(recipe),)
+    return (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)

@@ -1,0 +1,191 @@
+"""Models and data as a user gives them: names, paths and objects become a bundle or a network, and a data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rushhour.api.values import StrPath, read_path, read_size
+from rushhour.bundle import Bundle, Source
+from rushhour.errors import DataError, ModelError
+from rushhour.progress import Progress
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from rushhour.data import Dataset, Kind
+    from rushhour.task import Task
+
+    Model = StrPath | Bundle | Source | Callable[..., Any]
+    Data = StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike]
+
+_MOST_CORRUPT = 5
+"""Corrupt pictures that are named, at most."""
+
+
+def read_model(model: Model) -> str | Bundle | Source:
+    """What a user means: a bundle (opened), a source, or the name of a network.
+
+    Args:
+        model: a bundle or its folder; `article`, `residual` or `mlp`; `module:factory`, or the factory itself; or a
+            source.
+
+    Raises:
+        BundleError: if the folder is no bundle, or is damaged.
+        ModelError: if it is an object that no other process could build again.
+    """
+    if isinstance(model, Bundle | Source):
+        return model
+    if isinstance(model, os.PathLike):
+        return Bundle.open(read_path(model))
+    if isinstance(model, str):
+        return Bundle.open(path) if (path := read_path(model)).is_dir() else model
+    module, name = getattr(model, "__module__", ""), getattr(model, "__qualname__", "")
+    if not name.isidentifier() or module in ("", "__main__"):
+        raise ModelError(
+            f"cannot use {model!r} as a model",
+            "a bundle records by what name a network is built, and a function or class has one only in a module",
+            "write a function that returns the network into a file such as mynet.py, and pass mynet.build",
+        )
+    return f"{module}:{name}"
+
+
+def load_data(
+    data: Data,
+    progress: Progress,
+    model: Model = "",
+    *,
+    skip_corrupt: bool = False,
+    size: str | tuple[int, int] | None = None,
+    task: Kind | None = None,
+) -> Dataset:
+    """The data set that a user gave. What was left out or changed is noted on `progress`, a line each.
+
+    Args:
+        data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`; or arrays by the names that they
+            have in a `.npz` file (`rushhour.data.arrays`).
+        progress: hears of it.
+        model: that it is for: pictures are brought to a bundle's input and labels to its classes; a network is tried
+            before pictures are decoded, which may take long.
+        skip_corrupt: leave out pictures that cannot be read, and name them.
+        size: of pictures: height and width, or `224x224`.
+        task: what whole numbers as targets are.
+
+    Raises:
+        RushhourError: as `rushhour.data.load`, and if the network does not fit the data.
+    """
+    from rushhour.data import Dataset
+    from rushhour.data.lineage import compared
+
+    read = read_model(model) if model else ""
+    bundle = read if isinstance(read, Bundle) else None
+    if isinstance(data, Dataset):
+        if size is not None or task is not None:
+            raise DataError("cannot change a Dataset", "`size` and `task` are for data that is read", "leave them out")
+        dataset = data
+    elif isinstance(data, tuple | Mapping):
+        dataset = _from_arrays(data, bundle, size, task)
+    else:
+        dataset = _from_name(os.fspath(data), progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
+    for note in (*dataset.notes, *([compared(bundle, dataset)] if bundle is not None else [])):
+        if note:
+            progress.note(note)
+    return dataset
+
+
+def source_of(model: str | Bundle | Source, dataset: Dataset) -> tuple[Source | Bundle, tuple[str, ...]]:
+    """The bundle, or the source of the network fitted to the data; and the factories that its user thereby trusts.
+
+    Raises:
+        TaskError: if a bundle's answers do not fit the data.
+        ModelError: if there is no such network, or it cannot take these samples.
+    """
+    if isinstance(model, Bundle):
+        for spec in model.manifest.signature.outputs[:1]:
+            dataset.task.check_output(spec.shape, str(model.path))
+        return model, ()
+    if isinstance(model, Source):
+        return model, (model.factory,)
+    from rushhour.models import source_for
+
+    source = source_for(model, dataset.sample_shape, dataset.task, dataset.preprocessing)
+    return source, ((model,) if ":" in model else ())
+
+
+def _from_name(
+    name: str,
+    progress: Progress,
+    model: str | Bundle | Source,
+    *,
+    skip_corrupt: bool,
+    size: str | tuple[int, int] | None,
+    task: Kind | None,
+) -> Dataset:
+    from rushhour.data import load
+
+    corrupt: list[str] = []
+    decoded = 0
+
+    def on_decoded(done: int, total: int) -> None:
+        nonlocal decoded
+        if not decoded:
+            progress.start(f"Decoding the pictures of {name}", total)
+        progress.advance(done - decoded)
+        decoded = done
+
+    sides = read_size(size)
+    progress.start(f"Loading {name}")
+    dataset = load(
+        os.path.expanduser(name),
+        size=sides,
+        on_corrupt=(lambda error: corrupt.append(f"{error.what}: {error.why}")) if skip_corrupt else None,
+        kind=task,
+        bundle=model if isinstance(model, Bundle) else None,
+        square=model == "article",
+        before_reading=None if isinstance(model, Bundle) or not model else partial(_try_network, model),
+        on_decoded=on_decoded,
+    )
+    sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")
+    for line in corrupt[:_MOST_CORRUPT]:
+        progress.note(f"left out: {line}")
+    return dataset
+
+
+def _from_arrays(
+    data: tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    bundle: Bundle | None,
+    size: str | tuple[int, int] | None,
+    task: Kind | None,
+) -> Dataset:
+    import numpy as np
+
+    from rushhour.data.arrays import from_arrays
+
+    if size is not None:
+        raise DataError("cannot resize arrays", "`size` is for pictures in files", "leave it out")
+    if isinstance(data, tuple):
+        if len(data) != 2:
+            raise DataError(f"cannot read {len(data)} arrays", "samples and their targets are two", "give (x, y)")
+        data = {"x": data[0], "y": data[1]}
+    arrays = {name: np.asarray(array) for name, array in data.items()}
+    known = None if bundle is None else bundle.manifest.task
+    return from_arrays(arrays, name="arrays", seed=0, task=known, kind=task)
+
+
+def _try_network(model: str | Source, task: Task, shape: tuple[int, ...]) -> None:
+    """Raise, before any picture is decoded, if a network does not take such pictures."""
+    from rushhour.models import check_fits, source_for
+
+    if isinstance(model, Source):
+        check_fits(model, task, shape, model.factory, (model.factory,))
+    else:
+        check_fits(source_for(model, shape, task), task, shape, model, (model,))
+
+
+def read_logs(folder: StrPath | None, beside: Path, kind: str) -> Path:
+    """The folder that a user gave, or the one beside a bundle: `BUNDLE-training`, `BUNDLE-steps`."""
+    return beside.with_name(f"{beside.name}-{kind}") if folder is None else read_path(folder)

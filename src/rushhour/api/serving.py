@@ -1,0 +1,137 @@
+"""The verb `serve`: a run, a plan or a bundle becomes a running server."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rushhour.api.values import StrPath, read_path
+from rushhour.errors import ServeError
+from rushhour.system.storage import explained, try_file
+
+if TYPE_CHECKING:
+    from rushhour.serve import ServeSettings
+    from rushhour.serve.child import ChildServer
+
+_ALL_AT_ONCE = "cells", "grpc_port", "host", "http_port", "model_name", "streams", "threads", "trust"
+
+
+class Server:
+    """A running server, in a process of its own. Close it, or use it as a context manager.
+
+    It also stops when this process ends. Its string is its URL.
+
+    Attributes:
+        url: where it answers over HTTP: `http://127.0.0.1:8000`.
+        grpc_url: the same over gRPC: `grpc://127.0.0.1:8001`; None without.
+        model: the model's name in requests.
+        way: what it serves and how: bundle, engine, precision, streams, threads, largest batch.
+    """
+
+    def __init__(self, child: ChildServer, model: str) -> None:
+        self._child = child
+        self.url = child.url
+        self.grpc_url = f"grpc://{child.grpc}" if child.grpc else None
+        self.model = model
+        self.way = child.way
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stop the server: accept nothing new, answer what is in flight for at most `timeout_s`, end. Repeatable."""
+        self._child.close(timeout_s)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process has not ended."""
+        return self._child.is_running
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __repr__(self) -> str:
+        return f"<rushhour.api.Server {self.url}, {self.model}: {self.way}>"
+
+
+def serve(
+    target: StrPath,
+    *,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int | None = 8001,
+    model_name: str | None = None,
+    cells: int | None = None,
+    streams: int | None = None,
+    threads: int | None = None,
+    trust: Sequence[str] = (),
+    settings: ServeSettings | None = None,
+    log_file: StrPath | None = None,
+) -> Server:
+    """Start a server in a process of its own, and return once it answers (Open Inference Protocol v2, HTTP and gRPC).
+
+        with rushhour.serve("runs/photos", http_port=0, grpc_port=None) as server:
+            print(server.url, server.model)
+        server = rushhour.serve(tuned, settings=ServeSettings(http_port=8080, log_requests=True))
+
+    Args:
+        target: a run's folder, a plan's file, a bundle, or the result of `tune`, `compress` or `train`.
+        host: where it listens. Beyond loopback it needs keys or `exposed`, which are in `settings`.
+        http_port: 0 takes a free one.
+        grpc_port: 0 takes a free one; None serves over HTTP only.
+        model_name: the model's name in requests; that of the tuned model by default.
+        cells: processes that share the port; the plan's number by default.
+        streams: batches that each cell runs at the same time; the plan's number by default.
+        threads: CPU threads of each stream; as the plan says by default, as far as they fit.
+        trust: factories (`module:factory`) that the torch engine may import.
+        settings: a `rushhour.serve.ServeSettings` with everything that a server can be told (TLS, keys, limits,
+            logs, drain, ...), in place of all arguments above.
+        log_file: where the server's log goes; nowhere by default. What was in the file is kept.
+
+    Raises:
+        PlanError: if there is nothing to serve at `target`.
+        BundleError: if the bundle is damaged, or not the one that the plan was made for.
+        ServeError: if the server does not start: the port is taken, or no engine runs the bundle here.
+    """
+    from rushhour.serve import ServeSettings, open_target
+    from rushhour.serve.child import ChildServer
+
+    chosen = ServeSettings(
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        model=model_name,
+        cells=cells,
+        streams=streams,
+        threads=threads,
+        trusted=tuple(trust),
+        exact=False,
+    )
+    if settings is not None:
+        if chosen != ServeSettings(grpc_port=8001, exact=False):
+            raise ServeError(
+                "the settings of the server are given in two ways",
+                f"`settings` is in place of {', '.join(_ALL_AT_ONCE)}",
+                "give either",
+            )
+        chosen = settings
+    path = read_path(target)
+    opened = open_target(path)  # errors in the target are raised here, with their own types
+    with contextlib.ExitStack() as stack:
+        if log_file is None:
+            child = ChildServer(path, chosen, subprocess.DEVNULL)
+        else:
+            log = read_path(log_file)
+            try_file(log)
+            with explained(f"write {log}"):
+                stream = stack.enter_context(log.open("ab"))
+            child = ChildServer(path, chosen, stream)
+    return Server(child, chosen.model or opened.name)

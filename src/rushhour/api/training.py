@@ -1,0 +1,207 @@
+"""The verb `train`: a network and data become a trained bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from rushhour.api.inputs import load_data, read_logs, read_model, source_of
+from rushhour.api.settings import fitted, settings_of
+from rushhour.api.values import StrPath, check_name, read_path
+from rushhour.bundle import Bundle, Source, check_folder
+from rushhour.errors import GoalError, ModelError
+from rushhour.progress import Progress, Silent
+from rushhour.system.storage import try_building, try_folder
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from rushhour.data import Dataset
+    from rushhour.data.augment import Augmentation
+    from rushhour.train import ParallelSettings
+    from rushhour.train.search import Found
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """A finished training. It is a path too: that of its bundle.
+
+    Attributes:
+        bundle: the trained network: ONNX, safetensors and JSON.
+        logs: the folder of its curves, from which `rushhour.report` draws a page.
+        plan: how several workers shared the network; None on one worker.
+        search: the trials, where hyper-parameters were searched.
+    """
+
+    bundle: Bundle
+    logs: Path
+    plan: dict[str, Any] | None = None
+    search: Found | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.bundle.path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `rushhour train --json` writes: the bundle's manifest, the workers' plan and the search."""
+        plan = {} if self.plan is None else {"plan": self.plan}
+        search = {} if self.search is None else {"search": msgspec.to_builtins(self.search)}
+        return {**msgspec.to_builtins(self.bundle.manifest), **plan, **search}
+
+
+def train(
+    model: str | Source | Callable[..., Any],
+    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    *,
+    out: StrPath,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam",
+    schedule: Literal["one-cycle", "cosine", "constant", "step"] = "one-cycle",
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    clip: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    patience: int | None = None,
+    augment: str | Augmentation | None = None,
+    bf16: bool | None = None,
+    channels_last: bool = True,
+    workers: int = 1,
+    parallel: Literal["auto", "data", "model", "pipeline", "hybrid", "sharded"] | ParallelSettings = "auto",
+    search: int | None = None,
+    pruner: Literal["median", "hyperband"] = "median",
+    logs: StrPath | None = None,
+    tensorboard: bool = True,
+    wandb: str | None = None,
+    task: Literal["classification", "regression"] | None = None,
+    size: str | tuple[int, int] | None = None,
+    skip_corrupt: bool = False,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train a network and write it as a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
+
+    An interrupted training continues at its last checkpoint when it is called again with the same arguments, and ends
+    with the same weights.
+
+        rushhour.train("article", "photos/", out="runs/photos", size="224x224", augment="flip,crop", epochs=20)
+        rushhour.train(mynet.build, (x, y), out="runs/mine", optimizer="adamw", weight_decay=0.01, patience=5)
+
+    Args:
+        model: `article`, `residual` or `mlp` (the reference networks), `module:factory`, or the factory itself: a
+            function or class in a module that returns a `torch.nn.Module`. Its parameters `classes` and `input` get the
+            number of outputs and the shape of a sample.
+        data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, `module:factory`, a
+            `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file: `{"x_train": ..., "y_train": ..., ...}`.
+        out: the bundle's folder.
+        epochs: passes over the training data; by default 3, and more of little data: enough for 600 steps.
+        batch: samples in an optimizer step; by default 128, and less of little data.
+        lr: the largest learning rate; by default 0.002, and less for smaller batches.
+        seed: of weights, dropout, the order of the data and augmentation.
+        optimizer: `adam`, `adamw` or `sgd` (with Nesterov momentum).
+        schedule: of the learning rate.
+        warmup: share of the steps in which `cosine` rises.
+        weight_decay: of all weights.
+        momentum: of `sgd`.
+        clip: bound on the norm of the gradient.
+        accumulate: parts of a batch, one after another, to need less memory.
+        ema: decay per step of an exponential moving average of the weights, for example 0.999.
+        patience: epochs without a better validation metric after which training ends; the best epoch is kept.
+        augment: random changes of pictures: `flip,crop,rotate=10,scale=0.1,colour=0.2`.
+        bf16: compute in bfloat16; by default where the CPU has instructions for it.
+        channels_last: pictures may lie channels-last in memory, where that is safe and faster.
+        workers: processes that share every batch. Any number continues a training that another number began.
+        parallel: how the workers share the network: `auto` takes the fastest plan for this machine. `ParallelSettings` also
+            chooses backend, memory, gradient compression, local SGD or DiLoCo.
+        search: train so many times with different hyper-parameters, and keep the best.
+        pruner: ends unpromising trials of the search early.
+        logs: folder of the curves; `OUT-training` by default.
+        tensorboard: write TensorBoard files too.
+        wandb: the project in Weights & Biases to track to; offline without a key.
+        task: what whole numbers as targets are: labels of classes, or values.
+        size: height and width that pictures of a folder are brought to: `224x224` or `(224, 224)`.
+        skip_corrupt: leave out pictures that cannot be read instead of raising.
+        name: the model's name, which it keeps through compression and tuning; by default that of the folder `out`.
+        force: replace another bundle at `out`, or the checkpoint of another training.
+        progress: gets the progress, and notes on what was left out or chosen.
+
+    Raises:
+        RushhourError: if the model, the data or a setting cannot be used; the message says what to do.
+    """
+    from rushhour.train import PARALLEL_PLAN, ParallelSettings, Tracking, TrainingJob
+    from rushhour.train import train as train_network
+    from rushhour.train.parallel import under_torchrun
+    from rushhour.train.search import search as search_hyper_parameters
+
+    settings: dict[str, Any] = {
+        "epochs": epochs, "batch": batch, "lr": lr, "seed": seed, "optimizer": optimizer, "schedule": schedule,
+        "warmup": warmup, "weight_decay": weight_decay, "momentum": momentum, "clip": clip, "accumulate": accumulate,
+        "ema": ema, "patience": patience, "augment": augment, "bf16": bf16, "channels_last": channels_last,
+    }  # fmt: skip
+    progress, path = progress or Silent(), read_path(out)
+    try_building(path)
+    folder = read_logs(logs, path, "training")
+    try_folder(folder)
+    if search is not None and workers > 1:
+        raise GoalError(
+            f"cannot search on {workers} workers",
+            "a trial is ended early by the process it runs in",
+            "leave out --workers",
+        )
+    shared = ParallelSettings(parallel) if isinstance(parallel, str) else parallel
+    torchrun = under_torchrun()
+    workers = int(os.environ["WORLD_SIZE"]) if torchrun else workers
+    if workers == 1 and not shared.exact:
+        raise GoalError(
+            "one worker has nothing to exchange",
+            "--compress-gradients, --batch-norm local, --local-sgd and --diloco are for several workers",
+            "set --workers, or leave them out",
+        )
+    settings_of(settings)  # errors in them are raised before data is loaded
+    name = check_name(name)
+    check_folder(path)  # before pictures are decoded for minutes
+    if isinstance(model, Bundle) or (isinstance(model, str | os.PathLike) and read_path(model).is_dir()):
+        raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
+    read = read_model(model)
+    dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
+    source, trusted = source_of(read, dataset)
+    assert isinstance(source, Source)
+    chosen = settings_of(fitted(settings, len(dataset.train), progress, workers=workers))
+    tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
+    if search is None:
+        job = TrainingJob(
+            source,
+            chosen,
+            path.with_name(f".{path.name}.checkpoints"),
+            trusted,
+            tracking=tracking,
+            workers=workers,
+            parallel=shared,
+        )
+        bundle = train_network(dataset, job, out=path, progress=progress, name=name, force=force)
+        plan = msgspec.json.decode((folder / PARALLEL_PLAN).read_bytes()) if torchrun or workers > 1 else None
+        return TrainResult(bundle, folder, plan)
+    bundle, found = search_hyper_parameters(
+        dataset,
+        source,
+        chosen,
+        trials=search,
+        pruner=pruner,
+        out=path,
+        work=folder,
+        progress=progress,
+        trusted=trusted,
+        tracking=tracking,
+        name=name,
+        force=force,
+    )
+    return TrainResult(bundle, folder, search=found)

@@ -1,0 +1,146 @@
+"""The verb `tune`: a network or bundle, an SLO and an accuracy budget become a Plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rushhour.api.inputs import load_data, read_model, source_of
+from rushhour.api.settings import fitted, settings_of
+from rushhour.api.values import StrPath, check_name, read_accuracy_budget, read_path, read_seconds, read_slo
+from rushhour.bundle import Source
+from rushhour.goal import SLO, AccuracyBudget, Goal
+from rushhour.plan import Plan
+from rushhour.progress import Progress, Silent
+from rushhour.system.storage import check_claim, try_folder
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from rushhour.data import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneResult:
+    """A finished tuning run. It is a path too: that of the run's folder, which `rushhour.serve` takes.
+
+    Attributes:
+        plan: what to serve and how, with the evidence.
+        run: the folder: `plan.json`, `bundles/`, `measurements.jsonl`, `report.html`.
+        report: the HTML page about it.
+    """
+
+    plan: Plan
+    run: Path
+    report: Path
+
+    def __fspath__(self) -> str:
+        return str(self.run)
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the plan meets the goal; if not, it is the one that came closest."""
+        return self.plan.feasible
+
+    @property
+    def capacity_rps(self) -> float:
+        """Requests per second that the plan carries inside both limits; see `Evidence.proven`."""
+        assert self.plan.evidence is not None
+        return self.plan.evidence.capacity_rps
+
+
+def tune(
+    model: StrPath | Source | Callable[..., Any],
+    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    *,
+    out: StrPath,
+    slo: str | SLO = "p99<50ms",
+    max_accuracy_drop: str | AccuracyBudget = "1%",
+    budget: str | float | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    channels_last: bool = True,
+    task: Literal["classification", "regression"] | None = None,
+    size: str | tuple[int, int] | None = None,
+    skip_corrupt: bool = False,
+    trust: Sequence[str] = (),
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Find how to serve a model so that it answers the most requests per second inside an SLO and an accuracy budget.
+
+    A network is trained first; a bundle is taken as it is. Candidates (precisions, engines, streams, threads, batch
+    bounds) are served by real servers under real open-loop load. The answer is a Plan, measured against the untouched
+    model in the same run. An interrupted run continues when it is called again with the same arguments.
+
+        tuned = rushhour.tune("article", "photos/", out="runs/photos", slo="p99<50ms", max_accuracy_drop="1%")
+        tuned.plan.variants[0], tuned.capacity_rps
+        server = rushhour.serve(tuned)
+
+    Args:
+        model: a bundle or its folder; or a network to be trained, as of `rushhour.train`.
+        data: as of `rushhour.train`: to train, calibrate and judge with.
+        out: the run's folder.
+        slo: the latency limit: a percentile, `<` and a time.
+        max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
+        budget: time that all of it may take, about: `8m`, or seconds. The least decisive measurements are left out,
+            and training takes fewer than the default epochs on a slow machine. Without it there is no limit.
+        epochs: as of `rushhour.train`; of a network that is trained first, as all up to `channels_last`.
+        batch: as of `rushhour.train`.
+        lr: as of `rushhour.train`.
+        seed: as of `rushhour.train`.
+        channels_last: as of `rushhour.train`.
+        task: as of `rushhour.train`.
+        size: as of `rushhour.train`.
+        skip_corrupt: as of `rushhour.train`.
+        trust: factories (`module:factory`) that may be imported to build a bundle's network.
+        name: the model's name, under which it is served; by default a bundle's own, or that of the folder `out`.
+        force: replace the plan of a run at `out` that had other arguments; measurements that still hold are used.
+        progress: gets the progress, and notes on what was left out or chosen.
+
+    Raises:
+        RushhourError: if the model, the data or the goal cannot be used; the message says what to do.
+    """
+    from rushhour.report import write_report
+    from rushhour.tune import TuneSettings, tune_run
+
+    goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
+    budget_s = None if budget is None else read_seconds(budget)
+    name, progress, run = check_name(name), progress or Silent(), read_path(out)
+    training: dict[str, Any] = {
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+        "channels_last": channels_last,
+    }
+    try_folder(run)
+    check_claim(run)
+    settings_of(training)  # errors in them are raised before data is loaded
+    read = read_model(model)
+    dataset = load_data(data, progress, read, size=size, skip_corrupt=skip_corrupt, task=task)
+    source, trusted = source_of(read, dataset)
+    if isinstance(source, Source):
+        training = fitted(training, len(dataset.train), progress)
+    plan = tune_run(
+        source,
+        dataset,
+        goal,
+        run=run,
+        training=settings_of(training),
+        settings=TuneSettings(budget_s=budget_s),
+        progress=progress,
+        trusted=(*trusted, *trust),
+        fit_epochs=epochs is None,
+        name=name,
+        force=force,
+    )
+    progress.start("Writing the report")
+    report = write_report(run)
+    progress.done(str(report))
+    return TuneResult(plan, run, report)

@@ -1,0 +1,117 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import click
+
+from rushhour.cli.command import option, options
+from rushhour.cli.places import Named
+
+# Only what options need is imported at the top of the command line's modules: training takes seconds to import, and
+# `rushhour serve` has to start fast.
+
+slo_option = option(
+    "--slo",
+    default="p99<50ms",
+    show_default=True,
+    metavar="SLO",
+    help="The latency limit: a percentile, '<' and a time. In quotes, because the shell reads '<'.",
+)
+
+accuracy_option = option(
+    "--max-accuracy-drop",
+    default="1%",
+    show_default=True,
+    metavar="PERCENT",
+    help="The accuracy budget in percentage points: with 1%, 90% may become 89%.",
+)
+
+force_option = option(
+    "--force",
+    is_flag=True,
+    help="Replace the bundle or run that another command wrote there. Nothing else is ever replaced.",
+)
+
+name_option = option(
+    "--name",
+    metavar="NAME",
+    help="The model's name, which it keeps through compression and tuning. By default that of the folder it is first "
+    "written to.",
+)
+
+trust_option = option(
+    "--trust",
+    multiple=True,
+    metavar="MODULE:FACTORY",
+    help="A factory of yours that may be imported to build a bundle's network. May be repeated.",
+)
+
+data_options = options(
+    option(
+        "--data",
+        required=True,
+        type=Named(),
+        metavar="DATA",
+        help="fashion-mnist, a folder with one folder of pictures per class, a .npz file, or module:factory.",
+        section="Data",
+    ),
+    option(
+        "--size",
+        metavar="HxW",
+        help="Bring the pictures of a folder to this height and width. A bundle knows its own.",
+        section="Data",
+    ),
+    option(
+        "--skip-corrupt",
+        is_flag=True,
+        help="Leave out pictures that cannot be read, and name them.",
+        section="Data",
+    ),
+    option(
+        "--task",
+        type=click.Choice(["classification", "regression"]),
+        help="What whole numbers as targets in a .npz file are: labels of classes, or values.",
+        section="Data",
+    ),
+)
+"""How data is named and read."""
+
+training_options = options(
+    option(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="Passes over the training data. 3 by default; with little data, as many as give 600 steps.",
+        section="Training",
+    ),
+    option(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="Samples in one optimizer step. 128 by default; fewer with little data.",
+        section="Training",
+    ),
+    option(
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="The largest learning rate. 0.002 by default; less for smaller batches.",
+        section="Training",
+    ),
+    option(
+        "--seed",
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Seed of the weights, the order of the data and augmentation.",
+        section="Training",
+    ),
+    option(
+        "--channels-last/--no-channels-last",
+        default=True,
+        show_default=True,
+        help="Let pictures lie channels-last in memory, where that is safe and faster.",
+        section="Training",
+    ),
+)
+"""Those of every command that trains."""
