@@ -210,11 +210,17 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Bundle:
-    """An opened bundle: its folder and its manifest. Open with `Bundle.open`, make with `Bundle.create`."""
+    """An opened bundle: its folder and its manifest. Open with `Bundle.open`, make with `Bundle.create`.
+
+    It is a path too: that of its folder.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @classmethod
     def open(cls, path: Path) -> Bundle:

@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from rushhour.cli import compare, compress, demo, load, machine, report, serve, train, tune
-from rushhour.cli.command import Command, Group, Interrupted
+from rushhour.cli.command import Group, Interrupted
 from rushhour.errors import RushhourError
 from rushhour.system.faults import unforeseen
 from rushhour.system.interruption import INTERRUPTION
@@ -37,8 +37,7 @@ def cli() -> None:
 
 
 for verb in (demo, tune, train, compress, serve, load, compare, report, machine):
-    command: Command = verb.command
-    cli.add_command(command)
+    cli.add_command(verb.command)
 
 
 def main() -> None:

@@ -1,0 +1,257 @@
+"""The verbs as functions: objects or text in, typed results out, nothing printed; in threads, beside an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import rushhour
+from rushhour import SLO, AccuracyBudget, Bundle, Outcome, RushhourError
+from rushhour.api import ClosedLoopResult, Server, Stop, TrainResult
+from rushhour.api.inputs import load_data, read_model
+from rushhour.api.values import read_seconds, read_size
+from rushhour.bundle import Source
+from rushhour.errors import BundleError, DataError, GoalError, LoadError, ModelError, PlanError, ServeError
+from rushhour.measurement import Measurement
+from rushhour.progress import Silent
+from rushhour.serve import ServeSettings
+
+Arrays = tuple[NDArray[Any], NDArray[Any]]
+
+
+class Heard(Silent):
+    """Progress that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.notes: list[str] = []
+
+    def start(self, what: str, total: float | None = None) -> None:
+        self.started.append(what)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Arrays:
+    """400 samples of two classes that differ by their first number."""
+    x = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    return x, (x[:, 0] > 0).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def trained(rows: Arrays, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    out = tmp_path_factory.mktemp("api") / "rows"
+    return rushhour.train("mlp", rows, out=out, epochs=2, tensorboard=False)
+
+
+@pytest.fixture
+def served(tiny: Bundle) -> Iterator[Server]:
+    with rushhour.serve(tiny, http_port=0, grpc_port=0) as server:
+        yield server
+
+
+def test_training_from_arrays_prints_nothing_and_notes_what_was_chosen(
+    rows: Arrays, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard = Heard()
+    result = rushhour.train("mlp", rows, out=str(tmp_path / "out"), epochs=1, tensorboard=False, progress=heard)
+    assert capfd.readouterr() == ("", "")
+    assert isinstance(result.bundle, Bundle)
+    assert Path(result) == tmp_path / "out"
+    assert result.logs == tmp_path / "out-training"
+    assert (result.plan, result.search) == (None, None)
+    assert any("training samples" in note for note in heard.notes)
+    assert heard.started
+    assert result.as_dict()["hash"] == result.bundle.manifest.hash
+    page = rushhour.report(result)
+    assert page.file == tmp_path / "out-training" / "report.html"
+    assert page.plan is None
+
+
+def test_a_data_set_a_dictionary_and_a_file_are_the_same_data(rows: Arrays, tmp_path: Path) -> None:
+    x, y = rows
+    np.savez(tmp_path / "arrays.npz", x=x, y=y)
+    found = [
+        load_data(data, Silent())
+        for data in (rows, {"x": x, "y": y}, tmp_path / "arrays.npz", str(tmp_path / "arrays.npz"))
+    ]
+    assert len({data.fingerprint for data in found}) == 1
+    assert load_data(found[0], Silent()) is found[0]
+    for data, how in ((found[0], {"size": "8x8"}), (rows, {"size": (8, 8)}), ((x, y, y), {}), ({"x": x}, {})):
+        with pytest.raises(DataError):
+            load_data(data, Silent(), **how)
+
+
+def test_what_a_model_may_be(tiny: Bundle, tmp_path: Path) -> None:
+    from rushhour.models import mlp
+
+    source = Source("rushhour.models:mlp", {"inputs": 8, "outputs": 2})
+    assert read_model("mlp") == "mlp"
+    assert read_model(source) is source
+    assert read_model(tiny) is tiny
+    for folder in (tiny.path, str(tiny.path)):
+        read = read_model(folder)
+        assert isinstance(read, Bundle)
+        assert read.manifest == tiny.manifest
+    assert read_model(mlp) == f"{mlp.__module__}:mlp"
+    with pytest.raises(ModelError, match=r"mynet\.build"):
+        read_model(lambda: None)
+    with pytest.raises(BundleError):
+        read_model(tmp_path)
+    with pytest.raises(ModelError, match="trained already"):
+        rushhour.train(tiny.path, "none.npz", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("10s", 10), ("2m", 120), ("1h", 3600), ("0.5", 0.5), (3, 3), (2.5, 2.5)]
+)
+def test_durations(value: str | float, seconds: float) -> None:
+    assert read_seconds(value) == seconds
+
+
+@pytest.mark.parametrize("value", ["", "s", "-1s", "0", "25h", "nan", "inf", "1d", 0, -1, 1e9, float("nan")])
+def test_durations_that_cannot_be(value: str | float) -> None:
+    with pytest.raises(GoalError, match="duration"):
+        read_seconds(value)
+
+
+def test_sizes() -> None:
+    assert read_size("12x16") == read_size((12, 16)) == (12, 16)
+    assert read_size(None) is None
+    for size in ("12", "12x", "0x4", "4x99999", (3,), (3, 0), (-1, 4)):
+        with pytest.raises(GoalError, match="size"):
+            read_size(size)
+
+
+def test_a_bundle_is_compressed(trained: TrainResult, rows: Arrays, tmp_path: Path) -> None:
+    result = rushhour.compress(
+        trained, rows, out=tmp_path / "small", recipe="f16", max_accuracy_drop=AccuracyBudget(0.5)
+    )
+    assert result.verdict in ("best", "no gain", "nearest miss")
+    assert Path(result) == result.bundle.path == tmp_path / "small"
+    assert result.report.is_file()
+    assert result.as_dict()["bundle"] == str(tmp_path / "small")
+
+
+def test_a_server_is_a_process_of_its_own(tiny: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    log = tmp_path / "server.log"
+    server = rushhour.serve(str(tiny.path), http_port=0, grpc_port=None, log_file=log)
+    try:
+        assert server.is_running
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.grpc_url is None
+        assert server.model == tiny.manifest.name
+        assert str(server) == server.url
+        assert "streams" in server.way
+        assert rushhour.load(server, rate=50, duration=1, slo="p50<1s").windows
+    finally:
+        server.close()
+    assert not server.is_running
+    server.close()
+    assert log.stat().st_size
+    assert capfd.readouterr() == ("", "")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_what_a_server_cannot_do_is_an_error(tiny: Bundle, served: Server, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="nothing to serve"):
+        rushhour.serve(tmp_path)
+    port = int(served.url.rpartition(":")[2])
+    with pytest.raises(ServeError, match=str(port)):
+        rushhour.serve(tiny, http_port=port, grpc_port=None)
+    with pytest.raises(ServeError, match="two ways"):
+        rushhour.serve(tiny, http_port=0, settings=ServeSettings())
+    with rushhour.serve(tiny, settings=ServeSettings(http_port=0, model="other")) as server:
+        assert server.model == "other"
+
+
+def test_load_gives_a_verdict(served: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    windows: list[Measurement] = []
+    ticks: list[Any] = []
+    result = rushhour.load(
+        served,
+        slo=SLO.parse("p50<1s"),
+        rate=[100, "120"],
+        duration="1s",
+        seed=7,
+        on_window=windows.append,
+        on_tick=ticks.append,
+    )
+    assert [window.rate_rps for window in result.windows] == [100, 120]
+    assert list(result.windows) == windows
+    assert ticks
+    assert result.outcome in Outcome
+    assert result.headline.endswith("rates keep p50<1s")
+    assert (result.seed, result.arrivals, result.stopped) == (7, "poisson", "")
+    assert {"outcome", "slo", "url", "runs", "partial"} <= result.as_dict().keys()
+    if served.grpc_url:
+        assert rushhour.load(served.grpc_url, rate=50, duration=1, slo="p50<1s").model == served.model
+    closed = rushhour.load(served, closed_loop=2, duration=0.5)
+    assert isinstance(closed, ClosedLoopResult)
+    assert closed.result.throughput_rps > 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({"slo": "p99"}, GoalError),
+        ({"rate": 0}, GoalError),
+        ({"rate": "many"}, GoalError),
+        ({"rate": "recorded"}, GoalError),
+        ({"rate": 10, "duration": "soon"}, GoalError),
+        ({"rate": 10, "closed_loop": 3}, GoalError),
+        ({"rate": 10, "arrivals": "sometimes"}, LoadError),
+        ({"rate": 10, "shapes": "image"}, LoadError),
+        ({"rate": 10}, LoadError),
+    ],
+)
+def test_a_load_that_cannot_be_is_an_error(how: dict[str, Any], kind: type[RushhourError]) -> None:
+    with pytest.raises(kind):
+        rushhour.load("http://127.0.0.1:1", **how)
+
+
+def test_a_load_is_stopped_from_another_thread(served: Server) -> None:
+    stop = Stop()
+    timer = threading.Timer(3.0, stop.request)
+    timer.start()
+    result = rushhour.load(served, rate=100, duration="10m", slo="p50<1s", stop=stop)
+    timer.join()
+    assert result.stopped == "stopped by the caller"
+    assert not result.holds
+    assert "partial" in result.headline
+    assert len(result.windows) == 1
+    assert not stop.request(), "nothing is in flight"
+
+
+def test_servers_are_compared(served: Server, tiny: Bundle) -> None:
+    with rushhour.serve(tiny, http_port=0, grpc_port=None) as other:
+        result = rushhour.compare([served, other.url], rate=50, window=0.5, blocks=2, slo="p50<1s")
+    assert result.comparison.servers == (served.url, other.url)
+    assert result.as_dict()["slo"] == "p50<1s"
+    with pytest.raises(LoadError, match="two or more"):
+        rushhour.compare([served], rate=50)
+
+
+def test_verbs_work_in_a_thread_beside_a_running_event_loop(served: Server, rows: Arrays, tmp_path: Path) -> None:
+    """As in a notebook, whose cells run inside an event loop."""
+
+    async def cell() -> tuple[Any, Any]:
+        here = rushhour.load(served, rate=50, duration=1, slo="p50<1s")
+        there = await asyncio.to_thread(rushhour.train, "mlp", rows, out=tmp_path / "out", epochs=1, tensorboard=False)
+        return here, there
+
+    loaded, trained = asyncio.run(cell())
+    assert loaded.windows
+    assert Path(trained).is_dir()
