@@ -125,7 +125,7 @@ IN_OBJECTS = {
         "log_format", "log_level", "log_requests", "otel", "otel_sample",
     },
 }  # fmt: skip
-"""Options that Python takes in one object: a `Division`, `ServeSettings`."""
+"""Options that Python takes in one object: a `ParallelSettings`, `ServeSettings`."""
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -148,12 +148,12 @@ def plain(value: Any) -> Any:
 
 def test_the_options_that_are_objects_in_python_have_the_objects_defaults() -> None:
     from rushhour.cli.serve import settings_of
-    from rushhour.cli.train import division_of
+    from rushhour.cli.train import parallel_of
     from rushhour.serve import ServeSettings
-    from rushhour.train import Division
+    from rushhour.train import ParallelSettings
 
     def defaults(verb: str, *required: str) -> dict[str, Any]:
         return cli.commands[verb].make_context(verb, list(required)).params
 
-    assert division_of(defaults("train", "mlp", "--data", "x", "--out", "y")) == Division()
+    assert parallel_of(defaults("train", "mlp", "--data", "x", "--out", "y")) == ParallelSettings()
     assert settings_of(defaults("serve", "x")) == ServeSettings(grpc_port=8001, exact=False)

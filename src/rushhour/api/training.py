@@ -120,8 +120,8 @@ def train(
         bf16: compute in bfloat16; by default where the CPU has instructions for it.
         channels_last: pictures may lie channels-last in memory, where that is safe and faster.
         workers: processes that share every batch. Any number continues a training that another number began.
-        parallel: how the workers share the network: `auto` takes the fastest plan for this machine. `ParallelSettings` also
-            chooses backend, memory, gradient compression, local SGD or DiLoCo.
+        parallel: how the workers share the network: `auto` takes the fastest plan for this machine.
+            `rushhour.train.ParallelSettings` also have backend, memory, gradient compression, local SGD and DiLoCo.
         search: train so many times with different hyper-parameters, and keep the best.
         pruner: ends unpromising trials of the search early.
         logs: folder of the curves; `OUT-training` by default.
