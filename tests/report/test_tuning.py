@@ -273,7 +273,7 @@ def test_an_interrupted_run_is_reported_as_such(tmp_path: Path) -> None:
     assert read_plan(run) == (Plan.load(run / SO_FAR), False)
     done = CliRunner().invoke(cli, ["report", str(run), "--json", str(tmp_path / "report.json")])
     assert done.exit_code == 0, done.output
-    assert "the run was broken off" in done.output
+    assert "the run was interrupted" in done.output
     assert msgspec.json.decode((tmp_path / "report.json").read_bytes())["finished"] is False
     make_plan(capacity_rps=9000.0).save(run / "plan.json")
     assert "was interrupted" not in Page(write_report(run).read_text("utf-8")).text

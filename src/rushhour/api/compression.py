@@ -110,7 +110,7 @@ def compress(
         RushhourError: if the bundle, the data or the recipe cannot be used; the message says what to do.
     """
     from rushhour.compress import compress as compress_bundle
-    from rushhour.compress import ladder
+    from rushhour.compress import default_recipes
     from rushhour.report import write_compression_report
 
     budget, progress, path = read_accuracy_budget(max_accuracy_drop), progress or Silent(), read_path(out)

@@ -39,5 +39,5 @@ def command(run: Path, out: Path | None, json_file: Path | None) -> None:
         result_console().print(SummaryTable(result.plan))
     click.echo(result.file)
     if not result.finished:
-        click.echo(f"the run is not finished: this is its best plan so far, {SO_FAR}", err=True)
+        click.echo(f"the run was interrupted, or is not finished yet: this is its best plan so far, {SO_FAR}", err=True)
     write_json(json_file, result.as_dict())
