@@ -157,6 +157,83 @@ def test_a_trusted_factory_that_gives_no_model_is_explained(source: Source, mess
         build(source, trusted=(source.factory,))
 
 
+NETS = """
+import functools
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, dtype=None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4, dtype=dtype), nn.ReLU())
+        self.head = nn.Linear(4, 2, dtype=dtype)
+    def forward(self, x):
+        return self.head(self.body(x))
+
+net = Net()
+compiled = lambda: torch.compile(Net())
+replicated = lambda: nn.DataParallel(torch.compile(Net()))
+def partly():
+    made = Net()
+    made.body = torch.compile(made.body)
+    made.head.compile()
+    return made
+scripted = lambda: torch.jit.script(Net())
+def meta():
+    with torch.device("meta"):
+        return Net()
+double = lambda: Net(torch.float64)
+half = lambda: Net().half()
+shared = lambda: net
+cached = functools.cache(Net)
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "nets_of_all_kinds.py").write_text(NETS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nets_of_all_kinds", raising=False)
+    return "nets_of_all_kinds"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about its own parts
+@pytest.mark.parametrize("name", ["compiled", "replicated", "partly"])
+def test_wrappers_are_taken_off(nets: str, name: str) -> None:
+    """Compiled, a network would be compiled again for each number of samples."""
+    factory = f"{nets}:{name}"
+    network = build(Source(factory), trusted=(factory,))
+    assert list(network.state_dict()) == ["body.0.weight", "body.0.bias", "head.weight", "head.bias"]
+    assert all(module._compiled_call_impl is None for module in network.modules())
+    assert network(torch.zeros(2, 3)).shape == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is no longer recommended
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("net", "it is a network, not a function.*name its class"),
+        ("scripted", "TorchScript"),
+        ("meta", "its weights have no values"),
+        ("double", r"its weights are float64.*\.float\(\)"),
+        ("half", "its weights are float16"),
+    ],
+)
+def test_a_network_of_a_kind_that_cannot_be_trained_is_explained(nets: str, name: str, message: str) -> None:
+    factory = f"{nets}:{name}"
+    with pytest.raises(ModelError, match=message):
+        build(Source(factory), trusted=(factory,))
+
+
+@pytest.mark.parametrize("name", ["shared", "cached"])
+def test_a_factory_that_returns_one_network_again_is_explained(nets: str, name: str) -> None:
+    """What one training learnt would be where the next one starts."""
+    factory = f"{nets}:{name}"
+    build(Source(factory), trusted=(factory,))
+    with pytest.raises(ModelError, match="the same network twice"):
+        build(Source(factory), trusted=(factory,))
+
+
 def test_arguments_that_do_not_fit_are_explained() -> None:
     with pytest.raises(ModelError, match=r"arguments do not fit.*colour"):
         build(Source("rushhour.models:article", {"colour": 3}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -138,10 +139,66 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
             f"it gave a {type(network).__name__}, not a torch.nn.Module",
             "name a callable that returns a torch.nn.Module",
         )
+    network = _plain(network)
+    _check_kind(network, source.factory)
     _in_one_piece(network)
     if isinstance(source.reshape, Reshape):
         reshape(network, source.reshape, source.factory)
     return network
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """A network without wrappers that change where or how it runs, and not what it computes.
+
+    `torch.compile` would compile each copy of it again, for each number of samples and both modes: minutes.
+    """
+    while (inner := _wrapped(network)) is not None:
+        network = inner
+    for module in list(network.modules()):
+        if module._compiled_call_impl is not None:  # by `module.compile()`
+            module._compiled_call_impl = None
+        for name, child in list(module.named_children()):
+            if _wrapped(child) is not None:
+                setattr(module, name, _plain(child))
+    return network
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside of one that `torch.compile` or `DataParallel` returned; None where it is neither."""
+    inner = getattr(module, "_orig_mod", None) if type(module).__name__ == "OptimizedModule" else None
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = module.module
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _check_kind(network: nn.Module, factory: str) -> None:
+    """Raise unless the network is a fresh Python module with float32 weights in memory.
+
+    Raises:
+        ModelError: if it is not.
+    """
+    why, fix = "", ""
+    there = [each for each in (*network.parameters(), *network.buffers()) if not is_lazy(each)]
+    floats = {each.dtype for each in there if isinstance(each, nn.Parameter) and each.is_floating_point()}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        why = "it is TorchScript, in whole or in part, which cannot be exported with a free number of samples"
+        fix = "return the Python module that it was made from"
+    elif any(tensor.is_meta for tensor in there):
+        why = "its weights have no values: they are on torch's meta device"
+        fix = "create it on the CPU, or call .to_empty(device='cpu') and initialise it"
+    elif floats and torch.float32 not in floats:
+        why = f"its weights are {' and '.join(sorted(str(each).removeprefix('torch.') for each in floats))}"
+        fix = "end the factory with .float(): networks are trained from float32 weights"
+    elif network in _BUILT:
+        why = "it returned the same network twice, and each training starts from a new one"
+        fix = "create the network inside the factory"
+    if why:
+        raise ModelError(f"cannot use the model {factory!r}", why, fix)
+    _BUILT.add(network)
+
+
+_BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Every network that `build` returned, to notice a factory that returns one object again."""
 
 
 def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -171,6 +228,12 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
             "check the name, and that its folder is on PYTHONPATH",
         ) from error
     factory: Callable[..., Any] | None = getattr(module, name, None)
+    if isinstance(factory, nn.Module):
+        raise ModelError(
+            f"cannot build the model {source.factory!r}",
+            "it is a network, not a function or class that creates one, and each training starts from a new one",
+            f"name its class ({type(factory).__name__}), or write a function that creates and returns it",
+        )
     if not callable(factory):
         raise ModelError(
             f"there is no model {source.factory!r}",
