@@ -24,13 +24,14 @@ import rushhour.wire as wire_module
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits, ServeSettings, open_target
-from rushhour.serve.protocols import grpc_codec as codec_module
-from rushhour.serve.protocols import http as http_module
 from rushhour.serve.protocols.control import Control
-from rushhour.serve.protocols.grpc_codec import GrpcCodec
-from rushhour.serve.protocols.http import HttpConnection
+from rushhour.serve.protocols.grpc import codec as codec_module
+from rushhour.serve.protocols.grpc.codec import GrpcCodec
+from rushhour.serve.protocols.http import connection as connection_module
+from rushhour.serve.protocols.http import handler, reader
+from rushhour.serve.protocols.http.connection import HttpConnection
+from rushhour.serve.protocols.http.endpoint import HttpEndpoint
 from rushhour.serve.repository import Repository
-from rushhour.serve.server import _Desk
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine
 from rushhour.wire import Codec, InferRequest, content_of, pieces
@@ -40,7 +41,14 @@ CUT = b"\xff\xfe"
 """Separates the reads of an input of `http`; the server does not see it."""
 KEY = "a-key-of-some-length"
 LIMITS = Limits(connections=4, body_bytes=4096, header_bytes=1024)
-SMALL = {"_LARGE": 100, "_SLICE": 400, "_MOST_MET": 16, "_HELD_BYTES": 300, "_LONG_LINE": 2048}
+SMALL = (
+    (connection_module, "_LARGE", 100),
+    (reader, "_SLICE", 400),
+    (reader, "_MOST_EVENTS", 16),
+    (reader, "HELD_BYTES", 300),
+    (handler, "HELD_BYTES", 300),
+    (reader, "_LONG_LINE", 2048),
+)
 """Smaller bounds of the connection, so that an input may exceed them."""
 _TOO_LONG = (414, 431)
 """Statuses of heads that are too long: in pieces the spaces around values are counted, too."""
@@ -267,15 +275,15 @@ class Stack:
         self._loop.set_exception_handler(lambda loop, context: self._failures.append(context))
         self._failures: list[object] = []
         self._full = full
-        self._server: _Desk = self._loop.run_until_complete(self._open(keys))
+        self._server: HttpEndpoint = self._loop.run_until_complete(self._open(keys))
 
-    async def _open(self, keys: tuple[str, ...]) -> _Desk:
+    async def _open(self, keys: tuple[str, ...]) -> HttpEndpoint:
         with tempfile.TemporaryDirectory() as folder:
             bundle = tiny_bundle(Path(folder) / "tiny")
             repository = Repository(open_target(bundle.path), None, lambda _, config: FakeEngine(config))
             await repository.load()
         settings = ServeSettings(limits=LIMITS, api_keys=keys, admin=False, shared_memory=False)
-        server = _Desk(repository, Control(repository, lambda: False, admin=settings.admin), settings)
+        server = HttpEndpoint(repository, Control(repository, lambda: False, admin=settings.admin), settings)
         if self._full:
             cell = server.cell_of(b"/v2/models/tiny/infer")
             assert cell is not None
@@ -294,8 +302,8 @@ class Stack:
             methods: of the requests in it, for answers without a body.
         """
         with contextlib.ExitStack() as changed:
-            for name, value in SMALL.items():
-                changed.enter_context(_changed(http_module, name, value))
+            for module, name, value in SMALL:
+                changed.enter_context(_changed(module, name, value))
             heard = self._loop.run_until_complete(self._converse(reads, hasty, methods))
         assert not self._failures, self._failures
         return heard

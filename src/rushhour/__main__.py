@@ -13,8 +13,8 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         from rushhour.serve.processes.signals import SIGNALS
 
-        SIGNALS.last_words = _say_stopped
-        SIGNALS.early()
+        SIGNALS.before_exit = _say_stopped
+        SIGNALS.install()
     else:
         from rushhour.system.interruption import INTERRUPTION
 

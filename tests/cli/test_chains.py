@@ -160,7 +160,7 @@ def tune(path: Path, data: Path, out: Path) -> None:
 def serve(path: Path, _: Path, __: Path) -> None:
     """As `rushhour serve` begins: what it will answer with, and whether that runs here."""
     target = open_target(path)
-    way = next(iter(target.ways(1)))
+    way = next(iter(target.variants(1)))
     if way.config.precision == "bf16":
         pytest.skip("not every machine computes in bf16")
     open_engine(way.bundle, way.config).close()

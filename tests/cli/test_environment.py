@@ -312,7 +312,7 @@ def test_batches_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeyp
     assert open_target(tmp_path).plan.policy.max_batch == 4096
     small = msgspec.structs.replace(describe(), memory_gb=1e-4)
     monkeypatch.setattr("rushhour.serve.target.describe", lambda: small)
-    with pytest.raises(PlanError, match=r"its `max_batch` of 4096 samples takes .* GiB"):
+    with pytest.raises(PlanError, match=r"its `max_batch` of 4096 samples needs .* GiB"):
         open_target(tmp_path)
 
 

@@ -369,7 +369,7 @@ def test_a_run_from_another_machine_is_served_in_the_best_safe_form(tmp_path: Pa
     said = " ".join(entry.get("difference", "") for entry in entries)
     assert "class vnni, this one is avx2" in said
     assert "64 cores" in said
-    assert "64 threads are cut to" in said
+    assert "64 threads are reduced to" in said
     assert "4096 GiB" in said
     (instead,) = [entry for entry in entries if entry["event"] == "not served as planned"]
     assert "without VNNI" in instead["why"]
@@ -380,10 +380,10 @@ def test_a_plan_takes_no_more_threads_than_there_are_cores(tmp_path: Path) -> No
     wide_run(tmp_path / "run")
     target = open_target(tmp_path / "run")
     for cores in (1, 2, 3, 8, 64):
-        ways = list(target.ways(cores))
+        ways = list(target.variants(cores))
         assert all(way.config.streams * way.config.threads <= cores for way in ways)
         assert ways[0].config.engine == "openvino"
-    assert [(way.bundle.path.name, way.config.engine, way.config.precision) for way in target.ways(8)] == [
+    assert [(way.bundle.path.name, way.config.engine, way.config.precision) for way in target.variants(8)] == [
         ("int8", "openvino", "int8"),
         ("int8", "onnxruntime", "int8"),
         ("reference", "openvino", "f32"),

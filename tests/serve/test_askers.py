@@ -27,8 +27,9 @@ from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.errors import WireError
 from rushhour.serve import ServeSettings
-from rushhour.serve.protocols.limits import Asker, KnownAs, user_of
-from rushhour.serve.protocols.shared_memory import SharedMemory
+from rushhour.serve.access.origin import Client, OriginCheck
+from rushhour.serve.access.peer import user_of
+from rushhour.serve.memory.shared_memory import SharedMemory
 from rushhour.testing.bundles import tiny_answers
 from rushhour.wire import Place
 
@@ -230,12 +231,12 @@ def test_keys_are_proof_enough_and_the_port_for_administration_is_held_too(tiny:
     ],
 )
 def test_the_names_of_a_server(host: str, asked: str, is_known: bool) -> None:
-    known = KnownAs(host)
-    asker = Asker({b"host": asked.encode()})
+    known = OriginCheck(host)
+    asker = Client({b"host": asked.encode()})
     if is_known:
         known.check(asker)
     else:
-        with pytest.raises(WireError, match="not known"):
+        with pytest.raises(WireError, match="not a name"):
             known.check(asker)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rushhour.clock import VirtualClock
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.serve.scheduling.admission import Admission, Profile
-from rushhour.serve.scheduling.batcher import Batcher, Part, large_enough
+from rushhour.serve.scheduling.batcher import Batcher, Part, efficient_batch
 
 
 def line(a: float, b: float, largest: int = 64) -> Profile:
@@ -120,7 +120,7 @@ def test_any_trace_keeps_every_promise(max_batch: int, bound: int, script: list[
             seen.extend((part.ticket.item, part.first, part.rows) for part in parts)
             if parts:
                 batcher.ended(parts)
-    assert batcher.waiting == batcher.under_way == 0
+    assert batcher.waiting == batcher.in_flight == 0
     assert [item for item, _, _ in seen] == sorted(item for item, _, _ in seen), "nobody overtakes"
     for item, (_, rows) in alive.items():
         covered = [row for at, first, n in seen if at == item for row in range(first, first + n)]
@@ -187,7 +187,7 @@ def test_the_profile_follows_the_engine() -> None:
     assert profile.rows_within(0.0024) == 0
     for step in range(400):
         rows = 1 + step % 16
-        profile.learn(rows, 0.004 + 0.001 * rows)
+        profile.update(rows, 0.004 + 0.001 * rows)
     assert profile.seconds(16) == pytest.approx(0.020, rel=0.15)
     assert profile.seconds(1) == pytest.approx(0.005, rel=0.30)
 
@@ -195,19 +195,19 @@ def test_the_profile_follows_the_engine() -> None:
 def test_batches_that_come_unevenly_leave_less_time_to_wait_for_others() -> None:
     profile = line(0.002, 0.0005)
     batcher: Batcher[str] = Batcher(16, 100, profile, VirtualClock(), cost=COST)
-    assert profile.seconds_at_worst(8) == profile.seconds(8)
-    calm = batcher.patience_s(0.045)
+    assert profile.upper_seconds(8) == profile.seconds(8)
+    calm = batcher.max_wait_s(0.045)
     assert 0.005 < calm < 0.2 * 0.045
     for number in range(50):
-        profile.learn(8, 0.001 if number % 2 else 0.025)
-    assert profile.seconds_at_worst(8) > 0.025
-    assert batcher.patience_s(0.045) == 0.0, "what is usual is not at risk, but what happens is"
+        profile.update(8, 0.001 if number % 2 else 0.025)
+    assert profile.upper_seconds(8) > 0.025
+    assert batcher.max_wait_s(0.045) == 0.0, "what is usual is not at risk, but what happens is"
 
 
 def test_a_long_run_of_equal_batches_leaves_the_other_sizes_sensible() -> None:
     profile = line(0.002, 0.0005)
     for _ in range(5000):
-        profile.learn(8, 0.006)
+        profile.update(8, 0.006)
     assert profile.seconds(8) == pytest.approx(0.006, rel=0.05)
     assert profile.seconds(64) == pytest.approx(0.034, rel=0.15)
 
@@ -216,7 +216,7 @@ def test_a_long_run_of_equal_batches_leaves_the_other_sizes_sensible() -> None:
 def test_whatever_the_profile_learns_it_stays_a_profile(batches: list[tuple[int, float]]) -> None:
     profile = line(0.002, 0.0005)
     for rows, seconds in batches:
-        profile.learn(rows, seconds)
+        profile.update(rows, seconds)
         assert 0 < profile.seconds(1) <= profile.seconds(64) < 1e4
         fits = profile.rows_within(profile.seconds(32))
         assert fits >= 31
@@ -297,7 +297,7 @@ class Replay:
         heapq.heappush(self._events, (self._clock.now() + seconds, len(self.latencies) + random.getrandbits(40), event))
 
     def _dispatch(self) -> None:
-        left = self._batcher.leave_at() - self._clock.now()
+        left = self._batcher.dispatch_at() - self._clock.now()
         if self._busy or left > 1e-3:
             if not self._busy:
                 self._after(left, lambda: None)
@@ -326,7 +326,7 @@ class Replay:
 
 def test_at_a_quarter_of_capacity_batches_are_large_enough_and_answers_come_in_a_fraction_of_the_time() -> None:
     rate_rps = 16 / SMALL.seconds(16) / 4
-    enough = large_enough(16, COST)
+    enough = efficient_batch(16, COST)
     assert enough == 9
     waiting, not_waiting = Replay(rate_rps=rate_rps), Replay(rate_rps=rate_rps, cost=None)
     assert not_waiting.mean_size < 1.5
@@ -372,11 +372,11 @@ def test_the_request_with_the_least_time_decides_how_long_all_wait() -> None:
             batcher.offer("crowd", 1, deadline=clock.now() + BUDGET_S)
         batcher.ended(batcher.take())
     batcher.offer("patient", 1, deadline=clock.now() + BUDGET_S)
-    patient = batcher.leave_at()
+    patient = batcher.dispatch_at()
     assert clock.now() + 0.005 < patient <= clock.now() + 0.2 * BUDGET_S
     batcher.offer("in a hurry", 1, deadline=clock.now() + 0.015)
-    assert clock.now() < batcher.leave_at() < clock.now() + 0.2 * 0.015
+    assert clock.now() < batcher.dispatch_at() < clock.now() + 0.2 * 0.015
     batcher.offer("has no deadline", 1)
-    assert batcher.leave_at() <= clock.now()
+    assert batcher.dispatch_at() <= clock.now()
     assert len(batcher.take()) == 3
-    assert batcher.leave_at() == -math.inf, "nobody is there"
+    assert batcher.dispatch_at() == -math.inf, "nobody is there"

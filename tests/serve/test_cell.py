@@ -25,12 +25,13 @@ from rushhour.errors import EngineError, WireError
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Policy
 from rushhour.serve import ServeSettings, open_target, repository
-from rushhour.serve.protocols.http import HttpConnection
-from rushhour.serve.protocols.limits import Budget
+from rushhour.serve.memory.budget import Budget
+from rushhour.serve.protocols.http.connection import HttpConnection
 from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.batcher import Batcher
-from rushhour.serve.scheduling.cell import Cell, Job, Shed, TurnedAway
+from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.job import Job, Shed, ShedError
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, InferRequest, Wanted
 
@@ -210,7 +211,7 @@ def test_a_batch_that_cannot_be_filled_is_an_error_of_its_requests(replies: Call
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
-@pytest.mark.parametrize("what", ["profile.learn", "_speedometer.saw", "_admission.saw", "statistics.count"])
+@pytest.mark.parametrize("what", ["profile.update", "_host_speed.record", "_admission.record", "statistics.count"])
 def test_what_fails_beside_the_answers_keeps_no_stream(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         cell = cell_of(FakeEngine(EngineConfig("openvino", max_batch=2)))
@@ -276,7 +277,7 @@ def test_over_http_an_answer_that_cannot_be_sent_is_an_error_and_the_others_have
 
 
 def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
-    from rushhour.serve.protocols.grpc import _Call
+    from rushhour.serve.protocols.grpc.call import InferCall
 
     class Codec_:
         def writes_much(self, asked: object) -> bool:
@@ -295,7 +296,7 @@ def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
     async def scenario() -> None:
         cell = cell_of(FakeEngine(EngineConfig("openvino", max_batch=2)))
         with reports() as told:
-            call = _Call(cell, Codec_(), Asked_(), None, Followed_(), Budget(1), None)  # type: ignore[arg-type]
+            call = InferCall(cell, Codec_(), Asked_(), None, Followed_(), Budget(1), None)  # type: ignore[arg-type]
             assert await call.answer() == b"the answer"
             await turns()
             assert cell.idle
@@ -350,7 +351,7 @@ def test_an_engine_that_hangs_keeps_no_reload_and_no_end_waiting(
         await turns()
         await (served.load() if how == "load" else served.unload())
         for answer in waiting:
-            with pytest.raises(EngineError, match="does not end its batches"):
+            with pytest.raises(EngineError, match="does not finish its batches"):
                 await answer
         assert old.counters.failed == 5
         assert (old.waiting, served.totals()["1"].failed) == (0, 5)
@@ -406,7 +407,7 @@ def test_the_end_of_a_server_waits_no_longer_than_it_is_told_to(tiny: Bundle, tm
         waiting = put(served.loaded.cell, unique(1, 0))
         await turns()
         await served.unload(within_s=0.05)
-        with pytest.raises(EngineError, match="does not end"):
+        with pytest.raises(EngineError, match="does not finish"):
             await waiting
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
@@ -417,7 +418,7 @@ def test_pictures_that_are_being_decoded_are_told_of_the_end_too() -> None:
         with decoding() as decoder:
             cell = cell_of_pictures(decoder)
             answer, _ = submit_pictures(cell, png(0))
-            cell.give_up(EngineError("it is over"))
+            cell.abandon(EngineError("it is over"))
             with pytest.raises(EngineError, match="over"):
                 await answer
             assert (cell.waiting, cell.counters.failed) == (0, 1)
@@ -462,7 +463,7 @@ def test_pictures_are_let_in_as_probes_whatever_profile_and_decoder_say() -> Non
         with decoding(held=False) as decoder:
             cell = cell_of_pictures(decoder, deadline_ms=1000)
             for _ in range(300):
-                cell.profile.learn(4, 10.0)
+                cell.profile.update(4, 10.0)
             assert cell.profile.seconds(1) > 1
             for seed in range(3):
                 answer, _ = submit_pictures(cell, png(seed))
@@ -525,11 +526,11 @@ def test_an_engine_that_was_timed_beside_another_is_learned_anew_when_that_has_g
     sure, doubted = Profile(times(base_s=1.0)), Profile(times(base_s=1.0), is_sure=False)
     for profile in (sure, doubted):
         for _ in range(10):
-            profile.learn(1, 1.001)  # while the other one still computes
-    doubted.doubt()
+            profile.update(1, 1.001)  # while the other one still computes
+    doubted.distrust()
     for profile in (sure, doubted):
         for _ in range(10):
-            profile.learn(2, 0.012)
+            profile.update(2, 0.012)
     assert sure.seconds(2) > 0.5, "usually some slow batches change little"
     assert doubted.seconds(2) < 0.25
 
@@ -588,7 +589,7 @@ def test_after_a_pause_only_those_are_computed_who_still_wait() -> None:
         await held.release()
         right(running, unique(2, 0))
         for answer in late:
-            with pytest.raises(TurnedAway) as caught:
+            with pytest.raises(ShedError) as caught:
                 answer.result()
             assert caught.value.status == 429
         assert (cell.waiting, cell.idle) == (0, True)
@@ -613,7 +614,7 @@ def test_the_late_part_of_a_split_request_is_left_out_and_others_behind_it_are_n
         assert engine.batches == [2]
         clock.advance(0.3)
         await held.release()
-        with pytest.raises(TurnedAway):
+        with pytest.raises(ShedError):
             large.result()
         await held.release()
         right(small, unique(1, 1))
@@ -634,7 +635,7 @@ def test_late_requests_of_any_priority_are_left_out_and_make_room() -> None:
     clock.advance(0.2)
     assert [part.ticket.item for part in batcher.take()] == ["low"]
     assert [ticket.item for ticket in batcher.late] == ["high and late", "low and late"]
-    assert (batcher.waiting, batcher.under_way) == (0, 1)
+    assert (batcher.waiting, batcher.in_flight) == (0, 1)
     assert batcher.offer("there is room", 4) is not None
 
 
@@ -657,7 +658,7 @@ def test_over_http_who_waited_too_long_is_told_to_come_back(tiny: Bundle, tmp_pa
             answers = [await answer_from(reader) for reader, _ in opened]
             assert [status for status, _, _ in answers] == [200, 429, 429]
             assert int(answers[1][1]["retry-after"]) >= 1
-            assert "longer than it may take" in json.loads(answers[1][2])["error"]
+            assert "longer than its time limit" in json.loads(answers[1][2])["error"]
             for _, writer in opened:
                 writer.close()
             assert cell.counters.rows == 1
@@ -679,7 +680,7 @@ def test_pictures_that_waited_too_long_are_left_out() -> None:
             clock.advance(2.0)
             cell._free.extend(busy)
             cell._dispatch_soon()
-            with pytest.raises(WireError, match="longer than it may take"):
+            with pytest.raises(WireError, match="longer than its time limit"):
                 await answer
             assert cell.counters.batches == 0
 

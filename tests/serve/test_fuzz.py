@@ -24,9 +24,9 @@ from rushhour import wire as wire_module
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits
-from rushhour.serve.protocols import http as http_module
-from rushhour.serve.protocols.http import HttpConnection
-from rushhour.serve.protocols.upload import Upload
+from rushhour.serve.protocols.http import connection, pipeline
+from rushhour.serve.protocols.http.connection import HttpConnection
+from rushhour.serve.protocols.http.upload import Upload
 from rushhour.testing.fakes import SIGNATURE, fake_answers
 from rushhour.wire import Codec, decode_answer, encode_json_request, encode_request
 
@@ -335,7 +335,7 @@ def test_a_large_request_with_a_known_head_is_read_past_the_parser(
             super().__init__(*given)
             begun.append(len(given[2]))
 
-    monkeypatch.setattr(http_module, "Upload", Counted)
+    monkeypatch.setattr(connection, "Upload", Counted)
     asked = [images_of(30, seed) for seed in range(4)]
     sent = [request(images) for images in asked]
     reads = [part for whole in sent for part in (whole[:first], whole[first:500], whole[500:])]
@@ -419,8 +419,8 @@ def test_a_large_answer_is_written_in_turns_with_the_others(
 ) -> None:
     """A client on this machine reads as fast as the server writes: all of it went out in one turn, 64 ms for 50 MB."""
     most, turn = 500, itertools.count()
-    monkeypatch.setattr(http_module, "_TURN_BYTES", most)
-    monkeypatch.setattr(http_module, "_MAX_PIPELINED_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "_TURN_BYTES", most)
+    monkeypatch.setattr(pipeline, "MAX_PIPELINED_BYTES", 1000)
     monkeypatch.setattr(wire_module, "_AT_ONCE", 100)
     monkeypatch.setattr(wire_module, "_BYTES_AT_ONCE", 100)
     written: dict[int, int] = {}
@@ -527,7 +527,7 @@ def test_a_body_without_a_key_is_not_kept(fields: bytes, before: bytes, form: st
 
     with contextlib.closing(Stack(keys=(KEY,))) as keyed, pytest.MonkeyPatch.context() as patch:
         patch.setattr("targets.HttpConnection", Watched)
-        patch.setattr("targets.SMALL", {})
+        patch.setattr("targets.SMALL", ())
         cut = len(before) + 250  # in the body, behind the head
         reads = [sent[:cut], *(sent[at : at + 200] for at in range(cut, len(sent), 200))]
         answers, closed = keyed.converse([*reads, HEALTH])

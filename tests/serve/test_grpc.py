@@ -39,15 +39,15 @@ from rushhour.errors import EngineError, ServeError
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve.access.keys import Keys
+from rushhour.serve.memory.shared_memory import SharedMemory
 from rushhour.serve.protocols.control import Control
-from rushhour.serve.protocols.grpc import GrpcFace
-from rushhour.serve.protocols.limits import Keys
-from rushhour.serve.protocols.listener import reserve
-from rushhour.serve.protocols.shared_memory import SharedMemory
+from rushhour.serve.protocols.grpc.server import GrpcServer
+from rushhour.serve.protocols.listener import bind_reserved
 from rushhour.serve.repository import Loaded, Repository, opener
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
-from rushhour.serve.target import Way
+from rushhour.serve.target import ServedVariant
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
 from rushhour.wire import Codec, Place, encode_request
@@ -507,7 +507,7 @@ def test_what_is_traced_and_logged_can_be_asked_and_the_level_set(
         lambda: client.update_trace_settings(settings={"trace_level": ["TIMESTAMPS"]}),
         lambda: client.update_log_settings({"log_file": "/tmp/x"}),
     ):
-        with pytest.raises(InferenceServerException, match="is fixed here"):
+        with pytest.raises(InferenceServerException, match="are fixed"):
             refused()
     with pytest.raises(InferenceServerException, match="no model"):
         web.get_trace_settings("other")
@@ -606,20 +606,20 @@ def test_hostile_registrations_are_refused_over_both_faces(server: Server, tmp_p
                 ("r", key, 0, 1001, "it has 1000"),
                 ("r", key, 900, 101, "it has 1000"),
                 ("r", key, 2**40, 1, "it has 1000"),
-                ("r", key, 2**63, 2**63, "no part"),
-                ("r", key, 0, 0, "no part"),
+                ("r", key, 2**63, 2**63, "are not valid"),
+                ("r", key, 0, 0, "are not valid"),
                 ("r", key, -1, 10, "offset"),
                 ("r", key, 0, -10, "byte_size|size"),
                 ("r", "/rushhour-test-unknown", 0, 10, "No such file"),
-                ("r", "../x", 0, 10, "not one of"),
-                ("r", "/../x", 0, 10, "not one of"),
-                ("r", "..", 0, 10, "not one of"),
-                ("r", ".", 0, 10, "not one of"),
-                ("r", "", 0, 10, "not one of"),
-                ("r", "/", 0, 10, "not one of"),
-                ("r", "/a/b", 0, 10, "not one of"),
-                ("r", "a\x00b", 0, 10, "not one of"),
-                ("r", str(secret), 0, 10, "not one of"),
+                ("r", "../x", 0, 10, "is not the key of"),
+                ("r", "/../x", 0, 10, "is not the key of"),
+                ("r", "..", 0, 10, "is not the key of"),
+                ("r", ".", 0, 10, "is not the key of"),
+                ("r", "", 0, 10, "is not the key of"),
+                ("r", "/", 0, 10, "is not the key of"),
+                ("r", "/a/b", 0, 10, "is not the key of"),
+                ("r", "a\x00b", 0, 10, "is not the key of"),
+                ("r", str(secret), 0, 10, "is not the key of"),
                 ("r", f"/{link.name}", 0, 10, "symbolic link"),
                 ("r", f"/{folder.name}", 0, 10, "directory"),
                 ("r", f"/{fifo.name}", 0, 10, "not a shared memory"),
@@ -897,16 +897,16 @@ class Held:
 
 
 @contextlib.asynccontextmanager
-async def face_of(tiny: Bundle, engine: FakeEngine, **policy: Any) -> AsyncIterator[tuple[GrpcFace, Cell, Any]]:
+async def face_of(tiny: Bundle, engine: FakeEngine, **policy: Any) -> AsyncIterator[tuple[GrpcServer, Cell, Any]]:
     """A face on this loop: it, its cell, and a stub."""
     repository = Repository(open_target(tiny.path), None, opener(()))
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     settings = Policy(max_batch=engine.config.max_batch, **policy)
     cell = Cell(engine, Codec("tiny", engine.signature), settings, profile, WallClock())
     target = open_target(tiny.path)
-    repository.loaded = Loaded(target, Way(target.bundle, target.engine_config), engine, cell)
-    face = GrpcFace(repository, Control(repository, lambda: False), Limits(), Keys(()))
-    with reserve("127.0.0.1", 0) as held:
+    repository.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
+    face = GrpcServer(repository, Control(repository, lambda: False), Limits(), Keys(()))
+    with bind_reserved("127.0.0.1", 0) as held:
         await face.start(f"127.0.0.1:{held.getsockname()[1]}", None, None)
         try:
             async with grpc.aio.insecure_channel(face.address) as channel:
@@ -1056,7 +1056,7 @@ def test_an_address_that_cannot_be_had_is_an_error(tiny: Bundle) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            face = GrpcFace(repository, Control(repository, lambda: False), Limits(), Keys(()))
+            face = GrpcServer(repository, Control(repository, lambda: False), Limits(), Keys(()))
             with pytest.raises(ServeError, match="for gRPC"):
                 await face.start(f"127.0.0.1:{taken.getsockname()[1]}", None, None)
             await face.drain(0, 0)

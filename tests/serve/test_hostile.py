@@ -33,12 +33,13 @@ from rushhour.goal import SLO, Goal
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
-from rushhour.serve.processes.commands import Duties
-from rushhour.serve.protocols.http import HttpConnection
+from rushhour.serve.processes.commands import Commands
+from rushhour.serve.protocols.http.connection import HttpConnection
 from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
-from rushhour.serve.scheduling.cell import Cell, Shed, TurnedAway
-from rushhour.serve.server import _Server
+from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.job import Shed, ShedError
+from rushhour.serve.worker import Worker
 from rushhour.testing.bundles import tiny_answers
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, decode_answer, encode_request
@@ -127,9 +128,9 @@ async def in_process(
     """A server with this engine on a port of its own, in this process and loop."""
     repository = Repository(open_target(target), None, lambda bundle, config: engine)
     await repository.load()
-    duties = Duties(repository, None)
-    server = _Server(repository, ServeSettings(limits=limits or Limits()), duties, None, duties.do, None, None)
-    desk = server._desk
+    commands = Commands(repository, None)
+    server = Worker(repository, ServeSettings(limits=limits or Limits()), commands, None, commands.execute, None, None)
+    desk = server._endpoint
     listener = await asyncio.get_running_loop().create_server(lambda: HttpConnection(desk), "127.0.0.1", 0)
     cell = desk.cell_of(PATH.encode())
     assert cell is not None
@@ -210,7 +211,7 @@ class Replay:
         arrived = self.clock.now()
 
         def reply(result: Sequence[memoryview] | Exception) -> None:
-            if isinstance(result, TurnedAway):  # its time was over before it came to a batch
+            if isinstance(result, ShedError):  # its time was over before it came to a batch
                 seen.append(Shed("deadline", str(result), result.retry_after_s))
                 return
             assert not isinstance(result, Exception)
@@ -488,7 +489,7 @@ def test_refused_registrations_hold_no_files(tiny: Bundle) -> None:
         with serving(tiny.path, ServeSettings(http_port=0, grpc_port=0)) as server:
             with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
                 for number in range(30):
-                    with pytest.raises(tritonclient.utils.InferenceServerException, match="are wanted"):
+                    with pytest.raises(tritonclient.utils.InferenceServerException, match="are requested"):
                         client.register_system_shared_memory(f"r{number}", memory.name, 100_000)
             files = []
             for file in Path(f"/proc/{server.process.pid}/fd").iterdir():

@@ -36,11 +36,11 @@ from rushhour.errors import ServeError
 from rushhour.goal import SLO, Goal
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve.access.certificates import read_identity
 from rushhour.serve.observability import log
 from rushhour.serve.processes.signals import SIGNALS
 from rushhour.serve.processes.supervisor import Supervisor
-from rushhour.serve.protocols.limits import tls
-from rushhour.serve.protocols.listener import claim, everywhere, join, reserve
+from rushhour.serve.protocols.listener import bind_all, bind_alone, bind_reserved, bind_shared
 from rushhour.serve.target import Target
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.wire import encode_request
@@ -304,7 +304,7 @@ async def supervised(path: Path, kind: type[Supervisor] = Supervisor, **settings
     def reopen() -> Target:
         return open_target(path)
 
-    with reserve("127.0.0.1", 0) as held:
+    with bind_reserved("127.0.0.1", 0) as held:
         asked = ServeSettings(http_port=held.getsockname()[1], one_of_many=True, **settings)
         supervisor = kind(reopen(), asked, [frozenset(os.sched_getaffinity(0))] * 2, reopen, 20.0)
         urls: list[str] = []
@@ -320,7 +320,7 @@ async def supervised(path: Path, kind: type[Supervisor] = Supervisor, **settings
 
 
 def within_signals(scenario: Callable[[], Any]) -> None:
-    with SIGNALS.held():
+    with SIGNALS.installed():
         asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
@@ -697,12 +697,12 @@ def test_a_port_on_which_another_program_lives_is_refused(tiny: Bundle, first: i
                 pass
 
 
-@pytest.mark.parametrize("second", [claim, reserve])
+@pytest.mark.parametrize("second", [bind_alone, bind_reserved])
 def test_a_port_whose_cells_have_yet_to_come_is_refused(second: Callable[[str, int], socket.socket]) -> None:
-    with reserve("127.0.0.1", 0) as held:
+    with bind_reserved("127.0.0.1", 0) as held:
         with pytest.raises(OSError, match="in use"):
             second("127.0.0.1", held.getsockname()[1])
-        join("127.0.0.1", held.getsockname()[1]).close()  # its own
+        bind_shared("127.0.0.1", held.getsockname()[1]).close()  # its own
 
 
 @pytest.mark.skipif(not IPV6, reason="there is no IPv6 here")
@@ -736,8 +736,8 @@ def test_a_port_taken_on_one_address_of_a_name_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(socket, "getaddrinfo", naming("127.0.0.1", "::1"))
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as stranger:
         with pytest.raises(OSError, match="in use"):
-            everywhere(claim, "name", stranger.getsockname()[1])
-        taken = everywhere(claim, "name", 0)
+            bind_all(bind_alone, "name", stranger.getsockname()[1])
+        taken = bind_all(bind_alone, "name", 0)
         assert len(taken) == 2
         assert len({sock.getsockname()[1] for sock in taken}) == 1
         for sock in taken:
@@ -747,12 +747,12 @@ def test_a_port_taken_on_one_address_of_a_name_is_refused(monkeypatch: pytest.Mo
 def test_an_address_that_this_machine_has_not_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names have addresses of IPv6 where IPv6 is switched off."""
     monkeypatch.setattr(socket, "getaddrinfo", naming("192.0.2.1", "127.0.0.1"))
-    (one,) = everywhere(claim, "name", 0)
+    (one,) = bind_all(bind_alone, "name", 0)
     assert one.getsockname()[0] == "127.0.0.1"
     one.close()
     monkeypatch.setattr(socket, "getaddrinfo", naming("192.0.2.1"))
     with pytest.raises(OSError, match="assign"):
-        everywhere(claim, "name", 0)
+        bind_all(bind_alone, "name", 0)
 
 
 def naming(*addresses: str) -> Callable[..., Any]:
@@ -888,7 +888,7 @@ def test_an_encrypted_key_is_refused_and_not_asked_for_its_password(tmp_path: Pa
     )
     assert made.returncode == 0
     with pytest.raises(ServeError, match="cannot use the certificate"):
-        tls(tmp_path / "cert.pem", tmp_path / "locked.pem")
+        read_identity(tmp_path / "cert.pem", tmp_path / "locked.pem")
 
 
 # A collector that is not there.

@@ -25,18 +25,21 @@ from rushhour.errors import WireError
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings, open_target
-from rushhour.serve.protocols import http as http_module
+from rushhour.serve.access.keys import Keys
+from rushhour.serve.memory.budget import Budget
+from rushhour.serve.memory.decompression import inflate
 from rushhour.serve.protocols.control import Control
-from rushhour.serve.protocols.grpc import GrpcFace
-from rushhour.serve.protocols.http import HttpConnection
-from rushhour.serve.protocols.limits import Budget, Keys, inflate, without_frames
-from rushhour.serve.protocols.listener import reserve
-from rushhour.serve.protocols.upload import Upload
+from rushhour.serve.protocols.grpc.errors import without_frames
+from rushhour.serve.protocols.grpc.server import GrpcServer
+from rushhour.serve.protocols.http import connection as connection_module
+from rushhour.serve.protocols.http.connection import HttpConnection
+from rushhour.serve.protocols.http.endpoint import HttpEndpoint
+from rushhour.serve.protocols.http.upload import Upload
+from rushhour.serve.protocols.listener import bind_reserved
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
-from rushhour.serve.server import _Desk
-from rushhour.serve.target import Way
+from rushhour.serve.target import ServedVariant
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
 from rushhour.wire import Codec, Place, decode_answer, pieces
@@ -151,7 +154,7 @@ class Held:
 class Served:
     """A server on this loop: both faces before one cell."""
 
-    def __init__(self, desk: _Desk, address: tuple[str, int], cell: Cell, grpc_address: str, held: Held) -> None:
+    def __init__(self, desk: HttpEndpoint, address: tuple[str, int], cell: Cell, grpc_address: str, held: Held) -> None:
         self.desk = desk
         self.address = address
         self.cell = cell
@@ -176,13 +179,13 @@ async def served(
     settings = Policy(max_batch=max_batch, **policy)
     codec = Codec("tiny", engine.signature, labels=("a", "b", "c"), regions=regions)
     cell = Cell(engine, codec, repository._bounded(settings, engine.signature), profile, WallClock())
-    repository.loaded = Loaded(target, Way(target.bundle, target.engine_config), engine, cell)
+    repository.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
     repository._infer_paths = frozenset((PATH.encode(),))
     control = Control(repository, lambda: False, regions=regions)
-    desk = _Desk(repository, control, ServeSettings(limits=limits))
-    face = GrpcFace(repository, control, limits, Keys(()))
+    desk = HttpEndpoint(repository, control, ServeSettings(limits=limits))
+    face = GrpcServer(repository, control, limits, Keys(()))
     listener = await asyncio.get_running_loop().create_server(lambda: HttpConnection(desk), "127.0.0.1", 0)
-    with reserve("127.0.0.1", 0) as port:
+    with bind_reserved("127.0.0.1", 0) as port:
         await face.start(f"127.0.0.1:{port.getsockname()[1]}", None, None)
         try:
             yield Served(desk, listener.sockets[0].getsockname(), cell, face.address, held)
@@ -353,7 +356,7 @@ def test_a_model_replaced_while_a_large_request_is_read_answers_it(
             await asyncio.to_thread(reading.wait, _WAIT_S)
             codec = Codec("tiny", old.engine.signature, version="2")
             cell = Cell(old.engine, codec, old.cell.policy, old.cell.profile, WallClock())
-            repository.loaded = Loaded(old.target, old.way, old.engine, cell)
+            repository.loaded = Loaded(old.target, old.variant, old.engine, cell)
             going_on.set()
             answer = await asking
             assert answer.json["model_version"] == "2"
@@ -442,7 +445,7 @@ def test_a_control_message_is_small(tiny: Bundle) -> None:
             request = service_pb2.RepositoryModelLoadRequest(model_name="tiny")
             for number in range(10_000):
                 request.parameters[str(number)].string_param = "x"
-            with pytest.raises(grpc.aio.AioRpcError, match="limit is") as caught:
+            with pytest.raises(grpc.aio.AioRpcError, match="limit of") as caught:
                 await server.call(request.SerializeToString(), "RepositoryModelLoad")
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
@@ -607,7 +610,7 @@ def test_what_was_turned_away_is_not_stored(tiny: Bundle, monkeypatch: pytest.Mo
             super().__init__(*given)
             uploads.append(self)
 
-    monkeypatch.setattr(http_module, "Upload", Kept)
+    monkeypatch.setattr(connection_module, "Upload", Kept)
 
     async def scenario() -> None:
         async with served(tiny, queue_bound=1, max_batch=1) as server:
@@ -971,7 +974,7 @@ def test_a_known_request_is_read_anew_after_a_reload(tiny: Bundle) -> None:
                 assert old is not None
                 codec = Codec("tiny", old.engine.signature, version=version)
                 cell = Cell(old.engine, codec, old.cell.policy, old.cell.profile, WallClock())
-                repository.loaded = Loaded(old.target, old.way, old.engine, cell)
+                repository.loaded = Loaded(old.target, old.variant, old.engine, cell)
                 for number in range(3):
                     answer = await client.ask(numbered(number, in_head=True, in_json=True))
                     assert (answer.json["model_version"], answer.json["id"]) == (version, f"r-{number:06}")

@@ -44,17 +44,19 @@ from rushhour.errors import ServeError
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings
+from rushhour.serve.access.keys import Keys
 from rushhour.serve.observability import log
 from rushhour.serve.observability.metrics import render
-from rushhour.serve.observability.requests import ObservedConnection, Observer
-from rushhour.serve.observability.statistics import BOUNDS, Report, Statistics, Totals, together
+from rushhour.serve.observability.requests import Observer
+from rushhour.serve.observability.statistics import BOUNDS, Report, Statistics, Totals, sum_by_version
 from rushhour.serve.observability.tracing import Spans, provider
-from rushhour.serve.processes.messages import Done
-from rushhour.serve.protocols.limits import Keys
+from rushhour.serve.processes.messages import Result
+from rushhour.serve.protocols.http.observed import ObservedConnection
 from rushhour.serve.scheduling.admission import Profile
-from rushhour.serve.scheduling.cell import Cell, Shed
-from rushhour.serve.scheduling.speed import Speedometer, Speeds
-from rushhour.serve.scheduling.speed import summed as summed_speeds
+from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.job import Shed
+from rushhour.serve.scheduling.speed import HostSpeed, Speeds
+from rushhour.serve.scheduling.speed import sum_speeds as summed_speeds
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine
 from rushhour.wire import Codec, InferRequest, Wanted, encode_request
@@ -196,39 +198,39 @@ def test_histograms_are_those_of_every_single_value(batches: list[tuple[list[flo
 def test_sums_of_versions_share_nothing_and_forget_no_request() -> None:
     first, second = Totals(answered=1), Totals(answered=2)
     first.queue_s.count(np.array([0.5]))
-    sums = together([{"1": first}, {"1": second, "2": Totals(answered=4)}])
+    sums = sum_by_version([{"1": first}, {"1": second, "2": Totals(answered=4)}])
     assert {version: totals.answered for version, totals in sums.items()} == {"1": 3, "2": 4}
     assert sum(sums["1"].queue_s.counts) == 1
     sums["1"].queue_s.counts[0] += 1
     assert (first.answered, sum(first.queue_s.counts)) == (1, 1)
-    many = together([{str(version): Totals(answered=1) for version in range(1, 101)}])
+    many = sum_by_version([{str(version): Totals(answered=1) for version in range(1, 101)}])
     assert len(many) < 50
     assert "100" in many
-    again = together([many, {"101": Totals(answered=1)}])
+    again = sum_by_version([many, {"101": Totals(answered=1)}])
     assert sum(totals.answered for totals in again.values()) == 101
 
 
 def test_the_speed_is_what_batches_were_to_take_over_what_they_took() -> None:
-    speedometer = Speedometer(ServiceTimes((1, 2, 4), (0.010, 0.012, 0.016), (100.0, 166.0, 250.0)))
+    speedometer = HostSpeed(ServiceTimes((1, 2, 4), (0.010, 0.012, 0.016), (100.0, 166.0, 250.0)))
     assert speedometer.recent() is None
-    assert speedometer.told(1.0).parts == {}
+    assert speedometer.speeds(1.0).parts == {}
     for rows, ended, took in ((1, 5.01, 0.010), (3, 5.02, 0.028), (2, 5.11, 0.024), (1, 5.09, 0.020), (4, 7.0, 0.016)):
-        speedometer.saw(rows, ended, took)
-    told = speedometer.told(7.01)
+        speedometer.record(rows, ended, took)
+    told = speedometer.speeds(7.01)
     assert told.parts == {
         50: pytest.approx((0.024, 0.038)),
         51: pytest.approx((0.022, 0.044)),  # two streams: the older batch is told of last
         70: pytest.approx((0.016, 0.016)),
     }
-    speedometer.saw(4, 7.05, 0.032)
-    assert speedometer.told(8.0).parts[70] == pytest.approx((0.032, 0.048)), "what is asked for is not ended by it"
+    speedometer.record(4, 7.05, 0.032)
+    assert speedometer.speeds(8.0).parts[70] == pytest.approx((0.032, 0.048)), "what is asked for is not ended by it"
     assert speedometer.recent() == pytest.approx(0.078 / 0.130)
     shown = told.shown()
     assert shown["age_s"] == pytest.approx([1.96, 1.86, 0.0], abs=1e-9)
     assert (len(shown["expected_s"]), shown["interval_s"]) == (3, 0.1)
     for second in range(10_000):
-        speedometer.saw(1, 10.05 + second, 0.010)
-    assert len(speedometer.told(20_000.0).parts) == 3000
+        speedometer.record(1, 10.05 + second, 0.010)
+    assert len(speedometer.speeds(20_000.0).parts) == 3000
     assert speedometer.recent() == pytest.approx(1.0)
 
 
@@ -238,8 +240,8 @@ def test_the_speeds_of_cells_add_up() -> None:
 
 
 def test_a_report_survives_the_way_between_processes() -> None:
-    done = Done(speeds=Speeds(9.0, {3: (1.0, 2.0)}))
-    assert msgspec.json.decode(msgspec.json.encode(done), type=Done) == done
+    done = Result(speeds=Speeds(9.0, {3: (1.0, 2.0)}))
+    assert msgspec.json.decode(msgspec.json.encode(done), type=Result) == done
     totals = Totals(answered=3)
     totals.of_size[2] = msgspec.convert({}, type(totals.stages))
     report = Report("tiny", {"1": totals})
@@ -458,7 +460,7 @@ def test_shared_memory_reaches_every_cell_and_a_restarted_one(tiny: Bundle, tmp_
 
             with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
                 client.register_system_shared_memory("images", key, IMAGES.nbytes)
-                with pytest.raises(InferenceServerException, match="a name is taken once"):
+                with pytest.raises(InferenceServerException, match="is registered already"):
                     client.register_system_shared_memory("images", key, IMAGES.nbytes)
                 with pytest.raises(InferenceServerException, match="No such file"):
                     client.register_system_shared_memory("other", "/rushhour-nowhere", 1)
@@ -754,7 +756,7 @@ def test_administration_moves_to_its_own_port(observed: Logging, tiny: Bundle) -
         assert answered(admin, "POST", path, body)[0] == 200
     with (
         triton_grpc.InferenceServerClient(observed.grpc) as client,
-        pytest.raises(InferenceServerException, match="another port"),
+        pytest.raises(InferenceServerException, match="use the administration port"),
     ):
         client.load_model("tiny", headers={"authorization": key["Authorization"]})
     assert answered(admin, "POST", "/v2/repository/models/tiny/load") == (200, {})

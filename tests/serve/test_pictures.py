@@ -40,8 +40,9 @@ from rushhour.picture import decode, look
 from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings
 from rushhour.serve.scheduling.admission import Profile
-from rushhour.serve.scheduling.cell import Cell, Shed
+from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
+from rushhour.serve.scheduling.job import Shed
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, PictureRequest, content_of, decode_answer
@@ -652,6 +653,6 @@ def test_grey_of_12_bits_is_decoded_as_in_training() -> None:
         assert into.reshape(-1).tolist() == wanted
         decoder.close()
     narrow = Decoder(spec, max_pixels=100, threads=1, decoding=Decoding(deep=1023))
-    with pytest.raises(DataError, match="goes up to 4095, and white is 1023 for this model"):
+    with pytest.raises(DataError, match="go up to 4095, and the model expects up to 1023"):
         narrow.decode(deep, into)
     narrow.close()

@@ -34,9 +34,10 @@ from rushhour.goal import SLO, Goal
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
-from rushhour.serve.protocols.limits import tls
+from rushhour.serve.access.certificates import read_identity
 from rushhour.serve.scheduling.admission import Profile
-from rushhour.serve.scheduling.cell import Cell, Job, Shed
+from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.job import Job, Shed
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, InferRequest, Wanted, encode_request
@@ -116,7 +117,7 @@ def test_every_one_of_many_callers_gets_its_own_answer(server: Server) -> None:
         ("GET", "/v2/models/other", b"", 404, "no model"),
         ("POST", "/v2/models/other/infer", b"{}", 404, "no model"),
         ("GET", "/v2/models/tiny/infer", b"", 405, "POST"),
-        ("POST", "/v2/health/live", b"", 405, "takes GET"),
+        ("POST", "/v2/health/live", b"", 405, "accepts GET"),
         ("POST", "/v2/models/tiny/infer", b"{", 400, "JSON"),
         ("POST", "/v2/models/tiny/infer", b"", 400, "JSON"),
     ],
@@ -452,7 +453,7 @@ def test_tls(tiny: Bundle, certificate: Path) -> None:
         )
         connection.close()
     with pytest.raises(ServeError, match="--tls-key"):
-        tls(certificate / "cert.pem", None)
+        read_identity(certificate / "cert.pem", None)
 
 
 def test_a_server_ends_with_whoever_started_it(tiny: Bundle) -> None:
@@ -499,7 +500,7 @@ def test_a_plan_names_its_bundle_by_hash_and_below_itself(tiny: Bundle, tmp_path
     with pytest.raises(BundleError, match="not the one"):
         open_target(tmp_path / "run")
     save("../../bundles/tiny", bundle.manifest.hash)
-    with pytest.raises(PlanError, match="below its plan"):
+    with pytest.raises(PlanError, match="inside its plan"):
         open_target(tmp_path / "run")
     with pytest.raises(PlanError, match="nothing to serve"):
         open_target(tmp_path)
@@ -649,7 +650,7 @@ def test_what_was_learned_in_a_rush_locks_nobody_out() -> None:
         engine = FakeEngine(EngineConfig("openvino", max_batch=4), schedule=on_a_timer)
         cell = cell_of(engine, deadline_ms=100)
         for _ in range(300):
-            cell.profile.learn(4, 10.0)
+            cell.profile.update(4, 10.0)
         assert cell.profile.seconds(1) > 0.1, "no batch seems to be in time any more"
         answer, _ = submit(cell, unique(1, 0))
         np.testing.assert_array_equal(await answer, fake_answers(unique(1, 0)))

@@ -18,9 +18,8 @@ import pytest
 from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.serve import ServeSettings
-from rushhour.serve.processes.supervisor import pins
-from rushhour.serve.protocols.closing import let_nobody_in
-from rushhour.serve.protocols.listener import reserve
+from rushhour.serve.processes.supervisor import cores_of_each
+from rushhour.serve.protocols.listener import bind_reserved, refuse_connections
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.wire import encode_request
 
@@ -241,18 +240,18 @@ def test_a_reload_reaches_every_cell_and_a_restarted_one(tmp_path: Path) -> None
 
 
 def test_cores_are_shared_out() -> None:
-    assert pins(2, [0, 1]) == [{0}, {1}]
-    assert pins(2, [0, 1, 2, 5, 7]) == [{0, 1, 2}, {5, 7}]
-    assert pins(3, [4]) == [{4}] * 3
+    assert cores_of_each(2, [0, 1]) == [{0}, {1}]
+    assert cores_of_each(2, [0, 1, 2, 5, 7]) == [{0, 1, 2}, {5, 7}]
+    assert cores_of_each(3, [4]) == [{4}] * 3
     for cells in range(1, 9):
-        shared = pins(cells, range(8))
+        shared = cores_of_each(cells, range(8))
         assert set().union(*shared) == set(range(8))
         assert sum(map(len, shared)) == 8
 
 
 def test_a_port_of_another_program_is_not_joined() -> None:
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as stranger, pytest.raises(OSError, match="in use"):
-        reserve("127.0.0.1", stranger.getsockname()[1])
+        bind_reserved("127.0.0.1", stranger.getsockname()[1])
 
 
 def test_a_door_that_closes_lets_nobody_in_and_keeps_who_is_inside() -> None:
@@ -260,7 +259,7 @@ def test_a_door_that_closes_lets_nobody_in_and_keeps_who_is_inside() -> None:
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname(), timeout=10) as inside,
     ):
-        let_nobody_in(listener)
+        refuse_connections(listener)
         with pytest.raises(TimeoutError):
             socket.create_connection(listener.getsockname(), timeout=0.2)
         taken, _ = listener.accept()

@@ -21,7 +21,7 @@ from rushhour.bundle import Bundle
 from rushhour.goal import SLO, Goal
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import ServeSettings, open_target
-from rushhour.serve.observability.statistics import Totals, remembered, together
+from rushhour.serve.observability.statistics import Totals, newest_versions, sum_by_version
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 
 BOTH = ServeSettings(http_port=0, grpc_port=0)
@@ -101,7 +101,7 @@ def test_statistics_are_of_the_version_that_is_asked_for(server: Server, tiny: B
         for name, version in (("tiny", "9"), ("tiny", "01"), ("tiny", "one"), ("other", ""), ("other", "1")):
             with pytest.raises(InferenceServerException, match=r"no model|no version"):
                 client.get_inference_statistics(name, version)
-        with pytest.raises(InferenceServerException, match="names no model"):
+        with pytest.raises(InferenceServerException, match="a version but no model"):
             client.get_inference_statistics("", "9")
         assert [entry.version for entry in client.get_inference_statistics("", "").model_stats] == ["1"]
         for path in (
@@ -150,9 +150,9 @@ def test_cells_and_restarted_ones_agree_on_versions(tmp_path: Path) -> None:
 def test_the_versions_that_are_told_apart_are_those_that_are_counted_apart() -> None:
     versions: dict[str, int] = {}
     for number in range(1, 100):
-        versions = remembered(versions | {f"bundle {number}": number})
+        versions = newest_versions(versions | {f"bundle {number}": number})
     assert sorted(versions.values()) == list(range(68, 100))
-    counted = together([{str(number): Totals(answered=1)} for number in range(1, 100)])
+    counted = sum_by_version([{str(number): Totals(answered=1)} for number in range(1, 100)])
     assert counted.pop("older").answered == 67
     assert sorted(map(int, counted)) == sorted(versions.values())
 

@@ -17,7 +17,9 @@ from rushhour import wire
 from rushhour.bundle import Bundle, Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits
-from rushhour.serve.protocols import http as http_module
+from rushhour.serve.access.origin import ORIGIN_FIELDS
+from rushhour.serve.protocols.http import reader
+from rushhour.serve.protocols.http.message import IDENTIFYING_FIELDS
 from rushhour.testing.fakes import fake_answers
 from rushhour.wire import Codec, Place, Wanted, decode_answer
 
@@ -215,9 +217,9 @@ def test_who_asks_is_part_of_what_is_remembered_of_a_head(tiny: Bundle) -> None:
 
 
 def test_no_head_is_remembered_by_a_field_that_says_who_asks() -> None:
-    for field in (*http_module.ASKER_FIELDS, b"authorization", b"content-encoding", b"content-length", b"expect"):
+    for field in (*ORIGIN_FIELDS, b"authorization", b"content-encoding", b"content-length", b"expect"):
         for name in (field, field.title(), field.upper()):
-            assert not http_module._TELLING_APART.search(b"POST / HTTP/1.1\r\n" + name + b": x\r\n\r\n")
+            assert not IDENTIFYING_FIELDS.search(b"POST / HTTP/1.1\r\n" + name + b": x\r\n\r\n")
 
 
 # Parsing in turns.
@@ -228,8 +230,8 @@ def test_no_head_is_remembered_by_a_field_that_says_who_asks() -> None:
 def test_requests_that_are_parsed_in_turns_are_all_answered_whatever_they_offer(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch, offer: str, form: str
 ) -> None:
-    monkeypatch.setattr(http_module, "_SLICE", 50)
-    monkeypatch.setattr(http_module, "_MOST_MET", 4)
+    monkeypatch.setattr(reader, "_SLICE", 50)
+    monkeypatch.setattr(reader, "_MOST_EVENTS", 4)
 
     def request(number: int) -> bytes:
         body = in_json(images_of(1, number), id=str(number))
@@ -259,8 +261,8 @@ def test_requests_that_are_parsed_in_turns_are_all_answered_whatever_they_offer(
 def test_a_line_that_comes_behind_many_requests_is_bounded_too(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch, line: bytes
 ) -> None:
-    monkeypatch.setattr(http_module, "_SLICE", 100)
-    monkeypatch.setattr(http_module, "_MOST_MET", 4)
+    monkeypatch.setattr(reader, "_SLICE", 100)
+    monkeypatch.setattr(reader, "_MOST_EVENTS", 4)
 
     async def scenario() -> None:
         async with served(tiny, Limits(header_bytes=2000)) as server:

@@ -16,8 +16,8 @@ from tritonclient.grpc import service_pb2
 import rushhour.wire as wire
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
-from rushhour.serve.protocols import grpc_codec as codec_module
-from rushhour.serve.protocols.grpc_codec import GrpcCodec
+from rushhour.serve.protocols.grpc import codec as codec_module
+from rushhour.serve.protocols.grpc.codec import GrpcCodec
 from rushhour.wire import Codec, content_of, decode_answer, encode_json_request, encode_request, pieces, without_id
 
 ANSWER = TensorSpec("p", "float32", (3,))

@@ -19,7 +19,7 @@ from rushhour import protocol
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.protocol import HEALTH, INFERENCE, message
-from rushhour.serve.protocols.grpc_codec import GrpcCodec, identity_of, stream_answer, stream_error, take_apart
+from rushhour.serve.protocols.grpc.codec import GrpcCodec, identity_of, split_message, stream_answer, stream_error
 from rushhour.wire import Codec, Place
 
 IMAGE = TensorSpec("image", "uint8", (2, 2, 1))
@@ -432,7 +432,7 @@ def test_a_message_is_taken_apart_as_protobuf_reads_it(
     request = service_pb2.ModelInferRequest(model_name=name, id=identity, raw_input_contents=raw)
     for key, value in parameters.items():
         request.parameters[key].int64_param = value
-    rest, found, contents = take_apart(request.SerializeToString())
+    rest, found, contents = split_message(request.SerializeToString())
     head = b"".join(rest)
     assert found.decode() == identity
     assert [bytes(each) for each in contents] == raw

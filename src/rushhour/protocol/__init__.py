@@ -1,9 +1,9 @@
-"""The messages of the Open Inference Protocol's gRPC service, for the server and for the client of the load.
+"""The messages of the Open Inference Protocol's gRPC service, for the server and for the load generator.
 
-The classes are made from `messages.binpb`, which protoc compiles from the `.proto` files beside it (the command stands
-in `inference.proto`). No generated Python: that registers its messages in a pool that the whole process shares, where
-they clash with those of `tritonclient`, which have the same names; these live in a pool of their own. Nor are
-they bound to the version of protobuf that they were compiled with.
+The classes are created from `messages.binpb`, which protoc compiles from the `.proto` files beside it (the command is
+in `inference.proto`). Generated Python would register its messages in the pool of the whole process, where they collide
+with those of `tritonclient`, which have the same names; these have a pool of their own. And they do not depend on the
+version of protobuf that compiled them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-"""Where a message carries values of each datatype that are not raw: a field of `InferTensorContents`."""
+"""The field of `InferTensorContents` that holds the values of each datatype, where they are not raw."""
 
 _POOL = _pool()
 INFERENCE, HEALTH = (_POOL.FindServiceByName(name) for name in _SERVICES)
-"""Descriptors of the services: their methods, and the messages that these take and give."""
+"""Descriptors of the services: their methods, and their requests and responses."""
 
 
 def message(name: str) -> Any:

@@ -1,22 +1,26 @@
-"""The data plane: requests in, batches through the engine, answers out. One process, no queue between processes.
+"""The inference server: requests in, batches through the engine, answers out, in one process per cell.
 
-What is named here is imported when it is first used: a program that serves must hear signals before that.
+Names are imported when they are first used: a program that serves must handle signals before that.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rushhour.serve.protocols.limits import Keys, Limits
+    from rushhour.serve.access.keys import Keys
+    from rushhour.serve.limits import Limits
+    from rushhour.serve.observability.log import LogFormat, LogLevel
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
     from rushhour.serve.target import Target, open_target
 
-__all__ = ["Keys", "Limits", "ServeSettings", "Target", "open_target", "serve"]
+__all__ = ["Keys", "Limits", "LogFormat", "LogLevel", "ServeSettings", "Target", "open_target", "serve"]
 
-_HOMES = {
-    "Keys": "protocols.limits",
-    "Limits": "protocols.limits",
+_MODULES = {
+    "Keys": "access.keys",
+    "Limits": "limits",
+    "LogFormat": "observability.log",
+    "LogLevel": "observability.log",
     "ServeSettings": "settings",
     "Target": "target",
     "open_target": "target",
@@ -25,6 +29,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
-"""The model that is served, and how it is replaced while requests come.
+"""`Repository`: the model that is served, and its replacement while requests arrive.
 
-A reload opens the new version beside the old one, sends new requests to it in one step, lets the old one finish what
-it has, and closes it. A request belongs to the cell that took it, so every answer comes from exactly one version.
+A reload opens the new version beside the old one, sends new requests to it in one step, lets the old one finish its
+requests, and closes it. A request belongs to one cell, so every answer comes from exactly one version.
 """
 
 from __future__ import annotations
@@ -25,37 +25,38 @@ from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Plan, Policy
+from rushhour.serve.limits import Limits
+from rushhour.serve.memory import allocator
+from rushhour.serve.memory.budget import Budget
 from rushhour.serve.observability import log
-from rushhour.serve.observability.statistics import Totals, add_counts, reason_of, remembered, together
-from rushhour.serve.processes import allocator as memory
-from rushhour.serve.protocols.limits import Budget, Limits
+from rushhour.serve.observability.statistics import Totals, add_counts, newest_versions, reason_of, sum_by_version
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
-from rushhour.serve.target import Target, Way, open_planned, open_target
+from rushhour.serve.target import ServedVariant, Target, open_planned, open_target
 from rushhour.system.machine import cores
 from rushhour.wire import Codec, Regions
 
 _PROFILE_SECONDS = 0.03
 _LONGEST_BATCH_S = 1.0
 _STUCK_S, _STUCK_BATCHES = 30.0, 10.0
-"""A cell that drains and ends no request for so long, or for so many of its largest batches, is given up."""
-_LOOK_EVERY_S, _LONGEST_LOOK_S = 0.005, 0.05
+"""A cell that drains is abandoned if it ends no request for so long, or for so many of its largest batches."""
+_POLL_S, _LONGEST_POLL_S = 0.005, 0.05
 
 Opener = Callable[[Bundle, EngineConfig], Engine]
-"""Opens an engine; a seam for benchmarks and tests."""
+"""Opens an engine; benchmarks and tests replace it."""
 
 
 class Opened(NamedTuple):
-    """An engine, timed, and what stands around it.
+    """An engine with its service times and its picture decoder.
 
     Attributes:
         times: of the engine, before the first request.
         cost: CPU time of its batches.
-        was_alone: whether no other engine of this process computed while they were taken.
+        was_alone: whether no other engine of this process computed while they were measured.
     """
 
-    way: Way
+    variant: ServedVariant
     engine: Engine
     times: ServiceTimes
     cost: BatchCost
@@ -64,38 +65,40 @@ class Opened(NamedTuple):
 
 
 class Loaded:
-    """One version of the model, ready: what was opened, in which way it is served, and the cell in front of it."""
+    """One version of the model, ready: the target, the variant that is served, its engine and its cell."""
 
-    def __init__(self, target: Target, way: Way, engine: Engine, cell: Cell, opened: Opened | None = None) -> None:
+    def __init__(
+        self, target: Target, variant: ServedVariant, engine: Engine, cell: Cell, opened: Opened | None = None
+    ) -> None:
         self.target = target
-        self.way = way
+        self.variant = variant
         self.engine = engine
         self.cell = cell
         self.opened = opened
 
     @property
     def version(self) -> str:
-        """As clients see it: the same for the same bundle, a new number for one that was not served before."""
+        """For clients: the same for the same bundle, a new number for one that was not served before."""
         return self.cell.codec.version
 
 
 class Repository:
-    """Holds one model under one name; loads, reloads and unloads it.
+    """One model under one name; loads, reloads and unloads it.
 
     Args:
         target: what is served first; a reload opens the same path again.
-        name: on the wire; None takes the target's.
+        name: for clients; None takes the target's.
         opener: opens engines.
         versions: of bundles that were served before, by their hashes.
         regions: the shared memory that requests may use; None where it is switched off.
-        limits: what one request may cost.
-        exact: serve as the plan's first variant says or not at all; else the best way that is right on this machine.
-        reopen: opens what lies at the path by then, for a reload; as it was opened first by default.
+        limits: what one request may use.
+        exact: serve the plan's first variant or fail; else the best variant that runs correctly on this machine.
+        reopen: opens what is at the path by then, for a reload; as it was opened first by default.
 
     Attributes:
         loaded: what answers requests now.
-        versions: of the bundles that were served, by their hashes. A version follows its bundle: reloading what is
-            served changes no version, and a bundle that comes back has the one that it had.
+        versions: of the bundles that were served, by their hashes. A version belongs to a bundle: reloading the same
+            bundle keeps the version, and a bundle that is loaded again gets its old version.
         errors: answers with an error that belong to no version, by reason.
         budget: of all large requests in this process.
 
@@ -119,7 +122,7 @@ class Repository:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise ServeError(
                 f"cannot serve a model under the name {self.name!r}",
-                "a name is made of letters, digits, '.', '_' and '-'",
+                "a name consists of letters, digits, '.', '_' and '-'",
                 "give another with --model-name",
             )
         self.loaded: Loaded | None = None
@@ -136,7 +139,7 @@ class Repository:
         self._past: dict[str, Totals] = {}
         self.errors: dict[str, int] = {}
         self._changing = asyncio.Lock()
-        # One thread for all models, one after another: each that had opened one would keep its stack and its leftovers.
+        # One thread opens all models, one after another: several would each keep their stack and their heap.
         self._opening = ThreadPoolExecutor(1, thread_name_prefix="models")
         self._infer_paths: frozenset[bytes] = frozenset()
 
@@ -150,7 +153,7 @@ class Repository:
         Args:
             status: of HTTP.
             seconds: from the request to this answer.
-            infer: inference was asked for, of whatever model: counted with the version that is served.
+            infer: whether it was an inference request, of any model: counted with the version that is served.
         """
         if infer and self.loaded is not None:
             self.loaded.cell.refuse(status, seconds)
@@ -158,29 +161,29 @@ class Repository:
             add_counts(self.errors, {reason_of(status): 1})
 
     def totals(self) -> dict[str, Totals]:
-        """What each version has done up to now, those that are gone too. Copies."""
+        """The counters of each version up to now, also of retired ones. Copies."""
         cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
-        return together([self._past, *({cell.codec.version: cell.totals()} for cell in cells)])
+        return sum_by_version([self._past, *({cell.codec.version: cell.totals()} for cell in cells)])
 
     async def load(self) -> None:
-        """Open what lies at the path now, and serve it from the next request on. The old version drains and ends.
+        """Open what is at the path now, and serve it from the next request on. The old version drains and ends.
 
         Raises:
-            RushhourError: if it cannot be opened; then the old version goes on.
+            RushhourError: if it cannot be opened; then the old version is served on.
         """
         async with self._changing:
             target, self._first = self._first, None
-            loaded = await self._made(target)
+            loaded = await self._create(target)
             old = self._serve(loaded)
-        await self._follow(loaded, old)
+        await self._retire_replaced(loaded, old)
 
     async def prepare(self, versions: Mapping[str, int], plan: Plan, folder: Path) -> None:
-        """Open what a plan says, beside what is served. What was prepared before is closed.
+        """Open what a plan names, beside what is served. What was prepared before is closed.
 
         Args:
-            versions: of bundles that were served elsewhere, by their hashes.
-            plan: as one that has opened the path has read it: all that do this open the same.
-            folder: that the plan's bundles lie in.
+            versions: of bundles that other worker processes have served, by their hashes.
+            plan: that the supervisor has read: all worker processes open the same.
+            folder: that the plan's bundles are in.
 
         Raises:
             RushhourError: if it cannot be opened, or is not what the plan was made for.
@@ -191,13 +194,13 @@ class Repository:
             known = dict(self.versions)
             loop = asyncio.get_running_loop()
             target = await loop.run_in_executor(self._opening, open_planned, self._path, plan, folder)
-            self._prepared = await self._made(target), known
+            self._prepared = await self._create(target), known
 
     async def commit(self) -> None:
         """Serve what was prepared, from the next request on.
 
         Raises:
-            ServeError: if nothing was.
+            ServeError: if nothing was prepared.
         """
         async with self._changing:
             prepared, self._prepared = self._prepared, None
@@ -206,60 +209,60 @@ class Repository:
             self._first = None
             loaded, _ = prepared
             old = self._serve(loaded)
-        await self._follow(loaded, old)
+        await self._retire_replaced(loaded, old)
 
     async def abandon(self) -> None:
-        """Close what was prepared, if anything was: the version that it was to have is free again."""
+        """Close what was prepared, if anything was; its version number becomes free."""
         async with self._changing:
             prepared, self._prepared = self._prepared, None
             if prepared is not None:
                 loaded, self.versions = prepared
                 await self._close(loaded)
 
-    async def _made(self, target: Target | None) -> Loaded:
-        """A version that nobody has asked anything of yet; of what lies at the path now where there is no target."""
+    async def _create(self, target: Target | None) -> Loaded:
+        """A new version, not served yet; of what is at the path now if there is no target."""
         loop = asyncio.get_running_loop()
         if target is None:
             target = await loop.run_in_executor(self._opening, self._reopen)
         opened = await loop.run_in_executor(self._opening, self._open, target)
-        way, engine, decoder = opened.way, opened.engine, opened.decoder
+        variant, engine, decoder = opened.variant, opened.engine, opened.decoder
         codec = Codec(
             self.name,
             engine.signature,
-            version=str(self._version_of(way.bundle.manifest.hash)),
-            labels=way.bundle.manifest.task.classes,
+            version=str(self._version_of(variant.bundle.manifest.hash)),
+            labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
             pictures=self._most_pictures(engine.signature) if decoder else 0,
         )
         profile = Profile(opened.times, is_sure=opened.was_alone)
         policy = self._bounded(target.plan.policy, engine.signature)
         cell = Cell(engine, codec, policy, profile, WallClock(), decoder, opened.cost)
-        return Loaded(target, way, engine, cell, opened)
+        return Loaded(target, variant, engine, cell, opened)
 
     def _serve(self, loaded: Loaded) -> Loaded | None:
-        """Put it before the requests; what was there until now."""
+        """Send new requests to it; returns what was served until now."""
         old, self.loaded = self.loaded, loaded
         base = f"/v2/models/{self.name}"
         self._infer_paths = frozenset(
             path.encode() for path in (f"{base}/infer", f"{base}/versions/{loaded.version}/infer")
         )
-        bundle = loaded.way.bundle.manifest.hash
+        bundle = loaded.variant.bundle.manifest.hash
         log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
         return old
 
-    async def _follow(self, loaded: Loaded, old: Loaded | None) -> None:
-        """Retire what was there before."""
+    async def _retire_replaced(self, loaded: Loaded, old: Loaded | None) -> None:
+        """Retire what was served before."""
         if old is None:
             return
         await self._retire(old)
         if loaded.opened is not None and not loaded.opened.was_alone:
-            loaded.cell.profile.doubt()  # what it has learned until now, it learned beside the old engine
+            loaded.cell.profile.distrust()  # it was measured while the old engine computed
 
     async def unload(self, within_s: float | None = None) -> None:
-        """Take no more requests; finish those that were taken.
+        """Accept no more requests; finish those in flight.
 
         Args:
-            within_s: how long that may take; None for as long as it goes on.
+            within_s: how long that may take; None has no limit while there is progress.
         """
         async with self._changing:
             old, self.loaded, self._infer_paths = self.loaded, None, frozenset()
@@ -272,46 +275,46 @@ class Repository:
         """The version of a bundle: the one that it had, or the next."""
         if content_hash not in self.versions:
             self.versions[content_hash] = max(self.versions.values(), default=0) + 1
-            self.versions = remembered(self.versions)
+            self.versions = newest_versions(self.versions)
         return self.versions[content_hash]
 
     async def _retire(self, old: Loaded, within_s: float | None = None) -> None:
-        """Let it finish what it took, and keep what it has counted."""
+        """Let it finish its requests, close it, and keep its counters."""
         self._retiring.append(old.cell)
         ended = await self._drained(old.cell, within_s)
         if not ended:
             left, (batches, _) = old.cell.waiting, old.cell.running
             log.event(logging.ERROR, "given up", model=self.name, version=old.version, waiting=left, batches=batches)
-            old.cell.give_up(EngineError("the engine does not end its batches", "", "load the model again"))
+            old.cell.abandon(EngineError("the engine does not finish its batches", "", "load the model again"))
         self._retiring.remove(old.cell)
-        self._past = together([self._past, {old.version: old.cell.totals()}])
+        self._past = sum_by_version([self._past, {old.version: old.cell.totals()}])
         await self._close(old, ended=ended)
 
     async def _close(self, old: Loaded, *, ended: bool = True) -> None:
         if old.cell.decoder is not None:
             old.cell.decoder.close()
         if not ended:
-            # Closing waits for the batches: nothing else is to wait for that, not even the end of this process.
+            # Closing waits for the batches: nothing else may wait for that, not even the end of this process.
             atexit.unregister(old.engine.close)
             threading.Thread(target=old.engine.close, name="given up", daemon=True).start()
             return
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._opening, old.engine.close)
-        except Exception as error:  # the new version serves all the same
+        except Exception as error:  # the new version is served all the same
             log.event(logging.ERROR, "an engine does not close", version=old.version, error=repr(error))
-        await loop.run_in_executor(self._opening, memory.give_back)
+        await loop.run_in_executor(self._opening, allocator.collect_and_trim)
 
     async def _drained(self, cell: Cell, within_s: float | None) -> bool:
-        """Wait until a cell is idle; False if the time is over, or nothing has moved in it for too long."""
+        """Wait until a cell is idle; False if the time is over, or the cell makes no progress for too long."""
         loop = asyncio.get_running_loop()
         began = last = loop.time()
         progress, still_s = cell.progress, 0.0
         stuck_s = max(_STUCK_S, _STUCK_BATCHES * cell.profile.seconds(cell.engine.config.max_batch))
         while not cell.idle:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_S)
             now = loop.time()
-            still_s += min(now - last, _LONGEST_LOOK_S)  # a machine that stands still says nothing of the engine
+            still_s += min(now - last, _LONGEST_POLL_S)  # a pause of the whole machine is not the engine's fault
             last = now
             if cell.progress != progress:
                 progress, still_s = cell.progress, 0.0
@@ -321,66 +324,67 @@ class Repository:
 
     def _open(self, target: Target) -> Opened:
         refused: RushhourError | None = None
-        for way in [Way(target.bundle, target.engine_config)] if self._exact else target.ways(cores()):
+        exact = [ServedVariant(target.bundle, target.engine_config)]
+        for variant in exact if self._exact else target.variants(cores()):
             try:
-                opened = self._opened(way)
+                opened = self._opened(variant)
             except (EngineError, ModelError) as error:
                 refused = refused or error
                 continue
             if refused is not None:
-                log.event(logging.WARNING, "not served as planned", why=str(refused), instead=str(way))
+                log.event(logging.WARNING, "not served as planned", why=str(refused), instead=str(variant))
             return opened
         assert refused is not None
         raise refused
 
-    def _opened(self, way: Way) -> Opened:
-        engine = self._opener(way.bundle, way.config)
+    def _opened(self, variant: ServedVariant) -> Opened:
+        engine = self._opener(variant.bundle, variant.config)
         try:
-            times, cost, was_alone = self._timed(engine, way)
+            times, cost, was_alone = self._timed(engine, variant)
             spec, decoder = engine.signature.picture, None
             if spec is not None:
-                how = way.bundle.manifest.preprocessing.decoding
+                how = variant.bundle.manifest.preprocessing.decoding
                 decoder = Decoder(
                     spec,
                     max_pixels=self._limits.picture_pixels,
                     threads=cores(),
                     decoding=how if isinstance(how, Decoding) else None,
                 )
-            return Opened(way, engine, times, cost, was_alone, decoder)
+            return Opened(variant, engine, times, cost, was_alone, decoder)
         except BaseException:
             engine.close()
             raise
 
-    def _timed(self, engine: Engine, way: Way) -> tuple[ServiceTimes, BatchCost, bool]:
-        """How long its batches take and what they cost; and whether no other engine computed meanwhile.
+    def _timed(self, engine: Engine, variant: ServedVariant) -> tuple[ServiceTimes, BatchCost, bool]:
+        """Service times and CPU costs of its batches; and whether no other engine computed meanwhile.
 
-        Where the same bundle is served the same way already, and was timed alone, its times hold for this one, too.
+        If the same variant is served already, and was measured alone, its times are used again.
         """
         old = None if self.loaded is None else self.loaded.opened
-        if old is not None and old.was_alone and old.way.is_same(way):
+        if old is not None and old.was_alone and old.variant.is_same(variant):
             return old.times, old.cost, True
         running, started = self._computing()
-        times = time_service(engine, way.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS)
-        cost = batch_cost(engine, way.bundle, times.batch_sizes[-1])
+        times = time_service(engine, variant.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS)
+        cost = batch_cost(engine, variant.bundle, times.batch_sizes[-1])
         return times, cost, not running and self._computing() == (0, started)
 
     def _computing(self) -> tuple[int, int]:
-        """Batches of other engines that run, and that were started until now."""
+        """Batches of other engines in flight, and those started until now."""
         cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
         return sum(cell.running[0] for cell in cells), sum(cell.counters.batches for cell in cells)
 
     def _bounded(self, policy: Policy, signature: Signature) -> Policy:
-        """The policy with a queue that takes no more bytes than the process may hold."""
+        """The policy with a queue that holds no more bytes than the process may."""
         samples = max(1, self._limits.held_bytes // sum(spec.row_bytes for spec in signature.inputs))
         return msgspec.structs.replace(policy, queue_bound=min(policy.queue_bound, samples))
 
     def _most_pictures(self, signature: Signature) -> int:
-        """In one request: decoded, they may be as large as a request with tensors."""
+        """Pictures in one request: decoded, they may be as large as a request with tensors."""
         return max(1, self._limits.body_bytes // signature.inputs[0].row_bytes)
 
 
 def opener(trusted: tuple[str, ...]) -> Opener:
-    """The usual way to open engines: what the plan names, with the factories that the user trusts."""
+    """Opens the engine that the plan names, with the factories that the user trusts."""
 
     def open_trusted(bundle: Bundle, config: EngineConfig) -> Engine:
         return open_engine(bundle, config, trusted=trusted)

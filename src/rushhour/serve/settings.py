@@ -1,26 +1,28 @@
-"""Where and how a server listens, and whom it lets in."""
+"""`ServeSettings`: where and how a server listens, and what it allows."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from rushhour.errors import ServeError
 from rushhour.plan import Plan
-from rushhour.serve.observability.log import LogFormat
-from rushhour.serve.processes.messages import LogLevel, Register
-from rushhour.serve.protocols.limits import Identity, Limits, is_loopback
+from rushhour.serve.access.certificates import Identity
+from rushhour.serve.access.exposure import is_loopback
+from rushhour.serve.limits import Limits
+from rushhour.serve.memory.shared_memory import Register
+from rushhour.serve.observability.log import LogFormat, LogLevel
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What is served, wherever the path leads by now: the bundle's hash is in the plan.
+    """What is served, whatever is at the target's path by now: the plan holds the bundle's hash.
 
     Attributes:
         plan: as it was read.
-        folder: that its bundles lie in.
+        folder: that its bundles are in.
     """
 
     plan: Plan
@@ -31,44 +33,43 @@ class ServeSettings(msgspec.Struct, frozen=True):
     """Where and how to listen.
 
     Attributes:
-        host: loopback by default: exposing a server is a decision, not a default.
+        host: loopback by default: other machines can connect only if the user decides so.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None serves over HTTP only.
-        model: the model's name on the wire; None takes that of the model that was tuned, or the bundle's.
+        model: the model's name for clients; None takes that of the model that was tuned, or the bundle's.
         trusted: factories (`module:factory`) that the torch engine may import beside Rushhour's own networks.
-        limits: what one connection may cost.
-        api_keys: clients must send one of these; empty lets everybody in.
-        api_key_file: where they are read from, at the start and whenever the file changes.
+        limits: what one client may use.
+        api_keys: clients must send one of these; empty accepts every request.
+        api_key_file: that they are read from, at the start and whenever the file changes.
         tls_certificate: path of the certificate chain, with `tls_key`; None serves without TLS. Both are read again
             whenever they change.
-        known_as: further names by which users know the server, as behind a proxy: without keys, changes are taken under
-            its own names only, so that no web page can ask for them.
-        exposed: listening for everybody, without keys, is meant.
+        known_as: further names of the server, as behind a proxy: without keys, changes are accepted only under its own
+            names, so that no web page can request them.
+        exposed: confirms listening on an address that other machines can reach, without keys.
         admin: whether clients may load and unload the model, and set what is logged.
-        admin_port: where they may, and nowhere else; 0 takes a free one. None is the port of everybody.
-        admin_host: where that listens; None is 127.0.0.1.
+        admin_port: where they may, and nowhere else; 0 takes a free one. None is the port of all requests.
+        admin_host: the address of that port; None is 127.0.0.1.
         shared_memory: whether clients may have the server open shared memory of this machine and read and write it:
-            any that the server's user may. None lets them where only this machine reaches the server.
+            any that the server's user may. None allows it where only this machine can connect to the server.
         log_format: None is text on a terminal, else JSON.
-        log_level: what is logged is at least so serious.
+        log_level: records of this level and above are logged.
         log_requests: one record for each request.
-        otel: whether spans are made of requests, and sent to where OTEL_EXPORTER_OTLP_ENDPOINT says.
-        otel_sample: the share of requests that are traced where the client does not say; None is all.
-        cells: processes behind the port, each with its share of the cores; None takes the plan's.
-        streams: batches that each cell runs at the same time; None takes the plan's, or as many as there is room for.
+        otel: whether spans of requests are sent to OTEL_EXPORTER_OTLP_ENDPOINT.
+        otel_sample: the fraction of requests that are traced where the client does not decide; None is all.
+        cells: worker processes behind the port, each with its share of the cores; None takes the plan's.
+        streams: batches that each worker process runs at the same time; None takes the plan's, or as many as fit.
         threads: CPU threads of each stream; likewise.
-        drain_delay_s: from a signal to stop, for so long requests are still welcome, while readiness says no.
-        drain_timeout_s: after that, for so long what is under way may take; what takes longer is cut off.
-        frozen_s: a cell that does not answer its supervisor for so long is killed and started again.
-        exact: serve as the plan's first variant says or not at all: what is measured must be what was meant. Else a
-            machine that cannot run it rightly takes the best way that it can.
-        one_of_many: this server is such a cell: it shares the port, and changes are made in all.
-        versions: of the bundles that were served, by their hashes; a cell that is started again goes on with
-            them.
+        drain_delay_s: after a signal to stop, requests are still accepted for so long, while readiness is false.
+        drain_timeout_s: after that, time for what is in flight; what takes longer is cut off.
+        frozen_s: a worker process that does not respond to its supervisor for so long is killed and restarted.
+        exact: serve as the plan's first variant says or fail: a measurement needs exactly that. Else a machine that
+            cannot run it takes the best variant that it can run.
+        one_of_many: this server is a worker process: it shares the port, and changes are made in all.
+        versions: of the bundles that were served, by their hashes; a restarted worker process continues with them.
         unloaded: the model has been unloaded; likewise.
         regions: of shared memory that clients have registered; likewise.
         identity: the certificate and key in use; likewise.
-        served: what the others serve; likewise.
+        served: what the other worker processes serve; likewise.
     """
 
     host: str = "127.0.0.1"
@@ -107,9 +108,51 @@ class ServeSettings(msgspec.Struct, frozen=True):
     served: Served | None = None
 
     @property
+    def administration_host(self) -> str:
+        """The address of the port for administration."""
+        return self.admin_host or "127.0.0.1"
+
+    @property
     def shares_memory(self) -> bool:
         """Whether clients may use shared memory: by default only if all of them are on this machine."""
         return is_loopback(self.host) and not self.exposed if self.shared_memory is None else self.shared_memory
+
+    @property
+    def sampled(self) -> float:
+        """The fraction of requests that are traced where the client does not decide."""
+        return 1.0 if self.otel_sample is None else self.otel_sample
+
+    @property
+    def trace_settings(self) -> dict[str, Any]:
+        """Under the names of the protocol's trace extension."""
+        if not self.otel:
+            return {"trace_level": ["OFF"]}
+        return {
+            "trace_level": ["TIMESTAMPS"],
+            "trace_mode": "opentelemetry",
+            "trace_rate": str(round(1 / self.sampled) if self.sampled else 0),
+        }
+
+    def shown(self, admin_address: str | None) -> dict[str, Any]:
+        """The settings in force as `/config` shows them, defaults filled in, without secrets."""
+        return {
+            "host": self.host,
+            "http_port": self.http_port,
+            "grpc_port": self.grpc_port,
+            "admin": self.admin,
+            "admin_address": admin_address,
+            "api_keys": bool(self.api_keys),
+            "tls": self.tls_certificate is not None,
+            "exposed": self.exposed,
+            "shared_memory": self.shares_memory,
+            "limits": self.limits,
+            "drain_delay_s": self.drain_delay_s,
+            "drain_timeout_s": self.drain_timeout_s,
+            "log_format": self.log_format,
+            "log_requests": self.log_requests,
+            "otel": self.otel,
+            "otel_sample": self.sampled if self.otel else None,
+        }
 
     def check(self) -> None:
         """Refuse options that could not take effect.
@@ -118,13 +161,13 @@ class ServeSettings(msgspec.Struct, frozen=True):
             ServeError: naming the first of them.
         """
         if self.admin_port is not None and not self.admin:
-            raise ServeError("--admin-port has no effect", "--no-admin switches off what it is for", "leave one out")
+            raise ServeError("--admin-port has no effect", "--no-admin switches administration off", "omit one of them")
         if self.admin_host is not None and self.admin_port is None:
-            raise ServeError("--admin-host has no effect", "there is no --admin-port", "give one, or leave it out")
+            raise ServeError("--admin-host has no effect", "there is no --admin-port", "give one, or omit it")
         if self.api_key_file is not None and self.api_keys and not self.one_of_many:
-            raise ServeError("there are keys beside those in a file", "the file would replace them", "give one of both")
+            raise ServeError("API keys are given twice", "the key file would replace the others", "give one of both")
         if self.otel_sample is not None and not self.otel:
-            raise ServeError("--otel-sample has no effect", "tracing is off", "give --otel, or leave it out")
+            raise ServeError("--otel-sample has no effect", "tracing is off", "give --otel, or omit it")
         if self.log_requests and self.log_level not in ("debug", "info"):
             level = f"requests are logged at level info, and the level is {self.log_level}"
-            raise ServeError("--log-requests has no effect", level, "give --log-level info, or leave it out")
+            raise ServeError("--log-requests has no effect", level, "give --log-level info, or omit it")

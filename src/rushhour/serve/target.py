@@ -1,7 +1,7 @@
-"""What `rushhour serve` is pointed at: a run, a plan or a bundle; always turned into a plan and its bundles.
+"""`Target`: what `rushhour serve` serves: a run, a plan or a bundle, opened as a plan and its bundles.
 
-A plan may come from another machine. What no longer holds is said (`differences`), and where this machine cannot run
-the plan's first variant rightly, the next best way is taken (`Target.ways`).
+A plan may come from another machine. `differences` lists what no longer holds, and if this machine cannot run the
+plan's first variant correctly, the next best one is served (`Target.variants`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to answer requests: a bundle, and how it is run."""
+class ServedVariant:
+    """What answers requests: a bundle, and how its engine runs it."""
 
     bundle: Bundle
     config: EngineConfig
 
-    def is_same(self, other: Way) -> bool:
-        """Whether the other one computes the same, the same way."""
+    def is_same(self, other: ServedVariant) -> bool:
+        """Whether bundle and engine settings are equal."""
         return self.config == other.config and self.bundle.manifest.hash == other.bundle.manifest.hash
 
     def __str__(self) -> str:
@@ -51,8 +51,8 @@ class Target:
     """A plan, and the opened bundle of its first variant.
 
     Attributes:
-        path: what was pointed at, to open it again.
-        folder: that the plan's bundles lie in.
+        path: that was opened, to open it again.
+        folder: that the plan's bundles are in.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Of the model, on the wire: the one that was tuned, whichever variant won; of a bundle its own."""
+        """The model's name for clients: of the model that was tuned, whichever variant won; of a bundle its own."""
         if self.plan.model:
             return self.plan.model
         reference = self._reference()
@@ -73,37 +73,37 @@ class Target:
         """How the plan runs its first variant."""
         return _config(self.plan.variants[0], self.plan.policy)
 
-    def laid_out(self, streams: int | None, threads: int | None, room: int) -> Target:
+    def with_layout(self, streams: int | None, threads: int | None, room: int) -> Target:
         """The same with so many streams and threads of each stream; None is what the plan says.
 
         Args:
             streams: batches that run at the same time.
             threads: of each.
-            room: cores that serve. Where there is no plan, only a bundle, there are as many streams as fit.
+            room: cores that serve. A bundle without a plan gets as many streams as fit.
         """
         policy = self.plan.policy
         threads = threads or policy.threads
         usual = max(1, room // threads) if self.plan.variants[0].bundle == _ITSELF else policy.streams
         return self._with(msgspec.structs.replace(policy, streams=streams or usual, threads=threads))
 
-    def fitted(self, room: int) -> Target:
-        """The same on so many cores: as many streams as there is room for, each with what is left for it."""
+    def fitted_to(self, room: int) -> Target:
+        """The same on so many cores: as many streams as fit, and the remaining cores as threads."""
         return self._with(_fitted(self.plan.policy, room))
 
     def _with(self, policy: Policy) -> Target:
         return dataclasses.replace(self, plan=msgspec.structs.replace(self.plan, policy=policy))
 
-    def ways(self, cores: int) -> Iterator[Way]:
-        """The plan's first variant as it says, then what may do where this machine cannot run that rightly.
+    def variants(self, cores: int) -> Iterator[ServedVariant]:
+        """The plan's first variant, then alternatives for a machine that cannot run it correctly.
 
-        No way takes more than `cores` threads. After the first come the plan's further variants, the first one's
-        bundle on another engine and in full precision, and the run's reference in full precision.
+        None uses more than `cores` threads. The alternatives are the plan's further variants, the first one's bundle on
+        another engine and in full precision, and the run's reference in full precision.
         """
         first, policy = self.plan.variants[0], _fitted(self.plan.policy, cores)
-        yield Way(self.bundle, _config(first, policy))
+        yield ServedVariant(self.bundle, _config(first, policy))
         for variant in self.plan.variants[1:]:
             with contextlib.suppress(BundleError, PlanError):
-                yield Way(_opened(self.folder, variant), _config(variant, policy))
+                yield ServedVariant(_opened(self.folder, variant), _config(variant, policy))
         own: Precision = "int8" if first.precision == "int8" else "f32"
         others: tuple[tuple[Bundle | None, Precision], ...] = ((self.bundle, own), (self._reference(), "f32"))
         for bundle, precision in others:
@@ -112,10 +112,10 @@ class Target:
             for engine in _ENGINES:
                 config = msgspec.structs.replace(_config(first, policy), engine=engine, precision=precision)
                 if bundle is not self.bundle or config != _config(first, policy):
-                    yield Way(bundle, config)
+                    yield ServedVariant(bundle, config)
 
     def _reference(self) -> Bundle | None:
-        """What the plan's bundle was made from, where it lies beside it."""
+        """The run's reference bundle, if there is one."""
         try:
             reference = Bundle.open(self.folder / "bundles" / "reference")
         except BundleError:
@@ -123,7 +123,7 @@ class Target:
         return reference if reference.manifest.hash != self.bundle.manifest.hash else None
 
     def differences(self, here: Machine, cores: int) -> list[str]:
-        """What the plan's figures were measured with that this machine has not, in words; empty without evidence.
+        """How this machine differs from the one that the plan was measured on, in words; empty without evidence.
 
         Args:
             here: this machine.
@@ -131,19 +131,21 @@ class Target:
         """
         if self.plan.evidence is None:
             return []
-        there, policy, said = self.plan.evidence.machine, self.plan.policy, []
-        missing = [feature for feature in there.features if feature not in here.features]
-        if missing or there.isa != here.isa:
+        measured, policy, found = self.plan.evidence.machine, self.plan.policy, []
+        missing = [feature for feature in measured.features if feature not in here.features]
+        if missing or measured.isa != here.isa:
             lost = f", without {', '.join(missing)}" if missing else ""
-            said.append(f"it was measured on a machine of the class {there.isa}, this one is {here.isa}{lost}")
+            found.append(f"it was measured on a machine of the class {measured.isa}, this one is {here.isa}{lost}")
         wanted = policy.cells * policy.streams * policy.threads
-        if there.cores != cores:
-            said.append(f"it was measured on {there.cores} cores, {cores} serve here")
+        if measured.cores != cores:
+            found.append(f"it was measured on {measured.cores} cores, {cores} serve here")
         if wanted > cores:
-            said.append(f"its {wanted} threads are cut to {cores}")
-        if here.memory_gb < 0.9 * there.memory_gb:
-            said.append(f"it was measured with {there.memory_gb:g} GiB of memory, {here.memory_gb:g} are here")
-        return said
+            found.append(f"its {wanted} threads are reduced to {cores}")
+        if here.memory_gb < 0.9 * measured.memory_gb:
+            found.append(
+                f"it was measured with {measured.memory_gb:g} GiB of memory, this machine has {here.memory_gb:g}"
+            )
+        return found
 
 
 def _config(variant: Variant, policy: Policy) -> EngineConfig:
@@ -157,7 +159,7 @@ def _config(variant: Variant, policy: Policy) -> EngineConfig:
 
 
 def _fitted(policy: Policy, cores: int) -> Policy:
-    """The same on fewer cores: as many streams as there is room for, each with what is left for it."""
+    """The same on fewer cores: as many streams as fit, and the remaining cores as threads."""
     if policy.streams * policy.threads <= cores:
         return policy
     streams = min(policy.streams, cores)
@@ -167,8 +169,8 @@ def _fitted(policy: Policy, cores: int) -> Policy:
 def open_target(path: Path) -> Target:
     """Open a run's folder, a plan's file or a bundle's folder, and check the bundle against its hashes.
 
-    A run whose search was broken off is served by the best plan until then. A bundle without a plan is served with one
-    stream per core by OpenVINO, where that can run it.
+    A run whose search was interrupted is served by its best plan so far. A bundle without a plan is served by OpenVINO
+    with one stream per core, where that can run it.
 
     Raises:
         PlanError: if there is nothing to serve at `path`, or the plan cannot be read.
@@ -187,7 +189,7 @@ def open_target(path: Path) -> Target:
         raise PlanError(
             f"there is nothing to serve at {path}",
             "it is neither a run with a plan.json, nor a plan, nor a bundle",
-            meant(path) or "name what `rushhour tune`, `rushhour demo` or `rushhour train` made",
+            meant(path) or "give the path of a run, a plan or a bundle that `rushhour` wrote",
         )
     plan = Plan.load(file)
     bundle = _opened(file.parent, plan.variants[0])
@@ -196,7 +198,7 @@ def open_target(path: Path) -> Target:
 
 
 def _check_room(file: Path, policy: Policy, bundle: Bundle) -> None:
-    """Raise unless the batches that a plan asks for fit into this machine's memory.
+    """Check that the batches of a plan fit into this machine's memory.
 
     Raises:
         PlanError: if they do not.
@@ -207,45 +209,45 @@ def _check_room(file: Path, policy: Policy, bundle: Bundle) -> None:
     if memory and needed > memory / 2:
         raise PlanError(
             f"the plan {file} cannot be served here",
-            f"its `max_batch` of {policy.max_batch} samples takes {needed / 2**30:.3g} GiB, of "
-            f"this machine's {memory / 2**30:.3g}",
+            f"its `max_batch` of {policy.max_batch} samples needs {needed / 2**30:.3g} GiB, and "
+            f"this machine has {memory / 2**30:.3g}",
             "lower `max_batch` in `policy`",
         )
 
 
 def open_planned(path: Path, plan: Plan, folder: Path) -> Target:
-    """Open what a plan says, whatever lies at the path by now.
+    """Open the bundles of a plan that was read before, whatever is at the path by now.
 
     Args:
-        path: what was pointed at when the plan was read.
+        path: that the plan was read from.
         plan: that was read.
-        folder: that its bundles lie in.
+        folder: that its bundles are in.
 
     Raises:
-        PlanError, BundleError: if the bundle is missing, damaged, or another by now.
+        PlanError, BundleError: if the bundle is missing, damaged, or was replaced.
     """
     return Target(path, plan, _opened(folder, plan.variants[0]), folder)
 
 
 def _opened(folder: Path, variant: Variant) -> Bundle:
-    """A variant's bundle, below the plan's folder.
+    """A variant's bundle, inside the plan's folder.
 
     Raises:
-        PlanError: if it lies elsewhere.
+        PlanError: if it is outside.
         BundleError: if it is missing, damaged, or not the one that the plan was made for.
     """
     relative = Path(variant.bundle)
     if relative.is_absolute() or ".." in relative.parts:
         raise PlanError(
             f"the plan in {folder} names the bundle {variant.bundle!r}",
-            "a bundle lies below its plan's folder",
-            "keep plan and bundles together as `rushhour tune` made them",
+            "a bundle must be inside its plan's folder",
+            "keep plan and bundles together as `rushhour tune` wrote them",
         )
     bundle = Bundle.open(folder / relative)
     if bundle.manifest.hash != variant.bundle_hash:
         raise BundleError(
             f"the bundle {bundle.path} is not the one that the plan in {folder} was made for",
-            f"its hash begins {bundle.manifest.hash[:12]}, the plan's {variant.bundle_hash[:12]}",
+            f"its hash begins with {bundle.manifest.hash[:12]}, the plan's with {variant.bundle_hash[:12]}",
             "restore the bundle, or tune again",
         )
     return bundle

@@ -3,8 +3,9 @@
 A record is an event with fields: `event(INFO, "ready", url=...)`. One line each: JSON for machines, or text for people.
 What other libraries log at level warning or above is a record of the same form, with the event `library`.
 
-Nobody waits for whoever reads the log: lines are put into a bounded queue, and a thread writes them. While the queue is
-full further lines are dropped; they are counted (`dropped`), and the log says so as soon as it is read again.
+Logging never blocks on the reader of the log: lines are put into a bounded queue, and a thread writes them. While the
+queue is full, further lines are dropped and counted (`dropped`), and a record reports them as soon as the log is read
+again.
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ from typing import Any, Literal
 
 import msgspec
 
-from rushhour.serve.processes.messages import LogLevel
-
 LogFormat = Literal["json", "text"]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 _LOGGER = logging.getLogger("rushhour.serve")
 _QUEUE_BYTES = 2**19
 _ATOMIC_BYTES = 4096
 """PIPE_BUF of Linux: writes up to it stay whole where several processes write into one pipe. Source: pipe(7)."""
 _FLUSH_S = 1.0
-"""For so long at the end the log waits for its reader."""
+"""At the end, the time that the reader of the log has to read what is queued."""
 
 
 def event(level: int, what: str, /, **fields: Any) -> None:
@@ -40,8 +40,8 @@ def event(level: int, what: str, /, **fields: Any) -> None:
 
     Args:
         level: of `logging`.
-        what: in a few words that are always the same.
-        fields: what was particular about it.
+        what: the event's name.
+        fields: of this one event.
     """
     if _LOGGER.isEnabledFor(level):
         _LOGGER.log(level, "%s", what, extra={"fields": fields})
@@ -52,16 +52,16 @@ def failure(what: str, error: BaseException, /, **fields: Any) -> None:
     _LOGGER.error("%s", what, extra={"fields": {**fields, "error": repr(error)}}, exc_info=error)
 
 
-def usual_format() -> LogFormat:
+def default_format() -> LogFormat:
     """Text on a terminal, else JSON."""
     return "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
 
 
 @contextmanager
 def to_stderr(form: LogFormat, level: LogLevel) -> Iterator[None]:
-    """For as long as this lasts, the server's log goes to standard error, and with it what other libraries log.
+    """Within this context the server's log goes to standard error, and with it what other libraries log.
 
-    Where the program has handlers of its own for other libraries, those stay as they are.
+    If the program has logging handlers of its own, other libraries keep those.
     """
     global _handler
     handler = _Handler(_Json() if form == "json" else _Text())
@@ -87,12 +87,12 @@ def to_stderr(form: LogFormat, level: LogLevel) -> Iterator[None]:
 
 
 def set_level(level: LogLevel) -> None:
-    """Log what is at least so serious, from now on."""
+    """Log records of this level and above, from now on."""
     _LOGGER.setLevel(level.upper())
 
 
 def level() -> int:
-    """From which level of `logging` on the server logs."""
+    """The level of `logging` from which records are logged."""
     return _LOGGER.getEffectiveLevel()
 
 
@@ -102,23 +102,24 @@ def dropped() -> int:
 
 
 def flush(within_s: float) -> None:
-    """Wait until all lines are written, but no longer than this. For who ends the process without a return."""
+    """Wait until all lines are written, but no longer than this: before the process is ended by `os._exit`."""
     if _handler is not None:
         _handler.drain(within_s)
 
 
 @contextmanager
 def _hooks() -> Iterator[None]:
-    """Exceptions and warnings that Python prints by itself are logged: printing waits for the reader."""
+    """Log the exceptions and warnings that Python would print: printing blocks on the reader."""
     unraisable, threads = sys.unraisablehook, threading.excepthook
 
-    def ignored(said: sys.UnraisableHookArgs) -> None:
-        if said.exc_value is not None:
-            failure("exception ignored", said.exc_value, where=repr(said.object))
+    def ignored(arguments: sys.UnraisableHookArgs) -> None:
+        if arguments.exc_value is not None:
+            failure("exception ignored", arguments.exc_value, where=repr(arguments.object))
 
-    def ended(said: threading.ExceptHookArgs) -> None:
-        if said.exc_value is not None:
-            failure("thread ended", said.exc_value, thread=said.thread.name if said.thread is not None else "")
+    def ended(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None:
+            name = arguments.thread.name if arguments.thread is not None else ""
+            failure("thread ended", arguments.exc_value, thread=name)
 
     sys.unraisablehook, threading.excepthook = ignored, ended
     logging.captureWarnings(True)
@@ -136,7 +137,7 @@ class _Handler(logging.Handler):
         super().__init__()
         self.setFormatter(formatter)
         self.dropped = 0
-        self._said = 0
+        self._reported = 0
         self._write = _writer()
         self._lines: deque[bytes] = deque()
         self._size = 0
@@ -153,7 +154,7 @@ class _Handler(logging.Handler):
         try:
             line = (self.format(record) + "\n").encode(errors="backslashreplace")
         except Exception:
-            line = b""  # what cannot be said is dropped, too: `handleError` would print
+            line = b""  # what cannot be formatted is dropped, too: `handleError` would print
         with self._changed:
             if not line or self._size + len(line) > _QUEUE_BYTES or self._closed:
                 self.dropped += 1
@@ -165,15 +166,15 @@ class _Handler(logging.Handler):
                 self._changed.notify_all()
 
     def drain(self, within_s: float) -> bool:
-        """Wait until all is written; whether it is."""
+        """Wait until all lines are written; returns whether they are."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._lines and not self._busy, within_s)
 
     def close(self) -> None:
-        """Write what waits, as far as its reader takes it in time."""
+        """Write what is queued, as far as it is read in time."""
         with self._changed:
             if self._closed:
-                return  # again, at the end of the program
+                return  # `logging` closes its handlers again at the end of the program
             self._closed = True
             self._changed.notify_all()
         self._thread.join(_FLUSH_S)
@@ -184,25 +185,25 @@ class _Handler(logging.Handler):
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                while not self._lines and not self._closed and self.dropped == self._said:
+                while not self._lines and not self._closed and self.dropped == self._reported:
                     self._waits = True
                     self._changed.wait()
-                if not self._lines and self.dropped == self._said:
+                if not self._lines and self.dropped == self._reported:
                     return
                 lines, self._busy = list(self._lines), True
                 self._lines.clear()
                 self._size = 0
-                lost = self.dropped - self._said
-                self._said = self.dropped
+                lost = self.dropped - self._reported
+                self._reported = self.dropped
             if lost:
-                lines.append(self._confession(lost))
+                lines.append(self._dropped_record(lost))
             for chunk in _chunks(lines):
                 if not self._write(chunk):
                     with self._changed:
                         self.dropped += chunk.count(b"\n")
-                        self._said = self.dropped  # nobody is there to be told
+                        self._reported = self.dropped  # there is no reader to report it to
 
-    def _confession(self, lost: int) -> bytes:
+    def _dropped_record(self, lost: int) -> bytes:
         why = "the log was not read as fast as it was written"
         record = _LOGGER.makeRecord(
             *(_LOGGER.name, logging.WARNING, "", 0, "%s", ("log lines dropped",), None),
@@ -215,7 +216,7 @@ _handler: _Handler | None = None
 
 
 def _chunks(lines: list[bytes]) -> Iterator[bytes]:
-    """Whole lines, together where they are short: other processes may write into the same pipe."""
+    """Whole lines, several at a time where they are short: other processes may write into the same pipe."""
     chunk: list[bytes] = []
     size = 0
     for line in lines:
@@ -229,10 +230,10 @@ def _chunks(lines: list[bytes]) -> Iterator[bytes]:
 
 
 def _writer() -> Callable[[bytes], bool]:
-    """What writes to standard error, and says whether it could."""
+    """A function that writes to standard error, and returns whether it could."""
     stream = sys.stderr
     try:
-        # Not through the stream's buffer: its lock, held by a thread that waits for the reader, bars the way out.
+        # Not through the stream's buffer: a thread that waits for the reader would hold its lock, and block the exit.
         descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):
 
@@ -251,7 +252,7 @@ def _writer() -> Callable[[bytes], bool]:
         while rest:
             try:
                 rest = rest[os.write(descriptor, rest) :]
-            except BlockingIOError:  # whoever made the pipe made it so
+            except BlockingIOError:  # the pipe was made non-blocking by its creator
                 wait = select.poll()
                 wait.register(descriptor, select.POLLOUT)
                 wait.poll()

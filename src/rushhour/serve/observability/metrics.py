@@ -1,4 +1,4 @@
-"""A report as Prometheus and OpenMetrics read it: made when it is asked for, nothing before.
+"""Metrics for Prometheus and OpenMetrics, made from a `Report` at each scrape.
 
 Source: prometheus.io/docs/instrumenting/exposition_formats, and writing_exporters for the names.
 """
@@ -29,7 +29,7 @@ def render(report: Report, accept: str) -> tuple[str, bytes]:
 
     Args:
         report: of one cell or of all.
-        accept: what the client reads, as its `Accept` says; Prometheus' text where it says nothing.
+        accept: the request's `Accept` field; Prometheus' text format where it is empty.
     """
     encode, content_type = choose_encoder(accept)
     registry = CollectorRegistry(auto_describe=False)
@@ -44,7 +44,7 @@ class _Families(Collector):
     def collect(self) -> Iterator[Metric]:
         report = self._report
         versions = describe().versions
-        yield InfoMetricFamily("rushhour_build", "What runs.", {"version": versions.get("rushhour", "")})
+        yield InfoMetricFamily("rushhour_build", "The version that runs.", {"version": versions.get("rushhour", "")})
         yield from _counted(report)
         yield from _latencies(report.model, report.total)
         yield from _now(report)
@@ -67,7 +67,7 @@ def _counted(report: Report) -> Iterator[Metric]:
     yield requests
     errors = CounterMetricFamily(
         "rushhour_errors",
-        "Answers with an error, each once. Without a model's name: to other requests than for inference.",
+        "Answers with an error. Without a model's name: to requests other than inference.",
         labels=("model", "version", "reason"),
     )
     for version, totals in report.versions.items():
@@ -77,24 +77,27 @@ def _counted(report: Report) -> Iterator[Metric]:
         errors.add_metric(("", "", reason), count)
     yield errors
     total = report.total
-    shed = CounterMetricFamily("rushhour_shed", "Requests turned away at their arrival.", labels=("model", "reason"))
+    shed = CounterMetricFamily("rushhour_shed", "Requests rejected without being computed.", labels=("model", "reason"))
     shed.add_metric((report.model, "queue"), total.shed_queue)
     shed.add_metric((report.model, "deadline"), total.shed_deadline)
     yield shed
     cancelled = CounterMetricFamily(
-        "rushhour_cancelled", "Requests whose client went away before the answer.", labels=("model",)
+        "rushhour_cancelled", "Requests whose client disconnected before the answer.", labels=("model",)
     )
     cancelled.add_metric((report.model,), total.cancelled)
     yield cancelled
-    yield CounterMetricFamily("rushhour_cell_restarts", "Cells that died and were started again.", report.restarts)
-    yield CounterMetricFamily("rushhour_cell_frozen", "Cells that did not answer and were killed.", report.frozen)
-    yield CounterMetricFamily("rushhour_log_lines_dropped", "Log lines that nobody read in time.", report.dropped)
+    for name, what, count in (
+        ("rushhour_cell_restarts", "Worker processes (cells) that died and were restarted.", report.restarts),
+        ("rushhour_cell_frozen", "Worker processes (cells) that did not respond and were killed.", report.frozen),
+        ("rushhour_log_lines_dropped", "Log lines dropped because the log was not read in time.", report.dropped),
+    ):
+        yield CounterMetricFamily(name, what, count)
 
 
 def _latencies(model: str, total: Totals) -> Iterator[Metric]:
     for name, what, histogram in (
         ("rushhour_queue_seconds", "From a request's arrival to its batch.", total.queue_s),
-        ("rushhour_inference_seconds", "A batch on the engine.", total.inference_s),
+        ("rushhour_inference_seconds", "Computation of a batch by the engine.", total.inference_s),
         ("rushhour_request_seconds", "From a request's arrival to its answer.", total.request_s),
     ):
         family = HistogramMetricFamily(name, what, labels=("model",))
@@ -109,7 +112,7 @@ def _latencies(model: str, total: Totals) -> Iterator[Metric]:
 
 
 def _buckets(bounds: Iterable[float], counts: list[int]) -> list[tuple[str, float]]:
-    """Cumulated, as the format wants them."""
+    """Cumulative counts, as the format requires."""
     buckets, below = [], 0
     for bound, count in zip((*(f"{bound:g}" for bound in bounds), "+Inf"), counts, strict=True):
         below += count
@@ -120,19 +123,19 @@ def _buckets(bounds: Iterable[float], counts: list[int]) -> list[tuple[str, floa
 def _now(report: Report) -> Iterator[Metric]:
     states = report.cells.values()
     for name, what, value in (
-        ("rushhour_ready", "Whether requests are welcome.", float(any(state.ready for state in states))),
-        ("rushhour_queue_samples", "Samples that wait.", sum(state.waiting for state in states)),
-        ("rushhour_in_flight_batches", "Batches that run.", sum(state.batches for state in states)),
-        ("rushhour_in_flight_samples", "Samples in the batches that run.", sum(state.running for state in states)),
+        ("rushhour_ready", "1 if the server accepts requests.", float(any(state.ready for state in states))),
+        ("rushhour_queue_samples", "Samples in the queue.", sum(state.waiting for state in states)),
+        ("rushhour_in_flight_batches", "Batches in flight.", sum(state.batches for state in states)),
+        ("rushhour_in_flight_samples", "Samples in the batches in flight.", sum(state.running for state in states)),
     ):
         yield GaugeMetricFamily(name, what, value)
     connections = GaugeMetricFamily(
-        "rushhour_connections", "Open connections over HTTP, calls under way over gRPC.", labels=("protocol",)
+        "rushhour_connections", "Open connections over HTTP, calls in flight over gRPC.", labels=("protocol",)
     )
     connections.add_metric(("http",), sum(state.connections for state in states))
     connections.add_metric(("grpc",), sum(state.calls for state in states))
     yield connections
-    cells = GaugeMetricFamily("rushhour_cells", "Processes behind the port.", labels=("state",))
+    cells = GaugeMetricFamily("rushhour_cells", "Worker processes (cells) behind the port.", labels=("state",))
     cells.add_metric(("up",), len(states))
     cells.add_metric(("down",), report.down)
     yield cells
@@ -147,7 +150,7 @@ def _now(report: Report) -> Iterator[Metric]:
     yield service
     speed = GaugeMetricFamily(
         "rushhour_host_speed",
-        "In the last ten seconds of work: what batches were to take by the start's profile, over what they took.",
+        "Expected time of the last ten seconds' batches by the profile of the start, over their measured time.",
         labels=("cell",),
     )
     for number, state in report.cells.items():
@@ -157,11 +160,11 @@ def _now(report: Report) -> Iterator[Metric]:
 
 
 def _processes(cells: dict[int, State]) -> Iterator[Metric]:
-    """Prometheus' usual figures, of each cell: they begin anew when it does, as with any process."""
+    """Prometheus' standard process metrics, of each worker process: they start again from zero when it is restarted."""
     for name in sorted({name for state in cells.values() for name in state.process}):
         counter = name.endswith("_total")
         kind = CounterMetricFamily if counter else GaugeMetricFamily
-        family = kind(name.removesuffix("_total"), "Of a cell's process.", labels=("cell",))
+        family = kind(name.removesuffix("_total"), "Of a worker process (cell).", labels=("cell",))
         for number, state in cells.items():
             if name in state.process:
                 family.add_metric((str(number),), state.process[name])

@@ -1,11 +1,11 @@
-"""What a model has done and where the time went: counted once per batch, added up over versions and cells.
+"""Statistics of requests and batches: counted once per batch, added up over versions and worker processes.
 
 A request's durations are those of the batch it was in: each of ten requests that shared a batch of 3 ms has waited
-3 ms for the engine, so ten are counted with 30 ms together, and `ns / count` is what one request saw. A request that
+3 ms for the engine, so ten are counted with 30 ms together, and `ns / count` is the time of one request. A request that
 was split over several batches counts once, with the durations of all of them.
 
-Everything here is plain data that can be sent from cell to cell and added: `Totals` of one version, `Report` of one
-cell or of all. What shows it is elsewhere: `Totals.shown` for the protocol, `metrics.py` for Prometheus.
+Everything here is plain data that can be sent between processes and added: `Totals` of one version, `Report` of one
+worker process or of all. `Totals.shown` formats it for the protocol, `metrics.py` for Prometheus.
 
 Source: triton-inference-server/server, docs/protocol/extension_statistics.md.
 """
@@ -30,9 +30,9 @@ BOUNDS = (
 _BOUNDS = np.array(BOUNDS)
 _BUCKETS = len(BOUNDS) + 1
 _WAITING = 1024
-"""Latencies that wait to be sorted into the buckets together: so many take a tenth of a millisecond."""
+"""Latencies that are sorted into the buckets together: so many take a tenth of a millisecond."""
 _VERSIONS = 32
-"""Versions of the model that are told apart, those with the highest numbers; the others are one."""
+"""Versions of the model that are counted separately, those with the highest numbers; older ones are one."""
 _OLDER = "older"
 
 _REASONS = {
@@ -55,18 +55,18 @@ _REASONS = {
 
 
 def reason_of(status: int) -> str:
-    """Why a request was answered with an error, in a word, by the HTTP status; `internal` for what is our fault."""
+    """Why a request was answered with an error, in a word, by the HTTP status; `internal` for the server's faults."""
     return _REASONS.get(status, "internal")
 
 
 class Duration(msgspec.Struct):
-    """How often something happened, and how long it took altogether."""
+    """How often something happened, and how long it took in total."""
 
     count: int = 0
     seconds: float = 0.0
 
     def add(self, count: int, seconds: float) -> None:
-        """It happened `count` times, and took `seconds` altogether."""
+        """It happened `count` times, and took `seconds` in total."""
         self.count += count
         self.seconds += seconds
 
@@ -83,7 +83,7 @@ class Stages(msgspec.Struct):
     replying: Duration = msgspec.field(default_factory=Duration)
 
     def count(self, count: int, times: int, batch: Batch, now: float) -> None:
-        """Count a batch's durations, each as often as it was waited for."""
+        """Count a batch's durations, each `times` times."""
         self.filling.add(count, times * (batch.started - batch.taken))
         self.computing.add(count, times * (batch.ended - batch.started))
         self.replying.add(count, times * (now - batch.ended))
@@ -101,7 +101,7 @@ class Stages(msgspec.Struct):
 
 
 class Histogram(msgspec.Struct):
-    """How many values lie in each bucket of `BOUNDS`, and beyond the last; and their sum, in seconds."""
+    """How many values lie in each bucket of `BOUNDS` and beyond the last, and their sum, in seconds."""
 
     counts: list[int] = msgspec.field(default_factory=lambda: [0] * _BUCKETS)
     sum: float = 0.0
@@ -119,24 +119,24 @@ class Histogram(msgspec.Struct):
 
 
 class Totals(msgspec.Struct):
-    """Of one version of the model: only ever growing, so that those of several cells can be added.
+    """Counters of one version of the model; they only grow, and those of several worker processes can be added.
 
     Attributes:
-        answered, failed: requests that came to the engine, and how that ended.
+        answered, failed: requests that reached the engine, and how they ended.
         invalid: requests that were no valid request for this model.
-        shed_queue, shed_deadline: requests turned away at their arrival.
-        cancelled: requests whose caller went away before the answer.
+        shed_queue, shed_deadline: requests rejected without being computed.
+        cancelled: requests whose client disconnected before the answer.
         success: requests answered, from arrival to answer.
-        fail: requests answered with an error, from arrival to answer; those turned away at once among them.
+        fail: requests answered with an error, from arrival to answer, shed ones among them.
         errors: the same by reason: `reason_of` their status, or `queue`, `deadline` or `engine`.
         queue: of requests, from arrival to the batch.
         stages: of requests, in their batches.
         of_size: of batches, by their samples.
         samples: computed by the engine.
         batches: run by the engine.
-        last_s: when the last batch was taken, in seconds since 1970; 0 for never.
+        last_s: when the last batch left the queue, in seconds since 1970; 0 for never.
         queue_s, request_s: latencies of requests: in the queue, and from arrival to answer.
-        inference_s: durations of batches on the engine.
+        inference_s: times that the engine took for batches.
     """
 
     answered: int = 0
@@ -194,18 +194,18 @@ class Totals(msgspec.Struct):
 
 
 class State(msgspec.Struct):
-    """How one cell is now.
+    """The state of one worker process.
 
     Attributes:
-        ready: whether requests are welcome.
+        ready: whether it accepts requests.
         waiting: samples in the queue.
-        running: samples in the batches that run.
-        batches: that run.
+        running: samples in the batches in flight.
+        batches: in flight.
         connections: over HTTP, open.
-        calls: over gRPC, under way.
+        calls: over gRPC, in flight.
         base_s, sample_s: a batch of n samples is expected to take `base_s + n sample_s`.
         speed: of the host in the last ten seconds of work, 1 as at the start; None before the first batch.
-        process: Prometheus' usual figures of a process, by name.
+        process: Prometheus' standard metrics of a process, by name.
     """
 
     ready: bool = False
@@ -221,18 +221,18 @@ class State(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What a server has done, and how it is: one cell, or all of them together.
+    """Counters and state of a server: of one worker process, or of all together.
 
     Attributes:
         model: its name.
-        versions: what each version of it has done, in the order in which they came.
-        cells: how each cell is that answers, by its number.
-        down: cells that do not answer.
-        restarts: how often a cell had to be started again.
-        bundles: which version each bundle is that was served, by its hash.
-        frozen: how often one was killed because it did not answer.
+        versions: the counters of each version, in the order in which they were loaded.
+        cells: the state of each worker process that responds, by its number.
+        down: worker processes that do not respond.
+        restarts: how often a worker process was restarted.
+        bundles: the version of each bundle that was served, by its hash.
+        frozen: how often a worker process was killed because it did not respond.
         dropped: lines of the log that were dropped.
-        errors: answers with an error to what was no inference request, or came when nothing was loaded, by reason.
+        errors: answers with an error to requests other than inference, or while no model was loaded, by reason.
     """
 
     model: str
@@ -248,14 +248,14 @@ class Report(msgspec.Struct):
     @property
     def total(self) -> Totals:
         """Of all versions together."""
-        together = Totals()
+        total = Totals()
         for each in self.versions.values():
-            together.add(each)
-        return together
+            total.add(each)
+        return total
 
 
-def together(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
-    """The sums, version by version, in new objects; of very many versions the first become one."""
+def sum_by_version(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
+    """The sums for each version, in new objects; of very many versions the oldest become one."""
     sums: dict[str, Totals] = {}
     for versions in counted:
         for version, totals in versions.items():
@@ -266,8 +266,8 @@ def together(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:
     return sums
 
 
-def remembered(versions: Mapping[str, int]) -> dict[str, int]:
-    """Of versions by bundle, those that are told apart: a bundle that comes back after many others is a new one."""
+def newest_versions(versions: Mapping[str, int]) -> dict[str, int]:
+    """Of versions by bundle, those that are counted separately; a bundle that comes back later is a new one."""
     newest = sorted(versions, key=versions.__getitem__)[-_VERSIONS:]
     return {bundle: versions[bundle] for bundle in newest}
 
@@ -276,6 +276,37 @@ def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
     """Add counts to those of the same names."""
     for name, count in more.items():
         counts[name] = counts.get(name, 0) + count
+
+
+class Counters:
+    """Counters of one cell since it was created."""
+
+    __slots__ = ("answered", "batches", "cancelled", "failed", "invalid", "rows", "shed_deadline", "shed_queue")
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.failed = 0
+        self.invalid = 0
+        self.shed_queue = 0
+        self.shed_deadline = 0
+        self.cancelled = 0
+        self.batches = 0
+        self.rows = 0
+
+    def refuse(self, status: int) -> None:
+        """Count an answer with an error of this HTTP status."""
+        if status >= 500 and status != 501:
+            self.failed += 1
+        elif status == 429:
+            self.shed_queue += 1
+        else:
+            self.invalid += 1
+
+    def into(self, totals: Totals) -> Totals:
+        """Write the counts into `totals`, and return it."""
+        for name in ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled"):
+            setattr(totals, name, getattr(self, name))
+        return totals
 
 
 class Batch(Protocol):
@@ -295,7 +326,7 @@ class Batch(Protocol):
 
 
 class Statistics:
-    """Counts what one version of the model does, since it was loaded.
+    """Counts the requests and batches of one version of the model, since it was loaded.
 
     Args:
         clock: on which all times are read.
@@ -312,16 +343,16 @@ class Statistics:
 
     @property
     def fail(self) -> Duration:
-        """Requests answered with an error, from arrival to answer; those turned away at once among them."""
+        """Requests answered with an error, from arrival to answer, shed ones among them."""
         return self._totals.fail
 
     def failed(self, reason: str, seconds: float) -> None:
-        """A request was answered with an error, so long after its arrival."""
+        """A request was answered with an error, `seconds` after its arrival."""
         self._totals.fail.add(1, seconds)
         add_counts(self._totals.errors, {reason: 1})
 
     def answered(self, seconds: float) -> None:
-        """A request was answered so long after its arrival, and some time after its batch had been counted."""
+        """A request was answered `seconds` after its arrival, and some time after its batch had been counted."""
         self._totals.success.add(1, seconds)
         self._answered.append((seconds, (0.0,)))
         self._waiting += 1
@@ -331,9 +362,9 @@ class Statistics:
 
         Args:
             batch: its times.
-            requests: of which some or all samples were in it.
-            begun: arrivals of the requests whose first samples were in it; not to be changed afterwards.
-            answered: arrivals of the requests that it brought the last missing samples for; likewise.
+            requests: with samples in it.
+            begun: arrivals of the requests whose first samples were in it; must not be changed afterwards.
+            answered: arrivals of the requests whose last samples were in it; likewise.
         """
         now = self._clock.now()
         totals = self._totals
@@ -355,14 +386,14 @@ class Statistics:
             self._sort()
 
     def totals(self) -> Totals:
-        """All that was counted here, up to now. Not a copy."""
+        """All that was counted up to now. Not a copy."""
         self._sort()
         if self._last is not None:
             self._totals.last_s = time.time() - (self._clock.now() - self._last)
         return self._totals
 
     def _sort(self) -> None:
-        """Sort the latencies that wait into their histograms."""
+        """Sort the waiting latencies into their histograms."""
         self._totals.queue_s.count(_latencies(self._taken))
         self._totals.request_s.count(_latencies(self._answered))
         self._totals.inference_s.count(np.array(self._computed))
@@ -372,7 +403,7 @@ class Statistics:
 
 
 def _latencies(ends: list[tuple[float, Sequence[float]]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """From each beginning to its end."""
+    """From each arrival to its end."""
     begun = np.fromiter(chain.from_iterable(begun for _, begun in ends), np.float64)
     ended = np.repeat(np.array([end for end, _ in ends], np.float64), [len(begun) for _, begun in ends])
     latencies: np.ndarray[Any, np.dtype[np.float64]] = ended - begun

@@ -1,7 +1,7 @@
 """Spans of requests for OpenTelemetry: the request, its time in the queue, its batch on the engine.
 
-Imported only where tracing is switched on. Where spans go and how they are kept on the way is for OpenTelemetry's own
-environment variables to say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_BSP_...).
+Imported only where tracing is switched on. OpenTelemetry's own environment variables say where spans are sent and how
+they are buffered (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_BSP_...).
 
 Source: w3.org/TR/trace-context; opentelemetry.io/docs/specs/semconv.
 """
@@ -31,35 +31,35 @@ except ImportError as error:
 
 
 def provider(sample: float) -> TracerProvider:
-    """Where spans are made and sampled, with no way out yet.
+    """Makes and samples spans, without an exporter.
 
     Args:
-        sample: the share of requests that is traced where their caller has not decided.
+        sample: the fraction of requests that is traced where the caller has not decided.
     """
     usual = {"service.name": "rushhour", "service.version": describe().versions.get("rushhour", "")}
-    # The user's environment variables go before these.
+    # The user's environment variables take precedence.
     named = Resource(usual).merge(OTELResourceDetector().detect())
     resource = Resource.create(named.attributes)
-    # At the end of the program it would wait for the collector once more, for as long as it likes.
+    # Its own hook at the end of the program would wait for the collector again, without a limit.
     sampler = ParentBased(TraceIdRatioBased(sample))
     return TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
 
 
-def exported(sample: float) -> TracerProvider:
-    """The same, with the way out that OpenTelemetry's environment variables name; `end` sends what waits."""
-    made = provider(sample)
-    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return made
+def exporting_provider(sample: float) -> TracerProvider:
+    """The same, with the exporter that OpenTelemetry's environment variables name; `shut_down` sends the last spans."""
+    exporting = provider(sample)
+    exporting.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return exporting
 
 
-def end(made: TracerProvider, within_s: float) -> bool:
-    """Send the spans that wait, for no longer than this; whether they were sent or given up by then.
+def shut_down(provider: TracerProvider, within_s: float) -> bool:
+    """Send the buffered spans, but take no longer than this; returns whether the exporter has finished.
 
     Args:
-        made: by `exported`. Its own shutdown takes as long as the collector likes, up to half a minute.
+        provider: from `exporting_provider`. Its own shutdown waits for the collector, up to half a minute.
         within_s: in seconds.
     """
-    sending = threading.Thread(target=made.shutdown, name="spans", daemon=True)
+    sending = threading.Thread(target=provider.shutdown, name="spans", daemon=True)
     sending.start()
     sending.join(within_s)
     return not sending.is_alive()
@@ -79,12 +79,12 @@ class Spans:
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, name: str, fields: Mapping[str, str], began_ns: int) -> Span:
-        """The span of a request, below that of its caller if `fields` name one.
+        """The span of a request, a child of its caller's span if `fields` name one.
 
         Args:
             name: of the span.
             fields: of the request, with `traceparent` if its caller traces.
-            began_ns: when it came, in nanoseconds since 1970.
+            began_ns: when it arrived, in nanoseconds since 1970.
         """
         context = self._propagator.extract(fields)
         return self._tracer.start_span(name, context, kind=SpanKind.SERVER, start_time=began_ns)
@@ -101,8 +101,8 @@ class Spans:
 
         Args:
             span: of the request.
-            attributes: what became known of it.
-            times: when it was queued, its batch taken, begun and ended; None where it never came so far.
+            attributes: of the request.
+            times: when it was queued, and its batch taken, started and ended; None where it was not computed.
             now: the time; all of them on the clock of the cells.
             status: of HTTP.
         """
@@ -111,7 +111,7 @@ class Spans:
         zero = time.time_ns() - round(1e9 * now)
         if times is not None:
             below = set_span_in_context(span)
-            arrived, taken, started, ended = (zero + round(1e9 * moment) for moment in times)
+            arrived, taken, started, ended = (zero + round(1e9 * time_s) for time_s in times)
             for name, begin, end in (("queue", arrived, taken), ("infer", started, ended)):
                 self._tracer.start_span(name, below, start_time=begin).end(end)
         span.set_attributes(dict(attributes))

@@ -1,4 +1,4 @@
-"""What a cell does when it is told to, by its own clients or by its supervisor."""
+"""`Commands`: what a worker process does when a client or its supervisor tells it to."""
 
 from __future__ import annotations
 
@@ -8,71 +8,70 @@ from pathlib import Path
 from prometheus_client import ProcessCollector
 
 from rushhour.errors import RushhourError, WireError
+from rushhour.serve.memory.shared_memory import Register, SharedMemory
 from rushhour.serve.observability import log
 from rushhour.serve.observability.statistics import Report, State
 from rushhour.serve.processes.messages import (
     Abandon,
     Beat,
+    Command,
     Commit,
     Count,
-    Done,
     Load,
     Log,
     Prepare,
-    Register,
     Renew,
+    Result,
     Speed,
     Unload,
     Unregister,
-    Work,
 )
-from rushhour.serve.protocols.shared_memory import SharedMemory
 from rushhour.serve.repository import Repository
 
 _PROCESS = ProcessCollector(registry=None)
 
 
-class Duties:
-    """Does work in this process.
+class Commands:
+    """Executes commands in this process.
 
     Args:
-        repository: what is served.
-        regions: the shared memory of its clients; None where it is switched off.
+        repository: the model.
+        regions: the shared memory of clients; None where it is switched off.
 
     Attributes:
-        watch: adds what the faces know to the state of the cell.
-        renew: has the faces use other keys and another certificate.
+        describe: adds what the HTTP and gRPC servers know to the state of this process.
+        renew: has the HTTP and gRPC servers use other API keys and another certificate.
     """
 
     def __init__(self, repository: Repository, regions: SharedMemory | None = None) -> None:
         self._repository = repository
         self._regions = regions
-        self.watch: Callable[[State], None] | None = None
+        self.describe: Callable[[State], None] | None = None
         self.renew: Callable[[Renew], None] | None = None
 
-    async def do(self, work: Work) -> Done:
-        """Do it. Whatever goes wrong is part of the answer: others wait for one."""
+    async def execute(self, command: Command) -> Result:
+        """Execute a command. Errors are part of the result, because another process waits for it."""
         try:
-            match work:
+            match command:
                 case Count():
-                    return Done(report=self.report())
+                    return Result(report=self.report())
                 case Speed():
                     loaded = self._repository.loaded
-                    return Done(speeds=None if loaded is None else loaded.cell.speeds())
+                    return Result(speeds=None if loaded is None else loaded.cell.speeds())
                 case Load():
                     await self._repository.load()
                 case Prepare(versions, plan, folder):
                     await self._repository.prepare(versions, plan, Path(folder))
                 case Commit():
                     await self._repository.commit()
-                    return Done(report=self.report())
+                    return Result(report=self.report())
                 case Abandon():
                     await self._repository.abandon()
                 case Beat():
                     pass
                 case Renew():
                     if self.renew is not None:
-                        self.renew(work)
+                        self.renew(command)
                 case Unload():
                     await self._repository.unload()
                 case Register(name, key, offset, byte_size, access):
@@ -82,14 +81,14 @@ class Duties:
                 case Log(level):
                     log.set_level(level)
         except RushhourError as error:
-            return Done(str(error), error.status if isinstance(error, WireError) else 400)
+            return Result(str(error), error.status if isinstance(error, WireError) else 400)
         except Exception as error:
-            log.failure("work failed", error, work=type(work).__name__)
-            return Done(f"internal error: {type(error).__name__}", 500)
-        return Done()
+            log.failure("work failed", error, work=type(command).__name__)
+            return Result(f"internal error: {type(error).__name__}", 500)
+        return Result()
 
     def report(self) -> Report:
-        """What this cell has done, and how it is. Shares nothing with what goes on."""
+        """Counters and state of this process. A copy."""
         loaded = self._repository.loaded
         state = State(
             ready=loaded is not None,
@@ -102,8 +101,8 @@ class Duties:
             state.speed = cell.speed
             state.base_s = cell.profile.seconds(0)
             state.sample_s = cell.profile.seconds(1) - state.base_s
-        if self.watch is not None:
-            self.watch(state)
+        if self.describe is not None:
+            self.describe(state)
         return Report(
             self._repository.name,
             self._repository.totals(),

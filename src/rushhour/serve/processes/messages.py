@@ -1,36 +1,34 @@
-"""What cells and their supervisor say to each other, in JSON lines over a cell's standard input and output.
+"""Messages between worker processes and their supervisor: JSON lines over standard input and output.
 
-Both ways the same: some `Work` with a number, later `Done` under that number. A cell asks the supervisor to have work
-done in all cells, itself among them; the supervisor asks a cell to do it.
+The same in both directions: a `Command` with a number, later its `Result` under that number. A worker process asks the
+supervisor to have a command executed in all worker processes, itself among them; the supervisor sends it to each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Literal
 
 import msgspec
 
 from rushhour.errors import WireError
 from rushhour.plan import Plan
+from rushhour.serve.access.certificates import Identity
+from rushhour.serve.memory.shared_memory import Register
+from rushhour.serve.observability.log import LogLevel
 from rushhour.serve.observability.statistics import Report
-from rushhour.serve.protocols.limits import Identity
-from rushhour.serve.protocols.shared_memory import Access
 from rushhour.serve.scheduling.speed import Speeds
-
-LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Open what lies at the target's path now, and serve it."""
+    """Open what is at the target's path now, and serve it."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
-    """Open what this plan says, beside what is served; nothing else changes yet.
+    """Open what this plan names, beside what is served; nothing else changes yet.
 
     Attributes:
-        versions: of the bundles that were served in any cell, by their hashes.
-        folder: that the plan's bundles lie in.
+        versions: of the bundles that were served by any worker process, by their hashes.
+        folder: that the plan's bundles are in.
     """
 
     versions: dict[str, int]
@@ -39,7 +37,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Serve what was prepared: the work's result is a `Report`."""
+    """Serve what was prepared; the result holds a `Report`."""
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
@@ -47,61 +45,51 @@ class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """Answer, to show that the loop turns."""
+    """Respond, to show that the event loop is not blocked."""
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew"):
-    """Use these from now on; None is as before."""
+    """Use these from now on; None keeps what is in use."""
 
     api_keys: tuple[str, ...] | None = None
     identity: Identity | None = None
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
-    """Take no more requests."""
+    """Accept no more requests."""
 
 
 class Count(msgspec.Struct, frozen=True, tag="count"):
-    """Say what was done, and how things are: the work's result is a `Report`."""
+    """Report counters and state; the result holds a `Report`."""
 
 
 class Speed(msgspec.Struct, frozen=True, tag="speed"):
-    """Say how long batches took, against their profile: the work's result is `Speeds`."""
-
-
-class Register(msgspec.Struct, frozen=True, tag="register"):
-    """Open a region of shared memory; see `SharedMemory.register`."""
-
-    name: str
-    key: str
-    offset: int
-    byte_size: int
-    access: Access = "write"
+    """Report the expected and the measured times of batches; the result holds `Speeds`."""
 
 
 class Unregister(msgspec.Struct, frozen=True, tag="unregister"):
-    """Forget a region of shared memory, or with None all."""
+    """Remove a region of shared memory, or with None all."""
 
     name: str | None = None
 
 
 class Log(msgspec.Struct, frozen=True, tag="log"):
-    """Log what is at least so serious."""
+    """Log records of this level and above."""
 
     level: LogLevel
 
 
-Work = Load | Prepare | Commit | Abandon | Beat | Renew | Unload | Count | Speed | Register | Unregister | Log
+Command = Load | Prepare | Commit | Abandon | Beat | Renew | Unload | Count | Speed | Register | Unregister | Log
 
 
-class Done(msgspec.Struct, frozen=True):
-    """How it went.
+class Result(msgspec.Struct, frozen=True):
+    """The result of a command.
 
     Attributes:
-        wrong: what went wrong; empty for nothing.
-        status: the HTTP status of that.
+        wrong: the error; empty if there was none.
+        status: the HTTP status of the error.
         report: of `Count` and `Commit`.
-        speeds: of `Speed`; None where nothing is loaded.
+        speeds: of `Speed`; None where no model is loaded.
     """
 
     wrong: str = ""
@@ -110,25 +98,25 @@ class Done(msgspec.Struct, frozen=True):
     speeds: Speeds | None = None
 
 
-Do = Callable[[Work], Awaitable[Done]]
-"""Does some work: here, or in all cells."""
+Execute = Callable[[Command], Awaitable[Result]]
+"""Executes a command: in this process, or in all worker processes."""
 
 
-class Order(msgspec.Struct, frozen=True):
-    """What a supervisor tells a cell: to do some work, or how the work went that the cell asked for."""
+class FromSupervisor(msgspec.Struct, frozen=True):
+    """A message to a worker process: a command, or the result of the command that it sent."""
 
     id: int
-    work: Work | None = None
-    done: Done | None = None
+    work: Command | None = None
+    done: Result | None = None
 
 
-class Said(msgspec.Struct, frozen=True):
-    """What a cell tells its supervisor: that it is ready, or an `Order` the other way round.
+class FromWorker(msgspec.Struct, frozen=True):
+    """A message of a worker process: that it is ready, or a command or a result.
 
     Attributes:
         url: where it listens for HTTP, once it does.
         grpc: the address for gRPC, where that is served.
-        way: what serves, in words.
+        way: the variant that is served, in words.
         error: why it does not start.
     """
 
@@ -137,17 +125,17 @@ class Said(msgspec.Struct, frozen=True):
     way: str = ""
     error: str = ""
     id: int = 0
-    work: Work | None = None
-    done: Done | None = None
+    work: Command | None = None
+    done: Result | None = None
 
 
-async def done(do: Do, work: Work) -> Done:
-    """Have work done.
+async def executed(execute: Execute, command: Command) -> Result:
+    """Execute a command and wait for its result.
 
     Raises:
-        WireError: with what went wrong and its status.
+        WireError: with the command's error and its status.
     """
-    result = await do(work)
+    result = await execute(command)
     if result.wrong:
         raise WireError(result.wrong, status=result.status)
     return result

@@ -1,4 +1,4 @@
-"""Keys and certificates, read again when their files change or at SIGHUP; where that fails the old ones stay."""
+"""`Renewal`: reads API keys and certificates again when their files change or at SIGHUP; on an error keeps the old."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from rushhour.errors import ServeError
+from rushhour.serve.access.certificates import read_identity
+from rushhour.serve.access.keys import Keys
 from rushhour.serve.observability import log
 from rushhour.serve.processes.messages import Renew
-from rushhour.serve.protocols.limits import Keys, tls
 from rushhour.serve.settings import ServeSettings
 
-_LOOK_EVERY_S = 1.0
+_POLL_S = 1.0
 
 _State = tuple[tuple[int, int, int] | None, ...]
 
 
 class Renewal:
-    """Watches the files that keys and certificates came from. Must be made on the running loop.
+    """Watches the files of API keys and certificates. Must be created on the running event loop.
 
     Args:
-        settings: which files.
-        renew: puts what was read to use.
+        settings: with the paths of the files.
+        renew: uses what was read from now on.
     """
 
     def __init__(self, settings: ServeSettings, renew: Callable[[Renew], Awaitable[object]]) -> None:
@@ -34,41 +35,41 @@ class Renewal:
         self._files = [file for file in (self._keys, self._certificate, self._key) if file is not None]
         self._renew = renew
         self._loop = asyncio.get_running_loop()
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
 
-    def ask(self) -> None:
+    def request(self) -> None:
         """Read the files now, changed or not. May be called on any thread, and in a signal's handler."""
-        self._loop.call_soon_threadsafe(self._asked.set)
+        self._loop.call_soon_threadsafe(self._requested.set)
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        used = before = await asyncio.to_thread(self._look)
+        used = before = await asyncio.to_thread(self._states)
         while True:
-            asked = False
+            requested = False
             try:
-                await asyncio.wait_for(self._asked.wait(), _LOOK_EVERY_S if self._files else None)
-                asked = True
+                await asyncio.wait_for(self._requested.wait(), _POLL_S if self._files else None)
+                requested = True
             except TimeoutError:
                 pass
-            self._asked.clear()
-            now = await asyncio.to_thread(self._look)
-            # A file that is being written is not read before it has been left alone for as long as a look takes.
-            if asked or (now != used and now == before):
+            self._requested.clear()
+            now = await asyncio.to_thread(self._states)
+            # A file that is being written is read only when it did not change between two polls.
+            if requested or (now != used and now == before):
                 used = now
-                await self._once()
+                await self._read_and_use()
             before = now
 
-    async def _once(self) -> None:
+    async def _read_and_use(self) -> None:
         try:
             read = await asyncio.to_thread(self._read)
             await self._renew(read)
-        except Exception as error:  # the next renewal may go well
+        except Exception as error:  # the next renewal may succeed
             log.failure("keys and certificates not renewed", error)
             return
         named = [what for what, new in (("keys", read.api_keys), ("certificate", read.identity)) if new is not None]
         log.event(logging.INFO, "renewed", what=named)
 
-    def _look(self) -> _State:
+    def _states(self) -> _State:
         return tuple(_state(file) for file in self._files)
 
     def _read(self) -> Renew:
@@ -79,7 +80,7 @@ class Renewal:
             except ServeError as error:
                 log.event(logging.ERROR, "keys not renewed", error=str(error), instead="the old ones stay")
         try:
-            identity = tls(self._certificate, self._key)
+            identity = read_identity(self._certificate, self._key)
         except ServeError as error:
             log.event(logging.ERROR, "certificate not renewed", error=str(error), instead="the old one stays")
         return Renew(keys, identity)

@@ -1,7 +1,7 @@
-"""All but inference: what the server says of itself and its model, and the commands it takes.
+"""`Control`: all requests other than inference: metadata, statistics, and commands.
 
-The same for both faces: answers are plain values under the protocol's names, and what cannot be done is a `WireError`
-with its HTTP status. Rare, so clarity counts more than speed.
+The same for HTTP and gRPC: answers are plain values under the protocol's names, and an error is a `WireError` with its
+HTTP status. These requests are rare, so clarity counts more than speed.
 
 Sources: kserve/open-inference-protocol, specification/protocol; triton-inference-server/server, docs/protocol.
 """
@@ -18,12 +18,14 @@ import msgspec
 
 from rushhour.bundle import TensorSpec
 from rushhour.errors import WireError
+from rushhour.serve.access.origin import Client
+from rushhour.serve.access.peer import user_of
+from rushhour.serve.memory.shared_memory import Access, Register, SharedMemory
 from rushhour.serve.observability import log, metrics
+from rushhour.serve.observability.log import LogLevel
 from rushhour.serve.observability.statistics import Report, Totals
-from rushhour.serve.processes.commands import Duties
-from rushhour.serve.processes.messages import Count, Do, Load, Log, LogLevel, Register, Speed, Unload, Unregister, done
-from rushhour.serve.protocols.limits import Asker, user_of
-from rushhour.serve.protocols.shared_memory import Access, SharedMemory
+from rushhour.serve.processes.commands import Commands
+from rushhour.serve.processes.messages import Count, Execute, Load, Log, Speed, Unload, Unregister, executed
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.system.machine import describe
 from rushhour.wire import datatype_of, model_metadata
@@ -35,12 +37,12 @@ class Control:
     """Answers about one repository.
 
     Args:
-        repository: what is served.
+        repository: the model.
         draining: whether the server is about to stop.
         admin: whether clients may load and unload, and set what is logged.
-        regions: the shared memory of its clients; None where it is switched off.
-        do: does work where it is to be done: in all cells where there are several; here by default.
-        settings: how the server was started, for `/config`.
+        regions: the shared memory of clients; None where it is switched off.
+        execute: executes commands, in all worker processes if there are several; in this one by default.
+        settings: of the server, for `/config`.
         tracing: the settings of tracing.
     """
 
@@ -51,7 +53,7 @@ class Control:
         *,
         admin: bool = True,
         regions: SharedMemory | None = None,
-        do: Do | None = None,
+        execute: Execute | None = None,
         settings: Mapping[str, Any] | None = None,
         tracing: Mapping[str, Any] | None = None,
     ) -> None:
@@ -59,7 +61,7 @@ class Control:
         self._draining = draining
         self._admin = admin
         self._regions = regions
-        self._do = do or Duties(repository, regions).do
+        self._execute = execute or Commands(repository, regions).execute
         self._settings = settings or {}
         self._tracing = tracing or {"trace_level": ["OFF"]}
 
@@ -69,16 +71,16 @@ class Control:
         return bool(self._settings.get("api_keys"))
 
     def ready(self) -> bool:
-        """Whether requests are welcome."""
+        """Whether requests are accepted."""
         return not self._draining() and self._repository.loaded is not None
 
     def model_ready(self, name: str, version: str = "") -> bool:
-        """Whether requests for this model are; an empty version is the one that is served."""
+        """Whether requests for this model are accepted; an empty version is the one that is served."""
         loaded = self._repository.loaded
         return self.ready() and loaded is not None and name == self._repository.name and version in ("", loaded.version)
 
     def server(self) -> dict[str, Any]:
-        """Its name, version, and which of the protocol's extensions it has."""
+        """The server's name and version, and the protocol's extensions that it supports."""
         extensions = [
             "binary_tensor_data",
             "classification",
@@ -96,17 +98,17 @@ class Control:
         """The model's inputs and outputs.
 
         Raises:
-            WireError: if it is not served, as in all that is asked of a model.
+            WireError: if it is not served, as in all methods about a model.
         """
         loaded = self._loaded(name, version)
         shown: dict[str, Any] = msgspec.json.decode(model_metadata(loaded.cell.codec, _platform(loaded)))
         return shown
 
     def config(self, name: str, version: str = "") -> dict[str, Any]:
-        """The model's configuration, in the words of Triton's `ModelConfig`."""
+        """The model's configuration, under the names of Triton's `ModelConfig`."""
         loaded = self._loaded(name, version)
         config, codec = loaded.engine.config, loaded.cell.codec
-        enough, patience_s = loaded.cell.waits_for
+        target_batch, wait_s = loaded.cell.waits_for
 
         def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
             return [
@@ -123,8 +125,8 @@ class Control:
             "output": tensors(codec.signature.outputs),
             "instance_group": [{"name": codec.model, "kind": "KIND_CPU", "count": config.streams}],
             "dynamic_batching": {
-                "preferred_batch_size": [enough] if patience_s else [],
-                "max_queue_delay_microseconds": round(1e6 * patience_s),
+                "preferred_batch_size": [target_batch] if wait_s else [],
+                "max_queue_delay_microseconds": round(1e6 * wait_s),
                 "preserve_ordering": False,
                 "priority_levels": 8,
                 "default_priority_level": 4,
@@ -134,10 +136,10 @@ class Control:
         }
 
     async def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """How many requests, and where their time went; of all models if neither name nor version is given."""
+        """Numbers of requests and the times of their stages; of all models if neither name nor version is given."""
         if version and not name:
             raise WireError(
-                "a version is one of a model", "the request names no model", "name the model, too", status=404
+                "the request has a version but no model", "a version belongs to a model", "add the model", status=404
             )
         loaded = self._loaded(name, version) if name else self._repository.loaded
         if loaded is None:
@@ -146,41 +148,41 @@ class Control:
         return {"model_stats": [totals.shown(self._repository.name, loaded.version)]}
 
     async def speed(self, name: str, version: str = "") -> dict[str, Any]:
-        """How long batches took in the last minutes, by all cells, against their profile. Not of the protocol."""
+        """The expected and the measured times of batches in the last minutes. Not part of the protocol."""
         loaded = self._loaded(name, version)
-        return ((await done(self._do, Speed())).speeds or loaded.cell.speeds()).shown()
+        return ((await executed(self._execute, Speed())).speeds or loaded.cell.speeds()).shown()
 
     async def report(self) -> Report:
-        """What all cells have done, and how they are."""
-        report = (await done(self._do, Count())).report
+        """Counters and state of all worker processes."""
+        report = (await executed(self._execute, Count())).report
         assert report is not None
         return report
 
     async def metrics(self, accept: str) -> tuple[str, bytes]:
-        """The same for Prometheus: content type and text, in the newest form that `accept` names."""
+        """The same for Prometheus: content type and text, in the newest format that `accept` names."""
         return metrics.render(await self.report(), accept)
 
     def effective(self) -> dict[str, Any]:
-        """What is in force, as the engine itself reports it. Not of the protocol."""
+        """The settings in force, as the engine itself reports them. Not part of the protocol."""
         loaded = self._loaded(self._repository.name)
         engine, profile = loaded.engine, loaded.cell.profile
-        enough, patience_s = loaded.cell.waits_for
+        target_batch, wait_s = loaded.cell.waits_for
         return {
             "model": self._repository.name,
             "version": loaded.version,
-            "bundle_hash": loaded.way.bundle.manifest.hash,
+            "bundle_hash": loaded.variant.bundle.manifest.hash,
             "policy": loaded.cell.policy,
             "engine": engine.config,
             "effective": dict(engine.effective),
             "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,
-            "waits_for_samples": enough,
-            "waits_ms": round(1e3 * patience_s, 3),
+            "waits_for_samples": target_batch,
+            "waits_ms": round(1e3 * wait_s, 3),
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
             "server": {**self._settings, "log_level": logging.getLevelName(log.level()).lower()},
         }
 
     async def counters(self) -> dict[str, int]:
-        """What was done since the server started, by all cells and versions, in numbers. Not of the protocol."""
+        """Counters since the server started, of all worker processes and versions. Not part of the protocol."""
         report = await self.report()
         total = report.total
         counted = ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled", "batches")
@@ -191,7 +193,7 @@ class Control:
         }
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
-        """The models there are, and whether they are loaded."""
+        """The models, and whether they are loaded."""
         loaded = self._repository.loaded
         if loaded is not None:
             return [{"name": self._repository.name, "version": loaded.version, "state": "READY", "reason": ""}]
@@ -202,45 +204,45 @@ class Control:
         """Load or unload the model.
 
         Args:
-            parameters: of the request; a configuration or files of the client's own are not taken.
+            parameters: of the request; a configuration or files of the client are refused.
 
         Raises:
-            WireError: if it fails; after a load that fails the old version goes on.
+            WireError: if it fails; after a load that fails the old version is served on.
         """
         self._permit("loading and unloading")
         self._known(name)
         for parameter in parameters:
             if parameter == "config" or parameter.startswith("file:"):
                 raise WireError(
-                    f"will not {change} with {parameter[:100]!r}",
+                    f"cannot {change} with {parameter[:100]!r}",
                     "the model is served as its plan says",
                     "make another plan with `rushhour tune`",
                     status=501,
                 )
-        await done(self._do, Load() if change == "load" else Unload())
+        await executed(self._execute, Load() if change == "load" else Unload())
 
     async def register(
-        self, name: str, key: str, offset: int, byte_size: int, access: Access | None, asker: Asker
+        self, name: str, key: str, offset: int, byte_size: int, access: Access | None, client: Client
     ) -> None:
         """Open a region of shared memory; see `SharedMemory.register`.
 
         Args:
-            access: what for. The protocol does not say, so that None is for writing, too, where the client runs under
-                the server's own user. One of another user never is written for: it could have the server overwrite
-                what it may not write itself.
-            asker: the client.
+            access: what for. The protocol does not define it, so None includes writing where the client runs under the
+                server's own user. The server never writes for a client of another user, which could have it overwrite
+                what that user may not write.
+            client: the sender of the request.
 
         Raises:
-            WireError: if that cannot be, or shared memory is switched off.
+            WireError: if that is not possible, or shared memory is switched off.
         """
-        if access != "read" and asker.peer is not None and asker.here is not None:
-            user = await asyncio.to_thread(user_of, asker.peer, asker.here)
+        if access != "read" and client.peer is not None and client.here is not None:
+            user = await asyncio.to_thread(user_of, client.peer, client.here)
             if user not in (None, os.geteuid()):
                 if access == "write":
-                    who = "the client runs under another user than the server"
-                    raise WireError("will not write into shared memory for others", who, "", status=403)
+                    why = "the client runs under another user than the server"
+                    raise WireError("cannot write into shared memory for this client", why, "", status=403)
                 access = "read"
-        await done(self._do, Register(name, key, offset, byte_size, access or "write"))
+        await executed(self._execute, Register(name, key, offset, byte_size, access or "write"))
 
     def region_status(self, name: str | None) -> list[dict[str, Any]]:
         """The regions that clients have registered; none where shared memory is switched off."""
@@ -249,38 +251,40 @@ class Control:
         return [] if self._regions is None else self._regions.status(name)
 
     async def unregister(self, name: str | None) -> None:
-        """Forget a region, or with None all. One that is not there is forgotten."""
+        """Remove a region, or with None all. An unknown name is no error."""
         if self._regions is not None:
-            await done(self._do, Unregister(name))
+            await executed(self._execute, Unregister(name))
 
     def refuse_cuda(self) -> None:
-        """There is no CUDA memory here.
+        """CUDA memory is not supported.
 
         Raises:
             WireError: always.
         """
-        raise WireError("this server opens no CUDA memory", "it runs on the CPU", "send the tensors", status=501)
+        raise WireError(
+            "this server does not support CUDA memory", "it runs on the CPU", "send the tensors", status=501
+        )
 
-    def tracing(self, asked: Mapping[str, Any], model: str = "") -> dict[str, Any]:
-        """The settings of tracing, made at the start; asking for anything else is an error."""
+    def tracing(self, changes: Mapping[str, Any], model: str = "") -> dict[str, Any]:
+        """The settings of tracing, which are fixed at the start; any other value in `changes` is an error."""
         if model:
             self._known(model)
-        if asked:
+        if changes:
             self._permit("setting what is traced")
-        return _fixed("tracing", self._tracing, asked)
+        return _fixed("tracing", self._tracing, changes)
 
-    async def logging(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of logging, of which the level can be changed; asking for anything else is an error."""
-        if asked:
+    async def logging(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of logging, of which only the level can be changed; any other change is an error."""
+        if changes:
             self._permit("setting what is logged")
-            _fixed("logging", _LOG_FIXED, {name: value for name, value in asked.items() if name not in _log_shown()})
-            await done(self._do, Log(_log_level(asked)))
+            _fixed("logging", _LOG_FIXED, {name: value for name, value in changes.items() if name not in _log_shown()})
+            await executed(self._execute, Log(_log_level(changes)))
         return _LOG_FIXED | _log_shown()
 
     def _permit(self, what: str) -> None:
         if not self._admin:
-            port = "another port of this server takes it" if self._settings.get("admin_address") else ""
-            raise WireError(f"{what} is switched off here", port, status=403)
+            port = "use the administration port of this server" if self._settings.get("admin_address") else ""
+            raise WireError(f"{what} is switched off on this port", port, status=403)
 
     def _known(self, name: str) -> None:
         if name != self._repository.name:
@@ -297,7 +301,7 @@ class Control:
             raise WireError(
                 f"there is no version {version[:40]!r} of the model {name}",
                 f"version {loaded.version} is served",
-                "leave the version out",
+                "omit the version",
                 status=404,
             )
         return loaded
@@ -317,33 +321,35 @@ def _log_shown() -> dict[str, Any]:
     }
 
 
-def _log_level(asked: Mapping[str, Any]) -> LogLevel:
-    """The level that these switches make of the one in force.
+def _log_level(changes: Mapping[str, Any]) -> LogLevel:
+    """The level that results from switching levels on and off.
 
-    One that is switched on takes the more serious along, one that is switched off the less serious.
+    Switching a level on includes the more serious ones, switching it off the less serious ones.
 
     Raises:
-        WireError: if they contradict each other, or are no switches.
+        WireError: if the switches contradict each other, or have another type.
     """
     usual = {"log_verbose_level": 0, "log_info": True, "log_warning": True, "log_error": True}
     levels: tuple[LogLevel, ...] = ("debug", "info", "warning", "error", "critical")
     on, off = len(levels), -1
     for position, (name, default) in enumerate(usual.items()):
-        value = default if asked.get(name) is None else asked[name]
+        value = default if changes.get(name) is None else changes[name]
         if type(value) is not type(default):
             raise WireError(f"{name} cannot be {str(value)[:100]!r}", f"it is a {type(default).__name__}")
-        if name in asked and value:
+        if name in changes and value:
             on = min(on, position)
-        elif name in asked:
+        elif name in changes:
             off = max(off, position)
     if on < off:
-        raise WireError("cannot log what is less serious without what is more serious", "", "switch both on or off")
+        raise WireError("a level cannot be logged without the more serious levels", "", "switch both on or off")
     return levels[min(on, max(off + 1, [level.upper() for level in levels].index(logging.getLevelName(log.level()))))]
 
 
-def _fixed(what: str, settings: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in asked.items():
-        # None asks for the default, which is all there is.
+def _fixed(what: str, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in changes.items():
+        # None means the default, which is in force.
         if value is not None and value != settings.get(name):
-            raise WireError(f"cannot set {name[:100]} to {str(value)[:100]}", f"{what} is fixed here", status=501)
+            raise WireError(
+                f"cannot set {name[:100]} to {str(value)[:100]}", f"the settings of {what} are fixed", status=501
+            )
     return dict(settings)

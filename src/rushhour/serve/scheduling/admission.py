@@ -1,7 +1,7 @@
-"""Will this request be answered in time? Asked at its arrival: what cannot be is turned away at once.
+"""Predicts on arrival whether a request would meet its deadline; if not, it is shed at once.
 
-Turning away early keeps the promise to those who are let in, and tells the others while there is still time to go
-elsewhere. Pure: a profile of the engine and the state of the queue in, a time out.
+Early shedding keeps the latency of admitted requests, and lets other clients retry elsewhere in time. Pure functions of
+a profile of the engine and the state of the queue.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from collections.abc import Sequence
 from rushhour.measurement import ServiceTimes
 
 _REPLAYED = 16
-"""Batches of the queue's end that are replayed one by one."""
+"""Batches at the queue's end that are simulated one by one."""
 _MEMORY = 0.02
-"""Weight of the newest batch in the profile: about the last 50 batches decide."""
-_DOUBTED = 0.5
-"""The same for the first batch after the profile has come into doubt; it falls as in a mean over the batches since."""
+"""Weight of the newest batch in the profile: about the last 50 batches count."""
+_DISTRUSTED = 0.5
+"""The same for the first batch after `distrust`; it decreases as in a mean over the batches since."""
 _NEWEST = 0.1
-"""Weight of the newest batch in what is usual."""
+"""Weight of the newest batch in moving averages."""
 _CAUTION = 3.0
-"""Mean deviations of what was mispredicted that are expected on top of its mean; of normal errors 1 in 120 is larger.
-What is lost by it is the end of the queue, not throughput."""
+"""Mean deviations added to the mean prediction error; of normal errors 1 in 120 is larger. It shortens the queue, but
+does not reduce throughput."""
 _ANCHOR = 0.1
-"""Weight of the start's times against that of the recent batches together."""
+"""Weight of the times of the start, relative to the recent batches together."""
 
 
 class Profile:
-    """How long a batch of n samples takes: `a + b n` seconds, fitted at the start and kept fresh by every batch.
+    """How long a batch of n samples takes: `a + b n` seconds, fitted at the start and updated by every batch.
 
-    Exponentially weighted least squares: old batches fade, so the profile follows a machine that gets slower. The
-    times of the start stay in it, scaled to the speed of now and with a small weight: a long run of equal batches
-    says nothing of the others, and the line's slope must come from somewhere.
+    Exponentially weighted least squares: the weight of old batches decays, so the profile follows a machine that gets
+    slower. The times of the start keep a small weight, scaled to the current speed: batches of one size alone do not
+    determine the slope.
 
     Args:
         times: measured before the first request, all streams busy.
-        is_sure: whether nothing else computed while they were measured; else they are in doubt.
+        is_sure: whether nothing else computed while they were measured; else the profile is distrusted.
 
     Attributes:
         times: the same.
@@ -43,22 +43,22 @@ class Profile:
 
     def __init__(self, times: ServiceTimes, *, is_sure: bool = True) -> None:
         self.times = times
-        self._weight = _MEMORY if is_sure else _DOUBTED
+        self._weight = _MEMORY if is_sure else _DISTRUSTED
         points = list(zip(times.batch_sizes, times.seconds, strict=True))
         self._start = [sum(column) / len(points) for column in zip(*(_moments(n, s) for n, s in points), strict=True)]
         self._start_a, self._start_b = _line(self._start)
         self._recent = list(self._start)
         self._took, self._expected = 1.0, 1.0
         self._a, self._b = self._start_a, self._start_b
-        self._uneven = 0.0
+        self._deviation = 0.0
 
     def seconds(self, rows: int) -> float:
         """Seconds that a batch of `rows` samples takes."""
         return self._a + self._b * rows
 
-    def seconds_at_worst(self, rows: int) -> float:
-        """Seconds that hardly a batch of `rows` samples exceeds, by how unevenly the last ones came."""
-        return self._a + self._b * rows + _CAUTION * self._uneven
+    def upper_seconds(self, rows: int) -> float:
+        """Upper bound for a batch of `rows` samples: the prediction plus three mean deviations."""
+        return self._a + self._b * rows + _CAUTION * self._deviation
 
     def rows_within(self, seconds: float) -> int:
         """The largest batch that takes no longer than `seconds`; 0 if none does."""
@@ -66,14 +66,14 @@ class Profile:
             return 0
         return int((seconds - self._a) / self._b + 1e-9)
 
-    def doubt(self) -> None:
-        """What is known comes from another time: the next batches say more than usual."""
-        self._weight = _DOUBTED
+    def distrust(self) -> None:
+        """The profile may be wrong: the next batches get more weight."""
+        self._weight = _DISTRUSTED
 
-    def learn(self, rows: int, seconds: float) -> None:
+    def update(self, rows: int, seconds: float) -> None:
         """A batch of `rows` samples has taken `seconds`."""
-        self._uneven += _NEWEST * (abs(seconds - self.seconds(rows)) - self._uneven)
-        # A hiccup of the machine is no property of the engine.
+        self._deviation += _NEWEST * (abs(seconds - self.seconds(rows)) - self._deviation)
+        # Outliers are capped at 4x the prediction.
         seconds = min(seconds, 4 * self.seconds(rows))
         expected = self._start_a + self._start_b * rows
         if self._took == self._expected == 1.0:
@@ -117,55 +117,54 @@ class Admission:
     def __init__(self, profile: Profile, max_batch: int) -> None:
         self._profile = profile
         self._max_batch = max_batch
-        self._usual = 0.0
-        self._late = 0.0
-        self._uneven = 0.0
+        self._mean_batch = 0.0
+        self._error = 0.0
+        self._deviation = 0.0
 
-    def saw(self, rows: int, expected_s: float, took_s: float) -> None:
+    def record(self, rows: int, expected_s: float, took_s: float) -> None:
         """A batch has ended.
 
         Args:
             rows: samples in it.
-            expected_s: what was predicted for its last request; 0 where nothing was.
-            took_s: what that request took.
+            expected_s: the predicted latency of its last request; 0 where none was predicted.
+            took_s: the latency of that request.
         """
-        self._usual += _NEWEST * (rows - self._usual)
+        self._mean_batch += _NEWEST * (rows - self._mean_batch)
         if expected_s:
-            wrong = took_s - expected_s - self._late
-            self._late += _NEWEST * wrong
-            self._uneven += _NEWEST * (abs(wrong) - self._uneven)
+            error = took_s - expected_s - self._error
+            self._error += _NEWEST * error
+            self._deviation += _NEWEST * (abs(error) - self._deviation)
         else:
-            # What was learned in a rush is forgotten after it: whoever is turned away for it cannot disprove it.
-            self._late *= 1 - _NEWEST
-            self._uneven *= 1 - _NEWEST
+            # Errors seen under overload decay after it: requests that are shed because of them cannot correct them.
+            self._error *= 1 - _NEWEST
+            self._deviation *= 1 - _NEWEST
 
     @property
-    def late_s(self) -> float:
-        """By how much to distrust a long prediction: what the profile cannot see, and how unevenly it comes.
+    def margin_s(self) -> float:
+        """Added to a long prediction: the mean of its errors plus three mean deviations, so that hardly 1% are late.
 
-        Mean and mean deviations, as TCP keeps them for its time-out (Jacobson, Congestion Avoidance and Control, 1988),
-        so that of those admitted hardly one in a hundred is late.
+        As TCP estimates its retransmission timeout (Jacobson, Congestion Avoidance and Control, 1988).
         """
-        return max(0.0, self._late + _CAUTION * self._uneven)
+        return max(0.0, self._error + _CAUTION * self._deviation)
 
     def finish(self, now: float, rows: int, waiting: int, busy_until: Sequence[float], streams: int) -> float:
-        """When the last of `rows` samples that come now would be answered, in seconds of the clock of `now`.
+        """When the last of `rows` samples that arrive now would be answered, on the clock of `now`.
 
         Args:
             now: the time.
             rows: of the request.
             waiting: samples before it in the queue.
-            busy_until: when each batch that runs now is expected to end, in any order.
+            busy_until: when each batch in flight is expected to end, in any order.
             streams: how many can run at once.
         """
         batches = -(-(waiting + rows) // self._max_batch)
         size = waiting + rows - (batches - 1) * self._max_batch
         if batches > 1 or len(busy_until) >= streams:
-            size = max(size, round(self._usual))  # while it waits, others join its batch
+            size = max(size, round(self._mean_batch))  # while it waits, others join its batch
         last = self._profile.seconds(size)
         if batches == 1:
             return (now if len(busy_until) < streams else max(now, min(busy_until))) + last
-        # A long queue keeps all streams busy: all but its end is work shared out evenly.
+        # A long queue keeps all streams busy: all but its end is divided evenly among them.
         full = self._profile.seconds(self._max_batch)
         free = [max(now, end) for end in busy_until] + [now] * (streams - len(busy_until))
         skipped = max(0, batches - _REPLAYED) // streams
@@ -176,5 +175,5 @@ class Admission:
         return free[0] + last
 
     def backlog_s(self, waiting: int, streams: int) -> float:
-        """Seconds until `waiting` samples are answered: after so long it is worth asking again."""
+        """Seconds until `waiting` samples are answered: clients should try again after that."""
         return -(-waiting // (self._max_batch * streams)) * self._profile.seconds(self._max_batch)

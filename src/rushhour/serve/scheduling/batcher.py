@@ -1,11 +1,11 @@
 """Which requests go into the next batch: pure decisions on a queue, a service-time profile and a clock, no I/O.
 
-The rule is "batch what waits when a stream is free": under load batches grow by themselves, because requests arrive
-while the streams are busy. What bounds a batch is its size, and the time that its first request has left: a batch that
-would make the head late is cut to what keeps it, if those behind can afford that. A request larger than a batch is
-split over several; its rows stay in order and come together again at the caller.
+When a stream is free, the waiting requests form a batch: under load batches grow by themselves, because requests arrive
+while the streams are busy. A batch is bounded by its size, and by the time that its first request (the head) has left:
+a batch that would make the head late is cut to what meets its deadline, if the requests behind still meet theirs. A
+request larger than a batch is split over several; its rows stay in order and the caller joins them.
 
-Under little load a batch of one wastes CPU. There, `leave_at` lets a batch wait for more samples: only where a larger
+Under light load a batch of one wastes CPU. There, `dispatch_at` lets a batch wait for more samples: only where a larger
 batch saves much, only requests that have a deadline, only for a small part of it, and only while more are expected
 (docs/decisions/0021).
 
@@ -26,30 +26,30 @@ from rushhour.measurement import BatchCost
 T = TypeVar("T")
 
 _NEAR_BEST = 1.25
-"""A batch is large enough once a sample costs at most so many times what it costs in the largest."""
+"""A batch is efficient if a sample costs at most so many times what it costs in the largest batch."""
 _REQUEST_S, _BATCH_S = 1e-4, 5e-5
-"""CPU seconds that a request and a batch cost beside the engine: sockets, parsing, the event loop's wake-ups. Where a
-batch of one costs no more than its request, the others are not waited for."""
+"""CPU seconds that a request and a batch cost beside the engine: sockets, parsing, the event loop's wake-ups. If a
+batch of one costs no more than its request, no batch waits."""
 _SHARE = 0.2
-"""Of the time that a request has left beyond two batches at their worst, so much may be spent on waiting for others."""
+"""Fraction of the time that a request has left, beyond two batches at their upper bound, that a batch may wait."""
 _BATCHES = 8.0
-"""No batch waits for longer than so many batches of the size it waits for take at the start: where they are quick, next
-to nothing. At a quarter of one stream's capacity a batch is filled in about four."""
+"""A batch waits for no longer than so many batches of its target size take, as measured at the start. At a quarter of
+one stream's capacity a batch is filled in about four."""
 _BUSY = 0.5
-"""Of what the streams can compute in large batches: with more to do than that, no batch waits."""
-_NEWEST, _FADING = 0.1, 0.02
-"""Weight of the newest gap between two arrivals, and of the newest count of requests under way."""
+"""Utilisation of the streams, in large batches, above which no batch waits."""
+_NEWEST, _DECAY = 0.1, 0.02
+"""Weight of the newest gap between two arrivals, and of the newest count of requests in flight."""
 
 
 class Times(Protocol):
-    """What the batcher must know of the engine."""
+    """The service times of the engine."""
 
     def seconds(self, rows: int) -> float:
         """Seconds that a batch of `rows` samples takes."""
         ...
 
-    def seconds_at_worst(self, rows: int) -> float:
-        """Seconds that hardly a batch of `rows` samples exceeds."""
+    def upper_seconds(self, rows: int) -> float:
+        """Upper bound of the seconds that a batch of `rows` samples takes."""
         ...
 
     def rows_within(self, seconds: float) -> int:
@@ -61,12 +61,12 @@ class Ticket(Generic[T]):
     """A request in the queue.
 
     Attributes:
-        item: what the caller handed in.
+        item: of the caller.
         rows: its samples.
         arrived: when, in seconds of the batcher's clock.
-        deadline: when its answer must be there, on the same clock; infinite where nobody said.
-        taken: of its samples, how many are in batches already.
-        cancelled: nobody waits for it any more.
+        deadline: when it must be answered, on the same clock; infinite where there is none.
+        taken: how many of its samples are in batches already.
+        cancelled: its answer is not needed any more.
     """
 
     __slots__ = ("arrived", "cancelled", "deadline", "item", "priority", "rows", "taken")
@@ -93,23 +93,23 @@ class Part(Generic[T]):
 
 
 class Batcher(Generic[T]):
-    """A bounded queue, first come first served within a priority, that gives out batches.
+    """A bounded queue, first come first served within a priority, that forms batches.
 
     Args:
         max_batch: samples in one batch, at most.
         queue_bound: samples that may wait, at most.
         times: how long batches take.
-        clock: where arrival times are read.
-        cost: CPU time of batches; None where none is to wait for more samples.
+        clock: for arrival times.
+        cost: CPU time of batches; None where no batch waits for more samples.
         streams: batches that run at the same time.
-        grace: how long after its deadline a request is still worth computing, as a share of its time until then.
+        grace: how long after its deadline a request is still computed, as a fraction of its time limit.
 
     Attributes:
-        waiting: samples in the queue, and those that room is kept for.
-        under_way: requests in the queue or in batches that have not ended.
-        enough: samples that a batch waits for, at most; 1 where none waits.
-        late: requests that `take` left out, because their time was over before they came to a batch. Whoever takes
-            batches answers them, and empties it.
+        waiting: samples in the queue, and those that room is reserved for.
+        in_flight: requests in the queue or in batches that have not ended.
+        target_batch: samples that a batch waits for, at most; 1 where none waits.
+        late: requests that `take` left out, because their deadline passed before they joined a batch. The caller of
+            `take` answers them, and empties it.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ class Batcher(Generic[T]):
         self._order: list[int] = []
         self._streams = streams
         self._grace = grace
-        self.enough = 1 if cost is None else large_enough(max_batch, cost)
-        self._longest_s = _BATCHES * times.seconds(self.enough)
-        self._patience_ends = math.inf
-        self.under_way = 0
-        self._crowd = 1.0
+        self.target_batch = 1 if cost is None else efficient_batch(max_batch, cost)
+        self._longest_s = _BATCHES * times.seconds(self.target_batch)
+        self._wait_ends = math.inf
+        self.in_flight = 0
+        self._usual_in_flight = 1.0
         self._last = clock.now()
         self._gap = 1.0
 
     def waiting_before(self, priority: int) -> int:
-        """Samples that a request of this priority would wait for: all of its own and of higher priorities."""
+        """Samples before a request of this priority: all of its own and of higher priorities."""
         if not self._order or self._order[-1] <= priority:
             return self.waiting
         return sum(
@@ -164,12 +164,12 @@ class Batcher(Generic[T]):
     def offer(self, item: T, rows: int, *, deadline: float = math.inf, priority: int = 0) -> Ticket[T] | None:
         """Queue a request of `rows` samples; None where the queue is full and the request must be shed.
 
-        A request larger than the whole queue is taken when nothing waits, so that no size is refused for ever.
+        A request larger than the whole queue is taken when nothing waits, so that no size is shed for ever.
 
         Args:
-            item: handed back with the ticket.
+            item: of the caller; kept in the ticket.
             rows: its samples.
-            deadline: when its answer must be there, in seconds of the batcher's clock.
+            deadline: when it must be answered, in seconds of the batcher's clock.
             priority: lower numbers are taken first.
         """
         if self.full(rows):
@@ -181,69 +181,70 @@ class Batcher(Generic[T]):
             self._order = sorted(self._queues)
         queue.append(ticket)
         self.waiting += rows
-        self.under_way += 1
-        if self.enough > 1:
-            self._notice(ticket)
+        self.in_flight += 1
+        if self.target_batch > 1:
+            self._record_arrival(ticket)
         return ticket
 
-    def _notice(self, ticket: Ticket[T]) -> None:
-        """What this arrival tells of the next ones, and until when it may wait for them."""
+    def _record_arrival(self, ticket: Ticket[T]) -> None:
+        """Update the averages of arrivals, and until when the next batch may wait."""
         now = ticket.arrived
         self._gap += _NEWEST * (now - self._last - self._gap)
         self._last = now
-        self._crowd = max(self.under_way, self._crowd + _FADING * (self.under_way - self._crowd))
-        self._patience_ends = min(self._patience_ends, now + self.patience_s(ticket.deadline - now))
+        usual = self._usual_in_flight
+        self._usual_in_flight = max(self.in_flight, usual + _DECAY * (self.in_flight - usual))
+        self._wait_ends = min(self._wait_ends, now + self.max_wait_s(ticket.deadline - now))
 
-    def patience_s(self, within_s: float) -> float:
-        """Seconds for which a request waits for more samples, at most, that is to be answered `within_s`."""
-        if self.enough == 1 or within_s == math.inf:
+    def max_wait_s(self, within_s: float) -> float:
+        """How long a request with a time limit of `within_s` may wait for more samples, in seconds."""
+        if self.target_batch == 1 or within_s == math.inf:
             return 0.0
-        worst_s = self._times.seconds_at_worst(self.enough)
-        return max(0.0, min(_SHARE * (within_s - 2 * worst_s), self._longest_s))
+        upper_s = self._times.upper_seconds(self.target_batch)
+        return max(0.0, min(_SHARE * (within_s - 2 * upper_s), self._longest_s))
 
-    def leave_at(self) -> float:
-        """When the next batch should be taken, if nothing comes before that; in the past for at once.
+    def dispatch_at(self) -> float:
+        """When the next batch should be taken, if nothing arrives before; in the past for at once.
 
-        At once if so many samples wait that more would save little, or if the streams have much to do, for then batches
-        grow by themselves. Also if as many requests are under way as usually at most: users who ask again only when
-        they are answered would wait in vain. Else as long as the request with the least time allows, if the next one
-        is expected within that: who is alone does not wait.
+        At once if so many samples wait that more would save little, or if the streams are busy, for then batches grow
+        by themselves. Also if as many requests are in flight as usual at most: in a closed loop, no client would send
+        another one. Else as long as the request with the least time left allows, if the next arrival is expected
+        within that: a single request does not wait.
         """
-        if self._patience_ends == math.inf or self.under_way > self._crowd - 0.5:
+        if self._wait_ends == math.inf or self.in_flight > self._usual_in_flight - 0.5:
             return -math.inf
-        batch_s, every_s = self._times.seconds(self.enough), self.enough * self._gap
-        if self.waiting >= self.enough or batch_s > _BUSY * self._streams * every_s:
+        batch_s, every_s = self._times.seconds(self.target_batch), self.target_batch * self._gap
+        if self.waiting >= self.target_batch or batch_s > _BUSY * self._streams * every_s:
             return -math.inf
-        left_s = self._patience_ends - self._clock.now()
-        return self._patience_ends if left_s >= self._gap else -math.inf
+        left_s = self._wait_ends - self._clock.now()
+        return self._wait_ends if left_s >= self._gap else -math.inf
 
     def ended(self, parts: Sequence[Part[T]]) -> None:
         """A batch has been computed, or has failed."""
         last = parts[-1]
-        self.under_way -= len(parts) - (last.first + last.rows < last.ticket.rows)
+        self.in_flight -= len(parts) - (last.first + last.rows < last.ticket.rows)
 
     def reserve(self, rows: int) -> bool:
-        """Keep room for samples that are on their way: they count as waiting. False where the queue is full."""
+        """Reserve room for samples that are being decoded: they count as waiting. False where the queue is full."""
         if self.full(rows):
             return False
         self.waiting += rows
         return True
 
     def release(self, rows: int) -> None:
-        """Give back room that was kept: what was on its way is there, and offered next, or will not come."""
+        """Release reserved room: the samples are decoded, and offered next, or not needed any more."""
         self.waiting -= rows
 
     def cancel(self, ticket: Ticket[T]) -> None:
-        """Nobody waits for this request any more; what is not yet in a batch is dropped. May be called again."""
+        """Drop what is not yet in a batch of this request. Further calls have no effect."""
         if not ticket.cancelled:
             ticket.cancelled = True
             self.waiting -= ticket.rows - ticket.taken
-            self.under_way -= ticket.taken < ticket.rows
+            self.in_flight -= ticket.taken < ticket.rows
 
     def take(self) -> list[Part[T]]:
-        """The next batch: what waits, first come first, up to the bound and the head's time; empty if nothing waits.
+        """The next batch, in order of arrival, up to the batch bound and the head's deadline; empty if nothing waits.
 
-        A request that nobody waits for any more is not computed: it goes to `late`.
+        A request whose deadline has passed is not computed: it is moved to `late`.
         """
         parts: list[Part[T]] = []
         room, now = 0, self._clock.now()
@@ -270,15 +271,15 @@ class Batcher(Generic[T]):
                 self.waiting -= rows
                 if ticket.taken == ticket.rows:
                     queue.popleft()
-        self._patience_ends = math.inf
+        self._wait_ends = math.inf
         return parts
 
     def _is_over(self, ticket: Ticket[T], now: float) -> bool:
-        """Whether whoever sent it has stopped waiting: so late its answer is of no use."""
+        """Whether it is so late that its answer is of no use."""
         return now > ticket.deadline + self._grace * (ticket.deadline - ticket.arrived)
 
     def drain(self) -> list[Ticket[T]]:
-        """All that waits, none of which will be computed."""
+        """Empty the queue; returns the requests that waited."""
         left = [ticket for level in self._order for ticket in self._queues[level] if not ticket.cancelled]
         for ticket in left:
             self.cancel(ticket)
@@ -287,10 +288,10 @@ class Batcher(Generic[T]):
         return left
 
     def _room(self, queue: deque[Ticket[T]]) -> int:
-        """Samples in a batch that the head of `queue` leads: all there is room for, or fewer to keep it in time.
+        """Samples in a batch that begins with the head of `queue`: the bound, or fewer to meet the head's deadline.
 
-        A head that is late whatever is done does not bound its batch. Nor does one whose cut would make those behind
-        it late: under overload all heads have little time left, and small batches would carry less and less.
+        A head that is late in any case does not bound its batch. Nor does one whose bound would make the requests
+        behind it late: under overload all heads have little time left, and small batches would reduce throughput.
         """
         head = queue[0]
         if head.deadline == math.inf:
@@ -310,10 +311,10 @@ class Batcher(Generic[T]):
         return fits
 
 
-def large_enough(max_batch: int, cost: BatchCost) -> int:
-    """The fewest samples with which one costs hardly more CPU time than in the largest batch; 1 where all cost little.
+def efficient_batch(max_batch: int, cost: BatchCost) -> int:
+    """The smallest batch in which a sample costs at most 1.25 times its CPU time in the largest batch.
 
-    A sample of n costs `a / n + b`, with what request and batch cost beside the engine.
+    A sample of n costs `a / n + b`, including what request and batch cost beside the engine; 1 where that is little.
     """
     if cost.batch_s + cost.sample_s <= _REQUEST_S:
         return 1

@@ -1,6 +1,6 @@
-"""Encoded pictures become samples on threads of their own, while the engine computes those that came before.
+"""Encoded pictures are decoded on threads, while the engine computes earlier requests.
 
-Pillow decodes without the GIL, so the threads really run side by side, and the loop goes on.
+Pillow decodes without the GIL, so the threads run in parallel, and the event loop goes on.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from rushhour.wire.pieces import rest
 FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG_MAGIC, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 _COUNTED_BYTES = 2**20
-"""In one go."""
+"""Searched for scans in one go."""
 _MAX_SCANS = 64
 """Of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and next to no bytes."""
 _MEMORY = 0.05
 """Weight of the newest request in the speed of decoding."""
 
 Done = Callable[[memoryview | WireError], None]
-"""Called once, on the loop: the samples' raw rows, or what is wrong with a picture."""
+"""Called once, on the event loop: the samples' raw rows, or the error in a picture."""
 
 
 class PictureSettings(msgspec.Struct, frozen=True):
@@ -47,13 +47,13 @@ class PictureSettings(msgspec.Struct, frozen=True):
 
 
 class Decoder:
-    """Decodes for one model. Made and closed on any thread, used on the loop's.
+    """Decodes pictures for one model. Created and closed on any thread, used on the event loop's.
 
     Args:
         spec: of the samples: uint8 `(height, width, channels)`.
         max_pixels: of one picture; each thread needs 4 bytes for each.
         threads: that decode.
-        decoding: how the bundle's pictures were decoded in training; as is usual by default.
+        decoding: how the bundle's pictures were decoded in training.
     """
 
     def __init__(self, spec: TensorSpec, *, max_pixels: int, threads: int, decoding: Decoded | None = None) -> None:
@@ -62,13 +62,13 @@ class Decoder:
         self._shape = spec.shape
         self._pool = ThreadPoolExecutor(threads, "rushhour-decode")
         self._backlog = 0
-        # Pillow warns of odd pictures, in words that the sender chooses and Python remembers for ever.
+        # Pillow's warnings contain text from the picture, and Python keeps each of them for ever.
         warnings.filterwarnings("ignore", module=r"PIL\b")
         self._bytes: float
         self._bytes, self._seconds = self._warm_up()
 
     def seconds(self, request: PictureRequest) -> float:
-        """Seconds until a request that comes now would be decoded."""
+        """Seconds until a request that arrives now would be decoded."""
         at_once = min(self.settings.threads, request.rows)
         size = sum(map(len, request.pictures))
         return self._seconds / self._bytes * (self._backlog / self.settings.threads + size / at_once)
@@ -85,7 +85,7 @@ class Decoder:
         return decoding
 
     def close(self) -> None:
-        """End the threads when they have done what they are doing."""
+        """End the threads when they have finished the current pictures."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def decode(self, content: bytes, into: np.ndarray) -> None:
@@ -95,18 +95,18 @@ class Decoder:
             DataError: if it is damaged, too large, or of another format.
         """
         if content.startswith(_JPEG_MAGIC) and _scans(content) > _MAX_SCANS:
-            raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "leave it out")
+            raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "use fewer scans")
         how = self._decoding
         seen = decode(io.BytesIO(content), into, max_pixels=self.settings.max_pixels, formats=FORMATS, decoding=how)
         if seen.deep > how.deep:
             raise DataError(
                 "the picture cannot be read",
-                f"its grey goes up to {seen.deep}, and white is {how.deep} for this model",
-                "send what it was trained on",
+                f"its grey values go up to {seen.deep}, and the model expects up to {how.deep}",
+                "send pictures of the depth that it was trained on",
             )
 
     def _warm_up(self) -> tuple[int, float]:
-        """Load the codecs, which the first caller must not wait for; the bytes of a picture, and its seconds."""
+        """Load the picture codecs before the first request; returns the bytes of a picture and its seconds."""
         side = min(224, math.isqrt(self.settings.max_pixels))
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
         size, seconds = 0, 0.0
@@ -120,14 +120,14 @@ class Decoder:
         return size, seconds
 
     def _took(self, size: int, seconds: float) -> None:
-        # One picture that is a thousand times slower than its size lets expect must not have all others turned away.
+        # Outliers are capped at 4x the prediction: one very slow picture must not cause all others to be shed.
         seconds = min(seconds, 4 * size * self._seconds / self._bytes)
         self._bytes += _MEMORY * (size - self._bytes)
         self._seconds += _MEMORY * (seconds - self._seconds)
 
 
 def _scans(content: bytes) -> int:
-    """Where scans of a JPEG seem to begin."""
+    """The number of places where a scan of a JPEG may begin."""
     found = 0
     for at in range(0, len(content), _COUNTED_BYTES):
         if at:
@@ -153,14 +153,14 @@ class Decoding:
         decoder._backlog += self._size
 
     def cancel(self) -> None:
-        """Nobody waits for it: what has not begun is left out, and `done` is not called. May be called again."""
+        """Skip what has not begun, and do not call `done`. Further calls have no effect."""
         if self._done is not None:
             self._done = None
             self._decoder._backlog -= self._size
-            self._pictures = ()  # a thread that is just about to take one finds none, and that is told to nobody
+            self._pictures = ()  # a thread that is about to take one finds none, and its error is dropped
 
     def decode(self, index: int) -> None:
-        """Decode one picture, unless it does not matter any more; on a thread."""
+        """Decode one picture, unless it is not needed any more; on a thread."""
         began = time.perf_counter()
         error = None
         if self._done is not None and self._error is None:
@@ -168,7 +168,7 @@ class Decoding:
                 self._decoder.decode(content_of(self._pictures[index]), self._samples[index])
             except DataError as wrong:
                 which = f"picture {index + 1} of {len(self._pictures)}"
-                error = WireError(f"{which} cannot be read", wrong.why, f"send {', '.join(FORMATS)}, whole")
+                error = WireError(f"{which} cannot be read", wrong.why, f"send complete files in {', '.join(FORMATS)}")
             except WireError as wrong:
                 error = wrong
             except Exception as wrong:

@@ -1,6 +1,6 @@
-"""How fast the host is, told by the server's own batches: how long they took, against the profile of the start.
+"""The host's speed: the durations of the server's own batches, relative to the profile of the start.
 
-A neighbour on the same core slows computing, and neither steal nor late wake-ups show it. The batches do.
+Another process on the same core slows computing, and neither steal time nor late wake-ups show it. The batches do.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from rushhour.measurement import ServiceTimes
 
 INTERVAL_S = 0.1
 _KEPT = 3000
-"""Parts with a batch: five minutes, where no part is without one."""
+"""Intervals with a batch: five minutes, if every interval has one."""
 _RECENT = 100
-"""So many of them are the speed of now."""
+"""So many of them are the current speed."""
 
 
 class Speeds(msgspec.Struct):
-    """What batches were to take and what they took, in parts of 100 ms.
+    """The expected and the measured times of batches, in intervals of 100 ms.
 
     Attributes:
-        now: when this was told, in seconds of the machine's monotonic clock, which all cells share.
-        parts: number of the part (0 began at that clock's zero) -> seconds expected and seconds taken of the batches
-            that ended in it, ascending. Parts without a batch are left out.
+        now: the time, in seconds of the machine's monotonic clock, which all worker processes share.
+        parts: number of the interval (0 began at that clock's zero) -> seconds expected and seconds taken of the
+            batches that ended in it, ascending. Intervals without a batch are left out.
     """
 
     now: float
     parts: dict[int, tuple[float, float]] = {}
 
     def shown(self) -> dict[str, Any]:
-        """As clients read it, the newest part last; `age_s` is counted from the middle of a part."""
+        """For clients, the newest interval last; `age_s` is counted from the middle of an interval."""
         return {
             "interval_s": INTERVAL_S,
             "age_s": [round(max(0.0, self.now - (part + 0.5) * INTERVAL_S), 3) for part in self.parts],
@@ -44,26 +44,26 @@ class Speeds(msgspec.Struct):
         }
 
 
-def summed(told: Iterable[Speeds]) -> Speeds:
-    """Those of several cells together.
+def sum_speeds(each: Iterable[Speeds]) -> Speeds:
+    """The speeds of several worker processes together.
 
     Args:
-        told: at least one.
+        each: at least one.
     """
-    told = list(told)
+    each = list(each)
     parts: dict[int, tuple[float, float]] = {}
-    for number in sorted({number for speeds in told for number in speeds.parts}):
-        pairs = [speeds.parts[number] for speeds in told if number in speeds.parts]
+    for number in sorted({number for speeds in each for number in speeds.parts}):
+        pairs = [speeds.parts[number] for speeds in each if number in speeds.parts]
         parts[number] = (sum(expected for expected, _ in pairs), sum(took for _, took in pairs))
-    return Speeds(max(speeds.now for speeds in told), parts)
+    return Speeds(max(speeds.now for speeds in each), parts)
 
 
-class Speedometer:
-    """Adds up what batches take and what they were to take.
+class HostSpeed:
+    """Adds up the expected and the measured times of batches.
 
     Args:
-        times: of the engine before the first request, all streams busy. Unlike admission's profile they stay as they
-            are: what follows the host cannot tell how far it went.
+        times: of the engine before the first request, all streams busy. Unlike admission's profile they are not
+            updated: a reference that follows the host cannot show by how much it changed.
     """
 
     def __init__(self, times: ServiceTimes) -> None:
@@ -73,29 +73,29 @@ class Speedometer:
         self._expected_s = 0.0
         self._took_s = 0.0
 
-    def saw(self, rows: int, ended: float, took_s: float) -> None:
+    def record(self, rows: int, ended: float, took_s: float) -> None:
         """A batch of `rows` samples has ended, at `ended` on the clock, after `took_s`."""
         part = int(ended / INTERVAL_S)
-        if part > self._part:  # streams may tell of neighbouring parts in turns
+        if part > self._part:  # streams may alternate between neighbouring intervals
             self._keep()
             self._part, self._expected_s, self._took_s = part, 0.0, 0.0
         self._expected_s += self._profile.seconds(rows)
         self._took_s += took_s
 
-    def told(self, now: float) -> Speeds:
-        """All that is kept, for `now` on the clock."""
+    def speeds(self, now: float) -> Speeds:
+        """All intervals that are kept, at `now` on the clock."""
         self._keep()
         return Speeds(now, {part: (expected_s, took_s) for part, expected_s, took_s in self._parts})
 
     def recent(self) -> float | None:
-        """The speed in the last 100 parts with a batch, 1 as at the start; None before the first."""
+        """The speed over the last 100 intervals with a batch, 1 as at the start; None before the first."""
         self._keep()
         pairs = list(islice(reversed(self._parts), _RECENT))
         took_s = sum(took for _, _, took in pairs)
         return sum(expected for _, expected, _ in pairs) / took_s if took_s > 0 else None
 
     def _keep(self) -> None:
-        """Put the part under way where it is kept, in place of what was kept of it before."""
+        """Store the current interval, in place of what was stored of it before."""
         if self._took_s > 0:
             if self._parts and self._parts[-1][0] == self._part:
                 self._parts.pop()

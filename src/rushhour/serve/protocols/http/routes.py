@@ -1,4 +1,4 @@
-"""The paths of everything over HTTP that is not inference, and what lies behind them."""
+"""The HTTP paths other than inference, and what answers them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from urllib.parse import unquote
 import msgspec
 
 from rushhour.errors import WireError
-from rushhour.serve.protocols import openapi
+from rushhour.serve.access.origin import Client, OriginCheck
+from rushhour.serve.memory.shared_memory import Access
 from rushhour.serve.protocols.control import Control
-from rushhour.serve.protocols.limits import Asker, KnownAs
-from rushhour.serve.protocols.shared_memory import Access
+from rushhour.serve.protocols.http import openapi
 
 Answer = tuple[int, bytes] | tuple[int, bytes, bytes] | tuple[int, bytes, bytes, bytes]
 """A status, a body, its content type where that is not JSON, and further fields of the header, with their line ends."""
 
 Handler = Callable[[bytes], Any]
-"""Takes the request's body; gives what is to be answered as JSON, or that as a whole `Answer` where its
-status is not 200, or an awaitable of either."""
+"""Called with the request's body; returns what is answered as JSON, or an `Answer` where the status is not 200, or an
+awaitable of either."""
 
 Refused = Callable[[bytes, int], None]
-"""Told of each answer with an error: the path and the status."""
+"""Called for each answer with an error: the path and the status."""
 
 JSON = b"application/json"
 MAX_BODY_BYTES = 64 * 2**10
-"""Of a request that is no inference: it is parsed on the event loop."""
+"""Of a request other than inference: it is parsed on the event loop."""
 _OF_THE_SERVER = ("GET", "HEAD", "POST", "OPTIONS")
 
 
@@ -34,9 +34,9 @@ class Routes:
     """Answers control requests over HTTP.
 
     Args:
-        control: what knows the answers.
-        infers: whether inference is taken here.
-        refused: told of errors.
+        control: computes the answers.
+        infers: whether this port answers inference requests.
+        refused: called for each error.
     """
 
     def __init__(self, control: Control, *, infers: bool = True, refused: Refused = lambda path, status: None) -> None:
@@ -50,34 +50,34 @@ class Routes:
         path: bytes,
         body: bytes,
         accept: bytes = b"",
-        asker: Asker = Asker(),  # noqa: B008 - frozen
-        known_as: KnownAs | None = None,
+        client: Client = Client(),  # noqa: B008 - frozen
+        origins: OriginCheck | None = None,
     ) -> Answer | Awaitable[Answer]:
         """The answer to a request; awaitable where it takes time.
 
         Args:
-            known_as: holds who asks for a change against the names of the server; None where keys do that.
+            origins: checks where requests for changes come from; None where API keys are required.
         """
-        shown, asked = path.decode("latin-1"), method.decode("latin-1")
+        shown, verb = path.decode("latin-1"), method.decode("latin-1")
         try:
-            if path == b"*" and asked == "OPTIONS":
+            if path == b"*" and verb == "OPTIONS":
                 return _options(_OF_THE_SERVER)
             segments = [unquote(segment) for segment in shown.strip("/").split("/")]
-            handlers = self._at(segments, accept.decode("latin-1"), asker)
+            handlers = self._handlers(segments, accept.decode("latin-1"), client)
             if handlers is None:
                 name = self._control.index()[0]["name"]
-                raise WireError(f"there is nothing at {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
-            if asked == "HEAD":
-                asked = "GET"  # whoever sends the answer leaves its body out
-            if asked not in handlers:
+                raise WireError(f"there is no path {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
+            if verb == "HEAD":
+                verb = "GET"  # the connection leaves the body out
+            if verb not in handlers:
                 taken = (*handlers, *(("HEAD",) if "GET" in handlers else ()), "OPTIONS")
-                if asked == "OPTIONS":
+                if verb == "OPTIONS":
                     return _options(taken)
                 self._refused(path, 405)
                 return not_allowed(method, taken)
-            if known_as is not None and asked == "POST" and not _only_asks(segments):
-                known_as.check(asker)
-            answer = handlers[asked](body)
+            if origins is not None and verb == "POST" and not _only_reads(segments):
+                origins.check(client)
+            answer = handlers[verb](body)
         except WireError as error:
             return self._error(path, error)
         return self._later(path, answer) if isinstance(answer, Awaitable) else _json(answer)
@@ -92,11 +92,11 @@ class Routes:
         self._refused(path, error.status)
         return error.status, msgspec.json.encode({"error": str(error)})
 
-    def _at(self, path: list[str], accept: str, asker: Asker) -> dict[str, Handler] | None:
-        """Method -> what answers it at this path; None where there is nothing."""
+    def _handlers(self, path: list[str], accept: str, client: Client) -> dict[str, Handler] | None:
+        """Method -> handler at this path; None if there is no such path."""
         control = self._control
         if "" in path:
-            return None  # a name or version that is empty is none, and not any
+            return None  # an empty name or version does not mean any
         match path:
             case ["v2"]:
                 return {"GET": lambda body: control.server()}
@@ -123,7 +123,7 @@ class Routes:
             case ["v2", "systemsharedmemory", "region", name, "status"]:
                 return {"GET": lambda body: control.region_status(name)}
             case ["v2", "systemsharedmemory", "region", name, "register"]:
-                return {"POST": lambda body: self._register(name, body, asker)}
+                return {"POST": lambda body: self._register(name, body, client)}
             case ["v2", "systemsharedmemory", "region", name, "unregister"]:
                 return {"POST": lambda body: control.unregister(name)}
             case ["v2", "cudasharedmemory", *rest]:
@@ -165,14 +165,14 @@ class Routes:
         return None
 
     def _not_inferred(self, name: str, version: str) -> None:
-        """What is served is answered before it comes here: say why this is not."""
+        """Say why this is not the path of the served model, which is answered before it comes here."""
         self._control.metadata(name, version)
         if not self._infers:
-            raise WireError("this is the port for administration", "", "send requests to the other", status=404)
-        raise WireError("there is nothing at this path", "", f"use v2/models/{name}/infer", status=404)
+            raise WireError("this port is for administration only", "", "send requests to the other port", status=404)
+        raise WireError("there is no such path", "", f"use v2/models/{name}/infer", status=404)
 
     def _cuda(self, rest: list[str]) -> dict[str, Handler] | None:
-        """Of CUDA memory nothing is registered, and nothing can be; clients unregister all the same."""
+        """CUDA memory cannot be registered; unregistering succeeds, because clients always do it."""
         match rest:
             case ["status"] | ["region", _, "status"]:
                 return {"GET": lambda body: []}
@@ -184,7 +184,7 @@ class Routes:
 
     def _model_ready(self, name: str, version: str) -> Any:
         if not self._control.model_ready(name, version):
-            self._control.metadata(name, version)  # says what is wrong with the name, if that is wrong
+            self._control.metadata(name, version)  # raises if the name or version is wrong
             return _ready(False)
         return _ready(True)
 
@@ -200,14 +200,14 @@ class Routes:
         content_type, text = await self._control.metrics(accept)
         return 200, text, content_type.encode()
 
-    def _register(self, name: str, body: bytes, asker: Asker) -> Awaitable[None]:
+    def _register(self, name: str, body: bytes, client: Client) -> Awaitable[None]:
         try:
             region = msgspec.convert(_parsed(body), _Region)
         except msgspec.ValidationError as error:
             raise WireError(
                 f"cannot register the region {name[:100]!r}", str(error), "send key, byte_size and offset"
             ) from error
-        return self._control.register(name, region.key, region.offset or 0, region.byte_size, region.access, asker)
+        return self._control.register(name, region.key, region.offset or 0, region.byte_size, region.access, client)
 
 
 class _Region(msgspec.Struct):
@@ -217,7 +217,7 @@ class _Region(msgspec.Struct):
     access: Access | None = None
 
 
-def _only_asks(path: list[str]) -> bool:
+def _only_reads(path: list[str]) -> bool:
     """Whether a POST to this path changes nothing."""
     return path == ["v2", "repository", "index"] or path[-1] == "infer"
 
@@ -230,7 +230,8 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if not body:
         return {}
     if len(body) > MAX_BODY_BYTES:
-        raise WireError("the body is too large", f"here the limit is {MAX_BODY_BYTES} bytes", "send less", status=413)
+        limit = f"the limit of this path is {MAX_BODY_BYTES} bytes"
+        raise WireError("the body is too large", limit, "send less", status=413)
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -240,7 +241,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
 def _ready_only(body: bytes) -> bool:
     wanted = _parsed(body).get("ready")
     if wanted is not None and not isinstance(wanted, bool):
-        raise WireError("'ready' cannot be read", "it is true or false", "send one of them, or leave it out")
+        raise WireError("'ready' is not valid", "it is true or false", "send one of them, or omit it")
     return bool(wanted)
 
 
@@ -249,7 +250,7 @@ def _parameters(body: bytes) -> dict[str, Any]:
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise WireError("the parameters cannot be read", "they are no object", "send one, or leave them out")
+        raise WireError("the parameters are not valid", "they are not an object", "send an object, or omit them")
     return {name: value for name, value in parameters.items() if value is not None}
 
 
@@ -264,8 +265,8 @@ def _options(methods: Sequence[str]) -> Answer:
 
 
 def not_allowed(method: bytes, methods: Sequence[str]) -> Answer:
-    """The answer to a method that the path does not take."""
-    error = WireError(f"the method is {method.decode('latin-1')}", f"this path takes {', '.join(methods)}", "use that")
+    """The answer to a method that the path does not accept."""
+    error = WireError(f"the method is {method.decode('latin-1')}", f"this path accepts {', '.join(methods)}", "use one")
     return 405, msgspec.json.encode({"error": str(error)}), JSON, _allow(methods)
 
 

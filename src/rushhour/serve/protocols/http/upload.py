@@ -1,4 +1,4 @@
-"""The rest of a large request, read by the kernel straight to where its tensors are taken from."""
+"""The rest of a large request, received directly into the buffer that its tensors are views of."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _SCRATCH_BYTES = 64 * 2**10
 
 
 class Upload(asyncio.BufferedProtocol):
-    """Takes a transport over from its protocol until so many bytes are there, then gives it back.
+    """Replaces the protocol of a transport until a request is complete, then restores it.
 
-    A stream's usual way costs four copies: into the event loop's buffer, out of it, through the parser, and into one
-    piece. This one costs one, by the kernel.
+    The usual path costs four copies: into the event loop's buffer, out of it, through the parser, and into one piece.
+    This one costs one, by the kernel.
 
     Args:
         transport: of the connection.
-        usual: its protocol, which is told when the connection ends, and gets the transport back.
+        usual: its protocol, which is restored, and notified if the connection ends.
         first: what was read already.
-        size: of the whole, in bytes; more than is there already.
-        done: called once, with the whole.
+        size: of the request, in bytes; more than `first`.
+        done: called once, with the request.
     """
 
     def __init__(
@@ -35,34 +35,34 @@ class Upload(asyncio.BufferedProtocol):
         self._transport = transport
         self._usual = usual
         self._whole = np.empty(size, np.uint8).data
-        self._left = size - len(first)
+        self._unparsed = size - len(first)
         self._whole[: len(first)] = first
         self._done = done
         self._dropping = False
         transport.set_protocol(self)
 
     def drop(self) -> None:
-        """Nobody wants it any more: what is still to come is read, and not kept; `done` gets nothing then."""
+        """Read the rest without keeping it; `done` gets an empty view then."""
         self._dropping = True
-        self._whole = np.empty(min(self._left, _SCRATCH_BYTES), np.uint8).data
+        self._whole = np.empty(min(self._unparsed, _SCRATCH_BYTES), np.uint8).data
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go: never further than this request, the next one's stay in the socket."""
-        return self._whole[: self._left] if self._dropping else self._whole[-self._left :]
+        """The buffer for the next bytes, up to the end of this request: the next request stays in the socket."""
+        return self._whole[: self._unparsed] if self._dropping else self._whole[-self._unparsed :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So many have come."""
-        self._left -= nbytes
-        if not self._left:
+        """`nbytes` were received."""
+        self._unparsed -= nbytes
+        if not self._unparsed:
             self._transport.set_protocol(self._usual)
             self._done(self._whole[:0] if self._dropping else self._whole)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
+        """The client has disconnected."""
         self._usual.connection_lost(exc)
 
     def eof_received(self) -> bool | None:
-        """The client sends no more, and what it began is not whole."""
+        """The client sends no more, and its request is not complete."""
         return self._usual.eof_received()
 
     def pause_writing(self) -> None:
@@ -70,5 +70,5 @@ class Upload(asyncio.BufferedProtocol):
         self._usual.pause_writing()
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """The client reads its answers again."""
         self._usual.resume_writing()

@@ -1,12 +1,12 @@
-"""System shared memory: tensors that a client on this machine leaves in /dev/shm instead of sending them.
+"""System shared memory: tensors that a client on this machine writes to /dev/shm instead of sending them.
 
-A region is read and written through its file, never mapped. A mapped region whose owner cuts it short kills whoever
-touches it next with SIGBUS, so any client could stop the server; a file that is too short is only a short read. It
-costs one copy, which a socket costs too.
+A region is read and written through its file, never mapped. If the owner of a mapped region truncates it, the next
+access ends the process with SIGBUS, so any client could stop the server; a file that is too short is only a short
+read. It costs one copy, which a socket costs too.
 
-Whoever may send requests may have the server open and read every shared memory object that the server's user may. That
-is what the protocol asks for, and why `ServeSettings.shared_memory` can switch it off. Answers are written only into
-objects of the server's own user, registered by that user's program for writing.
+A client that may send requests may have the server open and read every shared memory object that the server's user may
+open. The protocol requires that, and `ServeSettings.shared_memory` can switch it off. Answers are written only into
+objects of the server's own user, registered for writing by a program of that user.
 
 Source: triton-inference-server/server, docs/protocol/extension_shared_memory.md.
 """
@@ -19,6 +19,8 @@ import stat
 import weakref
 from typing import Any, Literal
 
+import msgspec
+
 from rushhour.errors import WireError
 from rushhour.wire import Place
 
@@ -30,6 +32,16 @@ _LIMIT = 2**63
 
 Access = Literal["read", "write"]
 """What a region is registered for; writing includes reading."""
+
+
+class Register(msgspec.Struct, frozen=True, tag="register"):
+    """Open a region of shared memory; see `SharedMemory.register`."""
+
+    name: str
+    key: str
+    offset: int
+    byte_size: int
+    access: Access = "write"
 
 
 class SharedMemory:
@@ -47,31 +59,31 @@ class SharedMemory:
         """Open a region.
 
         Args:
-            name: under which requests speak of it.
+            name: that requests refer to it by.
             key: of the POSIX shared memory object, as for `shm_open`.
             offset: where in the object the region begins, in bytes.
             byte_size: of the region.
             access: whether answers may be written there, too. They never are in an object of another user.
 
         Raises:
-            WireError: if it is not there, not all there, or must not be opened.
+            WireError: if it does not exist, is too short, or may not be opened.
         """
         if not (0 < len(name) <= _MAX_NAME and name.isprintable()):
-            raise WireError("the region's name cannot be used", f"it has 1 to {_MAX_NAME} characters", "take another")
+            raise WireError("the region's name is not valid", f"a name has 1 to {_MAX_NAME} characters", "take another")
         if name in self._regions:
-            raise WireError(f"the region {name!r} is registered", "a name is taken once", "unregister it", status=409)
+            raise WireError(f"the region {name!r} is registered already", "", "unregister it first", status=409)
         if len(self._regions) >= _MAX_REGIONS:
-            raise WireError(f"{_MAX_REGIONS} regions are registered", "there is room for no more", "unregister some")
+            raise WireError("no more regions can be registered", f"the limit is {_MAX_REGIONS}", "unregister some")
         if not _KEY.fullmatch(key):
             raise WireError(
-                f"the key {key[:100]!r} is not one of a shared memory object",
-                "it is a name without slashes, but for one in front",
-                "give the key that it was created with",
+                f"the key {key[:100]!r} is not the key of a shared memory object",
+                "a key is a name without slashes, except one in front",
+                "give the key that the object was created with",
             )
         self._regions[name] = _Region(name, key, offset, byte_size, access)
 
     def unregister(self, name: str | None) -> None:
-        """Forget a region, or with None all; requests that have read it go on. One that is not there is forgotten."""
+        """Remove a region, or with None all; requests that have read it go on. An unknown name is no error."""
         if name is None:
             self._regions.clear()
         else:
@@ -90,11 +102,11 @@ class SharedMemory:
         ]
 
     def check(self, place: Place, *, writes: bool = True) -> None:
-        """Raise a `WireError` unless the place lies in a registered region, one that may be written if it is to be."""
+        """Raise a `WireError` unless the place lies in a registered region, one that may be written if `writes`."""
         region = self._inside(place)
         if writes and region.why_not:
             raise WireError(
-                f"will not write into the region {place.region!r}",
+                f"cannot write into the region {place.region!r}",
                 region.why_not,
                 "register an object of your own for writing, or have the answer sent",
                 status=403,
@@ -105,8 +117,8 @@ class SharedMemory:
         if place.offset + place.byte_size > region.byte_size:
             raise WireError(
                 f"bytes {place.offset} to {place.offset + place.byte_size} are not in the region {place.region!r}",
-                f"it has {region.byte_size} bytes",
-                "stay inside, or register more",
+                f"the region has {region.byte_size} bytes",
+                "stay inside it, or register a larger one",
             )
         if place.byte_size > self._limit:
             raise WireError(
@@ -121,38 +133,38 @@ class SharedMemory:
         """The bytes there, as they are now.
 
         Raises:
-            WireError: if the place does not lie in a registered region, or its owner has cut it short.
+            WireError: if the place does not lie in a registered region, or its owner has truncated it.
         """
         region = self._inside(place)
         return memoryview(region.read(place.offset, place.byte_size))
 
     def write(self, place: Place, content: memoryview | bytes) -> None:
-        """Put bytes there, from its beginning.
+        """Write bytes there, from its beginning.
 
         Raises:
-            WireError: if the place does not lie in a registered region, or is too small, or its owner has cut it short.
+            WireError: if the place does not lie in a registered region, or is too small, or its owner has truncated it.
         """
         self.check(place, writes=True)
         if len(content) > place.byte_size:
             raise WireError(
                 f"an output of {len(content)} bytes does not fit into its shared memory",
-                f"it is given {place.byte_size} bytes there",
-                "give it more room",
+                f"shared_memory_byte_size is {place.byte_size}",
+                "give it a larger place",
             )
         self._find(place.region).write(place.offset, content)
 
     def _find(self, name: str) -> _Region:
         region = self._regions.get(name)
         if region is None:
-            raise WireError(f"there is no region {name[:100]!r}", "none is registered so", "register it", status=404)
+            raise WireError(f"there is no region {name[:100]!r}", "", "register it first", status=404)
         return region
 
 
 class _Region:
-    """A part of an open shared memory object. The file is closed when nobody speaks of it any more.
+    """A part of an open shared memory object. The file is closed when nothing refers to it any more.
 
     Attributes:
-        why_not: why nothing is written there; empty where it may be.
+        why_not: why nothing is written there; empty where writing is allowed.
     """
 
     def __init__(self, name: str, key: str, offset: int, byte_size: int, access: Access) -> None:
@@ -162,9 +174,9 @@ class _Region:
         self.byte_size = byte_size
         self.why_not = "it is registered for reading" if access == "read" else ""
         if offset < 0 or byte_size < 1 or offset + byte_size >= _LIMIT:
-            raise self._wrong(f"offset {offset} and size {byte_size} are no part of anything")
+            raise self._wrong(f"offset {offset} and size {byte_size} are not valid")
         try:
-            # Everybody may put a link into the folder: one that leads elsewhere must not be followed.
+            # Every user may create links in this folder: one that leads elsewhere must not be followed.
             flags = (os.O_RDONLY if access == "read" else os.O_RDWR) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             self._file = os.open(os.path.join(_FOLDER, key.removeprefix("/")), flags)
         except OSError as error:
@@ -174,11 +186,11 @@ class _Region:
         if not stat.S_ISREG(status.st_mode):
             why = "it is not a shared memory object"
         elif offset + byte_size > status.st_size:
-            why = f"bytes {offset} to {offset + byte_size} are wanted, and it has {status.st_size}"
+            why = f"bytes {offset} to {offset + byte_size} are requested, and it has {status.st_size}"
         if status.st_uid != os.geteuid():
             self.why_not = "the shared memory belongs to another user than the server"
         if why:
-            close()  # at once: the error, which knows this region, may live until the collector comes
+            close()  # at once: the error refers to this region, and may live until the garbage collector runs
             raise self._wrong(why)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -188,7 +200,7 @@ class _Region:
         return content
 
     def write(self, offset: int, content: memoryview | bytes) -> None:
-        # A write beyond the end would make an object longer that its owner has cut short.
+        # A write beyond the end would extend an object that its owner has truncated.
         if os.fstat(self._file).st_size < self.offset + offset + len(content):
             raise self._wrong("it has become shorter since it was registered")
         try:

@@ -1,10 +1,10 @@
-"""The protocol's gRPC messages as bytes, where it counts: inference requests in, answers out. No I/O.
+"""`GrpcCodec`: inference requests and answers as gRPC messages. No I/O.
 
-A request is taken apart at its top level without being parsed: its tensors stay views of the message, and what is left
-is its header, which is parsed once and then looked up by its bytes, as over HTTP. The id is left out of it, because
-clients number their requests. Typed contents are part of the header. Where that is large, they are cut out of it before
-it is parsed, and read in pieces (`rushhour.wire.pieces`). An answer is the header of its kind, made once, and the raw
-outputs behind it.
+A request is split at its top level without being parsed: its tensors stay views of the message, and the rest is its
+header, which is parsed once and then looked up by its bytes, as over HTTP. The id is not part of the header, because
+clients number their requests. Typed contents are part of it. If the header is large, they are cut out before it is
+parsed, and read in pieces (`rushhour.wire.pieces`). An answer is the header of its kind, built once, and the raw
+outputs after it.
 
 Source: kserve/open-inference-protocol, specification/protocol/inference_grpc.md; protobuf's encoding,
 https://protobuf.dev/programming-guides/encoding.
@@ -35,7 +35,7 @@ _INPUT, _CONTENTS_IN = 5 << 3 | _BYTES, 5 << 3 | _BYTES
 
 _MAX_FIELDS = 4096
 _LEFT_BYTES = WHOLE_BYTES
-"""Of a message's header, without what was cut out of it."""
+"""Of a message's header, without the contents that were cut out."""
 _MAX_CACHED_HEADERS = 256
 _MAX_CACHED_HEADER_BYTES = 4096
 
@@ -55,15 +55,15 @@ _TAGS = {
     for name, field in _CONTENT_FIELDS.items()
     for kind in {_BYTES, _KINDS.get(_NUMBERS[name], _VARINT) if name in _NUMBERS else _BYTES}
 }
-"""Of numbers packed or one by one, and of texts."""
+"""Of numbers, packed or single, and of texts."""
 
 
-class Asked:
+class GrpcRequest:
     """A decoded request, and what its answer needs.
 
     Attributes:
         request: for the cell.
-        id: as the client gave it; echoed.
+        id: as the client sent it; echoed.
         header: of its kind.
     """
 
@@ -76,21 +76,21 @@ class Asked:
 
 
 class _Header:
-    """What is known of all requests with the same header.
+    """What requests with the same header have in common.
 
     Attributes:
-        sizes: of the raw tensors, in the order in which they come.
-        straight: these are all there are, in the signature's order.
-        answer: for each output of an answer its position, and the bytes before its raw content; empty where an answer
-            is more than that.
+        sizes: of the raw tensors, in the order in which they follow.
+        only_raw: whether all tensors are raw, in the signature's order.
+        answer: for each output of an answer the bytes before its raw content, and its position; empty where an answer
+            needs more than that.
     """
 
-    __slots__ = ("answer", "layout", "sizes", "straight")
+    __slots__ = ("answer", "layout", "only_raw", "sizes")
 
     def __init__(self, layout: Layout, answer: list[tuple[bytes, int]]) -> None:
         self.layout = layout
         self.sizes = [stop - start for start, stop in layout.slices.values()]
-        self.straight = bool(layout.ordered) and list(layout.slices) == list(range(len(layout.slices)))
+        self.only_raw = bool(layout.ordered) and list(layout.slices) == list(range(len(layout.slices)))
         self.answer = answer
 
 
@@ -107,27 +107,27 @@ class GrpcCodec:
 
     @staticmethod
     def is_large(message: bytes) -> bool:
-        """Whether reading a message takes long: then it must not be done on the event loop's thread."""
+        """Whether reading a message takes long: then it must not be done on the event loop."""
         try:
-            return len(message) > WHOLE_BYTES and sum(map(len, take_apart(message)[0])) > WHOLE_BYTES
+            return len(message) > WHOLE_BYTES and sum(map(len, split_message(message)[0])) > WHOLE_BYTES
         except WireError:
             return False
 
-    def writes_much(self, asked: Asked) -> bool:
+    def writes_much(self, request: GrpcRequest) -> bool:
         """Whether writing the answer takes long, likewise."""
-        wanted = asked.header.layout.wanted
-        return bool(wanted.top or wanted.places) and self.codec.writes_much(wanted, asked.request.rows)
+        wanted = request.header.layout.wanted
+        return bool(wanted.top or wanted.places) and self.codec.writes_much(wanted, request.request.rows)
 
-    def decode(self, message: bytes) -> Asked:
+    def decode(self, message: bytes) -> GrpcRequest:
         """Read a `ModelInferRequest`.
 
         Raises:
             WireError: if it is not a valid request for this model.
         """
-        rest, identity, raw = take_apart(message)
+        rest, identity, raw = split_message(message)
         if sum(map(len, rest)) > WHOLE_BYTES:
             cut = self._read(*_cut(rest), raw)
-            return Asked(self.codec.gather(cut.layout, raw), identity, cut)
+            return GrpcRequest(self.codec.gather(cut.layout, raw), identity, cut)
         head = bytes(rest[0]) if len(rest) == 1 else b"".join(rest)
         header = self._headers.get(head)
         if header is None:
@@ -136,32 +136,32 @@ class GrpcCodec:
             raise WireError(
                 f"raw_input_contents holds {', '.join(str(len(each)) for each in raw) or 'no'} bytes",
                 f"the inputs need {', '.join(map(str, header.sizes)) or 'none'}",
-                "send one entry for each input that is not elsewhere, whole",
+                "send one entry for each input without contents or shared memory, complete",
             )
         layout = header.layout
-        if header.straight:
-            return Asked(InferRequest(layout.rows, tuple(raw), layout.wanted), identity, header)
-        return Asked(self.codec.gather(layout, raw), identity, header)
+        if header.only_raw:
+            return GrpcRequest(InferRequest(layout.rows, tuple(raw), layout.wanted), identity, header)
+        return GrpcRequest(self.codec.gather(layout, raw), identity, header)
 
-    def encode(self, asked: Asked, outputs: Sequence[memoryview]) -> bytes:
+    def encode(self, request: GrpcRequest, outputs: Sequence[memoryview]) -> bytes:
         """Write a `ModelInferResponse`.
 
         Args:
-            asked: the request.
+            request: that is answered.
             outputs: the raw rows of each of the signature's outputs, in its order.
 
         Raises:
             WireError: if an output cannot be written to its shared memory.
         """
         parts: list[bytes | memoryview] = []
-        for before, position in asked.header.answer:
+        for before, position in request.header.answer:
             parts.append(before)
             parts.append(outputs[position])
         if not parts:
-            parts.append(self._answer(asked.header.layout, outputs))
-        if asked.id:
-            parts.append(_tagged(_ID_OUT, len(asked.id)))
-            parts.append(asked.id)
+            parts.append(self._answer(request.header.layout, outputs))
+        if request.id:
+            parts.append(_tagged(_ID_OUT, len(request.id)))
+            parts.append(request.id)
         return b"".join(parts)
 
     def _read(self, head: bytes, contents: Sequence[_Contents | None], raw: list[memoryview]) -> _Header:
@@ -213,26 +213,26 @@ def stream_answer(response: bytes) -> bytes:
 
 
 def stream_error(text: str, identity: bytes) -> bytes:
-    """A `ModelStreamInferResponse` that says what went wrong with the request of this id."""
+    """A `ModelStreamInferResponse` with the error of the request of this id."""
     response = _Response(id=identity.decode(errors="replace"))
     return bytes(_StreamResponse(error_message=text, infer_response=response).SerializeToString())
 
 
 def identity_of(message: bytes) -> bytes:
-    """The id of a `ModelInferRequest`, even of one that is otherwise not valid; empty where none can be found."""
+    """The id of a `ModelInferRequest`, even of an invalid one; empty where none can be found."""
     try:
-        return take_apart(message)[1]
+        return split_message(message)[1]
     except WireError:
         return b""
 
 
-def take_apart(message: bytes) -> tuple[list[Any], bytes, list[memoryview]]:
-    """The top level of a `ModelInferRequest`: all fields but the id and the raw tensors, the id, the raw tensors.
+def split_message(message: bytes) -> tuple[list[Any], bytes, list[memoryview]]:
+    """Split a `ModelInferRequest`: all fields except id and raw tensors; the id; the raw tensors.
 
-    The first in parts of one or more fields, bytes or views.
+    The first are parts of one or more fields, bytes or views.
 
     Raises:
-        WireError: if it is no protobuf message, or its id is long.
+        WireError: if it is not a protobuf message, or its id is too long.
     """
     view = memoryview(message)
     raw: list[memoryview] = []
@@ -270,7 +270,7 @@ def take_apart(message: bytes) -> tuple[list[Any], bytes, list[memoryview]]:
             elif kind == _FIXED32:
                 at += 4
             else:
-                raise _unreadable(f"a field is of the unknown kind {kind}")
+                raise _unreadable(f"a field has the unknown kind {kind}")
     except IndexError:
         at = end + 1
     if at > end:
@@ -283,7 +283,7 @@ def take_apart(message: bytes) -> tuple[list[Any], bytes, list[memoryview]]:
 
 
 def _fields(message: memoryview, most: int) -> Iterator[tuple[int, int, int, int]]:
-    """The fields of a message: tag, and where field and content begin and where both end."""
+    """The fields of a message: the tag, where field and content begin, and where both end."""
     at = found = 0
     end = len(message)
     while at < end:
@@ -304,7 +304,7 @@ def _fields(message: memoryview, most: int) -> Iterator[tuple[int, int, int, int
             elif kind in (_FIXED32, _FIXED64):
                 at += 8 if kind == _FIXED64 else 4
             else:
-                raise _unreadable(f"a field is of the unknown kind {kind}")
+                raise _unreadable(f"a field has the unknown kind {kind}")
         except IndexError:
             at = end + 1
         if at > end:
@@ -313,13 +313,13 @@ def _fields(message: memoryview, most: int) -> Iterator[tuple[int, int, int, int
 
 
 class _Contents:
-    """The typed contents of a tensor, cut out of a message: the places of each field's values."""
+    """The typed contents of a tensor, cut out of a message: views of each field's values."""
 
     def __init__(self) -> None:
         self._spans: dict[int, list[memoryview]] = {}
 
     def add(self, contents: memoryview) -> None:
-        """Some of them: a message may hold them in several parts."""
+        """Add a part of them: a message may hold several."""
         for tag, _, start, stop in _fields(contents, _MAX_FIELDS):
             if tag in _TAGS:
                 self._spans.setdefault(tag >> 3, []).append(contents[start:stop])
@@ -331,7 +331,7 @@ class _Contents:
 
 
 def _cut(parts: Sequence[bytes | memoryview]) -> tuple[bytes, list[_Contents | None]]:
-    """A request without the contents of its inputs, and these: None for an input that has none."""
+    """A request without the contents of its inputs, and the contents: None for an input that has none."""
     left: list[bytes | memoryview] = []
     found: list[_Contents | None] = []
     for each in parts:
@@ -372,7 +372,7 @@ def _number(message: bytes | memoryview, at: int) -> tuple[int, int]:
 
 
 def _tagged(tag: int, size: int) -> bytes:
-    """The beginning of a length-delimited field."""
+    """The tag and the length of a length-delimited field."""
     encoded = [tag]
     while size > 0x7F:
         encoded.append(size & 0x7F | 0x80)
@@ -389,16 +389,16 @@ def _check_text(identity: bytes) -> None:
 
 
 def _unreadable(why: str) -> WireError:
-    return WireError("the message cannot be read", why, "send a ModelInferRequest")
+    return WireError("the message cannot be read", why, "send a valid ModelInferRequest")
 
 
 def _described(request: Any, raw: list[memoryview], contents: Sequence[_Contents | None]) -> RequestHeader:
-    """What a parsed request says of itself, in the words that both faces share.
+    """The header of a parsed request, as HTTP and gRPC share it.
 
     Args:
-        request: without what was cut out of it.
+        request: without the contents that were cut out.
         raw: its raw tensors.
-        contents: for each input what was cut out of it; none where nothing was.
+        contents: for each input the contents that were cut out; empty where nothing was.
     """
     inputs, given = [], iter(raw)
     for number, tensor in enumerate(request.inputs):
@@ -421,7 +421,7 @@ def _described(request: Any, raw: list[memoryview], contents: Sequence[_Contents
     if next(given, None) is not None:
         raise WireError(
             f"raw_input_contents has {len(raw)} entries",
-            "there is one for each input that has no contents and lies in no shared memory",
+            "there must be one for each input without contents or shared memory",
             "send each tensor once",
         )
     outputs = [OutputHeader(output.name, _plain(output.parameters)) for output in request.outputs]

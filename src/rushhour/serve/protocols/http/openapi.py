@@ -1,7 +1,7 @@
-"""The server's own description of what it takes over HTTP, in OpenAPI 3.1: for the model that it serves, as it is now.
+"""The server's description of its HTTP interface in OpenAPI 3.1, for the model that it serves now.
 
-What JSON Schema cannot say is said in words: that a tensor's shape and data agree, and that a request may hold its
-tensors as raw bytes behind the JSON.
+Descriptions cover what JSON Schema cannot express: that a tensor's shape and data agree, and that a request may hold
+its tensors as raw bytes after the JSON.
 
 Sources: spec.openapis.org/oas/v3.1; kserve/open-inference-protocol, specification/protocol/inference_rest.md.
 """
@@ -22,18 +22,18 @@ _COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
 _PARAMETERS: Final[Schema] = {"type": ["object", "null"]}
 _FLAG: Final[Schema] = {"type": ["boolean", "null"]}
 _STRINGS: Final[Schema] = {"type": "array", "items": {"type": "string"}}
-_REASONS: Final = {
+REASONS: Final = {
     400: "The request is not valid, or not for this model.",
-    401: "The request carries no API key that the server knows.",
-    403: "This is switched off here.",
-    404: "There is nothing of this name.",
-    409: "The name is taken.",
+    401: "The request has no valid API key.",
+    403: "This is switched off, or not allowed for this client.",
+    404: "There is no model, version, region or path of this name.",
+    409: "The name is in use.",
     413: "The body is larger than the server reads.",
-    415: "The body's type or compression is none that the server reads.",
-    429: "More is asked than can be answered in time; Retry-After says when to come back.",
+    415: "The body's type or compression is not supported.",
+    429: "The server is overloaded; Retry-After says when to try again.",
     431: "The header is larger than the server reads.",
     500: "The engine failed.",
-    501: "This server does not do that.",
+    501: "This is not supported.",
     503: "The server is starting, stopping, or has too many connections.",
 }
 _ANY_TIME: Final = (400, 401, 431, 503)
@@ -44,7 +44,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
 
     Args:
         control: of the server.
-        infers: whether inference is taken at this port.
+        infers: whether inference requests are answered at this port.
     """
     entry = control.index()[0]
     name = entry["name"]
@@ -56,7 +56,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
         "info": {
             "title": f"Rushhour: {name}",
             "version": control.server()["version"],
-            "description": "Open Inference Protocol v2 over HTTP, and what Rushhour adds to it.",
+            "description": "Open Inference Protocol v2 over HTTP, with Rushhour's extensions.",
         },
         "paths": _paths(infers, metadata),
         **({"security": [{"key": []}]} if keyed else {}),
@@ -120,15 +120,18 @@ def _paths(infers: bool, metadata: Schema | None) -> Schema:
     }
     regions = {"type": "array", "items": _OBJECT}
     paths = {
-        "/v2": {"get": _operation("What the server is.", server)},
-        "/v2/health/live": {"get": _operation("Whether the server lives.", live) | {"security": []}},
+        "/v2": {"get": _operation("The server's name, version and extensions.", server)},
+        "/v2/health/live": {"get": _operation("Whether the server runs.", live) | {"security": []}},
         "/v2/health/ready": {
-            "get": _operation("Whether requests are welcome.", _ref("Ready"), unready=True) | {"security": []}
+            "get": _operation("Whether requests are accepted.", _ref("Ready"), unready=True) | {"security": []}
         },
-        "/v2/models/stats": {"get": _operation("What each model has done.", _ref("Statistics"))},
+        "/v2/models/stats": {"get": _operation("Statistics of all models.", _ref("Statistics"))},
         "/v2/repository/index": {
             "post": _operation(
-                "The models there are.", index, 413, body=_object({}, ready={"type": ["boolean", "null"]})
+                "The models, and whether they are loaded.",
+                index,
+                413,
+                body=_object({}, ready={"type": ["boolean", "null"]}),
             )
         },
         **{
@@ -144,24 +147,24 @@ def _paths(infers: bool, metadata: Schema | None) -> Schema:
             for change in ("load", "unload")
         },
         "/v2/systemsharedmemory/status": {"get": _operation("The regions of shared memory.", regions)},
-        "/v2/systemsharedmemory/unregister": {"post": _operation("Forget all regions.", _OBJECT, 403, 415)},
+        "/v2/systemsharedmemory/unregister": {"post": _operation("Unregister all regions.", _OBJECT, 403, 415)},
         **_of_region(regions),
         "/v2/trace/setting": _settings("tracing"),
         "/v2/logging": _settings("logging"),
-        "/config": {"get": _operation("What is in force.", _OBJECT, 404)},
-        "/stats": {"get": _operation("What was done, in numbers.", _OBJECT)},
-        "/metrics": {"get": _operation("The same for Prometheus.", None)},
-        "/openapi.json": {"get": _operation("This.", _OBJECT)},
+        "/config": {"get": _operation("The settings in force.", _OBJECT, 404)},
+        "/stats": {"get": _operation("Counters since the start.", _OBJECT)},
+        "/metrics": {"get": _operation("Metrics for Prometheus.", None)},
+        "/openapi.json": {"get": _operation("This description.", _OBJECT)},
     }
     for version in ("", "/versions/{version}"):
         base = f"/v2/models/{{model}}{version}"
         shared = {"parameters": [_parameter("model"), *([_parameter("version")] if version else [])]}
         paths |= {
-            base: {"get": _operation("What the model takes and gives.", described, 404)} | shared,
+            base: {"get": _operation("The model's inputs and outputs.", described, 404)} | shared,
             f"{base}/ready": {"get": _operation("Whether it is ready.", _ref("Ready"), 404, unready=True)} | shared,
-            f"{base}/config": {"get": _operation("Its configuration, as Triton's.", _OBJECT, 404)} | shared,
-            f"{base}/stats": {"get": _operation("What it has done.", _ref("Statistics"), 404)} | shared,
-            f"{base}/speed": {"get": _operation("How fast the host is, by its batches.", _OBJECT, 404)} | shared,
+            f"{base}/config": {"get": _operation("Its configuration, in Triton's format.", _OBJECT, 404)} | shared,
+            f"{base}/stats": {"get": _operation("Its statistics.", _ref("Statistics"), 404)} | shared,
+            f"{base}/speed": {"get": _operation("Expected and measured times of its batches.", _OBJECT, 404)} | shared,
             f"{base}/trace/setting": _settings("tracing") | shared,
         }
         if infers:
@@ -176,15 +179,18 @@ def _of_region(regions: Schema) -> Schema:
     region = _object({"key": {"type": "string"}, "byte_size": size}, offset={"type": ["integer", "null"], "minimum": 0})
     return {
         f"{base}/status": {"get": _operation("This region.", regions, 404, 501)} | shared,
-        f"{base}/register": {"post": _operation("Open it.", _OBJECT, 403, 409, 413, 415, 501, body=region)} | shared,
-        f"{base}/unregister": {"post": _operation("Forget it.", _OBJECT, 403, 415)} | shared,
+        f"{base}/register": {"post": _operation("Register it.", _OBJECT, 403, 409, 413, 415, 501, body=region)}
+        | shared,
+        f"{base}/unregister": {"post": _operation("Unregister it.", _OBJECT, 403, 415)} | shared,
     }
 
 
 def _settings(what: str) -> Schema:
     return {
         "get": _operation(f"The settings of {what}.", _OBJECT, 404),
-        "post": _operation(f"Change them, where that can be: {what}.", _OBJECT, 403, 404, 413, 415, 501, body=_OBJECT),
+        "post": _operation(
+            f"Change the settings of {what}, where possible.", _OBJECT, 403, 404, 413, 415, 501, body=_OBJECT
+        ),
     }
 
 
@@ -198,13 +204,13 @@ def _inference(metadata: Schema | None) -> Schema:
         {
             "name": HEADER_LENGTH,
             "in": "header",
-            "description": "Bytes of the JSON, where raw tensors follow it; 0 where all of the body is one tensor.",
+            "description": "Bytes of the JSON, if raw tensors follow it; 0 if the whole body is one tensor.",
             "schema": _COUNT,
         }
     ]
     operation["responses"]["200"]["content"]["application/octet-stream"] = {}
     operation["responses"]["200"]["headers"] = {
-        HEADER_LENGTH: {"description": "Bytes of the JSON, where raw tensors follow it.", "schema": {"type": "integer"}}
+        HEADER_LENGTH: {"description": "Bytes of the JSON, if raw tensors follow it.", "schema": {"type": "integer"}}
     }
     return operation
 
@@ -234,16 +240,16 @@ def _request(metadata: Schema | None) -> Schema:
 def _input(tensor: Schema) -> Schema:
     shape = [{"type": "integer", "minimum": 1}, *({"const": size} for size in tensor["shape"][1:])]
     ranked = {"type": "array", "prefixItems": shape, "items": False, "minItems": len(shape)}
-    words = "Flat or nested, as many as the shape says; or 'binary_data_size' among the parameters, and raw bytes."
+    text = "Flat or nested, as many as the shape says; or the parameter 'binary_data_size', and raw bytes."
     return _object(
         {"name": {"const": tensor["name"]}, "datatype": {"const": tensor["datatype"]}, "shape": ranked},
-        data={"type": "array", "description": words},
+        data={"type": "array", "description": text},
         parameters=_PARAMETERS,
     )
 
 
 def _tensor(least: int) -> Schema:
-    """What is said of any tensor; its sizes are at least so much, -1 being any number of samples."""
+    """The fields of any tensor; its sizes are at least `least`, where -1 is any number of samples."""
     sizes = {"type": "array", "items": {"type": "integer", "minimum": least}}
     return {"name": {"type": "string"}, "datatype": {"type": "string"}, "shape": sizes}
 
@@ -261,12 +267,12 @@ def _example(metadata: Schema) -> Schema:
 def _operation(
     summary: str, answer: Schema | None, *errors: int, body: Schema | None = None, unready: bool = False
 ) -> Schema:
-    """One method of one path; without an answer's schema it is text."""
+    """One method of one path; its answer is text if it has no schema."""
     content = {"text/plain": {}} if answer is None else {"application/json": {"schema": answer}}
     operation: Schema = {
         "summary": summary,
         "responses": {
-            "200": {"description": "It is so, or done.", "content": content},
+            "200": {"description": "Success.", "content": content},
             **{str(status): _refusal(status) for status in sorted({*_ANY_TIME, *errors})},
         },
     }
@@ -280,7 +286,7 @@ def _operation(
 
 
 def _refusal(status: int) -> Schema:
-    return {"description": _REASONS[status], "content": {"application/json": {"schema": _ref("Error")}}}
+    return {"description": REASONS[status], "content": {"application/json": {"schema": _ref("Error")}}}
 
 
 def _object(required: Schema, **optional: Schema) -> Schema:

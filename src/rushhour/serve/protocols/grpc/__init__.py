@@ -1,0 +1,1 @@
+"""gRPC: the server, its calls, and the protocol's messages as bytes."""

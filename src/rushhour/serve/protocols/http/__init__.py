@@ -1,0 +1,1 @@
+"""HTTP: connections, the paths that they answer, and the server's description in OpenAPI."""

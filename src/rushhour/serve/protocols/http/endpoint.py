@@ -1,0 +1,98 @@
+"""`HttpEndpoint`: what the connections of one address share, for inference or for administration."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from email.utils import formatdate
+from typing import Protocol
+
+from rushhour.serve.access.keys import Keys
+from rushhour.serve.access.origin import Client, OriginCheck
+from rushhour.serve.protocols.control import Control
+from rushhour.serve.protocols.http.routes import Answer, Routes
+from rushhour.serve.repository import Repository
+from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.settings import ServeSettings
+
+
+class OpenConnection(Protocol):
+    """What the server does with a connection from outside."""
+
+    def expire(self, now: float) -> None:
+        """Close it if its request or its idle time took too long."""
+        ...
+
+    def close_if_idle(self) -> None:
+        """Close it if no request is in flight."""
+        ...
+
+    def abort(self) -> None:
+        """Close it at once."""
+        ...
+
+    def forget(self) -> None:
+        """Check the API key of its next request again."""
+        ...
+
+
+class HttpEndpoint:
+    """What the connections of one address share.
+
+    Args:
+        repository: the model.
+        control: answers all requests other than inference.
+        settings: of the server.
+        keys: API keys; those of the settings by default.
+        infers: whether inference requests are answered here.
+
+    Attributes:
+        connections: that are open.
+        draining: whether each answer is the last of its connection.
+        budget: of large requests.
+        date: the header field `date` of answers, with its line end.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        control: Control,
+        settings: ServeSettings,
+        keys: Keys | None = None,
+        *,
+        infers: bool = True,
+    ) -> None:
+        self.connections: set[OpenConnection] = set()
+        self.draining = False
+        self.limits = settings.limits
+        self.keys = Keys(settings.api_keys) if keys is None else keys
+        self.budget = repository.budget
+        self.date = b""
+        self._repository = repository
+        self._infers = infers
+        self._routes = Routes(control, infers=infers, refused=self.refused)
+        self._origins = OriginCheck(settings.host if infers else settings.administration_host, settings.known_as)
+        self.update_date()
+
+    def update_date(self) -> None:
+        """Call once a second."""
+        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
+
+    def cell_of(self, path: bytes) -> Cell | None:
+        """The cell that answers inference requests at this exact path, if there is one."""
+        return self._repository.cell_of(path) if self._infers else None
+
+    def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
+        """Count an answer with an error that no cell has counted."""
+        infer = self._infers and path.startswith(b"/v2/models/") and path.endswith(b"/infer")
+        self._repository.refuse(status, seconds, infer=infer)
+
+    def control(
+        self, method: bytes, path: bytes, body: bytes, accept: bytes, client: Client
+    ) -> Answer | Awaitable[Answer]:
+        """The answer to any other request. Web pages do not know API keys: without keys the origin is checked."""
+        return self._routes.answer(method, path, body, accept, client, None if self.keys else self._origins)
+
+    def check_origin(self, client: Client) -> None:
+        """Raise a `WireError` if a web page asks for what only programs on this machine may do."""
+        if not self.keys:
+            self._origins.check_origin(client)

@@ -1,0 +1,109 @@
+"""Requests that repeat an earlier one of their connection: only their tensors are new, or their ids."""
+
+from __future__ import annotations
+
+import re
+
+from rushhour.serve.protocols.http.answers import BINARY
+from rushhour.serve.protocols.http.message import KnownHead, between, match_fixed
+from rushhour.wire import Codec, InferRequest, Layout
+
+_ID = re.compile(rb'[^"\\\x00-\x1f]+')
+
+
+class PreparedAnswer:
+    """The answer to a recognised request, except its date and its tensors.
+
+    Attributes:
+        answer: the bytes between date and tensors; None unless the raw tensors follow in the signature's order.
+        id: as the client sent it.
+    """
+
+    __slots__ = ("answer", "id")
+    keep_alive = True
+
+    def __init__(self, answer: bytes | None, id: bytes = b"") -> None:
+        self.answer = answer
+        self.id = id
+
+
+class KnownRequest(PreparedAnswer):
+    """A request whose head and JSON header were received before, byte for byte, except for ids.
+
+    Its layout is known, and so is all of its answer except the tensors. It holds for the version of the model that
+    read it; after a reload the request is read again.
+    """
+
+    __slots__ = (
+        *("_around", "_prefix_of_id", "_fields", "_id_bytes", "_suffix", "codec"),
+        *("path", "prefix", "rows", "size", "slices", "wanted"),
+    )
+
+    def __init__(self, known: KnownHead, codec: Codec, path: bytes, header: bytes, layout: Layout) -> None:
+        self.prefix = known.head + header
+        self.size = len(known.head) + known.body_bytes
+        self.path = path
+        self.codec = codec
+        self.rows = layout.rows
+        self.wanted = layout.wanted
+        self.slices = tuple(slice(len(self.prefix) + start, len(self.prefix) + stop) for start, stop in layout.ordered)
+        place = codec.id_in(header)
+        identity = b"" if place is None else header[slice(*place)]
+        self._id_bytes = len(identity)
+        *fields, rest = known.fixed
+        self._fields = tuple(fields)
+        self._prefix_of_id, self._suffix = (
+            (b"", rest + header) if place is None else between(rest + header, (_moved(place, rest),))
+        )
+        described, self._around = codec.answer_header(layout.wanted, layout.rows), (b"", b"")
+        answer = None
+        if described is not None:
+            if identity:
+                described = b'%b,"id":"%b"%b' % (described[: codec.id_at], identity, described[codec.id_at :])
+            size = len(described) + self.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
+            answer = BINARY % (len(described), b"", size)
+            at = len(answer) + codec.id_at + len(b',"id":"')
+            answer += described
+            self._around = answer[:at], answer[at + len(identity) :]
+        super().__init__(answer, identity)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every repetition has the same bytes, except the tensors."""
+        return not (self._fields or self._id_bytes)
+
+    def request(self, data: bytes | memoryview) -> InferRequest:
+        """The request in `data`, which begins with the prefix and has the right size."""
+        view = memoryview(data)
+        if len(self.slices) == 1:
+            return InferRequest(self.rows, (view[self.slices[0]],), self.wanted)
+        return InferRequest(self.rows, tuple([view[place] for place in self.slices]), self.wanted)
+
+    def again(self, data: bytes, whole: bytes | memoryview) -> tuple[PreparedAnswer, InferRequest] | None:
+        """The request in `whole`, of which `data` is the beginning, if it is this one except for its ids.
+
+        Its body has the same length as before, because the head's length fields are the same.
+        """
+        at = match_fixed(self._fields, data)
+        start = at + len(self._prefix_of_id)
+        stop = start + self._id_bytes
+        shift = stop + len(self._suffix) - len(self.prefix)
+        if at < 0 or len(whole) - self.size != shift or not data.startswith(self._suffix, stop):
+            return None
+        if shift:
+            view = memoryview(whole)
+            tensors = tuple([view[place.start + shift : place.stop + shift] for place in self.slices])
+            request = InferRequest(self.rows, tensors, self.wanted)
+        else:
+            request = self.request(whole)
+        if not self._id_bytes:
+            return self, request
+        identity = data[start:stop]
+        if not (data.startswith(self._prefix_of_id, at) and identity.isascii() and _ID.fullmatch(identity)):
+            return None
+        before, after = self._around
+        return PreparedAnswer(before + identity + after if after else None, identity), request
+
+
+def _moved(place: tuple[int, int], before: bytes) -> tuple[int, int]:
+    return place[0] + len(before), place[1] + len(before)
