@@ -109,7 +109,6 @@ def test_the_client_examples_run_as_they_stand(
 @pytest.mark.timeout(400)
 def test_the_notebook_example_runs(tmp_path: Path) -> None:
     """As it stands, but for its times; in an interpreter of its own, which begins as a notebook's does."""
-    pytest.importorskip("rushhour.api")
     (code,) = code_of("README.md", "python")
     (tmp_path / "mynet.py").write_text(
         "import torch\n\ndef build(input, classes):\n"

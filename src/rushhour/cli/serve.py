@@ -124,7 +124,7 @@ def command(target: Path, json_file: Path | None, **options: Any) -> None:
 
     SIGTERM or Ctrl-C answers the requests in flight, then stops; a second signal stops at once. SIGHUP reads API keys
     and certificates again, which also happens when their files change. With --json, the file is written once the server
-    answers. More in docs/operating.md.
+    answers. More in docs/operations.md.
 
     \b
     Examples:
