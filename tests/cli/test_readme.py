@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -235,6 +236,13 @@ def test_every_file_exists_and_has_what_it_is_named_for(page: str) -> None:
             assert any(re.search(rf"\b{part}\b", place.read_text()) for place in places), span
 
 
+def test_the_floors_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    checked = [{name.strip() for name in floor.split("|")} for floor in contracts[0]["layers"]]
+    rows = re.findall(r"^\| (`.*?) \|", text_of("docs/architecture.md"), re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)(?:/|\.py)`", row)) for row in rows] == checked
+
+
 @pytest.mark.parametrize("page", [*GUIDES, *DECISIONS, "CHANGELOG.md"])
 def test_every_dotted_name_exists(page: str) -> None:
     prose = CODE.sub("", text_of(page))
@@ -245,3 +253,29 @@ def test_every_dotted_name_exists(page: str) -> None:
             if not hasattr(thing, part):
                 importlib.import_module(".".join(parts[:depth]))
             thing = getattr(thing, part)
+
+
+FOREIGN_MEMBERS = {"torch.nn.Module", "Tensor.contiguous", "OverflowFix.ENABLE"}  # of torch and NNCF
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    """Class -> the text of the files that define it."""
+    found: dict[str, str] = {}
+    for file in (ROOT / "src").rglob("*.py"):
+        text = file.read_text()
+        for name in re.findall(r"^class (\w+)", text, re.MULTILINE):
+            found[name] = found.get(name, "") + text
+    return found
+
+
+@pytest.mark.parametrize("page", [*GUIDES, *DECISIONS, "CHANGELOG.md"])
+def test_every_member_of_a_class_exists(page: str) -> None:
+    """`Batcher.take`, `capacity.Overhead`, `wire.Codec.decode`."""
+    for span in spans_of(page):
+        found = re.fullmatch(r"(?:[a-z_]+\.)*([A-Z]\w*[a-z]\w*)(?:\.([a-z_]\w*))?(?:\(.*\))?", span)
+        if found is None or ("." not in span) or span in FOREIGN_MEMBERS:
+            continue
+        name, member = found.groups()
+        assert name in sources(), span
+        assert member is None or re.search(rf"\b{member}\b", sources()[name]), span
