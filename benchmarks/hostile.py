@@ -1,4 +1,4 @@
-"""`make bench-hostile`: how long one hostile client keeps a server from the others, and what memory it leaves behind.
+"""`make bench-hostile`: how long one hostile client blocks a server for others, and how much memory it leaves behind.
 
 For each hostile input a real server runs in a process of its own, and another process asks it for its health 100 times
 a second on one connection. The pause is the longest time from when a question was due to its answer. Resident memory is
@@ -66,7 +66,7 @@ class Target:
         return pages * os.sysconf("SC_PAGE_SIZE") / _MIB
 
     def http(self, sent: bytes, answers: int = 1) -> list[str]:
-        """Send bytes on one connection and read so many answers, or until it is closed."""
+        """Send bytes on one connection and read a number of answers, or until it is closed."""
         statuses: list[str] = []
         with socket.create_connection(self.address, timeout=_TIMEOUT_S) as connection, contextlib.ExitStack() as stack:
             writer = threading.Thread(target=_send, args=(connection, sent), daemon=True)
@@ -84,7 +84,7 @@ class Target:
         return statuses
 
     def call(self, sent: bytes, method: str = "ModelInfer", *, packed: bool = False, clients: int = 1) -> list[str]:
-        """Make a gRPC call with these bytes, from so many clients at once."""
+        """Make a gRPC call with these bytes, from several clients at once."""
         statuses: list[str] = []
 
         def one() -> None:
@@ -184,7 +184,7 @@ _CLASSIFIED = f',"outputs":[{{"name":"probabilities","parameters":{{"classificat
 
 
 def _attacks() -> dict[str, Callable[[], Attack]]:
-    """Name -> what makes an attack; made just before it, for some are large."""
+    """Name -> a factory of the attack, called just before it, because some are large."""
 
     def http(make: Callable[[], bytes], answers: int = 1) -> Callable[[], Attack]:
         def made() -> Attack:
@@ -268,7 +268,7 @@ def _texts(number: int) -> bytes:
 
 
 def probe(host: str, port: int) -> None:
-    """Ask for health at 100 Hz; for each line on standard input say the longest pause since the last, in ms."""
+    """Query health at 100 Hz; for each line on standard input print the longest pause since the last, in ms."""
     asked = b"GET /v2/health/ready HTTP/1.1\r\nhost: x\r\n\r\n"
     worst, lock = [0.0], threading.Lock()
 
@@ -305,7 +305,7 @@ class Probe:
         self.worst_ms()
 
     def worst_ms(self) -> float:
-        """The longest pause since this was last asked."""
+        """The longest pause since the last call."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
@@ -333,7 +333,7 @@ def _served(folder: Path) -> Iterator[Target]:
 
 
 def _warm(target: Target) -> None:
-    """What any client costs once: threads, code paths, and buffers of both faces."""
+    """A warm-up of what any client costs once: threads, code paths, and buffers of both protocols."""
     for _ in range(3):
         target.http(_post(_json(_pictures(400), 400)))
         target.http(_gzipped(_json(_pictures(400), 400)))

@@ -72,15 +72,15 @@ _MOST_RPS = _BATCH / (_FIXED_S + _BATCH * _EACH_S)
 _SHARES = (0.3, 0.5, 0.65, 0.75, 0.85)
 _FALSE, _TRUE, _INSIDE = 0.05, 0.90, 0.9
 _REFUTED = 0.01
-"""How often a rate that holds may be called failing or unstable. It is tried at the limit, where it holds only just."""
+"""How often a rate that holds may be called failing or unstable. It is tested at the limit, where it just holds."""
 _LENGTHS = "10,20,40,60"
 _FEWER = 4
-"""The curve over the length of the window rests on a quarter of the runs."""
+"""The curve over the length of the window uses a quarter of the runs."""
 _MORE = {"M/D/1 in bursts": 4}
-"""So many times the runs: its rate lies so near the bound that 2,000 do not tell them apart."""
+"""Multiple of the runs: its rate is so close to the bound that 2,000 runs do not separate them."""
 _FLOOD_RPS = 20_500.0
 _NEIGHBOUR = 0.4
-"""Of what the engine alone can do on its core: with a neighbour that takes half of it, nearly all that is left."""
+"""Share of the engine's throughput on its core: with a neighbour that uses half of it, nearly all that is left."""
 _BODY = 3072
 
 QUEUES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
@@ -91,7 +91,7 @@ QUEUES: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "two streams of 16": (queues.Batching(0.005, 0.001, 16, 2), queues.poisson_arrivals, 1432.0),
     "M/D/1 in bursts": (queues.Deterministic(0.002), queues.BurstyArrivals(), 400.0),
 }
-"""Server, arrivals, and the rate whose true 99th percentile is taken for the limit."""
+"""Server, arrivals, and the rate whose true 99th percentile is the limit."""
 
 TURN_AWAY: dict[str, tuple[queues.Queue, queues.Arrivals, float]] = {
     "M/D/1 that turns away": (queues.Deterministic(0.002, 0.05), queues.poisson_arrivals, 486.5),
@@ -359,7 +359,7 @@ def searches(count: int, budget_s: float) -> tuple[list[Check], list[Search]]:
 
 
 def spread_checks(id: str, found: Sequence[Search], seconds: Sequence[float]) -> list[Check]:
-    """How far searches end from their median, and how long they take."""
+    """How far results of searches are from their median, and how long searches take."""
     capacities, ends = [each.capacity_rps for each in found], Counter(map(_end_of, found))
     median = float(np.median(capacities))
     apart = max(abs(each / median - 1) for each in capacities) if median else math.inf
@@ -484,7 +484,7 @@ def disturbed(windows: int, window_s: float) -> tuple[list[Check], list[Measurem
 
 @contextlib.contextmanager
 def burning(cores: frozenset[int]) -> Iterator[None]:
-    """A busy neighbour on each core."""
+    """A busy process on each core."""
     program = (
         "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile os.getppid() == int(sys.argv[2]): pass"
     )

@@ -55,11 +55,11 @@ setup = Setup(model, Bundle.open(Path(bundle)), "f32", frozenset({int(core)}), 1
 start = start_ours(setup, int(port), Path(work))
 print(json.dumps([start.command, start.env]))
 """
-"""Run with a tree's own modules: the form of its plans is its own affair."""
+"""Run with a tree's own modules, because the form of plans may differ."""
 
 
 class Window(msgspec.Struct, frozen=True):
-    """What one window of load cost.
+    """The cost of one window of load.
 
     Attributes:
         tree: `before` or `after`.
@@ -87,7 +87,7 @@ class Window(msgspec.Struct, frozen=True):
 
     @property
     def kept_up(self) -> bool:
-        """Whether the rate was carried: else answers came after the end of what was measured, and were not counted."""
+        """Whether the server kept up with the rate: else late answers were not counted."""
         return self.p50_ms is not None and self.p50_ms < _BEHIND_MS
 
 
@@ -169,7 +169,7 @@ def _table(windows: list[Window], before: str) -> Table:
 
 
 def _setup(rate: int, core: int) -> Setup:
-    """The small article network where a core of this machine carries it with room to spare, else the no-op."""
+    """The small article network where a core of this machine has enough capacity for it, else the no-op."""
 
     def of(model: ModelName) -> Setup:
         return Setup(model, bundle_of(model, BENCH / "models"), "f32", frozenset({core}), 1, _BATCH)

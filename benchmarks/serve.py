@@ -65,16 +65,16 @@ _SLO = SLO(percentile=99, limit_s=0.1)
 _ONE, _OTHER, _BOTH = frozenset({0}), frozenset({1}), frozenset({0, 1})
 _ROUNDS, _SECONDS = 4, 4.0
 _CROWDS = {"article": 1.0, "article.both": 5.0}
-"""Whose capacity is searched, and in how many times the budget: what is claimed needs longer windows for its proof."""
+"""Scenarios whose capacity is searched, with a factor of the budget: a claim needs longer windows for its proof."""
 _IDS = 1.3
-"""How many times as much a request may cost that has an id of its own."""
+"""Factor by which a request with an ID of its own may cost more."""
 _QUIET = 0.05
 _LOOK_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A model on some cores under some load, and who takes part.
+    """A model on some cores under some load, and the servers compared.
 
     Attributes:
         targets: contestant -> how many times its requests per second ours has to reach.
@@ -192,7 +192,7 @@ class Bench:
                 say(_line(block))
 
     def of(self, scenario: str, server: str) -> dict[int, Block]:
-        """The blocks of one server that went well, by round."""
+        """The valid blocks of one server, by round."""
         return {
             block.round: block
             for block in self.blocks
@@ -206,7 +206,7 @@ class Bench:
         return self.missing.get(server, some)
 
     def _raw(self, scenario: Scenario, number: int) -> Costs | None:
-        """One of the raw engine's two turns in a round, before ours and right after it: the machine's speed drifts."""
+        """One of the raw engine's two blocks in a round, before ours and right after it: the machine's speed drifts."""
         if not scenario.sizes:
             return None
         seconds = self.seconds / 2 * scenario.patience
@@ -311,7 +311,7 @@ def _cost_checks(bench: Bench) -> list[Check]:
 
 
 def _ids(bench: Bench, scenario: Scenario, rounds: int) -> tuple[list[Table], list[Check]]:
-    """What it costs that each request has an id of its own: in its head, as proxies give it, or in its JSON."""
+    """The cost of an ID of its own for each request: in its head, as proxies set it, or in its JSON."""
     target = f"<= {_IDS:g}"
     try:
         costs = costs_of(bench.setup(scenario), scenario.load, rounds, bench.seconds)
@@ -331,7 +331,7 @@ def _ids(bench: Bench, scenario: Scenario, rounds: int) -> tuple[list[Table], li
 
 
 def _crowd(bench: Bench, name: str, budget_s: float, overload_s: float) -> tuple[list[Check], dict[str, Any]]:
-    """Capacity of the article's network; on one core also what becomes of it when 3 and 10 times as many come."""
+    """Capacity of the article's network; on one core also its goodput at 3 and 10 times the capacity."""
     scenario = next(scenario for scenario in bench.scenarios if scenario.name == name)
     best = max(map(_best_of, _raw_of(bench, scenario.name)))
     setup = bench.setup(scenario, max_batch=_crowd_batch(bench, scenario), deadline_ms=1e3 * _SLO.limit_s)
@@ -375,7 +375,7 @@ def _crowd(bench: Bench, name: str, budget_s: float, overload_s: float) -> tuple
 
 
 def capacity_check(what: str, found: Search, best: float) -> Check:
-    """The capacity by the raw engine's `best` throughput, samples per second. What is not proven does not hold."""
+    """The capacity over the raw engine's `best` throughput, in samples per second. An estimate does not hold."""
     low, high, why = found.capacity_rps, found.capacity_rps, found.reason
     if found.proven and found.lowest_failing_rps:
         high, why = found.lowest_failing_rps, why or "the interval ends at the lowest rate that failed"

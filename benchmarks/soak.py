@@ -1,4 +1,4 @@
-"""`make bench-soak`: a real server under everything at once for SOAK_SECONDS (600); does it grow, does it ever err?
+"""`make bench-soak`: a real server under all loads at once for SOAK_SECONDS (600): does it leak memory, does it fail?
 
 Well-behaved clients (HTTP with binary, JSON and packed bodies, gRPC, requests of 1 to 100 samples) check every answer
 against numpy. Beside them others send garbage, stop in the middle, vanish, and come and go. Every minute the model is
@@ -57,7 +57,7 @@ _GARBAGE: dict[str, bytes] = {
 
 
 class Soak:
-    """The crowd, and what it saw."""
+    """The clients, and what they observed."""
 
     def __init__(self, bundle: Bundle, host: str, port: int, grpc_address: str) -> None:
         self.signature = bundle.manifest.signature
@@ -70,11 +70,11 @@ class Soak:
         self.over = asyncio.Event()
 
     def images(self, most: int) -> NDArray[np.uint8]:
-        """A request's samples, 1 to `most`, never the same again."""
+        """A request's samples, 1 to `most`, never repeated."""
         return self.random.integers(0, 256, (int(self.random.integers(1, most + 1)), 4, 4, 1), dtype=np.uint8)
 
     def judge(self, kind: str, images: NDArray[np.uint8], version: str, answer: NDArray[np.float32]) -> None:
-        """Compare an answer with what the version that it names has to say."""
+        """Compare an answer with the expected one of the version that it names."""
         self.seen[kind] += 1
         self.versions.add(int(version))
         right = tiny_answers(images, seed=(int(version) - 1) % 2)
@@ -82,7 +82,7 @@ class Soak:
             self.wrong.append(f"{kind}, version {version}")
 
     async def repeat(self, kind: str, once: Callable[[], Awaitable[None]]) -> None:
-        """Do something until it is over; what goes wrong counts."""
+        """Repeat something until the end; failures are counted."""
         while not self.over.is_set():
             try:
                 await asyncio.wait_for(once(), 30)
@@ -92,7 +92,7 @@ class Soak:
             await asyncio.sleep(_PAUSE_S)
 
     async def over_http(self, kind: str, most: int) -> None:
-        """One connection's worth of good requests."""
+        """Valid requests of one connection."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             for _ in range(500):
@@ -122,7 +122,7 @@ class Soak:
             writer.close()
 
     async def over_grpc(self) -> None:
-        """One channel's worth of good requests."""
+        """Valid requests of one channel."""
         async with grpc.aio.insecure_channel(self.grpc) as channel:
             call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
             for _ in range(500):
@@ -138,7 +138,7 @@ class Soak:
                 await asyncio.sleep(_PAUSE_S)
 
     async def hostile(self) -> None:
-        """Garbage gets an answer or a closed door, and never anything else."""
+        """Invalid bytes get an error or a closed connection."""
         for name, sent in _GARBAGE.items():
             reader, writer = await asyncio.open_connection(self.host, self.port)
             try:
@@ -154,7 +154,7 @@ class Soak:
             await asyncio.sleep(0.05)
 
     async def vanish(self) -> None:
-        """Ask, and be gone before the answer; or never finish asking."""
+        """Disconnect before the answer, or within a request."""
         length, body = encode_request(self.signature, {"image": self.images(8)})
         head = f"POST {_PATH} HTTP/1.1\r\nhost: x\r\n{HEADER_LENGTH}: {length}\r\ncontent-length: {len(body)}\r\n\r\n"
         whole = head.encode() + body
@@ -168,7 +168,7 @@ class Soak:
         await asyncio.sleep(0.01)
 
     async def reload(self, bundles: list[Path], served: Path, every_s: float) -> None:
-        """Replace the model again and again."""
+        """Replace the model repeatedly."""
         turn = 1
         while True:
             with contextlib.suppress(TimeoutError):
@@ -194,7 +194,7 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], by
 
 
 async def _soak(soak: Soak, pid: int, folder: Path, seconds: float) -> list[float]:
-    """Everything at once; the server's resident MiB, second by second."""
+    """All clients at once; the server's resident MiB, each second."""
     minute = seconds / 10
     tasks = [
         *(soak.repeat("binary", lambda: soak.over_http("binary", 8)) for _ in range(4)),
@@ -219,7 +219,7 @@ async def _soak(soak: Soak, pid: int, folder: Path, seconds: float) -> list[floa
 
 
 def main() -> int:
-    """Run, write the record, say what it says; 1 if a claim does not hold."""
+    """Run, write the record and print it; 1 if a claim does not hold."""
     seconds = float(os.environ.get("SOAK_SECONDS", str(_WHOLE_S)))
     random.seed(_SEED)
     with tempfile.TemporaryDirectory() as name:

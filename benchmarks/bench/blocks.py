@@ -1,4 +1,4 @@
-"""One block: one server, started, checked, warmed up, loaded for a few seconds, and stopped. All is counted."""
+"""One block: one server, started, checked, warmed up, loaded for a few seconds, and stopped, with its CPU time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Block(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one block measured.
+    """The measurements of one block.
 
     Attributes:
         scenario: `noop`, `cnn`, `cnn.both`, `article`.
@@ -110,7 +110,7 @@ def measure(
     seconds: float,
     costs: Costs | None,
 ) -> Block:
-    """One block. What goes wrong is in it.
+    """One block, with its failure if it fails.
 
     Args:
         scenario: its name.
@@ -211,7 +211,7 @@ _samples: dict[Path, NDArray[Any]] = {}
 
 
 def round_to(value: float, digits: int) -> float:
-    """To so many significant digits: more would pretend."""
+    """Rounded to significant digits."""
     return float(f"{value:.{digits}g}")
 
 

@@ -1,4 +1,4 @@
-"""Load for comparing servers: so many users, each sending the next request when the last is answered.
+"""Closed-loop load to compare servers: each user sends the next request when the last is answered.
 
 wrk sends it, for us and for the peers alike; where it is not installed, Rushhour's own generator does.
 """
@@ -32,7 +32,7 @@ class Load:
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """What came back.
+    """The result.
 
     Attributes:
         requests: that were answered with status 200.
@@ -64,7 +64,7 @@ class _Result(msgspec.Struct):
 
 
 def generator() -> str:
-    """Who sends the load here, with its version."""
+    """The load generator and its version."""
     wrk = shutil.which("wrk")
     if wrk is None:
         return "rushhour.load (wrk is not installed)"
@@ -73,7 +73,7 @@ def generator() -> str:
 
 
 def run(port: int, request: Request, load: Load, seconds: float, work: Path) -> Answered:
-    """Load the server at `port` for so long."""
+    """Load the server at `port`."""
     if shutil.which("wrk") is None:
         return _with_ours(port, request, load, seconds)
     body = work / "body"

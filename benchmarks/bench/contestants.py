@@ -1,4 +1,4 @@
-"""Who is compared: how each server is started for a model, asked, and what it says of its batches."""
+"""The servers compared: how each is started for a model, queried, and what it reports of its batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Batches = Counter[float]
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is served, and on what.
+    """The model, its options and its cores.
 
     Attributes:
         cores: of the server.
@@ -55,14 +55,14 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What starts a server."""
+    """The command that starts a server."""
 
     command: list[str]
     env: dict[str, str]
 
 
 def start_ours(setup: Setup, port: int, work: Path) -> Start:
-    """Rushhour, as a plan says."""
+    """Rushhour, by a plan."""
     plan = plan_of(setup)
     # A plan's bundles lie below it; the name is the setup's own, for several servers may be read from one folder.
     file = setup.bundle.path.parent / f"{setup.model}-{setup.instances}-{setup.max_batch}.json"
@@ -73,7 +73,7 @@ def start_ours(setup: Setup, port: int, work: Path) -> Start:
 
 
 def plan_of(setup: Setup) -> Plan:
-    """How we serve it."""
+    """The plan."""
     manifest = setup.bundle.manifest
     variant = Variant(
         name=f"{setup.model}-{setup.precision}",

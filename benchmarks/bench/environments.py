@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class CannotInstall(Exception):
-    """A peer's environment could not be made; the message is pip's last words."""
+    """A peer's environment could not be made; the message is pip's last line."""
 
 
 def python_of(peer: Path, bench: Path, *, engine: bool = True) -> Path:
@@ -60,4 +60,4 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise CannotInstall((errors or ["pip said nothing"])[-1][:300])
+        raise CannotInstall((errors or ["pip printed no message"])[-1][:300])

@@ -1,4 +1,4 @@
-"""What ids cost: CPU of the server per answer where each request has its own, and where all requests are equal."""
+"""The cost of request IDs: CPU of the server per answer with an ID for each request, and with equal requests."""
 
 from __future__ import annotations
 

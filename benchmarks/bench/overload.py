@@ -1,4 +1,4 @@
-"""Our server under open-loop load: its capacity, and what it does when ten times as many come."""
+"""Our server under open-loop load: its capacity, and its goodput at ten times the capacity."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _SAMPLED_S = 0.5
 
 
 class Overload(msgspec.Struct, frozen=True):
-    """What happened when `factor` times the capacity was offered.
+    """The result of load at `factor` times the capacity.
 
     Attributes:
         offered_rps: while it lasted.
         goodput_rps: answers within the limit, per second of it.
-        admitted_p99_ms: of those that were answered at all.
-        shed_p99_ms: how long those that were turned away waited to hear it; None where nobody was.
-        shed: how many that were; `errors` ended otherwise.
+        admitted_p99_ms: of the answered requests.
+        shed_p99_ms: latency of the answers to shed requests; None where none was shed.
+        shed: number of shed requests; `errors` failed otherwise.
         memory: resident memory at its end against its beginning.
         recovery_s: after its end, until no more than 1 in 100 missed the limit at half the capacity.
         generator_lag_p99_ms: how late the generator itself was.

@@ -1,5 +1,5 @@
-"""A benchmark in parts: each stays in the record with the commit that it was measured at, so that a run goes on where
-the last was broken off, and single parts can be measured anew."""
+"""A benchmark in parts: each stays in the record with the commit that it was measured at, so that a run resumes where
+the last was interrupted, and single parts can be repeated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Part(msgspec.Struct, frozen=True):
-    """What one part has shown, and at what commit."""
+    """The results of one part, and its commit."""
 
     checks: tuple[Check, ...]
     tables: tuple[Table, ...]
@@ -87,12 +87,12 @@ def run_parts(
 
 
 def say(text: str) -> None:
-    """To whoever watches."""
+    """Print a line for the user."""
     print(text, file=sys.stderr, flush=True)
 
 
 def busy_cores(seconds: float = _LOOK_S) -> float:
-    """Cores that are busy while we do nothing for so long."""
+    """Cores that are busy while this process sleeps."""
     before, _ = machine_cpu_s()
     time.sleep(seconds)
     return (machine_cpu_s()[0] - before) / seconds
@@ -106,7 +106,7 @@ def scale_options(parser: argparse.ArgumentParser, whole: msgspec.Struct) -> Non
 
 
 def scale_of(arguments: argparse.Namespace, kind: type[S]) -> S:
-    """What was asked for by `scale_options`."""
+    """The scale set by `scale_options`."""
     return msgspec.convert({name: getattr(arguments, name) for name in kind.__struct_fields__}, kind)
 
 

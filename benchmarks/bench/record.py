@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: `results/NAME.json`, one check for each line of what had to be shown."""
+"""The record of a benchmark: `results/NAME.json`, one check for each claim."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Check(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One claim, and whether the measurement bears it.
+    """One claim, and whether the measurement supports it.
 
     Attributes:
         id: of the line it answers to: `1.cnn.triton`.

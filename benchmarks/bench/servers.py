@@ -1,4 +1,4 @@
-"""A server under measurement: started on its cores, watched, and gone at the end with all it started."""
+"""A server under measurement: started on its cores, monitored, and ended with all its child processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class DidNotStart(Exception):
-    """A server did not come up; the message is its own last words."""
+    """A server did not start; the message is the last line of its log."""
 
 
 class Server:
@@ -54,7 +54,7 @@ class Server:
         return total
 
     def strays(self, cores: frozenset[int]) -> list[int]:
-        """Threads that may run elsewhere than on `cores`: a server may undo what it was told."""
+        """Threads that may run on other cores than `cores`: a server may change its affinity."""
         found = []
         for pid in self.pids:
             with contextlib.suppress(OSError):
@@ -64,9 +64,9 @@ class Server:
         return found
 
     def last_words(self) -> str:
-        """The last line of its log that says something."""
+        """The last line of its log that is not empty."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
-        return next((line for line in reversed(lines) if line), "it said nothing")[:300]
+        return next((line for line in reversed(lines) if line), "it printed no message")[:300]
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def running(
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody has just now."""
+    """A free port on 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

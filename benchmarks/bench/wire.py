@@ -1,4 +1,4 @@
-"""What is sent to a server, and how its answer is read: the Open Inference Protocol, or the bare pixels."""
+"""Requests and answers of the servers compared: the Open Inference Protocol, or raw pixels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Request:
     body: bytes
 
     def http(self, port: int) -> bytes:
-        """The whole of it, head and body."""
+        """Head and body."""
         head = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
         first = f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
         return f"{first}{head}Content-Length: {len(self.body)}\r\n\r\n".encode() + self.body
@@ -39,7 +39,7 @@ def protocol_request(path: str, signature: Signature, sample: NDArray[Any]) -> R
 
 
 def bare_request(path: str, sample: NDArray[Any]) -> Request:
-    """One sample's bytes and nothing else."""
+    """The bytes of one sample."""
     return Request(path, {"Content-Type": "application/octet-stream"}, sample.tobytes())
 
 
@@ -68,7 +68,7 @@ def ask(port: int, request: Request, timeout_s: float = 10.0) -> NDArray[np.floa
 
 
 def answers(port: int, request: Request) -> bool:
-    """Whether the server is there and answers it."""
+    """Whether the server answers it."""
     try:
         ask(port, request)
     except OSError:
@@ -77,7 +77,7 @@ def answers(port: int, request: Request) -> bool:
 
 
 def check_answers(port: int, requests: list[Request], expected: NDArray[np.float32]) -> str:
-    """Send all requests, several at a time so that they meet in batches; what is wrong with the answers, or nothing.
+    """Send all requests, several at a time so that they form batches; what is wrong with the answers, or nothing.
 
     Each answer must be nearest to its own expected one, and near: engines may round differently in another batch.
 

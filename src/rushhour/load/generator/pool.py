@@ -93,8 +93,13 @@ class HttpTransport:
     def wait(self, until: float, *, prompt: bool) -> None:
         """See `Transport`."""
         now = monotonic()
-        can_leave_unread = self._small and self._timestamps.available
-        if prompt or self._waiting or self._opening or self._blocked or not can_leave_unread:
+        if (
+            prompt
+            or self._waiting
+            or self._opening
+            or self._blocked
+            or not (self._small and self._timestamps.available)
+        ):
             if until > now:
                 select.select((self._events,), (), (), until - now)  # epoll's own time-out is in whole milliseconds
             self._read()
