@@ -25,7 +25,7 @@ from rushhour.errors import ModelError, StorageError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.measurement import ServiceTimes
 from rushhour.models import Structure, load_deployed, structure_of
-from rushhour.models.trust import remember
+from rushhour.models.trust import record_factory
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.progress import Silent
 from rushhour.records import identity
@@ -339,7 +339,7 @@ def test_what_was_trained_here_needs_no_second_word(
     twin = trained(tmp_path / "b", msgspec.structs.replace(SHORT, seed=3))
     with monkeypatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
-        with pytest.raises(ModelError, match=r"will not import the model 'nets:net': .*say --trust nets:net"):
+        with pytest.raises(ModelError, match=r"will not import the model 'nets:net': .*use --trust nets:net"):
             load_deployed(twin)
         load_deployed(twin, TRUSTED)
     edit("nets", "return Net()", "return Net().double().float()")
@@ -357,7 +357,7 @@ def test_notes_that_others_could_have_written_are_not_believed(
     with pytest.raises(ModelError, match="will not import"):
         load_deployed(bundle)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "code" / "nets.py" / "no folder"))
-    remember(bundle)  # nothing can be noted, and nothing is
+    record_factory(bundle)  # nothing can be noted, and nothing is
 
 
 # Keys.

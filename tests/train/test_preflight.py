@@ -196,8 +196,8 @@ def test_two_inputs_are_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        (Steps(1), "a batch of 1 comes to that"),
-        (Steps(8, parts=8), "a batch of 8 in 8 parts comes to that.*accumulate"),
+        (Steps(1), "a batch of 1 leads to that"),
+        (Steps(8, parts=8), "a batch of 8 in 8 parts leads to that.*accumulate"),
         (Steps(3, parts=2), "a batch of 3 in 2 parts"),
         (Steps(3, workers=2, whole_batch_norm=False), "on 2 workers"),
     ],
@@ -400,7 +400,7 @@ def test_further_code_that_cannot_be_exported(fails: Callable[..., Tensor]) -> N
 def test_what_fails_in_training_only_is_refused_before_the_first_step() -> None:
     with pytest.raises(ModelError, match=r"its first step fails: RuntimeError: .*\(test_preflight.py, line "):
         looked_at(lambda: _Fn(lambda body, x: body(x.flatten(1)[:, :5]) if body.training else body(x)))
-    with pytest.raises(ModelError, match="otherwise in training: to 3 samples it gives shape"):
+    with pytest.raises(ModelError, match="another output in training: for 3 samples it gives shape"):
         looked_at(lambda: _Fn(lambda body, x: body(x)[:, :2] if body.training else body(x)))
     with pytest.raises(ModelError, match="its first step fails"):
         looked_at(lambda: _Fn(lambda body, x: body(x).detach()))

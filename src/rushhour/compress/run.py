@@ -28,7 +28,7 @@ from rushhour.compress.store import Store, key_of
 from rushhour.compress.weights import ReducedPrecision, compress_weights, halve_weights
 from rushhour.data.dataset import Dataset
 from rushhour.errors import DataError, ModelError, RushhourError
-from rushhour.models import Deployed, build, export, load_deployed, resized, trusted_of
+from rushhour.models import Deployed, build, export, load_deployed, resized, trusted_factories
 from rushhour.progress import Progress
 from rushhour.system.faults import in_short
 from rushhour.train.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def apply(
         StorageError: if the disk does not take it.
     """
     check_data(bundle, dataset)
-    before, trusted = bundle, trusted_of(bundle, trusted)
+    before, trusted = bundle, trusted_factories(bundle, trusted)
     for step in recipe.steps:
         key = key_of(step, before, bundle, dataset, seed, max_drop, trusted)
         made = store.find(key)

@@ -1,7 +1,7 @@
 """Reference networks (torch), how a network is named and built, and how it becomes a bundle.
 
-A network takes float32 in torch's layout and gives logits or values; `deployed.py` adds what turns the wire's
-samples into that and its answer into the task's.
+A network takes float32 in torch's layout and gives logits or values; `deployed` turns the wire's samples
+into that and its outputs into the task's answer.
 """
 
 from rushhour.models.article import article
@@ -14,7 +14,7 @@ from rushhour.models.reshape import split_dense
 from rushhour.models.residual import residual
 from rushhour.models.source import build, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
-from rushhour.models.trust import trusted_of
+from rushhour.models.trust import trusted_factories
 
 __all__ = [
     "Deployed",
@@ -35,5 +35,5 @@ __all__ = [
     "source_for",
     "split_dense",
     "structure_of",
-    "trusted_of",
+    "trusted_factories",
 ]

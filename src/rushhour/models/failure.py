@@ -1,4 +1,4 @@
-"""What went wrong in a user's network, in one line: the first cause, and the place in the user's own code."""
+"""The error of a user's network in one line: the first cause, and the line in the user's own code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def why_failed(error: BaseException) -> str:
     first = found[-1]
     kind = type(first).__name__
     if any(type(one).__name__ in _DATA_DEPENDENT for one in found):
-        said = "what it computes depends on the values of a tensor (if, while, .item(), a mask that selects)"
+        text = "what it computes depends on the values of a tensor (if, while, .item(), a mask that selects)"
     else:
         lines = [" ".join(line.split()) for line in _COLOURS.sub("", str(first)).splitlines() if line.strip()]
         more = lines[1:3] if lines and lines[0].endswith(("following indices", ":")) else []
-        said = f"{kind}: {' '.join([lines[0], *more])}" if lines else kind
-    return (said if len(said) <= _LONGEST else f"{said[:_LONGEST]}...") + where(error)
+        text = f"{kind}: {' '.join([lines[0], *more])}" if lines else kind
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...") + where(error)

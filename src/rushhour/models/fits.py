@@ -1,4 +1,4 @@
-"""Whether a network takes samples of a shape and answers as a task wants, before there are any samples."""
+"""Whether a network takes pictures of a shape and answers as a task needs, before any pictures are read."""
 
 from __future__ import annotations
 

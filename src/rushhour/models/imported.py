@@ -1,4 +1,4 @@
-"""An ONNX file from elsewhere becomes a bundle: no torch module, so all that needs no training."""
+"""An ONNX file from elsewhere becomes a bundle, without a torch module: it can be served, but not trained."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rushhour.system.telemetry import keep_home
 from rushhour.task import Task
 
 _INT8 = INTEGER_PRODUCTS | {"QuantizeLinear"}
-"""Operators of a graph whose activations are quantised, whichever tool did it."""
+"""Operators of a graph whose activations are quantised, by any tool."""
 _DYNAMIC = "export it with a dynamic first dimension (torch: dynamic_shapes or dynamic_axes)"
 
 
 def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None = None) -> Bundle:
-    """The bundle of an ONNX file. Its signature is the graph's own; what goes in is not scaled.
+    """The bundle of an ONNX file. Its signature is the graph's own; inputs are not scaled.
 
     Args:
         file: weights inside or beside it.
         task: what the first output means.
         out: the bundle's folder; an older one is replaced.
         samples: a few real inputs, `(k, *shape)`, or a structured array with a field for each of several inputs;
-            seeded noise stands in for them where there are none.
+            seeded noise is used where there are none.
 
     Raises:
         ModelError: if it cannot be read, its batch is fixed or another dimension is not, or ONNX Runtime's answer to a
@@ -79,10 +79,10 @@ def _spec(value: onnx.ValueInfoProto, file: Path) -> TensorSpec:
             f"cannot serve {file}", f"the first dimension of {value.name} is fixed to {batch.dim_value}", _DYNAMIC
         )
     if not all(dimension.dim_value > 0 for dimension in shape):
-        said = ", ".join(str(dimension.dim_value or dimension.dim_param or "?") for dimension in shape)
+        sizes = ", ".join(str(dimension.dim_value or dimension.dim_param or "?") for dimension in shape)
         raise ModelError(
             f"cannot serve {file}",
-            f"one sample of {value.name} has the shape ({said}), and only the batch may be left open",
+            f"one sample of {value.name} has the shape ({sizes}), and only the batch may be left open",
             "fix the other dimensions when you export it",
         )
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
@@ -92,7 +92,7 @@ def _spec(value: onnx.ValueInfoProto, file: Path) -> TensorSpec:
 
 
 def _check_batches(file: Path, batch: dict[str, NDArray[Any]]) -> None:
-    """Raise unless three samples together get the answers that each gets alone."""
+    """Raise unless three samples in one batch get the same answers as each alone."""
     keep_home()
     import onnxruntime
 
@@ -100,12 +100,12 @@ def _check_batches(file: Path, batch: dict[str, NDArray[Any]]) -> None:
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        together = session.run(None, batch)
+        batched = session.run(None, batch)
         alone = [session.run(None, {name: array[row : row + 1] for name, array in batch.items()}) for row in range(3)]
-    except Exception as error:  # its exceptions have no base of their own
+    except Exception as error:  # its exceptions have no common base class
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError("ONNX Runtime cannot run the model", reason[0], _DYNAMIC) from error
-    for index, answers in enumerate(together):
+    for index, answers in enumerate(batched):
         single = np.concatenate([each[index] for each in alone])
         near = answers.shape == single.shape and np.allclose(
             answers, single, rtol=1e-3, atol=1e-3 * max(1e-1, float(np.abs(single).max())), equal_nan=True

@@ -1,7 +1,7 @@
-"""A network that was pruned or factorised is written down as sizes, and made again from what its factory builds.
+"""A network that was pruned or factorised is recorded as sizes, and built again from what its factory builds.
 
-Nothing is unpickled: a factory's network is taken as it is, some dense layers are split in two, and tensors are cut to
-the sizes on record. Layers only ever become smaller, so a record that asks for more is damaged.
+Nothing is unpickled: some dense layers of the factory's network are split in two, and tensors are cut to the recorded
+sizes. Layers only become smaller: a record with larger sizes is damaged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rushhour.errors import ModelError
 
 
 def split_dense(network: nn.Module, name: str, rank: int) -> tuple[nn.Linear, nn.Linear]:
-    """Put two dense layers in the place of one, `NAME.0` without bias and `NAME.1`, with fresh weights.
+    """Replace a dense layer by two, `NAME.0` without bias and `NAME.1`, with fresh weights.
 
     Args:
         network: changed in place.
@@ -53,12 +53,11 @@ def split_dense(network: nn.Module, name: str, rank: int) -> tuple[nn.Linear, nn
 def reshape(network: nn.Module, change: Reshape, model: str) -> None:
     """Split and narrow `network` in place, as `change` says.
 
-    What is left of a tensor keeps the values of its first rows and columns, so a fresh network is still initialised as
-    its factory meant it.
+    A tensor keeps the values of its first rows and columns, so that a fresh network is initialised as by its factory.
 
     Args:
         network: as its factory built it.
-        change: what is on record.
+        change: the recorded sizes.
         model: its name, for the message.
 
     Raises:
@@ -79,7 +78,7 @@ def reshape(network: nn.Module, change: Reshape, model: str) -> None:
             raise ModelError(
                 f"cannot bring {name} of the model {model} to the shape {tuple(shape)}",
                 f"{found}, and layers only become smaller",
-                "make the bundle anew with the code that is installed",
+                "make the bundle again with the installed code",
             )
         if id(old) not in cut:
             kept = old.detach()[tuple(slice(size) for size in shape)].clone(memory_format=torch.contiguous_format)
@@ -87,7 +86,7 @@ def reshape(network: nn.Module, change: Reshape, model: str) -> None:
         path, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(path), leaf, cut[id(old)])
     for path in {name.rpartition(".")[0] for name in change.shapes}:
-        _settle(network.get_submodule(path))
+        _update_sizes(network.get_submodule(path))
 
 
 def reshape_of(fresh: nn.Module, network: nn.Module, ranks: Mapping[str, int], model: str) -> Reshape:
@@ -104,13 +103,13 @@ def reshape_of(fresh: nn.Module, network: nn.Module, ranks: Mapping[str, int], m
     """
     for name, rank in ranks.items():
         split_dense(fresh, name, rank)
-    # what is lazy takes the shape of whatever weights it is given
+    # lazy tensors take the shape of any weights that they are given
     before = {name: None if is_lazy(tensor) else tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
     after = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if before.keys() != after.keys():
         apart = sorted(before.keys() ^ after.keys())
         raise ModelError(
-            f"cannot write down how the model {model} was changed",
+            f"cannot record how the model {model} was changed",
             f"it differs from its factory's in {', '.join(apart[:3])}",
             "give a factory that builds the same layers every time",
         )
@@ -118,8 +117,8 @@ def reshape_of(fresh: nn.Module, network: nn.Module, ranks: Mapping[str, int], m
     return Reshape(ranks=dict(ranks), shapes=changed)
 
 
-def _settle(module: nn.Module) -> None:
-    """Bring the sizes that a layer keeps beside its tensors in line with them."""
+def _update_sizes(module: nn.Module) -> None:
+    """Set the sizes that a layer keeps beside its tensors to those of the tensors."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -1,4 +1,4 @@
-"""How a network is named, and how it is built from its name: a name in a file must never be able to run any code."""
+"""How a network is named, and built from its name: a name in a file must never be able to run any code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rushhour.task import Task
 _ROOM = "rushhour.models"
 _NAMES = ("article", "residual", "mlp")
 _PRETRAINED = ("minilm",)
-"""Built for their weights, not to be trained from scratch."""
+"""Networks with pretrained weights, not trained from scratch."""
 _CLASSES = ("classes", "num_classes")
 _ANY = (inspect.Parameter.empty, Any, "Any")
 _NUMBER = (int, "int")
@@ -34,10 +34,11 @@ Argument = int | float | str | bool | tuple[int, ...]
 def source_for(
     model: str, dataset_shape: tuple[int, ...], task: Task, preprocessing: Preprocessing | None = None
 ) -> Source:
-    """The source of a model that a user named, fitted to the data.
+    """The source of a model that a user named, with arguments that fit the data.
 
-    A factory of the user's own is offered what it has a parameter for: `classes` (or `num_classes`), the length of the
-    answer; and `input`, the shape of one sample as the network gets it, `(channels, height, width)` for pictures.
+    A factory of the user's own gets these arguments, if it has parameters for them: `classes` (or `num_classes`), the
+    length of the answer; and `input`, the shape of one sample as the network gets it, `(channels, height, width)` for
+    pictures.
 
     Args:
         model: `article`, `residual`, `mlp`, or `module:factory`.
@@ -52,7 +53,7 @@ def source_for(
     is_picture = len(dataset_shape) == 3 and (preprocessing is None or preprocessing.layout == "NHWC->NCHW")
     if ":" in model:
         seen = (dataset_shape[2], *dataset_shape[:2]) if is_picture else dataset_shape
-        return Source(model, _offered(model, seen, task))
+        return Source(model, _arguments(model, seen, task))
     if model not in _NAMES:
         raise ModelError(
             f"there is no model {model!r}",
@@ -73,46 +74,46 @@ def source_for(
         raise ModelError(
             f"the model article cannot take pictures of {height}x{width}",
             "its dense layer needs a square picture",
-            "use residual, or bring the pictures to equal sides with --size",
+            "use residual, or make the pictures square with --size",
         )
     return Source(factory, {"input_size": max(height, width), "channels": channels, "classes": task.outputs})
 
 
-def _offered(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argument]:
-    """The arguments that the user's factory takes of those that the data decides; none where it cannot be asked."""
+def _arguments(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argument]:
+    """The arguments that the data decides and the user's factory takes; none where its signature is not known."""
     module_name, _, name = model.partition(":")
     try:
         parameters = inspect.signature(getattr(importlib.import_module(module_name), name)).parameters
-    except Exception:  # `build` says what is wrong with it
+    except Exception:  # then `build` raises
         return {}
     takes = {
         each.name: each.annotation
         for each in parameters.values()
         if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
     }
-    offered: dict[str, Argument] = {
+    arguments: dict[str, Argument] = {
         each: task.outputs for each in _CLASSES if each in takes and takes[each] in (*_ANY, *_NUMBER)
     }
     if "input" in takes and takes["input"] in _NUMBER:
-        return offered | ({"input": shape[0]} if len(shape) == 1 else {})
+        return arguments | ({"input": shape[0]} if len(shape) == 1 else {})
     if "input" in takes and takes["input"] not in _NO_SHAPE:
-        offered["input"] = shape
-    return offered
+        arguments["input"] = shape
+    return arguments
 
 
 def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
-    """The network that `source` names, with fresh weights; of a compressed one with its layers split and narrowed.
+    """The network that `source` names, with fresh weights; a compressed one with its layers split and narrowed.
 
-    Only the reference networks of this package are built on a bundle's own word; any other factory must be in
-    `trusted`, which is for the person at the machine to say.
+    A bundle alone can name only the reference networks of this package; any other factory must be in `trusted`, which
+    comes from the person at the machine.
 
     Args:
         source: the factory and its arguments.
         trusted: factories (`module:factory`) that may be imported besides.
 
     Raises:
-        ModelError: if the factory is not trusted, is not there, does not take the arguments, fails, gives no module,
-            or gives one that the recorded sizes do not fit.
+        ModelError: if the factory is not trusted, does not exist, does not take the arguments, or fails, or if it
+            returns no module, or one that the recorded sizes do not fit.
     """
     factory = factory_of(source, trusted)
     try:
@@ -131,17 +132,17 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
         raise ModelError(
             f"cannot build the model {source.factory!r}",
             f"{type(error).__name__}: {error}",
-            "mend the factory or its arguments",
+            "correct the factory or its arguments",
         ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"cannot use the model {source.factory!r}",
-            f"it gave a {type(network).__name__}, not a torch.nn.Module",
+            f"it returned a {type(network).__name__}, not a torch.nn.Module",
             "name a callable that returns a torch.nn.Module",
         )
     network = _plain(network)
     _check_kind(network, source.factory)
-    _in_one_piece(network)
+    _make_contiguous(network)
     if isinstance(source.reshape, Reshape):
         reshape(network, source.reshape, source.factory)
     return network
@@ -205,15 +206,15 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
     """What builds the network that `source` names; see `build`.
 
     Raises:
-        ModelError: if it is not trusted, or not there.
+        ModelError: if it is not trusted, or does not exist.
     """
     module_name, _, name = source.factory.partition(":")
     ours = module_name == _ROOM and name in (*_NAMES, *_PRETRAINED)
     if not ours and source.factory not in trusted:
         raise ModelError(
             f"will not import the model {source.factory!r}",
-            "it is no model of Rushhour, and importing it would run its code",
-            f"if you trust it, say --trust {source.factory}",
+            "it is not a model of Rushhour, and importing it would run its code",
+            f"if you trust it, use --trust {source.factory}",
         )
     if not (module_name and name):
         raise ModelError(
@@ -243,8 +244,8 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
     return factory
 
 
-def _in_one_piece(network: nn.Module) -> None:
-    """Lay out tensors in torch's standard order that are views, transposed or expanded: those cannot be written to."""
+def _make_contiguous(network: nn.Module) -> None:
+    """Copy tensors that are transposed or expanded views: those cannot be written to."""
     for tensor in (*network.parameters(), *network.buffers()):
         if not is_lazy(tensor) and tensor.layout == torch.strided and not tensor.is_contiguous():
             tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)

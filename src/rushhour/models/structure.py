@@ -1,7 +1,7 @@
-"""What a network is made of, so that no result is taken for that of another network.
+"""The structure of a network, so that a result is not taken for that of another network.
 
-A name (`nets:small`) says nothing about what lies behind it today. Three hashes do: of the operations that a pass
-performs, of the code that the factory comes from, and of the weights that it begins with.
+A name (`nets:small`) does not say what it stands for today. Three hashes do: of the operations of a forward pass, of
+the code of the factory, and of the initial weights.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _FUNCTIONS = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Structure(msgspec.Struct, frozen=True):
-    """What decides what a source's network is, beside its name and arguments.
+    """What a source's network is, besides its name and arguments.
 
     Attributes:
         graph: hash of the operations of two passes over samples, as the factory leaves the network and in evaluation:
             which, in which order, on what, with which constants, and what is frozen. Empty where two networks of the
             same source do not agree on it.
-        code: hashes of the code, comments and docstrings apart: module -> hash, of the factory's own and of whatever of
-            the user's that imports, near or far. What is installed counts by its version, which is not in here.
+        code: module -> hash of its code without comments and docstrings: of the factory's module and of all modules of
+            the user that it imports, directly or not. Installed modules are not in here: their versions count.
         weights: hash of parameters and buffers as the factory leaves them. Empty where two networks do not agree on it,
             because the factory draws from other generators than torch's, numpy's and Python's.
     """
@@ -61,17 +61,17 @@ def structure_of(
     seed: int,
     trusted: tuple[str, ...] = (),
 ) -> Structure:
-    """What the network of a source is made of. It is built twice, and thrown away; no generator is moved.
+    """The structure of the network of a source. It is built twice; no random generator advances.
 
     Args:
         source: the network.
-        samples: of the data, `(n, *shape)`; the first two are passed through.
-        prepare: what happens to them first.
+        samples: of the data, `(n, *shape)`; the first two pass through the network.
+        prepare: applied to them first.
         seed: of the weights.
         trusted: factories that may be imported besides those of `rushhour.models`.
 
     Raises:
-        ModelError: if the network cannot be built. That it cannot be run is for others to say.
+        ModelError: if the network cannot be built. That it cannot be run is checked elsewhere.
     """
     columns = [samples[name] for name in samples.dtype.names or ()] or [samples]
     inputs = tuple(torch.from_numpy(np.array(column[:_SAMPLES])) for column in columns)
@@ -99,7 +99,7 @@ def code_of(source: Source, trusted: tuple[str, ...] = ()) -> dict[str, str]:
     made = inspect.unwrap(factory_of(source, trusted))
     name = source.factory.partition(":")[0]
     roots = {getattr(made, "__module__", None) or name}
-    if not name.startswith("rushhour."):  # whose rooms only name what is in them
+    if not name.startswith("rushhour."):  # packages of rushhour only re-export
         roots.add(name)
     found: dict[str, str] = {}
     pending = sorted(roots)
@@ -123,7 +123,7 @@ def file_of(module: str) -> Path | None:
     path, spec = None, None
     for depth in range(module.count(".") + 1):
         if depth and path is None:
-            return None  # what lies above is no package: this is a name in it, not a folder of that name elsewhere
+            return None  # the part above is no package: this is a name in it, not a folder of that name elsewhere
         spec = PathFinder.find_spec(".".join(module.split(".")[: depth + 1]), path)
         if spec is None:
             loaded = getattr(sys.modules.get(module), "__file__", None)  # found by a finder of an editable install
@@ -133,7 +133,7 @@ def file_of(module: str) -> Path | None:
 
 
 def _is_own(module: str, file: Path) -> bool:
-    """Whether it is the user's: neither Python's, nor installed, nor of this package."""
+    """Whether it is the user's: neither of the standard library, nor installed, nor of this package."""
     top = module.partition(".")[0]
     return top not in sys.stdlib_module_names and top != "rushhour" and _INSTALLED.isdisjoint(file.parts)
 
@@ -154,7 +154,7 @@ def _bare(tree: ast.Module) -> ast.Module:
 
 
 def _imports(tree: ast.Module, module: str, *, is_package: bool) -> list[str]:
-    """Whatever a module may import, in functions too; names that are no modules are found nowhere and do no harm."""
+    """All that a module may import, in functions too; names that are not modules are ignored later."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -179,7 +179,7 @@ def _state(network: nn.Module) -> str:
 
 
 def _content(tensor: Any) -> str:
-    """Of a tensor of any kind; what is none counts by its type."""
+    """A text for a tensor of any kind; for other values their type."""
     if not isinstance(tensor, Tensor) or is_lazy(tensor):
         return type(tensor).__name__
     about = f"{tensor.dtype}{tuple(tensor.shape)}"
@@ -214,10 +214,10 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self._hash = hashlib.sha256()
         self._names: dict[int, str] = {}
-        self._kept: list[Tensor] = []  # else the next tensor could have the identity of one that is gone
+        self._kept: list[Tensor] = []  # else a new tensor could get the id of one that was freed
 
     def begin(self, network: nn.Module) -> None:
-        """Forget the tensors of the pass before, and know those that the network holds."""
+        """Drop the tensors of the pass before, and name those that the network holds."""
         self._names, self._kept = {}, []
         kept = network.state_dict().keys()
         for name, tensor in (*network.named_parameters(), *network.named_buffers()):
@@ -241,9 +241,9 @@ class _Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         called = f"{getattr(func, '__qualname__', type(func).__name__)} {_owner(func)}"
-        said = self._said((args, dict(kwargs or {})))
+        arguments = self._described((args, dict(kwargs or {})))
         result = func(*args, **(kwargs or {}))
-        self.note(f"{called} {said} -> {self._said(result)}")
+        self.note(f"{called} {arguments} -> {self._described(result)}")
         return result
 
     def _name(self, tensor: Tensor, name: str) -> str:
@@ -251,17 +251,17 @@ class _Trace(TorchFunctionMode):
         self._kept.append(tensor)
         return name
 
-    def _said(self, value: Any) -> str:
+    def _described(self, value: Any) -> str:
         if isinstance(value, Tensor):
             shape = "lazy" if is_lazy(value) else tuple(value.shape)
             name = self._names.get(id(value)) or self._name(value, f"#{len(self._kept)}")
             return f"{name}:{value.dtype}{shape}"
         if isinstance(value, dict):
-            return "{" + ",".join(f"{key}={self._said(each)}" for key, each in value.items()) + "}"
+            return "{" + ",".join(f"{key}={self._described(each)}" for key, each in value.items()) + "}"
         if isinstance(value, tuple | list):
-            return "(" + ",".join(map(self._said, value)) + ")"
+            return "(" + ",".join(map(self._described, value)) + ")"
         if isinstance(value, set | frozenset):
-            return "(" + ",".join(sorted(map(self._said, value))) + ")"
+            return "(" + ",".join(sorted(map(self._described, value))) + ")"
         if isinstance(value, float):
             return f"{value:.6g}"  # it may come from data, whose last digits depend on the number of threads
         if isinstance(value, slice):
@@ -274,7 +274,7 @@ class _Trace(TorchFunctionMode):
 
 
 def _owner(func: Any) -> str:
-    """Which property it is whose getter is called."""
+    """The name of the property whose getter is called."""
     return getattr(getattr(func, "__self__", None), "__name__", "")
 
 
@@ -284,7 +284,7 @@ def _hash(content: bytes) -> str:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """All usual generators begin at `seed`, and are where they were afterwards."""
+    """Seed all usual generators, and restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,9 +1,8 @@
-"""Factories that need no word of trust: those of bundles that this person trained on this machine.
+"""Factories that are trusted without an option: those of bundles that this user trained on this machine.
 
-A bundle names the code that builds its network, and importing that runs it; so a bundle from elsewhere is never
-believed (`source.py`). But whoever trained a bundle has run that code already. What is noted then is the hash of the
-weights with the hash of the file that the factory lies in: neither another bundle nor other code of the same name is
-meant by it.
+A bundle names the code that builds its network, and importing that runs it; so a bundle from elsewhere is not trusted
+(`source.py`). But who trained a bundle has run that code already. A line in a file of the user records the hash of the
+weights with the hash of the factory's file: another bundle, or other code of the same name, does not match it.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from rushhour.models.structure import file_of
 _FILE = "trained-here"
 
 
-def remember(bundle: Bundle) -> None:
-    """Note that the factory of this bundle was run here. Where nothing can be noted, nothing is."""
+def record_factory(bundle: Bundle) -> None:
+    """Record that the factory of this bundle was run here; does nothing where the file cannot be written."""
     line, file = _line(bundle), _file()
     if line is None or line in _known(file):
         return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(file, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as noted:
-            noted.write(f"{line}\n")
+        with open(file, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as file_:
+            file_.write(f"{line}\n")
 
 
-def trusted_of(bundle: Bundle, trusted: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The factories that may be imported for this bundle: those that a person said, and its own if it was noted."""
+def trusted_factories(bundle: Bundle, trusted: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The factories that may be imported for this bundle: those that are given, and its own if it was recorded."""
     line, source = _line(bundle), bundle.manifest.source
     if line is None or source is None or line not in _known(_file()):
         return trusted
@@ -39,7 +38,7 @@ def trusted_of(bundle: Bundle, trusted: tuple[str, ...] = ()) -> tuple[str, ...]
 
 
 def _line(bundle: Bundle) -> str | None:
-    """What is noted of a bundle; None where there is nothing to be."""
+    """The line that records a bundle; None where there is nothing to record."""
     source, files = bundle.manifest.source, bundle.manifest.files
     if source is None or WEIGHTS not in files or source.factory.startswith("rushhour."):
         return None
@@ -54,7 +53,7 @@ def _line(bundle: Bundle) -> str | None:
 
 
 def _known(file: Path) -> frozenset[str]:
-    """What is on file, if nobody else can have written it."""
+    """The recorded lines, if no other user can have written them."""
     try:
         about = file.stat()
         if about.st_uid != os.geteuid() or about.st_mode & 0o022:
@@ -67,6 +66,6 @@ def _known(file: Path) -> frozenset[str]:
 def _file() -> Path:
     try:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # the user has no home folder
         return Path(os.devnull)
     return state / "rushhour" / _FILE

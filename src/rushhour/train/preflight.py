@@ -1,7 +1,7 @@
-"""Looks at a network before it is trained, on copies: what would fail after hours, or go wrong unseen, is said at once.
+"""Inspects copies of a network before training: what would fail after hours, or silently, is reported at once.
 
-A network of the user's own is code of any kind. It may mix the samples of a batch, answer otherwise in training, count
-on more than one sample, or not be exportable. All that shows on a handful of samples.
+A user's network may mix the samples of a batch, have another output in training, need more than one sample, or not be
+exportable. A few samples show all that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rushhour.bundle import TensorSpec
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models import Deployed
-from rushhour.models.company import apart_in_company
+from rushhour.models.batch_dependence import batch_dependence
 from rushhour.models.deployed import Meaning, main_output, named_outputs, try_export
 from rushhour.models.failure import why_failed
 from rushhour.train.loss import loss_for
@@ -28,14 +28,15 @@ from rushhour.train.memory_format import MemoryFormat, guard
 from rushhour.train.settings import TrainSettings
 
 _SAMPLES = 5
-"""That are asked for, alone and together."""
+"""Samples that the network is given, alone and in one batch."""
 _TRIED = 3
-"""Samples of a step that is tried."""
+"""Samples of a trial step."""
 _LOOSE, _STRICT = 1e-3, 1e-5
-"""Of answers in float32 and in float64, as a share of the largest: more than rounding ever makes of them."""
+"""Largest difference of outputs in float32 and in float64, as a share of the largest: more than rounding."""
 _NOISE = 0.1
+"""Of the weights, relative to their size, in the check in float64."""
 _LARGEST_BYTES = 500_000_000
-"""Of a network that is looked at in float64 too."""
+"""Of a network that is checked in float64 too."""
 _NAMED = 3
 """Modules, buffers or outputs that a message names, at most."""
 
@@ -44,11 +45,11 @@ _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 
 
 class Inspected(msgspec.Struct, frozen=True):
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        meaning: of the network's own numbers.
-        notes: what the user should know, a line each.
+        meaning: of the network's outputs.
+        notes: for the user, a line each.
     """
 
     meaning: Meaning
@@ -56,11 +57,11 @@ class Inspected(msgspec.Struct, frozen=True):
 
 
 class Steps(msgspec.Struct, frozen=True):
-    """How a training cuts up its batches.
+    """How a training divides its batches.
 
     Attributes:
         batch: samples in a step.
-        parts: that each worker's samples go through the network in.
+        parts: in which each worker's samples pass through the network.
         workers: that share a batch.
         whole_batch_norm: batch normalisation sees the samples of all workers.
     """
@@ -72,7 +73,7 @@ class Steps(msgspec.Struct, frozen=True):
 
     @property
     def fewest(self) -> int:
-        """Samples that go through the network at once, at least."""
+        """The fewest samples that pass through the network at once."""
         return max(1, self.batch // self.workers // self.parts)
 
 
@@ -86,14 +87,14 @@ def inspect(
     name: str,
     export: bool,
 ) -> Inspected:
-    """Look at copies of a network.
+    """Inspect copies of a network.
 
     Args:
-        make: builds the network anew, as its factory leaves it.
-        dataset: some of its training part goes through the network.
+        make: builds the network again, as its factory leaves it.
+        dataset: some samples of its training part pass through the network.
         sample: one of them, on the wire.
         settings: of the training, resolved.
-        steps: how it goes through its batches.
+        steps: how it divides its batches.
         name: of the network, for messages.
         export: try the export too, which takes seconds.
 
@@ -109,23 +110,23 @@ def inspect(
     some: NDArray[Any] = np.ascontiguousarray(dataset.train.inputs[places])
     deployed.settle(some, name)
     dataset.task.check_output(deployed.answer_shape(some, name), name)
-    _check_company(lambda columns: _answers(deployed, columns), some, _LOOSE, network, name)
+    _check_batch_dependence(lambda columns: _answers(deployed, columns), some, _LOOSE, network, name)
     with (guard(deployed, some) or MemoryFormat(channels_last=False)).in_force():
         notes += _on_training(deployed, dataset, settings, steps, name)
     if sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) <= _LARGEST_BYTES:
-        _look_closer(deployed, some, name)
+        _check_in_float64(deployed, some, name)
     if export:
         try_export(make(), name, sample, some, dataset.task)
-    meant = {
-        "probabilities": "it ends in a softmax: its numbers are taken for probabilities, and no second one follows",
-        "chances": "it ends in a sigmoid, which is undone: a softmax over the classes takes its place",
+    by_meaning = {
+        "probabilities": "it ends in a softmax: its outputs are taken as probabilities, and no second softmax is added",
+        "chances": "it ends in a sigmoid, which is inverted: a softmax over the classes replaces it",
     }
-    first = [meant[deployed.meaning]] if deployed.meaning in meant else []
+    first = [by_meaning[deployed.meaning]] if deployed.meaning in by_meaning else []
     return Inspected(deployed.meaning, (*first, *notes))
 
 
 def _check_state(network: nn.Module, name: str) -> None:
-    """Raise unless there is something to learn, and all of the network's state can be kept."""
+    """Raise unless there are parameters to learn, and the whole state can be stored."""
     if not any(parameter.requires_grad for parameter in network.parameters()):
         frozen = sum(1 for _ in network.parameters())
         raise ModelError(
@@ -138,53 +139,56 @@ def _check_state(network: nn.Module, name: str) -> None:
             kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ModelError(
                 f"cannot train {name}",
-                f"its state holds {key}, {kind}, and a bundle keeps plain dense tensors only",
+                f"its state holds {key}, {kind}, and a bundle stores plain dense tensors only",
                 "keep it as a dense buffer, or out of the state (persistent=False)",
             )
 
 
-def _check_company(
-    answering: Callable[[Sequence[NDArray[Any]]], NDArray[Any]],
+def _check_batch_dependence(
+    predict: Callable[[Sequence[NDArray[Any]]], NDArray[Any]],
     some: NDArray[Any],
     tolerance: float,
     network: nn.Module,
     name: str,
 ) -> None:
     try:
-        apart = apart_in_company(answering, [some], tolerance)
+        dependence = batch_dependence(predict, [some], tolerance)
     except RushhourError:
         raise
     except Exception as error:  # a user's network may fail in any way
         raise ModelError(
             f"cannot train {name}",
             f"it answers {min(2, len(some))} samples but not other numbers of them: {why_failed(error)}",
-            "make it take any number of samples, one too: squeeze, view and reshape with their dimensions named",
+            "make it take any number of samples, one included: squeeze, view and reshape with explicit dimensions",
         ) from error
-    if apart is None:
+    if dependence is None:
         return
-    if "shape" in apart:
-        fix = "name the dimensions that squeeze, view or reshape may change: a request may hold a single sample"
-    elif "call to call" in apart:
+    if "shape" in dependence:
+        fix = "give squeeze, view and reshape explicit dimensions: a request may hold a single sample"
+    elif "call to call" in dependence:
         fix = "draw random numbers and change buffers only while self.training is true (F.dropout takes it)"
     else:
-        fix = _mixers(network) or "remove what mixes samples: a mean, maximum, softmax or sum over dimension 0"
-    raise ModelError(f"cannot train {name}", apart, fix)
+        fix = (
+            _mixing_layer(network)
+            or "remove operations that mix samples: a mean, maximum, softmax or sum over dimension 0"
+        )
+    raise ModelError(f"cannot train {name}", dependence, fix)
 
 
-def _mixers(network: nn.Module) -> str:
-    """What to do about layers that are known to mix samples; empty where there are none."""
+def _mixing_layer(network: nn.Module) -> str:
+    """The remedy for a layer that is known to mix samples; empty where there is none."""
     for path, module in network.named_modules():
         kind = f"{type(module).__name__} {path!r}"
         layer = getattr(module, "self_attn", module)  # of a transformer's layer
         if getattr(layer, "batch_first", True) is False:
-            return f"set batch_first=True in {kind}: it takes the first dimension for time"
+            return f"set batch_first=True in {kind}: it takes the first dimension as time"
         if isinstance(module, _BATCH_NORM) and module.running_mean is None:
             return f"{kind} keeps no running statistics: set track_running_stats=True"
     return ""
 
 
-def _look_closer(deployed: Deployed, some: NDArray[Any], name: str) -> None:
-    """In float64, with some noise in the weights: what begins at zero hides what it will mix. Changes the network."""
+def _check_in_float64(deployed: Deployed, some: NDArray[Any], name: str) -> None:
+    """Check in float64, with noise in the weights: layers that begin at zero hide mixing. Changes the network."""
     network = deployed.network
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -199,10 +203,10 @@ def _look_closer(deployed: Deployed, some: NDArray[Any], name: str) -> None:
         try:
             network.to(dtype)
             answers = _answers(deployed, [some], dtype)
-        except Exception:  # it holds numbers of one precision: then that one has to do
+        except Exception:  # its code works in one precision only
             continue
         if np.isfinite(answers).all():
-            _check_company(lambda columns: _answers(deployed, columns, dtype), some, tolerance, network, name)  # noqa: B023
+            _check_batch_dependence(lambda columns: _answers(deployed, columns, dtype), some, tolerance, network, name)  # noqa: B023
             return
 
 
@@ -212,14 +216,14 @@ def _answers(
     """The network's main output in evaluation mode."""
     deployed.eval()
     with torch.no_grad():
-        given = deployed.network(deployed.preprocess(torch.from_numpy(np.array(columns[0]))).to(dtype))
-        return np.asarray(main_output(given, deployed.outputs).double().numpy())
+        raw = deployed.network(deployed.preprocess(torch.from_numpy(np.array(columns[0]))).to(dtype))
+        return np.asarray(main_output(raw, deployed.outputs).double().numpy())
 
 
 def _on_training(
     deployed: Deployed, dataset: Dataset, settings: TrainSettings, steps: Steps, name: str
 ) -> tuple[str, ...]:
-    """What two steps on a few samples show, and one on a single sample if the training has such."""
+    """Notes on two steps with a few samples, and one with a single sample if the training has such."""
     network, rows = deployed.network, min(_TRIED, len(dataset.train))
     before = {key: buffer.clone() for key, buffer in network.named_buffers()}
     main, names = _step(deployed, dataset, settings, rows, name)
@@ -236,9 +240,7 @@ def _on_training(
         notes.append(f"it gives {len(names)} outputs ({_listed(names)}): {main} is trained, the others are not used")
     kept = network.state_dict(keep_vars=True)
     if lost := [key for key in changed if key not in kept]:
-        notes.append(
-            f"training changes {_listed(lost)}, which is not kept (persistent=False): it begins anew on resuming"
-        )
+        notes.append(f"training changes {_listed(lost)}, which is not stored (persistent=False): resuming resets it")
     norms = [module for module in network.modules() if isinstance(module, _BATCH_NORM) and module.training]
     if steps.parts > 1 and norms:
         notes.append(
@@ -251,14 +253,14 @@ def _on_training(
 
 
 def _on_sharing(deployed: Deployed, dataset: Dataset, changed: list[str], rows: int, steps: Steps) -> list[str]:
-    """In what a step that is cut up differs from a whole one."""
+    """Notes on how a divided step differs from a whole one."""
     notes, network = [], deployed.network
     modules = dict(network.named_modules())
     own = [key for key in changed if not isinstance(modules[key.rpartition(".")[0]], _BATCH_NORM | _INSTANCE_NORM)]
     if own and steps.workers > 1:
         notes.append(
             f"training changes {_listed(own)}: after each step the mean over {steps.workers} workers is taken, "
-            "which is exact for means over samples and not for counts or maxima"
+            "which is exact for means over samples, but not for counts or maxima"
         )
     inputs = torch.from_numpy(np.array(dataset.train.inputs[:rows]))
     with _plain(deployed), torch.no_grad():
@@ -267,21 +269,21 @@ def _on_sharing(deployed: Deployed, dataset: Dataset, changed: list[str], rows: 
         draws = not torch.equal(state, torch.get_rng_state())
         if draws:
             if steps.workers > 1:
-                notes.append("it draws random numbers beside nn.Dropout: each worker draws its own")
+                notes.append("it draws random numbers outside nn.Dropout: each worker draws its own")
             return notes
         try:
             cut = torch.cat([deployed.logits(inputs[row : row + 1]) for row in range(rows)])
-        except Exception:  # it takes no single sample in training: whether it must is looked at elsewhere
+        except Exception:  # it takes no single sample in training: whether it must is checked elsewhere
             return notes
         scale = float(whole.abs().max())
         if cut.shape != whole.shape or not bool(((whole - cut).abs() <= _LOOSE * scale).all()):
-            notes.append("it mixes samples in training: a step that is cut up gives others than a whole one")
+            notes.append("it mixes samples in training: a divided step gives other results than a whole one")
     return notes
 
 
 @contextlib.contextmanager
 def _plain(deployed: Deployed) -> Iterator[None]:
-    """Training mode, without those layers that compute the same however a batch is cut."""
+    """Training mode, except for layers that compute the same however a batch is divided."""
     deployed.train()
     exact = [one for one in deployed.network.modules() if isinstance(one, _BATCH_NORM) or type(one) is nn.Dropout]
     before = [(one, one.training) for one in exact]
@@ -308,7 +310,7 @@ def _step(
         if settings.bf16:
             with contextlib.suppress(Exception):
                 _try_step(deployed, dataset, rows, bf16=False)
-                fix = "it runs in float32: say --no-bf16"
+                fix = "it runs in float32: use --no-bf16"
         raise ModelError(f"cannot train {name}", f"its first step fails: {why_failed(error)}", fix) from error
 
 
@@ -318,17 +320,17 @@ def _try_step(deployed: Deployed, dataset: Dataset, rows: int, *, bf16: bool) ->
     deployed.zero_grad()
     with torch.enable_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            given = deployed.network(deployed.preprocess(inputs))
-            out = deployed.as_logits(given)
+            raw = deployed.network(deployed.preprocess(inputs))
+            out = deployed.as_logits(raw)
         if tuple(out.shape) != (rows, deployed.outputs):
             raise ModelError(
-                "the network answers otherwise in training",
-                f"to {rows} sample{'' if rows == 1 else 's'} it gives {_described(given)}, and "
-                f"({rows}, {deployed.outputs}) is trained",
-                "return that in training too, alone or among others",
+                "the network has another output in training",
+                f"for {rows} sample{'' if rows == 1 else 's'} it gives {_described(raw)}, and "
+                f"({rows}, {deployed.outputs}) is needed",
+                "return that in training too, alone or among other outputs",
             )
         loss_for(dataset.task)(out, targets).backward()  # type: ignore[no-untyped-call]
-    return named_outputs(given, deployed.outputs)
+    return named_outputs(raw, deployed.outputs)
 
 
 def _check_single(deployed: Deployed, dataset: Dataset, settings: TrainSettings, steps: Steps, name: str) -> None:
@@ -346,30 +348,30 @@ def _check_single(deployed: Deployed, dataset: Dataset, settings: TrainSettings,
         cut += f" on {steps.workers} workers" if steps.workers > 1 else ""
         raise ModelError(
             f"cannot train {name} on one sample at a time",
-            f"{cut} comes to that, and the network fails: {why_failed(error)}",
+            f"{cut} leads to that, and the network fails: {why_failed(error)}",
             "use a larger --batch" + (", or fewer parts (--accumulate)" if steps.parts > 1 else ""),
         ) from error
 
 
 def _on_modes(network: nn.Module) -> tuple[str, ...]:
-    """What the factory left in evaluation mode."""
+    """Notes on modules that the factory left in evaluation mode."""
     if not network.training and not any(module.training for module in network.modules()):
         return (
-            "its factory leaves it in evaluation mode, and so it is trained: dropout is off, batch normalisation keeps "
-            "its statistics; end the factory with .train() if that is not meant",
+            "its factory leaves it in evaluation mode, and it is trained so: dropout is off, batch normalisation keeps "
+            "its statistics; end the factory with .train() if that is not intended",
         )
-    resting: list[str] = []
+    in_evaluation: list[str] = []
     for path, module in network.named_modules():
-        inside = any(path.startswith(f"{other}.") for other in resting)
+        inside = any(path.startswith(f"{other}.") for other in in_evaluation)
         if path and not module.training and not inside:
-            resting.append(path)
-    return (f"{_listed(resting)} stays in evaluation mode, as the factory left it",) if resting else ()
+            in_evaluation.append(path)
+    return (f"{_listed(in_evaluation)} stays in evaluation mode, as the factory left it",) if in_evaluation else ()
 
 
-def _described(given: Any) -> str:
-    if isinstance(given, Tensor):
-        return f"shape {tuple(given.shape)}"
-    return f"a {type(given).__name__} of {_listed(named_outputs(given, 0)[1])}"
+def _described(raw: Any) -> str:
+    if isinstance(raw, Tensor):
+        return f"shape {tuple(raw.shape)}"
+    return f"a {type(raw).__name__} of {_listed(named_outputs(raw, 0)[1])}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from rushhour.data import Dataset
 from rushhour.errors import StorageError
 from rushhour.goal import Goal
 from rushhour.measurement import ServiceTimes
-from rushhour.models import trusted_of
+from rushhour.models import trusted_factories
 from rushhour.plan import PLAN, SO_FAR, Plan
 from rushhour.progress import Progress
 from rushhour.records import identity
@@ -81,7 +81,7 @@ def tune_run(
     clock = clock or WallClock()
     budget = Budget(settings.budget_s, clock)
     if isinstance(model, Bundle):
-        trusted = trusted_of(model, trusted)
+        trusted = trusted_factories(model, trusted)
     with claimed(run):
         record = _Record.of(model, dataset, goal, training, settings, name, fit_epochs=fit_epochs)
         _check_same(run, record, force=force)

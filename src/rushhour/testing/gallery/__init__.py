@@ -188,7 +188,7 @@ GALLERY: tuple[Specimen, ...] = (
     Specimen("branching", refused="depends on the values"),
     Specimen("all_frozen", refused="frozen"),
     Specimen("noisy", refused="call to call"),
-    Specimen("other_in_training", refused="otherwise in training"),
+    Specimen("other_in_training", refused="another output in training"),
     Specimen("pair", "pairs", refused="inputs"),
 )  # fmt: skip
 """All of them."""

@@ -1,0 +1,20 @@
+"""A network as it is served, in torch, and its way to a bundle and back."""
+
+from rushhour.models.deployed.graph import strip_origin
+from rushhour.models.deployed.loading import load_deployed
+from rushhour.models.deployed.module import Deployed, Preprocess
+from rushhour.models.deployed.outputs import Meaning, as_logits, main_output, named_outputs
+from rushhour.models.deployed.sealing import export, try_export
+
+__all__ = [
+    "Deployed",
+    "Meaning",
+    "Preprocess",
+    "as_logits",
+    "export",
+    "load_deployed",
+    "main_output",
+    "named_outputs",
+    "strip_origin",
+    "try_export",
+]

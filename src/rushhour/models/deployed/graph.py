@@ -1,0 +1,178 @@
+"""The ONNX graph of a deployed network, and whether it answers as the torch module does."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from rushhour.errors import ModelError
+from rushhour.models.batch_dependence import batch_dependence
+from rushhour.models.deployed.module import Deployed, columns_of
+from rushhour.models.failure import why_failed
+from rushhour.system.machine import cores
+from rushhour.system.telemetry import keep_home
+
+_VERIFIED_BATCHES = (1, 3, 32)
+
+_COMPARED = 5
+"""Samples whose answers alone and in one batch are compared."""
+_GRAPH_TOLERANCE = 1e-3
+_SHAPES_LOG = "torch.fx.experimental.symbolic_shapes"
+
+_ON_THE_WIRE = ".wire"
+"""Suffix of the names of inputs and outputs until the exporter is done: no name that it makes up ends so."""
+
+
+def graph_of(
+    deployed: Deployed, name: str, samples: NDArray[Any], input_names: list[str], output_name: str
+) -> onnx.ModelProto:
+    """Export a network.
+
+    Args:
+        deployed: settled, in evaluation mode.
+        name: of the network, for messages.
+        samples: one or more, as in `export`.
+        input_names: on the wire.
+        output_name: on the wire.
+
+    Raises:
+        ModelError: if it cannot be exported.
+    """
+    example = tuple(torch.from_numpy(column) for column in columns_of(_batch(samples, 2)))  # 0 and 1 become constants
+    try:
+        with _quiet(), torch.inference_mode(False), torch.no_grad():
+            program = torch.onnx.export(
+                deployed,
+                example,
+                dynamo=True,
+                dynamic_shapes=(tuple({0: torch.export.Dim("batch")} for _ in example),),
+                input_names=[name + _ON_THE_WIRE for name in input_names],
+                output_names=[output_name + _ON_THE_WIRE],
+                verbose=False,
+            )
+        assert program is not None
+        graph: onnx.ModelProto = program.model_proto
+    except Exception as error:  # the exporter may fail in any way on a user's model
+        raise ModelError(
+            f"cannot export {name} to ONNX",
+            why_failed(error),
+            "use operations that torch.onnx can export, independent of the values and the number of samples",
+        ) from error
+    strip_origin(graph)
+    _name_tensors(graph.graph, (*input_names, output_name))
+    return graph
+
+
+def _name_tensors(graph: onnx.GraphProto, names: tuple[str, ...]) -> None:
+    """Give inputs and output their names on the wire; inner tensors with one of these names get another.
+
+    The exporter does not check for equal names: a network with an inner tensor `embedding` and an output of that name
+    became a graph that no engine loads.
+    """
+
+    def renamed(name: str) -> str:
+        return name.removesuffix(_ON_THE_WIRE) if name.endswith(_ON_THE_WIRE) else f"{name}.inner"
+
+    new = {old: renamed(old) for name in names for old in (name, name + _ON_THE_WIRE)}
+    for named in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        named.name = new.get(named.name, named.name)
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            for index, name in enumerate(tensors):
+                tensors[index] = new.get(name, name)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                _name_tensors(inner, names)
+
+
+def strip_origin(graph: onnx.ModelProto) -> None:
+    """Remove, in place, what tools record about the origin of a graph: stack traces, paths, comments.
+
+    They name folders of this machine, differ from run to run, and can be larger than a small model.
+    """
+    pieces: list[Any] = [graph, graph.graph, *graph.functions]
+    while pieces:
+        piece = pieces.pop()
+        for field in ("metadata_props", "doc_string"):
+            if field in piece.DESCRIPTOR.fields_by_name:
+                piece.ClearField(field)
+        for field in ("node", "initializer", "sparse_initializer", "value_info", "input", "output", "attribute"):
+            held = getattr(piece, field, ())
+            pieces += [child for child in held if not isinstance(child, str)]  # a node's inputs are names only
+        if isinstance(piece, onnx.AttributeProto):
+            pieces += [piece.g, *piece.graphs] if piece.HasField("g") else piece.graphs
+
+
+def verify(file: Path | bytes, deployed: Deployed, name: str, names: list[str], samples: NDArray[Any]) -> None:
+    """Raise unless the ONNX graph, in a file or in bytes, answers as torch does, and each sample independently.
+
+    Raises:
+        ModelError: if it does not.
+    """
+    keep_home()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        try:
+            (answer,) = session.run(None, dict(zip(names, columns, strict=True)))
+        except Exception as error:  # its exceptions have no common base class
+            raise ModelError(
+                f"the ONNX graph of {name} does not run on {len(columns[0])} samples",
+                why_failed(error),
+                "compute with whole batches: no loop over samples, no fixed number of samples",
+            ) from error
+        return np.asarray(answer)
+
+    for size in _VERIFIED_BATCHES:
+        batch = columns_of(_batch(samples, size))
+        with torch.no_grad():
+            expected = deployed(*map(torch.from_numpy, batch)).numpy()
+        answer = run(batch)
+        tolerance = 1e-3 * max(1e-1, float(np.abs(expected).max()))
+        off = float(np.abs(answer - expected).max()) if answer.shape == expected.shape else float("inf")
+        if not off <= tolerance:
+            raise ModelError(
+                f"the ONNX graph of {name} does not answer as its torch module does",
+                f"at batch {size} they differ by {off:.2g}, and {tolerance:.2g} is allowed",
+                "check the model for random or batch-dependent operations, and its weights for NaN",
+            )
+    dependence = batch_dependence(run, columns_of(samples[:_COMPARED]), _GRAPH_TOLERANCE)
+    if dependence is not None:
+        raise ModelError(f"cannot seal {name}", dependence, "remove operations that mix samples, and train it again")
+
+
+def _batch(samples: NDArray[Any], size: int) -> NDArray[Any]:
+    """`size` samples; they are repeated where there are too few."""
+    batch: NDArray[Any] = samples[np.arange(size) % len(samples)]
+    return batch
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress the exporter's warnings, logs and graphs, which need no action."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", _SHAPES_LOG, "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
