@@ -1,21 +1,21 @@
 # make demo     the whole path on real data
 # make test     the tests, without the slow ones
-# make test-slow     the slow ones; docs/testing.md lists them
-# make test-long     those that take half a minute and more each
-# make test-random   those that make up their inputs, on a thousand new ones each
-# make test-avx2     those of engines, compression and training on a processor without AVX-512 (docs/machines.md)
+# make test-slow     the slow tests; docs/testing.md lists them
+# make test-long     tests of half a minute and more each
+# make test-random   property-based tests, on a thousand new inputs each
+# make test-avx2     tests of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
-# make bench-serve   our server against its peers, 26 minutes on a quiet machine (`apt-get install wrk` first)
-# make bench-noise   the main job on a host that is disturbed on purpose, 3 hours; parts by `--only`
-# make bench-soak    a real server under everything at once, 10 minutes (SOAK_SECONDS); does it grow?
-# make bench-hostile  how long hostile inputs keep a server from others, and what memory they leave, 6 minutes
-# make fuzz          the protocol's bytes under a fuzzer, 10 minutes (FUZZ_SECONDS); keeps what it finds
-# make bench-load    the verdict, the search and the generator put to the test, 25 minutes on a quiet machine
-# make bench-compress  what compression buys and costs, an hour and a half; goes on where it was broken off
-# make bench-train  training by parallel plans: exactness, bytes, memory, speed; goes on where it was broken off
-# make bench-train-options  what compressed gradients and rare meetings cost; goes on where it was broken off
-# make bench-machines  what int8 answers and how fast it is, with and without VNNI, 20 minutes
-# make bench-zoo    500 random networks under a checked heap, and named ones of all kinds in every step, 25 minutes
+# make bench-serve   our server and its peers, 26 minutes on an idle machine (`apt-get install wrk` first)
+# make bench-noise   tuning and verdicts on a disturbed host, 3 hours; parts by `--only`
+# make bench-soak    memory growth of a server under mixed load, 10 minutes (SOAK_SECONDS)
+# make bench-hostile  delay of other clients and memory kept by hostile inputs, 6 minutes
+# make fuzz          coverage-guided fuzzing of the protocol, 10 minutes (FUZZ_SECONDS); keeps failing inputs
+# make bench-load    correctness of verdict, search and generator, 25 minutes on an idle machine
+# make bench-compress  gain and cost of compression, an hour and a half; resumes
+# make bench-train  training by parallel plans: exactness, bytes, memory, speed; resumes
+# make bench-train-options  accuracy of compressed gradients, local SGD and DiLoCo; resumes
+# make bench-machines  accuracy and speed of int8, with and without VNNI, 20 minutes
+# make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.
@@ -48,20 +48,20 @@ demo: setup
 test: .venv/.dev
 	$(BIN)/pytest
 
-# A whole tuning run proves rates under load, which other tests beside it would take from it.
+# A tuning run measures rates under load, so no other tests run beside it.
 test-slow: .venv/.dev
 	$(BIN)/pytest -m "slow and not long" --ignore tests/tune/test_tune.py
 	$(BIN)/pytest -m slow tests/tune/test_tune.py
 
-# Half a minute each and more: every world, every place to be killed at, whole rows of the matrix.
+# Half a minute each and more: every environment, every place of a kill, whole rows of the matrix.
 test-long: .venv/.dev
 	$(BIN)/pytest -m long
 
-# The tests that make up their own inputs, on 1,000 that were never tried, each: 20 minutes.
+# Property-based tests, on 1,000 new inputs each: 20 minutes.
 test-random: .venv/.dev
 	$(BIN)/pytest -m hypothesis --hypothesis-profile random
 
-# The engines, compression and training once more, on a processor that has AVX2 and nothing newer.
+# Engines, compression and training on a processor with AVX2 and nothing newer.
 test-avx2: .venv/.dev
 	$(BIN)/python -m rushhour.testing.processor $(BIN)/pytest -n 2 $(AVX2_ENGINES) $(AVX2_TRAINING)
 
