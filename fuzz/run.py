@@ -28,7 +28,7 @@ _LARGEST = {"wire": 600, "grpc": 600, "http": 4400}
 _KEPT_BYTES = 48 * 1024
 """Of each target's corpus."""
 _WORDS = Path(__file__).with_name("words.dict")
-_INSTRUMENTED = ["rushhour.wire", "rushhour.wire.pieces", "rushhour.serve", "rushhour.errors"]
+_INSTRUMENTED = ["rushhour.wire", "rushhour.serve", "rushhour.errors"]
 
 
 def attack(target: str, arguments: list[str]) -> None:

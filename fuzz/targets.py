@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import httptools
 
-import rushhour.wire as wire_module
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits, ServeSettings, open_target
@@ -35,6 +34,7 @@ from rushhour.serve.repository import Repository
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine
 from rushhour.wire import Codec, InferRequest, content_of, pieces
+from rushhour.wire import codec as wire_codec
 
 CORPUS = Path(__file__).parent / "corpus"
 CUT = b"\xff\xfe"
@@ -86,14 +86,14 @@ def wire(data: bytes) -> None:
     assert first == again, "a header seen before means the same"
     if length == 0 or b"NaN" in data or b"Infinity" in data:
         return
-    with _changed(wire_module, "WHOLE_BYTES", 0), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
+    with _changed(wire_codec, "WHOLE_BYTES", 0), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
         in_pieces = _decoded(codec, lambda: codec.decode(data[3:], length))
     _assert_equivalent(first, in_pieces, _ONLY_WHOLE)
 
 
 _ONLY_WHOLE = re.compile(
-    r"too long|elsewhere than in|more than \d+ (characters|texts|fields)|nested too deep|more spaces than text"
-    r"|not Base64|unknown kind|found something else than numbers|does not end"
+    r"too long|outside an input|more than \d+ (characters|texts|fields)|nested too deep|more spaces than text"
+    r"|not Base64|unknown kind|found something other than numbers|does not end"
 )
 """Reasons for which a valid request may be refused when it is read in pieces."""
 
@@ -431,7 +431,7 @@ def http(data: bytes) -> None:
     sent = b"".join(reads)
     reference = _Reference(sent)
     cut = _cut(sent, max(piece, len(sent) // _MOST_PIECES))
-    with _changed(wire_module, "WHOLE_BYTES", _LARGE_JSON):
+    with _changed(wire_codec, "WHOLE_BYTES", _LARGE_JSON):
         heard = [
             _stacks[kind].converse(given, hasty=hasty, methods=reference.methods) for given in ([sent], reads, cut)
         ]

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rushhour import wire as wire_module
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits
@@ -421,8 +420,9 @@ def test_a_large_answer_is_written_in_turns_with_the_others(
     most, turn = 500, itertools.count()
     monkeypatch.setattr(pipeline, "_TURN_BYTES", most)
     monkeypatch.setattr(pipeline, "MAX_PIPELINED_BYTES", 1000)
-    monkeypatch.setattr(wire_module, "_AT_ONCE", 100)
-    monkeypatch.setattr(wire_module, "_BYTES_AT_ONCE", 100)
+    monkeypatch.setattr("rushhour.wire.answers.AT_ONCE", 100)
+    monkeypatch.setattr("rushhour.wire.values.AT_ONCE", 100)
+    monkeypatch.setattr("rushhour.wire.answers.BYTES_AT_ONCE", 100)
     written: dict[int, int] = {}
     images = images_of(200, 0)
     header = {"inputs": [{"name": "image", "datatype": "UINT8", "shape": [200, 4, 4, 1]}]}

@@ -667,7 +667,7 @@ def placed_over_grpc(rows: int) -> bytes:
 def test_shared_memory_is_read_when_the_request_is_let_in_and_large_tensors_on_a_thread(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rushhour.wire._BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr("rushhour.wire.request.BYTES_AT_ONCE", 1000)
 
     async def scenario() -> None:
         regions = Regions()

@@ -331,7 +331,7 @@ GOOD = PHOTOS["0-exact.png"]
 @pytest.mark.parametrize(
     ("body", "headers", "status", "says"),
     [
-        (*binary([GOOD], shape=[2]), 400, "1 whole elements"),
+        (*binary([GOOD], shape=[2]), 400, "1 complete elements"),
         (*binary([GOOD, GOOD], shape=[1]), 400, "its shape says 1"),
         (*binary([GOOD], shape=[0]), 400, "0 samples"),
         (*binary([], shape=[-1]), 400, "-1 samples"),
@@ -346,7 +346,7 @@ GOOD = PHOTOS["0-exact.png"]
         (*binary([GOOD], datatype="FP32"), 400, "UINT8"),
         (as_json(["not Base64"], [1]), {}, 400, "Base64"),
         (as_json(["é"], [1]), {}, 400, "Base64"),
-        (as_json([17], [1]), {}, 400, "no list of text"),
+        (as_json([17], [1]), {}, 400, "not a list of text"),
         (as_json([], [1]), {}, 400, "0 elements"),
         (as_json([in_base64(GOOD)], [2]), {}, 400, "1 elements"),
         (b"", {"Content-Type": "image/png"}, 400, "cannot be read"),

@@ -13,7 +13,6 @@ import pytest
 from test_loop import READY, Client, Regions, Served, binary, images_of, in_json, post, run, served, until
 from tritonclient.grpc import service_pb2
 
-from rushhour import wire
 from rushhour.bundle import Bundle, Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve import Limits
@@ -90,7 +89,7 @@ def test_an_answer_is_counted_once_by_how_it_ended_also_where_it_is_written_asid
     status: int,
     reason: str | None,
 ) -> None:
-    monkeypatch.setattr("rushhour.wire._BYTES_AT_ONCE", 100)
+    monkeypatch.setattr("rushhour.wire.answers.BYTES_AT_ONCE", 100)
 
     async def scenario() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
@@ -114,7 +113,8 @@ def test_an_answer_is_counted_once_by_how_it_ended_also_where_it_is_written_asid
 def test_what_is_written_aside_in_parts_is_an_answer_counted_once(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rushhour.wire._AT_ONCE", 8)
+    monkeypatch.setattr("rushhour.wire.answers.AT_ONCE", 8)
+    monkeypatch.setattr("rushhour.wire.values.AT_ONCE", 8)
 
     async def scenario() -> None:
         async with served(tiny) as server:
@@ -292,7 +292,7 @@ def test_nan_and_infinities_are_read_in_pieces_as_they_are_at_once(
     monkeypatch: pytest.MonkeyPatch, pieces: bool, nested: bool
 ) -> None:
     if pieces:
-        monkeypatch.setattr("rushhour.wire.WHOLE_BYTES", 0)
+        monkeypatch.setattr("rushhour.wire.codec.WHOLE_BYTES", 0)
         monkeypatch.setattr("rushhour.wire.pieces._PIECE_BYTES", 40)
         monkeypatch.setattr("rushhour.wire.pieces.WHOLE_BYTES", 1000)
     row = "NaN, Infinity ,-Infinity"
@@ -308,7 +308,7 @@ def test_what_is_no_number_of_the_type_is_refused_in_pieces_as_it_is_at_once(
     monkeypatch: pytest.MonkeyPatch, pieces: bool, word: str
 ) -> None:
     if pieces:
-        monkeypatch.setattr("rushhour.wire.WHOLE_BYTES", 0)
+        monkeypatch.setattr("rushhour.wire.codec.WHOLE_BYTES", 0)
         monkeypatch.setattr("rushhour.wire.pieces._PIECE_BYTES", 500)
         monkeypatch.setattr("rushhour.wire.pieces.WHOLE_BYTES", 1000)
     for beside in ("NaN", "0"):
@@ -321,7 +321,8 @@ def test_what_is_no_number_of_the_type_is_refused_in_pieces_as_it_is_at_once(
 def test_nan_and_infinities_are_written_in_parts_as_they_are_at_once(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(wire, "_AT_ONCE", at_once)
+    monkeypatch.setattr("rushhour.wire.answers.AT_ONCE", at_once)
+    monkeypatch.setattr("rushhour.wire.values.AT_ONCE", at_once)
     values = np.array([[np.nan, 1, np.inf], [0, -np.inf, 2]] * 5, np.float32)
     codec, wanted = Codec("m", FLOATS), Wanted(id="", outputs=(0,), binary=(False,))
     length, parts = codec.encode(wanted, 10, [memoryview(values.tobytes())])

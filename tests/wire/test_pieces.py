@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-import rushhour.wire as wire
 from rushhour.bundle import Signature, TensorSpec
 from rushhour.errors import WireError
 from rushhour.serve.protocols.grpc import codec as codec_module
 from rushhour.serve.protocols.grpc.codec import GrpcCodec
-from rushhour.wire import Codec, content_of, decode_answer, encode_json_request, encode_request, pieces, without_id
+from rushhour.wire import Codec, content_of, decode_answer, encode_json_request, encode_request, pieces
+from rushhour.wire.header import without_id
 
 ANSWER = TensorSpec("p", "float32", (3,))
 PICTURE = Signature(inputs=(TensorSpec("image", "uint8", (28, 28, 1)),), outputs=(ANSWER,))
@@ -27,7 +27,7 @@ TWO = Signature(inputs=(TensorSpec("a", "float32", (2, 3)), TensorSpec("b", "int
 
 @pytest.fixture(autouse=True)
 def no_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_REST_S", 0.0)
+    monkeypatch.setattr(pieces, "_PAUSE_S", 0.0)
 
 
 @pytest.fixture(params=[16, 64, 1000])
@@ -35,7 +35,7 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Everything is large, and a piece is small."""
     monkeypatch.setattr(pieces, "_PIECE_BYTES", request.param)
     monkeypatch.setattr(pieces, "_SMALL_BYTES", 5)
-    monkeypatch.setattr(wire, "WHOLE_BYTES", 0)
+    monkeypatch.setattr("rushhour.wire.codec.WHOLE_BYTES", 0)
     monkeypatch.setattr(codec_module, "WHOLE_BYTES", -1)
     size: int = request.param
     return size
@@ -101,9 +101,9 @@ LONG = 51 * 784
         (json_of("[" + "0," * LONG, [51, 28, 28, 1])[:-3], "does not end"),
         (json_of("[" * LONG, [1, 28, 28, 1]), "too deep"),
         (json_of("[" + "9" * LONG + "]", [1, 28, 28, 1]), "characters"),
-        (json_of("[" + '"",' * LONG + '""]', [1, 28, 28, 1]), "something else than numbers"),
-        (json_of("[" + "{}," * LONG + "{}]", [51, 28, 28, 1]), "something else than numbers"),
-        (json_of("[" + "null," * LONG + "1]", [51, 28, 28, 1]), "something else than numbers"),
+        (json_of("[" + '"",' * LONG + '""]', [1, 28, 28, 1]), "something other than numbers"),
+        (json_of("[" + "{}," * LONG + "{}]", [51, 28, 28, 1]), "something other than numbers"),
+        (json_of("[" + "null," * LONG + "1]", [51, 28, 28, 1]), "something other than numbers"),
         (json_of("[" + "0 0," * LONG + "1]", [51, 28, 28, 1]), "cannot be read"),
         (json_of("[[" + "0," * 28 + "0],[" + "0," * LONG + "0]]", [51, 28, 28, 1]), "differ in length"),
         (json_of("[[" + "0],[" * LONG + "0,0]]", [51, 28, 28, 1]), "differ in length"),
@@ -113,8 +113,11 @@ LONG = 51 * 784
         (json_of("[1]", [1, 28, 28, 1]).replace(b"}]}", b'}],"id":"' + b"x" * LONG + b'"}'), "too long"),
         (json_of("[1]", [1, 28, 28, 1]).replace(b"}]}", b'}],"parameters":{' + b'"a":1,' * LONG + b'"a":1}}'), "long"),
         (b'{"inputs":[' + b'{"name":"","datatype":"","shape":[]},' * LONG + b"]}", "too long"),
-        (b'{"inputs":[],"parameters":{"data":[' + b"1," * LONG + b"1]}}", "elsewhere"),
-        (json_of("[0]", [1, 28, 28, 1]).replace(b'"data"', b'"data":[' + b"1," * LONG + b'1],"data"'), "elsewhere"),
+        (b'{"inputs":[],"parameters":{"data":[' + b"1," * LONG + b"1]}}", "outside an input"),
+        (
+            json_of("[0]", [1, 28, 28, 1]).replace(b'"data"', b'"data":[' + b"1," * LONG + b'1],"data"'),
+            "outside an input",
+        ),
     ],
 )
 def test_what_is_large_and_not_valid_is_refused(body: bytes, says: str) -> None:
@@ -132,7 +135,7 @@ def test_what_is_large_and_not_valid_is_refused(body: bytes, says: str) -> None:
         ('["' + "\\\\" * LONG + '"]', "not Base64"),
         ('["' + "A" * LONG, "does not end"),
         ('["' + "A" * LONG + "\\", "does not end"),
-        ('["' + "A" * LONG + '",5]', "no list of text"),
+        ('["' + "A" * LONG + '",5]', "not a list of text"),
         ('["' + "A" * LONG + '",,"AAAA"]', "cannot be read"),
         ("[" + '"AAAA",' * 8 + '"' + "A" * LONG + '"]', "more than 8 texts"),
         ('["' + "A" * LONG + '"' + " " * LONG + "]", "more spaces than text"),
@@ -177,7 +180,7 @@ def test_any_nested_list_is_read_in_pieces_as_it_is_read_whole(
 
     in_pieces = read()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "WHOLE_BYTES", 2**20)
+        patch.setattr("rushhour.wire.codec.WHOLE_BYTES", 2**20)
         whole = read()
     assert in_pieces in (whole, b"not in pieces of this size")
 

@@ -267,7 +267,7 @@ def with_contents(field: str, values: list[Any]) -> Any:
         (changed(lambda r: setattr(r.inputs[0], "name", "y")), 400, "'y' is unknown"),
         (changed(lambda r: r.inputs[0].shape.append(1)), 400, "shape"),
         (changed(lambda r: r.inputs[0].shape.__setitem__(0, -1)), 400, "samples"),
-        (changed(lambda r: r.inputs.add().CopyFrom(r.inputs[0])), 400, "there twice"),
+        (changed(lambda r: r.inputs.add().CopyFrom(r.inputs[0])), 400, "given twice"),
         (changed(lambda r: r.outputs.add(name="z")), 400, "'z' is unknown"),
         (changed(with_contents("uint_contents", [1, 2, 3, 4])), 400, "has 1 entries"),
         (changed(set_parameter("timeout", "int64_param", -5)), 400, "timeout"),

@@ -258,8 +258,8 @@ def test_more_classes_than_there_are_is_all_of_them_and_whole_numbers_stay_whole
         ({"classification": -1}, LABELS, "number of classes"),
         ({"classification": True}, LABELS, "number of classes"),
         ({"classification": "2"}, LABELS, "number of classes"),
-        ({"classification": 2}, (), "does not classify"),
-        ({"classification": 2}, ("cat", "dog"), "does not classify"),
+        ({"classification": 2}, (), "has no class labels"),
+        ({"classification": 2}, ("cat", "dog"), "has no class labels"),
         ({"shared_memory_region": "r", "shared_memory_byte_size": 24}, LABELS, "this server does not"),
     ],
 )
@@ -359,7 +359,7 @@ def test_what_is_required_is_not_null() -> None:
     for inputs in (None, [None]):
         with pytest.raises(WireError):
             Codec("m", ONE).decode(json.dumps({"inputs": inputs}).encode(), None)
-    with pytest.raises(WireError, match="something else than numbers"):
+    with pytest.raises(WireError, match="something other than numbers"):
         Codec("m", ONE).decode(json.dumps({"inputs": [whole | {"data": [1, None, 3, 4]}]}).encode(), None)
 
 

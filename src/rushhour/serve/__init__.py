@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rushhour.serve.access.keys import Keys
     from rushhour.serve.limits import Limits
-    from rushhour.serve.observability.log import LogFormat, LogLevel
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
     from rushhour.serve.target import Target, open_target
 
-__all__ = ["Keys", "Limits", "LogFormat", "LogLevel", "ServeSettings", "Target", "open_target", "serve"]
+__all__ = ["Keys", "Limits", "ServeSettings", "Target", "open_target", "serve"]
 
 _MODULES = {
     "Keys": "access.keys",
     "Limits": "limits",
-    "LogFormat": "observability.log",
-    "LogLevel": "observability.log",
     "ServeSettings": "settings",
     "Target": "target",
     "open_target": "target",

@@ -1,9 +1,9 @@
 """Large tensors inside JSON and protobuf messages, read in pieces, so that other threads run in between.
 
-A parser in C keeps Python's interpreter lock until it has finished: a message of 60 MiB stops the event loop for
-seconds, on whatever thread it is parsed. Here a tensor is cut out of its message first, without being parsed; what is
-left is small, and is parsed in one go. The tensor is then read in pieces of 32 KiB, about a millisecond each, with a
-short sleep between them.
+A parser in C keeps Python's interpreter lock until it has finished: a message of 60 MiB blocks the event loop for
+seconds, on whatever thread it is parsed. Here a tensor is first cut out of its message without being parsed. The rest
+is small, and is parsed in one go. The tensor is then read in pieces of 32 KiB, about a millisecond each, with a short
+sleep between them.
 
 Sources: RFC 8259; protobuf's encoding, https://protobuf.dev/programming-guides/encoding.
 """
@@ -26,16 +26,18 @@ from numpy.typing import NDArray
 from rushhour.errors import WireError
 
 WHOLE_BYTES = 32 * 2**10
-"""What a message may have beside its tensors. Up to this size a message is parsed in one go, tensors included."""
+"""Of a message beside its tensors, at most. Up to this size a message is parsed in one go, tensors included."""
+BYTES_AT_ONCE = 2**20
+"""Copied in one go."""
 _PIECE_BYTES = 32 * 2**10
 _SMALL_BYTES = 256
-"""Of the first piece behind a text: many texts are short."""
+"""Of the first piece after a text: many texts are short."""
 _DEEPEST = 64
 """Lists within lists."""
-_REST_S = 1e-4
-"""So long a thread sleeps between two pieces: long enough for another to take the interpreter lock."""
+_PAUSE_S = 1e-4
+"""Sleep between two pieces: long enough for another thread to take the interpreter lock."""
 _TEXTS = 256
-"""Texts that are found without a rest."""
+"""Texts that are found without a pause."""
 
 _KEY = re.compile(rb'(?<!\\)"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 _TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
@@ -46,7 +48,7 @@ _OPEN, _CLOSE, _COMMA = b"[],"
 _STEPS = np.zeros(256, np.int8)
 _STEPS[_OPEN], _STEPS[_CLOSE] = 1, -1
 _CUT = ""
-"""The one key of what stands for a list that was cut out; no client has a reason to send it."""
+"""The one key of the placeholder for a list that was cut out; no client has a reason to send it."""
 
 _decode = msgspec.json.Decoder().decode
 
@@ -69,9 +71,9 @@ class Tensor(Protocol):
         ...
 
 
-def rest() -> None:
+def pause() -> None:
     """Let other threads run."""
-    time.sleep(_REST_S)
+    time.sleep(_PAUSE_S)
 
 
 # JSON
@@ -85,7 +87,7 @@ def cut_json(header: memoryview, most_texts: int) -> tuple[bytes, list[JsonTenso
         most_texts: in one list, at most.
 
     Returns:
-        The header with an object in the place of each list, for `put_back`; and the lists.
+        The header with a placeholder for each list, for `put_back`; and the lists.
 
     Raises:
         WireError: if something else in the header is large, or a list does not end.
@@ -111,14 +113,14 @@ def cut_json(header: memoryview, most_texts: int) -> tuple[bytes, list[JsonTenso
 
 
 def put_back(values: Sequence[Any], tensors: Sequence[JsonTensor]) -> list[Any]:
-    """Replace what stands for a list that was cut out by the list.
+    """Replace placeholders by the lists that were cut out.
 
     Args:
-        values: of all the places where a list may have been.
+        values: of all places where a list may have been.
         tensors: all that were cut out.
 
     Raises:
-        WireError: if one was cut out elsewhere.
+        WireError: if one was cut out in another place.
     """
     by_number = {str(number): tensor for number, tensor in enumerate(tensors)}
 
@@ -129,13 +131,13 @@ def put_back(values: Sequence[Any], tensors: Sequence[JsonTensor]) -> list[Any]:
 
     back = list(map(found, values))
     if [value for value in back if isinstance(value, JsonTensor)] != list(tensors):
-        raise WireError("the request's JSON has 'data' elsewhere than in an input", "", "send it once for each input")
+        raise WireError("the request's JSON has 'data' outside an input", "", "send it once for each input")
     return back
 
 
 def too_long(what: str) -> WireError:
-    """That a message is large beside its tensors."""
-    why = f"it is too long: beside its tensors it may have {WHOLE_BYTES} bytes"
+    """The error for a message that is large beside its tensors."""
+    why = f"it is too long: the limit is {WHOLE_BYTES} bytes beside its tensors"
     return WireError(f"{what} cannot be read", why, "send less")
 
 
@@ -153,9 +155,9 @@ class JsonTensor:
         self.most = len(text) // 2
 
     def batches(self) -> Iterator[Sequence[int | float]]:
-        """Its numbers, flat. Nested lists must be as long as each other at each depth."""
+        """Its numbers, flat. Nested lists must have the same length at each depth."""
         if self._texts:
-            raise ValueError("found something else than numbers")
+            raise ValueError("found something other than numbers")
         nesting = _Nesting()
         at, end, depth, total = 0, len(self._text), 0, 0
         while at < end:
@@ -178,7 +180,7 @@ class JsonTensor:
             nesting.add(inner if last else inner + b",", before)
             total += len(values)
             yield values
-            rest()
+            pause()
         nesting.check(total)
 
     def texts(self) -> Sequence[Any]:
@@ -191,7 +193,7 @@ class JsonTensor:
         if sum(map(len, plain)) > WHOLE_BYTES + 64 * len(plain):
             raise ValueError("it has more spaces than text")
         if b"".join(plain).translate(None, _SPACES + _MARKS):
-            raise ValueError("it is no list of text")
+            raise ValueError("it is not a list of text")
         numbered = [part for number, before in enumerate(plain) for part in (before, b"%d" % number)]
         try:
             order = _decode(b"".join(numbered[:-1]))
@@ -203,7 +205,7 @@ class JsonTensor:
 
 
 def _end_of_list(header: memoryview, start: int, most_texts: int) -> tuple[int, list[tuple[int, int]]]:
-    """Where the list that begins at `start` ends, and the places of the texts in it."""
+    """Where the list that begins at `start` ends, and where its texts are."""
     texts: list[tuple[int, int]] = []
     at, depth, size = start, 0, _PIECE_BYTES
     while at < len(header):
@@ -222,7 +224,7 @@ def _end_of_list(header: memoryview, start: int, most_texts: int) -> tuple[int, 
         if quote >= 0:
             if len(texts) == most_texts:
                 raise ValueError(
-                    f"it holds more than {most_texts} texts" if most_texts else "found something else than numbers"
+                    f"it holds more than {most_texts} texts" if most_texts else "found something other than numbers"
                 )
             stop = _end_of_text(header, at + 1)
             texts.append((at, stop))
@@ -230,12 +232,12 @@ def _end_of_list(header: memoryview, start: int, most_texts: int) -> tuple[int, 
         else:
             size = min(2 * size, _PIECE_BYTES)
         if quote < 0 or len(texts) % _TEXTS == 0:
-            rest()
+            pause()
     raise ValueError("a list does not end")
 
 
 def _end_of_text(header: memoryview, at: int) -> int:
-    """Where a text ends, its quote included; `at` is the first character behind the quote in front."""
+    """Where a text ends, including its quote; `at` is the first character after the opening quote."""
     size = _SMALL_BYTES
     while at < len(header):
         piece = bytes(header[at : at + size])
@@ -249,7 +251,7 @@ def _end_of_text(header: memoryview, at: int) -> int:
                 break  # a backslash stands at the end
         size = min(2 * size, _PIECE_BYTES)
         if size == _PIECE_BYTES:
-            rest()
+            pause()
     raise ValueError("a text does not end")
 
 
@@ -266,9 +268,9 @@ def with_literals(text: bytes) -> Any:
     """JSON that may hold the literals `NaN`, `Infinity` and `-Infinity`.
 
     Raises:
-        ValueError, RecursionError: if it is none, or a number in it is beyond 64-bit floats.
+        ValueError, RecursionError: if it is not JSON, or a number is beyond 64-bit floats.
     """
-    # What overflows would become infinite here; looking at each number costs, so only where there may be one.
+    # A number that overflows would become infinite; to check each number is slow, so only where one may overflow.
     exact = _finite if _MAY_OVERFLOW.search(text) else None
     return json.loads(text.decode(), parse_float=exact)
 
@@ -286,13 +288,13 @@ def _flat(data: Any) -> list[int | float]:
     if list in kinds:
         raise ValueError("its lists differ in length")
     if not kinds <= {int, float, bool}:
-        raise ValueError("found something else than numbers")
+        raise ValueError("found something other than numbers")
     values: list[int | float] = data
     return values
 
 
 class _Nesting:
-    """Checks piece by piece that nested lists are as long as each other at each depth."""
+    """Checks piece by piece that nested lists have the same length at each depth."""
 
     def __init__(self) -> None:
         self._lengths: dict[int, int] = {}
@@ -323,7 +325,7 @@ class _Nesting:
             self._open[each] = before + int(commas[-1])
 
     def check(self, total: int) -> None:
-        """All pieces are there, and held so many numbers."""
+        """Call this after the last piece, with the number of all numbers."""
         expected = 1
         for level in sorted(self._lists):
             if self._lists[level] != expected:
@@ -342,7 +344,7 @@ def _from_base64(text: memoryview) -> bytearray:
         if b"\\" in piece:
             if piece.endswith(b"\\") and not last:
                 piece, held = piece[:-1], b"\\"
-            piece = piece.replace(b"\\/", b"/")  # some encoders write it so
+            piece = piece.replace(b"\\/", b"/")  # some encoders escape it
         usable = len(piece) if last else len(piece) - len(piece) % 4
         piece, held = piece[:usable], piece[usable:] + held
         try:
@@ -352,12 +354,12 @@ def _from_base64(text: memoryview) -> bytearray:
         if not last:
             if b"=" in piece:
                 raise _not_base64(ValueError("Excess data after padding"))
-            rest()
+            pause()
     return content
 
 
 def _not_base64(error: ValueError) -> WireError:
-    return WireError("a picture is not Base64", str(error), "JSON carries pictures as Base64 only")
+    return WireError("a picture is not Base64", str(error), "send pictures in JSON as Base64")
 
 
 # Protobuf
@@ -378,7 +380,7 @@ class Packed:
         self.most = sum(map(len, spans)) // (self._dtype.itemsize if self._fixed else 1)
 
     def batches(self) -> Iterator[NDArray[Any]]:
-        """Its numbers; those that are too large for their type lose bits, as in protobuf's own parsers."""
+        """Its numbers; those too large for their type lose bits, as in protobuf's own parsers."""
         for span in self._spans:
             if self._fixed and len(span) % self._dtype.itemsize:
                 raise ValueError("it ends in the middle of a number")
@@ -396,11 +398,11 @@ class Packed:
                 at += read
                 yield values
                 if not last:
-                    rest()
+                    pause()
 
     def texts(self) -> Sequence[Any]:
-        """None: these are numbers."""
-        raise ValueError("it is no list of text")
+        """Raises a `ValueError`: these are numbers."""
+        raise ValueError("it is not a list of text")
 
     def _narrowed(self, raw: NDArray[np.uint64]) -> NDArray[Any]:
         narrowed: NDArray[Any] = raw != 0
@@ -410,15 +412,15 @@ class Packed:
 
 
 class Texts:
-    """The elements of a tensor that protobuf holds as bytes; none is copied."""
+    """The elements of a tensor that protobuf holds as bytes; views, not copies."""
 
     def __init__(self, elements: Sequence[memoryview]) -> None:
         self._elements = elements
         self.most = 0
 
     def batches(self) -> Iterator[NDArray[Any]]:
-        """None: these are texts."""
-        raise ValueError("found something else than numbers")
+        """Raises a `ValueError`: these are texts."""
+        raise ValueError("found something other than numbers")
 
     def texts(self) -> Sequence[memoryview]:
         """The elements."""
@@ -426,7 +428,7 @@ class Texts:
 
 
 def _varints(piece: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], int]:
-    """The whole numbers in a piece that begins with one, and the bytes that they take."""
+    """The complete varints at the beginning of a piece, and their length in bytes."""
     ends = np.flatnonzero(piece < 0x80)
     if not len(ends):
         return np.empty(0, np.uint64), 0
@@ -440,9 +442,9 @@ def _varints(piece: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], int]:
         raise ValueError("a number is too long")
     values = np.zeros(len(ends), np.uint64)
     for byte in range(longest):
-        there = sizes > byte
-        bits = piece[starts[there] + byte].astype(np.uint64) & np.uint64(0x7F)
-        values[there] |= bits << np.uint64(7 * byte)
+        longer = sizes > byte
+        bits = piece[starts[longer] + byte].astype(np.uint64) & np.uint64(0x7F)
+        values[longer] |= bits << np.uint64(7 * byte)
     return values, read
 
 
@@ -452,10 +454,10 @@ def assembled(
     """A tensor's numbers in one array of `count` values.
 
     Args:
-        tensor: where they are.
-        count: how many there must be.
+        tensor: that was cut out.
+        count: of its numbers.
         dtype: of the array.
-        convert: makes an array of this type of some of the numbers; raises a `ValueError` where they do not fit.
+        convert: converts some of the numbers to this type; raises a `ValueError` if they do not fit.
 
     Raises:
         ValueError: if there are fewer or more, or they do not fit.

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 
 from rushhour.errors import WireError
-from rushhour.wire.pieces import rest
+from rushhour.wire.pieces import pause
 
 _PACKED_BYTES, _UNPACKED_BYTES = 64 * 2**10, 256 * 2**10
 """Decompressed in one go: bytes before and after."""
@@ -53,7 +53,7 @@ def inflate(body: bytes | bytearray | memoryview, encoding: bytes, limit: int) -
             size += len(part)
             left = stream.unconsumed_tail
             if size > _UNPACKED_BYTES:
-                rest()
+                pause()
         if stream.unused_data or at < len(packed):
             raise zlib.error("data follows its end")
     except zlib.error as error:

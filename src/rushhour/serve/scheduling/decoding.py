@@ -23,7 +23,7 @@ from rushhour.bundle import TensorSpec
 from rushhour.errors import DataError, WireError
 from rushhour.picture import decode
 from rushhour.wire import PictureRequest, content_of
-from rushhour.wire.pieces import rest
+from rushhour.wire.pieces import pause
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG_MAGIC, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
@@ -131,7 +131,7 @@ def _scans(content: bytes) -> int:
     found = 0
     for at in range(0, len(content), _COUNTED_BYTES):
         if at:
-            rest()
+            pause()
         found += content.count(_JPEG_SCAN, at, at + _COUNTED_BYTES + len(_JPEG_SCAN) - 1)
     return found
 

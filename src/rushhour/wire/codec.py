@@ -1,0 +1,261 @@
+"""`Codec`: requests and answers for one model, over HTTP.
+
+What a server does for every request is kept cheap: a header that was read before is looked up by its bytes, tensors
+stay views of the body, and the header of an answer is built once per shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from rushhour.bundle import Signature, TensorSpec
+from rushhour.errors import WireError
+from rushhour.wire.answers import MAX_CACHED_HEADERS, AnswerWriter
+from rushhour.wire.datatypes import datatype_of
+from rushhour.wire.elements import elements_of
+from rushhour.wire.header import HEADER_LENGTH, RequestHeader, id_span, parsed, request_decoder, without_id
+from rushhour.wire.layouts import HeaderReader
+from rushhour.wire.pieces import WHOLE_BYTES, JsonTensor, cut_json, put_back
+from rushhour.wire.request import (
+    Body,
+    InferRequest,
+    Layout,
+    PictureRequest,
+    PlacedRequest,
+    Regions,
+    Wanted,
+    open_regions,
+)
+
+_MAX_CACHED_HEADER_BYTES = 4096
+
+
+class Codec(AnswerWriter):
+    """The server's side for one model: requests in, answers out.
+
+    Args:
+        model: the model's name, as answers repeat it.
+        signature: the model's inputs and outputs.
+        version: the model's version, as answers repeat it.
+        max_rows: samples in one request, at most.
+        labels: the classes' names, where the model classifies.
+        regions: the shared memory of clients; None where it is not used.
+        pictures: encoded pictures in one request, at most; 0 where the model takes none.
+
+    Attributes:
+        arrange: checks a header and returns its layout; see `HeaderReader.arrange`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        signature: Signature,
+        version: str = "1",
+        max_rows: int = 4096,
+        labels: tuple[str, ...] = (),
+        regions: Regions | None = None,
+        pictures: int = 0,
+    ) -> None:
+        super().__init__(model, signature, version, labels, regions)
+        self.max_rows = max_rows
+        self._pictures = pictures
+        self._reader = HeaderReader(model, signature, max_rows, labels, regions, pictures)
+        self.arrange: Callable[[RequestHeader], Layout] = self._reader.arrange
+        self._layouts: dict[bytes, Layout] = {}
+        self._numbered: dict[bytes, Layout] = {}
+
+    @property
+    def pictures(self) -> int:
+        """Encoded pictures in one request, at most; 0 where the model takes none."""
+        return min(self._pictures, self.max_rows)
+
+    def known(self, header: bytes) -> Layout | None:
+        """The layout of a JSON header, if one that was equal except for the id was read before; else None."""
+        return self._layouts.get(header) or self._numbered.get(without_id(header)[0])
+
+    def id_in(self, header: bytes) -> tuple[int, int] | None:
+        """Where the id of a known JSON header begins and ends; None if a header with another id is not known."""
+        bare, identity = without_id(header)
+        if not identity or bare not in self._numbered:
+            return None
+        return id_span(header)
+
+    def is_large(self, body: Body, header_length: int | None) -> bool:
+        """Whether reading a request takes long: then it must not be done on the event loop."""
+        return (len(body) if header_length is None else header_length) > WHOLE_BYTES
+
+    def decode(self, body: Body, header_length: int | None) -> InferRequest:
+        """Read a request.
+
+        Args:
+            body: decompressed.
+            header_length: the value of `Inference-Header-Content-Length`; None where the request has none (all
+                JSON), 0 for a raw body that holds the one input's rows and nothing else.
+
+        Raises:
+            WireError: if it is not a valid request for this model.
+        """
+        if header_length == 0:
+            return self._raw(body)
+        if header_length is None:
+            header_length = len(body)
+        elif not 0 < header_length <= len(body):
+            raise WireError(
+                f"{HEADER_LENGTH} is {header_length}",
+                f"the body has {len(body)} bytes",
+                "send the length of the JSON header in bytes",
+            )
+        if header_length > WHOLE_BYTES:
+            return self._decode_new(b"", body, header_length)
+        header = bytes(body[:header_length])
+        layout = self._layouts.get(header)
+        if layout is not None:
+            return self._decode_known(layout, body, header_length)
+        bare, identity = without_id(header)
+        layout = self._numbered.get(bare) if identity else None
+        if layout is None:
+            return self._decode_new(header, body, header_length)
+        request = self._decode_known(layout, body, header_length)
+        request.wanted = msgspec.structs.replace(layout.wanted, id=identity)
+        return request
+
+    def _decode_known(self, layout: Layout, body: Body, header_length: int) -> InferRequest:
+        if len(body) - header_length != layout.total:
+            raise _wrong_length(layout.total, len(body) - header_length)
+        view = memoryview(body)
+        if not layout.ordered:
+            return self._gather(layout, view[header_length:])
+        tensors = tuple([view[header_length + start : header_length + stop] for start, stop in layout.ordered])
+        return InferRequest(layout.rows, tensors, layout.wanted)
+
+    def decode_picture(self, body: Body) -> PictureRequest:
+        """Read a request whose body is one encoded picture; the answer is JSON.
+
+        Raises:
+            WireError: if the model takes no pictures.
+        """
+        if not self._pictures:
+            raise WireError(
+                "the request is a picture",
+                f"{self.model} does not take pictures",
+                f"see GET v2/models/{self.model} for its inputs",
+                status=415,
+            )
+        every = tuple(range(len(self.signature.outputs)))
+        wanted = Wanted(id="", outputs=every, binary=(False,) * len(every))
+        self.check_json(wanted)
+        return PictureRequest((memoryview(body),), wanted)
+
+    def gather(self, layout: Layout, following: Sequence[memoryview]) -> InferRequest:
+        """Collect a request's tensors from the header, the body and shared memory.
+
+        Args:
+            layout: of the request's header.
+            following: the tensors that follow the header, in the order of `layout.slices`.
+
+        Raises:
+            WireError: if a place in shared memory is not registered.
+        """
+        tensors = layout.inline | dict(zip(layout.slices, following, strict=True))
+        for place in layout.places.values():
+            open_regions(self._regions).check(place, writes=False)
+        for wanted in layout.wanted.places:
+            if wanted is not None:
+                open_regions(self._regions).check(wanted, writes=True)
+
+        def fetch() -> InferRequest:
+            for position, place in layout.places.items():
+                tensors[position] = open_regions(self._regions).read(place)
+            if layout.encoded:
+                return PictureRequest(layout.pictures or elements_of(tensors[0], layout.rows), layout.wanted)
+            ordered = tuple(tensors[position] for position in range(len(self.signature.inputs)))
+            return InferRequest(layout.rows, ordered, layout.wanted)
+
+        return PlacedRequest(layout, fetch) if layout.places else fetch()
+
+    def _raw(self, body: Body) -> InferRequest:
+        if len(self.signature.inputs) != 1:
+            raise WireError(
+                f"a raw request holds one input, but {self.model} has {len(self.signature.inputs)}",
+                f"{HEADER_LENGTH} is 0",
+                "send a JSON header that names the inputs",
+            )
+        row_bytes = self.signature.inputs[0].row_bytes
+        rows, rest = divmod(len(body), row_bytes)
+        if rest or rows == 0:
+            raise WireError(
+                f"the raw body has {len(body)} bytes",
+                f"one sample has {row_bytes}",
+                "send complete samples, at least one",
+            )
+        self._reader.check_rows(rows)
+        every = tuple(range(len(self.signature.outputs)))
+        return InferRequest(rows, (memoryview(body),), Wanted(id="", outputs=every, binary=(True,) * len(every)))
+
+    def _decode_new(self, header: bytes, body: Body, header_length: int) -> InferRequest:
+        tensors: list[JsonTensor] = []
+        if header_length > WHOLE_BYTES:
+            header, tensors = cut_json(memoryview(body)[:header_length], self.pictures)
+        try:
+            described = parsed(header, request_decoder)
+            described.id.encode()  # it is echoed: half of a surrogate pair could not be
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise WireError(
+                "the request's JSON cannot be read", str(error), "see the Open Inference Protocol, $inference_request"
+            ) from error
+        if tensors:
+            for entry, data in zip(
+                described.inputs, put_back([entry.data for entry in described.inputs], tensors), strict=True
+            ):
+                entry.data = data
+        layout = self.arrange(described)
+        self.check_json(layout.wanted)
+        if len(body) - header_length != layout.total:
+            raise _wrong_length(layout.total, len(body) - header_length)
+        request = self._gather(layout, memoryview(body)[header_length:])
+        if not (layout.inline or layout.encoded or tensors) and len(header) <= _MAX_CACHED_HEADER_BYTES:
+            self._remember(header, layout)
+        return request
+
+    def _remember(self, header: bytes, layout: Layout) -> None:
+        layouts, identity = self._layouts, layout.wanted.id
+        if identity:
+            bare, found = without_id(header)
+            if found != identity:
+                return
+            header, layouts = bare, self._numbered
+            layout.wanted = msgspec.structs.replace(layout.wanted, id="")
+        if len(layouts) >= MAX_CACHED_HEADERS:
+            layouts.clear()
+        layouts[header] = layout
+
+    def _gather(self, layout: Layout, blobs: memoryview) -> InferRequest:
+        return self.gather(layout, [blobs[start:stop] for start, stop in layout.slices.values()])
+
+
+def _wrong_length(expected: int, found: int) -> WireError:
+    return WireError(
+        f"{found} bytes follow the JSON header",
+        f"its inputs need {expected}",
+        "send the tensors that the header describes, complete",
+    )
+
+
+def model_metadata(codec: Codec, platform: str) -> bytes:
+    """The answer to GET v2/models/MODEL."""
+
+    def describe(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [{"name": spec.name, "datatype": datatype_of(spec), "shape": [-1, *spec.shape]} for spec in specs]
+
+    return msgspec.json.encode(
+        {
+            "name": codec.model,
+            "versions": [codec.version],
+            "platform": platform,
+            "inputs": describe(codec.signature.inputs),
+            "outputs": describe(codec.signature.outputs),
+        }
+    )
