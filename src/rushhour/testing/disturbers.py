@@ -134,9 +134,9 @@ class SlowedEngine:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine = engine
-        beside = engine.config.threads - 1
-        self._pool = ThreadPoolExecutor(engine.config.streams * beside) if beside else None
-        on_all = partial(_on_all, busy or compute, self._pool, beside)
+        helpers = engine.config.threads - 1
+        self._pool = ThreadPoolExecutor(engine.config.streams * helpers) if helpers else None
+        on_all = partial(_on_all, busy or compute, self._pool, helpers)
         self._slots = tuple(_Slot(slot, speed, on_all, timer) for slot in engine.slots)
 
     @property
@@ -196,10 +196,10 @@ class _Slot:
         self._slot.start(rows, over)
 
 
-def _on_all(busy: Callable[[float], None], pool: ThreadPoolExecutor | None, beside: int, seconds: float) -> None:
+def _on_all(busy: Callable[[float], None], pool: ThreadPoolExecutor | None, helpers: int, seconds: float) -> None:
     if seconds <= 0:
         return
-    others = [pool.submit(busy, seconds) for _ in range(beside)] if pool is not None else []
+    others = [pool.submit(busy, seconds) for _ in range(helpers)] if pool is not None else []
     busy(seconds)
     for other in others:
         other.result()

@@ -272,8 +272,8 @@ def _fitted(
     A reference that is trained already keeps its number of epochs. The time of a step is in the journal, so a resumed
     run trains for the same number of epochs.
     """
-    if (there := bundle_at(run / "bundles" / "reference")) is not None:
-        epochs = there.manifest.lineage[0].settings.get("epochs", training.epochs)
+    if (trained := bundle_at(run / "bundles" / "reference")) is not None:
+        epochs = trained.manifest.lineage[0].settings.get("epochs", training.epochs)
         return msgspec.structs.replace(training, epochs=epochs)
     steps = max(1, len(dataset.train) // training.batch)
     job = TrainingJob(source, training, run / ".checkpoints", trusted)

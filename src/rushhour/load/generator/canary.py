@@ -83,8 +83,8 @@ def _measure() -> None:
         stalled = _stalled_s()
         while True:
             before = time.perf_counter()
-            asked, _, _ = select.select([0], [], [], _SLEEP_S)
-            if asked:
+            stopped, _, _ = select.select([0], [], [], _SLEEP_S)
+            if stopped:
                 break
             overshoot = time.perf_counter() - before - _SLEEP_S
             overshoots.append(overshoot)
