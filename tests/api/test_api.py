@@ -154,7 +154,7 @@ def test_a_server_is_a_process_of_its_own(tiny: Bundle, tmp_path: Path, capfd: p
         assert server.model == tiny.manifest.name
         assert str(server) == server.url
         assert "streams" in server.way
-        assert rushhour.load(server, rate=50, duration=1, slo="p50<1s").windows
+        assert rushhour.load(server, rate=300, duration=1, slo="p50<50ms").windows
     finally:
         server.close()
     assert not server.is_running
@@ -181,7 +181,7 @@ def test_load_gives_a_verdict(served: Server, capfd: pytest.CaptureFixture[str])
     ticks: list[Any] = []
     result = rushhour.load(
         served,
-        slo=SLO.parse("p50<1s"),
+        slo=SLO.parse("p50<50ms"),
         rate=[100, "120"],
         duration="1s",
         seed=7,
@@ -192,11 +192,11 @@ def test_load_gives_a_verdict(served: Server, capfd: pytest.CaptureFixture[str])
     assert list(result.windows) == windows
     assert ticks
     assert result.outcome in Outcome
-    assert result.headline.endswith("rates keep p50<1s")
+    assert result.headline.endswith("rates keep p50<50ms")
     assert (result.seed, result.arrivals, result.stopped) == (7, "poisson", "")
     assert {"outcome", "slo", "url", "runs", "partial"} <= result.as_dict().keys()
     if served.grpc_url:
-        assert rushhour.load(served.grpc_url, rate=50, duration=1, slo="p50<1s").model == served.model
+        assert rushhour.load(served.grpc_url, rate=300, duration=1, slo="p50<50ms").model == served.model
     closed = rushhour.load(served, closed_loop=2, duration=0.5)
     assert isinstance(closed, ClosedLoopResult)
     assert closed.result.throughput_rps > 0
@@ -226,7 +226,7 @@ def test_a_load_is_stopped_from_another_thread(served: Server) -> None:
     stop = Stop()
     timer = threading.Timer(3.0, stop.request)
     timer.start()
-    result = rushhour.load(served, rate=100, duration="10m", slo="p50<1s", stop=stop)
+    result = rushhour.load(served, rate=100, duration="10m", slo="p50<50ms", stop=stop)
     timer.join()
     assert result.stopped == "stopped by the caller"
     assert not result.holds
@@ -237,9 +237,9 @@ def test_a_load_is_stopped_from_another_thread(served: Server) -> None:
 
 def test_servers_are_compared(served: Server, tiny: Bundle) -> None:
     with rushhour.serve(tiny, http_port=0, grpc_port=None) as other:
-        result = rushhour.compare([served, other.url], rate=50, window=0.5, blocks=2, slo="p50<1s")
+        result = rushhour.compare([served, other.url], rate=300, window=0.5, blocks=2, slo="p50<50ms")
     assert result.comparison.servers == (served.url, other.url)
-    assert result.as_dict()["slo"] == "p50<1s"
+    assert result.as_dict()["slo"] == "p50<50ms"
     with pytest.raises(LoadError, match="two or more"):
         rushhour.compare([served], rate=50)
 
@@ -248,7 +248,7 @@ def test_verbs_work_in_a_thread_beside_a_running_event_loop(served: Server, rows
     """As in a notebook, whose cells run inside an event loop."""
 
     async def cell() -> tuple[Any, Any]:
-        here = rushhour.load(served, rate=50, duration=1, slo="p50<1s")
+        here = rushhour.load(served, rate=300, duration=1, slo="p50<50ms")
         there = await asyncio.to_thread(rushhour.train, "mlp", rows, out=tmp_path / "out", epochs=1, tensorboard=False)
         return here, there
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rushhour.api.values import StrPath, read_path
 from rushhour.errors import ServeError
-from rushhour.system.storage import explained, try_file
+from rushhour.system.storage import try_file
 
 if TYPE_CHECKING:
     from rushhour.serve import ServeSettings
@@ -125,13 +123,8 @@ def serve(
         chosen = settings
     path = read_path(target)
     opened = open_target(path)  # errors in the target are raised here, with their own types
-    with contextlib.ExitStack() as stack:
-        if log_file is None:
-            child = ChildServer(path, chosen, subprocess.DEVNULL)
-        else:
-            log = read_path(log_file)
-            try_file(log)
-            with explained(f"write {log}"):
-                stream = stack.enter_context(log.open("ab"))
-            child = ChildServer(path, chosen, stream)
+    log = None if log_file is None else read_path(log_file)
+    if log is not None:
+        try_file(log)
+    child = ChildServer(path, chosen, log)
     return Server(child, chosen.model or opened.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -10,12 +11,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import msgspec
 
 from rushhour.errors import ServeError
 from rushhour.serve.settings import ServeSettings
+from rushhour.system.storage import explained
 
 _START_S: Final = 120.0
 _STOP_S: Final = 5.0
@@ -42,31 +44,32 @@ class ChildServer:
     Args:
         target: a run, a plan or a bundle.
         settings: where and how it listens.
-        log: where the server's log goes: a file, or a constant of `subprocess`.
+        log: the file that the server's log is appended to; None: nowhere.
 
     Raises:
         ServeError: if it does not come up; the reason is the server's own.
     """
 
-    def __init__(self, target: Path, settings: ServeSettings, log: IO[bytes] | int = subprocess.DEVNULL) -> None:
-        command = [sys.executable, "-m", "rushhour.serve", str(target), "-"]
+    def __init__(self, target: Path, settings: ServeSettings, log: Path | None = None) -> None:
+        path = Path(os.devnull) if log is None else log
+        with explained(f"write {path}"), path.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rushhour.serve", str(target), "-"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
+            )
         self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-        )
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(msgspec.json.encode(settings) + b"\n")
-            self._process.stdin.flush()
-            first = self._first_line()
-        except BrokenPipeError:
-            first = _FirstLine()
+            first = self._start(settings)
         except BaseException:
             self.close()
             raise
         if not first.url:
             self.close()
-            raise ServeError(f"the server of {target} does not start", first.error or "it ended without a reason")
+            why = first.error or next(iter(path.read_text(errors="replace").strip().splitlines()[-1:]), "")
+            raise ServeError(f"the server of {target} does not start", why or "it wrote no message")
         self.url, self.grpc, self.way, self.pid = first.url, first.grpc, first.way, self._process.pid
 
     @property
@@ -88,9 +91,14 @@ class ChildServer:
                 assert pipe is not None
                 pipe.close()
 
-    def _first_line(self) -> _FirstLine:
+    def _start(self, settings: ServeSettings) -> _FirstLine:
+        """Give the process its settings and read its first line; an empty one where it ends or takes too long."""
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
         deadline, line = time.monotonic() + _START_S, b""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(settings) + b"\n")
+            self._process.stdin.flush()
         while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
             readable, _, _ = select.select([self._process.stdout], [], [], left)
             chunk = os.read(self._process.stdout.fileno(), 65_536) if readable else b""

@@ -5,24 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from rushhour.bundle import Bundle
-from rushhour.errors import EngineError
+from rushhour.errors import EngineError, ServeError
 from rushhour.goal import Goal
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
+from rushhour.serve.child import ChildServer
 from rushhour.tune.space import Candidate
-
-_START_SECONDS = 120.0
 
 
 def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal, model: str = "") -> Plan:
@@ -52,58 +46,18 @@ def served(
     name = hashlib.sha256(str(candidate).encode()).hexdigest()[:12]
     file, log = run / f".candidate-{name}.json", run / f".candidate-{name}.log"
     plan_of(candidate, bundle, goal, bundle.manifest.name).save(file)
-    settings = msgspec.json.encode(ServeSettings(http_port=0, trusted=trusted)).decode()
-    command = [sys.executable, "-m", "rushhour.serve", str(file), settings]
     try:
-        with log.open("wb") as errors:
-            server = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-            )
         try:
-            started = _first_line(server)
-            if not started.url:
-                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it wrote no message"]
-                raise EngineError(f"the server of {candidate} does not start", started.error or last[0])
-            yield started.url, server.pid
+            server = ChildServer(file, ServeSettings(http_port=0, trusted=trusted), log)
+        except ServeError as error:
+            raise EngineError(f"the server of {candidate} does not start", error.why) from error
+        try:
+            yield server.url, server.pid
         finally:
-            _stop(server)
+            server.close()
     finally:
         file.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
-
-
-class _Started(msgspec.Struct):
-    url: str = ""
-    error: str = ""
-
-
-def _first_line(server: subprocess.Popen[bytes]) -> _Started:
-    assert server.stdout is not None
-    deadline, line = time.monotonic() + _START_SECONDS, b""
-    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
-        readable, _, _ = select.select([server.stdout], [], [], left)
-        if not readable:
-            break
-        chunk = os.read(server.stdout.fileno(), 65536)
-        if not chunk:
-            break
-        line += chunk
-    try:
-        return msgspec.json.decode(line, type=_Started)
-    except msgspec.DecodeError:
-        return _Started()
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.send_signal(signal.SIGTERM)
-    try:
-        server.wait(5)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-    for pipe in (server.stdin, server.stdout):
-        if pipe is not None:
-            pipe.close()
 
 
 def cpu_seconds(pid: int) -> float | None:
