@@ -589,7 +589,7 @@ def test_bytes_that_are_no_text_cannot_be_json() -> None:
     target = taking(("x", "BYTES", [-1]))
     samples = {"x": np.array([b"\xff\xfe"])}
     assert tensors_in(payloads(target, samples)[0])["x"].tolist() == [b"\xff\xfe"]
-    with pytest.raises(LoadError, match="no text; leave out --json-tensors"):
+    with pytest.raises(LoadError, match="not text; leave out --json-tensors"):
         payloads(target, samples, encoding="json")
 
 
