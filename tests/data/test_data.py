@@ -129,7 +129,7 @@ def test_fashion_mnist_that_is_not_what_it_should_be_is_not_kept(
     if isinstance(harm, str):
         harm = whole[:-20] if harm == "cut" else whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]
     file.write_bytes(harm)
-    with serving(small_fashion) as home, pytest.raises(DataError, match="nowhere to be had"):
+    with serving(small_fashion) as home, pytest.raises(DataError, match="cannot find or download"):
         find(tmp_path / "cache", debian=NOWHERE, homes=(home,), run=no_tools)
     assert not (tmp_path / "cache" / "fashion-mnist" / file.name).exists()
 
@@ -192,7 +192,7 @@ def test_damaged_files_in_the_cache_are_named(
             "other": gzip.compress(b"x"),
         }[harm]
     )
-    with pytest.raises(DataError, match=r"t10k-images.*fetched again"):
+    with pytest.raises(DataError, match=r"t10k-images.*downloaded again"):
         fashion_mnist()
 
 

@@ -55,7 +55,7 @@ def count(data: Dataset) -> int:
 def adds_up(data: Dataset, there: int) -> None:
     files = data.files
     assert files is not None
-    assert files.there == there
+    assert files.total == there
     assert files.read == count(data)
     assert files.read + sum(files.left_out.values()) == there
     if files.left_out:
@@ -162,11 +162,11 @@ def test_what_is_read_and_what_is_left_out_add_up(
         unreadable = data.files.left_out["unreadable"]
         assert unreadable == len(heard) == hopeless
         assert not any("\n" in str(error) or "\udcff" in str(error) for error in heard)
-        assert {"hidden": 5, "outside class folders": 1, "broken links": 1, "links in a circle": 3}.items() <= (
+        assert {"hidden": 5, "outside class folders": 1, "broken links": 1, "circular links": 3}.items() <= (
             data.files.left_out.items()
         )
         said = " | ".join(data.notes)
-        for words in ("several frames", "16 bits of grey", "4095", "in floats", "lie deeper"):
+        for words in ("several frames", "16 bits of grey", "4095", "in floats", "are deeper"):
             assert words in said
         assert said.encode()  # can be written anywhere
     with pytest.raises(DataError, match=r"cannot read the picture .* \(and \d more\)") as caught:
@@ -205,7 +205,7 @@ def test_grey_of_more_than_8_bits_is_scaled_by_what_the_whole_folder_fills(tmp_p
 def test_a_bright_picture_that_was_not_looked_at_first_counts_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rushhour.data.folder._LOOKED_AT", 2)
+    monkeypatch.setattr("rushhour.data.folder._PROBED", 2)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for index in range(10):
@@ -229,7 +229,7 @@ def test_floats_are_scaled_by_what_the_whole_folder_fills(tmp_path: Path, peak: 
     assert data.preprocessing.decoding == Decoding(real=white)
     brightest = max(int(part.inputs.max()) for part in (data.train, data.validation, data.test))
     assert brightest == round(peak * 255 / white)
-    assert f"{white:g} is taken for white" in " ".join(data.notes)
+    assert f"{white:g} is taken as white" in " ".join(data.notes)
 
 
 @pytest.mark.parametrize("peak", [0.01, 3.7, -1.0, np.nan, 1e6])
@@ -238,7 +238,7 @@ def test_floats_that_are_no_picture_are_refused(tmp_path: Path, peak: float) -> 
         (tmp_path / name).mkdir()
         for index in range(10):
             Image.fromarray(np.full((4, 4), peak, np.float32)).save(tmp_path / name / f"{index}.tiff")
-    with pytest.raises(DataError, match=r"what is white|values run from") as caught:
+    with pytest.raises(DataError, match=r"value of white|values run from") as caught:
         load(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -338,7 +338,7 @@ def test_photographs_of_many_sizes_get_one_that_can_be_trained_on(tmp_path: Path
         for index in range(6):
             noise(600, 800, seed=index).save(alike / name / f"{index}.jpg")
     assert load(str(alike)).sample_shape == (168, 224, 3)
-    assert "brought to it; --size" in " ".join(load(str(alike)).notes), "the proportions stay"
+    assert "resized to it; --size" in " ".join(load(str(alike)).notes), "the proportions stay"
 
 
 # Layouts
@@ -374,7 +374,7 @@ def test_layouts_that_people_have(tmp_path: Path) -> None:
     for part in ("train", "testing", "extra"):
         classes(beside / part, "x", "y", n=6)
     data = load(str(beside))
-    assert "in extra/, which is no part 12" in data.notes[-1]
+    assert "in extra/, which is not a part 12" in data.notes[-1]
     adds_up(data, 36)
 
     flat = tmp_path / "flat"

@@ -306,7 +306,7 @@ def test_a_search_s_best_bundle_is_its_own_to_replace(tmp_path: Path) -> None:
 
     first = found(1)
     assert found(3).path == first.path
-    with pytest.raises(StorageError, match="it differs in the search that left it"):
+    with pytest.raises(StorageError, match="it differs in the search that made it"):
         found(1, msgspec.structs.replace(SHORT, lr=1e-4))
 
 

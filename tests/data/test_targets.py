@@ -107,7 +107,7 @@ def test_a_user_who_says_classification_gets_classes_or_is_told_why_not(tmp_path
     ages = 18.0 + np.arange(N) % 50
     assert data_of(tmp_path, ages, kind="classification").task.outputs == 50
     many = np.arange(N) * 7
-    with pytest.raises(DataError, match="could be labels or values; say --task regression or --task classification"):
+    with pytest.raises(DataError, match="could be labels or values; use --task regression or --task classification"):
         data_of(tmp_path, many)
     assert data_of(tmp_path, many, kind="regression").task == Task(kind="regression", outputs=1)
     for y in (np.linspace(0, 1, N), np.full((N, 4), 0.25)):

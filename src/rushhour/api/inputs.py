@@ -78,7 +78,7 @@ def load_data(
         RushhourError: as `rushhour.data.load`, and if the network does not fit the data.
     """
     from rushhour.data import Dataset
-    from rushhour.data.lineage import compared
+    from rushhour.data.lineage import training_overlap
 
     read = read_model(model) if model else ""
     bundle = read if isinstance(read, Bundle) else None
@@ -90,7 +90,7 @@ def load_data(
         dataset = _from_arrays(data, bundle, size, task)
     else:
         dataset = _from_name(os.fspath(data), progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
-    for note in (*dataset.notes, *([compared(bundle, dataset)] if bundle is not None else [])):
+    for note in (*dataset.notes, *([training_overlap(bundle, dataset)] if bundle is not None else [])):
         if note:
             progress.note(note)
     return dataset

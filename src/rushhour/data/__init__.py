@@ -37,18 +37,18 @@ def load(
             from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
-        on_corrupt: hears of each picture in a folder that cannot be read, which is then left out; None: that is an
-            error.
-        task: of a `.npz` file: that of the model it is for; a bundle's own where one is given.
+        on_corrupt: called with the error of each picture in a folder that cannot be read, which is then left out;
+            None: that is an error.
+        task: for a `.npz` file, that of the model it is for; a bundle's own where one is given.
         kind: what targets are, where they could be labels or values.
-        bundle: a model that the data is for: pictures are brought to its size, labels to its numbers.
+        bundle: a model that the data is for: pictures are resized to its size, and labels numbered as its classes.
         square: whether pictures of a folder get equal sides, where no size is given.
-        before_reading: hears of task and sample shape before the pictures of a folder are decoded, which may take long;
-            what it raises ends the loading.
-        on_decoded: hears, while the pictures of a folder are decoded, how many are, and of how many.
+        before_reading: called with the task and the sample shape before the pictures of a folder are decoded, which may
+            take long; an error that it raises ends the loading.
+        on_decoded: called while the pictures of a folder are decoded, with how many are, and of how many.
 
     Raises:
-        DataError: if it is not there, or cannot be used.
+        DataError: if it does not exist, or cannot be used.
         TaskError: if it has only one class.
     """
     if bundle is not None:
@@ -57,8 +57,8 @@ def load(
         raise DataError(f"the data {spec} has classes", "there are no values in it to regress", "leave out --task")
     if size is not None and (spec == "fashion-mnist" or Path(spec).suffix in (".npz", ".txt")):
         raise DataError(
-            f"cannot bring {spec} to {size[0]}x{size[1]}",
-            "only pictures in files have a size to choose",
+            f"cannot resize {spec} to {size[0]}x{size[1]}",
+            "only pictures in files can be resized",
             "leave out --size",
         )
     if spec == "fashion-mnist":
@@ -97,7 +97,7 @@ def load(
         )
     module, _, factory = spec.partition(":")
     if module.replace(".", "").isidentifier() and factory.isidentifier():
-        return _made(module, factory)
+        return _from_factory(module, factory)
     raise DataError(
         f"there is no data at {spec}",
         "it is neither fashion-mnist, nor elpv, nor a folder of pictures, nor a .npz or .txt file, nor module:factory",
@@ -105,10 +105,10 @@ def load(
     )
 
 
-def _made(module: str, factory: str) -> Dataset:
+def _from_factory(module: str, factory: str) -> Dataset:
     spec = f"{module}:{factory}"
     try:
-        made = getattr(importlib.import_module(module), factory)()
+        found = getattr(importlib.import_module(module), factory)()
     except RushhourError:
         raise
     except Exception as error:  # the user's code can fail in any way
@@ -117,6 +117,8 @@ def _made(module: str, factory: str) -> Dataset:
             f"{type(error).__name__}: {error}",
             "check the name, and that its folder is on PYTHONPATH",
         ) from error
-    if not isinstance(made, Dataset):
-        raise DataError(f"{spec} gave a {type(made).__name__}", "it must give a rushhour.data.Dataset", "return one")
-    return made
+    if not isinstance(found, Dataset):
+        raise DataError(
+            f"{spec} returned a {type(found).__name__}", "it must return a rushhour.data.Dataset", "return one"
+        )
+    return found

@@ -22,16 +22,16 @@ from rushhour.system.storage import explained
 from rushhour.task import Task
 
 _ENOUGH = 8_000_000
-"""Numbers to find means and deviations from; all of a large data set, as float64, would not fit into memory."""
+"""Numbers that means and deviations are computed from: a large data set in float64 would not fit into memory."""
 _DAMAGED = (ValueError, TypeError, EOFError, MemoryError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 _KEYS = "x_train, y_train, x_test, y_test (x_validation, y_validation), or x and y to be split"
 FEWEST = 10
-"""Samples that can be split into parts."""
+"""The fewest samples that can be split into parts."""
 _CHANNELS = 4
 _OTHER_SCALE = 16
-"""How many times the largest value of one part that of another may be."""
+"""Largest allowed ratio of the largest values of two parts."""
 _USUAL = (1, 3, 4)
-"""Channels that pictures have: grey, colours, and with alpha."""
+"""Usual numbers of channels of pictures: grey, RGB, and RGB with alpha."""
 
 
 def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | None = None) -> Dataset:
@@ -119,7 +119,7 @@ def split(
         raise DataError(
             f"{name} has samples of shape {x.shape} and targets of shape {y.shape}",
             f"each sample needs one target, and a split needs at least {FEWEST}",
-            "mend or add data",
+            "correct or add data",
         )
     rows = divide(keys_of_rows(x, seed=seed), strata(y, kind))
     return Split(x, y).take(rows["train"]), Split(x, y).take(rows["validation"]), Split(x, y).take(rows["test"])
@@ -158,8 +158,8 @@ def from_splits(
         if task is None:
             raise DataError(
                 f"{name} has no labels",
-                "what its samples are for cannot be seen from them, and nothing can be trained on them",
-                "add y, or name a trained bundle, whose own answers are then what others are judged by",
+                "without them the task is not known, and nothing can be trained",
+                "add y, or name a trained bundle, whose own answers then serve as the reference",
             )
     else:
         given = [part.targets for part in parts]
@@ -217,7 +217,7 @@ def _pair(arrays: dict[str, NDArray[Any]], part: str, source: str) -> Split:
         raise DataError(
             f"x_{part} of {source} has the shape {x.shape}, and y_{part} {y.shape}",
             "each sample needs exactly one target",
-            "mend the arrays",
+            "correct the arrays",
         )
     return Split(x, y)
 
@@ -226,7 +226,7 @@ def _arrays(file: Path) -> dict[str, NDArray[Any]]:
     if not file.is_file():
         raise DataError(f"there is no data at {file}", "the file does not exist", "check the path")
     if not zipfile.is_zipfile(file):
-        raise DataError(f"cannot read {file}", "it is no .npz archive, or a part of it is missing", "save it anew")
+        raise DataError(f"cannot read {file}", "it is not a .npz archive, or it is truncated", "save it again")
     try:
         with explained(f"read {file}"), np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -241,11 +241,11 @@ def _none(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
-    """Inputs in a type the protocol carries and torch reads: floats become float32, others stay."""
+    """Inputs in a type that the protocols carry and torch reads: floats become float32, others stay."""
     if inputs.dtype.names:
         return np.ascontiguousarray(inputs)
     if inputs.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, which a `Dataset` refuses
+        with np.errstate(over="ignore"):  # too large values become infinite, which a `Dataset` refuses
             inputs = inputs.astype(np.float32, copy=False)
     if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or 0 in inputs.shape[1:]:
         raise DataError(
@@ -257,7 +257,7 @@ def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
 
 
 def _form(inputs: NDArray[Any]) -> Literal["NHWC", "NCHW"] | None:
-    """Where the channels of pictures are; None where samples are no pictures."""
+    """The layout of pictures; None where samples are not pictures."""
     if inputs.dtype.names or inputs.ndim != 4:
         return None
     first, last = inputs.shape[1], inputs.shape[3]
@@ -266,7 +266,7 @@ def _form(inputs: NDArray[Any]) -> Literal["NHWC", "NCHW"] | None:
             return "NHWC"
         leads = first <= _CHANNELS or inputs.shape[2] == last != first
         return "NCHW" if leads and min(inputs.shape[2:]) > _CHANNELS else "NHWC"
-    # floats may be anything of four dimensions: only what looks like a picture counts as one
+    # floats of four dimensions may be anything: only arrays with the shape of pictures count as pictures
     if first in _USUAL and min(inputs.shape[2:]) > _CHANNELS:
         return "NCHW"
     return "NHWC" if last in _USUAL and min(inputs.shape[1:3]) > _CHANNELS else None

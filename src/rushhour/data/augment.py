@@ -1,7 +1,7 @@
-"""Pictures turned, moved and tinted at random while training, so that a network learns what does not depend on it.
+"""Augmentation: pictures are rotated, shifted, scaled and changed in colour at random in training.
 
-What happens to a sample follows from (seed, epoch, sample) alone: not from the batch it is in, the worker that
-prepares it, or what was prepared before. kornia moves the pixels.
+The change of a sample follows from (seed, epoch, sample) alone, not from its batch, the worker that prepares it, or
+what was prepared before. kornia resamples the pixels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _EXAMPLE = "write for example flip,crop,rotate=10,scale=0.1,colour=0.2"
 
 
 class Augmentation(msgspec.Struct, frozen=True):
-    """What may happen to a picture in training. All is off by default.
+    """Random changes of a picture in training. All are off by default.
 
     Attributes:
-        flip: left and right change places, for every second picture.
-        crop: a picture is moved by up to this share of its sides; what comes in at the border is its mirror image.
-        rotate: turned by up to so many degrees, either way.
+        flip: mirror every second picture horizontally.
+        crop: shift by up to this share of the sides; the border is filled with its mirror image.
+        rotate: by up to so many degrees, in either direction.
         scale: enlarged or shrunk by up to this share.
         colour: brightness and contrast change by up to this share, and in colour pictures saturation too; hue by up
             to a tenth of it, of the whole circle.
@@ -47,7 +47,7 @@ class Augmentation(msgspec.Struct, frozen=True):
             value = getattr(self, name)
             if not 0 <= value <= highest:
                 raise DataError(
-                    f"cannot augment with {name}={value:g}", f"it lies between 0 and {highest:g}", "change that value"
+                    f"cannot augment with {name}={value:g}", f"it must be from 0 to {highest:g}", "change that value"
                 )
 
     @classmethod
@@ -62,16 +62,18 @@ class Augmentation(msgspec.Struct, frozen=True):
         for part in text.split(","):
             name, equals, value = (piece.strip() for piece in part.partition("="))
             if name not in usual or name in chosen or (name == "flip" and equals):
-                why = "it is there twice" if name in chosen else f"there are {', '.join(usual)}; flip takes no value"
+                why = "it is given twice" if name in chosen else f"there are {', '.join(usual)}; flip takes no value"
                 raise DataError(f"cannot augment with {part.strip()!r}", why, _EXAMPLE)
             try:
                 chosen[name] = float(value) if equals else usual[name]
             except ValueError:
-                raise DataError(f"cannot augment with {part.strip()!r}", "its value is no number", _EXAMPLE) from None
+                raise DataError(
+                    f"cannot augment with {part.strip()!r}", "its value is not a number", _EXAMPLE
+                ) from None
         return cls(flip=bool(chosen.pop("flip", False)), **chosen)
 
     def times(self, strength: float) -> Augmentation:
-        """The same, each bound `strength` times as large (as far as it goes); flip only above 0.
+        """The same with each bound `strength` times as large, up to its limit; flip only above 0.
 
         Args:
             strength: 0 or more.
@@ -94,7 +96,7 @@ class Augmenter:
     """Applies an `Augmentation` in one epoch.
 
     Args:
-        augmentation: what may happen.
+        augmentation: the changes.
         samples: in the whole training part.
         seed: of the training.
         epoch: from 0.
@@ -106,7 +108,7 @@ class Augmenter:
         self._draws = random.random((samples, _DRAWS), dtype=np.float32)
 
     def __call__(self, pictures: NDArray[np.uint8], rows: NDArray[np.int64]) -> Tensor:
-        """The pictures, changed.
+        """The augmented pictures.
 
         Args:
             pictures: shape `(n, height, width, channels)` with 1 or 3 channels, uint8.
@@ -124,8 +126,8 @@ class Augmenter:
         return images.clamp_(0, 1).mul_(255).permute(0, 2, 3, 1)
 
     def _moved(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Flip, shift, turn and zoom are one affine map, so pixels are interpolated once."""
-        from kornia.geometry.transform import warp_affine  # a second of imports, which only this needs
+        """Flip, shift, rotation and scale are one affine map, so pixels are interpolated once."""
+        from kornia.geometry.transform import warp_affine  # the import takes a second, and only this needs it
 
         how, (height, width) = self._how, images.shape[2:]
         mirror = torch.where(draws[:, 0] < 0.5, -1.0, 1.0) if how.flip else torch.ones(len(draws))
@@ -161,13 +163,13 @@ def check_pictures(inputs: NDArray[Any], name: str) -> None:
     """Raise unless samples can be augmented.
 
     Raises:
-        DataError: if they are no uint8 pictures `(n, height, width, channels)` with 1 or 3 channels.
+        DataError: if they are not uint8 pictures `(n, height, width, channels)` with 1 or 3 channels.
     """
     if inputs.dtype != np.uint8 or inputs.ndim != 4 or inputs.shape[-1] not in (1, 3):
         raise DataError(
             f"cannot augment the samples of {name}",
             f"they are {inputs.dtype} of shape {inputs.shape[1:]}, and only pictures (uint8, height x width x 1 or 3) "
-            "can be turned and tinted",
+            "can be augmented",
             "leave out --augment",
         )
 

@@ -1,4 +1,4 @@
-"""What a data set is, wherever it came from: arrays in three parts, a task, and how samples are to be scaled."""
+"""A data set: arrays in three parts, a task, and how samples are scaled."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ class Split:
 
 
 class Files(NamedTuple):
-    """What became of all files of a folder.
+    """How many files of a folder were read.
 
     Attributes:
-        there: how many there are, below all its folders.
-        read: those that are samples now.
-        left_out: why -> how many are not.
+        total: all files below the folder.
+        read: files that are samples now.
+        left_out: reason -> how many were left out.
     """
 
-    there: int
+    total: int
     read: int
     left_out: dict[str, int]
 
     def __str__(self) -> str:
         why = ", ".join(f"{reason} {count:,}" for reason, count in self.left_out.items())
-        return f"left out {self.there - self.read:,} of {self.there:,} files: {why}"
+        return f"left out {self.total - self.read:,} of {self.total:,} files: {why}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Dataset:
         name: short, for reports and bundle names: `fashion-mnist`.
         train: to fit on.
         validation: to decide on: which candidate is inside the accuracy budget.
-        test: touched once, for the figures of the final plan.
-        fingerprint: SHA-256 over all content, so that results name exactly what they were made with.
-        notes: what a person should hear of how the data was read, in a line each.
-        files: what became of the files, where it is a folder.
+        test: used once, for the figures of the result.
+        fingerprint: SHA-256 over all content, so that results name exactly the data that they were made with.
+        notes: how the data was read, for the user, in a line each.
+        files: how many files were read, where it is a folder.
     """
 
     name: str
@@ -110,13 +110,13 @@ class Dataset:
                 raise DataError(
                     f"the {part} part of {self.name} has {len(split.inputs)} samples but {len(split.targets)} targets",
                     "each sample needs exactly one target",
-                    "mend the data",
+                    "correct the data",
                 )
             if split.inputs.shape[1:] != self.train.inputs.shape[1:]:
                 raise DataError(
                     f"samples of {self.name} differ in shape",
                     f"{part} has {split.inputs.shape[1:]}, train has {self.train.inputs.shape[1:]}",
-                    "bring all samples to one shape",
+                    "give all samples one shape",
                 )
             if split.inputs.dtype != self.train.inputs.dtype:
                 raise DataError(
@@ -134,7 +134,7 @@ class Dataset:
 
     @cached_property
     def marks(self) -> str:
-        """The smallest hashes of training samples: by them a bundle remembers what it was trained on. See `lineage`."""
+        """The smallest hashes of training samples, by which a bundle recognises its training data. See `lineage`."""
         keys = np.unique(marks_of(self.train.inputs))[:MARKS]
         return "".join(f"{key:016x}" for key in keys.tolist())
 
@@ -151,7 +151,7 @@ class Dataset:
 
 
 def _readable(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
-    """Samples as an array that torch reads: in this machine's byte order, and nothing but numbers."""
+    """Samples as a numeric array in this machine's byte order, which torch reads."""
     array = np.asarray(inputs)
     columns = [array.dtype[field].base for field in array.dtype.names or ()] or [array.dtype]
     if not all(column.kind in "biuf" for column in columns):

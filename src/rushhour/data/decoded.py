@@ -1,4 +1,4 @@
-"""Pictures in files become arrays in three parts: in memory, or, where they are many, mapped from a cache on disk."""
+"""Decodes pictures in files into arrays in three parts: in memory, or in a mapped cache on disk for many of them."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from rushhour.system.machine import cores
 from rushhour.system.storage import building, explained
 
 WORTH_CACHING = 64_000_000
-"""Bytes of decoded pictures from which on they are kept on disk; fewer are decoded sooner than looked for."""
+"""Bytes of decoded pictures from which on they are cached on disk; fewer are decoded faster than looked up."""
 
 MAX_PIXELS = 64_000_000
-"""A picture with more is not read."""
+"""Pixels of the largest picture that is read."""
 
 _INDEX = "index.json"
 _FILES = (_INDEX, "decoded.npy", *(f"{part}-{what}.npy" for part in PARTS for what in ("inputs", "targets")))
 
 _DECODED_AS = 2
-"""To be raised when the same file becomes other pixels, so that no cache is believed that was written before."""
+"""To be increased when the decoder changes, so that caches that were written before are not used."""
 _AT_ONCE = 256
 _TOLD_EVERY = 16
 _WHITES = (255, 1023, 4095, 16_383, 65_535)
 """The largest values of 8, 10, 12, 14 and 16 bits."""
 _UNIT, _DIMMEST = 1.001, 1 / 16
-"""Floats up to the first lie in 0..1; where none is above the second, 8 bits would leave next to nothing of them."""
+"""Floats up to the first are in 0..1; where none is above the second, few of the 8 bits would be used."""
 _STRETCH = 0.02
-"""Difference of proportions from which on a picture counts as stretched."""
+"""Difference of aspect ratios from which on a picture counts as stretched."""
 
 OnCorrupt = Callable[[DataError], None]
-"""Hears of a picture that cannot be read and is left out."""
+"""Called with the error of each picture that cannot be read and is left out."""
 
 OnDecoded = Callable[[int, int], None]
-"""Hears, now and then, how many pictures are decoded, and of how many."""
+"""Called now and then with how many pictures are decoded, and of how many."""
 
 
 class Listing(NamedTuple):
@@ -60,9 +60,9 @@ class Listing(NamedTuple):
         files: part (`train`, `validation`, `test`, or `all` of them) -> the files of each class.
         classes: all of them, in the order of their labels.
         shape: of each once decoded: height, width, channels.
-        seed: of what is held out of `all`, or of `train` where there is no `validation` or `test`.
-        decoding: what is white in pictures of more than 8 bits, to begin with.
-        fixed: whether it stays so, because a model was trained on it; brighter pictures then cannot be read.
+        seed: of the samples that are held out of `all`, or of `train` where there is no `validation` or `test`.
+        decoding: the value of white in pictures of more than 8 bits, as far as it is known.
+        fixed: whether it is final, because a model was trained with it; brighter pictures then cannot be read.
     """
 
     folder: Path
@@ -80,22 +80,22 @@ class Listing(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of all of them, once decoded."""
+        """Of all pictures, once decoded."""
         return len(self.every) * math.prod(self.shape)
 
 
 class Tally(msgspec.Struct, frozen=True):
-    """What was done to the pictures on the way.
+    """How the pictures were changed when they were decoded.
 
     Attributes:
-        decoding: what was white in those of more than 8 bits.
-        corrupt: place of what could not be read -> why.
+        decoding: the value of white in those of more than 8 bits.
+        corrupt: index of a file that could not be read -> why.
         deep: pictures of 16 bits of grey.
         real: pictures in floats.
-        resized: that had another size than the samples.
-        stretched: that had other proportions.
-        greyed: that had colours, where samples have none.
-        framed: that had more frames than the one that was read.
+        resized: pictures with another size than the samples.
+        stretched: pictures with another aspect ratio.
+        greyed: colour pictures, where samples are grey.
+        framed: pictures with several frames, of which the first was read.
     """
 
     decoding: Decoding
@@ -109,7 +109,7 @@ class Tally(msgspec.Struct, frozen=True):
 
 
 class _Index(msgspec.Struct, frozen=True):
-    """What lies in a cache, and of which files."""
+    """The content of a cache, and the files that it is of."""
 
     digest: str
     tally: Tally
@@ -118,22 +118,22 @@ class _Index(msgspec.Struct, frozen=True):
 def read(
     listing: Listing, cached: Path | None, on_corrupt: OnCorrupt | None, on_decoded: OnDecoded | None = None
 ) -> tuple[tuple[Split, Split, Split], Tally]:
-    """Training, validation and test part: uint8 `(n, *shape)`, and int64 labels. And what was done to the pictures.
+    """Training, validation and test part: uint8 `(n, *shape)`, and int64 labels. And how the pictures were changed.
 
     Args:
-        listing: what is to be read.
+        listing: the pictures.
         cached: a folder for decoded pictures, used from `WORTH_CACHING` on; None: never.
-        on_corrupt: hears of what is left out, in order; None: the first corrupt picture is an error.
-        on_decoded: hears how it goes.
+        on_corrupt: see `OnCorrupt`, in order; None: the first corrupt picture is an error.
+        on_decoded: see `OnDecoded`.
 
     Raises:
-        DataError: if a picture cannot be read, no picture of a class can, or their values are no picture's.
+        DataError: if a picture cannot be read, no picture of a class can, or the value of white is not known.
     """
     if cached is not None and listing.bytes >= WORTH_CACHING:
         try:
             return _from_cache(listing, cached, on_corrupt, on_decoded)
         except StorageError:
-            pass  # a full or read-only disk takes away only the cache
+            pass  # a full or read-only disk: go on without the cache
     pictures = np.empty((len(listing.every), *listing.shape), np.uint8)
     tally, keys = _decode(listing, pictures, on_decoded)
     _tell(listing, tally.corrupt, on_corrupt)
@@ -147,31 +147,31 @@ def of_file(error: DataError, file: Path, *, others: int = 0) -> DataError:
     return DataError(
         f"cannot read the picture {shown(file)}{more}",
         error.why,
-        "mend it, take it out of the folder, or skip what is corrupt with --skip-corrupt",
+        "repair it, remove it from the folder, or leave out corrupt pictures with --skip-corrupt",
     )
 
 
 def shown(name: Path | str) -> str:
-    """A path or name as it can be printed and written: file systems allow bytes that are no text."""
+    """A path or name as text: file systems allow bytes that are not valid text."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def white_of(peak: int) -> int:
-    """What is white where the largest value of grey in whole numbers is `peak`."""
+    """The value of white where the largest value of grey is `peak`, a whole number."""
     return next(white for white in _WHITES if peak <= white)
 
 
 def real_white_of(peak: float, file: Path) -> float:
-    """What is white where the largest value of grey in floats is `peak`, which `file` has.
+    """The value of white where the largest value of grey in floats is `peak`, in `file`.
 
     Raises:
-        DataError: if that cannot be said.
+        DataError: if it is not known.
     """
     if _DIMMEST < peak <= _UNIT:
         return 1.0
     if peak <= _WHITES[0] * _DIMMEST:
         raise DataError(
-            f"cannot tell what is white in the pictures of {shown(file.parent)}",
+            f"the value of white is not known in the pictures of {shown(file.parent)}",
             f"their floats go up to {peak:g}, as in {shown(file.name)}",
             "scale them to 0..1 or 0..255, or save them as PNG",
         )
@@ -202,7 +202,7 @@ def _from_cache(
 
 @contextlib.contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """No other process works on this cache meanwhile: workers on one machine all ask for it at once."""
+    """Lock the cache: all workers on one machine need it at the same time."""
     with explained(f"write {place}"):
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.with_name(f".{place.name}.lock").open("w") as lock:
@@ -224,7 +224,7 @@ def _index(place: Path) -> _Index | None:
 
 
 def _digest(listing: Listing) -> str:
-    """Of which files there are, how large and from when; not of their content, which would take as long as decoding."""
+    """A hash of the names, sizes and times of the files; hashing their content would take as long as decoding."""
     digest = hashlib.sha256(f"{_DECODED_AS} {listing.classes} {listing.decoding} {listing.fixed}\n".encode())
     with explained(f"read {listing.folder}"):
         for part, by_class in listing.files.items():
@@ -238,7 +238,7 @@ def _digest(listing: Listing) -> str:
 
 
 def _cache(listing: Listing, half: Path, on_decoded: OnDecoded | None) -> Tally:
-    """Write the parts' arrays into a folder; return what was done on the way."""
+    """Write the parts' arrays into a folder; return how the pictures were changed."""
     decoded = half / "decoded.npy"
     pictures = _file(decoded, (len(listing.every), *listing.shape))
     tally, keys = _decode(listing, pictures, on_decoded)
@@ -255,13 +255,13 @@ def _cache(listing: Listing, half: Path, on_decoded: OnDecoded | None) -> Tally:
 def _file(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
     mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     with path.open("r+b") as file:
-        # what a full disk does not give shows here, and not as SIGBUS in the middle of a picture
+        # a full disk raises here, and not as SIGBUS in the middle of a picture
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return mapped
 
 
 class _One(NamedTuple):
-    """A file that was read: what it held and its key; or why it could not be."""
+    """A file that was read: its picture and its key; or why it could not be read."""
 
     seen: Seen | None
     key: int = 0
@@ -271,7 +271,7 @@ class _One(NamedTuple):
 def _decode(
     listing: Listing, into: NDArray[np.uint8], on_decoded: OnDecoded | None
 ) -> tuple[Tally, NDArray[np.uint64]]:
-    """Read all files. Return what was done, and the key of each file's content."""
+    """Decode all files. Return how they were changed, and the key of each file's content."""
     files, decoding, seed = listing.every, listing.decoding, str(listing.seed).encode()
 
     def one(index: int) -> _One:
@@ -289,7 +289,7 @@ def _decode(
             return _One(None, why=error.why)
         if listing.fixed and (seen.deep > decoding.deep or seen.real > decoding.real * _UNIT):
             brightest, white = (seen.deep, decoding.deep) if seen.deep else (seen.real, decoding.real)
-            return _One(None, why=f"its grey goes up to {brightest:g}, and white is {white:g} for this model")
+            return _One(None, why=f"its grey values go up to {brightest:g}, and white is {white:g} for this model")
         return _One(seen, int.from_bytes(digest.digest()))
 
     with ThreadPoolExecutor(cores()) as pool:
@@ -309,7 +309,7 @@ def _decode(
 
 
 def _exact(found: Sequence[Seen | None], files: Sequence[Path]) -> Decoding:
-    """What is white, now that all values are known."""
+    """The value of white, now that all values are known."""
     deep = max((seen.deep for seen in found if seen is not None), default=0)
     at, real = max(
         ((at, seen.real) for at, seen in enumerate(found) if seen is not None), key=_second, default=(0, 0.0)
@@ -324,15 +324,15 @@ def _second(pair: tuple[int, float]) -> float:
 
 
 def _check_colours(found: Sequence[Seen | None], files: Sequence[Path]) -> None:
-    """Raise if colours of 16 bits fill so few of them that the 8 which Pillow reads are nearly empty."""
+    """Raise if colours of 16 bits use so few of them that Pillow, which reads 8, reads nearly black pictures."""
     cut = [(seen.cut, file) for seen, file in zip(found, files, strict=True) if seen is not None and seen.cut >= 0]
     if not cut:
         return
     brightest, file = max(cut)
     if brightest <= 255 >> 2:
         raise DataError(
-            f"the colours of {shown(file)} and {len(cut) - 1:,} others have 16 bits each, of which they fill too few",
-            "pictures are read in 8 bits for each colour, and theirs would be nearly black",
+            f"the colours of {shown(file)} and {len(cut) - 1:,} others have 16 bits each, of which they use too few",
+            "pictures are read with 8 bits for each colour, and these would be nearly black",
             "scale them to all 16 bits, or save them in 8",
         )
 
@@ -366,7 +366,7 @@ def _tell(listing: Listing, corrupt: dict[int, str], on_corrupt: OnCorrupt | Non
 def _parts(
     listing: Listing, corrupt: dict[int, str], keys: NDArray[np.uint64]
 ) -> Sequence[tuple[NDArray[np.intp], NDArray[np.int64]]]:
-    """Which of all files are in training, validation and test part, and their labels."""
+    """The files of training, validation and test part, as indices, and their labels."""
     found: dict[str, tuple[NDArray[np.intp], NDArray[np.int64]]] = {}
     at = 0
     for part, by_class in listing.files.items():
@@ -378,7 +378,7 @@ def _parts(
                 raise DataError(
                     f"the class {name!r} in {shown(listing.folder)} is empty",
                     f"none of its {len(files)} pictures can be read",
-                    "mend them, or remove the folder",
+                    "repair them, or remove the folder",
                 )
             rows += kept
             labels += [listing.classes.index(name)] * len(kept)

@@ -1,6 +1,6 @@
 """ELPV: 2,624 solar cells in electroluminescence, 300x300 grey, from 44 modules (Buerhop-Lutz et al. 2018).
 
-The pictures come with the PyPI package `elpv-dataset` and nothing is fetched. Their licence is CC BY-NC-SA 4.0: not for
+The pictures come with the PyPI package `elpv-dataset`; nothing is downloaded. Their licence is CC BY-NC-SA 4.0: not for
 commercial use, so the package is an extra and never a dependency.
 """
 
@@ -36,16 +36,16 @@ def elpv(*, size: tuple[int, int] | None = None, seed: int = 0) -> Dataset:
 
     A cell counts as defective where its annotated probability of a defect is above one half: 2/3 (defective, the
     annotator was not sure) and 1 do, 0 and 1/3 do not. A quarter is for testing. Both as in Deitsch et al. (Solar
-    Energy 185, 2019), who also weigh the unsure ones less; here all count alike. Every part has its share of each
-    probability and of mono- and polycrystalline cells. Which module a cell is from is not annotated, so cells of one
-    module may lie on both sides of a split.
+    Energy 185, 2019), who also give the unsure ones less weight; here all have the same. Every part has its share of
+    each probability and of mono- and polycrystalline cells. The module of a cell is not annotated, so cells of one
+    module may be in several parts.
 
     Args:
-        size: height and width that the pictures are brought to; 96x96 by default.
+        size: height and width of the samples; 96x96 by default.
         seed: of the split.
 
     Raises:
-        DataError: if the package is not installed, or is not what it should be.
+        DataError: if the package is not installed, or is damaged.
     """
     folder = _folder()
     names, probabilities, kinds = _annotations(folder)
@@ -70,14 +70,14 @@ def elpv(*, size: tuple[int, int] | None = None, seed: int = 0) -> Dataset:
 
 
 def _folder() -> Path:
-    """Where the package keeps its pictures; it is found, not imported."""
+    """The folder of the package's pictures; it is found, not imported."""
     spec = importlib.util.find_spec(_PACKAGE)
     places = spec.submodule_search_locations if spec else None
     if not places:
         raise DataError(
             "the ELPV pictures are not installed",
             "their licence, CC BY-NC-SA 4.0, forbids commercial use, so they do not come with Rushhour",
-            "if that suits you, run `pip install 'rushhour[elpv]'`",
+            "if you accept it, run `pip install 'rushhour[elpv]'`",
         )
     return Path(next(iter(places))) / "data"
 

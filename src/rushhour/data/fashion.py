@@ -1,7 +1,7 @@
 """Fashion-MNIST: 60,000 + 10,000 pictures of clothing, 28x28, MIT licence (Xiao, Rasul, Vollgraf 2017).
 
-Looked for in Rushhour's cache and in Debian's folder; else fetched from its home with its checksum, or, on a
-Debian-like machine that does not reach that, taken out of Debian's package without installing it.
+It is looked up in Rushhour's cache and in Debian's folder; else downloaded from its home and checked by its checksum,
+or, on a Debian-like machine that cannot reach it, extracted from Debian's package without installing it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FILES = {
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-"""SHA-256 of the unpacked content: Debian packs the same bytes anew."""
+"""SHA-256 of the unpacked content: Debian packs the same bytes again."""
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _PACKAGE = "dataset-fashion-mnist"
 _HOME = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
@@ -48,17 +48,17 @@ _MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 _VALIDATION = 5_000
 _SECONDS = 20
 _LARGEST = 64_000_000
-"""Bytes of a file, packed or not, that anyone can make us hold; the largest real one has 47 million."""
+"""Bytes of a file, packed or not, that are read at most; the largest real one has 47 million."""
 
 Run = Callable[[list[str], Path], None]
 """Runs a command in a folder; raises OSError or subprocess.SubprocessError if it fails."""
 
 
 def fashion_mnist() -> Dataset:
-    """55,000 / 5,000 / 10,000 pictures, uint8 `(n, 28, 28, 1)`, in ten classes. The last 5,000 of train validate.
+    """55,000 / 5,000 / 10,000 pictures, uint8 `(n, 28, 28, 1)`, in ten classes; validation is the end of train.
 
     Raises:
-        DataError: if it is nowhere to be had, or its files are damaged.
+        DataError: if it cannot be found or downloaded, or its files are damaged.
     """
     folder = find(cache())
     train_images = _read(folder / "train-images-idx3-ubyte.gz", 3)[..., np.newaxis]
@@ -74,13 +74,13 @@ def fashion_mnist() -> Dataset:
         validation=Split(train_images[-_VALIDATION:], train_labels[-_VALIDATION:]),
         test=test,
         preprocessing=Preprocessing(scale=1 / 255, mean=(0.286,), std=(0.353,), layout="NHWC->NCHW"),
-        # The files' own checksums stand for their content: hashing 55 MB of pixels again would say no more.
+        # the checksums of the files identify their content: 55 MB of pixels need not be hashed again
         fingerprint=hashlib.sha256(f"{sorted(_FILES.values())} {_VALIDATION}".encode()).hexdigest(),
     )
 
 
 def cache() -> Path:
-    """Where Rushhour keeps what it fetched: `$RUSHHOUR_DATA`, else `rushhour` in the user's cache folder."""
+    """The folder of downloads: `$RUSHHOUR_DATA`, else `rushhour` in the user's cache folder."""
     if own := os.environ.get("RUSHHOUR_DATA"):
         return Path(own).expanduser()
     if own := os.environ.get("XDG_CACHE_HOME"):
@@ -91,16 +91,16 @@ def cache() -> Path:
 def find(
     cached: Path, *, debian: Path = _DEBIAN, homes: tuple[str, ...] = (_HOME, _MIRROR), run: Run | None = None
 ) -> Path:
-    """The folder with the four files, fetched into `cached` if they are nowhere yet.
+    """The folder with the four files, downloaded into `cached` if they are not found.
 
     Args:
         cached: the cache's folder.
-        debian: where Debian's package puts them.
-        homes: the URLs they are fetched from, first come first.
+        debian: where Debian's package installs them.
+        homes: the URLs they are downloaded from, in order.
         run: runs Debian's tools; a seam for tests.
 
     Raises:
-        DataError: naming all that was tried.
+        DataError: with all that was tried.
     """
     own = cached / "fashion-mnist"
     for folder in (own, debian):
@@ -116,9 +116,9 @@ def find(
         except (OSError, http.client.HTTPException, subprocess.SubprocessError, StorageError) as error:
             tried.append(f"{way} ({' '.join(str(error).split()) or type(error).__name__})")
     raise DataError(
-        "Fashion-MNIST is nowhere to be had",
+        "cannot find or download Fashion-MNIST",
         f"tried {'; '.join(tried)}",
-        f"run `apt-get install {_PACKAGE}`, or put its four .gz files into {own} (RUSHHOUR_DATA names another place)",
+        f"run `apt-get install {_PACKAGE}`, or put its four .gz files into {own} (RUSHHOUR_DATA names another folder)",
     )
 
 
@@ -129,7 +129,7 @@ def _download(home: str, folder: Path) -> None:
 
 
 def _unpack(folder: Path, run: Run) -> None:
-    """Take the files out of Debian's package: needs no root, unless the package lists are empty."""
+    """Extract the files from Debian's package: needs no root, unless the package lists are empty."""
     with tempfile.TemporaryDirectory() as temporary:
         at = Path(temporary)
         try:
@@ -149,8 +149,8 @@ def _unpack(folder: Path, run: Run) -> None:
 
 def _run(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
-        raise FileNotFoundError(f"there is no {command[0]} here")
-    # apt's unprivileged downloader may not write into our folder; it falls back with a warning, which nobody needs.
+        raise FileNotFoundError(f"{command[0]} is not installed")
+    # apt's unprivileged downloader may not write into our folder, and falls back with a warning: it is not shown
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
 
 
@@ -158,9 +158,9 @@ def _keep(file: Path, content: bytes, checksum: str, source: str) -> None:
     try:
         found = hashlib.sha256(gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST)).hexdigest()
     except (OSError, EOFError, zlib.error) as error:
-        raise OSError(f"{source} is no gzip file: {error}") from error
+        raise OSError(f"{source} is not a gzip file: {error}") from error
     if found != checksum:
-        raise OSError(f"{source} is not what it should be: its SHA-256 is {found}")
+        raise OSError(f"{source} has another content than expected: its SHA-256 is {found}")
     write_whole(file, content)
 
 
@@ -170,11 +170,11 @@ def _read(file: Path, dimensions: int) -> NDArray[Any]:
         with gzip.open(file) as stream:
             content = stream.read(_LARGEST)
         if hashlib.sha256(content).hexdigest() != _FILES[file.name]:
-            raise ValueError("its content is not Fashion-MNIST's: the SHA-256 differs")
+            raise ValueError("its content is not that of Fashion-MNIST: the SHA-256 differs")
         magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
         if magic != 0x0800 + dimensions:
             raise ValueError(f"its magic number is {magic:#x}")
-        # A copy, because what torch shares must be writable.
+        # a copy: arrays that torch shares must be writable
         return np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(shape).copy()
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise DataError(f"cannot read {file}", str(error), "delete it, and it is fetched again") from error
+        raise DataError(f"cannot read {file}", str(error), "delete it, and it is downloaded again") from error

@@ -1,6 +1,6 @@
 """A folder of pictures, one folder for each class; optionally with train/, validation/ and test/ above the classes.
 
-Every file below the folder is either read or counted among those that are left out, with the reason.
+Every file below the folder is either read, or counted as left out, with the reason.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ SUFFIXES = {
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"),
 }
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
-"""What systems leave in folders, beside what begins with a dot."""
+"""Files and folders that operating systems create, besides names that begin with a dot."""
 _LARGEST_SIDE, _LARGEST_ALIKE = 224, 512
-"""Of samples, where nobody says a size: of pictures of many sizes, and of pictures that are all alike."""
-_LOOKED_AT = 100
+"""Of samples, where no size is given: of pictures of different sizes, and of pictures that all have one size."""
+_PROBED = 100
+"""Pictures, about, whose size and colours decide the shape of the samples."""
 _NAMED_KINDS = 3
 
 BeforeReading = Callable[[Task, tuple[int, ...]], None]
-"""Hears of task and sample shape before all pictures are decoded; what it raises ends the loading."""
+"""Called with the task and the sample shape before all pictures are decoded; an error ends the loading."""
 
 
 def load_folder(
@@ -59,14 +60,14 @@ def load_folder(
     Args:
         folder: `CLASS/picture.png`, split by content into about 80 / 10 / 10; or `train/CLASS/...` with `val/`, `test/`
             or both, by any of their usual names. A part that is missing is held out of `train`.
-        size: height and width that all are brought to. By default that of the pictures if they are alike, else their
-            median, at most 224.
+        size: height and width of the samples. By default that of the pictures if all are equal, else the median, at
+            most 224.
         seed: of the split.
         cached: a folder for decoded pictures, where they are many: the arrays are then mapped from its files, take no
-            memory of their own, and are there at once the next time. None: all in memory, decoded each time.
-        on_corrupt: hears of each picture that cannot be read, which is then left out. None: that is an error.
+            memory of their own, and need no decoding the next time. None: all in memory, decoded each time.
+        on_corrupt: see `OnCorrupt`. None: a picture that cannot be read is an error.
         square: whether the default size has equal sides.
-        bundle: a model that the data is for: it decides size, channels, classes and what is white.
+        bundle: a model that the data is for: it decides size, channels, classes and the value of white.
         before_reading: see `BeforeReading`.
         on_decoded: see `OnDecoded`.
 
@@ -88,7 +89,7 @@ def load_folder(
             )
     task = Task.classification(classes)  # one class is refused before all its pictures are read
     with warnings.catch_warnings():
-        # Here and not around each picture: filters are the process's, and threads that set them undo each other.
+        # here and not around each picture: the filters are global, and threads that set them would undo each other
         warnings.simplefilter("ignore")
         found = _found(tree.files)
         shape = _shape(found, size, square=square, bundle=bundle, folder=folder)
@@ -101,25 +102,25 @@ def load_folder(
     count = len(tree.files)
     left_out = {**_short(tree.left_out), **({"unreadable": len(tally.corrupt)} if tally.corrupt else {})}
     files = Files(count + sum(tree.left_out.values()), count - len(tally.corrupt), left_out)
-    said = _said(
+    changes = _changes(
         tally, files.read, shape, is_asked=size is not None, model=None if bundle is None else bundle.manifest.name
     )
     return dataclasses.replace(
         data,
         preprocessing=msgspec.structs.replace(data.preprocessing, decoding=tally.decoding),
-        notes=(*tree.notes, *said, *((str(files),) if left_out else ())),
+        notes=(*tree.notes, *changes, *((str(files),) if left_out else ())),
         files=files,
     )
 
 
 class _Tree:
-    """What lies in a folder: the pictures of each class in each part, and what is no picture.
+    """The content of a folder: the pictures of each class in each part, and the files that are left out.
 
     Attributes:
         parts: as in `Listing`.
         classes: their names, in order.
         left_out: why -> files.
-        notes: what is to be said of the parts.
+        notes: on the parts, for the user.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,7 +139,7 @@ class _Tree:
             self.parts = self._split(folders, named)
         else:
             if folders and sum(map(len, named.values())) == len(folders):
-                self._refuse_parts_alone(list(folders))
+                self._refuse_without_train(list(folders))
             self.parts = {"all": self._classes(folder, folders)}
         first = next(iter(self.parts.values()))
         self.classes = tuple(first)
@@ -146,7 +147,7 @@ class _Tree:
             self._hint_at_nested()
         if self._nested:
             self.notes.append(
-                f"{self._nested:,} pictures lie deeper, in folders of class folders: they are of that class"
+                f"{self._nested:,} pictures are deeper, in folders of class folders: they are of that class"
             )
 
     @property
@@ -164,7 +165,7 @@ class _Tree:
                 )
         for name, path in folders.items():
             if name.lower() not in PART_OF:
-                self.left_out[f"in {name}/, which is no part"] += _count(path)
+                self.left_out[f"in {name}/, which is not a part"] += _count(path)
         parts: dict[str, dict[str, list[Path]]] = {}
         (train,) = named["train"].values()
         parts["train"] = self._classes(train, self._folders(train))
@@ -193,11 +194,11 @@ class _Tree:
             self.notes.append(f"there is no {missing[0]} part: about a tenth of train is held out for it")
         return parts
 
-    def _refuse_parts_alone(self, names: list[str]) -> None:
+    def _refuse_without_train(self, names: list[str]) -> None:
         raise DataError(
             f"{shown(self._folder)} has {', '.join(names)}, but no folder train with a folder for each class",
             "a data set that is split needs train, and may have validation and test",
-            "name its folders so, or put all classes side by side to have them split",
+            "name its folders so, or put the class folders side by side to have them split",
         )
 
     def _hint_at_nested(self) -> None:
@@ -218,16 +219,16 @@ class _Tree:
             return any(path.is_dir() and not _is_hidden(path.name) for path in folder.iterdir())
 
     def _folders(self, folder: Path) -> dict[str, Path]:
-        """The folders in a folder, by their names as text; what else lies beside them is left out."""
+        """The folders in a folder, by their names as text; files beside them are left out."""
         found: dict[str, Path] = {}
         with explained(f"read {shown(folder)}"):
             for path in sorted(folder.iterdir()):
                 if _is_hidden(path.name):
                     self.left_out["hidden"] += _count(path)
                 elif path.is_dir() and _identity(path.stat()) in {self._root, _identity(folder.stat())}:
-                    self.left_out["links in a circle"] += 1
+                    self.left_out["circular links"] += 1
                 elif path.is_dir():
-                    # one name, however an operating system composes its accents
+                    # the same name, however the operating system encodes accents
                     name = unicodedata.normalize("NFC", shown(path.name))
                     found[name if name not in found else shown(path.name)] = path
                 elif path.exists():
@@ -259,7 +260,7 @@ class _Tree:
         return found
 
     def _pictures(self, folder: Path, above: frozenset[tuple[int, int]], depth: int = 0) -> list[Path]:
-        """All pictures below a class's folder; `above` are the folders that it lies in, itself among them."""
+        """All pictures below a class's folder; `above` are the folders that contain it, and itself."""
         found: list[Path] = []
         for path in sorted(folder.iterdir()):
             if _is_hidden(path.name):
@@ -272,7 +273,7 @@ class _Tree:
                 continue
             if stat.S_ISDIR(about.st_mode):
                 if _identity(about) in above:
-                    self.left_out["links in a circle"] += 1
+                    self.left_out["circular links"] += 1
                 else:
                     inner = self._pictures(path, above | {_identity(about)}, depth + 1)
                     self._nested += 0 if depth else len(inner)
@@ -280,7 +281,7 @@ class _Tree:
             elif not stat.S_ISREG(about.st_mode):
                 self.left_out["pipes, sockets or devices"] += 1
             elif path.suffix.lower() not in SUFFIXES:
-                self.left_out[shown(path.suffix.lower()) or "without an ending"] += 1
+                self.left_out[shown(path.suffix.lower()) or "without a suffix"] += 1
             else:
                 found.append(path)
         return found
@@ -303,7 +304,7 @@ def _count(path: Path) -> int:
 
 
 def _short(left_out: Counter[str]) -> dict[str, int]:
-    """The same, with no more than a few endings of file names, the commonest first."""
+    """The same, with the few most frequent suffixes of file names alone."""
     endings = [reason for reason, _ in left_out.most_common() if reason.startswith(".")]
     rare = endings[_NAMED_KINDS:]
     short = {reason: count for reason, count in left_out.most_common() if count and reason not in rare}
@@ -311,15 +312,15 @@ def _short(left_out: Counter[str]) -> dict[str, int]:
 
 
 def _found(files: list[Path]) -> list[tuple[Seen, Path]]:
-    """What about a hundred of the pictures are like; those that cannot be read are found by `read`, all of them."""
+    """Size and colours of about a hundred of the pictures; `read` finds all pictures that cannot be read."""
     found, first = [], ""
-    for file in files[:: max(1, len(files) // _LOOKED_AT)]:
+    for file in files[:: max(1, len(files) // _PROBED)]:
         try:
             found.append((look(file, max_pixels=MAX_PIXELS), file))
         except DataError as error:
             first = first or f"{shown(file)}: {error.why}"
     if not found:
-        raise DataError(f"none of {len(files)} pictures can be read", first, "mend them")
+        raise DataError(f"none of {len(files)} pictures can be read", first, "repair them")
     return found
 
 
@@ -331,12 +332,12 @@ def _shape(
     bundle: Bundle | None,
     folder: Path,
 ) -> tuple[int, int, int]:
-    """What all are brought to: a model's own shape; else the size, and one channel where all are grey, else three."""
+    """The shape of the samples: a model's own; else the size, and one channel where all are grey, else three."""
     if bundle is not None and (spec := bundle.manifest.signature.picture) is not None:
         height, width, channels = spec.shape
         if size not in (None, (height, width)):
             raise DataError(
-                f"cannot bring the pictures of {shown(folder)} to {size[0]}x{size[1]}",
+                f"cannot resize the pictures of {shown(folder)} to {size[0]}x{size[1]}",
                 f"{bundle.manifest.name} takes {height}x{width}",
                 "leave out --size",
             )
@@ -357,7 +358,7 @@ def _shape(
 
 
 def _decoding(found: list[tuple[Seen, Path]], bundle: Bundle | None) -> tuple[Decoding, bool]:
-    """What is white in pictures of more than 8 bits, as far as is known yet; and whether a model has fixed it."""
+    """The value of white in pictures of more than 8 bits, as far as it is known; and whether a model decides it."""
     if bundle is not None and isinstance(how := bundle.manifest.preprocessing.decoding, Decoding):
         return how, True
     deep = max((seen.deep for seen, _ in found), default=0)
@@ -367,24 +368,22 @@ def _decoding(found: list[tuple[Seen, Path]], bundle: Bundle | None) -> tuple[De
     ), False
 
 
-def _said(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bool, model: str | None) -> list[str]:
-    """What was done to the pictures that nobody asked for."""
+def _changes(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bool, model: str | None) -> list[str]:
+    """How the pictures were changed beyond what was asked for."""
     height, width, _ = shape
-    said = []
+    notes = []
     if tally.resized and not is_asked:
         stretched = f", which stretches {tally.stretched:,} of them" if tally.stretched else ""
-        said.append(
+        notes.append(
             f"{tally.resized:,} of {read_:,} pictures have another size than {height}x{width} (height x width): they "
-            f"are brought to it{stretched}; {'--size HxW says otherwise' if model is None else f'{model} takes that'}"
+            f"are resized to it{stretched}; {'--size HxW sets another' if model is None else f'{model} takes that'}"
         )
     if tally.deep and tally.decoding.deep != Decoding().deep:
-        said.append(
-            f"{tally.deep:,} pictures have 16 bits of grey with values up to {tally.decoding.deep}: that is white"
-        )
+        notes.append(f"{tally.deep:,} pictures have 16 bits of grey: {tally.decoding.deep} is taken as white")
     if tally.real:
-        said.append(f"{tally.real:,} pictures are in floats: {tally.decoding.real:g} is taken for white")
+        notes.append(f"{tally.real:,} pictures are in floats: {tally.decoding.real:g} is taken as white")
     if tally.greyed:
-        said.append(f"{tally.greyed:,} pictures lose their colours: samples are grey")
+        notes.append(f"{tally.greyed:,} pictures are converted to grey")
     if tally.framed:
-        said.append(f"{tally.framed:,} pictures have several frames: the first is read")
-    return said
+        notes.append(f"{tally.framed:,} pictures have several frames: the first is read")
+    return notes

@@ -1,4 +1,4 @@
-"""What a bundle was trained on, against the data that it is to be judged by."""
+"""Whether a bundle was trained on samples of the data that judges it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from rushhour.data.dataset import Dataset
 from rushhour.data.marks import share_known
 
 
-def compared(bundle: Bundle, dataset: Dataset) -> str:
-    """What a person should hear of data that is not what the bundle was trained on; empty where it is, or unknown.
+def training_overlap(bundle: Bundle, dataset: Dataset) -> str:
+    """A note on data that differs from the bundle's training data; empty where it is the same, or not known.
 
-    Data that has grown is split as it was before, so nothing of it that is tested was trained on. Where the user's own
-    parts have changed, it may have been.
+    Data that has grown is split as before, so no sample of its test part was trained on. If a user's own parts have
+    changed, some may have been.
     """
     trained = [step.settings for step in bundle.manifest.lineage if "marks" in step.settings]
     others = [settings for settings in trained if settings.get("fingerprint") != dataset.fingerprint]

@@ -1,7 +1,7 @@
-"""By what a bundle remembers which samples it was trained on, in 2 kB: the smallest hashes of them (Cohen 1997).
+"""A sketch of the training samples in 2 kB, which a bundle keeps: their smallest hashes (Cohen 1997).
 
-Whether a sample with a hash below the largest of these was trained on is known exactly, and which samples have such a
-hash is chance: so their share is an estimate for all.
+For samples with a hash below the largest of these it is known exactly whether they were trained on. They are a random
+subset, so their share is an estimate for all samples.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 MARKS = 128
 _HEX = 16
-_LOOKED_AT = 4096
-"""Bytes in the middle of a sample that its hash is of."""
+_HASHED = 4096
+"""Bytes in the middle of a sample that are hashed."""
 
 
 def marks_of(samples: NDArray[Any]) -> NDArray[np.uint64]:
@@ -25,14 +25,14 @@ def marks_of(samples: NDArray[Any]) -> NDArray[np.uint64]:
     found = np.empty(len(samples), np.uint64)
     for row in range(len(samples)):
         content = np.ascontiguousarray(samples[row]).tobytes()
-        middle = max(0, len(content) - _LOOKED_AT) // 2
-        digest = hashlib.blake2b(content[middle : middle + _LOOKED_AT], digest_size=8).digest()
+        middle = max(0, len(content) - _HASHED) // 2
+        digest = hashlib.blake2b(content[middle : middle + _HASHED], digest_size=8).digest()
         found[row] = int.from_bytes(digest)
     return found
 
 
 def share_known(marks: str, samples: NDArray[Any]) -> float:
-    """About which share of `samples` is among those that a `Dataset` with these marks is trained on."""
+    """The estimated share of `samples` that are in the training part of the `Dataset` with these marks."""
     known = np.array([int(marks[at : at + _HEX], 16) for at in range(0, len(marks), _HEX)], np.uint64)
     hashes = marks_of(samples)
     if len(known) >= MARKS:

@@ -1,8 +1,8 @@
-"""Which samples train, validate and test: by what they hold, so that more data moves none of them to another part.
+"""Which part a sample belongs to: decided by its content, so that more data moves no sample to another part.
 
-A sample's place is a hash of its content and the seed: the lowest tenth is for testing, the next for validation, the
-rest for training. What was tested yesterday is then not trained on tomorrow, and the reverse, whatever was added,
-renamed or taken away in between. The price: parts are a tenth on average, not exactly.
+A hash of the sample's content and the seed decides: the lowest tenth is for testing, the next for validation, the rest
+for training. So no test sample becomes a training sample later, or the reverse, when samples are added, renamed or
+removed. The cost: a part is a tenth on average, not exactly.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _NAMES: dict[Part, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 PART_OF: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names}
-"""What people call the parts, in lower case."""
+"""Usual names of the parts, in lower case -> part."""
 _ZONES: dict[Part, tuple[float, float]] = {"test": (0.0, SHARE), "validation": (SHARE, 2 * SHARE)}
 
 
 def keys_of(contents: Iterable[bytes], *, seed: int) -> NDArray[np.uint64]:
-    """A number for each content, spread evenly over all of 64 bits; equal contents have equal ones."""
+    """A uniformly distributed 64-bit number for each content; equal contents have equal numbers."""
     with_seed = str(seed).encode()
     digests = b"".join(hashlib.blake2b(each, digest_size=8, key=with_seed).digest() for each in contents)
     return np.frombuffer(digests, ">u8").astype(np.uint64)
@@ -52,17 +52,17 @@ def divide(
     *,
     held_out: tuple[Part, ...] = ("validation", "test"),
 ) -> dict[Part, NDArray[np.intp]]:
-    """The rows of each part, in an order that is as random as the keys.
+    """The rows of each part, in a random order given by the keys.
 
-    Every class has a row in training, and no part is empty if there are rows enough: where that takes a row from its
-    place, it may move once there are more. Equal contents share a part, unless most rows have an equal.
+    Every class has a row in training, and no part is empty if there are enough rows: a row that is moved for that may
+    move back when there are more. Equal contents are in the same part, unless most rows are duplicates.
 
     Args:
         keys: of the rows, from `keys_of`.
         labels: of the rows, where they have any.
         held_out: the parts to be held out of training.
     """
-    spread = _told_apart(keys)
+    spread = _without_duplicates(keys)
     place = spread / 2.0**64
     part = np.zeros(len(keys), np.intp)
     for number, name in enumerate(held_out, 1):
@@ -87,7 +87,7 @@ def divide(
 
 
 def stratified(whole: Split, shares: tuple[float, ...], *, seed: int) -> tuple[Split, ...]:
-    """What is left of data that never grows, and parts held out of it, with their share of every whole-number label.
+    """The training part and parts held out of data that never grows, each with its share of every whole-number label.
 
     Args:
         whole: two samples or more for each part.
@@ -112,8 +112,8 @@ def stratified(whole: Split, shares: tuple[float, ...], *, seed: int) -> tuple[S
     return tuple(Split(whole.inputs[rows], whole.targets[rows]) for rows in (random.permutation(order[at:]), *parts))
 
 
-def _told_apart(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The keys; where most rows have an equal, as in tables of a few columns, each copy gets a key of its own."""
+def _without_duplicates(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The keys; where most rows are duplicates, as in tables of a few columns, each copy gets a key of its own."""
     unique, which, count = np.unique(keys, return_inverse=True, return_counts=True)
     if 2 * len(unique) >= len(keys):
         return keys
@@ -124,5 +124,5 @@ def _told_apart(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = keys + copy * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    told: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
-    return told
+    unique_keys: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    return unique_keys

@@ -1,4 +1,4 @@
-"""What targets mean: which arrays are labels of classes and which are values, however they were written down."""
+"""The meaning of targets: which arrays are labels of classes and which are values, in any of the usual forms."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rushhour.task import Task
 Kind = Literal["classification", "regression"]
 
 _FEW = 20
-"""Different whole numbers that are labels wherever they come from; more are if they count from 0 or 1."""
+"""Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
 _NAMED = 5
 _LARGEST = 2**53
-"""From here on floats have no room for fractions, so that a whole one says nothing."""
+"""From here on float64 has no fractions: whole numbers above it need not be labels."""
 
 
 def read_targets(
@@ -28,7 +28,7 @@ def read_targets(
     kind: Kind | None = None,
     known: Task | None = None,
 ) -> tuple[Task, list[NDArray[Any]], list[str]]:
-    """The task, the targets as a `Split` has them, and what a person should hear of how they were taken.
+    """The task, the targets as a `Split` has them, and notes for the user on how they were read.
 
     Labels are whole numbers of any type, floats among them, booleans, text, or rows with a single 1 (one-hot); each of
     shape `(n,)` or `(n, 1)`. All else are values.
@@ -37,8 +37,8 @@ def read_targets(
         name: of the data, for messages.
         parts: targets of training first, then of what is held out.
         classes: names of the labels 0, 1, ...; found in the targets by default.
-        kind: what the user says they are; None to see it from them.
-        known: the task of the model that the data is for: labels get its numbers.
+        kind: what the user says they are; None: it is decided by the values.
+        known: the task of the model that the data is for: labels become the numbers of its classes.
 
     Raises:
         DataError: if they are neither labels nor values, or not what `kind` says.
@@ -53,7 +53,7 @@ def read_targets(
         raise DataError(
             f"targets of {name} have {', '.join(_width(width) for width in widths)} values in its parts",
             "the model gives the same number for every sample",
-            "mend the targets",
+            "correct the targets",
         )
     if any(width and len(width) > 1 for width in widths):
         raise _neither(name, parts[0])
@@ -68,7 +68,9 @@ def read_targets(
         task = Task(kind="regression", outputs=values[0].shape[1])
         if known is not None and known != task:
             raise TaskError(
-                f"a target of {name} has {task.outputs} values", f"the model gives {known.outputs}", "mend the targets"
+                f"a target of {name} has {task.outputs} values",
+                f"the model gives {known.outputs}",
+                "correct the targets",
             )
         return task, values, notes
     if known is not None:
@@ -78,7 +80,7 @@ def read_targets(
 
 
 def strata(targets: NDArray[Any], kind: Kind | None = None) -> NDArray[Any] | None:
-    """The labels among targets of any form, for a split to leave some of each in training; None for values."""
+    """The labels of targets of any form, so that a split keeps each class in training; None for values."""
     target = np.asarray(targets)
     while target.ndim > 1 and target.shape[-1] == 1:
         target = target[..., 0]
@@ -93,10 +95,10 @@ def strata(targets: NDArray[Any], kind: Kind | None = None) -> NDArray[Any] | No
 
 
 def of_task(name: str, task: Task, targets: NDArray[Any]) -> NDArray[Any]:
-    """Targets of a data set that says its task, in the type and shape that a `Split` has.
+    """Targets of a data set whose task is given, in the type and shape that a `Split` has.
 
-    Labels are positions in `task.classes`, or their names. What does not fit the task in number stays as it is: that is
-    said before training.
+    Labels are positions in `task.classes`, or their names. Targets that do not fit the task in number stay: an error
+    follows before training.
 
     Raises:
         DataError: if they cannot be labels, or values.
@@ -125,14 +127,14 @@ def of_task(name: str, task: Task, targets: NDArray[Any]) -> NDArray[Any]:
 
 
 def _labels(name: str, targets: list[NDArray[Any]], kind: Kind | None) -> tuple[list[NDArray[Any]] | None, list[str]]:
-    """Labels as the user numbers or names them, None where the targets are values; and what there is to say."""
+    """Labels as the user numbers or names them, None where the targets are values; and notes."""
     first = targets[0]
     if kind == "regression":
         return None, []
     if first.ndim == 2:
         if all(_is_one_hot(target) for target in targets):
-            said = f"targets are rows with a single 1: taken as {first.shape[1]} classes; --task regression if not"
-            return [target.argmax(axis=1) for target in targets], [said]
+            note = f"targets are rows with a single 1: taken as {first.shape[1]} classes; --task regression if not"
+            return [target.argmax(axis=1) for target in targets], [note]
         if kind == "classification":
             raise DataError(
                 f"targets of {name} have the shape {first.shape}",
@@ -156,13 +158,13 @@ def _labels(name: str, targets: list[NDArray[Any]], kind: Kind | None) -> tuple[
         (len(values) <= _FEW and 2 * len(values) <= len(first)) or (counts_up and 5 * len(values) <= len(first))
     )
     if kind == "classification" or likely:
-        said = f"targets are whole numbers: taken as {len(values)} classes; --task regression if they are values"
-        return [np.rint(target).astype(np.int64) for target in targets], [] if kind else [said]
-    said = (
+        note = f"targets are whole numbers: taken as {len(values)} classes; --task regression if they are values"
+        return [np.rint(target).astype(np.int64) for target in targets], [] if kind else [note]
+    note = (
         f"targets are {len(values):,} different whole numbers: taken as values; --task classification if they are "
         "labels"
     )
-    return None, [said] if len(values) > 1 else []
+    return None, [note] if len(values) > 1 else []
 
 
 def _classes(
@@ -185,13 +187,13 @@ def _classes(
         raise DataError(
             f"targets of {name} are {len(known):,} different whole numbers in {len(labels[0]):,} samples",
             "they could be labels or values",
-            "say --task regression or --task classification",
+            "use --task regression or --task classification",
         )
     names = tuple(str(label).lower() if known.dtype.kind == "b" else str(label) for label in known.tolist())
     task = Task.classification(names)
     _check_held_out(name, labels, known)
-    said = [] if counts_up else [f"labels are {_some(names)}: taken as {len(names)} classes in that order"]
-    return task, [np.searchsorted(known, label).astype(np.int64) for label in labels], said
+    notes = [] if counts_up else [f"labels are {_some(names)}: taken as {len(names)} classes in that order"]
+    return task, [np.searchsorted(known, label).astype(np.int64) for label in labels], notes
 
 
 def _check_held_out(name: str, labels: list[NDArray[Any]], known: NDArray[Any]) -> None:
@@ -213,7 +215,7 @@ def _check_held_out(name: str, labels: list[NDArray[Any]], known: NDArray[Any]) 
 
 
 def _numbered(name: str, labels: NDArray[Any], task: Task, *, one_hot: bool) -> NDArray[np.int64]:
-    """Labels as a model's own numbers: by the names of its classes, or else as positions among them."""
+    """Labels as numbers of a model's classes: by their names, or else as positions."""
     if not one_hot:
         places = {each: place for place, each in enumerate(task.classes)}
         values, which = np.unique(labels, return_inverse=True)
@@ -232,7 +234,7 @@ def _numbered(name: str, labels: NDArray[Any], task: Task, *, one_hot: bool) -> 
 
 
 def _squeezed(name: str, targets: NDArray[Any]) -> NDArray[Any]:
-    """Without last dimensions of 1; text as unicode."""
+    """Without trailing dimensions of 1; text as unicode."""
     target = np.asarray(targets)
     while target.ndim > 1 and target.shape[-1] == 1:
         target = target[..., 0]

@@ -1,4 +1,4 @@
-"""Sentences as a data set: tokens of MiniLM's vocabulary, all of one length, without labels."""
+"""Sentences as a data set: tokens of MiniLM's vocabulary, padded to one length, without labels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sentences(name: str, lines: Sequence[str], *, length: int | None = None, see
     Args:
         name: of the data set.
         lines: ten or more.
-        length: tokens that each is cut or filled up to; 128, which the model was trained with, by default.
+        length: tokens that each sentence is cut or padded to; 128 by default, as in the model's training.
         seed: of the split.
 
     Raises:
@@ -78,7 +78,7 @@ def sentences(name: str, lines: Sequence[str], *, length: int | None = None, see
 
 
 def tokens(lines: Sequence[str], *, length: int | None = None) -> NDArray[Any]:
-    """Sentences as MiniLM's tokenizer cuts them: a structured array of shape `(n,)`; see `sentences`.
+    """Sentences as MiniLM's tokenizer splits them: a structured array of shape `(n,)`; see `sentences`.
 
     Raises:
         DataError: if the tokenizer is not installed.
@@ -91,7 +91,7 @@ def tokens(lines: Sequence[str], *, length: int | None = None) -> NDArray[Any]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise DataError("the tokenizer is not there", str(error), "run `pip install 'rushhour[text]'`") from error
+        raise DataError("the tokenizer is not installed", str(error), "run `pip install 'rushhour[text]'`") from error
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)

@@ -1,4 +1,4 @@
-"""Engines: what runs a compiled graph. OpenVINO, ONNX Runtime and torch behind one Protocol (`engine.py`)."""
+"""Engines run compiled graphs: OpenVINO, ONNX Runtime and torch behind one Protocol (`engine.py`)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = [
 
 
 def open_engine(bundle: Bundle, config: EngineConfig, *, trusted: tuple[str, ...] = ()) -> Engine:
-    """Compile `bundle` for `config`, and see that it answers as recorded. Only the engine asked for is imported.
+    """Compile `bundle` for `config`, and check its answers against the recorded ones. Only that engine is imported.
 
     Args:
         bundle: what to run.
         config: how to run it.
         trusted: for the torch engine, factories (`module:factory`) outside `rushhour.models` that may be imported:
-            a bundle's own word is not enough to run code.
+            a bundle alone must not decide which code runs.
 
     Raises:
-        EngineError: if the engine is not installed, cannot do exactly what `config` says, or answers the bundle's
-            samples otherwise than recorded.
+        EngineError: if the engine is not installed, cannot do exactly what `config` says, or gives other
+            answers to the bundle's samples than recorded.
     """
     engine = _compiled(bundle, config, trusted)
     try:
@@ -51,7 +51,7 @@ def open_engine(bundle: Bundle, config: EngineConfig, *, trusted: tuple[str, ...
 
 
 def abilities() -> dict[EngineName, str]:
-    """What each engine can do on this machine, in words; imports all that are installed, which takes seconds."""
+    """What each engine supports on this machine, in words; imports all that are installed, which takes seconds."""
     here = describe()
     int8 = "int8 of 7-bit weights (8 bits saturate here: {})" if here.saturates else "int8"
     found: dict[EngineName, str] = {}

@@ -1,7 +1,7 @@
-"""Whether this machine answers as the bundle was recorded to: int8 is where processors differ.
+"""Whether an engine on this machine gives the answers that the bundle recorded: processors differ in int8.
 
-Without VNNI the products of 8-bit numbers are added in pairs in 16 bits, and saturate where weights use all 8 bits:
-on such a machine a graph of that kind is right only on an engine that takes the slower way round it.
+Without VNNI the products of 8-bit numbers are added in pairs in 16 bits, and saturate where weights use all 8 bits: on
+such a machine that graph is computed correctly only by an engine with slower kernels that avoid it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from rushhour.records.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
 from rushhour.system.machine import describe
 
 _SAFE = 64
-"""Weights up to this size keep a pair of products with unsigned activations inside 16 bits: 2 x 255 x 64 < 2^15."""
+"""Largest weight for which a pair of products with unsigned activations fits in 16 bits: 2 x 255 x 64 < 2^15."""
 _PRODUCTS = INTEGER_PRODUCTS | {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN"}
 _PASSES_ON = {"DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Identity"}
-"""What hands weights on to a product unchanged."""
+"""Operators that pass weights on to a product unchanged."""
 _ALONE = 4
-"""Samples that are also run one at a time: a batch of one has a graph of its own on some engines."""
+"""Samples that are also run one at a time: some engines have another graph for a batch of one."""
 
 
 def check_answers(bundle: Bundle, engine: Engine) -> None:
     """Raise unless the engine answers the bundle's samples as recorded, within the recorded tolerance.
 
-    A bundle that was made before answers were recorded passes.
+    A bundle without recorded answers (of an earlier version) passes.
 
     Raises:
         EngineError: if it does not, or a batch fails.
@@ -52,16 +52,16 @@ def check_answers(bundle: Bundle, engine: Engine) -> None:
     if not off <= allowed:
         raise EngineError(
             f"{config.engine} in {config.precision} does not answer as the bundle {bundle.manifest.name} should",
-            f"on this machine ({describe().isa}) its answers to the bundle's own samples are off by {off:.1%} of their "
+            f"on this machine ({describe().isa}) its answers to the bundle's own samples differ by {off:.1%} of their "
             f"range, and {allowed:.1%} is allowed",
             _remedy(config),
         )
 
 
 def saturates_here(bundle: Bundle) -> bool:
-    """Whether this processor may compute the bundle's graph wrongly: int8 weights of the full range, and no VNNI.
+    """Whether this processor may saturate on the bundle's graph: int8 weights of the full range, and no VNNI.
 
-    The graph is read only on such a processor.
+    The graph is read only on a processor without VNNI.
     """
     return describe().saturates and full_range(bundle)
 
@@ -83,16 +83,16 @@ def full_range(bundle: Bundle) -> bool:
 
 
 def _multiplied(graph: Any) -> set[str]:
-    """Tensors that get into a product as they are, or dequantised: weights, but not tables that rows are taken from."""
+    """Tensors that are multiplied as they are, or dequantised: weights, but not embedding tables."""
     found = {name for node in graph.node if node.op_type in _PRODUCTS for name in node.input}
-    for node in reversed(graph.node):  # in the order of the graph, so what comes later is known
+    for node in reversed(graph.node):  # the graph is sorted, so later nodes are known
         if node.op_type in _PASSES_ON and not found.isdisjoint(node.output):
             found.update(node.input)
     return found
 
 
 def check_range(bundle: Bundle, config: EngineConfig) -> None:
-    """Raise if this processor may saturate on the bundle's graph; for engines that know no way round it.
+    """Raise if this processor may saturate on the bundle's graph; for engines without kernels that avoid it.
 
     Raises:
         EngineError: if it may.

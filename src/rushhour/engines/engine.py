@@ -1,8 +1,8 @@
-"""What runs a compiled graph, behind one Protocol.
+"""The Protocol of engines, which run compiled graphs.
 
-An engine has a fixed number of streams; each stream is a `Slot` with its own input buffers. Whoever fills a slot
-writes the batch once, in place, and starts it; the slot calls back when the answers are there. Nothing is
-concatenated and nothing waits for a future.
+An engine has a fixed number of streams; each stream is a `Slot` with its own input buffers. The caller writes a batch
+once, in place, and starts the slot; the slot calls back when the answers are ready. Nothing is concatenated, and no
+thread waits for a future.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from rushhour.bundle import Signature
 from rushhour.plan import EngineName, Precision
 
 Done = Callable[[BaseException | None], None]
-"""Called once per started batch, on a thread of the engine: None if the answers are there, else what went wrong."""
+"""Called once per started batch, on a thread of the engine: None if the answers are ready, else the error."""
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """How a bundle is to be run. An engine that cannot do exactly this refuses; it never does something else.
+    """How a bundle is run. An engine that cannot do exactly this raises; it never does something else.
 
     Attributes:
         engine: which one.
-        precision: what it computes in; explicit, because engines choose bf16 by themselves where they can.
-        streams: batches at the same time.
+        precision: that it computes in; explicit, because engines choose bf16 by themselves where they can.
+        streams: batches that run at the same time.
         threads: CPU threads of each stream.
         max_batch: samples in one batch, at most.
     """
@@ -71,17 +71,17 @@ class Engine(Protocol):
 
     @property
     def signature(self) -> Signature:
-        """What goes in and comes out."""
+        """The model's inputs and outputs."""
         ...
 
     @property
     def config(self) -> EngineConfig:
-        """What was asked for."""
+        """The configuration it was opened with."""
         ...
 
     @property
     def effective(self) -> Mapping[str, str]:
-        """What is in force, as the engine itself reports it: precision, streams, threads, version."""
+        """The settings in effect, as the engine itself reports them: precision, streams, threads, version."""
         ...
 
     @property
@@ -90,7 +90,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Finish the batches that run, call their `done`, then free all memory and threads. May be called again."""
+        """Finish the running batches, call their `done`, then free all memory and threads. May be called again."""
         ...
 
 
@@ -107,7 +107,7 @@ class Runner:
             self._free.put(slot)
 
     def submit(self, inputs: Mapping[str, NDArray[Any]]) -> Future[dict[str, NDArray[Any]]]:
-        """Run one batch; waits only for a free slot, not for the answer.
+        """Run one batch; waits only for a free slot, not for the answers.
 
         Args:
             inputs: name -> array of shape `(n, *shape)` with n in 1..max_batch.

@@ -47,7 +47,7 @@ class OnnxRuntimeEngine:
         try:
             careful = config.precision == "int8" and saturates_here(bundle)
             sessions = [_session(ort, bundle, config.threads, careful) for _ in range(1 if shared else config.streams)]
-        except Exception as error:  # its exceptions have no base of their own
+        except Exception as error:  # its exceptions have no common base class
             raise EngineError(
                 f"ONNX Runtime cannot run the bundle {bundle.manifest.name}",
                 f"{type(error).__name__}: {error}",
@@ -72,7 +72,7 @@ class OnnxRuntimeEngine:
             "threads": str(options.intra_op_num_threads),
             "max_batch": str(config.max_batch),
             "sessions": str(len(sessions)),
-            # A pool that spins takes the cores from the event loop that fills the next batch.
+            # a spinning pool would take cores from the event loop, which fills the next batch
             "spinning": "off" if options.get_session_config_entry(_SPINNING) == "0" else "on",
             "int8 products": "in 32 bits, for the weights use all 8" if careful else "as the processor adds them",
             "provider": ", ".join(sessions[0].get_providers()),
@@ -80,17 +80,17 @@ class OnnxRuntimeEngine:
 
     @property
     def signature(self) -> Signature:
-        """What goes in and comes out."""
+        """The model's inputs and outputs."""
         return self._signature
 
     @property
     def config(self) -> EngineConfig:
-        """What was asked for."""
+        """The configuration it was opened with."""
         return self._config
 
     @property
     def effective(self) -> Mapping[str, str]:
-        """What is in force, as ONNX Runtime reports it."""
+        """The settings in effect, as ONNX Runtime reports them."""
         return self._effective
 
     @property
@@ -99,7 +99,7 @@ class OnnxRuntimeEngine:
         return self._slots
 
     def close(self) -> None:
-        """Finish the batches that run, call their `done`, end the threads. May be called again."""
+        """Finish the running batches, call their `done`, end the threads. May be called again."""
         for slot in self._slots:
             slot.close()
         atexit.unregister(self.close)
@@ -136,7 +136,9 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineError("the engine onnxruntime is not there", str(error), INSTALL.format("onnxruntime")) from error
+        raise EngineError(
+            "the engine onnxruntime is not installed", str(error), INSTALL.format("onnxruntime")
+        ) from error
     return onnxruntime
 
 
@@ -147,12 +149,12 @@ def _session(ort: Any, bundle: Bundle, threads: int, careful: bool) -> Any:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry(_SPINNING, "0")
     options.add_session_config_entry(_PRECISION, "1" if careful else "0")
-    options.log_severity_level = 4  # what goes wrong is raised; a second copy on the screen helps nobody
+    options.log_severity_level = 4  # errors are raised: they need not be logged too
     return ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
 
 
 def _check_tensors(session: Any, signature: Signature, bundle: Bundle) -> None:
-    """Raise unless the graph's tensors are those that the bundle's signature says."""
+    """Raise unless the graph's tensors are those of the bundle's signature."""
     for nodes, specs in ((session.get_inputs(), signature.inputs), (session.get_outputs(), signature.outputs)):
         found = {node.name: node for node in nodes}
         for spec in specs:
@@ -161,7 +163,7 @@ def _check_tensors(session: Any, signature: Signature, bundle: Bundle) -> None:
                 raise EngineError(
                     f"the graph of {bundle.manifest.name} has no tensor {spec.name} of {spec.dtype}{spec.shape}",
                     f"it has {', '.join(f'{node.name} {node.type}{node.shape}' for node in nodes)}",
-                    "make the bundle anew",
+                    "make the bundle again",
                 )
 
 
@@ -169,7 +171,7 @@ def _fits(node: Any, spec: TensorSpec) -> bool:
     dtype = {"float32": "float", "float64": "double"}.get(spec.dtype, spec.dtype)
     if len(node.shape) != len(spec.shape) + 1 or node.type != f"tensor({dtype})":
         return False
-    # A dimension that is not known before the run has a name instead of a number, and is left to the run.
+    # a dimension that is not known before the run has a name instead of a number
     return all(
         not isinstance(found, int) or found == wanted for found, wanted in zip(node.shape[1:], spec.shape, strict=True)
     )

@@ -1,4 +1,4 @@
-"""OpenVINO: compiled for any batch size, and for those that matter most; infer requests for each on each stream."""
+"""OpenVINO: compiled for any batch size, and for the most important ones; each stream has infer requests for all."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from rushhour.system.signal_stack import own_signal_stack
 from rushhour.system.telemetry import keep_home
 
 _HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
-"""`INFERENCE_PRECISION_HINT`. What is not quantised in an int8 graph runs in f32, so that the accuracy that was
-measured is the same on machines with and without bf16."""
+"""`INFERENCE_PRECISION_HINT`. Layers of an int8 graph that are not quantised run in f32, so that the measured accuracy
+is the same on machines with and without bf16."""
 
 HEAVY = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
-"""Kinds of layers that multiply matrices: where int8 and bf16 can be faster."""
+"""Kinds of layers that multiply matrices, which int8 and bf16 can make faster."""
 _SMALL_BYTES = 4 * 2**20
-"""Every compiled size has its own copy of the weights. Copies of larger ones push each other out of the caches."""
+"""Every compiled size has its own copy of the weights; copies of larger models would not fit in the caches."""
 _WARM_UP_S = 3.0
 _SLOW_S = 0.05
-"""A batch that takes this long does not notice a tenth of a millisecond."""
+"""For batches that take this long, a tenth of a millisecond does not matter."""
 
 
 class OpenVINOEngine:
     """A bundle on OpenVINO's CPU plugin.
 
-    A graph that is compiled for one batch size takes 0.1 to 0.3 ms less a batch than one for any size, which decides
-    where a network is small (docs/decisions/0004). There, 1 and `max_batch` are compiled by themselves; sizes between
-    them run on a dynamic graph, or filled up to `max_batch` where that was measured to be no slower. Everything is run
-    before the constructor returns, because first runs take milliseconds more.
+    A graph that is compiled for one batch size takes 0.1 to 0.3 ms less per batch than one for any size, which matters
+    for small networks (docs/decisions/0004). For these, 1 and `max_batch` are compiled separately; sizes between them
+    run on a dynamic graph, or padded to `max_batch` where that is measured to be no slower. All sizes are run before
+    the constructor returns, because first runs take milliseconds longer.
 
     Args:
         bundle: what to run.
-        config: how; int8 needs a quantised bundle, and runs the rest of it in f32.
+        config: how; int8 needs a quantised bundle, whose other layers run in f32.
 
     Raises:
-        EngineError: if OpenVINO is not installed, cannot run the graph at every batch size, or did not take an option.
+        EngineError: if OpenVINO is not installed, cannot run the graph at every batch size, or does not take an option.
     """
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
@@ -81,7 +81,7 @@ class OpenVINOEngine:
                 )
             warm = warm_up(bundle, self._slots, sizes) if sizes else 0
             if sizes and between:
-                _fill_up(self._slots[0], routes, sizes, between)
+                _route_padded(self._slots[0], routes, sizes, between)
             if between:
                 warm += warm_up(bundle, self._slots, between, _WARM_UP_S)
         except RuntimeError as error:
@@ -102,23 +102,23 @@ class OpenVINOEngine:
             ),
             "batch sizes filled up": ", ".join(str(rows) for rows, size in routes.items() if size > rows) or "none",
             "batch sizes run before the first request": str(warm),
-            # Several cells and the load generator share the machine; pinned threads would meet on the same cores.
+            # several cells and the load generator share the machine: pinned threads would use the same cores
             "cpu pinning": "on" if compiled.get_property("ENABLE_CPU_PINNING") else "off",
         }
 
     @property
     def signature(self) -> Signature:
-        """What goes in and comes out."""
+        """The model's inputs and outputs."""
         return self._signature
 
     @property
     def config(self) -> EngineConfig:
-        """What was asked for."""
+        """The configuration it was opened with."""
         return self._config
 
     @property
     def effective(self) -> Mapping[str, str]:
-        """What is in force, as OpenVINO reports it."""
+        """The settings in effect, as OpenVINO reports them."""
         return self._effective
 
     @property
@@ -127,7 +127,7 @@ class OpenVINOEngine:
         return self._slots
 
     def close(self) -> None:
-        """Finish the batches that run, call their `done`, end the threads. May be called again."""
+        """Finish the running batches, call their `done`, end the threads. May be called again."""
         for slot in self._slots:
             slot.close()
         atexit.unregister(self.close)
@@ -138,8 +138,8 @@ class _Requests(Stream):
 
     Args:
         graphs: size -> compiled for it; 0 for the dynamic one.
-        routes: rows of a batch -> the graph it runs on; a larger one computes what lies in the buffer behind the batch,
-            and nobody reads that.
+        routes: rows of a batch -> the graph it runs on; a larger one also computes the old rows behind the batch in the
+            buffer, whose answers are not read.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class _Requests(Stream):
 
 
 def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
-    """The batch sizes to compile by themselves: under load batches are of `max_batch`, on a quiet day of 1."""
+    """The batch sizes to compile separately: batches are of `max_batch` at high load, and of 1 at low load."""
     if max_batch == 1:
         return [1]
     return [max_batch, 1] if model_bytes <= _SMALL_BYTES else []
@@ -196,12 +196,12 @@ def computes_bf16() -> bool:
 
 
 def layer_times(bundle: Bundle, config: EngineConfig, runs: int = 10) -> dict[str, float]:
-    """Where the time of a batch goes: kind of layer and precision -> seconds, as OpenVINO's own counters have it.
+    """Where the time of a batch goes: kind of layer and precision -> seconds, from OpenVINO's own counters.
 
     Args:
         bundle: what to run, on its samples.
-        config: how; a batch of `max_batch` is run on one stream. Counting itself takes time: only shares mean much.
-        runs: of which the mean is taken, after two that are not counted.
+        config: how; a batch of `max_batch` is run on one stream. Counting takes time itself: only the shares are exact.
+        runs: whose mean is taken, after two warm-up runs.
 
     Raises:
         EngineError: as `OpenVINOEngine`.
@@ -234,35 +234,35 @@ def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any, **option
     return compiled
 
 
-def _fill_up(slot: _Requests, routes: dict[int, int], sizes: Sequence[int], between: Sequence[int]) -> None:
-    """Route sizes that were not compiled to the next larger one where it takes no longer than the dynamic graph.
+def _route_padded(slot: _Requests, routes: dict[int, int], sizes: Sequence[int], between: Sequence[int]) -> None:
+    """Route sizes that were not compiled to the next larger one where that takes no longer than the dynamic graph.
 
-    The dynamic graph is timed at the compiled sizes, each time at another than before: it prepares itself anew when
-    the size changes, and in service it mostly does.
+    The dynamic graph is timed at the compiled sizes, in turns: it prepares itself again when the size changes, and in
+    service the size mostly does.
     """
-    ladder = sorted(sizes)
-    if _seconds(slot, ladder[-1]) > _SLOW_S:
+    timed = sorted(sizes)
+    if _seconds(slot, timed[-1]) > _SLOW_S:
         return
-    static, dynamic = ([min(times) for times in zip(*rounds, strict=True)] for rounds in _timed(slot, routes, ladder))
+    static, dynamic = ([min(times) for times in zip(*rounds, strict=True)] for rounds in _timed(slot, routes, timed))
     for rows in between:
-        if rows < ladder[0]:
-            continue  # nothing was timed below
-        size = ladder[int(np.searchsorted(ladder, rows))]
-        if static[ladder.index(size)] <= np.interp(rows, ladder, dynamic):
+        if rows < timed[0]:
+            continue  # no smaller size was timed
+        size = timed[int(np.searchsorted(timed, rows))]
+        if static[timed.index(size)] <= np.interp(rows, timed, dynamic):
             routes[rows] = size
 
 
-def _timed(slot: _Requests, routes: dict[int, int], ladder: list[int]) -> tuple[list[list[float]], list[list[float]]]:
-    """Three rounds of times at every size of `ladder`, on the graphs compiled for them and on the dynamic one."""
+def _timed(slot: _Requests, routes: dict[int, int], timed: list[int]) -> tuple[list[list[float]], list[list[float]]]:
+    """Four rounds of times at every size of `timed`, on the graphs compiled for them and on the dynamic one."""
     rounds: tuple[list[list[float]], list[list[float]]] = [], []
-    for size in ladder:
+    for size in timed:
         routes[size] = 0
     for _ in range(4):
-        rounds[1].append([_seconds(slot, size) for size in ladder])
-    for size in ladder:
+        rounds[1].append([_seconds(slot, size) for size in timed])
+    for size in timed:
         routes[size] = size
     for _ in range(4):
-        rounds[0].append([_seconds(slot, size) for size in ladder])
+        rounds[0].append([_seconds(slot, size) for size in timed])
     return rounds
 
 
@@ -281,12 +281,12 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise EngineError("the engine openvino is not there", str(error), INSTALL.format("openvino")) from error
+        raise EngineError("the engine openvino is not installed", str(error), INSTALL.format("openvino")) from error
     return openvino
 
 
 def _options(config: EngineConfig) -> dict[str, object]:
-    """All that decides speed or answers, said explicitly; OpenVINO's own choices depend on the machine."""
+    """All options that decide speed or answers, set explicitly: OpenVINO's defaults depend on the machine."""
     return {
         "INFERENCE_PRECISION_HINT": _HINT[config.precision],
         "NUM_STREAMS": config.streams,
@@ -295,14 +295,14 @@ def _options(config: EngineConfig) -> dict[str, object]:
         "PERFORMANCE_HINT_NUM_REQUESTS": config.streams,
         "ENABLE_CPU_PINNING": False,
         "ENABLE_CPU_RESERVATION": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # answers would change with the batch they come in
-        # 2026.4 fuses a chain of dense layers on one thread, and in int8 it then answers nonsense; without it, as fast
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else answers depend on the batch
+        # on one thread 2026.4 fuses dense layers, with wrong answers in int8; without that it is as fast
         **({"SNIPPETS_MODE": "DISABLE"} if config.precision == "int8" else {}),
     }
 
 
 def _check_options(compiled: Any, config: EngineConfig) -> None:
-    """Raise unless what was asked for is in force: OpenVINO lowers what it cannot do without a word."""
+    """Raise unless the options are in effect: OpenVINO reduces what it cannot do without an error."""
     names = {"f32": "float32", "bf16": "bfloat16"}
     threads = config.streams * config.threads
     for name, wanted in (
@@ -326,7 +326,7 @@ def _check_options(compiled: Any, config: EngineConfig) -> None:
 
 
 def _check_tensors(compiled: Any, signature: Signature, bundle: Bundle) -> None:
-    """Raise unless the graph's tensors are those that the bundle's signature says."""
+    """Raise unless the graph's tensors are those of the bundle's signature."""
     for ports, specs in ((compiled.inputs, signature.inputs), (compiled.outputs, signature.outputs)):
         found = {port.any_name: port for port in ports}
         for spec in specs:
@@ -335,7 +335,7 @@ def _check_tensors(compiled: Any, signature: Signature, bundle: Bundle) -> None:
                 raise EngineError(
                     f"the graph of {bundle.manifest.name} has no tensor {spec.name} of {spec.dtype}{spec.shape}",
                     f"it has {', '.join(str(port) for port in ports)}",
-                    "make the bundle anew",
+                    "make the bundle again",
                 )
 
 
@@ -343,12 +343,12 @@ def _fits(port: Any, spec: TensorSpec) -> bool:
     shape = port.partial_shape
     if len(shape) != len(spec.shape) + 1 or np.dtype(port.element_type.to_dtype()) != np.dtype(spec.dtype):
         return False
-    # A dimension that is not known before the run is left to the run.
+    # a dimension may be known only in the run
     return all(shape[axis + 1].is_dynamic or shape[axis + 1] == length for axis, length in enumerate(spec.shape))
 
 
 def _layers(compiled: Any) -> Counter[str]:
-    """The precisions that the heavy layers run in, with their number."""
+    """Precision -> how many heavy layers run in it."""
     found: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         facts = node.get_rt_info()

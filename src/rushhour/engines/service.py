@@ -1,4 +1,4 @@
-"""Service times: how long an engine alone takes for a batch while all its streams are busy. Seconds, not minutes."""
+"""Service times: how long an engine takes for a batch while all its streams are busy, without a server; in seconds."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rushhour.measurement import BatchCost, ServiceTimes
 
 _AT_LEAST = 3
 _COST_BATCHES, _COST_S = 8, 0.05
-"""Of each size whose CPU time is taken: so many batches, fewer where they take longer than that."""
+"""So many batches are measured for the CPU time of a size, fewer where they take longer than that."""
 _AFTERMATH_S = 2e-3
 """After a batch: OpenVINO's threads spin for 1 ms before they sleep (oneTBB 2021.13, which has no setting for it)."""
 
 
 def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_size: float = 0.1) -> ServiceTimes:
-    """Time batches of 1, 2, 3, 4, 6, 8, 12 ... on all streams at once, up to the engine's largest.
+    """Time batches of 1, 2, 3, 4, 6, 8, 12 ... on all streams at once, up to the engine's batch bound.
 
     Args:
         engine: compiled.
         bundle: for its samples.
-        limit_s: larger batches are not timed once one takes longer than this: nobody would wait for them.
+        limit_s: once a batch takes longer than this, no larger one is timed.
         seconds_per_size: how long each size is run, at least three batches on each stream.
 
     Raises:
@@ -50,9 +50,9 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
 
 
 def batch_cost(engine: Engine, bundle: Bundle, largest: int) -> BatchCost:
-    """Take the CPU time of single batches, of one sample and of `largest`, with a pause after each.
+    """Measure the CPU time of single batches, of one sample and of `largest`, with a pause after each.
 
-    It is this process's: what else runs in it meanwhile counts as well.
+    It is that of this process: other work in it at the same time is included.
 
     Args:
         engine: compiled.
@@ -87,21 +87,21 @@ def _cpu_s(start: Callable[[int, Done], None], rows: int) -> float:
 
 
 def _nothing(rows: int, done: Done) -> None:
-    """A batch that costs nothing: what measuring costs."""
+    """A batch without work, to measure the cost of measuring."""
     done(None)
 
 
 def _sizes(largest: int) -> list[int]:
     """The powers of two and those half as large again, and `largest` itself.
 
-    Twice as large a batch may cost the latencies' tail more than it gives, and what lies between is no straight line.
+    Doubling a batch may cost more tail latency than it gains, and times between powers of two are not linear.
     """
     powers = [2**power for power in range(largest.bit_length())]
     return sorted({size for power in powers for size in (power, power + power // 2) if size < largest} | {largest})
 
 
 def fill(engine: Engine, bundle: Bundle) -> None:
-    """Fill the input buffers of all slots with the bundle's samples, over and over."""
+    """Fill the input buffers of all slots with the bundle's samples, repeated."""
     samples = bundle.samples()
     for slot in engine.slots:
         for name, buffer in slot.inputs.items():
@@ -109,12 +109,12 @@ def fill(engine: Engine, bundle: Bundle) -> None:
 
 
 def keep_busy(slots: Sequence[Slot], rows: int, seconds: float) -> tuple[list[float], float]:
-    """Run what lies in the buffers on all `slots` at once, batch after batch, at least three on each.
+    """Run the batches in the buffers on all `slots` at once, again and again, at least three times on each.
 
     Args:
         slots: of one engine, with their buffers filled.
         rows: of each batch.
-        seconds: how long; no batch is begun after that.
+        seconds: how long; no batch is started after that.
 
     Returns:
         The seconds of every batch, and of the whole.
@@ -148,7 +148,7 @@ class _Loop:
         self._again = False
 
     def start(self) -> None:
-        """Start a batch, and another for each that ends within its own start: a loop, where calls would pile up."""
+        """Start a batch, and another for each that ends within `start`: a loop instead of recursion."""
         self._again = True
         while self._again:
             self._again = False

@@ -1,4 +1,4 @@
-"""What the engines share: a stream's buffers, its thread, and the rules that every slot keeps."""
+"""What the engines share: a stream with its buffers and its thread, precision checks and warm-up."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ INSTALL: Final = "install it with `pip install {}`, or choose another engine"
 
 
 class Stream(abc.ABC):
-    """A `Slot` with buffers of its own, and a thread that brings the answers.
+    """A `Slot` with buffers of its own, and a thread that calls `done`.
 
-    The answers are brought by a thread, not by a callback of the engine: OpenVINO's bindings do not call back when a
-    batch fails, and its thread could not compute while it waits for Python's lock.
+    A thread calls it, not a callback of the engine: OpenVINO's bindings do not call back when a batch fails, and its
+    thread could not compute while it waits for Python's lock.
 
     Args:
         signature: of the model; decides the buffers.
@@ -44,10 +44,10 @@ class Stream(abc.ABC):
         self._views = [{key: array[:rows] for key, array in self._answers.items()} for rows in range(max_batch + 1)]
         self._rows = 0
         self._closed = False
-        self._door = threading.Lock()  # a batch is either queued before the thread is told to end, or refused
+        self._closing = threading.Lock()  # a batch is either queued before the end of the thread, or refused
         self._started: SimpleQueue[tuple[int, Done] | None] = SimpleQueue()
-        # A daemon, so that a caller who forgets to close cannot keep the program from ending.
-        self._thread = threading.Thread(target=self._bring, name=name, daemon=True)
+        # a daemon, so that an engine that is not closed does not keep the program running
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -72,7 +72,7 @@ class Stream(abc.ABC):
                 f"this engine was compiled for 1 to {self._max_batch}",
                 "split the batch, or raise max_batch",
             )
-        with self._door:
+        with self._closing:
             if self._closed:
                 raise EngineError("cannot run a batch", "the engine is closed", "open it again")
             try:
@@ -83,15 +83,15 @@ class Stream(abc.ABC):
 
     def close(self) -> None:
         """Finish the batch that runs, call its `done`, end the thread. May be called again."""
-        with self._door:
+        with self._closing:
             if not self._closed:
                 self._closed = True
                 self._started.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _bring(self) -> None:
-        """The thread: one batch after another, until told to end."""
+    def _serve(self) -> None:
+        """The thread: one batch after another, until the end."""
         self._enter()
         while (batch := self._started.get()) is not None:
             rows, done = batch
@@ -101,16 +101,16 @@ class Stream(abc.ABC):
                 self._rows = rows
             except Exception as error:
                 failure = _explain(error)
-            # What a caller's `done` raises is the caller's; the stream must live to bring the next batch.
+            # an error of the caller's `done` must not end the thread
             with contextlib.suppress(Exception):
                 done(failure)
-            del batch, done, failure  # nothing of a request outlives it while the thread waits for the next
+            del batch, done, failure  # a waiting thread keeps no request in memory
 
     def _enter(self) -> None:  # noqa: B027 - most engines have nothing to prepare
         """Prepare the thread; called once, on it."""
 
     def _launch(self, rows: int) -> None:  # noqa: B027 - most engines compute on the thread
-        """Begin to compute the first `rows` samples; called by `start` and must return at once."""
+        """Start to compute the first `rows` samples; called by `start`, and must return at once."""
 
     @abc.abstractmethod
     def _finish(self, rows: int) -> None:
@@ -128,20 +128,20 @@ def check_precision(bundle: Bundle, config: EngineConfig) -> None:
         raise EngineError(
             f"cannot run the bundle {bundle.manifest.name} in {asked}",
             "its graph is quantised to int8" if held == "int8" else f"its graph is {held}, not quantised",
-            "ask for int8, or take the bundle it was made from"
+            "use int8, or the bundle that it was made from"
             if held == "int8"
-            else "quantise it first with `rushhour compress`, or ask for f32",
+            else "quantise it first with `rushhour compress`, or use f32",
         )
 
 
 def warm_up(bundle: Bundle, slots: Sequence[Slot], sizes: Iterable[int], seconds: float = math.inf) -> int:
-    """Run the bundle's samples in batches of `sizes` on all slots at once; how many sizes it was.
+    """Run the bundle's samples in batches of `sizes` on all slots at once; returns how many sizes were run.
 
-    Engines prepare on first use, and a user must not be the first. Also shows whether the graph runs at all.
+    First runs are slow, so they must not be a client's. It also shows whether the graph runs at all.
 
     Args:
-        seconds: after these no further size is begun; the smallest and the largest are always run, because there a
-            graph with a fixed batch inside fails.
+        seconds: no further size is started after these; the smallest and the largest are always run, because a graph
+            with a fixed batch size inside fails there.
 
     Raises:
         EngineError: if a batch fails.

@@ -1,4 +1,4 @@
-"""torch, eager: the baseline that a user has today."""
+"""torch in eager mode: the baseline."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rushhour.system.machine import describe
 class TorchEngine:
     """A bundle's torch module, run as it is, a thread for each stream.
 
-    The number of threads is a setting of the process: while an engine is open, other torch code beside it runs with
-    as many. Of several engines the one that was opened last decides; when the last is closed, it is as before.
+    The number of threads is a setting of the process: while an engine is open, other torch code in it runs with as
+    many. Of several engines the last opened decides; when all are closed, the number is reset.
 
     Args:
         bundle: must carry its torch module (source and weights).
@@ -71,17 +71,17 @@ class TorchEngine:
 
     @property
     def signature(self) -> Signature:
-        """What goes in and comes out."""
+        """The model's inputs and outputs."""
         return self._signature
 
     @property
     def config(self) -> EngineConfig:
-        """What was asked for."""
+        """The configuration it was opened with."""
         return self._config
 
     @property
     def effective(self) -> Mapping[str, str]:
-        """What is in force, as torch reports it."""
+        """The settings in effect, as torch reports them."""
         return self._effective
 
     @property
@@ -90,7 +90,7 @@ class TorchEngine:
         return self._slots
 
     def close(self) -> None:
-        """Finish the batches that run, call their `done`, end the threads. May be called again."""
+        """Finish the running batches, call their `done`, end the threads. May be called again."""
         for slot in self._slots:
             slot.close()
         _THREADS.leave(self)
@@ -161,5 +161,5 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise EngineError("the engine torch is not there", str(error), INSTALL.format("torch")) from error
+        raise EngineError("the engine torch is not installed", str(error), INSTALL.format("torch")) from error
     return torch
