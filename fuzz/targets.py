@@ -86,7 +86,7 @@ def wire(data: bytes) -> None:
     assert first == again, "a header seen before means the same"
     if length == 0 or b"NaN" in data or b"Infinity" in data:
         return
-    with _changed(wire_codec, "WHOLE_BYTES", 0), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
+    with _changed(wire_codec, "WHOLE_BYTES", 0), _changed(pieces, "PIECE_BYTES", _PIECE_BYTES):
         in_pieces = _decoded(codec, lambda: codec.decode(data[3:], length))
     _assert_equivalent(first, in_pieces, _ONLY_WHOLE)
 
@@ -158,7 +158,7 @@ def grpc(data: bytes) -> None:
     first, cut = GrpcCodec(codec), GrpcCodec(codec)
     whole = _decoded(codec, lambda: first.decode(data[1:]).request)
     assert whole == _decoded(codec, lambda: first.decode(data[1:]).request), "a header seen before means the same"
-    with _changed(codec_module, "WHOLE_BYTES", -1), _changed(pieces, "_PIECE_BYTES", _PIECE_BYTES):
+    with _changed(codec_module, "WHOLE_BYTES", -1), _changed(pieces, "PIECE_BYTES", _PIECE_BYTES):
         in_pieces = _decoded(codec, lambda: cut.decode(data[1:]).request)
     if isinstance(whole, Refused) and "cannot be read" in whole:
         return  # only the parser finds faults in contents that are not needed

@@ -293,8 +293,8 @@ def test_nan_and_infinities_are_read_in_pieces_as_they_are_at_once(
 ) -> None:
     if pieces:
         monkeypatch.setattr("rushhour.wire.codec.WHOLE_BYTES", 0)
-        monkeypatch.setattr("rushhour.wire.pieces._PIECE_BYTES", 40)
-        monkeypatch.setattr("rushhour.wire.pieces.WHOLE_BYTES", 1000)
+        monkeypatch.setattr("rushhour.wire.pieces.PIECE_BYTES", 40)
+        monkeypatch.setattr("rushhour.wire.json_pieces.WHOLE_BYTES", 1000)
     row = "NaN, Infinity ,-Infinity"
     data = ",".join(f"[{row}]" if nested else row for _ in range(20))
     request = Codec("m", FLOATS).decode(floats(f"[{data}]", 20), None)
@@ -309,8 +309,8 @@ def test_what_is_no_number_of_the_type_is_refused_in_pieces_as_it_is_at_once(
 ) -> None:
     if pieces:
         monkeypatch.setattr("rushhour.wire.codec.WHOLE_BYTES", 0)
-        monkeypatch.setattr("rushhour.wire.pieces._PIECE_BYTES", 500)
-        monkeypatch.setattr("rushhour.wire.pieces.WHOLE_BYTES", 1000)
+        monkeypatch.setattr("rushhour.wire.pieces.PIECE_BYTES", 500)
+        monkeypatch.setattr("rushhour.wire.json_pieces.WHOLE_BYTES", 1000)
     for beside in ("NaN", "0"):
         with pytest.raises(WireError) as caught:
             Codec("m", FLOATS).decode(floats(f"[{beside},{word},0]", 1), None)

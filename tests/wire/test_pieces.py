@@ -33,8 +33,8 @@ def no_rests(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[16, 64, 1000])
 def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Everything is large, and a piece is small."""
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", request.param)
-    monkeypatch.setattr(pieces, "_SMALL_BYTES", 5)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", request.param)
+    monkeypatch.setattr("rushhour.wire.json_pieces._SMALL_BYTES", 5)
     monkeypatch.setattr("rushhour.wire.codec.WHOLE_BYTES", 0)
     monkeypatch.setattr(codec_module, "WHOLE_BYTES", -1)
     size: int = request.param

@@ -17,8 +17,9 @@ from rushhour.wire.answers import MAX_CACHED_HEADERS, AnswerWriter
 from rushhour.wire.datatypes import datatype_of
 from rushhour.wire.elements import elements_of
 from rushhour.wire.header import HEADER_LENGTH, RequestHeader, id_span, parsed, request_decoder, without_id
+from rushhour.wire.json_pieces import JsonTensor, cut_json, put_back
 from rushhour.wire.layouts import HeaderReader
-from rushhour.wire.pieces import WHOLE_BYTES, JsonTensor, cut_json, put_back
+from rushhour.wire.pieces import WHOLE_BYTES
 from rushhour.wire.request import (
     Body,
     InferRequest,

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from rushhour.errors import WireError
 from rushhour.wire.header import InputHeader
-from rushhour.wire.pieces import BYTES_AT_ONCE, JsonTensor, Packed, Texts, pause
+from rushhour.wire.json_pieces import JsonTensor
+from rushhour.wire.pieces import BYTES_AT_ONCE, pause
+from rushhour.wire.protobuf_pieces import Packed, Texts
 from rushhour.wire.request import Encoded
 
 MAX_PICTURE_BYTES = 16 * 2**20

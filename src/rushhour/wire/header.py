@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from rushhour.wire.pieces import with_literals
+from rushhour.wire.json_pieces import with_literals
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _ID_KEY = re.compile(rb'"id"[ \t\r\n]*:')

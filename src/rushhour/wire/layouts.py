@@ -14,7 +14,9 @@ from rushhour.errors import WireError
 from rushhour.wire.datatypes import datatype_of
 from rushhour.wire.elements import from_elements
 from rushhour.wire.header import InputHeader, OutputHeader, RequestHeader, shown
-from rushhour.wire.pieces import JsonTensor, Packed, Texts, assembled
+from rushhour.wire.json_pieces import JsonTensor
+from rushhour.wire.pieces import assembled
+from rushhour.wire.protobuf_pieces import Packed, Texts
 from rushhour.wire.request import Layout, Place, Regions, Wanted, open_regions
 from rushhour.wire.values import converted, converted_batch, flat
 

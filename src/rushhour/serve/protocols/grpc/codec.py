@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError
 from rushhour.errors import WireError
 from rushhour.protocol import CONTENTS, message
 from rushhour.wire import Codec, InferRequest, InputHeader, Layout, OutputHeader, RequestHeader
-from rushhour.wire.pieces import WHOLE_BYTES, Packed, Texts, too_long
+from rushhour.wire.pieces import WHOLE_BYTES, too_long
+from rushhour.wire.protobuf_pieces import Packed, Texts
 
 _Request = message("inference.ModelInferRequest")
 _Response = message("inference.ModelInferResponse")
