@@ -280,7 +280,7 @@ def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
     from rushhour.serve.protocols.grpc.call import InferCall
 
     class Codec_:
-        def writes_much(self, asked: object) -> bool:
+        def is_large_answer(self, asked: object) -> bool:
             return False
 
         def encode(self, asked: object, result: object) -> bytes:

@@ -59,7 +59,7 @@ class AnswerWriter:
         self.id_at = len(msgspec.json.encode({"model_name": model, "model_version": version})) - 1
         """Where an id is inserted into the JSON header of an answer that has none."""
 
-    def writes_much(self, wanted: Wanted, rows: int) -> bool:
+    def is_large_answer(self, wanted: Wanted, rows: int) -> bool:
         """Whether writing an answer takes long: then it must not be done on the event loop."""
         work = size = 0
         for number, position in enumerate(wanted.outputs):

@@ -71,12 +71,12 @@ class InferRequest:
         tensors: one view of `rows * row_bytes` bytes for each input, in the signature's order.
         wanted: what the answer holds.
         pictures: encoded pictures that become the tensor; empty except in a `PictureRequest`.
-        elsewhere: bytes still to be read from shared memory; 0 except in a `PlacedRequest`.
+        unread_bytes: bytes still to be read from shared memory; 0 except in a `PlacedRequest`.
     """
 
     __slots__ = ("rows", "tensors", "wanted")
     pictures: Sequence[Encoded] = ()
-    elsewhere = 0
+    unread_bytes = 0
 
     def __init__(self, rows: int, tensors: tuple[memoryview, ...], wanted: Wanted) -> None:
         self.rows = rows
@@ -108,14 +108,14 @@ class PlacedRequest(InferRequest):
     """A request with tensors in shared memory, which are read when it is admitted.
 
     Attributes:
-        elsewhere: bytes to be read.
+        unread_bytes: bytes to be read.
     """
 
-    __slots__ = ("_fetch", "elsewhere")
+    __slots__ = ("_fetch", "unread_bytes")
 
     def __init__(self, layout: Layout, fetch: Callable[[], InferRequest]) -> None:
         super().__init__(layout.rows, (), layout.wanted)
-        self.elsewhere = sum(place.byte_size for place in layout.places.values())
+        self.unread_bytes = sum(place.byte_size for place in layout.places.values())
         self._fetch = fetch
 
     def fetch(self) -> InferRequest:
@@ -131,7 +131,7 @@ class PlacedRequest(InferRequest):
     @property
     def large(self) -> bool:
         """Whether reading it would block the event loop."""
-        return self.elsewhere > BYTES_AT_ONCE
+        return self.unread_bytes > BYTES_AT_ONCE
 
 
 class Layout:

@@ -78,8 +78,8 @@ class InferCall:
         if isinstance(result, Exception):
             self._fail(result)
             return None
-        if self._codec.writes_much(self._request):
-            self._writing = asyncio.ensure_future(self._write_aside(owned(result)))
+        if self._codec.is_large_answer(self._request):
+            self._writing = asyncio.ensure_future(self._write_on_thread(owned(result)))
             return LATER
         try:
             self._succeed(self._codec.encode(self._request, result))
@@ -88,7 +88,7 @@ class InferCall:
             return status_of(error)
         return None
 
-    async def _write_aside(self, result: Sequence[memoryview]) -> None:
+    async def _write_on_thread(self, result: Sequence[memoryview]) -> None:
         status: int | None = None
         try:
             self._succeed(await self._budget.on_thread(self._codec.encode, self._request, result))

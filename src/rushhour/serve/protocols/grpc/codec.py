@@ -114,10 +114,10 @@ class GrpcCodec:
         except WireError:
             return False
 
-    def writes_much(self, request: GrpcRequest) -> bool:
+    def is_large_answer(self, request: GrpcRequest) -> bool:
         """Whether writing the answer takes long, likewise."""
         wanted = request.header.layout.wanted
-        return bool(wanted.top or wanted.places) and self.codec.writes_much(wanted, request.request.rows)
+        return bool(wanted.top or wanted.places) and self.codec.is_large_answer(wanted, request.request.rows)
 
     def decode(self, message: bytes) -> GrpcRequest:
         """Read a `ModelInferRequest`.

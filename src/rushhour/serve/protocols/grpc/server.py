@@ -239,7 +239,7 @@ class GrpcServer:
                 request = codec.decode(sent)
             else:
                 request = await budget.on_thread(codec.decode, sent)
-            if request.request.elsewhere:
+            if request.request.unread_bytes:
                 await self._fetch(cell, request)
             if loaded is self._repository.loaded:
                 break  # else a reload has replaced it: decode again

@@ -143,7 +143,7 @@ class RequestHandler(Pipeline):
             else:
                 length = header_length(message.header_length)
                 if cell.codec.is_large(body, length):
-                    self._waiting = asyncio.ensure_future(self._decode_aside(cell, message, body, length))
+                    self._waiting = asyncio.ensure_future(self._decode_on_thread(cell, message, body, length))
                     return
                 request = cell.codec.decode(body, length)
             self._check_origin(message, request)
@@ -152,7 +152,7 @@ class RequestHandler(Pipeline):
             return
         if message.known is not None and message.header_length:
             self._remember_whole(message.known, cell.codec, message, bytes(body[: int(message.header_length)]))
-        if request.elsewhere:
+        if request.unread_bytes:
             self._fetch(cell, message, body, cast(PlacedRequest, request))
         else:
             self._enqueue(cell, request)
@@ -175,7 +175,7 @@ class RequestHandler(Pipeline):
             if repeat.exact:
                 self._repeat = repeat
 
-    async def _decode_aside(self, cell: Cell, message: Message, body: Body, length: int | None) -> None:
+    async def _decode_on_thread(self, cell: Cell, message: Message, body: Body, length: int | None) -> None:
         """Read a large request on a thread."""
         try:
             request = await self._endpoint.budget.on_thread(cell.codec.decode, body, length)
@@ -193,7 +193,7 @@ class RequestHandler(Pipeline):
         if shed is not None:
             self._send_shed(shed)
         elif request.large:
-            self._waiting = asyncio.ensure_future(self._fetch_aside(cell, message, body, request))
+            self._waiting = asyncio.ensure_future(self._fetch_on_thread(cell, message, body, request))
         else:
             try:
                 fetched = request.fetch()
@@ -202,9 +202,9 @@ class RequestHandler(Pipeline):
                 return
             self._enqueue(cell, fetched)
 
-    async def _fetch_aside(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+    async def _fetch_on_thread(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
         try:
-            message.grant = self._endpoint.budget.grant(request.elsewhere)
+            message.grant = self._endpoint.budget.grant(request.unread_bytes)
             fetched = await self._endpoint.budget.on_thread(request.fetch)
         except WireError as error:
             self._refuse_request(cell, error)
@@ -222,7 +222,7 @@ class RequestHandler(Pipeline):
             if now is None or now.codec is not cell.codec:
                 message.body = [body]
                 self._route(message)  # again: a reload has replaced the cell
-            elif request.elsewhere:
+            elif request.unread_bytes:
                 self._fetch(cell, message, body, cast(PlacedRequest, request))
             else:
                 self._enqueue(cell, request)
@@ -262,8 +262,8 @@ class RequestHandler(Pipeline):
 
     def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> int | None:
         """Write the answer, or an error; returns the error's status, which the cell counts."""
-        if cell.codec.writes_much(request.wanted, request.rows):
-            self._waiting = asyncio.ensure_future(self._write_aside(cell, request, owned(result)))
+        if cell.codec.is_large_answer(request.wanted, request.rows):
+            self._waiting = asyncio.ensure_future(self._write_on_thread(cell, request, owned(result)))
             return LATER
         try:
             length, parts = cell.codec.encode(request.wanted, request.rows, result)
@@ -272,7 +272,7 @@ class RequestHandler(Pipeline):
         self._send_encoded(length, parts, lasts=isinstance(result, OwnedViews))
         return None
 
-    async def _write_aside(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
+    async def _write_on_thread(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
         """Write a large answer on a thread."""
         status: int | None = None
         try:
