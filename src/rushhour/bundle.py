@@ -5,10 +5,10 @@
         model.onnx            the whole graph, preprocessing included, dynamic batch
         weights.safetensors   the torch module's parameters, where there is one
         samples.safetensors   a few real inputs, for warm-up, load and checks
-        answers.safetensors   what the graph answers to them: every engine that opens the bundle must answer so
+        answers.safetensors   the graph's outputs for them, which every engine that opens the bundle has to reproduce
 
-The wire carries what the sensor gives (uint8 pixels); scaling, mean and layout are part of the graph, so a client
-cannot get them wrong.
+Requests carry raw values (uint8 pixels); scaling, mean and layout are part of the graph, so a client cannot get them
+wrong.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SAMPLES: Final = "samples.safetensors"
 ANSWERS: Final = "answers.safetensors"
 _MANIFEST = "bundle.json"
 _BESIDE: Final = ("-training", "-steps")
-"""Ends of the names of folders that lie beside a bundle and tell how it was made."""
+"""Name suffixes of the folders beside a bundle that record how it was made."""
 _NAMED: Final = 2
 _ANSWERED = 16
-"""Samples whose answers are recorded, at most."""
+"""Largest number of samples whose outputs are recorded."""
 
 _LARGEST_ROW = 2**31
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -89,32 +89,32 @@ class TensorSpec(msgspec.Struct, frozen=True, dict=True):
 
 
 class Signature(msgspec.Struct, frozen=True):
-    """What goes in and what comes out; every tensor has a batch dimension in front."""
+    """Inputs and outputs; every tensor has a batch dimension in front."""
 
     inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
     outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
 
     @property
     def picture(self) -> TensorSpec | None:
-        """The one input, if it is a picture: uint8 `(height, width, channels)`, grey or in colour."""
+        """The only input, if it is a picture: uint8 `(height, width, channels)`, grey or in colour."""
         first = self.inputs[0]
         is_one = first.dtype == "uint8" and len(first.shape) == 3 and first.shape[2] in (1, 3)
         return first if is_one and len(self.inputs) == 1 else None
 
 
 class Decoding(msgspec.Struct, frozen=True):
-    """How an encoded picture became a sample in training, for serving to do the same: see `rushhour.picture`.
+    """How an encoded picture becomes a sample, in training and in serving: see `rushhour.picture`.
 
-    Size and colours are the sample's own. A bundle that says anything else cannot be opened.
+    Size and colours follow from the sample. A bundle with other values cannot be opened.
 
     Attributes:
-        orientation: turned as EXIF says.
-        fit: what has other proportions is stretched.
+        orientation: the EXIF orientation is applied.
+        fit: a picture of other proportions is stretched.
         resampling: with antialiasing.
-        reducing_gap: a JPEG may be decoded smaller than it is, but so many times larger than the sample.
-        alpha: what is transparent shows this.
-        deep: the value that became 255, in grey of 16 bits: 4095 where a camera of 12 bits filled 16.
-        real: the same in floats: 1, or 255, or as `deep`.
+        reducing_gap: a JPEG may be decoded at a reduced size that is at least so many times the sample's.
+        alpha: the background of transparent pixels.
+        deep: the value that becomes 255 in 16-bit grey: 4095 for a 12-bit camera.
+        real: the same for floats: 1, 255, or as `deep`.
     """
 
     orientation: Literal["exif"] = "exif"
@@ -127,14 +127,14 @@ class Decoding(msgspec.Struct, frozen=True):
 
 
 class Preprocessing(msgspec.Struct, frozen=True):
-    """What the graph does to a sample first: `(x * scale - mean) / std` per channel, then `layout`.
+    """The first operations of the graph on a sample: `(x * scale - mean) / std` per channel, then `layout`.
 
     Attributes:
         scale: 1/255 for pixels.
         mean: one value per channel, or empty for none.
         std: one value per channel, or empty for none.
         layout: `NHWC->NCHW` for images, `none` otherwise.
-        decoding: before all that, where training began with encoded pictures; unset where it began with arrays.
+        decoding: before that, where the training data was encoded pictures; unset where it was arrays.
     """
 
     scale: Number = 1.0
@@ -145,11 +145,11 @@ class Preprocessing(msgspec.Struct, frozen=True):
 
 
 class Reshape(msgspec.Struct, frozen=True):
-    """How a compressed network differs from what its factory builds, as plain sizes: layers split, then made narrower.
+    """How a compressed network differs from what its factory builds: layers split, then made narrower.
 
     Attributes:
-        ranks: dense layer -> the width between the two that stand in its place; in the order they were split.
-        shapes: tensor of the network's state -> its shape, where it is another. Never larger than the factory's.
+        ranks: dense layer -> the width between the two layers that replace it; in the order of the splits.
+        shapes: tensor of the network's state -> its shape, where it differs. Never larger than the factory's.
     """
 
     ranks: dict[str, _Size] = {}
@@ -160,7 +160,7 @@ class Source(msgspec.Struct, frozen=True):
     """The torch module that the weights belong to: `module:factory` and its keyword arguments.
 
     Attributes:
-        reshape: what compression did to it afterwards; unset where it is as the factory built it.
+        reshape: what compression changed afterwards; unset where nothing.
     """
 
     factory: str
@@ -183,14 +183,14 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """All that `bundle.json` says. It holds no times, so equal work gives an equal hash.
+    """The content of `bundle.json`. It contains no times, so equal work gives an equal hash.
 
     Attributes:
         precision: `int8` where the graph is quantised, `f32` otherwise (an engine may still compute it in bf16).
         parameters: number of weights of the network.
-        metrics: split -> accuracy, as measured on the compiled artefact.
-        tolerance: precision -> how far from the recorded answers it may be: `rushhour.records.answers.deviation`.
-            Unset where no answers are recorded.
+        metrics: split -> accuracy of the compiled artefact.
+        tolerance: precision -> the largest deviation from the recorded outputs (`rushhour.records.answers.deviation`).
+            Unset where no outputs are recorded.
         hash: SHA-256 over this manifest (with an empty `hash`), and by its file records over all content.
     """
 
@@ -224,7 +224,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
-        """Open the bundle in the folder `path`, and check every byte of it against its hashes.
+        """Open the bundle in the folder `path`, and check every byte against its hashes.
 
         Raises:
             BundleError: if it is missing, damaged, or of a newer schema.
@@ -246,7 +246,7 @@ class Bundle:
                 raise BundleError(
                     f"the bundle {path} has schema {schema}",
                     f"this Rushhour reads schemas up to {SCHEMA}",
-                    "upgrade Rushhour, or make the bundle anew",
+                    "upgrade Rushhour, or make the bundle again",
                 )
             manifest = msgspec.json.decode(content, type=Manifest)
             as_written = msgspec.json.decode(content)
@@ -255,7 +255,7 @@ class Bundle:
         if _hash_as_written(as_written) != manifest.hash:
             raise _damaged(path, f"{_MANIFEST} does not match its own hash")
         if MODEL not in manifest.files:
-            raise _damaged(path, f"{_MANIFEST} names no {MODEL}")
+            raise _damaged(path, f"{_MANIFEST} lists no {MODEL}")
         for name, record in manifest.files.items():
             with explained(f"read {path / name}"):
                 if not (path / name).is_file():
@@ -273,20 +273,20 @@ class Bundle:
         weights: Callable[[Path], None] | None = None,
         samples: Mapping[str, NDArray[Any]] | None = None,
     ) -> Bundle:
-        """Write a bundle to the folder `path`, whole or not at all; only an older bundle there is replaced.
+        """Write a bundle to the folder `path` atomically; only an older bundle there is replaced.
 
-        What the graph answers to the samples is recorded, unless ONNX Runtime cannot run it.
+        The graph's outputs for the samples are recorded, unless ONNX Runtime cannot run it.
 
         Args:
             path: the folder.
-            manifest: what is to be said; `files`, `tolerance` and `hash` are filled in here.
-            model: writes the ONNX graph to the path it is given, in one file; may give tolerances of the recorded
-                answers other than the usual ones, by precision.
+            manifest: its content; `files`, `tolerance` and `hash` are filled in here.
+            model: writes the ONNX graph to the path it is given, in one file; may return tolerances of the recorded
+                outputs by precision, in place of the defaults.
             weights: writes the safetensors file to the path it is given.
             samples: input name -> array of shape `(k, *shape)`.
 
         Raises:
-            StorageError: if there is anything else at `path`, or the disk does not take it.
+            StorageError: if there is anything else at `path`, or it cannot be written.
         """
         from safetensors.numpy import save
 
@@ -318,10 +318,10 @@ class Bundle:
         return cls(path, sealed)
 
     def with_metrics(self, metrics: Mapping[str, Accuracy]) -> Bundle:
-        """The same bundle with these metrics added to its manifest, on disk too. Its hash changes with them.
+        """The same bundle with these metrics added to its manifest, on disk too. Its hash changes.
 
         Raises:
-            StorageError: if the disk does not take it.
+            StorageError: if it cannot be written.
         """
         merged = {**self.manifest.metrics, **metrics}
         unsealed = msgspec.structs.replace(self.manifest, metrics=merged, hash="")
@@ -334,10 +334,10 @@ class Bundle:
 
         Args:
             path: the folder.
-            name: what it is called there; the same by default.
+            name: of the copy; the same by default.
 
         Raises:
-            StorageError: if there is anything else, or the disk does not take it.
+            StorageError: if there is anything else, or it cannot be written.
         """
         with building(path, _FILES, is_bundle) as folder:
             for file in self.manifest.files:
@@ -349,7 +349,7 @@ class Bundle:
 
     @cached_property
     def content_key(self) -> str:
-        """Hash of all that decides what it answers to what: its files, network and task, and no measured figures."""
+        """Hash of everything that decides its outputs: files, network and task, without measurements."""
         manifest = self.manifest
         return identity.key(
             files=manifest.files,
@@ -371,12 +371,12 @@ class Bundle:
 
     @property
     def model_bytes(self) -> int:
-        """Size on disk of what is served: the ONNX file."""
+        """Size on disk of the ONNX file, which is what is served."""
         with explained(f"read {self.model}"):
             return self.model.stat().st_size
 
     def samples(self) -> dict[str, NDArray[Any]]:
-        """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle carries none."""
+        """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle has none."""
         if SAMPLES not in self.manifest.files:
             return _noise(self.manifest.signature)
         from safetensors.numpy import load_file
@@ -385,7 +385,7 @@ class Bundle:
             return dict(load_file(self.path / SAMPLES))
 
     def answers(self) -> dict[str, NDArray[Any]] | None:
-        """What the graph answers to the first of `samples()`: output name -> `(n, *shape)`; None if not recorded."""
+        """The recorded outputs for the first of `samples()`: name -> `(n, *shape)`; None if not recorded."""
         if ANSWERS not in self.manifest.files:
             return None
         from safetensors.numpy import load_file
@@ -399,7 +399,7 @@ class _SchemaOnly(msgspec.Struct):
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether there is a bundle at `path`, be it damaged, or of a newer schema."""
+    """Whether there is a bundle at `path`, even a damaged one or one of a newer schema."""
     try:
         said = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError, RecursionError):
@@ -408,7 +408,7 @@ def is_bundle(path: Path) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """The name of the model whose bundle lies at `path`: that of the folder, in what a URL and a file name can have."""
+    """The model's name for a bundle at `path`: that of the folder, in characters of URLs and file names."""
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in path.absolute().name)
     return name.strip("-._")[:64] or "model"
 
@@ -417,34 +417,34 @@ def check_folder(path: Path) -> None:
     """Raise unless `path` is free or a bundle.
 
     Raises:
-        StorageError: if there is anything that Rushhour did not make.
+        StorageError: if it holds anything that Rushhour did not write.
     """
     check_own(path, _FILES, is_bundle)
 
 
 def check_place(path: Path, *, force: bool = False, why: str = "") -> None:
-    """Raise unless a new bundle may be put at `path`: nothing is there, or with `force` a bundle.
+    """Raise unless a new bundle may be written to `path`: nothing is there, or with `force` a bundle.
 
     Args:
         path: the folder.
         force: whether a bundle there may be replaced.
-        why: in words, why the bundle there is not the one that is wanted.
+        why: how the bundle there differs from the new one.
 
     Raises:
-        StorageError: if there is a bundle, or anything that Rushhour did not make.
+        StorageError: if there is a bundle, or anything that Rushhour did not write.
     """
     check_folder(path)
     if is_bundle(path) and not force:
         raise StorageError(
             f"there is a bundle at {path} already",
             f"it differs in {why}" if why else "it is another one",
-            "name another place with --out, or say --force to replace it",
+            "name another place with --out, or set --force to replace it",
         )
 
 
 def meant(path: Path) -> str:
-    """What to name in place of a folder that is no bundle but belongs to some: a run, a training, all steps of a
-    compression; empty where there is nothing to say."""
+    """Advice on which bundle to name in place of a folder that belongs to some: a run, a training, the steps of a
+    compression; empty where there is none."""
     folder = path.parent if path.is_file() else path
     beside = [folder.with_name(folder.name.removesuffix(end)) for end in _BESIDE if folder.name.endswith(end)]
     below = [file.parent for pattern in ("bundles/*/", "*/") for file in sorted(folder.glob(pattern + _MANIFEST))]
@@ -463,12 +463,12 @@ def _hash(manifest: Manifest) -> str:
 
 
 def _hash_as_written(said: dict[str, Any]) -> str:
-    """The same of a manifest as it stands on disk: one of an older Rushhour says less than a `Manifest` would."""
+    """The hash of a manifest as it is on disk: one of an older version has fewer fields than `Manifest`."""
     return hashlib.sha256(msgspec.json.encode(said | {"hash": ""})).hexdigest()
 
 
 def _noise(signature: Signature) -> dict[str, NDArray[Any]]:
-    """8 seeded samples, where a bundle carries none."""
+    """8 seeded random samples."""
     random = np.random.default_rng(0)
     return {
         spec.name: (random.random((8, *spec.shape)) * (255 if spec.dtype == "uint8" else 1)).astype(spec.dtype)
@@ -479,7 +479,7 @@ def _noise(signature: Signature) -> dict[str, NDArray[Any]]:
 def _answered(model: Path, samples: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | None:
     try:
         return graph_answers(model, {name: array[:_ANSWERED] for name, array in samples.items()})
-    except Exception:  # its exceptions have no base of their own; whether the graph runs at all is for engines to say
+    except Exception:  # its exceptions have no common base class; engines decide later whether the graph can be served
         return None
 
 
@@ -493,5 +493,5 @@ def _damaged(path: Path, why: str) -> BundleError:
     return BundleError(
         f"the bundle {path} is damaged",
         why,
-        "restore it from its source, or delete the folder and make it anew",
+        "restore it from its source, or delete the folder and make it again",
     )

@@ -1,4 +1,4 @@
-"""Time, injected: decisions are made on a clock that is handed in, so that they can be replayed without sleeping."""
+"""Clocks. Decisions read the time from a clock that is passed in, so that tests replay them without sleeping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where decisions read the time. Seconds, monotonic, from an arbitrary zero."""
+    """A source of the time in seconds: monotonic, from an arbitrary zero."""
 
     def now(self) -> float:
         """The time in seconds."""
@@ -17,11 +17,11 @@ class Clock(Protocol):
 class WallClock:
     """The machine's monotonic clock. On Linux its zero is shared by all processes of one boot."""
 
-    now = staticmethod(time.monotonic)  # as it is: every request reads it several times
+    now = staticmethod(time.monotonic)  # no wrapper: every request reads it several times
 
 
 class VirtualClock:
-    """A clock that moves only when told to: for simulation and for tests.
+    """A clock that moves only by `advance`: for simulation and tests.
 
     Args:
         start: the first reading, in seconds.

@@ -1,26 +1,24 @@
-"""What can go wrong, and what the person in front of the screen can do about it.
+"""Errors that a user can cause. Each says three things in one line: what happened, why, and what to do.
 
-Every error a user can cause says three things in one line: what happened, why, and what to do.
-
-    RushhourError
-    ├── GoalError        an SLO, accuracy budget or workload that cannot be read or cannot be asked
-    ├── DataError        missing, damaged or unusable data
-    ├── TaskError        a model and a task that do not fit each other
-    ├── BundleError      a bundle that is missing, damaged or of an unknown form
-    ├── PlanError        a plan that is missing, damaged or newer than this program
-    ├── ModelError       a model that cannot be built, exported or trained
-    ├── EngineError      an engine that is not there, or cannot run what it was asked to run
-    ├── WireError        a request or an answer that is not valid Open Inference Protocol (has an HTTP status)
-    ├── ServeError       a server that cannot start (port in use, no permission, ...)
-    ├── LoadError        a load test that cannot be run or trusted
-    └── StorageError     a disk that is full, read-only or gone
+RushhourError
+├── GoalError        an SLO, accuracy budget, workload or option that cannot be read or used
+├── DataError        missing, damaged or unusable data
+├── TaskError        a model and a task that do not fit each other
+├── BundleError      a bundle that is missing, damaged or of an unknown form
+├── PlanError        a plan that is missing, damaged or of a newer schema
+├── ModelError       a model that cannot be built, exported or trained
+├── EngineError      an engine that is not installed, or cannot run a graph
+├── WireError        a request or an answer that is not valid Open Inference Protocol (has an HTTP status)
+├── ServeError       a server that cannot start (port in use, no permission, ...)
+├── LoadError        a load test that cannot be run or trusted
+└── StorageError     a disk that is full, read-only or missing
 """
 
 from __future__ import annotations
 
 
 class RushhourError(Exception):
-    """An error with its reason and its remedy, printed by the command line as one line with exit code 2.
+    """An error with its reason and its remedy; the command line prints it as one line and exits with 2.
 
     Args:
         what: what happened, naming the value at fault.
@@ -44,7 +42,7 @@ class RushhourError(Exception):
 
 
 class GoalError(RushhourError):
-    """An SLO, accuracy budget or workload that cannot be read or cannot be asked."""
+    """An SLO, accuracy budget, workload or option that cannot be read or used."""
 
 
 class DataError(RushhourError):
@@ -60,7 +58,7 @@ class BundleError(RushhourError):
 
 
 class PlanError(RushhourError):
-    """A plan that is missing, damaged or newer than this program."""
+    """A plan that is missing, damaged or of a newer schema."""
 
 
 class ModelError(RushhourError):
@@ -68,7 +66,7 @@ class ModelError(RushhourError):
 
 
 class EngineError(RushhourError):
-    """An engine that is not installed, or cannot run what it was asked to run."""
+    """An engine that is not installed, or cannot run a graph."""
 
 
 class WireError(RushhourError):
@@ -92,4 +90,4 @@ class LoadError(RushhourError):
 
 
 class StorageError(RushhourError):
-    """A disk that is full, read-only or gone."""
+    """A disk that is full, read-only or missing."""

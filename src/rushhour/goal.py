@@ -1,6 +1,6 @@
-"""What is asked for: a latency limit (SLO), an accuracy budget and a workload; together, a goal.
+"""The goal of a tuning run: a latency limit (SLO), an accuracy budget and a workload.
 
-All are small frozen values, valid once built. Each reads and prints the text a user types.
+All are small frozen values that are checked when they are built. Each reads and prints the text that a user writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def _plain(value: float) -> str:
-    """As a person writes it, and as it is read again: no exponent, no digits that binary fractions leave."""
+    """The number without an exponent and without rounding errors of binary fractions, so that it reads back equal."""
     return f"{value:.9f}".rstrip("0").rstrip(".")
 
 
@@ -41,13 +41,13 @@ class SLO(msgspec.Struct, frozen=True):
         if not 0 < self.percentile < 100:
             raise GoalError(
                 f"cannot use the percentile {self.percentile:g}",
-                "a percentile lies between 0 and 100, both excluded",
+                "a percentile is above 0 and below 100",
                 "write for example p99<50ms",
             )
         if not 0 < self.limit_s <= _LONGEST_S:
             raise GoalError(
                 f"cannot use the latency limit {self.limit_s:g} s",
-                f"a limit is a time above zero, up to {_LONGEST_S:g} s",
+                f"a limit is above 0 and at most {_LONGEST_S:g} s",
                 "write for example p99<50ms",
             )
 
@@ -103,7 +103,7 @@ class AccuracyBudget(msgspec.Struct, frozen=True):
         if not 0 <= self.max_drop <= 1:
             raise GoalError(
                 f"cannot use an accuracy budget of {self.max_drop:.4g}",
-                "a budget lies between 0% and 100%",
+                "a budget is from 0% to 100%",
                 "write for example --max-accuracy-drop 1%",
             )
 
@@ -128,10 +128,10 @@ class AccuracyBudget(msgspec.Struct, frozen=True):
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """How requests come: the arrival process and what each one carries.
+    """How requests arrive, and what each one carries.
 
     Attributes:
-        arrivals: the arrival process; Poisson is the crowd of many independent users.
+        arrivals: the arrival process; Poisson stands for many independent users.
         rows: samples in one request.
     """
 
@@ -143,12 +143,12 @@ class Workload(msgspec.Struct, frozen=True):
             raise GoalError(
                 f"cannot send requests of {self.rows} samples",
                 f"a request carries 1 to {_MOST_ROWS:,}",
-                "use rows in between",
+                "change `rows`",
             )
 
 
 class Goal(msgspec.Struct, frozen=True):
-    """What a plan has to meet: the most requests per second inside `slo` and `budget` under `workload`."""
+    """What a plan has to achieve: the most requests per second within `slo` and `budget` under `workload`."""
 
     slo: SLO
     budget: AccuracyBudget = AccuracyBudget(max_drop=0.01)

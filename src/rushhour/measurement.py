@@ -1,7 +1,7 @@
-"""What was measured: latencies under load, service times of an engine alone, accuracy on held-out data.
+"""Measurements: latencies under load, service times of an engine alone, accuracy on held-out data.
 
-Latencies are kept as HdrHistogram (3 significant digits, 1 µs to 1 hour), in its own base64 form, so that any tool
-of that family can read a line of `measurements.jsonl` again.
+Latencies are stored as an HdrHistogram (3 significant digits, 1 µs to 1 hour) in its standard base64 encoding, so that
+any HdrHistogram tool can read a line of `measurements.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _LOWEST_US, _HIGHEST_US, _DIGITS = 1, 3_600_000_000, 3
 class Outcome(enum.StrEnum):
     """The verdict on one load: does the SLO hold at this rate?
 
-    `PASS` and `FAIL` are proofs; all others are not, and count as neither.
+    `PASS` and `FAIL` are proven; the others are not, and count as neither.
     """
 
     PASS = "pass"
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
-    """Not enough evidence for either: a longer window may decide."""
+    """Not enough evidence for pass or fail: a longer window may decide."""
     UNSTABLE = "unstable"
-    """The server fell behind: the queue grew, so no percentile describes it."""
+    """The queue grew during the window, so no percentile describes the latency."""
     GENERATOR_LIMITED = "generator_limited"
-    """The load generator could not keep its schedule, so the server was not tested at this rate."""
+    """The load generator fell behind its schedule, so the server was not tested at this rate."""
     VOID = "void"
-    """The machine was disturbed during the window, so nothing can be concluded."""
+    """Other processes disturbed the machine during the window, so nothing can be concluded."""
 
     @property
     def words(self) -> str:
-        """For people: `generator limited`."""
+        """The outcome as words: `generator limited`."""
         return self.value.replace("_", " ")
 
     @property
     def refutes(self) -> bool:
-        """Whether the server was shown not to hold the rate."""
+        """Whether it is proven that the server does not hold the rate."""
         return self in (Outcome.FAIL, Outcome.UNSTABLE)
 
 
 Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-"""Of a metric, or anything else that may be negative. These bounds are for files that somebody has edited."""
+"""A metric, or anything else that may be negative. The bounds reject files with edited values."""
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """Per second."""
 Time = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -62,35 +62,36 @@ Interval = tuple[Number, Number]
 
 
 class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
-    """One window of open-loop load against a server: what was asked, what came back, and the verdict.
+    """One window of open-loop load on a server: what was sent, what was answered, and the verdict.
 
     Attributes:
-        slo: what the verdict was about.
+        slo: that the verdict is about.
         rate_rps: scheduled requests per second (Poisson).
         seed: of the arrival schedule.
         duration_s: length of the schedule.
         n: scheduled requests.
-        late: of these, answered over the limit, with an error, shed, or not at all.
+        late: of these, not answered within the limit: too slow, with an error, shed, or never.
         errors: of these, refused connections, time-outs, malformed answers, statuses other than 200, 429 and 503.
-        shed: of these, turned away by the server (429 or 503).
+        shed: of these, refused by the server (429 or 503).
         p50_ms: median latency from the scheduled arrival, over all requests answered.
-        p99_ms: its 99th percentile over all scheduled requests, unanswered ones counted as infinitely late; None
-            where there are too few samples, the server was unstable, or it falls among the unanswered.
+        p99_ms: the 99th percentile over all scheduled requests, with unanswered ones as infinitely late; None where
+            there are too few samples, the server was unstable, or the percentile is an unanswered request.
         p99_interval_ms: the 95% interval of `p99_ms` from order statistics; None where `p99_ms` is.
         goodput_rps: answers per second that met the limit.
         generator_cpu: the generator's CPU time over the wall time, 1.0 = one core.
-        server_cpu: the same of the server, all its processes; None where it is not known.
-        speeds: of the host, in each 100 ms of the window: what the server's profile says its batches take, over what
-            they took. Below 1 is slower than when the profile was made; empty where the server does not tell.
-        send_delay_p99_ms: how late the generator itself was.
-        outcome: the verdict; `reason` says it in words.
+        server_cpu: the same of the server with all its processes; None where it is not known.
+        speeds: of the host, in each 100 ms of the window: the duration of the server's batches by its profile, over
+            the measured one. Below 1 is slower than the profile; empty where the server does not report it.
+        send_delay_p99_ms: how late the generator itself sent, 99th percentile.
+        outcome: the verdict; `reason` explains it.
         latencies: HdrHistogram of the answered requests in microseconds, base64.
         error_kinds: how many of `errors` are of each kind: `mismatch`, `status 500`, `time-out`, `closed`, ...
-        decided: false where a longer window might decide it.
-        needs_s: seconds more at this rate that would decide it, about; None where it is decided or hardly can be.
-        blocks: late requests in each of 20 blocks of neighbours, for resampling; what fills no block is left out.
-        looks: how many times the window was looked at while it grew, each time with requests added.
-        retries: disturbed windows that were thrown away for this one.
+        decided: false where a longer window may decide it.
+        needs_s: about how many more seconds at this rate would decide it; None where it is decided or cannot be.
+        blocks: late requests in each of 20 blocks of consecutive requests, for resampling; an incomplete block is left
+            out.
+        looks: how many times the verdict was computed while the window grew (a group-sequential test).
+        retries: disturbed windows that were discarded before this one.
     """
 
     slo: SLO
@@ -121,22 +122,22 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
 
     @property
     def keeps_slo(self) -> bool:
-        """Whether no more of its requests were late than the SLO allows, proven or not."""
+        """Whether no more requests were late than the SLO allows, proven or not."""
         return self.late <= self.n * self.slo.allowed_miss_rate
 
     @property
     def speed(self) -> float | None:
-        """The host's usual speed in the window, the median of `speeds`; None where the server does not tell."""
+        """The median of `speeds`; None where the server does not report them."""
         return float(np.median(self.speeds)) if self.speeds else None
 
     @property
     def slow_speed(self) -> float | None:
-        """Its speed in its slow moments, the 10th percentile of `speeds`."""
+        """The 10th percentile of `speeds`."""
         return float(np.percentile(self.speeds, 10)) if self.speeds else None
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):
-    """How long an engine alone takes for a batch, all its streams busy.
+    """Duration of a batch on the engine alone, with all streams busy.
 
     Attributes:
         batch_sizes: ascending, from 1 to the largest batch.
@@ -156,10 +157,9 @@ class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_t
 
 
 class BatchCost(msgspec.Struct, frozen=True):
-    """CPU time of a batch by itself, after a pause, over all threads of the engine and until they sleep again.
+    """CPU time of a single batch after a pause, summed over all threads of the engine until they are idle again.
 
-    It is more than a stream's share of `ServiceTimes`: threads wake and find their caches cold, and some spin for a
-    while after the batch in case another follows.
+    It is more than a stream's share of `ServiceTimes`: caches are cold, and some threads spin after the batch.
 
     Attributes:
         batch_s: CPU seconds of a batch, whatever its size.
@@ -171,7 +171,7 @@ class BatchCost(msgspec.Struct, frozen=True):
 
 
 class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
-    """The task's metric of a compiled artefact on held-out data, and how far it fell below the reference.
+    """The task's metric of a compiled artefact on held-out data, and its drop below the reference.
 
     Attributes:
         metric: name of the metric; higher is better.

@@ -1,11 +1,10 @@
-"""A picture as cameras and browsers give it becomes a sample: one way for training and for serving.
+"""Decoding of pictures into samples, the same in training and in serving.
 
-It is turned as its EXIF orientation says, laid over white where it is transparent, brought to the sample's size
-(stretched, bilinear with antialiasing) and to its channels. Values of more than 8 bits are scaled: what is white in the
-decoding becomes 255. `bundle.Decoding` is how a bundle says so. A large JPEG is decoded at a half, quarter or eighth of
-its size, as long as that is at least twice the sample's: for 12 megapixels and a sample of 224x224 that is 39 ms of CPU
-instead of 127. Other decoders were measured on the same files (simplejpeg 115 ms, OpenCV 110 ms): libjpeg-turbo is
-below all of them.
+The EXIF orientation is applied, transparent pixels are put on white, and the picture is brought to the sample's size
+(stretched, bilinear with antialiasing) and channels. Values of more than 8 bits are scaled so that white becomes 255.
+`bundle.Decoding` records all that. A large JPEG is decoded at a half, quarter or eighth of its size, as long as that is
+at least twice the sample's: for 12 megapixels and a sample of 224x224 that takes 39 ms of CPU instead of 127. Other
+decoders on the same files: simplejpeg 115 ms, OpenCV 110 ms; all of them use libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -40,18 +39,17 @@ _GREY = ("1", "L", "LA", "La", "F")
 _AS_DECODED = Decoding()
 
 
-class Seen(NamedTuple):
-    """What a file held, beside its pixels.
+class PictureInfo(NamedTuple):
+    """Properties of a picture file.
 
     Attributes:
-        height: of the upright picture, in pixels.
+        height: of the picture with its orientation applied, in pixels.
         width: of the same.
-        colour: whether it had more than grey.
-        frames: whether there are more pictures in it than the first, which is the one that is read.
-        deep: the largest value, where it is grey of 16 or 32 bits; 0 elsewhere.
-        real: the largest value, where it is grey in floats; 0 elsewhere.
-        cut: the largest value of 0..255, where its colours have 16 bits, of which Pillow reads the upper 8; 255
-            elsewhere.
+        colour: whether it is not grey.
+        frames: whether the file has more pictures; only the first is read.
+        deep: the largest value of 16-bit or 32-bit grey; 0 for others.
+        real: the largest value of grey in floats; 0 for others.
+        cut: the largest value of 16-bit colours, of which Pillow reads the upper 8 bits; 255 for others.
     """
 
     height: int
@@ -63,18 +61,18 @@ class Seen(NamedTuple):
     cut: int = 255
 
 
-def look(source: Path | BinaryIO, *, max_pixels: int) -> Seen:
-    """The size and kind of a picture. Its values are looked at only where they have more than 8 bits of grey.
+def inspect_picture(source: Path | BinaryIO, *, max_pixels: int) -> PictureInfo:
+    """The properties of a picture. Its values are read only if it is grey of more than 8 bits.
 
     Raises:
         DataError: if it cannot be read.
     """
     with _opened(source, max_pixels, None) as picture:
-        seen = _seen(picture)
+        info = _info_of(picture)
         if picture.mode.startswith("I") or picture.mode == "F":
             picture.load()
-            seen = _measured(picture, seen)
-    return seen
+            info = _measured(picture, info)
+    return info
 
 
 def decode(
@@ -84,46 +82,46 @@ def decode(
     max_pixels: int,
     formats: tuple[str, ...] | None = None,
     decoding: Decoding = _AS_DECODED,
-) -> Seen:
+) -> PictureInfo:
     """Write a picture as a sample.
 
     Args:
         source: encoded.
-        into: shape `(height, width, channels)`, with 1 channel for grey and 3 for red, green and blue.
-        max_pixels: a picture with more is refused before anything of it is decoded.
-        formats: Pillow's names of those that are read; all that it knows by default.
-        decoding: what is white in grey of more than 8 bits. Brighter values become white too: the caller compares with
-            what is returned.
+        into: shape `(height, width, channels)`: 1 channel for grey, 3 for red, green and blue.
+        max_pixels: a picture with more is refused before it is decoded.
+        formats: Pillow's names of the allowed ones; all that it knows by default.
+        decoding: which value is white in grey of more than 8 bits. Brighter values become white too; the returned
+            properties tell whether there are any.
 
     Raises:
-        DataError: if it is damaged, too large, of another format, or has values that no picture has.
+        DataError: if it is damaged, too large, of another format, or has invalid values.
     """
     height, width, channels = into.shape
     mode, reduced = ("L" if channels == 1 else "RGB"), _REDUCING_GAP * max(height, width)
     with _opened(source, max_pixels, formats) as picture:
-        seen, wide = _seen(picture), _has_wide_colours(picture)
+        info, wide = _info_of(picture), _has_wide_colours(picture)
         picture.draft(mode, (reduced, reduced))
         picture.load()
         orientation = _orientation(picture)
         size = (height, width) if orientation in _ON_ITS_SIDE else (width, height)
         if picture.mode.startswith("I") or picture.mode == "F":
-            seen = _measured(picture, seen)
+            info = _measured(picture, info)
             real = picture.mode == "F"
             eight = _of_floats(picture, decoding.real) if real else _scale(decoding.deep)[np.asarray(picture)]
             sample = Image.fromarray(eight).convert(mode)
         else:
             sample = _opaque(picture).convert(mode)
             if wide:
-                seen = seen._replace(cut=int(np.asarray(sample).max()))
+                info = info._replace(cut=int(np.asarray(sample).max()))
         if sample.size != size:
             sample = sample.resize(size, Image.Resampling.BILINEAR)
         if orientation in _TURNS:
             sample = sample.transpose(_TURNS[orientation])
     into[:] = np.asarray(sample).reshape(into.shape)
-    return seen
+    return info
 
 
-def _seen(picture: Image.Image) -> Seen:
+def _info_of(picture: Image.Image) -> PictureInfo:
     """Before it is loaded."""
     height, width = picture.height, picture.width
     # Pillow turns a TIFF itself, and gives the size that it has then
@@ -132,21 +130,21 @@ def _seen(picture: Image.Image) -> Seen:
     colour = not (picture.mode in _GREY or picture.mode.startswith("I"))
     # a phone's JPEG may carry a second, smaller picture of the same
     frames = picture.format not in ("JPEG", "MPO") and bool(getattr(picture, "is_animated", False))
-    return Seen(height, width, colour, frames)
+    return PictureInfo(height, width, colour, frames)
 
 
-def _measured(picture: Image.Image, seen: Seen) -> Seen:
-    """With the largest value of a loaded picture of more than 8 bits of grey."""
+def _measured(picture: Image.Image, info: PictureInfo) -> PictureInfo:
+    """With the largest value of a loaded picture that is grey of more than 8 bits."""
     values = np.asarray(picture)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 65_535:
-        raise ValueError(f"its values run from {low:g} to {high:g}, and a picture's lie in 0..1, 0..255 or 0..65535")
-    return seen._replace(real=high) if picture.mode == "F" else seen._replace(deep=int(high))
+        raise ValueError(f"its values run from {low:g} to {high:g}, and pictures have 0..1, 0..255 or 0..65535")
+    return info._replace(real=high) if picture.mode == "F" else info._replace(deep=int(high))
 
 
 @functools.cache
 def _scale(white: int) -> NDArray[np.uint8]:
-    """What becomes of each value of 16 bits."""
+    """The 8-bit value of each 16-bit value."""
     scaled: NDArray[np.uint8] = np.rint(np.arange(65_536).clip(0, white) * (255 / white)).astype(np.uint8)
     return scaled
 
@@ -177,7 +175,7 @@ def _orientation(picture: Image.Image) -> object:
 
 @contextmanager
 def _opened(source: Path | BinaryIO, max_pixels: int, formats: tuple[str, ...] | None) -> Iterator[Image.Image]:
-    """An opened picture; whatever goes wrong with it becomes a `DataError`."""
+    """An opened picture; every error of it becomes a `DataError`."""
     try:
         with Image.open(source, formats=formats) as picture:
             if picture.width * picture.height > max_pixels:
@@ -186,9 +184,9 @@ def _opened(source: Path | BinaryIO, max_pixels: int, formats: tuple[str, ...] |
     except UnidentifiedImageError as error:
         known = "of a kind that Pillow knows" if formats is None else f"a {', '.join(formats[:-1])} or {formats[-1]}"
         raise _unreadable(f"it is damaged, or not {known}") from error
-    except Exception as error:  # there is little that Pillow does not raise on one damaged picture or another
+    except Exception as error:  # Pillow raises errors of many types on damaged pictures
         raise _unreadable(str(error) or type(error).__name__) from error
 
 
 def _unreadable(why: str) -> DataError:
-    return DataError("the picture cannot be read", why, "mend it, or leave it out")
+    return DataError("the picture cannot be read", why, "repair it, or leave it out")

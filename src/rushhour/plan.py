@@ -1,4 +1,4 @@
-"""The Plan: the frozen answer of a tuning run, and the only noun that crosses from `tune` to `serve`."""
+"""The Plan: the result of a tuning run, and the only thing that `serve` takes from `tune`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rushhour.system.storage import explained, write_whole
 
 SCHEMA = 1
 PLAN = "plan.json"
-"""In a run's folder: the answer."""
+"""The Plan's file in a run's folder."""
 SO_FAR = "plan-so-far.json"
-"""In a run's folder while its search goes on, or where it was broken off: the best plan until then."""
+"""The best plan so far, in the folder of a run that is not finished."""
 
 EngineName = Literal["openvino", "onnxruntime", "torch"]
 Precision = Literal["f32", "bf16", "int8"]
 
 LARGEST_BATCH = 4096
-"""Samples in one batch, at most: an engine runs the largest once before it serves."""
+"""Bound on the batch size: an engine runs its largest batch once before it serves."""
 
 _Cells = Annotated[int, msgspec.Meta(ge=1, le=256)]
 _Lanes = Annotated[int, msgspec.Meta(ge=1, le=1024)]
@@ -38,10 +38,10 @@ class Variant(msgspec.Struct, frozen=True):
     """One thing that can answer requests: a bundle on an engine at a precision.
 
     Attributes:
-        name: unique within a plan; people read it.
+        name: unique within a plan; shown to users.
         bundle: the bundle's folder, relative to the plan's.
         bundle_hash: what that bundle's content hash must be.
-        precision: what the engine computes in. `int8` means that the bundle is quantised.
+        precision: what the engine computes in; `int8` where the bundle is quantised.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Variant(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """How requests are put on the engine.
+    """How requests are scheduled on the engine.
 
     Attributes:
-        cells: processes behind one port, each with the streams and threads below and its share of the cores.
+        cells: server processes that share the port; each has the streams and threads below.
         streams: batches that run at the same time.
         threads: CPU threads of each stream.
-        max_batch: samples in one batch, at most.
-        queue_bound: samples that may wait, at most; further requests are shed.
-        deadline_ms: a request that cannot be answered within this is shed at its arrival; None sheds for a full queue
-            only. A request's own `timeout` counts whatever this says.
+        max_batch: the batch bound: most samples in one batch.
+        queue_bound: most samples that may wait; further requests are shed.
+        deadline_ms: a request that cannot be answered within this is shed on arrival; None sheds only when the queue
+            is full. A request's own `timeout` always applies.
     """
 
     cells: _Cells = 1
@@ -73,7 +73,7 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 class OperatingPoint(msgspec.Struct, frozen=True):
-    """One measured point: at this rate, this latency."""
+    """The latency measured at a rate."""
 
     rate_rps: Rate
     p50_ms: Time | None
@@ -85,18 +85,18 @@ Fate = Literal["won", "baseline", "beaten", "tied", "dominated", "over budget", 
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """One candidate, how far it got, and why it went no further.
+    """One candidate and its fate.
 
     Attributes:
-        candidate: names it in `measurements.jsonl` (`Entry.subject`): `int8/openvino/int8/s2t1b32`.
-        bundle: which bundle it serves: `reference`, `int8`.
-        accuracy: on the validation part, of the compiled artefact; None where it never came to that.
-        predicted_rps: from its service times alone, by simulation, before any load.
-        capacity_rps: under real load; None where it was dropped before its capacity was searched.
+        candidate: its name in `measurements.jsonl` (`Entry.subject`): `int8/openvino/int8/s2t1b32`.
+        bundle: that it serves: `reference`, `int8`.
+        accuracy: of the compiled artefact on the validation part; None where it was not measured.
+        predicted_rps: by simulation on its service times, before any load.
+        capacity_rps: under load; None where it was dropped before that.
         fate: `won`; `baseline` (the untouched model); `beaten` under load; `tied` with the winner under load;
-            `dominated` by prediction; `over budget`; `failed` (its engine cannot run it); `skipped` (the time was up).
-        why: in words, with the numbers.
-        name: for people: `int8 on OpenVINO, 2 streams`.
+            `dominated` by prediction; `over budget`; `failed` (its engine cannot run it); `skipped` (no time left).
+        why: the reason, with the numbers.
+        name: shown to users: `int8 on OpenVINO, 2 streams`.
     """
 
     candidate: str
@@ -116,12 +116,12 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What one more step bought: the capacity with all steps up to this one, measured under load.
+    """The gain of one more step: the capacity with all steps up to this one, measured under load.
 
     Attributes:
-        step: `as it is`, `compiled`, `batched`, `quantised`: in words for people.
+        step: `as it is`, `compiled`, `batched`, `quantised`: shown to users.
         candidate: what was measured, as in `Trial`.
-        name: the same for people.
+        name: the same, shown to users.
     """
 
     step: str
@@ -133,12 +133,12 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct, frozen=True):
-    """What was measured, in the numbers people ask for. The measurements themselves lie in `measurements.jsonl`.
+    """The main results of a run. The measurements themselves are in `measurements.jsonl`.
 
     Attributes:
-        capacity_rps: the highest rate whose verdict was a confirmed pass on fresh seeds; where none was, the estimate
-            from all windows. 0 only where the SLO held at no rate.
-        lowest_failing_rps: the lowest rate that was proven not to hold, if one was.
+        capacity_rps: the highest rate with a pass that was confirmed on fresh seeds; without one, the estimate from all
+            windows. 0 only where the SLO held at no rate.
+        lowest_failing_rps: the lowest rate that is proven to fail, if there is one.
         p99_ms: at `capacity_rps`.
         accuracy: of the compiled artefact on the untouched test set.
         accuracy_drop: reference minus plan, paired on the same samples.
@@ -147,10 +147,11 @@ class Evidence(msgspec.Struct, frozen=True):
         model_bytes: size on disk of the graph that is served.
         at: when the plan was made, ISO 8601.
         trials: every candidate and its fate.
-        ladder: what each step bought, in order.
-        proven: whether `capacity_rps` is a proof, or an estimate.
-        alone_rps: predicted: the capacity without the load generator on the same machine.
-        capacity_interval_rps: the estimate's 95% interval, from all windows of the winner; None where it held at none.
+        ladder: the gain of each step, in order.
+        proven: whether `capacity_rps` is a confirmed pass, not an estimate.
+        alone_rps: the predicted capacity without the load generator on the same machine.
+        capacity_interval_rps: the estimate's 95% interval, from all windows of the winner; None where the SLO held in
+            none.
     """
 
     capacity_rps: Rate
@@ -180,11 +181,11 @@ class Evidence(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """How to serve: variants, policy and operating points that meet the goal, with the evidence.
+    """How to serve a model: variants, policy and operating points that meet the goal, with the evidence.
 
     Attributes:
-        model: the name of the model that was tuned, under which it is served whichever variant won; empty in plans of
-            older versions, which are served under the name of the run's reference.
+        model: the name of the tuned model, under which every variant is served; empty in plans of older versions, which
+            are served under the name of the run's reference.
     """
 
     goal: Goal
@@ -193,7 +194,7 @@ class Plan(msgspec.Struct, frozen=True):
     operating_points: tuple[OperatingPoint, ...] = ()
     evidence: Evidence | None = None
     feasible: bool = True
-    """False for the nearest miss: nothing met the goal, and this came closest."""
+    """False for the nearest miss: nothing met the goal, and this plan came closest."""
     model: str = ""
     schema: _Schema = SCHEMA
 
@@ -228,14 +229,14 @@ class Plan(msgspec.Struct, frozen=True):
                 raise PlanError(
                     f"the plan {path} has schema {schema}",
                     f"this Rushhour reads schemas up to {SCHEMA}",
-                    "upgrade Rushhour, or make the plan anew with `rushhour tune`",
+                    "upgrade Rushhour, or make the plan again with `rushhour tune`",
                 )
             return msgspec.json.decode(content, type=cls)
         except (msgspec.DecodeError, GoalError, RecursionError) as error:
             raise PlanError(
                 f"the plan {path} cannot be read",
                 str(error),
-                "restore it, or make it anew with `rushhour tune`",
+                "restore it, or make it again with `rushhour tune`",
             ) from error
 
 

@@ -1,6 +1,6 @@
-"""What a model is for: what its output must look like, how good it is (numpy, higher is better), how it is read.
+"""Tasks: the form of a model's output, its metric (numpy, higher is better), and how an answer is read.
 
-The loss lives in `train/`; everything here runs without torch, on the outputs of any engine.
+The loss is in `train/`; everything here runs without torch, on the outputs of any engine.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Task(msgspec.Struct, frozen=True):
         if len(classes) < 2:
             raise TaskError(
                 f"cannot classify into {len(classes)} class{'' if len(classes) == 1 else 'es'}",
-                "there is nothing to tell apart",
-                "give data with at least two classes",
+                "a classification needs at least two classes",
+                "add data of another class",
             )
         return cls(kind="classification", classes=classes, outputs=len(classes))
 
@@ -56,7 +56,7 @@ class Task(msgspec.Struct, frozen=True):
 
     @property
     def fidelity_metric(self) -> str:
-        """The name of what `fidelity` measures; higher is better."""
+        """The name of the metric of `fidelity`; higher is better."""
         return "agreement" if self.kind == "classification" else self.metric
 
     @property
@@ -85,7 +85,7 @@ class Task(msgspec.Struct, frozen=True):
     def evaluate(self, outputs: NDArray[Any], targets: NDArray[Any]) -> tuple[float, Interval]:
         """The metric and its 95% interval.
 
-        Accuracy has Wilson's interval (Wilson 1927); the others a bootstrap over samples with a fixed seed.
+        Wilson's interval for accuracy (Wilson 1927), else a bootstrap over samples with a fixed seed.
 
         Args:
             outputs: shape `(n, outputs)`.
@@ -103,10 +103,10 @@ class Task(msgspec.Struct, frozen=True):
     def compare(
         self, reference: NDArray[Any], candidate: NDArray[Any], targets: NDArray[Any]
     ) -> tuple[float, Interval]:
-        """How far `candidate` falls below `reference` on the same samples: the drop and its paired 95% interval.
+        """The drop of `candidate` below `reference` on the same samples, and its paired 95% interval.
 
-        A difference of paired proportions takes Agresti and Min's adjusted interval (Statistics in Medicine 2005),
-        which holds its level also where few answers differ; the others take a paired bootstrap.
+        For accuracy the adjusted interval of Agresti and Min (Statistics in Medicine 2005), which keeps its coverage
+        where few answers differ; else a paired bootstrap.
 
         Args:
             reference: outputs of the reference model, shape `(n, outputs)`.
@@ -132,10 +132,10 @@ class Task(msgspec.Struct, frozen=True):
         return drop(np.arange(len(variances))), _bootstrap(drop, len(variances))
 
     def fidelity(self, reference: NDArray[Any], candidate: NDArray[Any]) -> tuple[float, Interval]:
-        """How far `candidate` answers as `reference` does, and the 95% interval: 1 where nothing changed.
+        """The agreement of `candidate` with `reference`, and its 95% interval: 1 where nothing changed.
 
-        For data without labels: the share of samples that both give the same class (Wilson's interval); R² or the
-        mean cosine where the reference's answers are taken for the targets.
+        For data without labels: the share of samples with the same class (Wilson's interval); or R² or the mean cosine,
+        with the reference's answers as the targets.
 
         Args:
             reference: outputs of the reference model, shape `(n, outputs)`.
@@ -144,7 +144,7 @@ class Task(msgspec.Struct, frozen=True):
         return self.evaluate(candidate, reference.argmax(axis=1) if self.kind == "classification" else reference)
 
     def read(self, output: NDArray[Any]) -> Mapping[str, float]:
-        """One answer in words: label -> probability, most likely first; or the regressed values by position.
+        """One answer by name: label -> probability, most likely first; or the values by position.
 
         Args:
             output: shape `(outputs,)`.
@@ -155,11 +155,11 @@ class Task(msgspec.Struct, frozen=True):
 
 
 def are_probabilities(outputs: NDArray[Any], tolerance: float = 1e-3) -> bool:
-    """Whether each of these outputs, `(n, classes)`, is a distribution over the classes, as a softmax gives it.
+    """Whether each of these outputs, `(n, classes)`, is a distribution over the classes, such as of a softmax.
 
     Args:
         outputs: of a classification, of a few samples.
-        tolerance: of each number and of their sum; answers of an int8 graph are coarse.
+        tolerance: of each number and of their sum; outputs of an int8 graph are coarse.
     """
     if outputs.ndim != 2 or outputs.shape[1] < 2 or not np.isfinite(outputs).all():
         return False

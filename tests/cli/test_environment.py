@@ -143,7 +143,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """As under nohup."""
     code = (
         "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from rushhour.system.interruption import INTERRUPTION\nINTERRUPTION.take_over()\nINTERRUPTION.begin()\n"
+        "from rushhour.system.interruption import INTERRUPTION\nINTERRUPTION.install()\nINTERRUPTION.begin()\n"
         "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')"
     )
     assert python(code).stdout == "goes on\n"
@@ -152,7 +152,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 def test_an_interruption_where_none_can_be_passed_on_comes_again() -> None:
     code = (
         "import os, signal, time\nfrom rushhour.system.interruption import INTERRUPTION\n"
-        "INTERRUPTION.take_over()\nINTERRUPTION.begin()\n"
+        "INTERRUPTION.install()\nINTERRUPTION.begin()\n"
         "class Lost:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(0)\n"
         "try:\n    Lost()\n    time.sleep(20)\nexcept KeyboardInterrupt:\n    print('ended')"
     )
@@ -405,7 +405,7 @@ def test_settings_of_a_server_are_checked(tiny: Bundle, settings: str) -> None:
 _PRINTS = r"""
 import sys
 from rushhour.system import streams
-streams.settle()
+streams.install()
 import click
 from rich.table import Table
 from rushhour.cli.terminal import TerminalProgress, result_console
@@ -457,7 +457,7 @@ def test_output_in_other_encodings(encoding: str) -> None:
 
 def test_a_file_name_that_is_no_text_is_printed_as_it_is() -> None:
     code = (
-        "from rushhour.system import streams\nstreams.settle()\nimport click\n"
+        "from rushhour.system import streams\nstreams.install()\nimport click\n"
         "click.echo(b'a\\xff'.decode(errors='surrogateescape'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, env=environment(), check=False)
@@ -472,7 +472,8 @@ def test_a_full_standard_output_is_said_and_ends_nothing() -> None:
         assert said(done) == "No space left on device"
         done = run("machine", stdout=full, capture_output=False, stderr=subprocess.PIPE)
     assert done.returncode == 2
-    assert done.stderr.strip() == "rushhour: cannot write to standard output: No space left on device; files are whole"
+    expected = "rushhour: cannot write to standard output: No space left on device; all files are complete"
+    assert done.stderr.strip() == expected
 
 
 def test_a_reader_that_has_gone_ends_nothing() -> None:
@@ -579,7 +580,7 @@ def test_places_are_tried_before_work_begins(tmp_path: Path, arrays: Path, tiny:
 def test_a_folder_where_a_file_is_to_be_and_the_other_way_round(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(answer_to("machine", "--json", tmp_path), "it is a folder")
-    for out, says in ((tmp_path / "file", "cannot write"), ("/", "cannot write"), (".", "is not Rushhour's")):
+    for out, says in ((tmp_path / "file", "cannot write"), ("/", "cannot write"), (".", "will not write to")):
         refused(answer_to("train", "mlp", "--data", "none.npz", "--out", out), says)
     refused(answer_to("tune", "mlp", "--data", "none.npz", "--out", tmp_path / "file"), "cannot write into")
     assert (tmp_path / "file").read_text() == "mine"
@@ -839,7 +840,7 @@ def seam(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Seam:
         (RecursionError(), "RecursionError"),
         (MemoryError(), "there is not enough memory"),
         (OSError(28, "No space left on device", "/data/x"), "the disk is full (/data/x)"),
-        (OSError(24, "Too many open files"), "this process may open no more files"),
+        (OSError(24, "Too many open files"), "this process has too many open files"),
         (ExceptionGroup("several", [ValueError("a")]), "ExceptionGroup: several"),
     ],
 )
@@ -867,7 +868,7 @@ def test_where_no_file_can_be_written_it_says_so(seam: Seam, tmp_path: Path, mon
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("rushhour: while ")
     assert "ZeroDivisionError: oh" in line
-    assert "could be written to no file" in line
+    assert "could not be written to a file" in line
     assert "Traceback" in done.stderr, "it is nowhere else"
 
 
@@ -875,7 +876,7 @@ def test_errors_elsewhere_say_which_command_ran(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     monkeypatch.setattr(cli_command, "open_files", None)
-    refused(answer_to("machine"), "while running rushhour machine: TypeError: 'NoneType' object", "please report it")
+    refused(answer_to("machine"), "while running rushhour machine: TypeError: 'NoneType' object", "please report")
 
     def broken(*_: Any) -> None:
         raise AttributeError("no such thing")
@@ -883,7 +884,7 @@ def test_errors_elsewhere_say_which_command_ran(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(cli_command, "open_files", broken)
     done = answer_to("machine")
     refused(done, "AttributeError: no such thing, in your own code (test_environment.py, line ", "its traceback is in ")
-    assert "report it" not in done.stderr
+    assert "please report" not in done.stderr
 
 
 # All of it together.
@@ -1090,7 +1091,7 @@ def _walk(name: str, verbs: Sequence[str], open_place: Path, arrays: Path, train
             assert done.returncode in (0, 1, 2), (verb, done.returncode, done.stderr)
             if done.returncode == 2:
                 assert said(done).startswith("rushhour: "), (verb, done.stderr)
-                assert "which Rushhour does not know" not in done.stderr, (verb, done.stderr)
+                assert "which Rushhour does not expect" not in done.stderr, (verb, done.stderr)
             if name not in ("full disk", "small files"):
                 assert done.returncode != 2, (verb, done.stderr)
             if name == "ASCII":

@@ -17,7 +17,7 @@ from PIL import Image, features
 from rushhour.bundle import Decoding
 from rushhour.data import Dataset, decoded, load
 from rushhour.errors import DataError, RushhourError, TaskError
-from rushhour.picture import decode, look
+from rushhour.picture import decode, inspect_picture
 
 EVERYTHING = 10**9
 
@@ -42,7 +42,7 @@ def as_read(picture: Image.Image | bytes, channels: int = 3, form: str = "PNG", 
         file = io.BytesIO()
         picture.save(file, form, **options)
         picture = file.getvalue()
-    seen = look(io.BytesIO(picture), max_pixels=EVERYTHING)
+    seen = inspect_picture(io.BytesIO(picture), max_pixels=EVERYTHING)
     into = np.empty((seen.height, seen.width, channels), np.uint8)
     decode(io.BytesIO(picture), into, max_pixels=EVERYTHING)
     return into

@@ -523,7 +523,7 @@ def test_the_folder_one_stands_in_is_not_replaced(
     monkeypatch.chdir(tmp_path / ("sub" if place == ".." else "."))
     before = content(tmp_path)
     for verb in ("train", "tune"):
-        refused(answer_to(verb, "mlp", "--data", data, "--out", place), "not Rushhour's to write to", "data.npz")
+        refused(answer_to(verb, "mlp", "--data", data, "--out", place), "will not write to", "data.npz")
     assert content(tmp_path) == before
 
 

@@ -36,7 +36,7 @@ from rushhour.data import load
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, DataError, WireError
 from rushhour.measurement import ServiceTimes
-from rushhour.picture import decode, look
+from rushhour.picture import decode, inspect_picture
 from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings
 from rushhour.serve.scheduling.admission import Profile
@@ -605,7 +605,7 @@ def test_a_client_that_hangs_up_stops_the_decoding(server: Server) -> None:
 def test_a_picture_stands_upright(orientation: int) -> None:
     """As the camera meant it: what EXIF says has been done to the picture is undone."""
     source = turned(scene(40, 60), orientation)
-    seen = look(io.BytesIO(source), max_pixels=10_000)
+    seen = inspect_picture(io.BytesIO(source), max_pixels=10_000)
     assert (seen.colour, seen[:2]) == (True, (60, 40) if orientation >= 5 else (40, 60))
     sample = np.empty((*seen[:2], 3), np.uint8)
     decode(io.BytesIO(source), sample, max_pixels=10_000)

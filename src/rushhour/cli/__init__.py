@@ -16,7 +16,7 @@ import click
 from rushhour.cli import compare, compress, demo, load, machine, report, serve, train, tune
 from rushhour.cli.command import Group, Interrupted
 from rushhour.errors import RushhourError
-from rushhour.system.faults import unforeseen
+from rushhour.system.faults import report_unexpected
 from rushhour.system.interruption import INTERRUPTION
 from rushhour.system.storage import home
 
@@ -64,7 +64,7 @@ def main() -> None:
         if INTERRUPTION.number is not None:  # a library has turned it into another error
             _stop("run it again")
         doing = " ".join(["running rushhour", *sys.argv[1:2]])
-        _fail(str(error) if isinstance(error, RushhourError) else unforeseen(error, doing))
+        _fail(str(error) if isinstance(error, RushhourError) else report_unexpected(error, doing))
 
 
 def _stop(how_to_continue: str) -> NoReturn:

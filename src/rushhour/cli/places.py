@@ -1,5 +1,4 @@
-"""What a user names on the command line that lies on disk: `~` is their home, a URL is none, and what is to be written
-is tried before any work begins."""
+"""Paths on the command line: `~` is the home folder, a URL is refused, output paths are checked before work begins."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ class Place(_Path):
     """A path.
 
     Args:
-        tried: sees whether it can be written, where it is to be: `try_file`, `try_folder` or `try_building`.
+        tried: checks an output path: `try_file`, `try_folder` or `try_building`.
     """
 
     name = "path"
@@ -37,7 +36,7 @@ class Place(_Path):
         self.tried = tried
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path, from the home folder on where it begins there; what is to be written has a name."""
+        """The path with `~` expanded; an output path gets a name of its own."""
         if isinstance(value, Path):
             return value
         if not value:
@@ -52,13 +51,13 @@ class Named(_Text):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """As it is, or from the home folder on."""
+        """The text, with `~` expanded."""
         return _expanded(self, str(value), param, ctx)
 
 
 @contextlib.contextmanager
 def advised(option: str) -> Iterator[None]:
-    """Have an error of the disk name the option that chooses another place."""
+    """Add to disk errors the option that chooses another place."""
     try:
         yield
     except StorageError as error:
@@ -68,10 +67,10 @@ def advised(option: str) -> Iterator[None]:
 
 
 def try_places(ctx: click.Context) -> None:
-    """Try all that the command is to write, before it begins.
+    """Check all output paths of the command, before it begins.
 
     Raises:
-        StorageError: naming the first that cannot be written.
+        StorageError: if one cannot be written.
     """
     for param in ctx.command.params:
         place = ctx.params.get(param.name or "")

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal while something works: drawn where it can be, lines where it cannot."""
+"""Progress in the terminal: drawn where that is possible, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rich.text import Text
 from rushhour.clock import Clock, WallClock
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement, Outcome
-from rushhour.system.faults import during
+from rushhour.system.faults import note_activity
 
 if TYPE_CHECKING:
     from rushhour.load import Tick
@@ -41,20 +41,20 @@ _COLOURS = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.UNSTABLE: "red"}
 
 
 def _draws(console: Console) -> bool:
-    """Whether it can be drawn on and cleared again; where not, lines are written."""
+    """Whether the console can be redrawn; if not, lines are written."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def result_console() -> Console:
-    """Where results are printed: standard output.
+    """The console for results: standard output.
 
-    What is not a terminal has no width. For rich it has 80 columns, into which it cuts the numbers of a table.
+    A file or pipe has no width; rich would assume 80 columns and cut numbers in tables.
     """
     return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _NO_WIDTH)
 
 
-class _Shown:
-    """What is shown while a block lasts; an exception that ends the block carries a note on what it was."""
+class _Display:
+    """What is shown during a block; an exception that ends the block gets a note on what was being done."""
 
     _what = ""
 
@@ -66,24 +66,23 @@ class _Shown:
     ) -> None:
         self.fail()
         if error is not None and self._what:
-            during(error, self._what)
+            note_activity(error, self._what)
 
     def fail(self) -> None:
-        """Draw no more."""
+        """Stop drawing."""
         raise NotImplementedError
 
 
-class LoadView(_Shown):
-    """A run of load while it lasts: drawn anew at every tick on a terminal, else a line every few seconds.
+class LoadView(_Display):
+    """A load test in progress: redrawn at every tick on a terminal, else a line every few seconds.
 
-    It works in the parent of the generator, which gives a tick about five times a second and is held up by nothing
-    that happens here.
+    It runs in the parent of the generator, so drawing delays no request.
 
-    Use as a context manager, or say `fail` at the end.
+    Use as a context manager, or call `fail` at the end.
 
     Args:
         slo: the limit to hold latencies against; None where there is none.
-        console: where; standard error by default, so that standard output stays the result's.
+        console: standard error by default, because standard output is for the result.
     """
 
     def __init__(self, slo: SLO | None, console: Console | None = None) -> None:
@@ -109,7 +108,7 @@ class LoadView(_Shown):
         self._live.update(Text(what, style="bold"), refresh=True)
 
     def tick(self, tick: Tick) -> None:
-        """How it stands."""
+        """The state of the window."""
         self._ticks.append(tick)
         while len(self._ticks) > 2 and tick.at_s - self._ticks[1].at_s >= _RATES_OVER_S:
             self._ticks.popleft()
@@ -120,7 +119,7 @@ class LoadView(_Shown):
             self._line(f"  {tick.at_s:.0f} s: " + ", ".join(f"{name} {value}" for name, value in self._figures(tick)))
 
     def advance(self, by: float = 1.0, note: str = "") -> None:
-        """Nothing: ticks say more."""
+        """Nothing: ticks have more details."""
 
     def done(self, note: str = "", *, good: bool = True) -> None:
         """The window is over."""
@@ -128,14 +127,14 @@ class LoadView(_Shown):
             self._line(f"  {note}")
 
     def limit(self, seconds: float) -> None:
-        """Nothing: each window says how long it is."""
+        """Nothing: each window has its own duration."""
 
     def add(self, window: Measurement) -> None:
-        """Show a window among the past ones from now on."""
+        """Add a finished window to those that are shown."""
         self._past.append(window)
 
     def fail(self) -> None:
-        """Draw no more."""
+        """Stop drawing."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -184,16 +183,16 @@ class LoadView(_Shown):
         return Group(head, now, past)
 
 
-class TerminalProgress(_Shown):
+class TerminalProgress(_Display):
     """Draws `rushhour.progress.Progress` on a terminal; writes one line per piece of work to anything else.
 
-    Each line ends with the time that it took, and where the run has a limit with the time that is left of it.
+    Each line ends with its duration, and with the time left where the run has a limit.
 
-    Use as a context manager, or say `fail` when it ends early.
+    Use as a context manager, or call `fail` after an error.
 
     Args:
-        console: where; standard error by default, so that standard output stays the result's.
-        clock: what the times are read from.
+        console: standard error by default, because standard output is for the result.
+        clock: source of the times.
     """
 
     def __init__(self, console: Console | None = None, clock: Clock | None = None) -> None:
@@ -237,8 +236,8 @@ class TerminalProgress(_Shown):
             self._bar.update(self._task, advance=by, note=self._note)
 
     def done(self, note: str = "", *, good: bool = True) -> None:
-        """End the line with its result: with a tick where it is a good one."""
-        # Without a terminal the line has begun already, unless something else ended it since.
+        """End the line with its result: with a tick where it succeeded."""
+        # Without a terminal the line is printed already, unless a note ended it.
         what = "" if self._is_line_open else f"{escape(self._what)}  "
         self._is_line_open = False
         self._close()
@@ -247,7 +246,7 @@ class TerminalProgress(_Shown):
         self._print(f"{'[green]✓[/]' if good else '[yellow]·[/]'} {what}[bold]{escape(note)}[/]  [dim]{times}[/]")
 
     def limit(self, seconds: float) -> None:
-        """Show from now on how much is left of `seconds`."""
+        """Show the time left of `seconds` from now on."""
         self._ends = self._clock.now() + seconds
 
     def note(self, text: str) -> None:
@@ -258,7 +257,7 @@ class TerminalProgress(_Shown):
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def fail(self) -> None:
-        """End whatever is drawn, because an error ends the work."""
+        """Stop drawing after an error."""
         self._close()
 
     def _left(self) -> float | None:
@@ -278,22 +277,22 @@ class TerminalProgress(_Shown):
 
 
 class _Cropped(ProgressColumn):
-    """What a task is or its note, on one line; where the terminal is narrow it gives way to bar and times."""
+    """A task's description or note on one line, shortened where the terminal is narrow."""
 
     def __init__(self, field: Literal["description", "note"], style: str) -> None:
         super().__init__(Column(no_wrap=False))  # of columns, rich narrows only those that may wrap
         self._field, self._style = field, style
 
     def render(self, task: Task) -> Text:
-        """As much of it as fits."""
-        said = task.description if self._field == "description" else task.fields["note"]
-        return Text(said, style=self._style, no_wrap=True, overflow="ellipsis")
+        """The text; rich crops it."""
+        text = task.description if self._field == "description" else task.fields["note"]
+        return Text(text, style=self._style, no_wrap=True, overflow="ellipsis")
 
 
 class _TimeLeft(ProgressColumn):
-    """Of this piece of work, going by how long it took so far; and of the whole run, where that has a limit.
+    """The time left of this piece of work, estimated from its duration so far; and of the run, where it has a limit.
 
-    rich's own column guesses from the last seconds alone, which jumps where steps take unequal time.
+    rich's own column uses the last seconds only, which jumps where steps take unequal time.
     """
 
     def __init__(self, of_run: Callable[[], float | None]) -> None:
@@ -302,17 +301,17 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """`1:20 left, run 3:10`."""
-        said = []
+        parts = []
         if task.total and task.completed and task.elapsed:
             left = task.elapsed * max(0.0, task.total - task.completed) / task.completed
-            said.append(f"{_minutes(left)} left")
+            parts.append(f"{_minutes(left)} left")
         if (of_run := self._of_run()) is not None:
-            said.append(f"run {_minutes(of_run)}" if said else f"{_minutes(of_run)} left of the run")
-        return Text(", ".join(said), style="cyan")
+            parts.append(f"run {_minutes(of_run)}" if parts else f"{_minutes(of_run)} left of the run")
+        return Text(", ".join(parts), style="cyan")
 
 
 def _minutes(seconds: float) -> str:
-    """`1:20`, with hours where there are some."""
+    """`1:20`, or with hours `1:06:30`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

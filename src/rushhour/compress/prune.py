@@ -25,7 +25,7 @@ from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
 from rushhour.models import Deployed
 from rushhour.system import machine
-from rushhour.system.faults import in_short
+from rushhour.system.faults import summary_of
 from rushhour.train.loss import loss_for
 from rushhour.train.memory_format import MemoryFormat, guard
 
@@ -184,7 +184,7 @@ def _copied(network: nn.Module, example: Tensor, name: str) -> nn.Module:
     except Exception as error:  # a module may hold what cannot be copied
         raise ModelError(
             f"cannot prune {name}",
-            f"channels are removed from copies first, and it cannot be copied: {in_short(error)}",
+            f"channels are removed from copies first, and it cannot be copied: {summary_of(error)}",
             "leave prune out of the recipe",
         ) from error
 
@@ -225,7 +225,7 @@ def _graph(network: nn.Module, example: Tensor, name: str) -> Any:
     except Exception as error:  # tracing may fail in any way on a user's model
         raise ModelError(
             f"cannot prune {name}",
-            f"the dependencies of its channels cannot be traced: {in_short(error)}",
+            f"the dependencies of its channels cannot be traced: {summary_of(error)}",
             "leave prune out of the recipe, or distil into a smaller network",
         ) from error
 

@@ -28,9 +28,9 @@ from rushhour.models.deployed import strip_origin
 from rushhour.plan import EngineName
 from rushhour.progress import Progress
 from rushhour.system.machine import cores, describe
-from rushhour.system.signal_stack import own_signal_stack
+from rushhour.system.signal_stack import restored_signal_stack
 from rushhour.system.storage import explained
-from rushhour.system.telemetry import keep_home
+from rushhour.system.telemetry import disable_telemetry
 
 _JUDGED = 2_000
 """Samples, at most, that decide whether plain quantisation is inside the accuracy budget."""
@@ -399,7 +399,7 @@ def quiet_nncf(bundle: Bundle) -> Iterator[Any]:
     Raises:
         ModelError: whatever goes wrong in the block: NNCF may fail in any way on a graph from elsewhere.
     """
-    keep_home()
+    disable_telemetry()
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"
     logger, logger_class = logging.getLogger("nncf"), logging.getLoggerClass()
@@ -416,7 +416,7 @@ def quiet_nncf(bundle: Bundle) -> Iterator[Any]:
         try:
             logger.setLevel(logging.ERROR)
             track.__iter__ = lambda self: iter(self.sequence)
-            with own_signal_stack():  # NNCF runs OpenVINO
+            with restored_signal_stack():  # NNCF runs OpenVINO
                 yield nncf
         except Exception as error:
             reason = str(error).strip().splitlines() or [""]

@@ -30,7 +30,7 @@ from rushhour.data.dataset import Dataset
 from rushhour.errors import DataError, ModelError, RushhourError
 from rushhour.models import Deployed, build, export, load_deployed, resized, trusted_factories
 from rushhour.progress import Progress
-from rushhour.system.faults import in_short
+from rushhour.system.faults import summary_of
 from rushhour.train.checkpoint import Checkpoint
 
 UNCHANGED: Final = "left as it is"
@@ -146,7 +146,7 @@ class _StepRun:
         except Exception as error:
             raise ModelError(
                 f"cannot {step_text(step)} {before.manifest.name}",
-                in_short(error),
+                summary_of(error),
                 "leave that step out of the recipe",
             ) from error
         for checkpoint in self._checkpoints:

@@ -21,7 +21,7 @@ from rushhour.data.arrays import FEWEST
 from rushhour.data.dataset import Split
 from rushhour.data.splits import PARTS, Part, divide
 from rushhour.errors import DataError, StorageError
-from rushhour.picture import Seen, decode
+from rushhour.picture import PictureInfo, decode
 from rushhour.system.machine import cores
 from rushhour.system.storage import building, explained
 
@@ -263,7 +263,7 @@ def _file(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint
 class _One(NamedTuple):
     """A file that was read: its picture and its key; or why it could not be read."""
 
-    seen: Seen | None
+    seen: PictureInfo | None
     key: int = 0
     why: str = ""
 
@@ -308,7 +308,7 @@ def _decode(
     return _tally(listing, read_, decoding), np.array([one_.key for one_ in read_], np.uint64)
 
 
-def _exact(found: Sequence[Seen | None], files: Sequence[Path]) -> Decoding:
+def _exact(found: Sequence[PictureInfo | None], files: Sequence[Path]) -> Decoding:
     """The value of white, now that all values are known."""
     deep = max((seen.deep for seen in found if seen is not None), default=0)
     at, real = max(
@@ -323,7 +323,7 @@ def _second(pair: tuple[int, float]) -> float:
     return pair[1]
 
 
-def _check_colours(found: Sequence[Seen | None], files: Sequence[Path]) -> None:
+def _check_colours(found: Sequence[PictureInfo | None], files: Sequence[Path]) -> None:
     """Raise if colours of 16 bits use so few of them that Pillow, which reads 8, reads nearly black pictures."""
     cut = [(seen.cut, file) for seen, file in zip(found, files, strict=True) if seen is not None and seen.cut >= 0]
     if not cut:

@@ -23,7 +23,7 @@ from rushhour.data.dataset import Dataset, Files
 from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, OnDecoded, Tally, read, real_white_of, shown, white_of
 from rushhour.data.splits import PART_OF, Part
 from rushhour.errors import DataError, TaskError
-from rushhour.picture import Seen, look
+from rushhour.picture import PictureInfo, inspect_picture
 from rushhour.system.storage import explained
 from rushhour.task import Task
 
@@ -311,12 +311,12 @@ def _short(left_out: Counter[str]) -> dict[str, int]:
     return short | ({"of other kinds": sum(left_out[reason] for reason in rare)} if rare else {})
 
 
-def _found(files: list[Path]) -> list[tuple[Seen, Path]]:
+def _found(files: list[Path]) -> list[tuple[PictureInfo, Path]]:
     """Size and colours of about a hundred of the pictures; `read` finds all pictures that cannot be read."""
     found, first = [], ""
     for file in files[:: max(1, len(files) // _PROBED)]:
         try:
-            found.append((look(file, max_pixels=MAX_PIXELS), file))
+            found.append((inspect_picture(file, max_pixels=MAX_PIXELS), file))
         except DataError as error:
             first = first or f"{shown(file)}: {error.why}"
     if not found:
@@ -325,7 +325,7 @@ def _found(files: list[Path]) -> list[tuple[Seen, Path]]:
 
 
 def _shape(
-    found: list[tuple[Seen, Path]],
+    found: list[tuple[PictureInfo, Path]],
     size: tuple[int, int] | None,
     *,
     square: bool,
@@ -357,7 +357,7 @@ def _shape(
     return height, width, channels
 
 
-def _decoding(found: list[tuple[Seen, Path]], bundle: Bundle | None) -> tuple[Decoding, bool]:
+def _decoding(found: list[tuple[PictureInfo, Path]], bundle: Bundle | None) -> tuple[Decoding, bool]:
     """The value of white in pictures of more than 8 bits, as far as it is known; and whether a model decides it."""
     if bundle is not None and isinstance(how := bundle.manifest.preprocessing.decoding, Decoding):
         return how, True

@@ -11,7 +11,7 @@ from rushhour.engines.agreement import saturates_here
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
-from rushhour.system.telemetry import keep_home
+from rushhour.system.telemetry import disable_telemetry
 
 _SPINNING = "session.intra_op.allow_spinning"
 _PRECISION = "session.x64quantprecision"
@@ -132,7 +132,7 @@ class _Run(Stream):
 
 
 def _onnxruntime() -> Any:
-    keep_home()
+    disable_telemetry()
     try:
         import onnxruntime
     except ImportError as error:

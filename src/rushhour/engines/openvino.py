@@ -16,8 +16,8 @@ from rushhour.engines.agreement import check_range
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
-from rushhour.system.signal_stack import own_signal_stack
-from rushhour.system.telemetry import keep_home
+from rushhour.system.signal_stack import restored_signal_stack
+from rushhour.system.telemetry import disable_telemetry
 
 _HINT = {"f32": "f32", "bf16": "bf16", "int8": "f32"}
 """`INFERENCE_PRECISION_HINT`. Layers of an int8 graph that are not quantised run in f32, so that the measured accuracy
@@ -190,7 +190,7 @@ def _static_sizes(max_batch: int, model_bytes: int) -> list[int]:
 
 def computes_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this machine."""
-    with own_signal_stack():
+    with restored_signal_stack():
         capabilities: list[str] = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "BF16" in capabilities
 
@@ -228,7 +228,7 @@ def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any, **option
     core, signature = ov.Core(), bundle.manifest.signature
     model = core.read_model(bundle.model)
     model.reshape({spec.name: ov.PartialShape([batch, *spec.shape]) for spec in signature.inputs})
-    with own_signal_stack():
+    with restored_signal_stack():
         compiled = core.compile_model(model, "CPU", {**_options(config), **options})
     _check_tensors(compiled, signature, bundle)
     return compiled
@@ -277,7 +277,7 @@ def _seconds(slot: _Requests, rows: int) -> float:
 
 
 def _openvino() -> Any:
-    keep_home()
+    disable_telemetry()
     try:
         import openvino
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rushhour.system.faults import causes, where
+from rushhour.system.faults import cause_chain, user_code_line
 
 _LONGEST = 300
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -18,7 +18,7 @@ def why_failed(error: BaseException) -> str:
         error: as it was caught, with its traceback. Exporters wrap what happened in pages of advice; causes are
             followed to the first.
     """
-    found = causes(error)
+    found = cause_chain(error)
     first = found[-1]
     kind = type(first).__name__
     if any(type(one).__name__ in _DATA_DEPENDENT for one in found):
@@ -27,4 +27,4 @@ def why_failed(error: BaseException) -> str:
         lines = [" ".join(line.split()) for line in _COLOURS.sub("", str(first)).splitlines() if line.strip()]
         more = lines[1:3] if lines and lines[0].endswith(("following indices", ":")) else []
         text = f"{kind}: {' '.join([lines[0], *more])}" if lines else kind
-    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...") + where(error)
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...") + user_code_line(error)

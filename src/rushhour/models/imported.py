@@ -13,7 +13,7 @@ from rushhour.bundle import Bundle, DType, Manifest, Preprocessing, Signature, S
 from rushhour.errors import ModelError
 from rushhour.models.deployed import strip_origin
 from rushhour.records.answers import INTEGER_PRODUCTS
-from rushhour.system.telemetry import keep_home
+from rushhour.system.telemetry import disable_telemetry
 from rushhour.task import Task
 
 _INT8 = INTEGER_PRODUCTS | {"QuantizeLinear"}
@@ -93,7 +93,7 @@ def _spec(value: onnx.ValueInfoProto, file: Path) -> TensorSpec:
 
 def _check_batches(file: Path, batch: dict[str, NDArray[Any]]) -> None:
     """Raise unless three samples in one batch get the same answers as each alone."""
-    keep_home()
+    disable_telemetry()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

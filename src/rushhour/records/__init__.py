@@ -1,1 +1,1 @@
-"""Kept on file: measurements, curves, results of compression, recorded answers, and what a result was made of."""
+"""Records on disk: measurements, training curves, compressions, recorded outputs, and the inputs of a result."""

@@ -1,8 +1,8 @@
-"""What a model answers to its bundle's samples: recorded when it is made, compared wherever it is opened.
+"""Recorded answers: a graph's outputs for its bundle's samples, which every engine has to reproduce.
 
-The recorded answers are the graph's own: ONNX Runtime without any optimisation computes node by node in f32, and an
-int8 graph as the standard has it, so no processor's shortcut is in them. An engine that compiles the same graph may
-round otherwise, within a tolerance that is recorded too; one that answers something else is refused.
+They are computed by ONNX Runtime without any optimisation, node by node in f32, and for an int8 graph as the ONNX
+standard defines it, so that they do not depend on the processor. An engine that compiles the same graph may round
+differently, within a tolerance that is recorded too; one that deviates more is refused.
 """
 
 from __future__ import annotations
@@ -16,40 +16,39 @@ from numpy.typing import NDArray
 
 from rushhour.errors import EngineError
 from rushhour.system.machine import describe
-from rushhour.system.telemetry import keep_home
+from rushhour.system.telemetry import disable_telemetry
 
 Answers = Mapping[str, NDArray[Any]]
 """Output name -> array of shape `(n, *shape)`."""
 
 TOLERANCES: Final = {"f32": 1e-3, "bf16": 3e-2, "int8": 1e-2}
-"""By precision; what `deviation` may be at most. int8: engines round differently between layers, and what that comes to
-is measured when a graph is quantised; this is the least that is allowed."""
+"""Largest `deviation` by precision. For int8, engines round differently between layers; the effect is measured when a
+graph is quantised, and this is the smallest tolerance."""
 
 INTEGER_PRODUCTS: Final = frozenset({"QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger", "ConvInteger"})
-"""Operators whose arithmetic is the processor's own, even where nothing is optimised."""
+"""Operators whose arithmetic depends on the processor, even without optimisation."""
 
 _SPREAD: Final = 1e-3
-"""Answers that hardly differ are compared by this share of their size instead of by their range."""
+"""Outputs with a small range are compared by this share of their magnitude instead."""
 
 
 def graph_answers(model: Path, samples: Answers) -> dict[str, NDArray[Any]]:
-    """What the ONNX graph at `model` answers, node by node: output name -> `(n, *shape)`, in the samples' order.
+    """The outputs of the ONNX graph at `model`, computed node by node: name -> `(n, *shape)`, in the samples' order.
 
     Args:
-        samples: input name -> array of shape `(n, *shape)`; they are run one at a time, so no answer has company.
+        samples: input name -> array of shape `(n, *shape)`; they are run in batches of one.
 
     Raises:
-        EngineError: if the graph multiplies integers by itself and this processor may saturate on them: what it answers
-            here proves nothing.
-        Exception: whatever ONNX Runtime raises on a graph that it cannot run.
+        EngineError: if the graph multiplies integers and this processor may saturate: its outputs here prove nothing.
+        Exception: of any type, if ONNX Runtime cannot run the graph.
     """
     if describe().saturates and _multiplies_integers(model):
         raise EngineError(
-            f"cannot tell what {model} answers",
-            "it multiplies 8-bit numbers by itself, and without VNNI this processor may saturate on them",
+            f"cannot compute the outputs of {model}",
+            "it multiplies 8-bit integers, and without VNNI this processor may saturate",
             "make the bundle on a machine with VNNI",
         )
-    keep_home()
+    disable_telemetry()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -67,18 +66,18 @@ def graph_answers(model: Path, samples: Answers) -> dict[str, NDArray[Any]]:
 
 
 def _multiplies_integers(model: Path) -> bool:
-    """Whether integers are multiplied as such, not as floats between QuantizeLinear and DequantizeLinear."""
+    """Whether it multiplies integers, not floats between QuantizeLinear and DequantizeLinear."""
     import onnx
 
     return any(node.op_type in INTEGER_PRODUCTS for node in onnx.load(model, load_external_data=False).graph.node)
 
 
 def deviation(expected: Answers, found: Answers) -> float:
-    """How far `found` is from `expected`: the largest root mean square of the differences of any output, as a share of
-    that output's range over all samples.
+    """The deviation of `found` from `expected`: the root mean square of the differences, as a share of the output's
+    range over all samples; the largest of all outputs.
 
-    Samples whose expected answer is not finite are left out; an answer that is not finite where one was expected
-    counts as infinitely far, as does one of another shape.
+    Samples whose expected output is not finite are left out. An output that is not finite where a finite one is
+    expected, or that has another shape, counts as infinitely far.
     """
     return max((_of_one(expected[name], found[name]) for name in expected if name in found), default=0.0)
 
@@ -86,7 +85,7 @@ def deviation(expected: Answers, found: Answers) -> float:
 def _of_one(expected: NDArray[Any], found: NDArray[Any]) -> float:
     if expected.shape != found.shape:
         return float("inf")
-    with np.errstate(invalid="ignore"):  # an engine may answer what is no number at all: that is far, not a warning
+    with np.errstate(invalid="ignore"):  # NaN is a deviation, not a warning
         wanted, given = (array.reshape(len(array), -1).astype(np.float64) for array in (expected, found))
     known = np.isfinite(wanted).all(axis=1)
     wanted, given = wanted[known], given[known]

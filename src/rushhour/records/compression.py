@@ -1,4 +1,4 @@
-"""What compression found: each step of each recipe, judged as it would be served, and which of them is the answer."""
+"""The record of a compression: each step of each recipe, judged as it would be served, and the answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ COMPRESSION = "compression.json"
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 Verdict = Literal["best", "no gain", "nearest miss"]
-"""`best`: shown to be inside the budget, and to be faster, or smaller and no slower. `no gain`: of what is inside no
-gain is shown, so the bundle is as it was. `nearest miss`: nothing is shown to be inside the budget."""
+"""`best`: proven to be inside the budget, and faster, or smaller and no slower. `no gain`: no gain is proven inside the
+budget, so the bundle is unchanged. `nearest miss`: nothing is proven to be inside the budget."""
 
 
 class Factor(msgspec.Struct, frozen=True):
@@ -35,20 +35,20 @@ class Stage(msgspec.Struct, frozen=True):
     """One bundle, as it is compiled.
 
     Attributes:
-        step: what made it, as in a recipe's text; empty for the bundle that all began with.
+        step: that made it, as in a recipe's text; empty for the original bundle.
         bundle: its folder in the store.
         hash: of its content.
         parameters: of the network.
         bytes: of the graph on disk.
-        precision: what it is compiled in.
+        precision: that it is compiled in.
         accuracy: on the validation part, paired with the reference.
         throughput: samples per second over the reference's; None of the reference itself.
-        over_parent: the same over the bundle that this step began with.
+        over_parent: the same over the bundle before this step.
         latency: seconds for one sample alone, over the reference's.
-        samples_per_s: of the engine alone, all its streams busy.
-        slower: whether it is slower than the reference or than its parent: then it is never the best.
-        needs: the class of machine without which its int8 is not right on every engine; empty where it is right on any.
-        kept: layers that its step left as they were, each with the reason.
+        samples_per_s: of the engine alone, with all streams busy.
+        slower: whether it is slower than the reference or its parent; then it is never the best.
+        needs: the class of processor that its int8 needs to be exact on every engine; empty where any will do.
+        kept: layers that its step left unchanged, each with the reason.
     """
 
     step: str
@@ -68,12 +68,12 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Confirmation(msgspec.Struct, frozen=True):
-    """What the test part said of one stage.
+    """The result of one stage on the test part.
 
     Attributes:
         stage: recipe and step, as places in `attempts` and its `stages`.
         accuracy: on the test part, paired with the reference; None where it could not be judged.
-        why: why the budget is not shown to hold; empty where it is.
+        why: why the budget is not proven to hold; empty where it is.
     """
 
     stage: tuple[int, int]
@@ -85,8 +85,8 @@ class Attempt(msgspec.Struct, frozen=True):
     """One recipe.
 
     Attributes:
-        stages: one for each step that was done.
-        why: what ended it, where it could not be done to its end.
+        stages: one for each step that was applied.
+        why: the reason, where it could not be finished.
     """
 
     recipe: str
@@ -95,22 +95,22 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class Compression(msgspec.Struct, frozen=True):
-    """The whole answer.
+    """The whole compression.
 
     Attributes:
-        model: name of the bundle that all began with.
+        model: name of the original bundle.
         engine: that compiled everything.
-        reference: the bundle that all began with.
-        attempts: in the order they were made.
+        reference: the original bundle.
+        attempts: in order.
         best: recipe and step of the answer, as places in `attempts` and its `stages`; None where it is the reference.
         verdict: see there.
         said: the verdict in a sentence.
-        test: the answer on the test part, which no decision has seen, paired with the reference.
+        test: the answer on the test part, which no decision used, paired with the reference.
         reference_test: the reference on it.
         asked: for what, by name: another compression into the same place does not replace this one unasked.
-        also: the same in int8 for other machines, where 7 bits of the weights cost more than they may: its place, as
-            `best`. It lies beside the answer.
-        confirmations: on the test part, in the order they were tried: the gentlest first, until one misses.
+        also: the place (as `best`) of the int8 bundle for other processors, where 7 bits of the weights cost too much;
+            it is written beside the answer.
+        confirmations: on the test part, in order: the smallest drop first, until one is outside the budget.
     """
 
     model: str
@@ -148,16 +148,16 @@ class Compression(msgspec.Struct, frozen=True):
         return self.attempts[attempt].stages[stage]
 
     def save(self, folder: Path) -> None:
-        """Keep it.
+        """Write it to `folder`.
 
         Raises:
-            StorageError: if the disk does not take it.
+            StorageError: if it cannot be written.
         """
         write_whole(folder / COMPRESSION, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
     @classmethod
     def load(cls, folder: Path) -> Compression:
-        """What was kept in `folder`.
+        """Read it from `folder`.
 
         Raises:
             DataError: if it is damaged.
@@ -169,5 +169,5 @@ class Compression(msgspec.Struct, frozen=True):
             return msgspec.json.decode(content, type=cls)
         except (msgspec.DecodeError, GoalError, RecursionError) as error:
             raise DataError(
-                f"cannot read {folder / COMPRESSION}", str(error), "compress again; what was made before is kept"
+                f"cannot read {folder / COMPRESSION}", str(error), "compress again; finished steps are kept"
             ) from error

@@ -1,4 +1,4 @@
-"""How a training went, epoch by epoch: what it leaves in a file, and what a report draws."""
+"""The curves of a training, epoch by epoch, on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rushhour.measurement import Number
 from rushhour.system.storage import explained, write_whole
 
 CURVES = "curves.jsonl"
-"""The file's name in a training's folder: one line for each epoch."""
+"""The file in a training's folder with one line for each epoch."""
 RECORD = "training.json"
-"""The other file there: what the training was."""
+"""The file there that describes the training."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
@@ -26,12 +26,12 @@ class Epoch(msgspec.Struct, frozen=True):
     Attributes:
         epoch: from 1.
         step: optimizer steps done at its end.
-        loss: mean over its steps, of the training part as it was augmented, with dropout.
-        validation_loss: of the validation part, without either.
+        loss: mean over its steps on the training part, with augmentation and dropout.
+        validation_loss: on the validation part, without augmentation and dropout.
         metric: the task's metric: its name.
         value: its value on the validation part; higher is better.
         lr: the learning rate of its last step.
-        samples_per_s: trained, over the time that this process spent in the epoch's steps.
+        samples_per_s: trained per second of this process's steps.
     """
 
     epoch: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
@@ -45,17 +45,17 @@ class Epoch(msgspec.Struct, frozen=True):
 
 
 class TrainingRecord(msgspec.Struct, frozen=True):
-    """What a training was, beside its curves.
+    """The description of a training, beside its curves.
 
     Attributes:
         model: the network.
         dataset: the data.
         samples: part of the data -> how many.
         settings: how it is trained, by name.
-        sealed: the epoch whose weights the bundle has, or would have if it ended here.
-        keeps_best: whether that is the best one, and not the last.
-        resumed: optimizer steps after which it was gone on, having been broken off.
-        planned: numbers of epochs that were planned before, each with the step until which it was.
+        sealed: the epoch whose weights are in the bundle, or would be if the training ended now.
+        keeps_best: whether that is the best epoch, not the last.
+        resumed: optimizer steps at which the training was resumed.
+        planned: earlier planned numbers of epochs, each with the step until which it held.
     """
 
     model: str
@@ -74,10 +74,10 @@ def best_of(epochs: Sequence[Epoch]) -> Epoch:
 
 
 def write_curves(folder: Path, epochs: Sequence[Epoch], record: TrainingRecord | None = None) -> None:
-    """Keep all epochs so far, and the record of the training, in place of what was kept before.
+    """Write all epochs so far and the description of the training, replacing older ones.
 
     Raises:
-        StorageError: if the disk does not take it.
+        StorageError: if they cannot be written.
     """
     write_whole(folder / CURVES, msgspec.json.Encoder().encode_lines(epochs))
     if record is not None:
@@ -85,7 +85,7 @@ def write_curves(folder: Path, epochs: Sequence[Epoch], record: TrainingRecord |
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
-    """The record of the training that was tracked in `folder`; None where there is none.
+    """The description of the training in `folder`; None where there is none.
 
     Raises:
         DataError: if it is damaged.
@@ -99,11 +99,11 @@ def read_record(folder: Path) -> TrainingRecord | None:
     try:
         return msgspec.json.decode(content, type=TrainingRecord)
     except msgspec.DecodeError as error:
-        raise DataError(f"cannot read {file}", str(error), "delete it; training again writes it anew") from error
+        raise DataError(f"cannot read {file}", str(error), "delete it; the next training writes it again") from error
 
 
 def read_curves(folder: Path) -> tuple[Epoch, ...]:
-    """The epochs that a training left in `folder`, in order.
+    """The epochs of the training in `folder`, in order.
 
     Raises:
         DataError: if there are none, or the file is damaged.
@@ -117,7 +117,7 @@ def read_curves(folder: Path) -> tuple[Epoch, ...]:
     try:
         epochs = tuple(msgspec.json.Decoder(Epoch).decode_lines(content))
     except (msgspec.DecodeError, RecursionError) as error:
-        raise DataError(f"cannot read {file}", str(error), "delete it; training again writes it anew") from error
+        raise DataError(f"cannot read {file}", str(error), "delete it; the next training writes it again") from error
     if not epochs:
-        raise DataError(f"there are no curves in {folder}", f"{CURVES} is empty", "let it train for an epoch first")
+        raise DataError(f"there are no curves in {folder}", f"{CURVES} is empty", "wait for the end of the first epoch")
     return epochs

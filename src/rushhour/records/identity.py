@@ -1,7 +1,6 @@
-"""What a result was made of: as a key that holds all of it, and in words where another result was made of other things.
+"""The inputs of a result: as a key over all of them, and their differences in words.
 
-A key is made of named inputs, never put together by hand from those that somebody thought of: whatever a computation is
-given goes into `key`, and the computation is given nothing else.
+A key is made of named inputs: everything that a computation is given goes into `key`, and it is given nothing else.
 """
 
 from __future__ import annotations
@@ -22,53 +21,53 @@ WORDS: Final = {
     "task": "what the model is for",
     "steps": "settings of steps",
 }
-"""Inputs whose values say nothing to a person."""
+"""Inputs whose values mean nothing to a user, such as hashes, and what to call them."""
 
 
 @runtime_checkable
 class Identified(Protocol):
-    """Something large that says itself what it is."""
+    """Something large that has a key of its own."""
 
     @property
     def content_key(self) -> str:
-        """The same for the same content, and for no other."""
+        """Equal for equal content only."""
         ...
 
 
 def key(**inputs: Any) -> str:
-    """SHA-256 of named inputs, the same in whatever order.
+    """SHA-256 of named inputs, independent of their order.
 
     Args:
-        inputs: anything that JSON can hold, structs, and what is `Identified`: bundles, data sets.
+        inputs: JSON values, structs, and `Identified` objects: bundles, data sets.
     """
     named = {name: value.content_key if isinstance(value, Identified) else value for name, value in inputs.items()}
     return hashlib.sha256(msgspec.json.encode(named, order="sorted")).hexdigest()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, each input that differs: `lr 0.002 before, 0.001 now`; `the code of nets`; empty where none does."""
-    said = []
+    """Each input that differs, in words: `lr 0.002 before, 0.001 now`; `the code of nets`."""
+    found = []
     before, now = _plain(before), _plain(now)
     for name in dict.fromkeys((*now, *before)):
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
         if name == "code":
-            said.append(f"the code of {', '.join(_modules(str(old or ''), str(new or '')))}")
+            found.append(f"the code of {', '.join(_modules(str(old or ''), str(new or '')))}")
         elif name in WORDS:
-            said.append(WORDS[name])
+            found.append(WORDS[name])
         else:
-            said.append(f"{name} {_value(old)} before, {_value(new)} now")
-    return said
+            found.append(f"{name} {_value(old)} before, {_value(new)} now")
+    return found
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """As they come back from a file: tuples as lists."""
+    """The facts as JSON has them: tuples as lists."""
     return msgspec.json.decode(msgspec.json.encode(dict(facts)), type=dict[str, Any])
 
 
 def _modules(before: str, now: str) -> list[str]:
-    """Of two lists `module=hash module=hash`, the modules that differ."""
+    """The modules that differ between two lists `module=hash module=hash`."""
     old, new = ({each.partition("=")[0]: each for each in text.split()} for text in (before, now))
     return [name for name in dict.fromkeys((*new, *old)) if old.get(name) != new.get(name)] or ["the model"]
 

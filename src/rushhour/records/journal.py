@@ -1,7 +1,7 @@
-"""`measurements.jsonl`: every measurement, on disk before the next one starts, so that a killed run goes on.
+"""`measurements.jsonl`: every measurement is on disk before the next one starts, so that a killed run continues.
 
-Asking again for what was measured, on the same machine and versions, returns what is on file; nothing is repeated,
-nothing is lost. What another machine measured stays on file but is no answer here.
+A measurement with the same inputs, machine and versions is read from the file, not repeated. Measurements of other
+machines stay in the file, and are not used.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ R = TypeVar("R", Measurement, ServiceTimes, Accuracy, ClosedLoop)
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line: what was asked, what came out, when and on what machine.
+    """One line: the question, the result, the time and the machine.
 
     Attributes:
-        phase: what it was for: `service`, `accuracy`, `search`, `confirm`, ...
+        phase: its purpose: `service`, `accuracy`, `search`, `confirm`, ...
         subject: what was measured: a candidate, or a bundle on an engine.
-        detail: what else people want to know: rate and seed, the split; may be empty.
-        key: of all that decides the result, as hex: bundles, data, settings.
+        detail: further facts for users: rate and seed, the split; may be empty.
+        key: over everything that decides the result (bundles, data, settings), as hex.
     """
 
     phase: str
@@ -48,8 +48,7 @@ class Entry(msgspec.Struct, frozen=True):
 class Journal:
     """Append-only file of measurements, one JSON object a line, each on disk before `measure` returns.
 
-    A last line that a kill cut short is left out, and gone with the next line that is written: it never counted, and
-    whoever only reads may not write.
+    A last line that a kill cut short is ignored, and removed with the next write; reading alone changes nothing.
 
     Args:
         path: the file; made with its folder at the first measurement.
@@ -88,15 +87,15 @@ class Journal:
         return len(self._all)
 
     def measure(self, phase: str, subject: str, detail: str, kind: type[R], take: Callable[..., R], **inputs: Any) -> R:
-        """The measurement asked for: the one on file, or the one `take` makes now, put on file before it returns.
+        """The measurement in the file, or the one that `take` makes now, which is written before this returns.
 
         Args:
             phase: as in `Entry`.
             subject: as in `Entry`.
             detail: as in `Entry`.
             kind: the type that `take` returns.
-            take: makes the measurement from the inputs, by name.
-            inputs: all that decides the result beside machine and versions; see `rushhour.records.identity.key`.
+            take: makes the measurement; gets the inputs by name.
+            inputs: everything that decides the result beside machine and versions; see `rushhour.records.identity.key`.
 
         Raises:
             StorageError: if the disk does not take the new line.

@@ -53,9 +53,9 @@ def _main(arguments: list[str]) -> int:
         send(FromWorker(error=f"cannot read the settings: {error}; they are JSON, as in rushhour.serve.ServeSettings"))
         return 2
     except Exception as error:
-        from rushhour.system.faults import unforeseen
+        from rushhour.system.faults import report_unexpected
 
-        send(FromWorker(error=unforeseen(error, "serving")))
+        send(FromWorker(error=report_unexpected(error, "serving")))
         return 2
     return 0
 

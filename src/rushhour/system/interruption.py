@@ -1,10 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP for commands that work and end; servers have `rushhour.serve.processes.signals`.
+"""Ctrl-C, SIGTERM and SIGHUP in commands that end by themselves; servers have `rushhour.serve.processes.signals`.
 
-Until a command begins, such a signal ends the process at once: nothing has been touched, and an exception in the middle
-of an import is swallowed by one library and turned into another error by the next. From then on it is an exception, so
-that what is half done is cleared away, and once that is said, any further signal ends the process at once.
+Until a command begins, a signal ends the process at once: nothing has been changed yet, and libraries swallow or
+convert an exception in the middle of an import. After that a signal is an exception, so that temporary files are
+removed; once the message is printed, any further signal ends the process at once.
 
-Imported before anything slow; nothing slow may be imported here. Source: signal(7).
+Imported before anything slow, so nothing slow may be imported here. Source: signal(7).
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks for the end of the command."""
+    """A signal has asked the command to end."""
 
 
 class Interruption:
     """The signals that end this process.
 
     Attributes:
-        number: of the first signal that came; None before.
+        number: of the first signal; None before.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._began = self._ending = self._hears = False
+        self._began = self._ending = self._is_installed = False
 
     @property
     def code(self) -> int:
-        """What the process ends with: 128 and the signal's number, 130 for Ctrl-C."""
+        """The exit code: 128 plus the signal's number, 130 for Ctrl-C."""
         return 128 + (self.number or signal.SIGINT)
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The signal's name: `Ctrl-C`, `SIGTERM`."""
         return "Ctrl-C" if self.number in (None, signal.SIGINT) else signal.Signals(self.number or 0).name
 
-    def take_over(self) -> None:
-        """Hear the signals from now on. One that is ignored, as SIGHUP is under nohup, stays ignored."""
+    def install(self) -> None:
+        """Install the handlers. A signal that is ignored, as SIGHUP is under nohup, stays ignored."""
         numbers = [signal.SIGINT, signal.SIGHUP]
-        if _TORCHRUN not in os.environ:  # which ends its workers itself, and a collective that waits hears nothing
+        if _TORCHRUN not in os.environ:  # which ends its workers itself; a worker in a collective runs no handler
             numbers.append(signal.SIGTERM)
         for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
         sys.unraisablehook = self._lost
-        self._hears = True
+        self._is_installed = True
 
     def begin(self) -> None:
-        """From now on a signal is an exception."""
+        """From now on a signal raises `Interrupted`."""
         self._began = True
 
     def end(self) -> None:
-        """From now on a signal ends the process at once, and a thread that goes on does not keep it for long."""
+        """From now on a signal ends the process at once, and threads that still run delay its end by 10 s at most."""
         self._ending = True
-        if self._hears:
+        if self._is_installed:
             last = threading.Timer(_LONGEST_END_S, os._exit, (self.code,))
             last.daemon = True
             last.start()
@@ -82,7 +82,7 @@ class Interruption:
             os._exit(self.code)
 
     def _lost(self, said: sys.UnraisableHookArgs) -> None:
-        """An exception where none can be passed on, as in `__del__`: if it was to end the command, try again."""
+        """Called for an exception that cannot propagate, as in `__del__`: an `Interrupted` is raised again."""
         if isinstance(said.exc_value, Interrupted):
             threading.Thread(target=self._repeat, daemon=True).start()
         else:

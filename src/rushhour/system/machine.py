@@ -1,4 +1,4 @@
-"""What this machine really offers: cores under affinity and quota, and the facts a measurement must carry."""
+"""This machine: cores under affinity and quota, vector extensions, memory and versions."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ _HIDDEN = {
     "AVX512_CORE_BF16": _AMX,
     "AVX512_CORE_FP16": _AMX,
 }
-"""What oneDNN's own variable takes away from OpenVINO and torch: this machine then counts as the smaller one."""
+"""Vector extensions that oneDNN's variable hides from OpenVINO and torch; they then do not count."""
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """The machine and the software a measurement was made on.
+    """The machine and the software of a measurement.
 
     Attributes:
-        cpu: the processor's own name.
-        cores: cores this process may use (affinity and cgroup quota, not the host's count).
+        cpu: the processor's name.
+        cores: that this process may use (affinity and cgroup quota, not the host's count).
         features: the vector extensions that decide precision: avx512_vnni, avx512_bf16, amx_int8, ...; without those
             that ONEDNN_MAX_CPU_ISA hides.
         memory_gb: total memory, in GiB.
@@ -72,7 +72,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     @property
     def isa(self) -> InstructionSet:
-        """Its class."""
+        """The class of the processor."""
         if "amx_int8" in self.features:
             return "amx"
         if not {"avx512_vnni", "avx_vnni"}.isdisjoint(self.features):
@@ -81,19 +81,19 @@ class Machine(msgspec.Struct, frozen=True):
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it multiplies bfloat16 in hardware."""
+        """Whether it has instructions for bfloat16."""
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(self.features)
 
     @property
     def saturates(self) -> bool:
-        """Whether int8 with weights of the full 8 bits may answer wrongly on it."""
+        """Whether int8 with weights of the full 8 bits may saturate, and give wrong outputs."""
         return self.isa == "avx2"
 
     def __str__(self) -> str:
         return f"{self.cpu} ({self.isa}), {self.cores} cores, {self.memory_gb:g} GiB"
 
     def report(self) -> str:
-        """One line for whoever has to reproduce an error."""
+        """One line for the report of an error."""
         versions = ", ".join(f"{package} {version}" for package, version in self.versions.items())
         features = " ".join(self.features) or "none known"
         return f"{self}; vector extensions: {features}; {self.system}, Python {self.python}; {versions}"
@@ -106,21 +106,21 @@ def cores() -> int:
 
 
 def limits() -> tuple[int, float | None]:
-    """Cores that this process's CPU affinity allows, and CPUs that its cgroups grant; None without such a quota."""
+    """Cores in this process's CPU affinity, and CPUs of its cgroup quota; None without a quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return allowed, _cgroup_quota(Path("/sys/fs/cgroup"))
 
 
 def _cgroup_quota(root: Path, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs granted by the cgroups above this process (v2 `cpu.max`, v1 `cpu.cfs_quota_us`); None without a limit.
+    """The CPU quota of this process's cgroups (v2 `cpu.max`, v1 `cpu.cfs_quota_us`); None without one.
 
-    A quota binds everything below it, so the smallest on the way up counts.
+    A quota limits all cgroups below it, so the smallest on the path to the root counts.
     """
     try:
         below = next(line.partition("::")[2].strip("/") for line in own.read_text().splitlines() if "::" in line)
     except (OSError, StopIteration):
         below = ""
-    # Inside a container the path may name a cgroup of the host, which is not to be seen here: the root is then ours.
+    # In a container the path may name a cgroup of the host, which is not visible here: the root is then ours.
     folders = [root / below, *(root / below).parents] if below and ".." not in below else [root]
     granted = [quota for folder in folders if (quota := _quota_of(folder)) is not None and folder.is_relative_to(root)]
     return min(granted, default=None)
@@ -141,10 +141,10 @@ def _quota_of(folder: Path) -> float | None:
 
 
 def open_files(wanted: int) -> tuple[int, int]:
-    """Raise the limit on this process's open files to `wanted`, as far as the system allows: the hard limit.
+    """Raise the limit on this process's open files to `wanted`, or to the hard limit.
 
     Returns:
-        How many it may open then, `wanted` where there is no limit; and how many are open.
+        The new limit (`wanted` where there is none), and the number of open files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -161,7 +161,7 @@ def open_files(wanted: int) -> tuple[int, int]:
 
 @functools.cache
 def describe() -> Machine:
-    """The machine this process runs on. Reads only files and package metadata; imports nothing heavy."""
+    """The machine of this process. Reads only files and package metadata; imports nothing heavy."""
     cpu, flags = platform.processor() or platform.machine(), set[str]()
     memory_kb = 0
     try:

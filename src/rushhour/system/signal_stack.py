@@ -1,9 +1,8 @@
-"""The stack that signal handlers of a thread run on stays as it was, whatever a library does to it.
+"""The alternate signal stack of a thread, restored after a library has changed it.
 
-OpenVINO's CPU plugin, where it is loaded, gives the thread that loads it an alternate signal stack of its own, and
-frees it with the plugin (`SigAltStackSetup` in its plugin.cpp). Where two plugins end in another order than the
-reverse of their beginning, as with every reload of a server, the thread is left with one that is freed: the next
-Ctrl-C or SIGTERM is then a segmentation fault.
+OpenVINO's CPU plugin sets an alternate signal stack for the thread that loads it, and frees that stack with the plugin
+(`SigAltStackSetup` in its plugin.cpp). Where two plugins are not unloaded in the reverse order of loading, as in every
+reload of a server, the thread is left with a freed stack: the next Ctrl-C or SIGTERM is a segmentation fault.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import Any
 
 
 class _Stack(ctypes.Structure):
-    """`stack_t` of Linux, on all processors that OpenVINO runs on."""
+    """`stack_t` of Linux."""
 
     _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 @contextlib.contextmanager
-def own_signal_stack() -> Iterator[None]:
-    """Give this thread its signal stack back at the end. Elsewhere than on Linux this does nothing."""
+def restored_signal_stack() -> Iterator[None]:
+    """Restore this thread's signal stack at the end. Only on Linux."""
     if sys.platform != "linux":
         yield
         return

@@ -1,9 +1,9 @@
-"""Files that are there whole or not at all, and a disk whose failures are said in one line.
+"""Atomic writes, and disk errors in one line.
 
-A killed process leaves at most a dot-named temporary beside the target, never half of what was asked for.
+A killed process leaves at most a temporary file beside the target, whose name begins with a dot; never a partial file.
 
-Only what Rushhour made itself is ever removed or replaced: a folder that `building` replaces holds nothing but files of
-the names that it puts there, and one that is worked in bears a mark (`claimed`), which is its lock as well.
+Only what Rushhour wrote itself is ever removed or replaced: a folder that `building` replaces holds no file but those
+that it writes there, and a folder that Rushhour works in has a mark (`claimed`), which is its lock as well.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Final
 from rushhour.errors import StorageError
 
 MARK: Final = ".rushhour"
-"""The file that a folder bears in which Rushhour works."""
+"""The file that marks a folder that Rushhour works in."""
 
 _REPLACED: Final = ".replaced"
 _NAMED: Final = 3
-"""Files that a message names, at most."""
+"""Largest number of files that a message names."""
 
 _BLOCK = 4096
 ELSEWHERE = "choose another place"
-"""How advice on a place ends that has no better: who knows the option for it says that, too."""
+"""The general remedy; the command line adds the option that names the place."""
 _ASK = f"ask its owner, or {ELSEWHERE}"
 _REASONS = {
     errno.ENOSPC: ("the disk is full", f"free some space or {ELSEWHERE}"),
     errno.EDQUOT: ("the disk quota is used up", f"free some space or {ELSEWHERE}"),
-    errno.EFBIG: ("a file may not be so large here", f"raise the limit (ulimit -f) or {ELSEWHERE}"),
+    errno.EFBIG: ("the file size limit is reached", f"raise the limit (ulimit -f) or {ELSEWHERE}"),
     errno.EROFS: ("the file system is read-only", ELSEWHERE),
     errno.EACCES: ("permission is denied", _ASK),
     errno.EPERM: ("the operation is not permitted", _ASK),
@@ -43,22 +43,25 @@ _REASONS = {
     errno.ENOTDIR: ("a part of the path is a file, not a folder", ELSEWHERE),
     errno.EISDIR: ("it is a folder, not a file", ELSEWHERE),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
-    errno.ELOOP: ("its symbolic links lead in a circle", ELSEWHERE),
-    errno.EMFILE: ("this process may open no more files", "raise the limit (ulimit -n)"),
-    errno.ENFILE: ("the system may open no more files", "close some programs"),
+    errno.ELOOP: ("its symbolic links form a loop", ELSEWHERE),
+    errno.EMFILE: ("this process has too many open files", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("the system has too many open files", "close some programs"),
     errno.EIO: ("the device reports an input/output error", "check the disk"),
-    errno.ESTALE: ("the file system of another machine has gone", "mount it again"),
+    errno.ESTALE: ("the network file system is gone", "mount it again"),
 }
 
 
 def reason(error: OSError) -> tuple[str, str] | None:
-    """Why the system refused and what to do about it; None where that is nothing that a user would know."""
+    """Reason and remedy of a system error; None for those that mean nothing to a user."""
     return _REASONS.get(error.errno or 0)
 
 
 @contextlib.contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """Turn an `OSError` into a `StorageError` that says what was being done (`"write a"`), why it failed, what to do.
+    """Turn an `OSError` into a `StorageError`: `cannot write a`, the reason, the remedy.
+
+    Args:
+        doing: what is done inside, as `write a`.
 
     Raises:
         StorageError: for any `OSError` raised inside.
@@ -71,18 +74,18 @@ def explained(doing: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part. Folders are made.
+    """Write `content` to `path` atomically: a reader sees the old file or the new one. Missing folders are made.
 
-    A device or a pipe (`/dev/null`, `/dev/stdout`) is written to, not replaced; of a link, what it leads to.
+    A device or a pipe (`/dev/null`, `/dev/stdout`) is written to, not replaced; a link is followed.
 
     Raises:
-        StorageError: if the disk does not take it; what was there before stays.
+        StorageError: if it cannot be written; an older file stays.
     """
     with explained(f"write {path}"):
         if _is_special(path):
             path.write_bytes(content)
             return
-        path = path.resolve() if path.is_symlink() else path  # the link stays
+        path = path.resolve() if path.is_symlink() else path  # the link itself stays
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
@@ -98,7 +101,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def home() -> Path:
-    """The user's home; one among the temporary files where there is none, as for many users in containers."""
+    """The user's home folder; a temporary one where there is none, as often in containers."""
     found = os.path.expanduser("~")
     if found != "~":
         return Path(found)
@@ -112,19 +115,19 @@ def home() -> Path:
 
 
 def try_folder(path: Path) -> None:
-    """See whether files can be made in the folder `path`, before anything is done that would be lost if not.
+    """Check that files can be written to the folder `path`, before work begins.
 
-    It is not made here. Where it is missing, the first folder above it that is there is tried in its place.
+    The folder is not made. If it is missing, the nearest existing folder above it is checked.
 
     Raises:
-        StorageError: if not.
+        StorageError: if they cannot.
     """
     with explained(f"write into {path}"):
         _try(path)
 
 
 def try_file(path: Path) -> None:
-    """The same for a file that `write_whole` is to write.
+    """Check that `write_whole` can write the file `path`.
 
     Raises:
         StorageError: if it cannot be written.
@@ -141,15 +144,15 @@ def try_file(path: Path) -> None:
 
 
 def try_building(path: Path) -> None:
-    """The same for a folder that `building` is to put in its place as a whole.
+    """Check that `building` can write the folder `path`.
 
     Raises:
-        StorageError: if the folder that it lies in takes nothing, or it has no name there.
+        StorageError: if its parent cannot be written to, or `path` has no name of its own.
     """
     with explained(f"write {path}"):
         path = path.resolve() if path.is_symlink() else path
         if path.name in ("", ".."):
-            raise StorageError(f"cannot write {path}", "the folder is replaced as a whole", "name a folder in it")
+            raise StorageError(f"cannot write {path}", "the whole folder would be replaced", "name a folder in it")
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         _try(path.parent, path.name)
@@ -162,24 +165,24 @@ def _is_special(path: Path) -> bool:
 def _try(folder: Path, name: str = "") -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    # With a name as long as any that is written beside it, and as large as the smallest file that takes room.
+    # The name is as long as any that is written beside it, and the file as large as one block.
     with tempfile.NamedTemporaryFile(prefix=f".{name}.tried-", suffix=".before-work", dir=folder) as file:
         file.write(bytes(_BLOCK))
         file.flush()
 
 
 def check_own(path: Path, names: Collection[str], is_own: Callable[[Path], bool]) -> None:
-    """Raise unless something new may be put in the place of `path`: it is free, or Rushhour's own.
+    """Raise unless the folder `path` may be written or replaced: it is missing, empty, or written by Rushhour.
 
-    Its own is a folder with no file but those of `names`, and `is_own`; an empty one is free.
+    Written by Rushhour is a folder without other files than `names` for which `is_own` holds.
 
     Args:
-        path: of a folder that is to be made.
-        names: of the files that Rushhour puts into such a folder.
-        is_own: whether a folder that is not empty is one of those, by what its files say.
+        path: of the folder.
+        names: of the files that Rushhour writes to such a folder.
+        is_own: whether a folder that is not empty is Rushhour's, by the content of its files.
 
     Raises:
-        StorageError: if it is a file, or a folder with anything else in it.
+        StorageError: if it is a file, or a folder with other files.
     """
     there = _names_in(path)
     left_over = tuple(f".{name}." for name in names)
@@ -191,31 +194,31 @@ def check_own(path: Path, names: Collection[str], is_own: Callable[[Path], bool]
 
 
 def _names_in(folder: Path) -> list[str]:
-    """What lies in the place of a folder that is to be made; nothing where it is free. Raises if it is no folder."""
+    """The names in a folder; none where it is missing. Raises if it is no folder."""
     if not os.path.lexists(folder):
         return []
     if not folder.is_dir():
-        raise StorageError(f"cannot make the folder {folder}", "there is something else of that name", ELSEWHERE)
+        raise StorageError(f"cannot make the folder {folder}", "there is a file of that name", ELSEWHERE)
     with explained(f"read {folder}"):
         return sorted(entry.name for entry in folder.iterdir())
 
 
 def write_own(path: Path, content: bytes, is_own: Callable[[bytes], bool]) -> None:
-    """`write_whole`, where only a file that Rushhour wrote itself is replaced; see `check_own_file`.
+    """`write_whole` that replaces only a file that Rushhour wrote itself; see `check_own_file`.
 
     Raises:
-        StorageError: if there is another one, or the disk does not take it; what was there before stays.
+        StorageError: if there is another file, or it cannot be written; an older file stays.
     """
     check_own_file(path, is_own)
     write_whole(path, content)
 
 
 def check_own_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
-    """Raise unless a file may be written to `path`: nothing is there, or what Rushhour wrote itself.
+    """Raise unless the file `path` may be written: it is missing, or Rushhour wrote it.
 
     Args:
-        path: of the file. What is no file, as /dev/stdout, can be written to.
-        is_own: whether a file of this content was written by Rushhour; an empty one may always be replaced.
+        path: of the file. A device or pipe such as /dev/stdout may always be written.
+        is_own: whether a file of this content is Rushhour's; an empty one may always be replaced.
 
     Raises:
         StorageError: if there is another file.
@@ -234,19 +237,18 @@ def check_own_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
 
 @contextlib.contextmanager
 def building(path: Path, names: Collection[str], is_own: Callable[[Path], bool]) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not.
+    """A temporary folder that becomes `path` at the end of the block, and is removed after an error.
 
-    Rushhour's own folder at `path` is replaced, and nothing else. What an earlier, killed run left half-built beside it
-    is removed.
+    Only a folder that Rushhour wrote is replaced. Temporary folders that a killed run left beside it are removed.
 
     Args:
-        path: the folder; where it is a link, what that leads to.
+        path: the folder; a link is followed.
         names: as for `check_own`.
         is_own: as for `check_own`.
 
     Raises:
-        StorageError: if there is anything else at `path`, or the disk does not take it, inside the block or at the
-            move; `path` stays as it was.
+        StorageError: if there is anything else at `path`, or it cannot be written, inside the block or at the move;
+            `path` then stays unchanged.
     """
     path = path.resolve() if path.is_symlink() else path
     check_own(path, names, is_own)
@@ -254,14 +256,14 @@ def building(path: Path, names: Collection[str], is_own: Callable[[Path], bool])
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_over in path.parent.glob(f".{glob.escape(path.name)}.building-*"):
             if left_over.name.endswith(_REPLACED) and not os.path.lexists(path):
-                left_over.rename(path)  # killed between the two moves
+                left_over.rename(path)  # a run was killed between the two renames
                 continue
             shutil.rmtree(left_over, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
         temporary.chmod(0o755)
         try:
             yield temporary
-            check_own(path, names, is_own)  # it may be another by now
+            check_own(path, names, is_own)  # it may have changed
             if path.exists():
                 replaced = temporary.with_name(f"{temporary.name}{_REPLACED}")
                 path.rename(replaced)
@@ -274,10 +276,10 @@ def building(path: Path, names: Collection[str], is_own: Callable[[Path], bool])
 
 
 def check_claim(folder: Path) -> None:
-    """Raise unless `claimed` would find the folder free or Rushhour's own.
+    """Raise unless `claimed` can take the folder: it is missing, empty or marked.
 
     Raises:
-        StorageError: if it is a file, or holds what Rushhour did not put there.
+        StorageError: if it is a file, or holds files that Rushhour did not write.
     """
     there = _names_in(folder)
     if there and MARK not in there:
@@ -286,12 +288,13 @@ def check_claim(folder: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """A folder to work in, for this process alone: made, marked as Rushhour's, and locked meanwhile.
+    """Make the folder, mark it as Rushhour's, and hold its lock: only this process works in it.
 
-    The mark stays, so that the folder is known again. Where nothing else was put into it, both disappear.
+    The mark stays. If nothing else was written, folder and mark are removed.
 
     Raises:
-        StorageError: if it holds what Rushhour did not put there, another process works in it, or it cannot be written.
+        StorageError: if it holds files that Rushhour did not write, another process works in it, or it cannot be
+            written.
     """
     check_claim(folder)
     mark = folder / MARK
@@ -306,10 +309,10 @@ def claimed(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_at(path: Path) -> Iterator[None]:
-    """No other process makes `path` meanwhile: a lock beside it, which disappears.
+    """Hold a lock beside `path`, so that no other process writes it; the lock is removed at the end.
 
     Raises:
-        StorageError: if another one does, or nothing can be written there.
+        StorageError: if another process holds it, or it cannot be written.
     """
     lock = path.parent / f".{path.name}.lock"
     with _folders(path.parent), _locked(lock, path):
@@ -322,7 +325,7 @@ def alone_at(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _folders(folder: Path) -> Iterator[None]:
-    """The folder with all above it; those that were made for it disappear again where nothing was put into them."""
+    """Make the folder and those above it; at the end, remove those of them that are empty."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     with explained(f"make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -336,7 +339,7 @@ def _folders(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(file: Path, what: Path) -> Iterator[None]:
-    """Hold the lock of a file, which is made."""
+    """Make a file and hold its lock."""
     while True:
         with explained(f"lock {what}"), contextlib.ExitStack() as stack:
             lock = stack.enter_context(file.open("a"))
@@ -356,7 +359,7 @@ def _locked(file: Path, what: Path) -> Iterator[None]:
 
 
 def _is_at(handle: int, file: Path) -> bool:
-    """Whether the open file is still the one of that name: who held its lock before may have removed it."""
+    """Whether the open file is still at that path: the last holder of its lock may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
@@ -364,9 +367,9 @@ def _is_at(handle: int, file: Path) -> bool:
 
 
 def _not_ours(folder: Path, names: Sequence[str]) -> StorageError:
-    said = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     return StorageError(
-        f"{folder} is not Rushhour's to write to",
-        f"it holds what Rushhour did not put there: {said}",
+        f"will not write to {folder}",
+        f"it holds files that Rushhour did not write: {listed}",
         "name a new or empty folder, or move that away",
     )

@@ -1,9 +1,9 @@
-"""Standard output and standard error, wherever they lead: nothing that is printed ends the work.
+"""Standard output and standard error that never raise: a failed write does not end a command.
 
-A reader that has gone away (`| head -1`) is no error. A disk that is full is one, but it is said when the work is done.
-What the encoding of the output cannot write is written in letters that it has.
+A closed pipe (`| head -1`) is no error. A full disk is one, which is reported at the end. Characters that the output's
+encoding lacks are replaced by similar ones.
 
-Imported before anything slow; nothing slow may be imported here.
+Imported before anything slow, so nothing slow may be imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ERRORS = "rushhour-plain"
 _ASCII = "rushhour_ascii"
-"""ASCII under a name of its own: click takes ASCII for a mistake, and writes UTF-8 instead."""
+"""ASCII under another name: click treats ASCII as a misconfiguration, and writes UTF-8 instead."""
 _PLAIN = {
     "✓": "+", "✕": "x", "·": "-", "★": "*", "■": "#", "●": "o", "○": "o", "…": "...", "≥": ">=", "≤": "<=", "≈": "~",
     "→": "->", "×": "x", "±": "+-", "µ": "u", "μ": "u", "–": "-", "—": "-", "−": "-", "“": '"', "”": '"', "‘": "'",
@@ -30,7 +30,7 @@ _PLAIN = {
 
 
 class _Lasting(io.RawIOBase):
-    """Writes to a file descriptor; once that has failed, nowhere."""
+    """Writes to a file descriptor; after an error it discards everything."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -50,7 +50,7 @@ class _Lasting(io.RawIOBase):
         while self.error is None:
             try:
                 return os.write(self._descriptor, view)
-            except BlockingIOError:  # whoever opened it made it so
+            except BlockingIOError:  # it was opened non-blocking
                 wait = select.poll()
                 wait.register(self._descriptor, select.POLLOUT)
                 wait.poll()
@@ -62,10 +62,10 @@ class _Lasting(io.RawIOBase):
 _raw: dict[str, _Lasting] = {}
 
 
-def settle() -> None:
-    """Have this process print so from now on. A standard stream that is closed leads nowhere.
+def install() -> None:
+    """Replace the standard streams of this process. A closed one is opened to /dev/null first.
 
-    Else the next file that is opened would take its number, and what libraries print would be written into that.
+    Otherwise the next opened file would get its number, and libraries would print into that file.
     """
     for number in range(3):
         try:
@@ -90,7 +90,7 @@ def settle() -> None:
 
 
 def failure() -> OSError | None:
-    """What kept standard output from taking all that was printed; None where nothing did, or nobody reads it."""
+    """The error that standard output had; None without one, and for a closed pipe."""
     if "stdout" not in _raw:
         return None
     sys.stdout.flush()
@@ -117,6 +117,6 @@ def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no text: as it is
+    if "\udc80" <= character <= "\udcff":  # an undecodable byte of a file name, unchanged
         return bytes([ord(character) - 0xDC00]), error.start + 1
     return _PLAIN.get(character, "?"), error.start + 1

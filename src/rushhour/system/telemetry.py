@@ -1,7 +1,7 @@
-"""Nothing about a user's models leaves his machine: the packages we run on do not report to their makers.
+"""Telemetry of the packages below is off: nothing about a user's models leaves the machine.
 
-OpenVINO and NNCF send an event to Google Analytics when they are imported, and leave a client's number in the home
-folder. ONNX Runtime does the same with Microsoft from 1.29 on (microsoft/onnxruntime#27379).
+OpenVINO and NNCF send an event to Google Analytics on import, and write a client ID to the home folder. ONNX Runtime
+sends events to Microsoft from 1.29 on (microsoft/onnxruntime#27379).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import os
 import sys
 
 
-def keep_home() -> None:
-    """To be called before `openvino`, `nncf` or `onnxruntime` is imported; later it has no effect. Repeatable.
+def disable_telemetry() -> None:
+    """Switch it off for this process and its children. Repeatable.
 
-    Both ways out are closed for the whole process, and for its children. A person who sets `ORT_DISABLE_TELEMETRY`,
-    or imports `openvino_telemetry` before us, has made a choice of his own, and it stands.
+    To be called before `openvino`, `nncf` or `onnxruntime` is imported; later it has no effect. A user who sets
+    `ORT_DISABLE_TELEMETRY`, or imports `openvino_telemetry` first, has chosen otherwise, and that is respected.
     """
-    # Where the package cannot be imported, OpenVINO and NNCF do without.
+    # OpenVINO and NNCF work without the package.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    # A full opt-out, but only before the package is loaded; its own disable_telemetry_events() comes too late.
+    # It counts only before the package is loaded; its disable_telemetry_events() is too late.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

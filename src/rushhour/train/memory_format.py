@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rushhour.models import Deployed
-from rushhour.system.faults import where
+from rushhour.system.faults import user_code_line
 
 _BLOCK = 16
 """Channels from which on no instruction set is at fault; AVX2's block is 8, but a training may change machines."""
@@ -144,7 +144,7 @@ def _fails_channels_last(deployed: Deployed, samples: NDArray[Any], *, bf16: boo
         with torch.random.fork_rng(devices=[]):
             step()
     except Exception as error:  # a user's network may fail in any way
-        return f"its own code takes nothing else{where(error)}"
+        return f"its own code takes nothing else{user_code_line(error)}"
     return None
 
 

@@ -20,7 +20,7 @@ from rushhour.models.batch_dependence import batch_dependence
 from rushhour.models.deployed.module import Deployed, columns_of
 from rushhour.models.failure import why_failed
 from rushhour.system.machine import cores
-from rushhour.system.telemetry import keep_home
+from rushhour.system.telemetry import disable_telemetry
 
 _VERIFIED_BATCHES = (1, 3, 32)
 
@@ -119,7 +119,7 @@ def verify(file: Path | bytes, deployed: Deployed, name: str, names: list[str], 
     Raises:
         ModelError: if it does not.
     """
-    keep_home()
+    disable_telemetry()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

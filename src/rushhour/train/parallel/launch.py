@@ -25,7 +25,7 @@ from torch import multiprocessing
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.failure import why_failed
 from rushhour.system import machine
-from rushhour.system.faults import unforeseen, where
+from rushhour.system.faults import report_unexpected, user_code_line
 from rushhour.train.parallel.position import Position, position_file, record_in, reset_positions
 from rushhour.train.parallel.settings import Backend
 
@@ -298,7 +298,7 @@ def _worker(
     except RushhourError as error:
         outcome = False, error
     except Exception as error:
-        outcome = False, why_failed(error) if where(error) else unforeseen(error, "training")
+        outcome = False, why_failed(error) if user_code_line(error) else report_unexpected(error, "training")
     senders[rank].send(outcome)
     senders[rank].close()
 
