@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 import rushhour
 from rushhour import SLO, AccuracyBudget, Bundle, Outcome, RushhourError
-from rushhour.api import ClosedLoopResult, Server, Stop, TrainResult
+from rushhour.api import ClosedLoopResult, LoadResult, Server, Stop, TrainResult
 from rushhour.api.inputs import load_data, read_model
 from rushhour.api.values import read_seconds, read_size
 from rushhour.bundle import Source
@@ -131,6 +132,13 @@ def test_sizes() -> None:
     for size in ("12", "12x", "0x4", "4x99999", (3,), (3, 0), (-1, 4)):
         with pytest.raises(GoalError, match="size"):
             read_size(size)
+
+
+def test_a_result_is_shown_in_a_line(trained: TrainResult) -> None:
+    """A notebook shows what the last line of a cell returns."""
+    assert re.fullmatch(r"<TrainResult \S+: [\d,]+ parameters, \S+>", repr(trained))
+    loaded = LoadResult("http://there", "model", SLO.parse("p50<1s"), "poisson", 1, (), searched=True)
+    assert repr(loaded) == f"<LoadResult http://there: {loaded.headline}>"
 
 
 def test_a_bundle_is_compressed(trained: TrainResult, rows: Arrays, tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ class CompareResult:
     stopped: str = ""
     error: LoadError | None = None
 
+    def __repr__(self) -> str:
+        """Short, for a notebook."""
+        ratios, windows = len(self.comparison.ratios), len(self.comparison.windows)
+        return f"<CompareResult of {windows} windows: {ratios} ratios to the first server>"
+
     @property
     def is_complete(self) -> bool:
         """Whether it ended by itself and every ratio has an interval."""

@@ -41,6 +41,10 @@ class CompressResult:
     def __fspath__(self) -> str:
         return str(self.bundle.path)
 
+    def __repr__(self) -> str:
+        """Short, for a notebook."""
+        return f"<CompressResult {self.verdict}: {self.bundle.manifest.parameters:,} parameters, {self.bundle.path}>"
+
     @property
     def verdict(self) -> Verdict:
         """`best`, `no gain` (the bundle is as it was) or `nearest miss` (nothing is inside the budget)."""

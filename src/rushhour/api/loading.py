@@ -134,6 +134,10 @@ class LoadResult:
     stopped: str = ""
     error: LoadError | None = None
 
+    def __repr__(self) -> str:
+        """Short, for a notebook."""
+        return f"<LoadResult {self.url}: {self.headline}>"
+
     @property
     def outcome(self) -> Outcome:
         """`pass` where the SLO holds at all rates, or up to a proven capacity; else what speaks against it."""
@@ -221,6 +225,10 @@ class ClosedLoopResult:
     url: str
     result: ClosedResult
     stopped: str = ""
+
+    def __repr__(self) -> str:
+        """Short, for a notebook."""
+        return f"<ClosedLoopResult {self.url}: {self.result.throughput_rps:,.0f} requests/s>"
 
     def as_dict(self) -> dict[str, Any]:
         """What `rushhour load --closed-loop N --json` writes."""

@@ -46,6 +46,11 @@ class TrainResult:
     def __fspath__(self) -> str:
         return str(self.bundle.path)
 
+    def __repr__(self) -> str:
+        """Short, for a notebook."""
+        manifest = self.bundle.manifest
+        return f"<TrainResult {manifest.name}: {manifest.parameters:,} parameters, {self.bundle.path}>"
+
     def as_dict(self) -> dict[str, Any]:
         """What `rushhour train --json` writes: the bundle's manifest, the workers' plan and the search."""
         plan = {} if self.plan is None else {"plan": self.plan}

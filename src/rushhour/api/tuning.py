@@ -39,6 +39,12 @@ class TuneResult:
     def __fspath__(self) -> str:
         return str(self.run)
 
+    def __repr__(self) -> str:
+        """Short, for a notebook."""
+        assert self.plan.evidence is not None
+        kind = "nearest miss" if not self.feasible else "proven" if self.plan.evidence.proven else "estimated"
+        return f"<TuneResult {self.capacity_rps:,.0f} requests/s, {kind}: {self.run}>"
+
     @property
     def feasible(self) -> bool:
         """Whether the plan meets the goal; if not, it is the one that came closest."""
