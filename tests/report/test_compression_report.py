@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
+import pytest
 from runs import compressed
 
-from rushhour.report import write_compression_report
+from rushhour.report import charts, write_compression_report
 
 
 def test_the_report_of_a_compression_has_no_empty_rows_and_stars_one_step(tmp_path: Path) -> None:
@@ -24,3 +26,16 @@ def test_the_report_of_a_compression_has_no_empty_rows_and_stars_one_step(tmp_pa
     confirmed = page[page.index("Confirmed on the test part") :]
     assert "within 5%" in confirmed
     assert "they are no numbers" in confirmed
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("step", ["int8", "prune:0.3:epochs=1:round_to=4"])
+@pytest.mark.parametrize("best", [(0, 0), (1, 1)])
+def test_the_chart_of_sizes_has_room_for_its_axes(best: tuple[int, int], step: str, narrow: bool) -> None:
+    """A long name of a step left none on a phone: matplotlib warns, and a warning is an error here."""
+    found = compressed(best)
+    attempts = tuple(
+        msgspec.structs.replace(each, stages=tuple(msgspec.structs.replace(one, step=step) for one in each.stages))
+        for each in found.attempts
+    )
+    assert charts.compression_sizes(msgspec.structs.replace(found, attempts=attempts), narrow) is not None

@@ -62,7 +62,7 @@ def compression_sizes(found: Compression, narrow: bool = False) -> Markup | None
         return None
     stages = found.attempts[found.best[0]].stages[: found.best[1] + 1]
     with style("compression-sizes"):
-        figure, axes = canvas(NARROW if narrow else WIDE, 0.9 + 0.62 * len(stages))
+        figure, axes = canvas(NARROW if narrow else WIDE, (1.5 if narrow else 1.1) + 0.62 * len(stages))
         reference = found.reference
         fewer = [reference.parameters / max(1, stage.parameters) for stage in stages]
         smaller = [reference.bytes / stage.bytes for stage in stages]
@@ -72,7 +72,7 @@ def compression_sizes(found: Compression, narrow: bool = False) -> Markup | None
             for place, value in zip(places, values, strict=True):
                 beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
                 axes.annotate(f"{wording.number(value)}x", (value, place), fontsize=9, **beside)
-        axes.set_yticks(range(len(stages)), [short(stage.step, 30) for stage in stages])
+        axes.set_yticks(range(len(stages)), [short(stage.step, 18 if narrow else 30) for stage in stages])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(stages) - 0.5, -0.5)
         axes.set_xlim(0, 1.15 * max(*fewer, *smaller))
