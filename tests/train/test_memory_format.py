@@ -119,10 +119,10 @@ def test_contiguous_means_the_strides_of_one_channel_and_of_small_kernels_too() 
     """`is_contiguous` is true of both, and torch takes them for channels-last."""
     network = nn.Sequential(nn.Conv2d(1, 8, 1, stride=2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     made = Deployed(network, DATA.task, DATA.preprocessing)
-    MemoryFormat(channels_last=False).lay(made)
+    MemoryFormat(channels_last=False).apply(made)
     assert network[0].weight.stride() == (1, 1, 1, 1)
     assert made.preprocess(torch.from_numpy(BATCH)).stride() == (256, 256, 16, 1)
-    MemoryFormat(channels_last=True).lay(made)
+    MemoryFormat(channels_last=True).apply(made)
     assert made.preprocess(torch.from_numpy(BATCH)).stride() == (256, 1, 16, 1)
 
 

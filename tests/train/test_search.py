@@ -20,7 +20,7 @@ from rushhour.errors import ModelError, StorageError
 from rushhour.progress import Silent
 from rushhour.records.curves import read_curves
 from rushhour.train import TrainSettings
-from rushhour.train.search import Found, search
+from rushhour.train.search import SearchResult, search
 
 BASE = TrainSettings(epochs=2, batch=64, lr=3e-3, bf16=False)
 
@@ -29,7 +29,7 @@ def with_dropout(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
 
 
-def searched(folder: Path, trials: int, settings: TrainSettings = BASE, **options: Any) -> tuple[Bundle, Found]:
+def searched(folder: Path, trials: int, settings: TrainSettings = BASE, **options: Any) -> tuple[Bundle, SearchResult]:
     options = {"dataset": table(400), "source": MLP, "pruner": "median", "progress": Silent(), **options}
     return search(settings=settings, trials=trials, out=folder / "best", work=folder / "work", **options)
 

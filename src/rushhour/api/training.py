@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rushhour.data import Dataset
     from rushhour.data.augment import Augmentation
     from rushhour.train import ParallelSettings
-    from rushhour.train.search import Found
+    from rushhour.train.search import SearchResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainResult:
     bundle: Bundle
     logs: Path
     plan: dict[str, Any] | None = None
-    search: Found | None = None
+    search: SearchResult | None = None
 
     def __fspath__(self) -> str:
         return str(self.bundle.path)

@@ -22,7 +22,7 @@ from rushhour.system.storage import try_building, try_folder
 
 if TYPE_CHECKING:
     from rushhour.train import ParallelSettings
-    from rushhour.train.search import Found
+    from rushhour.train.search import SearchResult
 
 _METHOD, _WORKERS, _SEARCH, _TRACKING = "Training", "Parallel training", "Hyper-parameter search", "Tracking"
 
@@ -182,7 +182,7 @@ def parallel_of(sharing: dict[str, Any]) -> ParallelSettings:
     )
 
 
-def print_search(console: Console, search: Found) -> None:
+def print_search(console: Console, search: SearchResult) -> None:
     """The trials of a search as a table, the best one marked."""
     names = sorted({name for trial in search.trials for name in trial.chosen})
     table = Table("", "trial", *names, "epochs", f"{search.metric} (validation)", "", title="Trials of the search")

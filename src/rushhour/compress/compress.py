@@ -71,7 +71,7 @@ def compress(
         seed: of all that is random.
         engine: that compiles everything.
         bench: times bundles; 6 interleaved blocks by default, and 18 where these are not enough.
-        progress: told of every step.
+        progress: receives every step.
         trusted: as for `apply`.
         name: of the answer; the reference's by default.
         force: whether a bundle that other work left at `out`, or beside it, may be replaced.

@@ -114,7 +114,7 @@ def distil(
         step: how.
         seed: of order, augmentation and dropout.
         checkpoint: resumed from; it stays at the end, so that a second call has nothing to do.
-        progress: told of every step.
+        progress: receives every step.
         trusted: factories that may be imported for the teacher; its graph is used where its factory is not among them.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step.
 
@@ -135,14 +135,14 @@ def distil(
         steps=step.epochs * (len(dataset.train) // size),
         kept=checkpoint.notes().get(NOTE),
     )
-    form.lay(student)
+    form.apply(student)
     if form.why:
         progress.start("choose a memory format")
         progress.done(str(form))
     optimizer = settings.make_optimizer(student.network.parameters())
     loss_of = _loss(dataset.task, step, dataset.train.labelled)
     with (
-        form.in_force(),
+        form.active(),
         torch.random.fork_rng(devices=[]),
         Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment) as feed,
         _teaching(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)) as taught,
@@ -213,7 +213,7 @@ def _teaching(
     module = _module(bundle, trusted)
     if module is not None:
         # oneDNN's fault is in gradients only, and `load_deployed` has tried channels-last pictures
-        MemoryFormat(channels_last=not module.preprocess.contiguous).lay(module)
+        MemoryFormat(channels_last=not module.preprocess.contiguous).apply(module)
 
         def of_module(inputs: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):

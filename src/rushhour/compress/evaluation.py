@@ -38,7 +38,7 @@ class Evaluation:
         dataset: validation judges every stage, test confirms.
         engine: that compiles everything.
         bench: times bundles.
-        progress: told of every step.
+        progress: receives every step.
         budget: the largest accuracy drop allowed.
 
     Attributes:

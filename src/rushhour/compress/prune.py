@@ -206,9 +206,9 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(split), generator=generator)[:_GRADIENT_SAMPLES].numpy()
     form = guard(deployed, split.inputs) or MemoryFormat(channels_last=not deployed.preprocess.contiguous)
-    form.lay(deployed)
+    form.apply(deployed)
     deployed.network.zero_grad()
-    with form.in_force():
+    with form.active():
         for at in range(0, len(rows), _GRADIENT_BATCH):
             part = rows[at : at + _GRADIENT_BATCH]
             loss = loss_of(deployed.logits(torch.from_numpy(split.inputs[part])), torch.from_numpy(split.targets[part]))

@@ -144,9 +144,9 @@ def quantize(
         control = _Control(bundle, dataset, max_drop, iterations, seed, wide)
         graph, outcome = control.best(graph, samples, out)
         step = msgspec.structs.replace(step, settings={**step.settings, OUTCOME: outcome})
-    made = seal(bundle, out, graph, step=step, precision="int8", samples=samples)
-    progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
-    return made
+    result = seal(bundle, out, graph, step=step, precision="int8", samples=samples)
+    progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {result.model_bytes / 1e6:.1f} MB")
+    return result
 
 
 def quantize_for_all(
@@ -173,11 +173,11 @@ def quantize_for_all(
     Raises:
         RushhourError: as `quantize`.
     """
-    made: dict[Target, Bundle] = {
+    result: dict[Target, Bundle] = {
         "any": quantize(bundle, dataset, out, calibration=calibration, seed=seed, max_drop=max_drop, progress=progress)
     }
     if describe().saturates:
-        return made
+        return result
     split = dataset.validation.sample(_JUDGED, seed=seed)
     progress.start(f"accuracy drop of {bundle.manifest.name} with 7-bit weights")
     expected = _answers_of(bundle, split)
@@ -185,10 +185,10 @@ def quantize_for_all(
     def drop(of: Bundle) -> float:
         return judge(dataset.task, "validation", split.targets, _answers_of(of, split), expected).drop
 
-    cost = drop(made["any"])
+    cost = drop(result["any"])
     progress.done(f"{cost * 100:.2f} points")
     if cost <= COSTLY:
-        return made
+        return result
     beside = out.with_name(f"{out.name}-vnni")
     wide = quantize(
         bundle,
@@ -201,8 +201,8 @@ def quantize_for_all(
         progress=progress,
     )
     if cost - drop(wide) > COSTLY:
-        made["vnni"] = wide
-    return made
+        result["vnni"] = wide
+    return result
 
 
 def is_plain(bundle: Bundle) -> bool:
@@ -312,8 +312,8 @@ class _Control:
     def _judged(self, graph: onnx.ModelProto, samples: Mapping[str, NDArray[Any]], at: Path) -> Accuracy:
         """The accuracy of the compiled graph, against its parent."""
         step = Step("quantize")
-        made = seal(self._bundle, at / "int8", graph, step=step, precision="int8", samples=samples)
-        return judge(self._task, "train", self._split.targets, self._outputs(made), self._expected)
+        result = seal(self._bundle, at / "int8", graph, step=step, precision="int8", samples=samples)
+        return judge(self._task, "train", self._split.targets, self._outputs(result), self._expected)
 
     def _outputs(self, bundle: Bundle) -> NDArray[Any]:
         return _answers_of(bundle, self._split)

@@ -66,7 +66,7 @@ def apply(
         store: of bundles that were made before.
         seed: of all that is random.
         max_drop: the accuracy budget of int8; see `quantize`.
-        progress: told of every step.
+        progress: receives every step.
         trusted: factories that may be imported besides those of `rushhour.models`.
         checkpoint_every_s: seconds between checkpoints while training; 0 for one after every step.
 
@@ -79,12 +79,12 @@ def apply(
     before, trusted = bundle, trusted_factories(bundle, trusted)
     for step in recipe.steps:
         key = key_of(step, before, bundle, dataset, seed, max_drop, trusted)
-        made = store.find(key)
-        if made is None:
+        result = store.find(key)
+        if result is None:
             run = _StepRun(store, key, dataset, bundle, seed, max_drop, progress, trusted, checkpoint_every_s)
-            made = run.result(step, before)
-        yield made
-        before = made
+            result = run.result(step, before)
+        yield result
+        before = result
 
 
 def check_data(bundle: Bundle, dataset: Dataset) -> None:
@@ -140,7 +140,7 @@ class _StepRun:
             RushhourError: whatever goes wrong: a user's network may fail in any way.
         """
         try:
-            made = self._apply(step, before)
+            result = self._apply(step, before)
         except (RushhourError, OSError):
             raise
         except Exception as error:
@@ -151,7 +151,7 @@ class _StepRun:
             ) from error
         for checkpoint in self._checkpoints:
             checkpoint.remove()
-        return made
+        return result
 
     def _apply(self, step: AnyStep, before: Bundle) -> Bundle:
         match step:
@@ -310,9 +310,9 @@ class _StepRun:
         self, step: AnyStep, before: Bundle, deployed: Deployed, source: Source, notes: Mapping[str, str] | None = None
     ) -> Bundle:
         self._progress.start(f"export {before.manifest.name}")
-        made = self._export(step, before, deployed, source, self._out, notes)
-        self._progress.done(f"{made.manifest.parameters:,} parameters, {made.model_bytes / 1e6:.2f} MB")
-        return made
+        result = self._export(step, before, deployed, source, self._out, notes)
+        self._progress.done(f"{result.manifest.parameters:,} parameters, {result.model_bytes / 1e6:.2f} MB")
+        return result
 
     def _export(
         self,

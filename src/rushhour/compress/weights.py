@@ -127,9 +127,9 @@ def _step(what: str, bundle: Bundle, *tools: str) -> Step:
 
 def _sealed(bundle: Bundle, out: Path, graph: onnx.ModelProto, step: Step, near: float, progress: Progress) -> Bundle:
     samples = bundle.samples()
-    made = seal(bundle, out, graph, step=step, precision="f32", samples=samples, near_parent=near)
-    progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {made.model_bytes / 1e6:.1f} MB")
-    return made
+    result = seal(bundle, out, graph, step=step, precision="f32", samples=samples, near_parent=near)
+    progress.done(f"{bundle.model_bytes / 1e6:.1f} MB -> {result.model_bytes / 1e6:.1f} MB")
+    return result
 
 
 def _nothing(bundle: Bundle, why: str) -> ModelError:

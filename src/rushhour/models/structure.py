@@ -96,9 +96,9 @@ def code_of(source: Source, trusted: tuple[str, ...] = ()) -> dict[str, str]:
     Raises:
         ModelError: if the factory may not be imported, or cannot be.
     """
-    made = inspect.unwrap(factory_of(source, trusted))
+    factory = inspect.unwrap(factory_of(source, trusted))
     name = source.factory.partition(":")[0]
-    roots = {getattr(made, "__module__", None) or name}
+    roots = {getattr(factory, "__module__", None) or name}
     if not name.startswith("rushhour."):  # packages of rushhour only re-export
         roots.add(name)
     found: dict[str, str] = {}

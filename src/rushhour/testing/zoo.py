@@ -173,10 +173,10 @@ def trained(one: Specimen, way: Way) -> None:
         form = choose(deployed, samples, bf16=bf16, steps=STEPS)
     else:
         form = MemoryFormat(channels_last=way == "channels-last")
-    form.lay(deployed)
+    form.apply(deployed)
     deployed.preprocess.contiguous &= way != "as it comes"
     optimizer = torch.optim.SGD(deployed.parameters(), lr=0.01)
-    with form.in_force():
+    with form.active():
         for _ in range(STEPS):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 outputs = deployed.logits(torch.from_numpy(samples[: one.batch]))

@@ -1,7 +1,7 @@
-"""Where a training stands, on disk: enough to go on after a kill as if nothing had happened, bit for bit.
+"""The checkpoint of a training: after a kill, the training is resumed from it with the same results, bit for bit.
 
-One safetensors file, replaced as a whole, with a line of JSON in its header; never a pickle. Tensors have the names and
-shapes of the whole network, however many workers hold it in whatever parts, so that any number can go on from it.
+One safetensors file, replaced atomically, with a line of JSON in its header; never a pickle. Tensors have the names and
+shapes of the whole network, however many workers hold its parts, so that any number of workers can resume.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from rushhour.system.storage import explained, write_whole
 
 _HEADER = "rushhour"
 _COUNT = "step"
-"""What Adam calls the number of a parameter's steps, beside the moments."""
+"""Adam's name for the number of steps of a parameter, beside the moments."""
 COUNTS = "counts"
-"""In the notes, those numbers by name."""
+"""In the notes: name of a parameter -> that number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A training at one moment.
+    """The state of a training after a step.
 
     Attributes:
-        step: optimizer steps done, which is also the place in the data: the order follows from seed and epoch.
-        notes: all that is not a tensor; it must survive JSON.
-        tensors: `network.NAME`, `moment.MOMENT.NAME` of the optimizer, `generator`, and what else the training needs.
-        facts: what the training was made of, as `Checkpoint` was told; filled in by it.
+        step: optimizer steps done, which is also the position in the data: the order follows from seed and epoch.
+        notes: all that is not a tensor, as JSON values.
+        tensors: `network.NAME`, `moment.MOMENT.NAME` of the optimizer, `generator`, and others that the training needs.
+        facts: the fingerprint of the training by name; set by `Checkpoint`.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Snapshot:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors below `prefix.`, under the rest of their names."""
+        """The tensors whose names begin with `prefix.`, by the rest of their names."""
         return {
             name.removeprefix(f"{prefix}."): tensor
             for name, tensor in self.tensors.items()
@@ -55,7 +55,7 @@ class Snapshot:
 
     @property
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimizer kept: moment -> name of the parameter -> tensor."""
+        """The optimizer's moments: moment -> name of the parameter -> tensor."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.part("moment").items():
             moment, _, parameter = name.partition(".")
@@ -70,8 +70,8 @@ class _State(msgspec.Struct, frozen=True):
     facts: dict[str, Any] = {}
 
 
-class Begun(NamedTuple):
-    """A training that is not finished: its checkpoint, the steps done, and what it is made of."""
+class Unfinished(NamedTuple):
+    """A training that is not finished: its checkpoint, the steps done, and the facts of its fingerprint."""
 
     path: Path
     step: int
@@ -82,9 +82,9 @@ class Checkpoint:
     """The checkpoint of one training.
 
     Args:
-        folder: where it lies; one folder may hold those of many trainings.
-        fingerprint: what the training is made of, as hex.
-        facts: the same in names and values that JSON has, to be compared with another training.
+        folder: of the file; it may hold checkpoints of many trainings.
+        fingerprint: of the training, as hex.
+        facts: the fingerprint by name, as JSON values, to be compared with another training.
     """
 
     def __init__(self, folder: Path, fingerprint: str, facts: Mapping[str, Any] | None = None) -> None:
@@ -95,13 +95,13 @@ class Checkpoint:
         self.path = folder / f"train-{fingerprint[:16]}.safetensors"
 
     def write(self, snapshot: Snapshot) -> None:
-        """Replace the older one, on a thread: the training goes on meanwhile. Waits for the write before.
+        """Replace the file, on a thread: the training continues. Waits for the write before.
 
         Args:
-            snapshot: its tensors must share memory with nothing that will change, nor with each other.
+            snapshot: its tensors must not share memory with each other, or with tensors that change.
 
         Raises:
-            StorageError: if the disk did not take the one before.
+            StorageError: if the write before failed.
         """
         self.wait()
 
@@ -116,10 +116,10 @@ class Checkpoint:
         self._writer.start()
 
     def wait(self) -> None:
-        """Return when what was written last is on disk.
+        """Return when the last write is on disk.
 
         Raises:
-            StorageError: if the disk did not take it; the older one stays.
+            StorageError: if it failed; the older file stays.
         """
         if self._writer is not None:
             self._writer.join()
@@ -129,10 +129,10 @@ class Checkpoint:
             raise error
 
     def read(self) -> Snapshot | None:
-        """What is on disk; None if there is none, or it is damaged, or of another training.
+        """The snapshot on disk; None if there is none, or it is damaged, or of another training.
 
         Raises:
-            StorageError: if it is there but cannot be read.
+            StorageError: if the file exists but cannot be read.
         """
         if not self.path.is_file():
             return None
@@ -142,32 +142,32 @@ class Checkpoint:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, msgspec.DecodeError):
             return None
-        if state.fingerprint != self.fingerprint or COUNTS not in state.notes:  # without: of an earlier version
+        if state.fingerprint != self.fingerprint or COUNTS not in state.notes:  # without counts: an earlier version
             return None
         return Snapshot(state.step, state.notes, tensors, state.facts)
 
     def notes(self) -> dict[str, Any]:
-        """What is on disk beside the tensors, without reading these; empty where `read` would find nothing.
+        """The notes on disk, without reading the tensors; empty where `read` returns None.
 
         Raises:
-            StorageError: if it is there but cannot be read.
+            StorageError: if the file exists but cannot be read.
         """
         state = _state_in(self.path)
         return state.notes if state is not None and state.fingerprint == self.fingerprint else {}
 
-    def begun(self) -> Begun | None:
-        """How far it is on disk; None where `read` would find nothing.
+    def unfinished(self) -> Unfinished | None:
+        """The training as it is on disk, without its tensors; None where `read` returns None.
 
         Raises:
-            StorageError: if it is there but cannot be read.
+            StorageError: if the file exists but cannot be read.
         """
         state = _state_in(self.path)
         if state is None or state.fingerprint != self.fingerprint:
             return None
-        return Begun(self.path, state.step, state.facts)
+        return Unfinished(self.path, state.step, state.facts)
 
-    def others(self) -> list[Begun]:
-        """Trainings with other fingerprints whose checkpoints lie in the same folder.
+    def others(self) -> list[Unfinished]:
+        """Trainings with other fingerprints whose checkpoints are in the same folder.
 
         Raises:
             StorageError: if one cannot be read.
@@ -175,7 +175,7 @@ class Checkpoint:
         found = []
         for path in sorted(self.path.parent.glob("train-*.safetensors")):
             if path != self.path and (state := _state_in(path)) is not None:
-                found.append(Begun(path, state.step, state.facts))
+                found.append(Unfinished(path, state.step, state.facts))
         return found
 
     def save(
@@ -190,38 +190,38 @@ class Checkpoint:
     ) -> None:
         """Write the state of a network on one worker after `step` optimizer steps, with torch's generator for dropout.
 
-        It is on disk when this returns, and replaces the older one.
+        It is on disk when this returns, and replaces the older file.
 
         Args:
             step: optimizer steps done.
             network: whose parameters the optimizer has.
             optimizer: with one group of parameters.
             schedule: of its learning rate.
-            notes: more to keep that is not a tensor.
-            more: more tensors to keep, contiguous.
+            notes: more notes.
+            more: more tensors, contiguous.
 
         Raises:
-            StorageError: if the disk does not take it; the older one stays.
+            StorageError: if the disk does not take it; the older file stays.
         """
         self.write(snapshot(step, network, optimizer, schedule, notes=notes, more=more))
         self.wait()
 
     def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> int:
-        """Put the state back, torch's generator too, and return the steps done: 0, and nothing touched, without one.
+        """Restore the state, torch's generator too, and return the steps done: 0, and nothing changed, without a file.
 
-        A checkpoint that is damaged, of another training, or of other shapes counts as none.
+        A file that is damaged, of another training, or with other shapes is ignored.
 
         Raises:
-            StorageError: if it is there but cannot be read.
+            StorageError: if the file exists but cannot be read.
         """
         found = self.read()
         if found is None or shapes(found.part("network")) != shapes(network.state_dict()):
             return 0
-        put_back(found, network, optimizer, schedule)
+        restore_snapshot(found, network, optimizer, schedule)
         return found.step
 
     def remove(self) -> None:
-        """Delete it, with what killed writes left beside it; nothing happens if there is none.
+        """Delete the file, and the temporary files of killed writes.
 
         Raises:
             StorageError: if the disk does not allow it.
@@ -233,7 +233,7 @@ class Checkpoint:
 
 
 def _state_in(path: Path) -> _State | None:
-    """What the file says beside its tensors; None where there is none, or it is damaged."""
+    """The header of the file; None where there is none, or it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -252,35 +252,37 @@ def snapshot(
     notes: Mapping[str, Any] | None = None,
     more: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
-    """A network on one worker as it stands: copies, which nothing changes any more; `more` is taken as it is."""
+    """The state of a network on one worker, as copies; `more` is taken as it is."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in _named(network, optimizer).items():
         tensors |= {f"moment.{moment}.{name}": value for moment, value in moments_of(optimizer, parameter).items()}
     tensors["generator"] = torch.get_rng_state()
-    # copies that lie as safetensors writes them, and share no memory where weights are tied, which it refuses
+    # contiguous copies, which share no memory where weights are tied: safetensors needs both
     copied = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     counts = counts_of(optimizer, _named(network, optimizer))
-    notes = {**progress_of(optimizer, schedule), **(notes or {}), COUNTS: counts}
+    notes = {**progress_notes(optimizer, schedule), **(notes or {}), COUNTS: counts}
     return Snapshot(step, notes, {**copied, **(more or {})})
 
 
-def put_back(found: Snapshot, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-    """Put a snapshot into a network on one worker, whose shapes fit, its optimizer, schedule and torch's generator."""
+def restore_snapshot(
+    found: Snapshot, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler
+) -> None:
+    """Restore a network on one worker, whose shapes fit, with optimizer, schedule and torch's generator."""
     network.load_state_dict(found.part("network"))
     moments = found.moments
     for name, parameter in _named(network, optimizer).items():
-        # the fused optimizer walks parameter and moments side by side, so they must lie alike in memory
+        # the fused optimizer walks parameter and moments in the order of memory: they need the same strides
         values = {
             moment: torch.empty_like(parameter).copy_(named[name]) for moment, named in moments.items() if name in named
         }
         set_moments(optimizer, parameter, values, found.notes[COUNTS].get(name))
-    put_progress_back(found, optimizer, schedule)
+    restore_progress(found, optimizer, schedule)
     if "generator" in found.tensors:
         torch.set_rng_state(found.tensors["generator"])
 
 
-def progress_of(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict[str, Any]:
-    """What optimizer and schedule know beside tensors of parameters' shapes, for a snapshot's notes."""
+def progress_notes(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict[str, Any]:
+    """The state of optimizer and schedule without tensors of parameters' shapes, for a snapshot's notes."""
     (group,) = optimizer.param_groups
     return {
         "group": {name: value for name, value in group.items() if name != "params"},
@@ -288,14 +290,14 @@ def progress_of(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict
     }
 
 
-def put_progress_back(found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-    """The reverse of `progress_of`."""
+def restore_progress(found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
+    """The reverse of `progress_notes`."""
     optimizer.param_groups[0].update(found.notes["group"])
     schedule.load_state_dict(found.notes["schedule"])
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter in its shape: name of the moment -> tensor."""
+    """The moments that the optimizer keeps for a parameter: name -> tensor of the parameter's shape."""
     kept = optimizer.state.get(parameter, {})
     return {name: value for name, value in kept.items() if isinstance(value, Tensor) and name != _COUNT}
 
@@ -309,7 +311,7 @@ def counts_of(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> 
 def set_moments(
     optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor], count: float | None
 ) -> None:
-    """Give the optimizer what it kept of a parameter: its moments, and the steps that it counted."""
+    """Set the optimizer's state of a parameter: its moments, and the steps that it counted."""
     if moments:
         counted = {} if count is None else {_COUNT: torch.tensor(count, dtype=torch.float32)}
         optimizer.state[parameter] = {**counted, **moments}
@@ -321,7 +323,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _named(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's parameters by the names that the network has for them, or else by their place."""
+    """The optimizer's parameters by their names in the network, or else by their index."""
     names = {parameter: name for name, parameter in network.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {names.get(parameter, str(index)): parameter for index, parameter in enumerate(parameters)}

@@ -1,7 +1,7 @@
-"""Which samples a step gets, and getting them ready while the step before still computes.
+"""The data feed: which samples a step gets, prepared while the step before computes.
 
-The order of an epoch follows from (seed, epoch); what a step takes of it follows from its place. Nothing of it depends
-on how many workers there are, so a training goes on anywhere.
+The order of an epoch follows from (seed, epoch), and the samples of a step from its number. It does not depend on the
+number of workers, so that a training can be resumed with any.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rushhour.data.augment import Augmentation, Augmenter
 from rushhour.data.dataset import Split
 
 _AHEAD = 2
-"""Batches that are got ready for each thread before they are asked for."""
+"""Batches that each thread prepares ahead."""
 
 
 class Batch(NamedTuple):
@@ -31,8 +31,8 @@ class Batch(NamedTuple):
         step: optimizer steps before this one, over all epochs.
         rows: which samples of the training part the whole step has.
         own: those of them that this worker has.
-        inputs: those of this worker, `(n, *shape)`: as on the wire, or float32 once augmented.
-        targets: theirs.
+        inputs: of this worker, `(n, *shape)`: as on the wire, or float32 if augmented.
+        targets: of this worker.
     """
 
     step: int
@@ -46,11 +46,11 @@ class Feed:
     """The training part in the order of its epochs. Use it in a `with` block, which ends its threads.
 
     Args:
-        split: the training part; its arrays may be mapped from a file, the threads then read ahead.
+        split: the training part; its arrays may be mapped from a file, which the threads then read ahead.
         seed: of order and augmentation.
-        batch: samples in a step, over all workers; at most those that there are.
-        augment: what happens to pictures.
-        threads: that get batches ready.
+        batch: samples in a step, over all workers; limited to the samples of the part.
+        augment: of pictures.
+        threads: that prepare batches.
         part: which of how many equal parts of each batch this worker gets; the sizes differ by one where it does not
             divide.
     """
@@ -91,20 +91,20 @@ class Feed:
             else None
         )
 
-        def ready(step: int) -> Batch:
+        def prepared(step: int) -> Batch:
             rows = order[step * self.batch : (step + 1) * self.batch]
             index, parts = self._part
             own = np.array_split(rows, parts)[index]
             inputs = self._split.inputs[own]
-            made: Any = torch.from_numpy(inputs) if augmenter is None else augmenter(inputs, own)
-            return Batch(epoch * self.steps + step, rows, own, made, torch.from_numpy(self._split.targets[own]))
+            augmented: Any = torch.from_numpy(inputs) if augmenter is None else augmenter(inputs, own)
+            return Batch(epoch * self.steps + step, rows, own, augmented, torch.from_numpy(self._split.targets[own]))
 
         waiting: deque[Future[Batch]] = deque()
         upcoming = iter(range(first, self.steps))
         try:
             while True:
                 while len(waiting) < self._ahead and (step := next(upcoming, None)) is not None:
-                    waiting.append(self._pool.submit(ready, step))
+                    waiting.append(self._pool.submit(prepared, step))
                 if not waiting:
                     return
                 yield waiting.popleft().result()

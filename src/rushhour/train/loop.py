@@ -59,7 +59,7 @@ class TrainingLoop:
         settings: of the training.
         stepper: computes the steps.
         checkpoint: of the training; resumed from if there is one.
-        progress: told of every step.
+        progress: receives every step.
         model: name of the network.
         head: turns the network's outputs into answers.
         expected: shapes of the network's state; a checkpoint with others is ignored.

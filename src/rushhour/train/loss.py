@@ -1,4 +1,4 @@
-"""What training makes small, by task."""
+"""The loss of a training, by task."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def loss_for(task: Task, reduction: Reduction = "mean") -> Loss:
 
     Args:
         task: decides which.
-        reduction: over samples. Parts of a batch, on whatever workers, take `sum` and divide by the whole batch: then
-            their gradients add up to those of the whole, however it is cut.
+        reduction: over samples. Parts of a batch, on any workers, take `sum` and divide by the whole batch: their
+            gradients then add up to those of the whole batch, however it is divided.
     """
     loss = _cross_entropy if task.kind == "classification" else _squared_error
     return lambda outputs, targets: loss(outputs, targets, reduction)
@@ -33,7 +33,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tens
 
 
 def _squared_error(outputs: Tensor, values: Tensor, reduction: Reduction) -> Tensor:
-    # a missing last dimension would broadcast (n,) against (n, 1) to (n, n) and train on nonsense
+    # a missing last dimension would broadcast (n,) against (n, 1) to (n, n)
     of_values = functional.mse_loss(outputs.float(), values.float().reshape(outputs.shape), reduction="none")
     of_samples = of_values.flatten(1).mean(dim=1)
     if reduction == "none":

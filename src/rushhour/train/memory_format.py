@@ -1,10 +1,10 @@
-"""How a network's pictures lie in memory while it is trained: channels-last where that is safe and faster.
+"""The memory format of pictures in training: channels-last where that is safe and faster.
 
 oneDNN writes past a buffer in one case (oneDNN#6035; torch 2.13.0 has oneDNN 3.12). The gradient of the weights of a
 1x1 convolution with a stride needs its input without the pixels that the stride skips. `jit_1x1` copies them into a
-buffer of `pixels x channels`, and finds a pixel in it at `pixel x block`, the block being 8 channels on AVX2 and 16 on
-AVX-512. With fewer channels than a block it writes behind the buffer. This happens with channels-last inputs or weights
-only, so such a network is trained with contiguous ones; where it makes channels-last inputs itself, without oneDNN.
+buffer of `pixels x channels`, and addresses a pixel at `pixel x block`, the block being 8 channels on AVX2 and 16 on
+AVX-512. With fewer channels than a block it writes past the end. This happens with channels-last inputs or weights
+only, so such a network is trained with contiguous ones, and without oneDNN if it makes channels-last inputs itself.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from rushhour.models import Deployed
 from rushhour.system.faults import user_code_line
 
 _BLOCK = 16
-"""Channels from which on no instruction set is at fault; AVX2's block is 8, but a training may change machines."""
+"""Channels from which on all instruction sets are safe; AVX2's block is 8, but a training may change machines."""
 _STRIDED_RANKS = (3, 4)
 """Dimensions of the weights of convolutions that `jit_1x1` computes so: of signals and pictures, not of volumes."""
 _LEAST_STEPS = 200
-"""Of a training, for trial steps to be worth their time: 8 of them are 4%."""
+"""Steps of the shortest training with trial steps: 8 of them are then 4% of its time."""
 _WARM, _TIMED = 1, 3
 _CLEARLY = 1.1
-"""By which contiguous must be faster to be taken: a difference below it is noise, and a choice should repeat."""
+"""By which contiguous must be faster to be chosen: smaller differences are noise, and a choice should repeat."""
 _LARGEST_BYTES = 500_000_000
 """Of a network that is copied for trial steps."""
 
 NOTE = "memory_format"
-"""Under which a checkpoint's notes have it: a training that goes on in another format would round otherwise."""
+"""Its name in a checkpoint's notes: a training that is resumed in another format would round differently."""
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 class MemoryFormat(msgspec.Struct, frozen=True):
-    """What was chosen for one network.
+    """The memory format chosen for one network.
 
     Attributes:
-        channels_last: whether weights and pictures lie channels-last; else contiguous.
+        channels_last: whether weights and pictures are channels-last; else contiguous.
         onednn: whether torch may use oneDNN.
-        why: in words; empty where there was nothing to choose.
+        why: in words; empty where there was no choice.
     """
 
     channels_last: bool
@@ -61,9 +61,9 @@ class MemoryFormat(msgspec.Struct, frozen=True):
         return f"{form}: {self.why}" if self.why else form
 
     @contextlib.contextmanager
-    def in_force(self) -> Iterator[None]:
-        """In it, torch uses oneDNN or not, on all threads of this process. The network is laid out by `lay`."""
-        # not `torch.backends.mkldnn.flags`, which sets, and warns of, the precision of TF32 as well
+    def active(self) -> Iterator[None]:
+        """Within the block, torch uses oneDNN or not, on all threads of this process. `apply` changes the network."""
+        # not `torch.backends.mkldnn.flags`, which also sets, and warns of, the precision of TF32
         before = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(before and self.onednn)
         try:
@@ -71,8 +71,8 @@ class MemoryFormat(msgspec.Struct, frozen=True):
         finally:
             torch._C._set_mkldnn_enabled(before)
 
-    def lay(self, deployed: Deployed) -> None:
-        """Lay the network out, and inputs from now on, in place."""
+    def apply(self, deployed: Deployed) -> None:
+        """Convert the network, in place, and its inputs from now on."""
         for tensor in (*deployed.network.parameters(), *deployed.network.buffers()):
             if self.channels_last:
                 if tensor.dim() == 4:
@@ -93,16 +93,16 @@ def choose(
 ) -> MemoryFormat:
     """The format to train a network in.
 
-    Two samples go through it in evaluation mode; where there is something to gain, trial steps follow on copies.
-    Neither changes the network or torch's generator.
+    Two samples pass through it in evaluation mode; where there may be a gain, trial steps follow on copies. Neither
+    changes the network or torch's generator.
 
     Args:
         deployed: with the network, which takes one input.
-        samples: a batch as it goes through the network, `(n, *shape)`, as on the wire.
+        samples: a batch as it passes through the network, `(n, *shape)`, as on the wire.
         bf16: whether it computes in bfloat16.
-        steps: that the training will have.
-        allowed: channels-last is possible; else contiguous is taken.
-        kept: what an earlier part of the same training chose, as builtins: it is chosen again where it is safe.
+        steps: of the training.
+        allowed: whether channels-last may be chosen.
+        kept: the choice of an interrupted part of the same training, as builtins: it is repeated where it is safe.
     """
     pictures = deployed.preprocess.pictures
     guarded = guard(deployed, samples)
@@ -131,14 +131,14 @@ def choose(
 def _fails_channels_last(deployed: Deployed, samples: NDArray[Any], *, bf16: bool) -> str | None:
     """Why the network cannot take channels-last pictures, found by a step on a copy; None where it can.
 
-    One that calls `view` on what a convolution gives needs the standard format, as in plain torch.
+    A network that calls `view` on the output of a convolution needs the standard format, as in plain torch.
     """
     try:
         with torch.random.fork_rng(devices=[]):
             own = copy.deepcopy(deployed).train()
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return "it cannot be copied to try channels-last"  # weights that are computed (weight_norm), caches of them
-    MemoryFormat(channels_last=True).lay(own)
+    MemoryFormat(channels_last=True).apply(own)
     step = _stepping(own, torch.from_numpy(np.array(samples[:3])), bf16=bf16)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -149,12 +149,12 @@ def _fails_channels_last(deployed: Deployed, samples: NDArray[Any], *, bf16: boo
 
 
 def guard(deployed: Deployed, samples: NDArray[Any]) -> MemoryFormat | None:
-    """What must be chosen because channels-last would corrupt memory; None where both formats are safe.
+    """The format that must be chosen because channels-last would corrupt memory; None where both formats are safe.
 
-    Every convolution counts that the network has as a layer, or calls for two samples in evaluation mode.
+    It checks every convolution that the network has as a layer, or calls for two samples in evaluation mode.
 
     Args:
-        deployed: with the network, which takes one input; its layout may be any, and stays.
+        deployed: with the network, which takes one input, in any memory format, which stays.
         samples: two or more, as on the wire.
     """
     names = {module.weight.data_ptr(): name for name, module in deployed.network.named_modules() if _at_fault(module)}
@@ -167,7 +167,7 @@ def guard(deployed: Deployed, samples: NDArray[Any]) -> MemoryFormat | None:
     what = named[0] if named else "a convolution that the network calls"
     sizes = faulty[0].described if faulty else "1x1 with a stride"
     why = f"{what} is {sizes}: channels-last, oneDNN would write past a buffer (oneDNN#6035)"
-    # a layer that was not called for these samples may be given anything
+    # a layer that was not called for these samples may get any input
     unknown = set(names) - {call.weight for call in called}
     if unknown or any(not call.plain for call in faulty):
         return MemoryFormat(channels_last=False, onednn=False, why=f"{why}, and the network reorders its inputs itself")
@@ -175,10 +175,10 @@ def guard(deployed: Deployed, samples: NDArray[Any]) -> MemoryFormat | None:
 
 
 class _Call(msgspec.Struct, frozen=True):
-    """One convolution as it was called.
+    """One call of a convolution.
 
     Attributes:
-        weight: where the weights lie.
+        weight: address of the weights.
         plain: whether input and weights are contiguous, by their strides.
     """
 
@@ -189,7 +189,7 @@ class _Call(msgspec.Struct, frozen=True):
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every convolution, of layers and functions alike."""
+    """Records every convolution, of layers and of functions."""
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -212,7 +212,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _called(deployed: Deployed, samples: NDArray[Any]) -> list[_Call]:
-    """The convolutions that two contiguous samples go through."""
+    """The convolutions that two contiguous samples pass through."""
     calls: list[_Call] = []
     preprocess, modes = deployed.preprocess, {module: module.training for module in deployed.modules()}
     before, preprocess.contiguous = preprocess.contiguous, True
@@ -271,7 +271,7 @@ def _gain(deployed: Deployed, samples: NDArray[Any], *, bf16: bool) -> float | N
             steps: dict[bool, Callable[[], None]] = {}
             for channels_last in taken:
                 own = copy.deepcopy(deployed).train()
-                MemoryFormat(channels_last).lay(own)
+                MemoryFormat(channels_last).apply(own)
                 steps[channels_last] = _stepping(own, inputs, bf16=bf16)
             for turn in range(_WARM + _TIMED):
                 for channels_last, step in steps.items():
@@ -279,7 +279,7 @@ def _gain(deployed: Deployed, samples: NDArray[Any], *, bf16: bool) -> float | N
                     step()
                     if turn >= _WARM:
                         taken[channels_last].append(time.perf_counter() - began)
-    except (RuntimeError, TypeError, ValueError):  # what is wrong with it, the training says better
+    except (RuntimeError, TypeError, ValueError):  # the training reports the error better
         return None
     return min(taken[False]) / min(taken[True])
 

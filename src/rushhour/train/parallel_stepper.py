@@ -23,8 +23,8 @@ from rushhour.train.checkpoint import (
     Snapshot,
     counts_of,
     moments_of,
-    progress_of,
-    put_progress_back,
+    progress_notes,
+    restore_progress,
     set_moments,
 )
 from rushhour.train.feed import Batch
@@ -201,7 +201,7 @@ class ParallelStepper:
             }
         if not self.is_leader:
             return None
-        return Snapshot(step, {**progress_of(optimizer, schedule), **notes, COUNTS: counts}, {**tensors, **more})
+        return Snapshot(step, {**progress_notes(optimizer, schedule), **notes, COUNTS: counts}, {**tensors, **more})
 
     def restore(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
         """Take own parts of a snapshot; a relaxed worker takes its own state."""
@@ -226,7 +226,7 @@ class ParallelStepper:
                 if name in named
             }
             set_moments(optimizer, parameter, values, found.notes[COUNTS].get(name))
-        put_progress_back(found, optimizer, schedule)
+        restore_progress(found, optimizer, schedule)
 
     @contextlib.contextmanager
     def _with_averages(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:

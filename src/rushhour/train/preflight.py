@@ -111,7 +111,7 @@ def inspect(
     deployed.settle(some, name)
     dataset.task.check_output(deployed.answer_shape(some, name), name)
     _check_batch_dependence(lambda columns: _answers(deployed, columns), some, _LOOSE, network, name)
-    with (guard(deployed, some) or MemoryFormat(channels_last=False)).in_force():
+    with (guard(deployed, some) or MemoryFormat(channels_last=False)).active():
         notes += _on_training(deployed, dataset, settings, steps, name)
     if sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) <= _LARGEST_BYTES:
         _check_in_float64(deployed, some, name)

@@ -117,7 +117,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
             on_epoch: see `TrainingLoop`.
         """
         form, deployed, stepper = self._single(dataset, progress)
-        with form.in_force():
+        with form.active():
             return self._loop(
                 dataset, stepper, deployed.head, shapes(deployed.network.state_dict()), form, progress, on_epoch
             ).run(self.job.tracking if tracking else None)
@@ -129,7 +129,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         optimizer = settings.make_optimizer(stepper.parameters())
         feed = Feed(dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment)
         taken = []
-        with feed, form.in_force():
+        with feed, form.active():
             for batch in itertools.islice(feed.epoch(0), _WARM_UP + _TIMED):
                 began = time.perf_counter()
                 stepper.step(batch)
@@ -141,7 +141,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         """Do the part of this worker, one of the default group of processes."""
         record_step(0)
         form = run_on_leader(lambda: self._format(dataset, self._prepared(dataset), progress))
-        with form.in_force():
+        with form.active():
             self._share(dataset, form, progress)
 
     def checkpoint(self) -> Checkpoint:
@@ -156,7 +156,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         settings = self.job.settings.resolved
         form = self._format(dataset, self._prepared(dataset), progress)
         deployed = self._prepared(dataset)  # built anew: the first may have kept something of the samples it was given
-        form.lay(deployed)
+        form.apply(deployed)
         stepper = SingleStepper(deployed, dataset.task, accumulate=settings.accumulate, bf16=bool(settings.bf16))
         return form, deployed, stepper
 
@@ -176,7 +176,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
             steps=job.settings.epochs * (len(dataset.train) // size),
         )
         deployed = self._prepared(dataset)
-        form.lay(deployed)
+        form.apply(deployed)
         expected, head = shapes(deployed.network.state_dict()), deployed.head
         record_layers(deployed.network)
         stepper = ParallelStepper(deployed, dataset.task, plan, settings=job.settings.resolved, parallel=job.parallel)
@@ -189,7 +189,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         """The training's first step by a plan, which may be repeated, with a network of its own."""
         settings = self.job.settings
         deployed = self._prepared(dataset)
-        form.lay(deployed)
+        form.apply(deployed)
         stepper = ParallelStepper(deployed, dataset.task, plan, settings=settings.resolved, parallel=self.job.parallel)
         optimizer = settings.make_optimizer(stepper.parameters())
         with Feed(

@@ -35,7 +35,7 @@ PrunerName = Literal["median", "hyperband"]
 _DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
-class Tried(msgspec.Struct, frozen=True):
+class SearchTrial(msgspec.Struct, frozen=True):
     """One trial of a search.
 
     Attributes:
@@ -53,12 +53,12 @@ class Tried(msgspec.Struct, frozen=True):
     epochs: int
 
 
-class Found(msgspec.Struct, frozen=True):
+class SearchResult(msgspec.Struct, frozen=True):
     """What a search found: its trials in order, and which of them was best."""
 
     metric: str
-    best: Tried
-    trials: tuple[Tried, ...]
+    best: SearchTrial
+    trials: tuple[SearchTrial, ...]
 
 
 def search(
@@ -76,7 +76,7 @@ def search(
     checkpoint_every_s: float = 15.0,
     name: str | None = None,
     force: bool = False,
-) -> tuple[Bundle, Found]:
+) -> tuple[Bundle, SearchResult]:
     """Train with different hyper-parameters, and seal the best bundle.
 
     Searched are the learning rate (a tenth to ten times of that in `settings`), the batch (half, the same, double),
@@ -93,7 +93,7 @@ def search(
         out: the best bundle's folder. An older bundle there is replaced where one of these trials left it.
         work: of the study and its trainings; one process at a time works in it. It stays: a later call with more trials
             continues the study.
-        progress: told of every step.
+        progress: receives every step.
         trusted: factories that may be imported; the user's own.
         tracking: which of TensorBoard and Weights & Biases each trial is tracked with, below `work`.
         checkpoint_every_s: see `TrainingJob`.
@@ -246,7 +246,7 @@ def _choose(
     return source, chosen
 
 
-def _found(study: Any, dataset: Dataset) -> Found:
+def _found(study: Any, dataset: Dataset) -> SearchResult:
     import optuna
 
     tried = []
@@ -255,7 +255,7 @@ def _found(study: Any, dataset: Dataset) -> Found:
         values = trial.intermediate_values
         fate: Any = trial.state.name.lower() if "diverged" not in trial.user_attrs else "diverged"
         value = trial.value if fate == "complete" else values.get(max(values, default=0))
-        tried.append(Tried(trial.number, fate, dict(trial.params), value, len(values)))
+        tried.append(SearchTrial(trial.number, fate, dict(trial.params), value, len(values)))
     try:
         number = study.best_trial.number
     except ValueError as error:
@@ -264,7 +264,7 @@ def _found(study: Any, dataset: Dataset) -> Found:
             "their losses were no numbers, or all were pruned",
             "lower --lr, or continue the search with more trials",
         ) from error
-    return Found(dataset.task.metric, next(one for one in tried if one.number == number), tuple(tried))
+    return SearchResult(dataset.task.metric, next(one for one in tried if one.number == number), tuple(tried))
 
 
 def _takes_dropout(source: Source, trusted: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""How a network is trained: the values that a person chooses, checked, and the optimizer and schedule they mean."""
+"""How a network is trained: the values that a person chooses, checked, and the optimizer and schedule of these."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ ScheduleName = Literal["one-cycle", "cosine", "constant", "step"]
 class TrainSettings(msgspec.Struct, frozen=True):
     """How to train. By default Adam with a one-cycle learning rate (Smith and Topin 2017).
 
-    None of it says on how many workers: the same settings are the same training on any number.
+    The number of workers is not among them: the same settings are the same training on any number.
 
     Attributes:
         epochs: passes over the training data.
-        batch: samples in an optimizer step, over all workers; the last samples of an epoch that do not fill one wait
-            for the next epoch's order.
+        batch: samples in an optimizer step, over all workers; the last samples of an epoch that do not fill one are
+            left out of that epoch.
         lr: the peak of the learning rate.
         seed: of weights, dropout, order and augmentation.
         bf16: compute convolutions and products in bfloat16; None: where the CPU has instructions for it.
         optimizer: `adam`, `adamw` (decoupled weight decay, Loshchilov and Hutter 2019) or `sgd` (with Nesterov's
             momentum where `momentum` is above 0).
-        schedule: `one-cycle`; `cosine`: up in a straight line over `warmup`, then down to 0; `constant`; `step`: a
-            tenth after each third of the steps.
-        warmup: share of the steps in which `cosine` rises.
+        schedule: `one-cycle`; `cosine`: linear warm-up over `warmup`, then a cosine to 0; `constant`; `step`: a tenth
+            after each third of the steps.
+        warmup: share of the steps of the warm-up of `cosine`.
         weight_decay: of all weights; an L2 penalty for `adam` and `sgd`.
         momentum: of `sgd`.
         clip: the largest Euclidean norm that the gradient of a step may have; None: any.
-        accumulate: parts that a step's samples go through the network in, to need less memory. Batch normalisation
+        accumulate: parts in which a step's samples pass through the network, to need less memory. Batch normalisation
             sees each part alone.
-        ema: decay per step of an exponential moving average of weights and buffers, which is then what is judged and
-            sealed. In step t it is at most (1 + t) / (10 + t): the first weights are forgotten, however short it is.
-        patience: epochs without a better metric on the validation part after which training ends; what is sealed is
-            then the best epoch. None: all epochs, and the last one is sealed.
-        augment: what happens to pictures in training; never in validation.
-        channels_last: pictures may lie channels-last in memory, which they do where it is safe and no slower; if not,
-            they are contiguous. Results differ by rounding only.
+        ema: decay per step of an exponential moving average of weights and buffers, which is then validated and sealed.
+            In step t it is at most (1 + t) / (10 + t), so that the first weights lose their influence soon.
+        patience: epochs without a better metric on the validation part after which training ends; the best epoch is
+            then sealed. None: all epochs are trained, and the last one is sealed.
+        augment: of pictures in training; never in validation.
+        channels_last: pictures may be channels-last in memory, where that is safe and no slower; else they are
+            contiguous. Results differ by rounding only.
     """
 
     epochs: int = 3

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rushhour.models import Deployed
 from rushhour.task import Task
-from rushhour.train.checkpoint import Snapshot, put_back, snapshot
+from rushhour.train.checkpoint import Snapshot, restore_snapshot, snapshot
 from rushhour.train.feed import Batch
 from rushhour.train.loss import loss_for
 
@@ -181,7 +181,7 @@ class SingleStepper:
 
     def restore(self, found: Snapshot, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
         """Restore a snapshot."""
-        put_back(found, self._deployed.network, optimizer, schedule)
+        restore_snapshot(found, self._deployed.network, optimizer, schedule)
         self._averages = found.part(AVERAGES)
 
     @contextmanager

@@ -1,9 +1,9 @@
-"""What a training leaves for people to look at: curves by epoch as JSON lines, TensorBoard, Weights & Biases.
+"""The curves of a training for people: by epoch as JSON lines, TensorBoard, Weights & Biases.
 
 FOLDER/curves.jsonl     one line for each epoch; `rushhour report FOLDER` draws it
-FOLDER/training.json    what was trained on what and how, which epoch is kept, and where it was gone on
+FOLDER/training.json    what was trained on what and how, which epoch is kept, and where it was resumed
 FOLDER/tensorboard/     `tensorboard --logdir FOLDER/tensorboard`
-FOLDER/wandb/           Weights & Biases' own files; `wandb sync` sends what was kept offline
+FOLDER/wandb/           Weights & Biases' own files; `wandb sync` sends what was written offline
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rushhour.records.curves import Epoch, TrainingRecord, write_curves
 from rushhour.system.storage import explained
 
 _FILES = itertools.count()
-"""Tells the files of one process apart."""
+"""Numbers the files of one process."""
 
 
 class Tracking(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ class Tracking(msgspec.Struct, frozen=True):
     Attributes:
         folder: of the files.
         tensorboard: whether TensorBoard's are among them.
-        wandb: the project in Weights & Biases; None: not there. Without an account's key, it stays offline.
+        wandb: the project in Weights & Biases; None: not used. Without an account's key, it stays offline.
     """
 
     folder: Path
@@ -42,13 +42,13 @@ class Tracking(msgspec.Struct, frozen=True):
 
 
 class Tracker:
-    """Tracks one training, from where it stands. Use it in a `with` block.
+    """Tracks one training, from its current step. Use it in a `with` block.
 
     Args:
         tracking: where and how; None: nowhere.
         name: of the training.
-        identity: the same for the same training, so that one that goes on is one; letters and digits.
-        settings: what is to be seen beside the curves.
+        identity: the same for the same training, so that a resumed one is the same run; letters and digits.
+        settings: shown beside the curves.
         first: optimizer steps done before.
 
     Raises:
@@ -111,10 +111,10 @@ class Tracker:
 
 
 class _Events:
-    """TensorBoard's file of events, written here and now.
+    """TensorBoard's file of events, written on the calling thread.
 
-    torch's SummaryWriter writes on a thread of its own, and a full disk ends that thread with a traceback, which nobody
-    hears of in words.
+    torch's SummaryWriter writes on a thread of its own, and a full disk ends that thread with a traceback instead of an
+    error.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -132,7 +132,7 @@ class _Events:
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
         if first:
-            # what a killed process wrote after its last checkpoint is taken back, because it happens again
+            # removes what a killed process wrote after its last checkpoint: these steps are repeated
             self._write(Event(wall_time=now, step=first + 1, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
 

@@ -23,7 +23,7 @@ from rushhour.records import identity
 from rushhour.records.curves import Epoch
 from rushhour.system import machine
 from rushhour.system.storage import alone_at, claimed, explained
-from rushhour.train.checkpoint import Begun, Checkpoint
+from rushhour.train.checkpoint import Checkpoint, Unfinished
 from rushhour.train.fingerprint import Fingerprint, fingerprint_of
 from rushhour.train.job import TrainingJob
 from rushhour.train.loop import PLANNED
@@ -59,7 +59,7 @@ def train(
         dataset: fitted on its training part; the metric in the progress is of its validation part.
         job: what is trained, and how.
         out: the bundle's folder; one process at a time makes it. The checkpoints are deleted once it is sealed.
-        progress: told of every step.
+        progress: receives every step.
         on_epoch: called with each epoch before its checkpoint, and after a restart first with all epochs before; an
             error that it raises ends the training. On one worker only.
         name: of the model, which all bundles made from it keep; that of the folder `out` by default.
@@ -196,13 +196,13 @@ def _check_others(run: TrainingRun, checkpoint: Checkpoint, dataset: Dataset, ou
         StorageError: before anything is lost.
     """
     facts, settings = run.fingerprint.facts, run.job.settings
-    begun = checkpoint.begun()
-    if begun is None:
+    own = checkpoint.unfinished()
+    if own is None:
         refused = [(other, ", ".join(identity.changes(other.facts, facts))) for other in checkpoint.others()]
-    elif not run.fingerprint.same_weights(begun.facts):
-        refused = [(begun, identity.WORDS["weights"])]
-    elif begun.step > _steps(dataset, settings):
-        refused = [(begun, f"epochs {begun.facts['epochs']} before, {settings.epochs} now, which end sooner")]
+    elif not run.fingerprint.same_weights(own.facts):
+        refused = [(own, identity.WORDS["weights"])]
+    elif own.step > _steps(dataset, settings):
+        refused = [(own, f"epochs {own.facts['epochs']} before, {settings.epochs} now, which end sooner")]
     else:
         return
     for other, why in refused:
@@ -213,7 +213,7 @@ def _check_others(run: TrainingRun, checkpoint: Checkpoint, dataset: Dataset, ou
         shutil.rmtree(other.path.with_suffix(""), ignore_errors=True)
 
 
-def _interrupted(other: Begun, why: str, out: Path) -> StorageError:
+def _interrupted(other: Unfinished, why: str, out: Path) -> StorageError:
     return StorageError(
         f"another training for {out} was interrupted at step {other.step:,}",
         f"{why or 'its fingerprint differs'}; starting anew would delete its checkpoint",

@@ -82,7 +82,7 @@ def _check_answers(deployed: Deployed, bundle: Bundle, source: Source) -> None:
         why = f"it fails with {type(error).__name__}"
     if why:
         raise ModelError(
-            f"{source.factory} is not the network that {manifest.name} was made of",
+            f"{source.factory} is not the network of {manifest.name}",
             f"with the bundle's weights {why}: its code has changed since",
             "restore the code, or train again",
         )

@@ -59,7 +59,7 @@ def choose_plan(
         batch: samples in a step.
         trusted: factories that may be imported besides those of `rushhour.models`.
         path: where the plan is kept; a plan that was kept for the same settings, workers and batch is taken again.
-        progress: told why it is this plan.
+        progress: receives the reason for the plan.
         prepare: gives a function that runs one training step by a plan. With it, and without given constants, the plans
             that could be fastest run trial steps.
         steps: of the whole training: the trial steps take a small share of its time.

@@ -42,7 +42,7 @@ class Constants(msgspec.Struct, frozen=True):
         bandwidth: bytes of memory per second.
         operation_s: fixed time of one operation, forward or backward.
         solo: how many times faster one worker computes while the others wait; 1 where each has cores of its own.
-        reduce: a message of a ring all-reduce; in shared memory, what comes to the same.
+        reduce: a message of a ring all-reduce; in shared memory, its equivalent.
         exchange: a message of an all-to-all.
         send: a message from one stage to the next.
     """
@@ -71,7 +71,7 @@ class Layer(msgspec.Struct, frozen=True):
         in_width: last dimension of the input: the features of a dense layer.
         out_width: last dimension of the output.
         saved: numbers kept for the backward pass, without parameters.
-        operations: how many it is made of.
+        operations: in it.
         norms: batch normalisations in it, which couple the samples of a batch.
     """
 

@@ -49,7 +49,7 @@ def run_on_workers(
         workers: on this machine; under torchrun, as many as it has started, of which this process is one.
         backend: of torch.distributed.
         folder: of the training's files; on a disk that all workers share.
-        progress: told what rank 0 reports.
+        progress: receives what rank 0 reports.
 
     Returns:
         Whether this process continues with what the workers left: it started them, or is rank 0 of torchrun.
