@@ -129,7 +129,7 @@ def _article_checks(case: Case, title: str, found: Compression) -> tuple[Check, 
     speed = after.throughput
     fewer, smaller = before.parameters / after.parameters, before.bytes / after.bytes
     drop = 100 * test.drop
-    said = "" if found.verdict == "best" else f"{found.verdict}: {found.said}"
+    said = "" if found.verdict == "best" else f"{found.verdict}: {found.summary}"
     where = f"on {test.n:,} samples that no decision has seen"
     checks = (
         verdict(f"1.{case.name}.parameters", f"{title}: parameters, before over after", ">= 10", fewer, None, 1),

@@ -103,7 +103,7 @@ class _VerbPackage(ModuleType):
 
 
 class _Rushhour(ModuleType):
-    """This package, which makes each verb's package callable once it is imported, whoever imports it."""
+    """This package; it makes the package of a verb callable when that is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _VERB_PACKAGES and isinstance(value, ModuleType):

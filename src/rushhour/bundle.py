@@ -401,10 +401,10 @@ class _SchemaOnly(msgspec.Struct):
 def is_bundle(path: Path) -> bool:
     """Whether there is a bundle at `path`, even a damaged one or one of a newer schema."""
     try:
-        said = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, Any])
+        content = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError, RecursionError):
         return False
-    return {"name", "signature", "task", "files", "hash"} <= said.keys()
+    return {"name", "signature", "task", "files", "hash"} <= content.keys()
 
 
 def name_of(path: Path) -> str:
@@ -462,9 +462,9 @@ def _hash(manifest: Manifest) -> str:
     return hashlib.sha256(msgspec.json.encode(unsealed, order="deterministic")).hexdigest()
 
 
-def _hash_as_written(said: dict[str, Any]) -> str:
+def _hash_as_written(content: dict[str, Any]) -> str:
     """The hash of a manifest as it is on disk: one of an older version has fewer fields than `Manifest`."""
-    return hashlib.sha256(msgspec.json.encode(said | {"hash": ""})).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(content | {"hash": ""})).hexdigest()
 
 
 def _noise(signature: Signature) -> dict[str, NDArray[Any]]:

@@ -115,7 +115,7 @@ class Trial(msgspec.Struct, frozen=True):
     name: str = ""
 
 
-class Step(msgspec.Struct, frozen=True):
+class LadderStep(msgspec.Struct, frozen=True):
     """The gain of one more step: the capacity with all steps up to this one, measured under load.
 
     Attributes:
@@ -174,7 +174,7 @@ class Evidence(msgspec.Struct, frozen=True):
     machine: Machine
     at: str
     trials: tuple[Trial, ...] = ()
-    ladder: tuple[Step, ...] = ()
+    ladder: tuple[LadderStep, ...] = ()
     proven: bool = True
     capacity_interval_rps: Interval | None = None
     alone_rps: Rate | None = None

@@ -483,7 +483,7 @@ def test_a_budget_that_nothing_meets_leaves_the_nearest_miss(parent: Bundle, tmp
     worse = "prune:0.9:limit=0.95:epochs=0:round_to=1:importance=magnitude"
     made = _compressed(parent, tmp_path, [worse, "int8:20"], "0%", {"int8": 2.0, "pruned": 3.0})
     assert made.verdict == "nearest miss"
-    assert "nothing is inside the budget of 0%" in made.said
+    assert "nothing is inside the budget of 0%" in made.summary
     assert len(made.attempts) == 1, "after a training that missed, nothing stronger is tried"
     left = Bundle.open(tmp_path / "out").manifest
     assert left.metrics["test"] == made.test
@@ -584,7 +584,7 @@ def test_no_proven_gain_is_no_gain(
         progress=Silent(),
     )
     assert made.verdict == verdict
-    assert re.search(says, made.said), made.said
+    assert re.search(says, made.summary), made.summary
 
 
 def test_the_interval_of_the_drop_has_to_be_inside_the_budget() -> None:
@@ -670,7 +670,9 @@ def test_a_miss_on_the_test_part_has_a_gentler_runner_up(
                                              if each.stage == made.best and each.accuracy)  # fmt: skip
     assert Compression.load(tmp_path / "steps") == made
     if verdict == "best" and missing:
-        assert "bf16 is better on the validation part, but on the test part accuracy drops by 0.20 points" in made.said
+        assert (
+            "bf16 is better on the validation part, but on the test part accuracy drops by 0.20 points" in made.summary
+        )
 
 
 def test_answers_that_are_no_numbers_on_the_test_part_leave_the_runner_up(

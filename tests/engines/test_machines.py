@@ -480,8 +480,8 @@ def test_compress_leaves_both_beside_each_other(
     assert {path.name for path in tmp_path.glob("out-*")} == ({beside} if beside else set())
     if beside:
         assert full_range(Bundle.open(tmp_path / beside)) == (answer == "any")
-        assert beside in found.said
-        assert f"{(drops[0] - drops[1]) * 100:.2f} points" in found.said
+        assert beside in found.summary
+        assert f"{(drops[0] - drops[1]) * 100:.2f} points" in found.summary
 
 
 def faster(parent: Any, children: Any) -> dict[str, Any]:

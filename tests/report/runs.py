@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
-from rushhour.plan import Evidence, Plan, Policy, Step, Trial, Variant
+from rushhour.plan import Evidence, LadderStep, Plan, Policy, Trial, Variant
 from rushhour.records.compression import Attempt, Compression, Confirmation, Factor, Stage
 from rushhour.records.journal import Journal
 from rushhour.report import SummaryTable
@@ -128,10 +128,10 @@ def make_plan(**changes: object) -> Plan:
         at="2026-03-14T09:26:53+00:00",
         trials=TRIALS,
         ladder=(
-            Step("as it is", BASELINE, 388.0, None, 0.9094),
-            Step("compiled", "reference/openvino/f32/s1t2b1", 962.0, None, 0.9094),
-            Step("batched", "reference/openvino/bf16/s2t1b16", 3610.0, None, 0.909),
-            Step("quantised", WINNER, 9120.0, None, 0.9052),
+            LadderStep("as it is", BASELINE, 388.0, None, 0.9094),
+            LadderStep("compiled", "reference/openvino/f32/s1t2b1", 962.0, None, 0.9094),
+            LadderStep("batched", "reference/openvino/bf16/s2t1b16", 3610.0, None, 0.909),
+            LadderStep("quantised", WINNER, 9120.0, None, 0.9052),
         ),
     )
     proofs = {name: load(name, CAPACITIES[name], 101) for name in CAPACITIES}
@@ -231,7 +231,7 @@ def compressed(best: tuple[int, int] | None) -> Compression:
         ),
         best=best,
         verdict="best" if best else "no gain",
-        said="as it is",
+        summary="as it is",
         test=reference.accuracy,
         reference_test=reference.accuracy,
         confirmations=(Confirmation((0, 0), reference.accuracy), Confirmation((1, 1), None, "they are no numbers")),

@@ -25,7 +25,7 @@ from runs import (
 from rushhour.cli import cli
 from rushhour.errors import PlanError, RushhourError
 from rushhour.measurement import Measurement, Outcome
-from rushhour.plan import SO_FAR, Plan, Step, Variant
+from rushhour.plan import SO_FAR, LadderStep, Plan, Variant
 from rushhour.records.journal import Entry, Journal
 from rushhour.report import read_plan, wording, write_report
 from rushhour.report.comparison import side_by_side
@@ -117,7 +117,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     winner = msgspec.structs.replace(TRIALS[5], candidate=HOSTILE, why=HOSTILE)
     plan = make_plan(
         trials=(TRIALS[0], winner),
-        ladder=(Step(HOSTILE, BASELINE, 388.0, None, None), Step(HOSTILE, HOSTILE, 9120.0, 41.0, 0.9)),
+        ladder=(LadderStep(HOSTILE, BASELINE, 388.0, None, None), LadderStep(HOSTILE, HOSTILE, 9120.0, 41.0, 0.9)),
         variants=(Variant(HOSTILE, HOSTILE, HOSTILE, "openvino", "int8"),),
     )
     run = make_run(tmp_path / HOSTILE.replace("/", "|"), plan)

@@ -14,9 +14,10 @@ No function installs signal handlers; each may run in a thread or beside a runni
 
 from rushhour.api.comparison import CompareResult, compare
 from rushhour.api.compression import CompressResult, compress
-from rushhour.api.loading import ClosedLoopResult, LoadResult, Stop, load
+from rushhour.api.loading import ClosedLoopResult, LoadResult, load
 from rushhour.api.reporting import ReportResult, report
 from rushhour.api.serving import Server, serve
+from rushhour.api.stop import Stop
 from rushhour.api.training import TrainResult, train
 from rushhour.api.tuning import TuneResult, tune
 

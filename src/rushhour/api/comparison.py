@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rushhour.api.loading import Stop, Stopped, note_longer
+from rushhour.api.loading import note_longer
+from rushhour.api.stop import Stop, Stopped
 from rushhour.api.traffic import read_rates, read_traffic
 from rushhour.api.values import StrPath, read_seconds, read_slo
 from rushhour.errors import LoadError

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack, overload
 
 import msgspec
 
+from rushhour.api.stop import Stop, Stopped
 from rushhour.api.traffic import Traffic, TrafficOptions, read_rates, read_traffic
 from rushhour.api.values import StrPath, read_seconds, read_slo
 from rushhour.errors import GoalError, LoadError
@@ -41,69 +42,6 @@ if TYPE_CHECKING:
 _RETRIES: Final = 3
 """Of a window that the machine disturbed."""
 _WINDOW_S: Final = 10.0
-
-
-class Stopped(Exception):
-    """A load ends early because its `Stop` was requested."""
-
-
-class Stop:
-    """Ends a load early: the window in flight is cut short and kept, and no other begins.
-
-    For other threads and for signal handlers.
-
-    Args:
-        reason: what a partial result says.
-    """
-
-    def __init__(self, reason: str = "stopped by the caller") -> None:
-        self.reason = reason
-        self._generator: Generator | None = None
-        self._is_requested = False
-
-    @property
-    def is_requested(self) -> bool:
-        """Whether the load is to end."""
-        return self._is_requested
-
-    def request(self) -> bool:
-        """Ask for the end.
-
-        Returns:
-            Whether a window is in flight that ends early and is kept: false between windows, and the second time.
-        """
-        first, self._is_requested = not self._is_requested, True
-        if first and self._generator is not None:
-            self._generator.stop()
-            return True
-        return False
-
-    @contextlib.contextmanager
-    def window(self, generator: Generator) -> Iterator[None]:
-        """Around each window; to be followed by `check` once the window is kept.
-
-        Raises:
-            Stopped: if the end was requested before anything was measured in it.
-        """
-        self.check()
-        self._generator = generator
-        try:
-            yield
-        except LoadError:
-            if self._is_requested:
-                raise Stopped from None
-            raise
-        finally:
-            self._generator = None
-
-    def check(self) -> None:
-        """Raise if the load is to end.
-
-        Raises:
-            Stopped: if so.
-        """
-        if self._is_requested:
-            raise Stopped
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ def command(bundle: Path, data: str, out: Path, json_file: Path | None, **option
     print_compression(result_console(), result.record)
     click.echo(f"{out}; what each step cost and gained: {result.report}")
     if result.verdict != "best":
-        click.echo(f"{result.verdict}: {result.record.said}", err=True)
+        click.echo(f"{result.verdict}: {result.record.summary}", err=True)
         sys.exit(1)
 
 
@@ -138,7 +138,7 @@ def print_compression(console: Console, record: Compression) -> None:
     low, high = test.drop_interval
     before = record.reference
     console.print(
-        f"{record.verdict}: {record.said}\n"
+        f"{record.verdict}: {record.summary}\n"
         f"{before.parameters / max(1, answer.parameters):.1f}x fewer parameters, "
         f"{before.bytes / answer.bytes:.1f}x smaller on disk; on the test part {test.metric} {test.value:.4f} against "
         f"{record.reference_test.value:.4f}, a drop of {test.drop * 100:.2f} points ({low * 100:.2f} to "

@@ -134,7 +134,7 @@ def _show_closed(result: ClosedLoopResult, json_file: Path | None) -> None:
 
 
 def print_windows(console: Console, slo: SLO, windows: Sequence[Measurement]) -> None:
-    """The windows as a table, and how many errors of each kind there were. In 80 columns no number loses a digit."""
+    """The windows as a table, and the number of errors of each kind. Numbers are whole in 80 columns."""
     table = Table(title=f"Open-loop load, {slo}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("rate/s", "n", "late", "p50 ms", "p99 ms", "95% interval", "generator", "verdict"):
         # rich narrows the columns that may wrap before it cuts any other.

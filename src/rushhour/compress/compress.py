@@ -122,10 +122,10 @@ def compress(
             attempts=tuple(attempts),
             best=None,
             verdict="no gain",
-            said="",
+            summary="",
             test=evaluation.reference_test,
             reference_test=evaluation.reference_test,
-            asked=asked,
+            request=asked,
         )
         chosen = decided(found, evaluation.confirmation, short)
         return _written(chosen, reference, out, steps, name or reference.manifest.name)
@@ -133,7 +133,7 @@ def compress(
 
 def _check_places(out: Path, steps: Path, asked: Mapping[str, Any], *, force: bool) -> None:
     """Raise unless what is at `out` and beside it was left by the same work, or may be replaced."""
-    before = Compression.load(steps).asked if (steps / COMPRESSION).is_file() else {}
+    before = Compression.load(steps).request if (steps / COMPRESSION).is_file() else {}
     why = ", ".join(identity.changes(before, asked)) if before else "the compression that made it"
     is_same = not why
     for path in (out, *(out.with_name(f"{out.name}-{target}") for target in ("vnni", "any"))):
@@ -219,7 +219,7 @@ def _written(found: Compression, reference: Bundle, out: Path, steps: Path, name
         other = found.stage(found.also)
         beside = out.with_name(f"{out.name}-{other.needs or 'any'}")
         Bundle.open(Path(other.bundle)).copy_to(beside, name).with_metrics({"validation": other.accuracy})
-        found = msgspec.structs.replace(found, said=f"{found.said}; {_two_forms(stage, other, beside)}")
+        found = msgspec.structs.replace(found, summary=f"{found.summary}; {_two_forms(stage, other, beside)}")
     found.save(steps)  # first, so that a later call knows what lies at `out`, even if this one is killed
     # copied first, so that the store keeps the bundle as its key made it
     chosen.copy_to(out, name).with_metrics({"validation": stage.accuracy, "test": found.test})

@@ -69,14 +69,14 @@ def decided(found: Compression, confirm: Callable[[Place, Compression], Confirma
         found,
         best=last.stage,
         verdict="best",
-        said=sentence,
+        summary=sentence,
         test=last.accuracy,
         also=_counterpart(found.attempts, last.stage),
     )
 
 
 def _unchanged(found: Compression, why: str) -> Compression:
-    return msgspec.structs.replace(found, verdict="no gain", said=f"{why}: the bundle is unchanged")
+    return msgspec.structs.replace(found, verdict="no gain", summary=f"{why}: the bundle is unchanged")
 
 
 def _missed(found: Compression, place: Place, tested: Confirmation, why: str) -> Compression:
@@ -84,7 +84,7 @@ def _missed(found: Compression, place: Place, tested: Confirmation, why: str) ->
         found,
         best=place,
         verdict="nearest miss",
-        said=f"{why}; this is the nearest miss",
+        summary=f"{why}; this is the nearest miss",
         test=tested.accuracy or found.test,
         confirmations=found.confirmations or (tested,),
         also=_counterpart(found.attempts, place),

@@ -103,11 +103,11 @@ class Compression(msgspec.Struct, frozen=True):
         reference: the original bundle.
         attempts: in order.
         best: recipe and step of the answer, as places in `attempts` and its `stages`; None where it is the reference.
-        verdict: see there.
-        said: the verdict in a sentence.
+        verdict: see `Verdict`.
+        summary: the verdict in a sentence; `said` in JSON.
         test: the answer on the test part, which no decision used, paired with the reference.
         reference_test: the reference on it.
-        asked: for what, by name: another compression into the same place does not replace this one unasked.
+        request: the arguments by name; `asked` in JSON. A compression with others replaces this one only with `force`.
         also: the place (as `best`) of the int8 bundle for other processors, where 7 bits of the weights cost too much;
             it is written beside the answer.
         confirmations: on the test part, in order: the smallest drop first, until one is outside the budget.
@@ -120,11 +120,11 @@ class Compression(msgspec.Struct, frozen=True):
     attempts: tuple[Attempt, ...]
     best: tuple[int, int] | None
     verdict: Verdict
-    said: str
+    summary: str = msgspec.field(name="said")
     test: Accuracy
     reference_test: Accuracy
     also: tuple[int, int] | None = None
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = msgspec.field(name="asked", default_factory=dict)
     confirmations: tuple[Confirmation, ...] = ()
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ class Journal:
                 raise StorageError(
                     f"cannot read line {number} of {path}",
                     str(error),
-                    "move the file away to measure anew, or remove that line",
+                    "remove that line, or move the file away to measure again",
                 ) from error
             self._remember(entry)
         if whole != len(content):

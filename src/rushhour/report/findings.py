@@ -9,7 +9,7 @@ import msgspec
 
 from rushhour.errors import PlanError
 from rushhour.measurement import Interval, Measurement, Outcome
-from rushhour.plan import SO_FAR, Evidence, Plan, Step, Trial
+from rushhour.plan import SO_FAR, Evidence, LadderStep, Plan, Trial
 from rushhour.records.journal import JOURNAL, Entry, Journal
 from rushhour.system.machine import Machine
 
@@ -63,7 +63,7 @@ class Findings:
             for entry in entries
             if isinstance(entry.reading, Measurement) and entry.reading.slo == plan.goal.slo
         )
-        named: tuple[Step | Trial, ...] = (*self.evidence.ladder, *self.evidence.trials)
+        named: tuple[LadderStep | Trial, ...] = (*self.evidence.ladder, *self.evidence.trials)
         self._names = {each.candidate: each.name for each in named if each.name}
 
     @classmethod

@@ -1,1 +1,1 @@
-"""The operating system: the machine, files, signals, standard streams, and exceptions that nobody foresaw."""
+"""The operating system: the machine, files, signals, standard streams, and unexpected errors."""

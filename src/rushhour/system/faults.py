@@ -70,8 +70,8 @@ def report_unexpected(error: BaseException, doing: str) -> str:
     """
     notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_WHILE))
     what, known, theirs = next(notes, _WHILE + doing), _known(error), user_code_line(error)
-    said = " ".join(str(error).split())[:_MOST_LETTERS]
-    happened = known or type(error).__name__ + (f": {said}" if said else "") + (
+    text = " ".join(str(error).split())[:_MOST_LETTERS]
+    happened = known or type(error).__name__ + (f": {text}" if text else "") + (
         f", in your own code{theirs}" if theirs else ", which Rushhour does not expect"
     )
     kept = _kept(error, f"{what}: {happened}")
@@ -96,8 +96,8 @@ def _known(error: BaseException) -> str:
 
 
 def _kept(error: BaseException, what: str) -> Path | None:
-    said = "".join(traceback.format_exception(error))
-    text = f"{what}\n\n{shlex.join(sys.argv)}\n{describe().report()}\n\n{said}"
+    shown = "".join(traceback.format_exception(error))
+    text = f"{what}\n\n{shlex.join(sys.argv)}\n{describe().report()}\n\n{shown}"
     for place in _places():
         try:
             handle, name = tempfile.mkstemp(prefix="rushhour-error-", suffix=".txt", dir=place)

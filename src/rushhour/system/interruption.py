@@ -81,12 +81,12 @@ class Interruption:
         finally:
             os._exit(self.code)
 
-    def _lost(self, said: sys.UnraisableHookArgs) -> None:
+    def _lost(self, raised: sys.UnraisableHookArgs) -> None:
         """Called for an exception that cannot propagate, as in `__del__`: an `Interrupted` is raised again."""
-        if isinstance(said.exc_value, Interrupted):
+        if isinstance(raised.exc_value, Interrupted):
             threading.Thread(target=self._repeat, daemon=True).start()
         else:
-            sys.__unraisablehook__(said)
+            sys.__unraisablehook__(raised)
 
     def _repeat(self) -> None:
         time.sleep(_AGAIN_S)

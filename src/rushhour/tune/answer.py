@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rushhour.measurement import Measurement
-from rushhour.plan import OperatingPoint, Policy, Step, Trial
+from rushhour.plan import LadderStep, OperatingPoint, Policy, Trial
 from rushhour.tune.state import CandidateState
 
 
@@ -48,7 +48,9 @@ def failed_bundle(role: str, why: str) -> Trial:
     )
 
 
-def steps_of(base: CandidateState, steps: list[tuple[str, CandidateState]], winner: CandidateState) -> tuple[Step, ...]:
+def steps_of(
+    base: CandidateState, steps: list[tuple[str, CandidateState]], winner: CandidateState
+) -> tuple[LadderStep, ...]:
     """What each step bought, from the baseline to the winner (`Evidence.ladder`).
 
     Args:
@@ -60,7 +62,7 @@ def steps_of(base: CandidateState, steps: list[tuple[str, CandidateState]], winn
     if not any(step == "batched" for step, _ in steps):
         last = "batched"
     return tuple(
-        Step(
+        LadderStep(
             step=step,
             candidate=str(state.candidate),
             capacity_rps=state.capacity or 0.0,

@@ -29,7 +29,7 @@ from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.load import Generator
 from rushhour.measurement import Measurement
-from rushhour.plan import Evidence, Plan, Step
+from rushhour.plan import Evidence, LadderStep, Plan
 from rushhour.progress import Progress
 from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import cores, describe
@@ -361,7 +361,7 @@ class _Search:
         confirmed: Measurement | None,
         base: CandidateState,
         states: list[CandidateState],
-        steps: tuple[Step, ...],
+        steps: tuple[LadderStep, ...],
     ) -> Plan:
         reference, bundle = self._bundles["reference"], self._bundles[winner.candidate.bundle]
         before = self._accuracy.accuracy(self._plain, "test")
