@@ -172,7 +172,7 @@ def test_an_engine_that_answers_otherwise_is_refused(
     def elsewhere(model: Path, samples: answers.Answers) -> dict[str, Any]:
         return {name: array[::-1] for name, array in answers.graph_answers(model, samples).items()}
 
-    monkeypatch.setattr("rushhour.bundle.graph_answers", elsewhere)
+    monkeypatch.setattr("rushhour.bundle.folder.graph_answers", elsewhere)
     other = tiny_bundle(tmp_path / "other", precision=precision)
     with pytest.raises(EngineError, match=f"does not answer as the bundle tiny should.*{describe().isa}.*is allowed"):
         open_engine(other, EngineConfig(engine, precision, max_batch=4))
@@ -182,7 +182,7 @@ def differing(path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """A bundle whose recorded answers no engine gives."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "rushhour.bundle.graph_answers",
+            "rushhour.bundle.folder.graph_answers",
             lambda model, samples: {OUTPUT: answers.graph_answers(model, samples)[OUTPUT][::-1]},
         )
         return tiny_bundle(path)

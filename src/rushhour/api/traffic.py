@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from rushhour.api.values import StrPath, read_path
-from rushhour.bundle import Bundle, meant
+from rushhour.bundle import Bundle, suggest_bundle
 from rushhour.errors import GoalError, LoadError
 from rushhour.load import (
     Arrivals,
@@ -189,5 +189,7 @@ def _bundle_of(path: Path) -> Bundle | None:
         if (folder / "bundle.json").is_file():
             return Bundle.open(folder)
     if any((path / kept).is_file() for kept in (COMPRESSION, CURVES)):
-        raise LoadError(f"{path} holds no payload", "it records how a bundle was made", meant(path) or "name a bundle")
+        raise LoadError(
+            f"{path} holds no payload", "it records how a bundle was made", suggest_bundle(path) or "name a bundle"
+        )
     return None

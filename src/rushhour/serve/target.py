@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from rushhour.bundle import Bundle, meant
+from rushhour.bundle import Bundle, suggest_bundle
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
@@ -189,7 +189,7 @@ def open_target(path: Path) -> Target:
         raise PlanError(
             f"there is nothing to serve at {path}",
             "it is neither a run with a plan.json, nor a plan, nor a bundle",
-            meant(path) or "give the path of a run, a plan or a bundle that `rushhour` wrote",
+            suggest_bundle(path) or "give the path of a run, a plan or a bundle that `rushhour` wrote",
         )
     plan = Plan.load(file)
     bundle = _opened(file.parent, plan.variants[0])
