@@ -71,7 +71,8 @@ def test_a_resumed_training_leaves_the_curves_of_an_undisturbed_one(tmp_path: Pa
 def test_weights_and_biases_keeps_a_run_offline(tmp_path: Path) -> None:
     """In a process of its own, because wandb starts another one and sets handlers."""
     code = (
-        "import sys, pathlib; sys.path[:0] = ['tests', 'tests/cli', 'tests/train']; import test_train as t, test_tracking as k; "
+        "import sys, pathlib; sys.path[:0] = ['tests', 'tests/cli', 'tests/train']; "
+        "import test_train as t, test_tracking as k; "
         "at = pathlib.Path(sys.argv[1]); "
         "k.learned(at, t.table(400), k.MLP, k.SETTINGS, tracking=k.Tracking(at, tensorboard=False, wandb='tests'))"
     )
