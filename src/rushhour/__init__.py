@@ -113,14 +113,15 @@ class _Rushhour(ModuleType):
 
 def _call(function: Any) -> str:
     """`rushhour.NAME(...)` with one parameter on a line, as `help` shows it."""
-    from inspect import signature as signature_of
+    from inspect import signature
 
-    signature = signature_of(function)
-    lines = [f"    {parameter}," for parameter in map(str, signature.parameters.values())]
-    first = next((at for at, each in enumerate(signature.parameters.values()) if each.kind is each.KEYWORD_ONLY), None)
-    if first is not None:
-        lines.insert(first, "    *,")
-    return "\n".join([f"rushhour.{function.__name__}(", *lines, f") -> {signature.return_annotation}"])
+    lines, found = [], signature(function)
+    for parameter in found.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "    *," not in lines:
+            lines.append("    *,")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"    {parameter.name}: {parameter.annotation}{default},")
+    return "\n".join([f"rushhour.{function.__name__}(", *lines, f") -> {found.return_annotation}"])
 
 
 def __getattr__(name: str) -> Any:
