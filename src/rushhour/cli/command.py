@@ -9,6 +9,7 @@ import click
 
 from rushhour.cli.places import advised, try_places
 from rushhour.errors import StorageError
+from rushhour.system.interruption import INTERRUPTION
 from rushhour.system.machine import open_files
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -44,13 +45,20 @@ class Command(click.Command):
             with advised("--out"):
                 return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            explain = self._how_to_continue
-            raise Interrupted("run it again" if explain is None else explain(ctx.params)) from stop
+            raise self._interrupted(ctx) from stop
         except (EOFError, BrokenPipeError) as error:  # click takes them for the end of the terminal, and prints nothing
             renamed = RuntimeError(str(error) or type(error).__name__)
             for note in getattr(error, "__notes__", ()):
                 renamed.add_note(note)
             raise renamed from error
+        except Exception as error:
+            if INTERRUPTION.number is None:
+                raise
+            raise self._interrupted(ctx) from error  # a library has turned the signal into another error
+
+    def _interrupted(self, ctx: click.Context) -> Interrupted:
+        explain = self._how_to_continue
+        return Interrupted("run it again" if explain is None else explain(ctx.params))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, each section under its heading."""

@@ -79,7 +79,9 @@ def style(name: str, palette: Mapping[str, str] = _MARKERS) -> Iterator[None]:
         name: of the chart; the ids in its SVG derive from it.
         palette: colour name -> colour.
     """
-    matplotlib.colors.get_named_colors_mapping().update(palette)
+    names = matplotlib.colors.get_named_colors_mapping()
+    for colour_name, colour in palette.items():
+        names[colour_name] = colour  # one by one: `update` keeps colours that matplotlib has cached
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
