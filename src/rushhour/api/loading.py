@@ -164,10 +164,6 @@ class ClosedLoopResult:
     result: ClosedResult
     stopped: str = ""
 
-    def __repr__(self) -> str:
-        """Short, for a notebook."""
-        return f"<ClosedLoopResult {self.url}: {self.result.throughput_rps:,.0f} requests/s>"
-
     def as_dict(self) -> dict[str, Any]:
         """What `rushhour load --closed-loop N --json` writes."""
         return {"loop": "closed", "url": self.url, "partial": bool(self.stopped), "result": self.result}
