@@ -6,6 +6,7 @@
 # make test-avx2     tests of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
 # make bench-serve   our server and its peers, 26 minutes on an idle machine (`apt-get install wrk` first)
+# make bench-regression   CPU per request against an earlier commit (BEFORE=...), 4 minutes on a quiet machine
 # make bench-noise   tuning and verdicts on a disturbed host, 3 hours; parts by `--only`
 # make bench-soak    memory growth of a server under mixed load, 10 minutes (SOAK_SECONDS)
 # make bench-hostile  delay of other clients and memory kept by hostile inputs, 6 minutes
@@ -27,7 +28,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -73,6 +74,11 @@ check: .venv/.dev
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/render.py
+
+BEFORE ?= 6cebe48
+bench-regression: setup
+	$(BIN)/python benchmarks/regression.py --before $(BEFORE)
 	$(BIN)/python benchmarks/render.py
 
 bench-noise: .venv/.dev

@@ -111,13 +111,13 @@ def generator_and_server(
     cores = sorted(os.sched_getaffinity(0))
     serving, sending = cores[0], cores[-1]
     windows = []
-    with TemporaryDirectory(prefix="bench-") as folder, _tree_of(before, Path(folder) / "tree") as earlier:
+    with TemporaryDirectory(prefix="bench-") as folder, tree_of(before, Path(folder) / "tree") as earlier:
         trees = {"before": earlier, "after": ROOT}
         for rate in _RATES:
             setup = _setup(rate, serving)
             with contextlib.ExitStack() as stack:
                 servers = {
-                    name: stack.enter_context(_served(tree, setup, Path(folder) / f"{name}-{rate}"))
+                    name: stack.enter_context(served(tree, setup, Path(folder) / f"{name}-{rate}"))
                     for name, tree in trees.items()
                 }
                 for block in range(blocks):
@@ -180,7 +180,7 @@ def _setup(rate: int, core: int) -> Setup:
 
 
 @contextlib.contextmanager
-def _tree_of(hash: str, folder: Path) -> Iterator[Path]:
+def tree_of(hash: str, folder: Path) -> Iterator[Path]:
     """The work tree of a commit, as a context."""
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(folder), hash], check=True)
@@ -191,7 +191,7 @@ def _tree_of(hash: str, folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _served(tree: Path, setup: Setup, work: Path) -> Iterator[Server]:
+def served(tree: Path, setup: Setup, work: Path) -> Iterator[Server]:
     """A tree's own server, as a context."""
     work.mkdir()
     port = free_port()

@@ -38,20 +38,19 @@ def costs_of(setup: Setup, load: Load, rounds: int, seconds: float) -> dict[str,
     base = request_for(OURS, setup, samples_of(setup)[0])
     costs: dict[str, list[float]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, served(OURS, None, setup, Path(folder)) as server:
-        requests = {case: [each.http(server.port) for each in _requests(base, case)] for case in CASES}
+        requests = {case: [each.http(server.port) for each in requests_of(base, case)] for case in CASES}
         with Generator(cores=load.cores) as generator:
             for number in range(-1, rounds):
                 for case in CASES if number % 2 else reversed(CASES):
                     before = server.cpu_s()
-                    answered = _ask(
-                        generator, server.port, requests[case], load, seconds if number >= 0 else _WARM_UP_S
-                    )
+                    answered = ask(generator, server.port, requests[case], load, seconds if number >= 0 else _WARM_UP_S)
                     if number >= 0:
                         costs[case].append(1e6 * (server.cpu_s() - before) / answered)
     return costs
 
 
-def _requests(base: Request, case: str) -> list[Request]:
+def requests_of(base: Request, case: str) -> list[Request]:
+    """2,000 requests with ids of their own, or the base request alone; `case` is one of `CASES`."""
     return [base] if case == "equal" else [_own(base, case) for _ in range(_DIFFERENT)]
 
 
@@ -66,7 +65,12 @@ def _own(base: Request, case: str) -> Request:
     return dataclasses.replace(base, headers=headers, body=body)
 
 
-def _ask(generator: Generator, port: int, requests: Sequence[bytes], load: Load, seconds: float) -> int:
+def ask(generator: Generator, port: int, requests: Sequence[bytes], load: Load, seconds: float) -> int:
+    """Run a closed loop against a server on this machine; the number of answers.
+
+    Raises:
+        OSError: if an answer is none.
+    """
     samples = generator.run(
         ClosedJob(
             host="127.0.0.1",
