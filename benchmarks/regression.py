@@ -51,8 +51,8 @@ class Scale(msgspec.Struct, frozen=True):
         seconds: of one window.
     """
 
-    rounds: int = 12
-    seconds: float = 2.0
+    rounds: int = 40
+    seconds: float = 1.0
 
 
 def compared(before: str, scale: Scale) -> Part:

@@ -10,6 +10,9 @@ def _report_stopped() -> None:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    from rushhour.system import exit
+
+    exit.install()
     if sys.argv[1:2] == ["serve"]:
         from rushhour.serve.processes.signals import SIGNALS
 
@@ -33,7 +36,7 @@ def main() -> None:
     if error is not None:
         print(f"rushhour: cannot write to standard output: {error.strerror}; all files are complete", file=sys.stderr)
         code = 2
-    sys.exit(code)
+    exit.leave(code)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,54 @@ def tuned(folder: Path, **policy: Any) -> Path:
     return folder
 
 
+# The end.
+
+
+_BUSY = """
+import atexit, sys, threading, time
+from rushhour.system import exit
+if sys.argv[1] == "leave":
+    exit.install()
+import torch
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * 1
+    @staticmethod
+    def backward(context, gradient):
+        time.sleep(0.002)
+        return gradient
+
+def run():
+    while True:
+        Slow.apply(torch.ones(2, requires_grad=True)).sum().backward()
+
+threading.Thread(target=run, daemon=True).start()
+time.sleep(0.2)
+atexit.register(print, "exit handlers ran")
+(exit.leave if sys.argv[1] == "leave" else sys.exit)(7)
+"""
+
+
+def test_threads_in_native_code_do_not_abort_the_end() -> None:
+    """Python's finalization ends such a thread in the middle of C++: "FATAL: exception not rethrown", exit code 134."""
+    done = python(_BUSY, "leave")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "exit handlers ran\n", "")
+
+
+@pytest.mark.parametrize(("code", "ends_with", "says"), [(None, 0, ""), (130, 130, ""), ("why", 1, "why\n")])
+def test_the_end_of_a_process_has_its_code(code: object, ends_with: int, says: str) -> None:
+    done = python(f"from rushhour.system import exit; exit.install(); exit.leave({code!r})")
+    assert (done.returncode, done.stderr) == (ends_with, says)
+
+
+def test_an_exception_at_the_end_is_a_failure() -> None:
+    done = python("from rushhour.system import exit; exit.install(); 1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
 # Signals.
 
 _AT_AN_IMPORT = """

@@ -38,6 +38,7 @@ from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.access.certificates import read_identity
 from rushhour.serve.observability import log
+from rushhour.serve.processes.messages import Beat, Result
 from rushhour.serve.processes.signals import SIGNALS
 from rushhour.serve.processes.supervisor import Supervisor
 from rushhour.serve.protocols.listener import bind_all, bind_alone, bind_reserved, bind_shared
@@ -338,6 +339,27 @@ def test_a_cell_whose_loop_is_blocked_is_replaced(tiny: Bundle) -> None:
         async with supervised(tiny.path, Mute, frozen_s=1) as running:
             first = running.pids()
             await running.until(lambda: running.supervisor.frozen >= 2 and not set(first) & set(running.pids()))
+
+    within_signals(scenario)
+
+
+def test_a_task_that_is_cancelled_while_its_answer_arrives_ends(tiny: Bundle) -> None:
+    """`asyncio.wait_for` of Python 3.11 returns the answer instead: a keeper or watcher then goes on for ever, and so
+    does the end of the server, until its own time limit ends the process."""
+
+    async def scenario() -> None:
+        async with supervised(tiny.path) as running:
+            cell = running.supervisor._cells[0]
+            os.kill(running.pids()[0], signal.SIGSTOP)
+            task = asyncio.create_task(cell.execute(Beat(), 30))
+            before = set(cell._pending)
+            while not set(cell._pending) - before:
+                await asyncio.sleep(0)
+            cell._pending[max(cell._pending)].set_result(Result())
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            os.kill(running.pids()[0], signal.SIGCONT)
 
     within_signals(scenario)
 

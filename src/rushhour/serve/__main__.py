@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from rushhour.serve.processes.signals import SIGNALS
+from rushhour.system import exit
 
 
 def _write(line: bytes) -> None:
@@ -22,6 +23,7 @@ def _write(line: bytes) -> None:
 
 def _main(arguments: list[str]) -> int:
     # Signals are handled before the rest is imported, which takes long.
+    exit.install()
     SIGNALS.install()
     import msgspec
 
@@ -61,4 +63,4 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    exit.leave(_main(sys.argv[1:]))

@@ -112,7 +112,8 @@ class CellProcess:
         self._send(self._supervisor.settings())
         first: FromWorker | None = None
         with contextlib.suppress(TimeoutError):
-            first = await asyncio.wait_for(self._receive(), _START_S)
+            async with asyncio.timeout(_START_S):
+                first = await self._receive()
         if first is None or not first.url:
             self.kill()
             await process.wait()
@@ -179,7 +180,8 @@ class CellProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), self._supervisor.closing_s)
+                async with asyncio.timeout(self._supervisor.closing_s):
+                    await process.wait()
             except TimeoutError:
                 log.event(logging.ERROR, "cell killed", cell=self._number, why="it did not end in time")
                 self.kill()
@@ -203,7 +205,8 @@ class CellProcess:
         self._opening = self._opening or isinstance(command, Prepare)
         self._send(msgspec.json.encode(FromSupervisor(number, work=command)))
         try:
-            return await asyncio.wait_for(future, within_s)
+            async with asyncio.timeout(within_s):  # `wait_for` may swallow a cancellation (Python 3.11)
+                return await future
         except TimeoutError:
             return Result(f"worker process (cell) {self._number} does not respond", 503)
         finally:

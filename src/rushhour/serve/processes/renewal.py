@@ -47,7 +47,8 @@ class Renewal:
         while True:
             requested = False
             try:
-                await asyncio.wait_for(self._requested.wait(), _POLL_S if self._files else None)
+                async with asyncio.timeout(_POLL_S if self._files else None):
+                    await self._requested.wait()
                 requested = True
             except TimeoutError:
                 pass

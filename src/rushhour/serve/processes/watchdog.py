@@ -54,7 +54,8 @@ class ParentWatchdog:
         self._pending[number] = future
         try:
             await self._send(FromWorker(id=number, work=command))
-            return await asyncio.wait_for(future, _COUNT_S if isinstance(command, Count | Speed) else _COMMAND_S)
+            async with asyncio.timeout(_COUNT_S if isinstance(command, Count | Speed) else _COMMAND_S):
+                return await future
         except TimeoutError:
             return Result("the supervisor of the worker processes does not respond", 503)
         finally:

@@ -76,7 +76,8 @@ class Health:
                 yield _health(status)
             sent = status
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), _WATCH_SECONDS)
+                async with asyncio.timeout(_WATCH_SECONDS):
+                    await self._ending.wait()
         yield _health(_NOT_SERVING)
 
     def _status(self, service: str) -> int:
