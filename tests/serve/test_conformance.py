@@ -396,6 +396,32 @@ def test_a_method_that_a_path_does_not_take(server: Server, method: str, path: s
     assert (asked.status, asked.fields["allow"], asked.body) == (200, allowed, b"")
 
 
+@pytest.mark.parametrize(
+    "target",
+    [b"/v2/models/ti%6ey/infer", b"/v2/models/%74%69%6E%79/%69nfer", b"/v%32/models/tiny/versions/%31/infer?x=%2F"],
+)
+def test_an_inference_whose_path_is_percent_encoded(server: Server, tiny: Bundle, target: bytes) -> None:
+    image = np.ones((1, 4, 4, 1), np.uint8)
+    body = encode_json_request(tiny.manifest.signature, {"image": image})
+    answers = hear(server, post(body, target=target) * 2 + NEXT)
+    assert [answer.status for answer in answers] == [200, 200, 200]
+    for answer in answers[:2]:
+        np.testing.assert_allclose(decode_answer(answer.body, None)["probabilities"], tiny_answers(image), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "target", [b"/v2%2Fmodels/tiny/infer", b"/v2/models/ti%256ey/infer", b"/v2/models/tiny%/infer"]
+)
+def test_what_is_encoded_for_a_reason_stays_encoded(server: Server, target: bytes) -> None:
+    answer, after = hear(server, post(b"{}", target=target) + NEXT)
+    assert (answer.status, after.status) == (404, 200)
+
+
+def test_who_speaks_http_2_is_told_so(server: Server) -> None:
+    (answer,) = hear(server, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert b"HTTP/2" in answer.body
+
+
 def test_options_of_the_server_as_a_whole(server: Server) -> None:
     (asked,) = hear(server, b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n")
     assert (asked.status, asked.fields["allow"], asked.body) == (200, "GET, HEAD, POST, OPTIONS", b"")

@@ -719,6 +719,20 @@ def test_a_port_on_which_another_program_lives_is_refused(tiny: Bundle, first: i
                 pass
 
 
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_refused(tiny: Bundle) -> None:
+    """As when two servers are started at the same time: both have bound it before one of them listens."""
+    with bind_alone("127.0.0.1", 0) as other:
+        settings = msgspec.json.encode(ServeSettings(http_port=other.getsockname()[1])).decode()
+        command = [sys.executable, "-m", "rushhour.serve", str(tiny.path), settings]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+            assert b'"start"' in process.stderr.readline()
+            other.listen()
+            said = json.loads(process.stdout.readline())
+            assert "another program listens there" in said["error"]
+            assert process.wait(20) == 2
+
+
 @pytest.mark.parametrize("second", [bind_alone, bind_reserved])
 def test_a_port_whose_cells_have_yet_to_come_is_refused(second: Callable[[str, int], socket.socket]) -> None:
     with bind_reserved("127.0.0.1", 0) as held:

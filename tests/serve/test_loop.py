@@ -29,6 +29,7 @@ from rushhour.serve.access.keys import Keys
 from rushhour.serve.memory.budget import Budget
 from rushhour.serve.memory.decompression import inflate
 from rushhour.serve.protocols.control import Control
+from rushhour.serve.protocols.grpc import health
 from rushhour.serve.protocols.grpc.errors import without_frames
 from rushhour.serve.protocols.grpc.server import GrpcServer
 from rushhour.serve.protocols.http import connection as connection_module
@@ -473,6 +474,42 @@ def test_a_call_that_ends_without_a_message_is_answered_at_once(tiny: Bundle, me
                 await call.read()
             assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
             assert (await channel.unary_unary("/grpc.health.v1.Health/Check")(b"")) == b"\x08\x01"
+
+    run(scenario)
+
+
+def test_many_watchers_of_the_health_cost_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may open thousands of such calls on one connection."""
+    monkeypatch.setattr(health, "_WATCH_SECONDS", 0.01)
+
+    class Asked:
+        times = 0
+        is_ready = True
+
+        def ready(self) -> bool:
+            self.times += 1
+            return self.is_ready
+
+    async def empty(context: Any, limit: int) -> bytes:
+        return b""
+
+    async def scenario() -> None:
+        ending, asked, loop = asyncio.Event(), Asked(), asyncio.get_running_loop()
+        service: Any = health.Health(None, asked, empty, ending)  # type: ignore[arg-type]
+        watchers = [service._watch((), None) for _ in range(200)]
+        assert {await anext(watcher) for watcher in watchers} == {b"\x08\x01"}
+        waiting = [asyncio.ensure_future(anext(watcher)) for watcher in watchers]
+        await asyncio.sleep(0.02)
+        asked.times, began = 0, loop.time()
+        await asyncio.sleep(0.2)
+        assert asked.times <= (loop.time() - began) / 0.01 + 2
+        asked.is_ready = False
+        assert {await each for each in waiting} == {b"\x08\x02"}
+        asked.is_ready = True
+        assert {await anext(watcher) for watcher in watchers} == {b"\x08\x01"}
+        ending.set()
+        assert {await anext(watcher) for watcher in watchers} == {b"\x08\x02"}
+        await asyncio.gather(*(watcher.aclose() for watcher in watchers))
 
     run(scenario)
 

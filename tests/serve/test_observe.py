@@ -807,11 +807,20 @@ def test_shared_memory_of_an_exposed_server_is_shown_to_be_off(tiny: Bundle, tmp
         (ServeSettings(admin_host="127.0.0.1"), "--admin-host has no effect"),
         (ServeSettings(otel_sample=0.5), "--otel-sample has no effect"),
         (ServeSettings(log_requests=True, log_level="error"), "--log-requests has no effect"),
+        (ServeSettings(http_port=8000, admin_port=8000), "--http-port and --admin-port are both 8000"),
+        (ServeSettings(http_port=8000, grpc_port=8000), "--http-port and --grpc-port are both 8000"),
+        (ServeSettings(host="0.0.0.0", grpc_port=1, admin_port=1), "--grpc-port and --admin-port are both 1"),
+        (ServeSettings(host="localhost", admin_port=8000), "both 8000"),
     ],
 )
 def test_an_option_that_cannot_take_effect_is_an_error(settings: ServeSettings, says: str) -> None:
     with pytest.raises(ServeError, match=says):
         settings.check()
+
+
+def test_ports_may_be_equal_where_nobody_shares_them() -> None:
+    ServeSettings(http_port=0, grpc_port=0, admin_port=0).check()
+    ServeSettings(host="192.0.2.1", http_port=8000, admin_port=8000).check()
 
 
 # Errors: each is counted once, by its reason, and as no success.

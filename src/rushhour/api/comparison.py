@@ -75,7 +75,7 @@ def compare(
     body: StrPath | None = None,
     method: str | None = None,
     path: str | None = None,
-    headers: Sequence[str] = (),
+    headers: str | Sequence[str] = (),
     check: bool = False,
     progress: Progress | None = None,
     on_window: Callable[[Measurement], None] | None = None,
@@ -133,7 +133,7 @@ def compare(
         check=check,
     )
     rates, window_s = read_rates(rate, traffic), read_seconds(window)
-    servers = [str(url) for url in urls]
+    servers = [urls] if isinstance(urls, str) else [str(url) for url in urls]
     requests = {url: traffic.aim(url) for url in servers}
     windows = list[Window]()
     report, ending = progress or Silent(), stop or Stop()

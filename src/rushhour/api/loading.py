@@ -230,7 +230,7 @@ def load(
     body: StrPath | None = None,
     method: str | None = None,
     path: str | None = None,
-    headers: Sequence[str] = (),
+    headers: str | Sequence[str] = (),
     check: bool = False,
     progress: Progress | None = None,
     on_window: Callable[[Measurement], None] | None = None,

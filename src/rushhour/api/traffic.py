@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -32,6 +33,7 @@ from rushhour.records.compression import COMPRESSION
 from rushhour.records.curves import CURVES
 
 _SEEDS: Final = 2**31
+_LARGEST_SEED: Final = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class TrafficOptions(TypedDict, total=False):
     body: StrPath | None
     method: str | None
     path: str | None
-    headers: Sequence[str]
+    headers: str | Sequence[str]
     check: bool
 
 
@@ -127,20 +129,23 @@ def read_traffic(
     json_tensors: bool,
     payloads: StrPath | None,
     body: StrPath | None,
-    headers: Sequence[str],
+    headers: str | Sequence[str],
     **rest: Any,
 ) -> Traffic:
     """The traffic that arguments of `load` and `compare` name; a fresh seed where none is given.
 
     Raises:
         LoadError: if the arrivals or a shape cannot be read.
+        GoalError: if the seed cannot be used.
     """
+    if seed is not None and not 0 <= seed <= _LARGEST_SEED:
+        raise GoalError(f"cannot use the seed {seed}", f"a seed is 0 to {_LARGEST_SEED}", "give another, or none")
     texts = [shapes] if isinstance(shapes, str) else shapes
     return Traffic(
         arrivals=read_arrivals(arrivals) if isinstance(arrivals, str) else arrivals,
         seed=secrets.randbelow(_SEEDS) if seed is None else seed,
         encoding="json" if json_tensors else "binary",
-        headers=tuple(headers),
+        headers=(headers,) if isinstance(headers, str) else tuple(headers),
         shapes=texts if isinstance(texts, Mapping) else read_shapes(texts),
         payloads=None if payloads is None else read_path(payloads),
         body=None if body is None else read_path(body),
@@ -152,10 +157,10 @@ def read_rates(rates: float | str | Sequence[float | str], traffic: Traffic) -> 
     """Requests per second; `recorded` is a trace's own rate.
 
     Raises:
-        GoalError: if one is not a number above 0, or there is no trace.
+        GoalError: if there is none, one is not a number above 0, or there is no trace.
     """
     found = []
-    for given in [rates] if isinstance(rates, str | int | float) else rates:
+    for given in [rates] if isinstance(rates, str | int | float | Real) else rates:
         if given == "recorded":
             if not isinstance(traffic.arrivals, Trace):
                 raise GoalError(
@@ -165,7 +170,7 @@ def read_rates(rates: float | str | Sequence[float | str], traffic: Traffic) -> 
             continue
         try:
             rate = float(given)
-        except ValueError:
+        except (ValueError, TypeError):
             rate = 0.0
         if not 0 < rate < float("inf"):
             raise GoalError(
@@ -174,6 +179,8 @@ def read_rates(rates: float | str | Sequence[float | str], traffic: Traffic) -> 
                 "use for example --rate 100",
             )
         found.append(rate)
+    if not found:
+        raise GoalError("there is no rate", "the list is empty", "give one, or None to search for the capacity")
     return found
 
 

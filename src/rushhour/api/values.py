@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from numbers import Real
 from pathlib import Path
 from typing import Final
 
@@ -42,7 +43,7 @@ def read_seconds(duration: str | float) -> float:
     Raises:
         GoalError: if it is not a duration above 0 and up to a day.
     """
-    seconds = duration if isinstance(duration, int | float) else 0.0
+    seconds = float(duration) if isinstance(duration, int | float | Real) else 0.0
     if isinstance(duration, str):
         try:
             unit = _SECONDS.get(duration[-1:])

@@ -242,7 +242,7 @@ def _json_lines(path: Path, text: str) -> Iterator[float]:
             continue
         try:
             value = msgspec.json.decode(line)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             raise _bad_trace(path, f"line {number} is not JSON: {line[:40]!r}") from None
         if isinstance(value, dict):
             value = next((value[name] for name in _TIME_NAMES if name in value), "")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rushhour.errors import LoadError, WireError
 from rushhour.load.target import DeclaredInput, Endpoint, Target
@@ -42,6 +45,11 @@ _TYPES = {
 }
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _OWN_HEADERS = ("content-length", "transfer-encoding", "connection", "expect")
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, MemoryError, RuntimeError, SyntaxError, struct.error, zlib.error),
+    *(zipfile.BadZipFile, Image.DecompressionBombError),
+)
+"""What numpy and Pillow raise for damaged files. Pillow reports some damage as a `SyntaxError`."""
 
 
 def payloads(
@@ -281,8 +289,10 @@ def _arrays(file: Path, target: Target) -> dict[str, NDArray[Any]]:
                 array: NDArray[Any] = np.asarray(image)
         else:
             array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise _bad_file(file, str(error), "check that it is a valid file of that type") from error
+    except _UNREADABLE as error:
+        raise _bad_file(
+            file, str(error) or type(error).__name__, "check that it is a valid file of that type"
+        ) from error
     if only is None:
         how_many = f"has {len(inputs)} inputs" if inputs else "declares no input"
         raise _bad_file(file, f"{target.model} {how_many}", "give them by name in .npz")

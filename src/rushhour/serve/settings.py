@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Annotated, Any
 
 import msgspec
@@ -15,6 +16,7 @@ from rushhour.serve.memory.shared_memory import Register
 from rushhour.serve.observability.log import LogFormat, LogLevel
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+_EVERY_ADDRESS = frozenset(("", "0.0.0.0", "::"))
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -164,6 +166,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
             raise ServeError("--admin-port has no effect", "--no-admin switches administration off", "omit one of them")
         if self.admin_host is not None and self.admin_port is None:
             raise ServeError("--admin-host has no effect", "there is no --admin-port", "give one, or omit it")
+        self._check_ports()
         if self.api_key_file is not None and self.api_keys and not self.one_of_many:
             raise ServeError("API keys are given twice", "the key file would replace the others", "give one of both")
         if self.otel_sample is not None and not self.otel:
@@ -171,3 +174,20 @@ class ServeSettings(msgspec.Struct, frozen=True):
         if self.log_requests and self.log_level not in ("debug", "info"):
             level = f"requests are logged at level info, and the level is {self.log_level}"
             raise ServeError("--log-requests has no effect", level, "give --log-level info, or omit it")
+
+    def _check_ports(self) -> None:
+        places = [
+            ("--http-port", self.host, self.http_port),
+            ("--grpc-port", self.host, self.grpc_port),
+            ("--admin-port", self.administration_host, self.admin_port),
+        ]
+        for (one, its_host, its_port), (other, host, port) in combinations(places, 2):
+            if port and port == its_port and _overlap(its_host, host):
+                raise ServeError(f"{one} and {other} are both {port}", "each needs a port of its own", "change one")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two hosts may have an address in common."""
+    hosts = {one, other}
+    local = "localhost" in hosts and all(map(is_loopback, hosts))
+    return len(hosts) == 1 or local or bool(hosts & _EVERY_ADDRESS)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _LINGER_SECONDS = 0.25
 _HANDSHAKE_SECONDS = 0.05
 _LATE_SECONDS = 1.0
+_BACKLOG = 4096
 CLOSE_SECONDS = 5.0
 """After draining, the engine has so long to finish its batches, though their answers are not needed any more."""
 SPANS_SECONDS = 2.0
@@ -219,9 +220,11 @@ class Worker:
                     one.exception()
 
         with explained(name, *listener.getsockname()[:2]):
+            # uvloop does not report that another server, which started at the same time, listens there by now.
+            listener.listen(_BACKLOG)
             timeout_s = None if context is None else endpoint.limits.request_s
             server = await loop.create_server(
-                connection, sock=listener, ssl=context, backlog=4096, ssl_handshake_timeout=timeout_s
+                connection, sock=listener, ssl=context, backlog=_BACKLOG, ssl_handshake_timeout=timeout_s
             )
             return server, accept_queued
 

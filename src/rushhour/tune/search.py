@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -250,9 +249,7 @@ class _Search:
             EngineError: if none runs.
         """
         measured = self._predictor.learn_overheads(
-            alive,
-            functools.partial(self._load_tests.measure_throughput, in_open_loop=True),
-            lambda: self._budget.left < Budget.FOR_PROOF,
+            alive, self._load_tests.measure_throughput, lambda: self._budget.left < Budget.FOR_PROOF
         )
         if not measured:
             raise EngineError("no candidate can be served", alive[0].why, "correct the model, or use another")

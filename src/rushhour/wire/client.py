@@ -156,11 +156,11 @@ def json_of(text: bytes) -> Any:
     """
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         try:
             return json.loads(text)
         except ValueError:
-            raise error from None
+            raise msgspec.DecodeError(str(error)) from None
 
 
 def array_of_bytes(datatype: str, content: bytes, shape: Sequence[int]) -> NDArray[Any]:

@@ -30,7 +30,9 @@ from rushhour.wire import decode_answer
 
 _NAN = float("nan")
 _SHED = (429, 503)
-_REJECTED = (400, 404, 405, 411, 413, 415, 422)
+_REDIRECTED = (301, 302, 303, 307, 308)
+_DENIED = (401, 403)
+_REJECTED = (400, *_DENIED, 404, 405, 411, 413, 415, 422, *_REDIRECTED)
 """Statuses for a request that is itself wrong: as the first answer, they end the run."""
 
 _START_DELAY_S = 0.02
@@ -148,8 +150,7 @@ class _Loop:
                 LoadError(
                     f"the server rejects the request with status {status}",
                     message or "it gives no reason",
-                    "check the model's name, the shape and type of the samples (--shape, --payloads), and whether the "
-                    "server takes raw tensors (--json-tensors sends JSON)",
+                    _remedy(status),
                 )
             )
         self._note(f"status {status}" + (f" ({message})" if message else ""))
@@ -433,10 +434,22 @@ class _ClosedLoop(_Loop):
         return self._start + pausing[0] if pausing else math.inf
 
 
+def _remedy(status: int) -> str:
+    """What to do about a status of `_REJECTED`."""
+    if status in _REDIRECTED:
+        return "it redirects: give the URL that it redirects to"
+    if status in _DENIED:
+        return "send the server's key with --header 'Authorization: Bearer KEY'"
+    return (
+        "check the model's name, the shape and type of the samples (--shape, --payloads), and whether the server takes "
+        "raw tensors (--json-tensors sends JSON)"
+    )
+
+
 def _error_message(body: bytes) -> str:
     """A server's error message: the field `error` of its JSON, or the start of the text."""
     try:
         error = msgspec.json.decode(body, type=dict[str, object]).get("error")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, ValueError, RecursionError):
         error = None
     return str(error)[:200] if error else body[:200].decode("utf-8", "replace")

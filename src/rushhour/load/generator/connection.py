@@ -17,6 +17,10 @@ _PIECE_BYTES = 1 << 16
 """Read in one call."""
 _SMALL_BYTES = 1 << 14
 """An answer of up to this size fits into any socket buffer, so leaving it unread does not block the server."""
+_OVERHEAD_BYTES = 1 << 20
+"""Of an answer before its body, or between two parts of it."""
+_HELD_BYTES = 1 << 29
+"""Of the bodies of all answers that are not complete."""
 
 
 class Pool(Protocol):
@@ -48,14 +52,18 @@ class KnownHead:
 
     An answer whose head has the same bytes is not parsed again. All connections to one server share this object; where
     a server sends a Date header, the head changes once a second.
+
+    Attributes:
+        held: bytes of answers that are not complete, on all connections.
     """
 
-    __slots__ = ("head", "header_length", "total")
+    __slots__ = ("head", "header_length", "held", "total")
 
     def __init__(self) -> None:
         self.head = b""
         self.header_length: int | None = None
         self.total = -1
+        self.held = 0
 
 
 class Connection:
@@ -74,9 +82,11 @@ class Connection:
         "_complete",
         "_fresh",
         "_header_length",
+        "_held",
         "_keep",
         "_known",
         "_length",
+        "_overhead",
         "_parser",
         "_pool",
         "_receive",
@@ -114,6 +124,8 @@ class Connection:
         self._length: int | None = None
         self._sized = False
         self._until_end = False
+        self._overhead = 0
+        self._held = 0
         self._unsent = memoryview(b"")
 
     def send(self, index: int, request: bytes) -> None:
@@ -174,6 +186,7 @@ class Connection:
             self._pool.free(self)
             return
         fresh, self._fresh = self._fresh, False
+        self._overhead += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -186,6 +199,9 @@ class Connection:
             return
         if self._complete:
             self._finish(at, data if fresh else b"")
+        elif self._overhead > _OVERHEAD_BYTES or known.held > _HELD_BYTES:
+            self.abort()
+            recorder.malformed(index, "the server's answer does not end", "it fills the memory of this process", at)
         elif self._until_end:  # the end of the stream has no timestamp: it has to be read as soon as it comes
             self._pool.answer_read(small=False)
 
@@ -193,7 +209,7 @@ class Connection:
         """Record a complete answer; `data` is all of it where it came in one piece."""
         recorder, known, index = self._recorder, self._known, self.index
         body, length, status, header_length = b"".join(self._body), self._length, self._status, self._header_length
-        self._body.clear()
+        self._drop()
         self._complete, self._until_end, self._fresh, self.index = False, False, True, -1
         self._pool.answer_read(small=0 < len(data) <= _SMALL_BYTES)
         if not 200 <= status < 300:
@@ -239,6 +255,9 @@ class Connection:
         """Called by the parser."""
         if not self._complete:
             self._body.append(body)
+            self._overhead = 0
+            self._held += len(body)
+            self._known.held += len(body)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -247,6 +266,12 @@ class Connection:
         self._complete = True
         self._keep = self._parser.should_keep_alive()
 
+    def _drop(self) -> None:
+        """Hold nothing of an answer any more."""
+        self._body.clear()
+        self._known.held -= self._held
+        self._held = self._overhead = 0
+
     def _gone(self, error: OSError | None) -> None:
         self._close(f"the server closed the connection ({error or 'end of stream'})")
 
@@ -254,4 +279,5 @@ class Connection:
         if self._unsent:
             self._unsent = memoryview(b"")
             self._pool.unblocked(self)
+        self._drop()
         self._pool.closed(self, why)

@@ -8,12 +8,14 @@ from typing import TypeVar
 import msgspec
 
 from rushhour.errors import LoadError, WireError
-from rushhour.load.target.endpoint import endpoint
+from rushhour.load.target.endpoint import Endpoint, endpoint
 from rushhour.load.target.interface import Interface
 from rushhour.load.target.model import Target
 from rushhour.load.target.queries import error_message, query
 
 T = TypeVar("T")
+
+_WITH_KEY = "send its key with --header 'Authorization: Bearer KEY', and whole requests with --path and --body"
 
 
 def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Target:
@@ -27,12 +29,13 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
     Raises:
         LoadError: if the URL cannot be used, no such server answers there, or it does not have that model.
     """
-    if url.strip().startswith("grpc://"):
+    at = endpoint(url)
+    if at.protocol == "grpc":
         # grpcio takes a quarter of a second to import
         from rushhour.load.target.discovery_grpc import discover_grpc
 
-        return discover_grpc(endpoint(url), model, timeout_s)
-    server = _ModelServer(url, timeout_s)
+        return discover_grpc(at, model, timeout_s)
+    server = _ModelServer(at, timeout_s)
     name = model if model is not None else server.only_model()
     status, body = server.query("GET", f"/v2/models/{urllib.parse.quote(name, safe='')}")
     if status in (400, 404):
@@ -42,13 +45,13 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
             f"the server has {', '.join(ready)}"
             if ready
             else error_message(body) or f"it answers with status {status}",
-            "name one of these with --model" if ready else "check the name and the URL",
+            "name one of these with --model" if ready else _checked(server.at, "check the name and the URL"),
         )
     if status != 200:
         raise LoadError(
             f"cannot read the metadata of the model {name!r} at {server.at.url}",
-            f"the server answers with status {status} {error_message(body)}".rstrip(),
-            "check that the model is loaded",
+            _said(status, body),
+            _WITH_KEY if status in (401, 403) else "check that the model is loaded",
         )
     try:
         interface = Interface.read(body)
@@ -61,9 +64,10 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
 class _ModelServer:
     """The control endpoints of a model server over HTTP."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        self.at = endpoint(url)
+    def __init__(self, at: Endpoint, timeout_s: float) -> None:
+        self.at = at
         self._timeout_s = timeout_s
+        self._denied = ""
 
     def query(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """As `query`."""
@@ -92,9 +96,11 @@ class _ModelServer:
             LoadError: if the server does not answer at all.
         """
         status, content = self.query(method, path, body)
+        if status in (401, 403):
+            self._denied = _said(status, content)
         try:
             return msgspec.json.decode(content, type=kind) if status == 200 else None
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, ValueError, RecursionError):
             return None
 
     def only_model(self) -> str:
@@ -114,9 +120,18 @@ class _ModelServer:
             )
         raise LoadError(
             f"cannot tell which model to use at {self.at.url}",
-            "the server lists no model that is ready",
-            "name it with --model, or load one into the server",
+            self._denied or "the server lists no model that is ready",
+            _WITH_KEY if self._denied else _checked(self.at, "name it with --model, or load one into the server"),
         )
+
+
+def _checked(at: Endpoint, usual: str) -> str:
+    """What to do where nothing is found."""
+    return "leave /v2 and what follows it out of the URL" if "/v2" in at.prefix else usual
+
+
+def _said(status: int, body: bytes) -> str:
+    return f"the server answers with status {status} {error_message(body)}".rstrip()
 
 
 class _ServerMetadata(msgspec.Struct):

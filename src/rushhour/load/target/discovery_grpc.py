@@ -79,4 +79,6 @@ def _call(channel: Any, at: Endpoint, method: str, timeout_s: float, **fields: s
             raise LoadError(
                 f"cannot reach {at.url}", why, "check the URL, and that a gRPC server is running there"
             ) from error
-        raise _CallFailed(f"{at.url} does not answer {method}", why, "check the model's name") from error
+        denied = code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+        fix = "load it over HTTP, where --header sends a key" if denied else "check the model's name"
+        raise _CallFailed(f"{at.url} does not answer {method}", why, fix) from error

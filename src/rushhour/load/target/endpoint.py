@@ -47,23 +47,30 @@ def endpoint(url: str) -> Endpoint:
     Raises:
         LoadError: if the URL cannot be used.
     """
-    clean = url.strip().rstrip("/")
     try:
-        parts = urllib.parse.urlsplit(clean)
+        parts = urllib.parse.urlsplit(url.strip().rstrip("/"))
         host, port = parts.hostname, parts.port
-    except ValueError as error:
+        if host is not None and not host.isascii():
+            host = host.encode("idna").decode()
+    except ValueError as error:  # UnicodeError, too
         raise unusable_url(url, str(error)) from error
+    user, has_user, _ = parts.netloc.rpartition("@")
+    if has_user:
+        hidden = url.replace(f"{user}@", "***@", 1)
+        raise unusable_url(hidden, "it holds a user or a password, which are not sent")
     if parts.scheme == "https":
         raise LoadError(
             f"cannot load {url}", "https is not supported: its encryption would be timed too", "use http://"
         )
     if parts.scheme not in ("http", "grpc") or not host:
         raise unusable_url(url, "it is not of the form http://host:port")
-    if parts.query or parts.fragment or parts.username:
+    if parts.query or parts.fragment:
         raise unusable_url(url, "it has more than a host, a port and a path")
     if parts.scheme == "grpc" and (parts.path or port is None):
         raise unusable_url(url, "the URL of a gRPC server has a host and a port only")
-    return Endpoint(clean, host, 80 if port is None else port, parts.path)
+    if not (parts.path.isascii() and parts.path.isprintable() and " " not in parts.path):
+        raise unusable_url(url, "its path holds characters that have to be percent-encoded")
+    return Endpoint(parts.geturl(), host, 80 if port is None else port, parts.path)
 
 
 def unusable_url(url: str, why: str) -> LoadError:

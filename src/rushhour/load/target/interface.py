@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -13,6 +14,7 @@ from rushhour.bundle import DType, Signature, TensorSpec
 from rushhour.errors import LoadError, WireError
 from rushhour.wire import datatype_of, json_of
 
+_DIGITS = re.compile("[0-9]{1,12}")
 _DEFAULT_DATATYPE = "FP32"
 """Of an input whose datatype neither the server nor the user names."""
 _NAMES = {dtype: datatype_of(TensorSpec("", dtype, ())) for dtype in get_args(DType)}
@@ -176,7 +178,7 @@ def read_shapes(texts: Sequence[str]) -> dict[str, Shape]:
         if before and last in _VALUE_BYTES:
             name, datatype = before, last
         numbers = sizes.split(",")
-        if not name or name in shapes or not all(number.isascii() and number.isdigit() for number in numbers):
+        if not name or name in shapes or not all(map(_DIGITS.fullmatch, numbers)):
             raise _bad_shape(text, "its input was named before" if name in shapes else "it is not NAME:SIZE,SIZE")
         given = Shape(tuple(map(int, numbers)), datatype)
         if not all(0 < size < 2**31 for size in given.sizes):

@@ -49,7 +49,7 @@ class Target(Endpoint):
         try:
             status, body = query(self, "GET", path, timeout_s=_SPEED_TIMEOUT_S)
             report = msgspec.json.decode(body, type=_SpeedReport) if status == 200 else _SpeedReport()
-        except (LoadError, msgspec.DecodeError):
+        except (LoadError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return ()
         now = time.monotonic()
         return tuple(

@@ -43,6 +43,9 @@ class Health:
         self._control = control
         self._read_message = read
         self._ending = ending
+        self._watchers = 0
+        self._watching: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
 
     def handlers(self) -> Any:
         """The service."""
@@ -70,15 +73,34 @@ class Health:
             self._repository.refuse(error.status, 0.0, infer=False)
             await refuse(context, error)
         sent = None
-        while not self._ending.is_set():
-            status = self._status(service)
-            if status != sent:
-                yield _health(status)
-            sent = status
+        self._watchers += 1
+        if self._watching is None:
+            self._watching = asyncio.ensure_future(self._notify())
+        try:
+            while not self._ending.is_set():
+                changed = self._changed
+                status = self._status(service)
+                if status != sent:
+                    yield _health(status)
+                sent = status
+                await changed.wait()
+        finally:
+            self._watchers -= 1
+        yield _health(_NOT_SERVING)
+
+    async def _notify(self) -> None:
+        """Wake all watchers when the status has changed: one task, because one client may watch thousands of times."""
+        before = self._control.ready()
+        while self._watchers and not self._ending.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_WATCH_SECONDS):
                     await self._ending.wait()
-        yield _health(_NOT_SERVING)
+            now = self._control.ready()
+            if now != before or self._ending.is_set():
+                changed, self._changed = self._changed, asyncio.Event()
+                changed.set()
+            before = now
+        self._watching = None
 
     def _status(self, service: str) -> int:
         if service not in ("", INFERENCE.full_name):

@@ -34,6 +34,8 @@ _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-fvV:.%]+\])(?::[0-9]*)?")
 """RFC 3986, 3.2.2; without the comma, which would accept a list of hosts."""
 _REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~]+ HTTP/1\.[01]\r\n")
+_UNRESERVED = re.compile(rb"%(2[DE]|3[0-9]|[46][1-9A-F]|5[0-9AF]|7[0-9AE])", re.IGNORECASE)
+"""RFC 3986, 2.3 and 6.2.2.2: with these characters decoded or not, a target is the same."""
 
 
 class MessageReader(RequestHandler):
@@ -194,6 +196,9 @@ class MessageReader(RequestHandler):
         if str(error) == "Invalid HTTP version":
             why = "this server supports 1.1 and 1.0"
             return WireError("the version of HTTP is unknown", why, "use one of them", status=505)
+        if str(error) == "Pause on PRI/Upgrade":
+            why = "this port speaks HTTP/1.1 and 1.0; gRPC has its own"
+            return WireError("the connection begins in HTTP/2", why, "use the other version, or the other port")
         return WireError("the request is not valid HTTP/1.1", str(error))
 
     # Called by the parser.
@@ -273,6 +278,8 @@ class MessageReader(RequestHandler):
             raise self._stop(WireError(f"the host is {message.host[:100]!r}", "it is not valid", "send host:port"))
         if message.target[:1] != b"/":
             self._check_target(message)
+        if b"%" in message.target:
+            message.target = _UNRESERVED.sub(_decoded, message.target)
 
     def _check_old(self, message: Message, version: str) -> None:
         if version != "1.0":
@@ -383,6 +390,10 @@ class MessageReader(RequestHandler):
         """Keep the error: httptools wraps what its callbacks raise."""
         self._refused = error
         return error
+
+
+def _decoded(encoded: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(encoded[1].decode())
 
 
 def _no_transfer(codings: bytes) -> WireError:
