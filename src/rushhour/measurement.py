@@ -143,13 +143,20 @@ class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_t
         batch_sizes: ascending, from 1 to the largest batch.
         seconds: median seconds of one batch on one stream while all streams are busy, same order.
         throughput: inferences per second over all streams, same order.
+        quantiles: of the seconds of single batches, as factors of the median at 16 equally likely points, ascending,
+            same order; an empty row where too few batches ran, and no rows where they were not recorded.
     """
 
     batch_sizes: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**30)], ...], msgspec.Meta(min_length=1)]
     seconds: tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], ...]
     throughput: tuple[Number, ...]
+    quantiles: tuple[tuple[_Share, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.quantiles and (
+            len(self.quantiles) != len(self.batch_sizes) or len({len(row) for row in self.quantiles if row}) > 1
+        ):
+            raise ValueError("`quantiles` are not one row of the same length for each of `batch_sizes`")
         if not len(self.batch_sizes) == len(self.seconds) == len(self.throughput):
             raise ValueError("`batch_sizes`, `seconds` and `throughput` differ in length")
         if list(self.batch_sizes) != sorted(set(self.batch_sizes)):

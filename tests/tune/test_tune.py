@@ -362,8 +362,13 @@ def test_the_fastest_inside_the_budget_wins_and_the_ladder_says_why(
     assert max(capacities[:2]) <= 100, "without a torch module it is compiled as it is: the same twice"
     assert capacities[1] < capacities[2] < capacities[3]
     fates = {f"{trial.bundle}/{trial.engine}": trial.fate for trial in evidence.trials}
-    assert fates["reference/onnxruntime"] == "dominated", "predicted far below the best, so never loaded"
+    assert fates["reference/onnxruntime"] == "dominated", "predicted far below the best, so not raced"
     assert [trial.fate for trial in evidence.trials].count("won") == 1
+    pushed = [entry for entry in map(json.loads, lines(tmp_path)) if entry["phase"] == "push"]
+    opened = {entry["subject"] for entry in pushed if entry["reading"]["kind"] == "load"}
+    assert {subject.rpartition("/")[2].partition("b")[0] for subject in opened} == {
+        entry["subject"].rpartition("/")[2].partition("b")[0] for entry in pushed
+    }, "each layout has its overhead from an open loop too"
 
 
 def test_a_search_killed_again_and_again_asks_nothing_twice_and_finds_the_same(

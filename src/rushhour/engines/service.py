@@ -16,6 +16,9 @@ from rushhour.errors import EngineError
 from rushhour.measurement import BatchCost, ServiceTimes
 
 _AT_LEAST = 3
+_POINTS = 16
+"""Quantiles of the durations of a size's batches. A batch that a pause of the host delayed for long is one of the worst
+16th, wherever it is."""
 _COST_BATCHES, _COST_S = 8, 0.05
 """So many batches are measured for the CPU time of a size, fewer where they take longer than that."""
 _AFTERMATH_S = 2e-3
@@ -38,15 +41,25 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
     sizes: list[int] = []
     seconds: list[float] = []
     throughput: list[float] = []
+    quantiles: list[tuple[float, ...]] = []
     for size in _sizes(engine.config.max_batch):
         keep_busy(engine.slots, size, 0.0)
         times, wall = keep_busy(engine.slots, size, seconds_per_size)
         sizes.append(size)
         seconds.append(statistics.median(times))
         throughput.append(len(times) * size / wall)
+        quantiles.append(relative_quantiles(times))
         if seconds[-1] > limit_s:
             break
-    return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput))
+    return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput), tuple(quantiles))
+
+
+def relative_quantiles(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Of these durations, as factors of their median, at 16 equally likely points; empty for fewer than 16."""
+    if len(seconds) < _POINTS:
+        return ()
+    points = (np.arange(_POINTS) + 0.5) / _POINTS
+    return tuple(round(float(value), 4) for value in np.quantile(seconds, points) / statistics.median(seconds))
 
 
 def batch_cost(engine: Engine, bundle: Bundle, largest: int) -> BatchCost:

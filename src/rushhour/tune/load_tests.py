@@ -17,6 +17,8 @@ from rushhour.tune.state import CandidateState, failure_reason
 
 _THROUGHPUT_S, _THROUGHPUT_WINDOWS, _SIMILAR = 0.6, 4, 1.3
 """The closed loops that measure a throughput: length, largest number, and the tolerated factor of their users."""
+_OPEN_S, _NEAR, _OPEN_SEED = 1.0, 0.9, 20_000
+"""The window of open-loop load beside them: length, share of the throughput, distance of its seed from the run's."""
 _RACE_S, _LEAST_LIMITS = 0.35, 8.0
 """Length of the windows of a race, and their least length in multiples of the limit."""
 _USERS, _MOST_USERS = 0.4, 512
@@ -82,8 +84,14 @@ class LoadTests:
         """A candidate on its server, as a context."""
         return self._bench.serve(state.candidate, self._bundles[state.candidate.bundle], phase)
 
-    def measure_throughput(self, state: CandidateState) -> bool:
-        """Measure the throughput of answers in time; false if the candidate does not run, and has failed."""
+    def measure_throughput(self, state: CandidateState, *, in_open_loop: bool = False) -> bool:
+        """Measure the throughput of answers in time; false if the candidate does not run, and has failed.
+
+        Args:
+            state: of the candidate.
+            in_open_loop: add a window of open-loop load somewhat below that throughput to its windows: it shows what
+                requests cost that come one by one, and how the host's speed varies.
+        """
         users = self._users(state.predicted or 100.0)
         self._progress.start(f"{state.candidate.name}: throughput", _THROUGHPUT_WINDOWS)
         try:
@@ -96,6 +104,9 @@ class LoadTests:
                     if turn and 1 / _SIMILAR <= wanted / users <= _SIMILAR:
                         break
                     users = wanted
+                if in_open_loop:
+                    rate = rounded(_NEAR * (state.throughput or 1.0))
+                    state.windows.append(served.search_windows(_OPEN_S)(rate, self._settings.seed + _OPEN_SEED))
         except Exception as error:  # of an engine, a server or the load on it: only this candidate fails
             state.end("failed", failure_reason(error))
             self._progress.done(state.why, good=False)

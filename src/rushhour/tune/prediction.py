@@ -1,4 +1,9 @@
-"""Prediction: the capacity of a candidate by simulation, from service times and the overhead of serving."""
+"""Prediction: the capacity of a candidate by simulation, from service times and the overhead of serving.
+
+The overhead is learnt under load, from the first candidate of each layout and one that is much slower. A closed loop
+alone would promise too much: its requests come together, just when others were answered, and it waits where the host
+is slow. So each gets a short window of open-loop load beside it (docs/decisions/0037).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,34 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 from rushhour.bundle import Bundle
-from rushhour.capacity import Overhead, ServiceProfile, best_batch, predicted_capacity
+from rushhour.capacity import (
+    Overhead,
+    Saturation,
+    ServiceProfile,
+    best_batch,
+    predicted_capacity,
+    steady_share,
+)
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.goal import SLO
 from rushhour.measurement import Outcome, ServiceTimes
 from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
+from rushhour.tune.residuals import Residuals
 from rushhour.tune.space import Candidate, torch_code
 from rushhour.tune.state import CandidateState
+
+_KEPT_UP = 0.03
+"""Share of late requests up to which a server kept up with a window."""
+_LEAST = 0.1
+"""The least share of a window's requests, and of the cores, that is counted as answered and as busy."""
+_SLOWER = 2.0
+"""The second candidate of a layout takes at least so many times as long for a sample."""
+_TOGETHER = 3
+"""Intervals of 100 ms that are averaged: a shorter variation of the host's speed fits into the limit."""
+_INTERVAL_S = 0.1
+"""Of `Measurement.speeds`."""
+_INFORMATIVE = (Outcome.PASS, Outcome.FAIL, Outcome.UNSTABLE, Outcome.INCONCLUSIVE)
 
 
 class Predictor:
@@ -37,6 +62,10 @@ class Predictor:
         self._trusted = trusted
         self._overheads: dict[tuple[int, int, int], Overhead] = {}
         """Of serving, by layout, from the first candidate of each layout under load."""
+        self._slowdown = 1.0
+        self._speeds: list[float] = []
+        """Of the host, in each 100 ms of the windows that the overheads were learnt from, relative to their median."""
+        self._residuals = Residuals()
 
     def service_times(self, candidate: Candidate) -> ServiceTimes:
         """How long the engine alone takes for batches of each size.
@@ -74,10 +103,11 @@ class Predictor:
             EngineError: as `service_times`.
         """
         times = self.service_times(state.candidate)
-        bound, state.predicted = best_batch(
+        bound, simulated = best_batch(
             times, streams=state.candidate.streams, slo=self._slo, overhead=self._overhead_of(state.candidate)
         )
         state.candidate = state.candidate.with_batch(bound)
+        state.predicted = simulated * self._correction(state.candidate)
         return times
 
     def predict(self, state: CandidateState) -> None:
@@ -91,6 +121,9 @@ class Predictor:
             candidate: with its batch bound.
             overhead: of serving; None for what is known of its layout.
         """
+        return self._simulated(candidate, overhead) * self._correction(candidate)
+
+    def _simulated(self, candidate: Candidate, overhead: Overhead | None = None) -> float:
         return predicted_capacity(
             ServiceProfile(self.service_times(candidate)),
             streams=candidate.streams,
@@ -98,6 +131,21 @@ class Predictor:
             slo=self._slo,
             overhead=self._overhead_of(candidate) if overhead is None else overhead,
         )
+
+    def _correction(self, candidate: Candidate) -> float:
+        """What the simulation does not know: the host's waves, and the residuals of what was measured."""
+        return self._steady() * self._residuals.factor(candidate.engine, candidate.layout)
+
+    def _steady(self) -> float:
+        together = max(_TOGETHER, round(2 * self._slo.limit_s / _INTERVAL_S))
+        return steady_share(self._speeds, self._slo.allowed_miss_rate, together=together)
+
+    def learn_residual(self, state: CandidateState) -> None:
+        """Compare a candidate's measured capacity with its prediction; later predictions are corrected by it."""
+        if state.capacity:
+            simulated = self._simulated(state.candidate) * self._steady()
+            candidate = state.candidate
+            self._residuals.learn(str(candidate), candidate.engine, candidate.layout, simulated, state.capacity)
 
     def learn_overheads(
         self,
@@ -108,37 +156,87 @@ class Predictor:
         """Measure the overhead of serving in each layout, from the first candidate of it that runs.
 
         It differs by layout: processes parse requests on cores of their own, and threads of one batch wait for each
-        other.
+        other. In the first layout the slowest candidate is measured too, if it is much slower: it shows how much
+        longer batches take beside serving.
 
         Args:
             states: best prediction first.
-            measure_throughput: sets the throughput of a candidate, if it runs (`LoadTests.measure_throughput`).
+            measure_throughput: sets the throughput of a candidate, if it runs (`LoadTests.measure_throughput`), and
+                adds a window of open-loop load.
             is_over: whether the time is up; the first measurement always takes place.
 
         Returns:
             The candidates whose throughput was measured. Their predictions include the overhead.
         """
         measured: list[CandidateState] = []
+        states = list(states)
         for state in states:
             if measured and is_over():
                 break
             candidate = state.candidate
             if candidate.layout in self._overheads or not measure_throughput(state):
                 continue
-            self._overheads[candidate.layout] = Overhead.from_throughput(
-                ServiceProfile(self.service_times(candidate)),
-                streams=candidate.streams,
-                max_batch=candidate.policy.max_batch,
-                spare=candidate.spare(cores()),
-                most_rps=state.throughput or 1.0,
-            )
-            self.predict(state)
+            seen = [self._saturation(state)]
             measured.append(state)
+            if len(measured) == 1:
+                slow = self._much_slower(state, states)
+                if slow is not None and not is_over() and measure_throughput(slow):
+                    seen.append(self._saturation(slow))
+                    measured.append(slow)
+            overhead = Overhead.explaining(seen, spare=candidate.spare(cores()), slowdown=self._slowdown)
+            if len(seen) > 1:
+                self._slowdown = overhead.slowdown
+            self._overheads[candidate.layout] = overhead
+        for state in measured:
+            self._learn_speeds(state)
+        for state in measured:
+            self.predict(state)
         return measured
+
+    def _much_slower(self, fast: CandidateState, states: Iterable[CandidateState]) -> CandidateState | None:
+        """The slowest candidate of the same layout; None where it is nearly as fast."""
+        rivals = [
+            state
+            for state in states
+            if state.candidate.layout == fast.candidate.layout and state.fate is None and state.predicted
+        ]
+        slow = min(rivals, key=lambda state: state.predicted or 0.0, default=fast)
+        return slow if _SLOWER * (slow.predicted or 0.0) <= (fast.predicted or 0.0) else None
+
+    def _saturation(self, state: CandidateState) -> Saturation:
+        """The highest rate that a candidate answers in an open loop.
+
+        Where it did not keep up with the window, what it answered in time. Where it did, the rate at which all cores
+        would be busy at the CPU time that a request took: at least that of the window, and at most that of the closed
+        loop, in which requests cost least.
+        """
+        candidate = state.candidate
+        highest = state.throughput or 1.0
+        for window in state.windows[-1:]:
+            if window.late > _KEPT_UP * window.n:
+                if window.outcome in _INFORMATIVE:
+                    highest = min(highest, window.rate_rps * max(_LEAST, 1 - window.late / window.n))
+            elif window.server_cpu is not None:
+                busy = (window.server_cpu + window.generator_cpu) / cores()
+                highest = min(highest, window.rate_rps / min(1.0, max(busy, _LEAST)))
+        return Saturation.at(
+            ServiceProfile(self.service_times(candidate)),
+            highest,
+            streams=candidate.streams,
+            max_batch=candidate.policy.max_batch,
+            spare=candidate.spare(cores()),
+        )
+
+    def _learn_speeds(self, state: CandidateState) -> None:
+        for window in state.windows:
+            if window.speed:
+                self._speeds += [speed / window.speed for speed in window.speeds]
 
     def forget_overheads(self) -> None:
         """Forget what was learnt, where it was learnt from servers that failed later."""
         self._overheads.clear()
+        self._speeds.clear()
+        self._slowdown = 1.0
 
     def _overhead_of(self, candidate: Candidate) -> Overhead:
         """The overhead of its layout; where that is not known, that of the first layout measured."""

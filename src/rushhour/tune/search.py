@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -249,7 +250,9 @@ class _Search:
             EngineError: if none runs.
         """
         measured = self._predictor.learn_overheads(
-            alive, self._load_tests.measure_throughput, lambda: self._budget.left < Budget.FOR_PROOF
+            alive,
+            functools.partial(self._load_tests.measure_throughput, in_open_loop=True),
+            lambda: self._budget.left < Budget.FOR_PROOF,
         )
         if not measured:
             raise EngineError("no candidate can be served", alive[0].why, "correct the model, or use another")

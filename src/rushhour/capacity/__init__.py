@@ -1,0 +1,36 @@
+"""The capacity of a server, predicted from service times: one model for the offline tuner and the online controller.
+
+ServiceProfile        seconds of a batch, and how they vary
+Overhead              what serving takes from the engine
+Traffic               when requests arrive
+Scenario              a policy on an engine
+simulate              the latencies of one scenario, one batch after another
+late_shares           late requests of many scenarios at once
+capacities            the capacities of many scenarios at once
+predicted_capacity    that of one
+best_batch            the batch bound to serve with
+steady_share          what a host of varying speed leaves of a capacity
+"""
+
+from rushhour.capacity.lockstep import late_shares
+from rushhour.capacity.overhead import Overhead, Saturation
+from rushhour.capacity.profile import ServiceProfile
+from rushhour.capacity.scenario import Scenario
+from rushhour.capacity.search import best_batch, capacities, predicted_capacity
+from rushhour.capacity.simulation import simulate
+from rushhour.capacity.traffic import Traffic
+from rushhour.capacity.waves import steady_share
+
+__all__ = [
+    "Overhead",
+    "Saturation",
+    "Scenario",
+    "ServiceProfile",
+    "Traffic",
+    "best_batch",
+    "capacities",
+    "late_shares",
+    "predicted_capacity",
+    "simulate",
+    "steady_share",
+]

@@ -1,0 +1,50 @@
+"""Residuals: how far capacities that were measured in this run are from their predictions, by engine and layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rushhour.plan import EngineName
+
+_PRIOR = 1.0
+"""Weight of what is known more generally, in measurements."""
+_MOST = math.log(2.0)
+
+Layout = tuple[int, int, int]
+
+
+class Residuals:
+    """Learns log ratios of measured to predicted capacities, and corrects predictions by them.
+
+    A residual of an engine in a layout is the mean of its own measurements, drawn to those of the layout, which are
+    drawn to those of all, which are drawn to none (shrinkage). So one measurement corrects its like by half.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[EngineName, Layout, float]] = {}
+
+    def learn(self, name: str, engine: EngineName, layout: Layout, predicted: float, measured: float) -> None:
+        """Add a measurement; one of the same name replaces it.
+
+        Args:
+            name: of the candidate.
+            engine: its engine.
+            layout: its layout of the cores.
+            predicted: its capacity as simulated, without a correction.
+            measured: its capacity.
+        """
+        if predicted > 0 and measured > 0:
+            self._seen[name] = engine, layout, max(-_MOST, min(_MOST, math.log(measured / predicted)))
+
+    def factor(self, engine: EngineName, layout: Layout) -> float:
+        """By which a prediction is multiplied; 1 where nothing was measured."""
+        found = 0.0
+        for logs in self._levels(engine, layout):
+            found = (sum(logs) + _PRIOR * found) / (len(logs) + _PRIOR)
+        return math.exp(found)
+
+    def _levels(self, engine: EngineName, layout: Layout) -> Iterator[list[float]]:
+        yield [log for _, _, log in self._seen.values()]
+        yield [log for _, where, log in self._seen.values() if where == layout]
+        yield [log for what, where, log in self._seen.values() if (what, where) == (engine, layout)]
