@@ -103,6 +103,23 @@ def test_candidates_that_were_not_measured_are_predicted_from_those_that_were(
         assert min(errors) > 0.1, "a closed loop alone promises too much"
 
 
+def test_a_disturbed_window_does_not_halve_what_is_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second in which half of the requests were late, as on a host that others use, is no property of a server."""
+    monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "cores", lambda: 2)
+    predictor, states = Timed(Journal(tmp_path / "journal.jsonl"), {}, SLO_, 0.05, ()), candidates()[1:12:3]
+
+    def measure_throughput(state: CandidateState) -> bool:
+        highest = most(state.candidate)
+        state.throughput = 1.1 * highest
+        state.windows.append(window(highest, 0.4 * highest, ()))
+        return True
+
+    for state in states:
+        predictor.choose_batch(state)
+    (first, _) = predictor.learn_overheads(states, measure_throughput)
+    assert predictor.capacity(first.candidate) > 0.7 * most(first.candidate)
+
+
 def test_what_was_measured_corrects_what_is_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "cores", lambda: 2)
     predictor, states = Timed(Journal(tmp_path / "journal.jsonl"), {}, SLO_, 0.05, ()), candidates()

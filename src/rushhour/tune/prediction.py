@@ -30,8 +30,9 @@ from rushhour.tune.state import CandidateState
 
 _KEPT_UP = 0.03
 """Share of late requests up to which a server kept up with a window."""
-_LEAST = 0.1
-"""The least share of a window's requests, and of the cores, that is counted as answered and as busy."""
+_LEAST_OPEN = 0.7
+"""Of the throughput in the closed loop, which is 1.07 to 1.33 times the capacity. Where a short window shows less, the
+host was disturbed meanwhile."""
 _SLOWER = 2.0
 """The second candidate of a layout takes at least so many times as long for a sample."""
 _TOGETHER = 3
@@ -213,12 +214,14 @@ class Predictor:
         candidate = state.candidate
         highest = state.throughput or 1.0
         for window in state.windows[-1:]:
+            seen = highest
             if window.late > _KEPT_UP * window.n:
                 if window.outcome in _INFORMATIVE:
-                    highest = min(highest, window.rate_rps * max(_LEAST, 1 - window.late / window.n))
+                    seen = window.rate_rps * (1 - window.late / window.n)
             elif window.server_cpu is not None:
                 busy = (window.server_cpu + window.generator_cpu) / cores()
-                highest = min(highest, window.rate_rps / min(1.0, max(busy, _LEAST)))
+                seen = window.rate_rps / min(1.0, busy) if busy > 0 else highest
+            highest = min(highest, max(seen, _LEAST_OPEN * highest))
         return Saturation.at(
             ServiceProfile(self.service_times(candidate)),
             highest,
