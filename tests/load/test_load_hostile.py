@@ -26,6 +26,7 @@ from rushhour.load import (
     Samples,
     Status,
     Target,
+    Tick,
     discover,
     endpoint,
     folder_payloads,
@@ -176,6 +177,15 @@ def test_answers_in_no_form_are_counted(body: bytes, status: int, kind: str, gen
     found = counted(generator, body, status)
     assert found.count(Status.OK) + found.error_kinds[kind] == 40, found.first_error
     assert found.error_kinds.keys() == {kind}
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_the_live_latencies_are_those_of_answers(status: int, generator: Generator) -> None:
+    ticks: list[Tick] = []
+    with http_peer(serving_model(METADATA, lambda _: whole(b"", status))) as url:
+        generator.run(job_of(discover(url)), ticks.append)
+    assert ticks[-1].ended == 40
+    assert {(tick.p50_ms, tick.p99_ms) for tick in ticks} == {(None, None)}
 
 
 def test_an_error_with_status_200_is_none_of_many_lengths() -> None:

@@ -38,7 +38,8 @@ from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.access.certificates import read_identity
 from rushhour.serve.observability import log
-from rushhour.serve.processes.messages import Beat, Result
+from rushhour.serve.processes.messages import Beat, Renew, Result
+from rushhour.serve.processes.renewal import Renewal
 from rushhour.serve.processes.signals import SIGNALS
 from rushhour.serve.processes.supervisor import Supervisor
 from rushhour.serve.protocols.listener import bind_all, bind_alone, bind_reserved, bind_shared
@@ -804,6 +805,35 @@ def naming(*addresses: str) -> Callable[..., Any]:
 # Keys and certificates.
 
 OLD, NEW = "an-old-key-of-many-characters", "a-new-key-of-many-characters"
+
+
+@pytest.mark.parametrize("content", [None, "", "short\n"])
+def test_keys_that_were_not_renewed_are_not_said_to_be(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, dict[str, Any]]] = []
+    used: list[Renew] = []
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+
+    async def renew(read: Renew) -> None:
+        used.append(read)
+        done.set()
+
+    async def scenario() -> None:
+        renewal = Renewal(ServeSettings(api_key_file=str(file)), renew)
+        running = asyncio.ensure_future(renewal.run())
+        renewal.request()
+        await done.wait()
+        await asyncio.sleep(0)
+        running.cancel()
+
+    done = asyncio.Event()
+    monkeypatch.setattr(log, "event", lambda level, what, /, **fields: said.append((what, fields)))
+    asyncio.run(scenario())
+    assert used == [Renew(None, None)]
+    assert [what for what, _ in said] == ["keys not renewed"]
 
 
 @pytest.mark.parametrize("cells", [1, pytest.param(2, marks=pytest.mark.slow)])

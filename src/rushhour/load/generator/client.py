@@ -303,7 +303,8 @@ class _Loop:
         """Median and 99th percentile in ms of the answered ones among the latest requests."""
         part = slice(max(0, self._issued - _RECENT), self._issued)
         latencies = np.array(self._done[part]) - np.array(self._scheduled[part])
-        answered = latencies[~np.isnan(latencies)]
+        is_answered = np.frombuffer(self._status[part], np.uint8) == Status.OK
+        answered = latencies[is_answered]
         if not len(answered):
             return None, None
         answered.sort()

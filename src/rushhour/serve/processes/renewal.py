@@ -68,7 +68,8 @@ class Renewal:
             log.failure("keys and certificates not renewed", error)
             return
         named = [what for what, new in (("keys", read.api_keys), ("certificate", read.identity)) if new is not None]
-        log.event(logging.INFO, "renewed", what=named)
+        if named or not self._files:  # else what failed is in the log
+            log.event(logging.INFO, "renewed", what=named)
 
     def _states(self) -> _State:
         return tuple(_state(file) for file in self._files)
