@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +14,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import rushhour
 from rushhour import SLO, AccuracyBudget, Bundle, Outcome, RushhourError
 from rushhour.api import ClosedLoopResult, LoadResult, Server, Stop, TrainResult
 from rushhour.api.inputs import load_data, read_model
-from rushhour.api.values import read_seconds, read_size
+from rushhour.api.settings import settings_of
+from rushhour.api.values import read_seconds, read_size, read_texts
 from rushhour.bundle import Source
-from rushhour.errors import BundleError, DataError, GoalError, LoadError, ModelError, PlanError, ServeError
+from rushhour.errors import (
+    BundleError,
+    DataError,
+    GoalError,
+    LoadError,
+    ModelError,
+    PlanError,
+    ServeError,
+    StorageError,
+)
 from rushhour.measurement import Measurement
 from rushhour.progress import Silent
 from rushhour.serve import ServeSettings
+from rushhour.testing import gallery
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
 
@@ -114,6 +128,109 @@ def test_what_a_model_may_be(tiny: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (torch.nn.Linear(8, 2), r"^cannot use a Linear as a model: "),
+        (torch.nn.Sequential(), r"^cannot use a Sequential as a model: "),
+        (lambda: torch.nn.Linear(8, 2), r"<lambda> as a model: "),
+        (functools.partial(torch.nn.Linear, 8, 2), r"^cannot use a partial as a model: "),
+        (None, "^cannot use a NoneType as a model"),
+        ("__main__:build", "^cannot use __main__:build as a model"),
+    ],
+    ids=["network", "empty network", "lambda", "partial", "nothing", "of the script"],
+)
+def test_what_no_model_can_be_is_named_in_a_line(model: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says) as refused:
+        read_model(model)
+    assert str(refused.value).endswith("pass mynet.build")
+    assert len(str(refused.value)) < 300
+
+
+def test_a_function_that_its_module_no_longer_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network would be built by the name, by another function."""
+    old = gallery.residual
+    monkeypatch.setattr(sys.modules[old.__module__], "residual", gallery.tutorial)
+    with pytest.raises(ModelError, match="has another object of that name"):
+        read_model(old)
+
+
+class Sparse:
+    """As scipy's."""
+
+    def toarray(self) -> NDArray[Any]:
+        return np.zeros((60, 8))
+
+
+X8 = np.random.default_rng(0).normal(size=(60, 8))
+Y2 = np.arange(60) % 2
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (X8.tolist(), Y2.tolist()),
+        (torch.tensor(X8, requires_grad=True), torch.tensor(Y2)),
+        (torch.tensor(X8).bfloat16(), torch.tensor(Y2).bool()),
+        (np.ma.masked_array(X8, False), np.ma.masked_array(Y2, False)),
+        (tuple(map(tuple, X8)), ["yes", "no"] * 30),
+    ],
+    ids=["lists", "gradient", "bfloat16", "nothing masked", "tuples"],
+)
+def test_arrays_may_be_anything_that_holds_numbers(x: Any, y: Any) -> None:
+    data = load_data((x, y), Silent())
+    assert (data.sample_shape, data.task.outputs, data.train.inputs.dtype) == ((8,), 2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ((np.ma.masked_array(X8, X8 > 2), Y2), "x has [0-9]+ masked values"),
+        ((X8, np.ma.masked_array(Y2, Y2 > 0)), "y has 30 masked values"),
+        ((Sparse(), Y2), r"x is sparse: .*\.toarray"),
+        (([[1.0, 2.0], [3.0]] * 30, Y2), "cannot read x as an array"),
+        ((X8, 5), "cannot read y as an array: it is a int"),
+        (([X8], [Y2]), "each sample needs one target"),
+        ([X8, Y2], r"cannot read data from a list: .*give for example \(x, y\)"),
+        (X8, "cannot read data from a ndarray"),
+        (None, "cannot read data from a NoneType"),
+        (torch.utils.data.TensorDataset(torch.tensor(X8), torch.tensor(Y2)), "cannot read data from a TensorDataset"),
+    ],
+    ids=["masked", "masked labels", "sparse", "ragged", "a number", "nested", "list", "array", "none", "torch"],
+)
+def test_data_that_would_lose_something_is_refused(data: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        load_data(data, Silent())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("epochs", "3", r"cannot train with epochs='3': Expected `int`, got `str`"),
+        ("epochs", 2.5, "epochs=2.5"),
+        ("lr", "0.1", "lr='0.1'"),
+        ("seed", 1.5, "seed=1.5"),
+        ("bf16", "yes", "bf16='yes'"),
+        ("augment", 5, "augment=5"),
+        ("optimizer", torch.optim.Adam, "optimizer="),
+    ],
+)
+def test_a_setting_of_another_type_is_named(rows: Arrays, tmp_path: Path, name: str, value: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        rushhour.train("mlp", rows, out=tmp_path / "out", **{name: value})
+
+
+def test_numbers_of_numpy_are_settings() -> None:
+    settings = settings_of({"epochs": np.int64(4), "lr": np.float32(0.5), "batch": torch.tensor(8)})
+    assert (settings.epochs, settings.lr, settings.batch) == (4, 0.5, 8)
+    assert type(settings.epochs) is int
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(GoalError, match="there is no task 'classify'"):
+        load_data((X8, Y2), Silent(), task="classify")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("value", "seconds"), [("10s", 10), ("2m", 120), ("1h", 3600), ("0.5", 0.5), (3, 3), (2.5, 2.5)]
 )
 def test_durations(value: str | float, seconds: float) -> None:
@@ -124,6 +241,15 @@ def test_durations(value: str | float, seconds: float) -> None:
 def test_durations_that_cannot_be(value: str | float) -> None:
     with pytest.raises(GoalError, match="duration"):
         read_seconds(value)
+
+
+def test_a_single_text_is_not_taken_for_its_letters(trained: TrainResult, rows: Arrays, tmp_path: Path) -> None:
+    assert read_texts("nets:small") == ("nets:small",)
+    assert read_texts(["a", "b"]) == ("a", "b")
+    with pytest.raises(ServeError, match="given in two ways"):
+        rushhour.serve(trained, trust="nets:small", settings=ServeSettings())
+    result = rushhour.compress(trained, rows, out=tmp_path / "out", recipe=["w8"], trust="nets:small")
+    assert [attempt.recipe for attempt in result.record.attempts] == ["w8"]
 
 
 def test_sizes() -> None:
@@ -149,6 +275,21 @@ def test_a_bundle_is_compressed(trained: TrainResult, rows: Arrays, tmp_path: Pa
     assert Path(result) == result.bundle.path == tmp_path / "small"
     assert result.report.is_file()
     assert result.as_dict()["bundle"] == str(tmp_path / "small")
+
+
+def test_a_bundle_is_not_replaced_by_its_own_compression(trained: TrainResult, rows: Arrays, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(trained.bundle.path)
+    for out in (trained.bundle.path, tmp_path / "link"):
+        with pytest.raises(StorageError, match="it is the bundle that is compressed, and would be lost"):
+            rushhour.compress(trained, rows, out=out, recipe="w8", force=True)
+
+
+def test_pictures_on_another_scale_than_in_training_are_refused(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((60, 8, 8, 3))
+    result = rushhour.train("mlp", (x, Y2), out=tmp_path / "out", epochs=1, tensorboard=False)
+    load_data((x, Y2), Silent(), result.bundle)
+    with pytest.raises(DataError, match=r"values up to 25[45].*: out was trained on pictures with values up to [01]"):
+        load_data((x * 255, Y2), Silent(), result.bundle)
 
 
 def test_a_server_is_a_process_of_its_own(tiny: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from rushhour.bundle import Decoding
+from rushhour.bundle import Bundle, Decoding
 from rushhour.data import Dataset, decoded, load
 from rushhour.errors import DataError, RushhourError, TaskError
 from rushhour.picture import decode, inspect_picture
+from rushhour.system.storage import claimed
 
 EVERYTHING = 10**9
 
@@ -443,3 +444,23 @@ def test_decoding_says_how_far_it_is(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     load(str(tmp_path), on_decoded=lambda done, total: heard.append((done, total)))
     assert heard == [(16, 40), (32, 40), (40, 40)]
+
+
+def test_what_rushhour_made_in_the_folder_is_no_class(tmp_path: Path, tiny: Bundle) -> None:
+    """`--out` inside the folder of the data: the second training had a class more, or an empty one."""
+    folder = classes(tmp_path / "photos", "cat", "dog")
+    tiny.copy_to(folder / "model")
+    with claimed(folder / "model-training"):
+        noise().save(folder / "model-training" / "chart.png")
+        (folder / "model-training" / "curves.jsonl").touch()
+    data = load(str(folder))
+    assert data.task.classes == ("cat", "dog")
+    assert data.files is not None
+    assert data.files.left_out == {"made by Rushhour": len(list((folder / "model").iterdir())) + 3}
+    adds_up(data, sum(path.is_file() for path in folder.rglob("*")))
+
+
+def test_a_file_of_another_kind_is_there_but_not_read(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("1,2")
+    with pytest.raises(DataError, match=r"cannot read the data .*data\.csv: \.csv is no kind of data .*numpy\.savez"):
+        load(str(tmp_path / "data.csv"))

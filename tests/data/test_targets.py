@@ -326,3 +326,48 @@ def test_arrays_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
 def test_floats_that_are_too_large_for_whole_numbers_are_values(tmp_path: Path) -> None:
     data = data_of(tmp_path, FOUR * 1e30)
     assert (data.task.kind, data.notes) == ("regression", ())
+
+
+@pytest.mark.parametrize(
+    ("y", "says"),
+    [
+        (np.linspace(0.1, 1, N) * 1e300, r"cannot be kept in float32: they go up to .*e\+299; scale them"),
+        (1.7e9 + np.linspace(0.1, 9, N), "rounding changes them by .*; subtract a constant"),
+    ],
+    ids=["too large", "times in seconds"],
+)
+def test_targets_that_float32_cannot_keep_are_refused(tmp_path: Path, y: NDArray[Any], says: str) -> None:
+    """They became infinite, or all the same."""
+    with pytest.raises(DataError, match=says):
+        data_of(tmp_path, y)
+
+
+def test_a_constant_target_is_no_loss(tmp_path: Path) -> None:
+    assert data_of(tmp_path, np.full(N, 7.1)).task.kind == "regression"
+
+
+def test_features_that_float32_cannot_keep_are_refused(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(N, 3))
+    x[:, 1] += 1.7e9
+    with pytest.raises(DataError, match=r"feature 1 of .* cannot be kept in float32: .*; subtract a constant"):
+        data_of(tmp_path, FOUR, x)
+    x[:, 1] = 1.7e9
+    assert data_of(tmp_path, FOUR, x + np.array([1e3, 0, -1e4])).sample_shape == (3,)
+
+
+def test_several_labels_for_a_sample_are_values_and_it_is_said(tmp_path: Path) -> None:
+    y = np.random.default_rng(0).integers(0, 2, (N, 4))
+    data = data_of(tmp_path, y)
+    assert (data.task.kind, data.task.outputs) == ("regression", 4)
+    assert data.notes == (
+        "targets are rows of 0 and 1, not with a single 1: taken as 4 values; several labels for one sample are not "
+        "supported",
+    )
+    assert data_of(tmp_path, y + 0.5).notes == ()
+
+
+def test_probabilities_as_targets_are_values_and_it_is_said(tmp_path: Path) -> None:
+    y = np.random.default_rng(0).dirichlet(np.ones(3), N)
+    data = data_of(tmp_path, y)
+    assert (data.task.kind, data.task.outputs) == ("regression", 3)
+    assert "rows that sum to 1, as probabilities do: taken as 3 values; to classify" in data.notes[0]

@@ -21,6 +21,7 @@ from rushhour.compress.distil import _teaching
 from rushhour.data.dataset import Dataset
 from rushhour.errors import DataError, ModelError
 from rushhour.models import Deployed, build, export, from_onnx, load_deployed
+from rushhour.models.source import make_contiguous
 from rushhour.progress import Silent
 from rushhour.records.curves import Epoch
 from rushhour.task import Task
@@ -56,9 +57,12 @@ def looked_at(
 ) -> Inspected:
     dataset = dataset or data("pictures")
 
-    def make() -> Deployed:
-        torch.manual_seed(0)
-        return Deployed(network(), dataset.task, dataset.preprocessing)
+    def make(other: bool) -> Deployed:
+        torch.manual_seed(int(other))
+        np.random.seed(int(other))
+        built = network()
+        make_contiguous(built)
+        return Deployed(built, dataset.task, dataset.preprocessing)
 
     inputs = dataset.train.inputs
     sample = msgspec.convert({"name": "x", "dtype": inputs.dtype.name, "shape": inputs.shape[1:]}, TensorSpec)
@@ -183,6 +187,131 @@ def test_a_state_that_cannot_be_kept_is_refused() -> None:
 
     with pytest.raises(ModelError, match="its state holds _extra_state, a dict"):
         looked_at(Odd)
+
+
+# What is no part of the state, and what is no number
+
+
+class _Chance(nn.Module):
+    """Something random beside its weights, which a second network of the factory does not have."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.out = kind, nn.Linear(10, 4)
+        self.layers = [nn.Linear(10, 10)] if kind == "layers in a list" else {}
+        self.order = torch.randperm(10)
+        self.numbers = tuple(np.random.permutation(10).tolist())
+        self.register_buffer("noise", torch.randn(10), persistent=kind == "stored buffer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        if "buffer" in self.kind:
+            x = x * self.get_buffer("noise")
+        if self.kind == "tensor":
+            x = x[:, self.order]
+        if self.kind == "numbers":
+            x = x[:, list(self.numbers)]
+        out: Tensor = self.out(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("layers in a list", r"weights: .*layers \(a list of layers\)"),
+        ("tensor", "weights: .*order"),
+        ("buffer", "weights: noise"),
+        ("numbers", "gives other answers with the same weights"),
+    ],
+)
+def test_what_is_no_part_of_the_state_is_refused(kind: str, said: str) -> None:
+    """The bundle is made from the stored weights in a new network: it would answer at random."""
+    with pytest.raises(ModelError, match=f"cannot train net: a second network of its factory .*{said}"):
+        looked_at(lambda: _Chance(kind), data("rows"))
+
+
+def test_random_values_in_the_state_are_no_fault() -> None:
+    looked_at(lambda: _Chance("stored buffer"), data("rows"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (lambda body, x: body(x.log()), "; the first are those of Linear 'body'"),
+        (lambda body, x: body(x).sqrt(), ";"),
+        (lambda body, x: body(x) / (x[:, :1] - x[:, :1]), ";"),
+        (lambda body, x: body(x) * body(x).exp().exp().exp().exp().exp(), ";"),
+    ],
+    ids=["logarithm", "root", "division", "overflow"],
+)
+def test_answers_that_are_not_numbers_are_called_so(answers: Callable[..., Tensor], said: str) -> None:
+    with pytest.raises(ModelError, match=f"its answers are NaN or infinite before the first step{said}"):
+        looked_at(lambda: _Fn(answers, nn.Linear(10, 4)), data("rows"))
+
+
+def test_a_weight_that_is_not_a_number_is_named() -> None:
+    def broken() -> nn.Module:
+        layer = nn.Linear(10, 4)
+        nn.init.constant_(layer.bias, float("nan"))
+        return nn.Sequential(layer)
+
+    with pytest.raises(ModelError, match=r"before the first step, as 0\.bias is; check it for"):
+        looked_at(broken, data("rows"))
+
+
+def test_a_class_may_be_ruled_out_by_minus_infinity() -> None:
+    forbidden = torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+    looked_at(lambda: _Fn(lambda body, x: body(x) + forbidden, nn.Linear(10, 4)), data("rows"))
+
+
+def test_answers_that_change_slowly_are_not_said_to_mix() -> None:
+    calls = iter(range(1, 10_000))
+    with pytest.raises(ModelError, match="its answers change from call to call"):
+        looked_at(lambda: _Fn(lambda body, x: body(x) * (1 + 4e-4 * next(calls)), nn.Linear(10, 4)), data("rows"))
+
+
+@pytest.mark.parametrize("cut", [Tensor.detach, lambda out: functional.one_hot(out.argmax(-1), 4).float()])
+def test_answers_without_a_gradient_are_called_so(cut: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ModelError, match="let its answer depend on its parameters: no detach"):
+        looked_at(lambda: _Fn(lambda body, x: cut(body(x)), nn.Linear(10, 4)), data("rows"))
+
+
+def test_complex_parameters_are_refused() -> None:
+    class Waves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.randn(10, 4, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(torch.complex64) @ self.turn).abs()
+
+    with pytest.raises(ModelError, match=r"its parameter turn is complex, .*view_as_complex"):
+        looked_at(Waves, data("rows"))
+
+
+def test_a_graph_that_no_engine_runs_is_refused_in_one_line() -> None:
+    def half(body: nn.Module, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return body(x)
+
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot run the graph of net: .*in float32: no autocast"):
+        looked_at(lambda: _Fn(half, nn.Linear(10, 4)), data("rows"), exported=True)
+
+
+def test_weights_that_are_computed_are_exported_as_they_are() -> None:
+    """ONNX has no operation for the products of an orthogonal weight."""
+    orthogonal = nn.utils.parametrizations.orthogonal
+    looked_at(lambda: nn.Sequential(orthogonal(nn.Linear(10, 8)), nn.Linear(8, 4)), data("rows"), exported=True)
+
+
+def test_its_own_train_may_fail() -> None:
+    class Stubborn(nn.Linear):
+        def train(self, mode: bool = True) -> Stubborn:
+            raise RuntimeError("only evaluation")
+
+    with pytest.raises(ModelError, match="only evaluation"):
+        looked_at(lambda: Stubborn(10, 4), data("rows"))
 
 
 def test_two_inputs_are_refused_in_one_line(tmp_path: Path) -> None:

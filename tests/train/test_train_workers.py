@@ -320,6 +320,17 @@ def stumbles() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 2), Stumbles())
 
 
+def test_workers_do_not_run_the_main_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without `if __name__ == "__main__"` trained again in each worker, which Python then stopped."""
+    (tmp_path / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__spec__", None)
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "script.py"), raising=False)
+    assert launch(os.getcwd, 1) == [os.getcwd()]
+    assert not (tmp_path / "ran").exists()
+    assert main.__file__ == str(tmp_path / "script.py")
+
+
 def test_an_error_of_the_network_s_own_is_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = Source("test_train_workers:stumbles")
     said = r"worker \d of 2 failed: LookupError: no such thing \(test_train_workers.py, line \d+\)"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from rushhour.api.inputs import load_data, read_logs
-from rushhour.api.values import StrPath, check_name, read_accuracy_budget, read_path
+from rushhour.api.values import StrPath, check_name, read_accuracy_budget, read_path, read_texts
 from rushhour.bundle import Bundle, check_folder
+from rushhour.errors import StorageError
 from rushhour.goal import AccuracyBudget
 from rushhour.progress import Progress, Silent
 from rushhour.records.compression import Compression, Verdict
@@ -67,7 +68,7 @@ def compress(
     *,
     out: StrPath,
     max_accuracy_drop: str | AccuracyBudget = "1%",
-    recipe: str | Recipe | Sequence[Recipe] = "auto",
+    recipe: str | Recipe | Sequence[str | Recipe] = "auto",
     target: Literal["any", "avx2", "vnni", "amx"] | None = None,
     steps: StrPath | None = None,
     epochs: int = 5,
@@ -76,7 +77,7 @@ def compress(
     task: Literal["classification", "regression"] | None = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
     name: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -94,8 +95,9 @@ def compress(
         data: as of `rushhour.train`; the validation part decides, the test part confirms.
         out: the new bundle's folder.
         max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
-        recipe: a list of steps: `prune` (channels), `lowrank` (dense layers), `distil` (train on the bundle's answers),
-            then `int8`, `bf16`, `f16` or `w8`; a `.json` file; or `auto`, which tries several.
+        recipe: steps with commas between them, or several such recipes to choose from: `prune` (channels), `lowrank`
+            (dense layers), `distil` (train on the bundle's answers), then `int8`, `bf16`, `f16` or `w8`; a `.json`
+            file; or `auto`, which tries several.
         target: class of processors on which int8 has to be exact. `any` uses 7 bits of the weights, which is exact on
             all of them. By default 8 bits are tried as well where 7 cost more than 0.3 points.
         steps: folder of all bundles on the way and of the report; `OUT-steps` by default.
@@ -113,19 +115,26 @@ def compress(
     Raises:
         RushhourError: if the bundle, the data or the recipe cannot be used; the message says what to do.
     """
+    from rushhour.compress import Recipe, default_recipes
     from rushhour.compress import compress as compress_bundle
-    from rushhour.compress import default_recipes
     from rushhour.report import write_compression_report
 
     budget, progress, path = read_accuracy_budget(max_accuracy_drop), progress or Silent(), read_path(out)
     try_building(path)
     folder = read_logs(steps, path, "steps")
     try_folder(folder)
-    trusted, recipes = tuple(trust), _recipes(recipe)
-    if isinstance(recipe, str) and not recipe.strip().endswith(".json"):
+    trusted, recipes = read_texts(trust), _recipes(recipe)
+    texts = [each for each in ([recipe] if isinstance(recipe, str | Recipe) else recipe) if isinstance(each, str)]
+    if texts and not any(each.strip().endswith(".json") for each in texts):
         trusted = (*trusted, *(factory for each in recipes or () for factory in each.factories))  # the user named them
     parent = bundle if isinstance(bundle, Bundle) else Bundle.open(read_path(bundle))
     name = check_name(name)
+    if path.resolve() == parent.path.resolve():
+        raise StorageError(
+            f"will not replace {path}",
+            "it is the bundle that is compressed, and would be lost",
+            "choose another folder with --out",
+        )
     check_folder(path)  # before data is loaded
     check_claim(folder)
     dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task)
@@ -149,10 +158,12 @@ def compress(
     return CompressResult(Bundle.open(path), record, write_compression_report(folder))
 
 
-def _recipes(recipe: str | Recipe | Sequence[Recipe]) -> tuple[Recipe, ...]:
+def _recipes(recipe: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe, ...]:
     """What a user gave; nothing for `auto`."""
     from rushhour.compress import Recipe
 
     if isinstance(recipe, str):
         return () if recipe.strip() == "auto" else (Recipe.parse(recipe),)
-    return (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
+    if isinstance(recipe, Recipe):
+        return (recipe,)
+    return tuple(Recipe.parse(each) if isinstance(each, str) else each for each in recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rushhour.api.values import StrPath, read_path, read_size
 from rushhour.bundle import Bundle, Source
-from rushhour.errors import DataError, ModelError
+from rushhour.errors import DataError, GoalError, ModelError
 from rushhour.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,13 +43,23 @@ def read_model(model: Model) -> str | Bundle | Source:
     if isinstance(model, os.PathLike):
         return Bundle.open(read_path(model))
     if isinstance(model, str):
-        return Bundle.open(path) if (path := read_path(model)).is_dir() else model
+        if (path := read_path(model)).is_dir():
+            return Bundle.open(path)
+        if not model.startswith("__main__:"):
+            return model
     module, name = getattr(model, "__module__", ""), getattr(model, "__qualname__", "")
     if not name.isidentifier() or module in ("", "__main__"):
+        shown = model if isinstance(model, str) else getattr(model, "__qualname__", None) or f"a {type(model).__name__}"
         raise ModelError(
-            f"cannot use {model!r} as a model",
+            f"cannot use {shown} as a model",
             "a bundle records by what name a network is built, and a function or class has one only in a module",
             "write a function that returns the network into a file such as mynet.py, and pass mynet.build",
+        )
+    if getattr(sys.modules.get(module), name, model) is not model:
+        raise ModelError(
+            f"cannot use {module}.{name} as a model",
+            "the module has another object of that name, which would be built in its place",
+            f"import it again, and pass {module}.{name}",
         )
     return f"{module}:{name}"
 
@@ -78,9 +89,11 @@ def load_data(
         RushhourError: as `rushhour.data.load`, and if the network does not fit the data.
     """
     from rushhour.data import Dataset
-    from rushhour.data.lineage import training_overlap
+    from rushhour.data.lineage import check_scale, training_overlap
 
-    read = read_model(model) if model else ""
+    if task not in (None, "classification", "regression"):
+        raise GoalError(f"there is no task {task!r}", "it is classification or regression", "name one of them")
+    read = read_model(model) if isinstance(model, Bundle | Source) or model else ""
     bundle = read if isinstance(read, Bundle) else None
     if isinstance(data, Dataset):
         if size is not None or task is not None:
@@ -88,8 +101,16 @@ def load_data(
         dataset = data
     elif isinstance(data, tuple | Mapping):
         dataset = _from_arrays(data, bundle, size, task)
+    elif not isinstance(data, str | os.PathLike):
+        raise DataError(
+            f"cannot read data from a {type(data).__name__}",
+            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), or a dictionary of arrays",
+            "give for example (x, y), a tuple",
+        )
     else:
         dataset = _from_name(os.fspath(data), progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
+    if bundle is not None:
+        check_scale(bundle, dataset)
     for note in (*dataset.notes, *([training_overlap(bundle, dataset)] if bundle is not None else [])):
         if note:
             progress.note(note)
@@ -161,9 +182,8 @@ def _from_arrays(
     size: str | tuple[int, int] | None,
     task: Kind | None,
 ) -> Dataset:
-    import numpy as np
-
     from rushhour.data.arrays import from_arrays
+    from rushhour.data.conversion import to_array
 
     if size is not None:
         raise DataError("cannot resize arrays", "`size` is for pictures in files", "leave it out")
@@ -171,7 +191,7 @@ def _from_arrays(
         if len(data) != 2:
             raise DataError(f"cannot read {len(data)} arrays", "samples and their targets are two", "give (x, y)")
         data = {"x": data[0], "y": data[1]}
-    arrays = {name: np.asarray(array) for name, array in data.items()}
+    arrays = {name: to_array(name, array) for name, array in data.items()}
     known = None if bundle is None else bundle.manifest.task
     return from_arrays(arrays, name="arrays", seed=0, task=known, kind=task)
 

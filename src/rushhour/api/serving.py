@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rushhour.api.values import StrPath, read_path
+from rushhour.api.values import StrPath, read_path, read_texts
 from rushhour.errors import ServeError
 from rushhour.system.storage import try_file
 
@@ -70,7 +70,7 @@ def serve(
     cells: int | None = None,
     streams: int | None = None,
     threads: int | None = None,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
     settings: ServeSettings | None = None,
     log_file: StrPath | None = None,
 ) -> Server:
@@ -110,7 +110,7 @@ def serve(
         cells=cells,
         streams=streams,
         threads=threads,
-        trusted=tuple(trust),
+        trusted=read_texts(trust),
         exact=False,
     )
     if settings is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
+from rushhour.errors import ModelError
 from rushhour.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ def settings_of(training: dict[str, Any]) -> TrainSettings:
     """The settings that were given by name; `augment` may be text, and None stands for the default.
 
     Raises:
-        ModelError: if a value is out of its bounds.
+        ModelError: if a value is of another type, or out of its bounds.
         DataError: if `augment` cannot be read.
     """
     from rushhour.data.augment import Augmentation
@@ -31,6 +34,13 @@ def settings_of(training: dict[str, Any]) -> TrainSettings:
     named = {name: value for name, value in training.items() if value is not None or name == "bf16"}
     if isinstance(named.get("augment"), str):
         named["augment"] = Augmentation.parse(named["augment"])
+    kinds = {field.name: field.type for field in msgspec.structs.fields(TrainSettings)}
+    for name, value in named.items():
+        plain = value.item() if getattr(value, "shape", None) == () else value  # of numpy or torch
+        try:
+            named[name] = plain if isinstance(plain, Augmentation) else msgspec.convert(plain, kinds[name])
+        except msgspec.ValidationError as error:
+            raise ModelError(f"cannot train with {name}={value!r}", str(error), "change it") from error
     return TrainSettings(**named)
 
 

@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from rushhour.api.values import StrPath, read_path
+from rushhour.api.values import StrPath, read_path, read_texts
 from rushhour.bundle import Bundle, suggest_bundle
 from rushhour.errors import GoalError, LoadError
 from rushhour.load import (
@@ -145,7 +145,7 @@ def read_traffic(
         arrivals=read_arrivals(arrivals) if isinstance(arrivals, str) else arrivals,
         seed=secrets.randbelow(_SEEDS) if seed is None else seed,
         encoding="json" if json_tensors else "binary",
-        headers=(headers,) if isinstance(headers, str) else tuple(headers),
+        headers=read_texts(headers),
         shapes=texts if isinstance(texts, Mapping) else read_shapes(texts),
         payloads=None if payloads is None else read_path(payloads),
         body=None if body is None else read_path(body),

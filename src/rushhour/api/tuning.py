@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rushhour.api.inputs import load_data, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
-from rushhour.api.values import StrPath, check_name, read_accuracy_budget, read_path, read_seconds, read_slo
+from rushhour.api.values import (
+    StrPath,
+    check_name,
+    read_accuracy_budget,
+    read_path,
+    read_seconds,
+    read_slo,
+    read_texts,
+)
 from rushhour.bundle import Source
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.plan import Plan
@@ -73,7 +81,7 @@ def tune(
     task: Literal["classification", "regression"] | None = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
     name: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -141,7 +149,7 @@ def tune(
         training=settings_of(training),
         settings=TuneSettings(budget_s=budget_s),
         progress=progress,
-        trusted=(*trusted, *trust),
+        trusted=(*trusted, *read_texts(trust)),
         fit_epochs=epochs is None,
         name=name,
         force=force,

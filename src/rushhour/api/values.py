@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Final
@@ -75,6 +76,11 @@ def read_size(size: str | tuple[int, int] | None) -> tuple[int, int] | None:
             "write for example 224x224",
         )
     return int(sides[0]), int(sides[1])
+
+
+def read_texts(texts: str | Sequence[str]) -> tuple[str, ...]:
+    """Several texts; a single one may be given by itself."""
+    return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def read_path(path: StrPath) -> Path:

@@ -10,6 +10,7 @@ from rushhour.bundle import Bundle
 from rushhour.data.dataset import Dataset, Files, Split
 from rushhour.data.targets import Kind
 from rushhour.errors import DataError, RushhourError
+from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 __all__ = ["Dataset", "Files", "Kind", "Split", "load"]
@@ -98,6 +99,12 @@ def load(
     module, _, factory = spec.partition(":")
     if module.replace(".", "").isidentifier() and factory.isidentifier():
         return _from_factory(module, factory)
+    if path.is_file():
+        raise DataError(
+            f"cannot read the data {spec}",
+            f"{path.suffix or 'a file without suffix'} is no kind of data that is read",
+            "give a folder of pictures, or save arrays x and y with numpy.savez('data.npz', x=x, y=y)",
+        )
     raise DataError(
         f"there is no data at {spec}",
         "it is neither fashion-mnist, nor elpv, nor a folder of pictures, nor a .npz or .txt file, nor module:factory",
@@ -108,10 +115,11 @@ def load(
 def _from_factory(module: str, factory: str) -> Dataset:
     spec = f"{module}:{factory}"
     try:
-        found = getattr(importlib.import_module(module), factory)()
+        with same_working_folder():
+            found = getattr(importlib.import_module(module), factory)()
     except RushhourError:
         raise
-    except Exception as error:  # the user's code can fail in any way
+    except (Exception, SystemExit) as error:  # the user's code can fail in any way
         raise DataError(
             f"cannot load the data {spec}",
             f"{type(error).__name__}: {error}",

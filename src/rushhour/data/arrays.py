@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import PART_OF, PARTS, divide, keys_of_rows
-from rushhour.data.targets import Kind, read_targets, strata
+from rushhour.data.targets import CONSTANT, LOST, Kind, read_targets, strata
 from rushhour.errors import DataError
 from rushhour.system.storage import explained
 from rushhour.task import Task
@@ -167,6 +167,7 @@ def from_splits(
         parts = [Split(part.inputs, each) for part, each in zip(parts, targets, strict=True)]
     inputs = [_wire_ready(name, part.inputs) for part in parts]
     forms = [_form(each) for each in inputs]
+    _check_rounding(name, parts[0].inputs, inputs[0])
     inputs = [_channels_last(each) if form == "NCHW" else each for each, form in zip(inputs, forms, strict=True)]
     if "NCHW" in forms:
         notes.append(
@@ -251,7 +252,9 @@ def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
         raise DataError(
             f"samples of {name} are {inputs.dtype} of shape {inputs.shape}",
             "samples are uint8 (pictures: (n, height, width, channels)) or floats of shape (n, ...)",
-            "convert them",
+            "give one row for each sample, for example x[:, None]"
+            if inputs.ndim < 2
+            else "convert them, for example with .astype('float32')",
         )
     return np.ascontiguousarray(inputs)
 
@@ -284,6 +287,32 @@ def _check_ranges(name: str, parts: Sequence[NDArray[Any]]) -> None:
             f"pictures of {name} have values up to {', '.join(f'{peak:g}' for peak in peaks)} in its parts",
             "one part is scaled and another is not",
             "scale all alike",
+        )
+
+
+def _check_rounding(name: str, given: NDArray[Any], rounded: NDArray[Any]) -> None:
+    """Raise if float32 has too few digits for numbers whose differences are small beside them, as of times in seconds.
+
+    Rows of features are judged by column, all else as a whole.
+    """
+    if given.dtype.kind != "f" or given.dtype.itemsize <= rounded.dtype.itemsize:
+        return
+    some = slice(None, None, max(1, min(len(given), given.size // _ENOUGH)))
+    exact = given[some].astype(np.float64)
+    exact = exact if exact.ndim == 2 else exact.reshape(-1, 1)
+    with np.errstate(invalid="ignore", over="ignore"):  # a `Dataset` refuses what is no number, in words
+        errors = np.abs(exact - rounded[some].reshape(exact.shape)).max(axis=0)
+        spreads = exact.std(axis=0)
+        varies = spreads > CONSTANT * np.abs(exact).max(axis=0)
+        lost = varies & np.isfinite(spreads) & (errors > LOST * spreads)
+    if lost.any():
+        column = int(lost.argmax())
+        where = f"feature {column} of {name}" if given.ndim == 2 else f"samples of {name}"
+        raise DataError(
+            f"{where} cannot be kept in float32",
+            f"its values are about {exact[:, column].mean():.4g} with a standard deviation of {spreads[column]:.2g}, "
+            f"and rounding changes them by up to {errors[column]:.2g}",
+            "subtract a constant from it",
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
+from rushhour.data.conversion import to_array
 from rushhour.data.marks import MARKS, marks_of
 from rushhour.data.targets import of_task
 from rushhour.errors import DataError
@@ -97,7 +98,7 @@ class Dataset:
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
             given: Split = getattr(self, part)
-            targets = of_task(self.name, self.task, given.targets)
+            targets = of_task(self.name, self.task, to_array(f"targets of {self.name}", given.targets))
             split = Split(_readable(self.name, given.inputs), targets)
             object.__setattr__(self, part, split)  # frozen for all others
             if len(split) == 0:
@@ -152,7 +153,7 @@ class Dataset:
 
 def _readable(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
     """Samples as a numeric array in this machine's byte order, which torch reads."""
-    array = np.asarray(inputs)
+    array = to_array(f"samples of {name}", inputs)
     columns = [array.dtype[field].base for field in array.dtype.names or ()] or [array.dtype]
     if not all(column.kind in "biuf" for column in columns):
         raise DataError(f"samples of {name} are {array.dtype}", "a model takes numbers", "convert them")

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import msgspec
 
-from rushhour.bundle import Bundle, Decoding
+from rushhour.bundle import Bundle, Decoding, is_bundle
 from rushhour.data.arrays import from_splits
 from rushhour.data.dataset import Dataset, Files
 from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, OnDecoded, Tally, read, real_white_of, shown, white_of
 from rushhour.data.splits import PART_OF, Part
 from rushhour.errors import DataError, TaskError
 from rushhour.picture import PictureInfo, inspect_picture
-from rushhour.system.storage import explained
+from rushhour.system.storage import MARK, explained
 from rushhour.task import Task
 
 SUFFIXES = {
@@ -225,6 +225,8 @@ class _Tree:
             for path in sorted(folder.iterdir()):
                 if _is_hidden(path.name):
                     self.left_out["hidden"] += _count(path)
+                elif path.is_dir() and (is_bundle(path) or (path / MARK).is_file()):
+                    self.left_out["made by Rushhour"] += _count(path)
                 elif path.is_dir() and _identity(path.stat()) in {self._root, _identity(folder.stat())}:
                     self.left_out["circular links"] += 1
                 elif path.is_dir():

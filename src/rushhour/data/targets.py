@@ -16,6 +16,10 @@ Kind = Literal["classification", "regression"]
 _FEW = 20
 """Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
 _NAMED = 5
+LOST = 0.01
+"""Rounding to float32 of more than this share of the standard deviation is an error."""
+CONSTANT = 1e-12
+"""A standard deviation of this share of the largest value, or less, is rounding of float64."""
 _LARGEST = 2**53
 """From here on float64 has no fractions: whole numbers above it need not be labels."""
 
@@ -64,7 +68,8 @@ def read_targets(
         raise DataError(f"targets of {name} hold NaN or infinity", "nothing can be learned from them", "remove them")
     found, notes = _labels(name, targets, kind)
     if found is None:
-        values = [target.reshape(len(target), -1).astype(np.float32) for target in targets]
+        _check_rounding(name, targets[0])
+        values = [_float32(name, target.reshape(len(target), -1)) for target in targets]
         task = Task(kind="regression", outputs=values[0].shape[1])
         if known is not None and known != task:
             raise TaskError(
@@ -126,6 +131,30 @@ def of_task(name: str, task: Task, targets: NDArray[Any]) -> NDArray[Any]:
     return target.astype(np.int64)
 
 
+def _check_rounding(name: str, values: NDArray[Any]) -> None:
+    exact = values.astype(np.float64)
+    error, spread = np.abs(exact - _float32(name, values)).max(axis=0), exact.std(axis=0)
+    varies = spread > CONSTANT * np.abs(exact).max(axis=0)
+    if (varies & (error > LOST * spread)).any():
+        raise DataError(
+            f"targets of {name} cannot be kept in float32",
+            f"they run from {exact.min():.6g} to {exact.max():.6g}, and rounding changes them by {error.max():.2g}",
+            "subtract a constant from them",
+        )
+
+
+def _float32(name: str, values: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        rounded: NDArray[np.float32] = values.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise DataError(
+            f"targets of {name} cannot be kept in float32",
+            f"they go up to {np.abs(values).max():.3g}",
+            "scale them",
+        )
+    return rounded
+
+
 def _labels(name: str, targets: list[NDArray[Any]], kind: Kind | None) -> tuple[list[NDArray[Any]] | None, list[str]]:
     """Labels as the user numbers or names them, None where the targets are values; and notes."""
     first = targets[0]
@@ -141,6 +170,16 @@ def _labels(name: str, targets: list[NDArray[Any]], kind: Kind | None) -> tuple[
                 "a label is one number, or a row with a single 1; several labels for one sample are not supported",
                 "give one label for each sample, or --task regression",
             )
+        if all((target >= 0).all() and np.allclose(target.sum(axis=1), 1, atol=1e-3) for target in targets):
+            return None, [
+                f"targets are rows that sum to 1, as probabilities do: taken as {first.shape[1]} values; to classify, "
+                "give the likeliest class of each: y.argmax(1)"
+            ]
+        if all(np.isin(target, (0, 1)).all() for target in targets):
+            return None, [
+                f"targets are rows of 0 and 1, not with a single 1: taken as {first.shape[1]} values; several labels "
+                "for one sample are not supported"
+            ]
         return None, []
     if first.dtype.kind in "iubU":
         return targets, []

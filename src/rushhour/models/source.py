@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from rushhour.bundle import Preprocessing, Reshape, Source
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.reshape import reshape, reshape_of
+from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
@@ -67,7 +70,9 @@ def source_for(
         raise ModelError(
             f"the model {model} cannot take samples of shape {dataset_shape}",
             "it needs pictures of shape (height, width, channels)",
-            "use mlp, or your own model as module:factory",
+            "give them a dimension of channels, for example x[..., None]"
+            if len(dataset_shape) == 2
+            else "use mlp, or your own model as module:factory",
         )
     height, width, channels = dataset_shape
     if model == "article" and height != width:
@@ -83,8 +88,9 @@ def _arguments(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argu
     """The arguments that the data decides and the user's factory takes; none where its signature is not known."""
     module_name, _, name = model.partition(":")
     try:
-        parameters = inspect.signature(getattr(importlib.import_module(module_name), name)).parameters
-    except Exception:  # then `build` raises
+        with _undisturbed():
+            parameters = inspect.signature(getattr(importlib.import_module(module_name), name)).parameters
+    except (Exception, SystemExit):  # then `build` raises
         return {}
     takes = {
         each.name: each.annotation
@@ -125,10 +131,11 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
             f"it takes {inspect.signature(factory)}",
         ) from error
     try:
-        network = factory(**source.arguments)
+        with _undisturbed():
+            network = factory(**source.arguments)
     except RushhourError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"cannot build the model {source.factory!r}",
             f"{type(error).__name__}: {error}",
@@ -142,10 +149,24 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
         )
     network = _plain(network)
     _check_kind(network, source.factory)
-    _make_contiguous(network)
+    make_contiguous(network)
     if isinstance(source.reshape, Reshape):
         reshape(network, source.reshape, source.factory)
     return network
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Restore what a user's code may have changed for the whole process: the working folder, and torch's switches."""
+    gradients, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        with same_working_folder():
+            yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def _plain(network: nn.Module) -> nn.Module:
@@ -221,12 +242,15 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
             f"cannot read the model {source.factory!r}", "a model is module:factory", "write for example nets:small"
         )
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module can fail to import in any way
+        with _undisturbed():
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a module can fail to import in any way
         raise ModelError(
             f"cannot import the model {source.factory!r}",
             f"{type(error).__name__}: {error}",
-            "check the name, and that its folder is on PYTHONPATH",
+            "check the name, and that its folder is on PYTHONPATH"
+            if isinstance(error, Exception)
+            else "its code ends the process: put that under `if __name__ == '__main__':`",
         ) from error
     factory: Callable[..., Any] | None = getattr(module, name, None)
     if isinstance(factory, nn.Module):
@@ -238,13 +262,18 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
     if not callable(factory):
         raise ModelError(
             f"there is no model {source.factory!r}",
-            f"the module {module_name!r} has no function or class {name!r}",
+            f"the module {module_name!r}{_place(module)} has no function or class {name!r}",
             "name a callable that returns a torch.nn.Module",
         )
     return factory
 
 
-def _make_contiguous(network: nn.Module) -> None:
+def _place(module: ModuleType) -> str:
+    file = getattr(module, "__file__", None)
+    return f" ({file})" if file else ""
+
+
+def make_contiguous(network: nn.Module) -> None:
     """Copy tensors that are transposed or expanded views: those cannot be written to."""
     for tensor in (*network.parameters(), *network.buffers()):
         if not is_lazy(tensor) and tensor.layout == torch.strided and not tensor.is_contiguous():

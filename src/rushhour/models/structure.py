@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from rushhour.bundle import Source
 from rushhour.models.source import build, factory_of
+from rushhour.models.stale import check_current
 
 _INSTALLED: Final = {"site-packages", "dist-packages"}
 _DIGITS: Final = 16
@@ -79,7 +80,7 @@ def structure_of(
         inputs = (prepare(inputs[0]),)
     passes, states = set(), set()
     for _ in range(2):
-        with _seeded(seed):
+        with seeded(seed):
             network = build(source, trusted)
             states.add(_state(network))
             passes.add(_passes(network, inputs))
@@ -94,7 +95,7 @@ def code_of(source: Source, trusted: tuple[str, ...] = ()) -> dict[str, str]:
     """Module -> hash of its code; see `Structure.code`.
 
     Raises:
-        ModelError: if the factory may not be imported, or cannot be.
+        ModelError: if the factory may not be imported, or cannot be, or if a file has changed since it was imported.
     """
     factory = inspect.unwrap(factory_of(source, trusted))
     name = source.factory.partition(":")[0]
@@ -112,6 +113,7 @@ def code_of(source: Source, trusted: tuple[str, ...] = ()) -> dict[str, str]:
             continue
         content = file.read_bytes()
         tree = _parsed(content)
+        check_current(module, file, content)
         found[module] = _hash(content if tree is None else ast.unparse(_bare(tree)).encode())
         if tree is not None and _is_own(module, file):
             pending += _imports(tree, module, is_package=file.stem == "__init__")
@@ -203,7 +205,8 @@ def _passes(network: nn.Module, inputs: tuple[Tensor, ...]) -> str:
                     network(*(each.clone() for each in inputs))
             except Exception as error:  # a user's network may fail in any way
                 trace.note(type(error).__name__)
-            network.eval()
+            with contextlib.suppress(Exception):  # its own `train` may fail too
+                network.eval()
     return trace.digest()
 
 
@@ -283,7 +286,7 @@ def _hash(content: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed all usual generators, and restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:

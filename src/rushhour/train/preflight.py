@@ -20,7 +20,7 @@ from rushhour.bundle import TensorSpec
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models import Deployed
-from rushhour.models.batch_dependence import batch_dependence
+from rushhour.models.batch_dependence import batch_dependence, largest_gap
 from rushhour.models.deployed import Meaning, main_output, named_outputs, try_export
 from rushhour.models.failure import why_failed
 from rushhour.train.loss import loss_for
@@ -33,6 +33,8 @@ _TRIED = 3
 """Samples of a trial step."""
 _LOOSE, _STRICT = 1e-3, 1e-5
 """Largest difference of outputs in float32 and in float64, as a share of the largest: more than rounding."""
+_SAME = 1e-4
+"""Largest difference of the outputs of two equal networks, as a share of the largest."""
 _NOISE = 0.1
 """Of the weights, relative to their size, in the check in float64."""
 _LARGEST_BYTES = 500_000_000
@@ -78,7 +80,7 @@ class Steps(msgspec.Struct, frozen=True):
 
 
 def inspect(
-    make: Callable[[], Deployed],
+    make: Callable[[bool], Deployed],
     dataset: Dataset,
     sample: TensorSpec,
     settings: TrainSettings,
@@ -90,7 +92,7 @@ def inspect(
     """Inspect copies of a network.
 
     Args:
-        make: builds the network again, as its factory leaves it.
+        make: builds the network again, as its factory leaves it; called with true, by other random numbers.
         dataset: some samples of its training part pass through the network.
         sample: one of them, on the wire.
         settings: of the training, resolved.
@@ -102,7 +104,7 @@ def inspect(
         TaskError: if the network's output does not fit the task.
         ModelError: if the network cannot be trained, served or exported.
     """
-    deployed = make()
+    deployed = make(False)
     network = deployed.network
     _check_state(network, name)
     notes = _on_modes(network)
@@ -110,13 +112,15 @@ def inspect(
     some: NDArray[Any] = np.ascontiguousarray(dataset.train.inputs[places])
     deployed.settle(some, name)
     dataset.task.check_output(deployed.answer_shape(some, name), name)
+    _check_finite(deployed, some, name)
     _check_batch_dependence(lambda columns: _answers(deployed, columns), some, _LOOSE, network, name)
     with (guard(deployed, some) or MemoryFormat(channels_last=False)).active():
         notes += _on_training(deployed, dataset, settings, steps, name)
     if sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) <= _LARGEST_BYTES:
+        _check_built_again(deployed, make, some, name)
         _check_in_float64(deployed, some, name)
     if export:
-        try_export(make(), name, sample, some, dataset.task)
+        try_export(make(False), name, sample, some, dataset.task)
     by_meaning = {
         "probabilities": "it ends in a softmax: its outputs are taken as probabilities, and no second softmax is added",
         "chances": "it ends in a sigmoid, which is inverted: a softmax over the classes replaces it",
@@ -142,6 +146,94 @@ def _check_state(network: nn.Module, name: str) -> None:
                 f"its state holds {key}, {kind}, and a bundle stores plain dense tensors only",
                 "keep it as a dense buffer, or out of the state (persistent=False)",
             )
+        if value.is_complex() and isinstance(value, nn.Parameter):
+            raise ModelError(
+                f"cannot train {name}",
+                f"its parameter {key} is complex, and parameters are real numbers",
+                "keep its real and imaginary part as one parameter, and use torch.view_as_complex in forward",
+            )
+
+
+def _check_finite(deployed: Deployed, some: NDArray[Any], name: str) -> None:
+    """Raise if the network's answers are not numbers before it is trained. -inf can be the logit of a class."""
+    answers = _answers(deployed, [some])
+    allowed = answers == -np.inf if isinstance(deployed.head, nn.Softmax) else False
+    if (np.isfinite(answers) | allowed).all():
+        return
+    raise ModelError(
+        f"cannot train {name}",
+        f"its answers are NaN or infinite before the first step{_first_nonfinite(deployed, some)}",
+        "check it for logarithms and roots of negative numbers, divisions by zero, and its initial weights",
+    )
+
+
+def _first_nonfinite(deployed: Deployed, some: NDArray[Any]) -> str:
+    """The first parameter, buffer or output of a module that is not finite, as text; empty where none is."""
+    network = deployed.network
+    for key, value in (*network.named_parameters(), *network.named_buffers()):
+        if not bool(value.isfinite().all()):
+            return f", as {key} is"
+    found: list[str] = []
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if path and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                found.append(f"; the first are those of {type(module).__name__} {path!r}")
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(path)) for path, module in network.named_modules()]
+    try:
+        _answers(deployed, [some])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
+
+
+def _check_built_again(deployed: Deployed, make: Callable[[bool], Deployed], some: NDArray[Any], name: str) -> None:
+    """Raise unless another network of the factory answers alike with the same state: it is sealed and resumed so."""
+    with torch.random.fork_rng(devices=[]):
+        again = make(True)
+    again.settle(some, name)
+    fix = "keep random choices and all layers in its state: register_buffer, nn.Parameter, nn.ModuleList"
+    try:
+        again.network.load_state_dict(deployed.network.state_dict())
+    except RuntimeError as error:
+        raise ModelError(
+            f"cannot train {name}", f"its factory returns networks of different parameters: {why_failed(error)}", fix
+        ) from error
+    expected, answers = _answers(deployed, [some]), _answers(again, [some])
+    scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
+    if expected.shape == answers.shape and largest_gap(expected, answers) <= _SAME * scale:
+        return
+    raise ModelError(
+        f"cannot train {name}",
+        "a second network of its factory gives other answers with the same weights"
+        f"{_out_of_state(deployed.network, again.network)}, so a bundle would not be the network that was trained",
+        fix,
+    )
+
+
+def _out_of_state(one: nn.Module, other: nn.Module) -> str:
+    """Tensors and layers that are no part of a network's state, as text; empty where none is found."""
+    kept, twin = one.state_dict().keys(), dict(other.named_modules())
+    buffers = dict(other.named_buffers())
+    found = [
+        key
+        for key, buffer in one.named_buffers()
+        if key not in kept and not (key in buffers and torch.equal(buffer, buffers[key]))
+    ]
+    for path, module in one.named_modules():
+        for key, value in vars(module).items():
+            where = f"{path}.{key}".removeprefix(".")
+            theirs = getattr(twin.get(path), key, None)
+            if isinstance(value, Tensor) and isinstance(theirs, Tensor):
+                found += [] if value.shape == theirs.shape and torch.equal(value, theirs) else [where]
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if not key.startswith("_") and any(isinstance(each, nn.Module) for each in items):
+                found.append(f"{where} (a {type(value).__name__} of layers)")
+    return f": {_listed(found)} is no part of its state" if found else ""
 
 
 def _check_batch_dependence(
@@ -300,14 +392,16 @@ def _step(
     deployed: Deployed, dataset: Dataset, settings: TrainSettings, rows: int, name: str
 ) -> tuple[str, tuple[str, ...]]:
     """Forward and backward in training mode; the names of the network's main output and of all."""
-    deployed.train()
     try:
+        deployed.train()
         return _try_step(deployed, dataset, rows, bf16=bool(settings.bf16))
     except RushhourError:
         raise
     except Exception as error:  # a user's network may fail in any way
         fix = "make it run in training mode, forward and backward, twice"
-        if settings.bf16:
+        if "does not require grad" in str(error):
+            fix = "let its answer depend on its parameters: no detach, no_grad, argmax or numpy on the way"
+        elif settings.bf16:
             with contextlib.suppress(Exception):
                 _try_step(deployed, dataset, rows, bf16=False)
                 fix = "it runs in float32: use --no-bf16"

@@ -19,6 +19,7 @@ from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
 from rushhour.models import Deployed, build
 from rushhour.models.deployed import Meaning
+from rushhour.models.structure import seeded
 from rushhour.progress import Progress, Silent
 from rushhour.records.curves import Epoch
 from rushhour.system.storage import write_whole
@@ -84,7 +85,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
             progress.start(f"check {job.model}")
         with torch.random.fork_rng(devices=[]):
             found = inspect(
-                lambda: self._built(dataset),
+                lambda other: self._built(dataset, other=other),
                 dataset,
                 sample,
                 settings.resolved,
@@ -205,9 +206,13 @@ class TrainingRun(msgspec.Struct, frozen=True):
 
         return step
 
-    def _built(self, dataset: Dataset) -> Deployed:
-        torch.manual_seed(self.job.settings.seed)
-        return Deployed(build(self.job.source, self.job.trusted), dataset.task, dataset.preprocessing)
+    def _built(self, dataset: Dataset, *, other: bool = False) -> Deployed:
+        """The network as its factory leaves it, by the seed of the training or by another."""
+        with seeded(self.job.settings.seed + other):
+            network = build(self.job.source, self.job.trusted)
+            state = torch.get_rng_state()
+        torch.set_rng_state(state)  # lazy layers draw their weights later
+        return Deployed(network, dataset.task, dataset.preprocessing)
 
     def _prepared(self, dataset: Dataset) -> Deployed:
         """The network as training begins with it."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils import parametrize
 
 from rushhour.errors import ModelError
 from rushhour.models.batch_dependence import batch_dependence
@@ -48,6 +51,7 @@ def graph_of(
     Raises:
         ModelError: if it cannot be exported.
     """
+    deployed = _without_parametrizations(deployed)
     example = tuple(torch.from_numpy(column) for column in columns_of(_batch(samples, 2)))  # 0 and 1 become constants
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad():
@@ -71,6 +75,28 @@ def graph_of(
     strip_origin(graph)
     _name_tensors(graph.graph, (*input_names, output_name))
     return graph
+
+
+def _without_parametrizations(deployed: Deployed) -> Deployed:
+    """A copy with plain weights in place of computed ones (`torch.nn.utils.parametrize`), which ONNX may not have."""
+    if not any(map(parametrize.is_parametrized, deployed.modules())):
+        return deployed
+    try:
+        plain = copy.deepcopy(deployed)
+        with torch.no_grad():
+            for module in list(plain.modules()):
+                if parametrize.is_parametrized(module):
+                    # not by `remove_parametrizations`, which changes the class that both copies share
+                    values = {
+                        name: getattr(module, name).clone() for name in cast(nn.ModuleDict, module.parametrizations)
+                    }
+                    module.__class__ = type(module).__bases__[0]
+                    del module.parametrizations
+                    for name, value in values.items():
+                        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    except Exception:  # a user's network or parametrization may be of any kind: then the computation is exported
+        return deployed
+    return plain
 
 
 def _name_tensors(graph: onnx.GraphProto, names: tuple[str, ...]) -> None:
@@ -125,7 +151,14 @@ def verify(file: Path | bytes, deployed: Deployed, name: str, names: list[str], 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base class
+        raise ModelError(
+            f"ONNX Runtime cannot run the graph of {name}",
+            why_failed(error),
+            "compute in float32: no autocast, .half() or .bfloat16() in the network",
+        ) from error
 
     def run(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
         try:
@@ -134,7 +167,8 @@ def verify(file: Path | bytes, deployed: Deployed, name: str, names: list[str], 
             raise ModelError(
                 f"the ONNX graph of {name} does not run on {len(columns[0])} samples",
                 why_failed(error),
-                "compute with whole batches: no loop over samples, no fixed number of samples",
+                "compute with whole batches: no loop over samples, no fixed number of samples (len(x) gives one: use "
+                "x.shape[0])",
             ) from error
         return np.asarray(answer)
 

@@ -151,8 +151,8 @@ class Deployed(nn.Module):
         Raises:
             ModelError: if the network cannot take samples of this shape.
         """
-        self.eval()
         try:
+            self.eval()
             with torch.no_grad():
                 out = self(*(torch.from_numpy(column) for column in columns_of(sample[:2])))
         except RushhourError:
@@ -161,12 +161,25 @@ class Deployed(nn.Module):
             raise ModelError(
                 f"the model {model} cannot take samples of shape {tuple(sample.shape[1:])}",
                 why_failed(error),
-                "give the model arguments that fit the data, or data that fits the model",
+                _remedy(error, sample),
             ) from error
         return tuple(out.shape[1:])
 
     def _raw(self, *samples: Tensor) -> Any:
         return self.network(*samples) if len(samples) > 1 else self.network(self.preprocess(samples[0]))
+
+
+def _remedy(error: Exception, sample: NDArray[Any]) -> str:
+    text = str(error)
+    if "indices" in text and "scalar types: Long" in text:
+        return "samples arrive as float32: use .long() on them in its forward"
+    if "missing" in text and "required positional argument" in text:
+        return "let its forward take one tensor: training gives it no other arguments"
+    if sample.ndim == 3 and any(size in text for size in ("channels", "conv", "Conv", "expected 4D", "3D or 4D")):
+        return (
+            "pictures have a dimension of channels: give arrays (n, height, width, channels), for example x[..., None]"
+        )
+    return "give the model arguments that fit the data, or data that fits the model"
 
 
 def columns_of(samples: NDArray[Any]) -> list[NDArray[Any]]:

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -58,7 +59,7 @@ def launch(
     Under torchrun this process is already one of the workers: `fn` is run in it, and the list holds its result only.
 
     Args:
-        fn: of a module, so that a new process can import it; its result must be picklable.
+        fn: of a module that a new process can import, so not of the main script; its result must be picklable.
         workers: processes; they connect on 127.0.0.1, at a port that the kernel chooses.
         args: picklable.
         backend: of torch.distributed; nccl needs a GPU for each worker, mpi a torch that was built with it.
@@ -207,12 +208,13 @@ def _once(
     # Ctrl-C while a worker still imports would print a traceback: SIGINT is blocked until the worker runs `fn`
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
-            _worker,
-            (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads, file),
-            workers,
-            join=False,
-        )
+        with _without_main():
+            context = multiprocessing.start_processes(  # type: ignore[no-untyped-call, attr-defined]
+                _worker,
+                (fn, args, [sender for _, sender in pipes], workers, backend, port, attempt, threads, file),
+                workers,
+                join=False,
+            )
     except BaseException:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         raise
@@ -270,6 +272,20 @@ def _once(
         for receiver, _ in pipes:
             receiver.close()
         quiet.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not run the main script again: without a guard it would train once more in each."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    try:
+        for name in kept:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
 
 
 def _worker(
