@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
@@ -25,7 +26,7 @@ from tritonclient.utils import shared_memory as shm
 
 from conftest import Server, serving
 from rushhour.bundle import Bundle
-from rushhour.errors import WireError
+from rushhour.errors import ServeError, WireError
 from rushhour.serve import ServeSettings
 from rushhour.serve.access.origin import Client, OriginCheck
 from rushhour.serve.access.peer import user_of
@@ -238,6 +239,27 @@ def test_the_names_of_a_server(host: str, asked: str, is_known: bool) -> None:
     else:
         with pytest.raises(WireError, match="not a name"):
             known.check(asker)
+
+
+@pytest.mark.parametrize("name", ["203.0.113.7", "2001:db8::7", "api.example.com", "API.example.com."])
+@pytest.mark.parametrize("port", ["", ":8000"])
+def test_a_name_that_was_given_is_known(name: str, port: str) -> None:
+    asked = f"[{name}]{port}" if ":" in name else f"{name}{port}"
+    OriginCheck("127.0.0.1", (name,)).check(Client({b"host": asked.encode()}))
+    with pytest.raises(WireError, match="not a name"):
+        OriginCheck("127.0.0.1").check(Client({b"host": asked.encode()}))
+
+
+@pytest.mark.parametrize("name", ["http://x.example", "x.example:443", "x/y", "[::1]", "", "a b", "ü.example"])
+def test_a_name_that_no_request_can_name_is_refused(name: str) -> None:
+    with pytest.raises(ServeError, match=r"--known-as .* has no effect"):
+        ServeSettings(known_as=("fine.example", name)).check()
+
+
+def test_an_address_may_be_written_as_in_urls() -> None:
+    settings = ServeSettings(host="[::1]", admin_port=0, admin_host="[::1]")
+    assert (settings.host, settings.admin_host) == ("::1", "::1")
+    assert msgspec.json.decode(b'{"host":"[::1]"}', type=ServeSettings).host == "::1"
 
 
 # Shared memory.

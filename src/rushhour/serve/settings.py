@@ -11,6 +11,7 @@ from rushhour.errors import ServeError
 from rushhour.plan import Plan
 from rushhour.serve.access.certificates import Identity
 from rushhour.serve.access.exposure import is_loopback
+from rushhour.serve.access.origin import is_host
 from rushhour.serve.limits import Limits
 from rushhour.serve.memory.shared_memory import Register
 from rushhour.serve.observability.log import LogFormat, LogLevel
@@ -156,6 +157,12 @@ class ServeSettings(msgspec.Struct, frozen=True):
             "otel_sample": self.sampled if self.otel else None,
         }
 
+    def __post_init__(self) -> None:
+        for name in ("host", "admin_host"):  # an address of IPv6 may be written as in URLs
+            value = getattr(self, name)
+            if value and value.startswith("[") and value.endswith("]"):
+                msgspec.structs.force_setattr(self, name, value[1:-1])
+
     def check(self) -> None:
         """Refuse options that could not take effect.
 
@@ -167,6 +174,10 @@ class ServeSettings(msgspec.Struct, frozen=True):
         if self.admin_host is not None and self.admin_port is None:
             raise ServeError("--admin-host has no effect", "there is no --admin-port", "give one, or omit it")
         self._check_ports()
+        for name in self.known_as:
+            if not is_host(name):
+                why = "it is compared with the host that a request names, without scheme, port and path"
+                raise ServeError(f"--known-as {name!r} has no effect", why, "give for example api.example.com")
         if self.api_key_file is not None and self.api_keys and not self.one_of_many:
             raise ServeError("API keys are given twice", "the key file would replace the others", "give one of both")
         if self.otel_sample is not None and not self.otel:

@@ -82,10 +82,12 @@ class OriginCheck:
             raise self._foreign("a web page cannot change this server", fields[b"sec-fetch-site"])
 
     def _knows(self, name: str) -> bool:
+        if name in self._names:
+            return True
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
-            return name == "localhost" or name.endswith(".localhost") or name in self._names
+            return name == "localhost" or name.endswith(".localhost")
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
         return self._any_address or (mapped or address).is_loopback
 
@@ -109,3 +111,12 @@ def _name_of(authority: bytes) -> str:
     """The host in `host:port`, in lower case and without the brackets of an address; empty where it is not one."""
     found = _AUTHORITY.fullmatch(authority.strip().decode("latin-1").lower())
     return "" if found is None else (found[1] or found[2]).rstrip(".")
+
+
+def is_host(name: str) -> bool:
+    """Whether a text is a host name or an address, without scheme, port, brackets and path."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.isascii() and _name_of(name.encode()) == name.lower().rstrip(".") != ""
+    return True
