@@ -188,6 +188,15 @@ def test_the_live_latencies_are_those_of_answers(status: int, generator: Generat
     assert {(tick.p50_ms, tick.p99_ms) for tick in ticks} == {(None, None)}
 
 
+def test_what_a_server_repeats_is_cut(generator: Generator) -> None:
+    body = json.dumps({"outputs": [{"name": "y" * 100_000, "datatype": "FP32", "shape": [1]}]}).encode()
+    with http_peer(serving_model(METADATA, lambda _: whole(body))) as url:
+        job = job_of(discover(url))
+        with pytest.raises(LoadError, match="not an answer") as failed:
+            generator.run(job)
+    assert len(str(failed.value)) < 1000
+
+
 def test_an_error_with_status_200_is_none_of_many_lengths() -> None:
     """Numbers written as text make answers of many lengths: those are no longer decoded, but looked at."""
     job = OpenJob(host="", port=0, requests=(b"",), limit_s=1, timeout_s=1, outputs=("y",), schedule=bytes(8))

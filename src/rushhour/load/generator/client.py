@@ -38,6 +38,7 @@ _REJECTED = (400, *_DENIED, 404, 405, 411, 413, 415, 422, *_REDIRECTED)
 _START_DELAY_S = 0.02
 _EXPIRE_S = 0.05
 _TICK_S = 0.2
+_LONGEST_REASON = 300
 _RECENT = 4096
 """Latest requests in the live percentiles; more would cost time that the sending needs."""
 _STOP_GRACE_S = 1.0
@@ -158,6 +159,7 @@ class _Loop:
 
     def malformed(self, index: int, what: str, why: str, at: float) -> None:
         """See `Recorder`. As the first answer they end the run, later they count as errors."""
+        why = why[:_LONGEST_REASON]  # it may repeat what the server sent
         self._done[index] = max(at - self._start, self._sent[index])
         if not self._any_answer:
             self._fail(LoadError(what, why, "check the URL and the server"))

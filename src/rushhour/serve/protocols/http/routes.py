@@ -43,6 +43,7 @@ class Routes:
         self._control = control
         self._infers = infers
         self._refused = refused
+        self._described: tuple[tuple[str, ...], bytes] | None = None
 
     def answer(
         self,
@@ -139,7 +140,7 @@ class Routes:
             case ["metrics"]:
                 return {"GET": lambda body: self._metrics(accept)}
             case ["openapi.json"]:
-                return {"GET": lambda body: openapi.description(control, infers=self._infers)}
+                return {"GET": lambda body: (200, self._description())}
         return None
 
     def _of_model(self, name: str, version: str, rest: list[str]) -> dict[str, Handler] | None:
@@ -195,6 +196,14 @@ class Routes:
     async def _unload(self, name: str, body: bytes) -> dict[str, Any]:
         await self._control.change("unload", name, _parameters(body))
         return {}
+
+    def _description(self) -> bytes:
+        """The description in OpenAPI, written once for each version: pipelined requests for it would block others."""
+        version = tuple(self._control.index()[0].values())
+        if self._described is None or self._described[0] != version:
+            described = openapi.description(self._control, infers=self._infers)
+            self._described = version, msgspec.json.encode(described)
+        return self._described[1]
 
     async def _metrics(self, accept: str) -> Answer:
         content_type, text = await self._control.metrics(accept)
