@@ -23,6 +23,7 @@ from rushhour.errors import LoadError
 _MOST = 20_000_000
 """Arrivals in one schedule; more would take gigabytes, and no window needs them."""
 _TIME_NAMES = ("timestamp", "time", "arrival", "at", "ts", "t")
+_NOT_FINITE = ("nan", "inf", "infinity")
 _KINDS = ("poisson", "constant", "bursty")
 
 
@@ -213,7 +214,10 @@ def read_trace(path: Path) -> Trace:
     except UnicodeDecodeError as error:
         raise _bad_trace(path, "it is not text") from error
     read = _json_lines if path.suffix in (".jsonl", ".ndjson") else _csv_rows
-    times = np.sort(np.fromiter(read(path, text), np.float64))
+    try:
+        times = np.sort(np.fromiter(read(path, text), np.float64))
+    except csv.Error as error:
+        raise _bad_trace(path, str(error)) from error
     if len(times) < 2 or times[-1] <= times[0]:
         raise _bad_trace(path, f"it has {len(times)} arrivals; at least two at different times are needed")
     gaps = np.diff(times)
@@ -230,7 +234,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[float]:
             is_first = False
             names = [cell.lower() for cell in cells]
             named = [names.index(name) for name in _TIME_NAMES if name in names]
-            if named or (_seconds(cells[0]) is None and cells[0][:1].isalpha()):
+            if named or (_seconds(cells[0]) is None and cells[0][:1].isalpha() and names[0] not in _NOT_FINITE):
                 column = named[0] if named else 0
                 continue
         yield _arrival(path, number, cells[column] if column < len(cells) else "")
