@@ -89,12 +89,14 @@ class Trial(msgspec.Struct, frozen=True):
 
     Attributes:
         candidate: its name in `measurements.jsonl` (`Entry.subject`): `int8/openvino/int8/s2t1b32`.
-        bundle: that it serves: `reference`, `int8`.
+        bundle: that it serves: `reference`, `int8`, `prune-0.5-int8`. A network that was not served has the name of its
+            recipe.
         accuracy: of the compiled artefact on the validation part; None where it was not measured.
         predicted_rps: by simulation on its service times, before any load.
         capacity_rps: under load; None where it was dropped before that.
         fate: `won`; `baseline` (the untouched model); `beaten` under load; `tied` with the winner under load;
-            `dominated` by prediction; `over budget`; `failed` (its engine cannot run it); `skipped` (no time left).
+            `dominated` by prediction; `over budget`; `failed` (it cannot be made, or its engine cannot run it);
+            `skipped` (no time left, or its network cannot be trained).
         why: the reason, with the numbers.
         name: shown to users: `int8 on OpenVINO, 2 streams`.
     """
@@ -119,7 +121,7 @@ class LadderStep(msgspec.Struct, frozen=True):
     """The gain of one more step: the capacity with all steps up to this one, measured under load.
 
     Attributes:
-        step: `as it is`, `compiled`, `batched`, `quantised`: shown to users.
+        step: `as it is`, `compiled`, `batched`, `quantised`, `pruned, split and distilled`: shown to users.
         candidate: what was measured, as in `Trial`.
         name: the same, shown to users.
     """

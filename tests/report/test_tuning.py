@@ -244,7 +244,7 @@ def test_a_tie_and_what_was_skipped_are_plain_words(odd: tuple[Plan, str]) -> No
     """The page had no place for either, and ended in a traceback."""
     _, text = odd
     assert "1 tied with the winner under load" in text
-    assert "2 skipped, no time left" in text
+    assert "2 skipped, not measured" in text
 
 
 def test_a_step_above_the_plan_is_explained(odd: tuple[Plan, str]) -> None:

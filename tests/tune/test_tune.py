@@ -36,6 +36,7 @@ from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune import TuneSettings, tune_run
 from rushhour.tune.search import tune
 from rushhour.tune.server import cpu_seconds
+from rushhour.tune.settings import Recipes
 from rushhour.tune.space import Candidate
 
 RUN = """
@@ -159,13 +160,14 @@ def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
     def train(_: object, job: TrainingJob, **__: object) -> None:
         raise Trained(job.settings.epochs)
 
-    run = sys.modules["rushhour.tune.run"]
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(sys.modules["rushhour.tune.run"], "train", train)
     parts = [Split(np.zeros((1280, 4, 4, 1), np.uint8), np.zeros(1280, np.int64))] * 3
     data = Dataset("few", Task("classification", outputs=4), *parts, Preprocessing(1 / 255), "sum")
 
-    def epochs(folder: str, budget_s: float | None, *, step_s: float = 0.5, fit: bool = True) -> int:
-        monkeypatch.setattr(run, "step_seconds", lambda *_, **__: step_s)
+    def epochs(
+        folder: str, budget_s: float | None, *, step_s: float = 0.5, fit: bool = True, recipes: Recipes = "none"
+    ) -> int:
+        monkeypatch.setattr(sys.modules["rushhour.tune.training_time"], "step_seconds", lambda *_, **__: step_s)
         with pytest.raises(Trained) as found:
             tune_run(
                 Source("rushhour.models:mlp", {"inputs": 16, "outputs": 4, "hidden": 4, "depth": 1}),
@@ -173,7 +175,7 @@ def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
                 Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%")),
                 run=tmp_path / folder,
                 training=TrainSettings(epochs=6, batch=128),
-                settings=TuneSettings(budget_s=budget_s),
+                settings=TuneSettings(budget_s=budget_s, recipes=recipes),
                 progress=Silent(),
                 fit_epochs=fit,
             )
@@ -184,6 +186,7 @@ def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
     assert epochs("fixed", 60, fit=False) == 6
     assert epochs("long", 600) == 6, "10 steps of half a second are an epoch, and more than was asked for fits"
     assert epochs("short", 60) == 4, "0.4 of a minute"
+    assert epochs("shared", 60, recipes="auto") == 3, "smaller networks are trained too"
     assert epochs("shorter", 5) == 2, "less teaches too little"
     assert epochs("short", 60, step_s=0.9) == 4, "how long a step took is on file"
 

@@ -73,6 +73,7 @@ def tune(
     slo: str | SLO = "p99<50ms",
     max_accuracy_drop: str | AccuracyBudget = "1%",
     budget: str | float | None = None,
+    recipes: Literal["auto", "none"] = "auto",
     epochs: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
@@ -88,7 +89,8 @@ def tune(
 ) -> TuneResult:
     """Find how to serve a model so that it answers the most requests per second inside an SLO and an accuracy budget.
 
-    A network is trained first; a bundle is taken as it is. Candidates (precisions, engines, streams, threads, batch
+    A network is trained first; a bundle is taken as it is. Smaller networks are made of it: pruned, with dominating
+    dense layers split, and trained by distillation. Candidates (networks, precisions, engines, streams, threads, batch
     bounds) are served by real servers under real open-loop load. The answer is a Plan, measured against the untouched
     model in the same run. An interrupted run continues when it is called again with the same arguments.
 
@@ -104,6 +106,8 @@ def tune(
         max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
         budget: time that all of it may take, about: `8m`, or seconds. The least decisive measurements are left out,
             and training takes fewer than the default epochs on a slow machine. Without it there is no limit.
+        recipes: `auto` makes smaller networks too, where the network can be trained and the time allows it; `none`
+            leaves it as it is, and only quantises.
         epochs: as of `rushhour.train`; of a network that is trained first, as all up to `channels_last`.
         batch: as of `rushhour.train`.
         lr: as of `rushhour.train`.
@@ -124,7 +128,7 @@ def tune(
     from rushhour.tune import TuneSettings, tune_run
 
     goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
-    budget_s = None if budget is None else read_seconds(budget)
+    settings = TuneSettings(budget_s=None if budget is None else read_seconds(budget), recipes=recipes)
     name, progress, run = check_name(name), progress or Silent(), read_path(out)
     training: dict[str, Any] = {
         "epochs": epochs,
@@ -147,7 +151,7 @@ def tune(
         goal,
         run=run,
         training=settings_of(training),
-        settings=TuneSettings(budget_s=budget_s),
+        settings=settings,
         progress=progress,
         trusted=(*trusted, *read_texts(trust)),
         fit_epochs=epochs is None,

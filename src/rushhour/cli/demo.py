@@ -34,14 +34,14 @@ _NAME = "article-fashion-mnist"
     default="5m",
     show_default=True,
     metavar="TIME",
-    help="How long all of it may take, about. Training gets a share of it.",
+    help="How long all of it may take, about. Training and smaller networks get a share of it.",
 )
 @option("--force", is_flag=True, help="Replace the plan of a run there that had other options.")
 @json_option
 def command(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: bool, json_file: Path | None) -> None:
     """The whole path on real data: train, compress, serve, load, and find the Plan.
 
-    Trains the reference network (VGG style, 28x28) on Fashion-MNIST, quantises it, serves it in every sensible way
+    Trains the reference network (VGG style, 28x28) on Fashion-MNIST, makes it smaller, serves it in every sensible way
     under load, and shows reference and winner side by side. An interrupted demo continues when it is run again.
     """
     from rushhour.api import tune

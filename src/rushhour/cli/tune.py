@@ -61,6 +61,14 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     help="How long all of it may take, about, such as 8m. The least decisive measurements are left out, and training "
     "takes fewer than the default epochs on a slow machine. No limit by default.",
 )
+@option(
+    "--recipes",
+    type=click.Choice(["auto", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: smaller networks are searched too: pruned, dense layers split, and trained by distillation. none: the "
+    "network stays as it is; it is only quantised.",
+)
 @name_option
 @force_option
 @trust_option

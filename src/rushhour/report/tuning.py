@@ -28,8 +28,8 @@ _FATES: Final[dict[Fate, str]] = {
     "beaten": "beaten under load",
     "over budget": "over the accuracy budget",
     "dominated": "dominated by prediction, not loaded",
-    "skipped": "skipped, no time left",
-    "failed": "failed, their engine cannot run them",
+    "skipped": "skipped, not measured",
+    "failed": "failed, the reason is given",
 }
 """In the order of the table, with the words for several candidates."""
 

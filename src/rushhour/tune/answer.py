@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
+from rushhour.bundle import Bundle
 from rushhour.measurement import Measurement
-from rushhour.plan import LadderStep, OperatingPoint, Policy, Trial
+from rushhour.plan import Fate, LadderStep, OperatingPoint, Policy, Precision, Trial
 from rushhour.tune.state import CandidateState
+
+_WORDS: Final = {"prune": "pruned", "lowrank": "split", "distil": "distilled"}
+"""A step of a lineage, and what it did to the network."""
 
 
 def trial_of(state: CandidateState) -> Trial:
@@ -30,11 +37,24 @@ def trial_of(state: CandidateState) -> Trial:
 
 def failed_bundle(role: str, why: str) -> Trial:
     """A bundle that could not be made: a candidate that failed before the search."""
+    return unmeasured(role, "failed", why, precision="int8", name=f"{role}, which could not be made")
+
+
+def unmeasured(role: str, fate: Fate, why: str, *, precision: Precision = "f32", name: str = "") -> Trial:
+    """A candidate that ended before any measurement.
+
+    Args:
+        role: of its bundle.
+        fate: how it ended.
+        why: in words.
+        precision: that it would have had.
+        name: for people; by default the role.
+    """
     return Trial(
         candidate=role,
         bundle=role,
         engine="openvino",
-        precision="int8",
+        precision=precision,
         policy=Policy(),
         accuracy=None,
         accuracy_drop=None,
@@ -42,14 +62,23 @@ def failed_bundle(role: str, why: str) -> Trial:
         predicted_rps=None,
         capacity_rps=None,
         p99_ms=None,
-        fate="failed",
+        fate=fate,
         why=why,
-        name=f"{role}, which could not be made",
+        name=name or role,
     )
 
 
+def recipe_words(bundle: Bundle, reference: Bundle) -> list[str]:
+    """What was done to the network since the reference, in words: pruned, split, distilled. Quantisation is not one."""
+    done = bundle.manifest.lineage[len(reference.manifest.lineage) :]
+    return list(dict.fromkeys(_WORDS[step.what] for step in done if step.what in _WORDS))
+
+
 def steps_of(
-    base: CandidateState, steps: list[tuple[str, CandidateState]], winner: CandidateState
+    base: CandidateState,
+    steps: list[tuple[str, CandidateState]],
+    winner: CandidateState,
+    recipe: Sequence[str] = (),
 ) -> tuple[LadderStep, ...]:
     """What each step bought, from the baseline to the winner (`Evidence.ladder`).
 
@@ -57,10 +86,8 @@ def steps_of(
         base: the baseline.
         steps: names and candidates between the two, in order.
         winner: of the search.
+        recipe: what was done to its network (`recipe_words`).
     """
-    last = "quantised" if winner.candidate.precision == "int8" else f"in {winner.candidate.precision}"
-    if not any(step == "batched" for step, _ in steps):
-        last = "batched"
     return tuple(
         LadderStep(
             step=step,
@@ -70,8 +97,22 @@ def steps_of(
             accuracy=state.accuracy.value if state.accuracy else None,
             name=state.candidate.name,
         )
-        for step, state in [("as it is", base), *steps, (last, winner)]
+        for step, state in [("as it is", base), *steps, (_last_step(steps, winner, recipe), winner)]
     )
+
+
+def _last_step(steps: Sequence[tuple[str, CandidateState]], winner: CandidateState, recipe: Sequence[str]) -> str:
+    """All that the winner has and the step before has not."""
+    named, precision = {step for step, _ in steps}, winner.candidate.precision
+    reduced = {"int8": "quantised", "bf16": "in bf16", "f32": "in f32"}[precision]
+    if not recipe:
+        return reduced if "batched" in named else "batched"
+    parts = [
+        *([] if named & {"batched", "quantised"} else ["batched"]),
+        *recipe,
+        *([] if precision == "f32" or reduced in named else [reduced]),
+    ]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
 
 
 def lowest_failing(state: CandidateState) -> float | None:

@@ -1,6 +1,8 @@
-"""A whole run in one folder: train or copy the reference, compress it, search, and write the Plan.
+"""A whole run in one folder: train or copy the reference, make it smaller, search, and write the Plan.
 
     RUN/bundles/reference, RUN/bundles/int8     what can be served; int8-vnni too, where 7 bits of the weights cost much
+    RUN/bundles/prune-0.5-lowrank-0.1, ...-int8 smaller networks that joined the search
+    RUN/.recipes                                shapes and trained networks on the way there
     RUN/training                                how the reference was trained: curves, TensorBoard
     RUN/measurements.jsonl                      every measurement
     RUN/run.json                                the settings of the run
@@ -13,7 +15,7 @@ Each part is written whole or not at all, so a run that was killed resumes after
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -23,24 +25,26 @@ from rushhour.compress import is_plain, quantize_for_all
 from rushhour.data import Dataset
 from rushhour.errors import StorageError
 from rushhour.goal import Goal
-from rushhour.measurement import ServiceTimes
 from rushhour.models import trusted_factories
-from rushhour.plan import PLAN, SO_FAR, Plan
+from rushhour.plan import PLAN, SO_FAR, Plan, Trial
 from rushhour.progress import Progress
 from rushhour.records import identity
 from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import describe
 from rushhour.system.storage import claimed, write_whole
-from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, fingerprint_of, step_seconds, train
+from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
+from rushhour.tune.networks import FOR_SEARCH, smaller_networks
 from rushhour.tune.search import tune
-from rushhour.tune.settings import Budget, TuneSettings
+from rushhour.tune.settings import Budget, Recipes, TuneSettings
 from rushhour.tune.state import failure_reason
+from rushhour.tune.training_time import epoch_seconds
 
-_TRAINING_SHARE, _FEWEST_EPOCHS = 0.4, 2
+_TRAINING_SHARE: Final[dict[Recipes, float]] = {"none": 0.4, "auto": 0.25}
+_FEWEST_EPOCHS = 2
 """Share of the budget for training; more where that is less than two epochs, as one epoch teaches too little."""
 _RECORD = "run.json"
 _DIGITS = 16
-_LEAST_SHARE = 0.6
+_LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": FOR_SEARCH}
 """Share of the budget for the search, at least, even where training took more than its share."""
 
 
@@ -92,31 +96,38 @@ def tune_run(
         else:
             out = run / "bundles" / "reference"
             if fit_epochs and settings.budget_s is not None:
-                training = _fitted(training, model, dataset, run, settings.budget_s, progress, trusted)
+                share_s = _TRAINING_SHARE[settings.recipes] * settings.budget_s
+                training = _fitted(training, model, dataset, run, share_s, progress, trusted)
             job = TrainingJob(model, training, run / ".checkpoints", trusted, tracking=Tracking(run / "training"))
             reference = train(dataset, job, out=out, progress=progress, name=name or name_of(run), force=force)
-        bundles, left_out = {"reference": reference}, {}
+        bundles: dict[str, Bundle] = {"reference": reference}
+        left_out: dict[str, str] = {}
+        making = _Int8(dataset, goal, progress, left_out)
         if reference.manifest.precision == "f32" and is_plain(reference):
-            try:
-                made = quantize_for_all(
-                    reference,
-                    dataset,
-                    run / "bundles" / "int8",
-                    max_drop=goal.budget.max_drop,
-                    progress=progress,
-                )
-                bundles |= {made_for.path.name: made_for for made_for in made.values()}
-            except Exception as error:  # only this candidate fails; its error is in the plan
-                left_out["int8"] = failure_reason(error)
-                progress.done(left_out["int8"], good=False)
+            bundles |= making.of(reference, run / "bundles" / "int8")
         finished = _finished_plan(run, record, bundles, settings, force=force)
         if finished is not None:
             progress.start("This run is complete: its plan exists")
             progress.done("use --force to search again")
             return finished
+        ended: tuple[Trial, ...] = ()
+        if settings.recipes == "auto":
+            networks, ended = smaller_networks(
+                reference,
+                dataset,
+                goal,
+                run=run,
+                settings=settings,
+                budget=budget,
+                progress=progress,
+                trusted=trusted,
+            )
+            for role, network in networks.items():
+                bundles[role] = _copied(network, run / "bundles" / role)
+                bundles |= making.of(bundles[role], run / "bundles" / f"{role}-int8")
         searching = settings
         if settings.budget_s is not None:
-            share = max(_LEAST_SHARE, budget.left)
+            share = max(_LEAST_SHARE[settings.recipes], budget.left)
             searching = msgspec.structs.replace(settings, budget_s=share * settings.budget_s)
         so_far = run / SO_FAR
 
@@ -133,6 +144,7 @@ def tune_run(
                 progress=progress,
                 trusted=trusted,
                 left_out=left_out,
+                ended=ended,
                 clock=clock,
                 so_far=lambda plan: named(plan).save(so_far),
             )
@@ -141,6 +153,26 @@ def tune_run(
         plan.save(run / PLAN)
         so_far.unlink(missing_ok=True)
         return plan
+
+
+class _Int8:
+    """Makes int8 children of bundles; why one could not be made is put into `left_out`."""
+
+    def __init__(self, dataset: Dataset, goal: Goal, progress: Progress, left_out: dict[str, str]) -> None:
+        self._dataset = dataset
+        self._max_drop = goal.budget.max_drop
+        self._progress = progress
+        self._left_out = left_out
+
+    def of(self, bundle: Bundle, out: Path) -> dict[str, Bundle]:
+        """The children by role, which is the name of their folder: at `out`, and beside it."""
+        try:
+            made = quantize_for_all(bundle, self._dataset, out, max_drop=self._max_drop, progress=self._progress)
+        except Exception as error:  # only this candidate fails; its error is in the plan
+            self._left_out[out.name] = failure_reason(error)
+            self._progress.done(self._left_out[out.name], good=False)
+            return {}
+        return {child.path.name: child for child in made.values()}
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -248,7 +280,10 @@ def _finished_plan(
     if force or not (run / PLAN).exists():
         return None
     plan, before = Plan.load(run / PLAN), _recorded(run)
-    why = identity.changes(before.finished if before is not None else {}, _end(bundles, settings))
+    finished = before.finished if before is not None else {}
+    joined = {role: bundle_at(run / "bundles" / role) for role in finished.get("bundles", {}) if role not in bundles}
+    now = {**bundles, **{role: bundle for role, bundle in joined.items() if bundle is not None}}
+    why = identity.changes(finished, _end(now, settings))
     if not why:
         return plan
     raise StorageError(
@@ -263,11 +298,11 @@ def _fitted(
     source: Source,
     dataset: Dataset,
     run: Path,
-    budget_s: float,
+    seconds: float,
     progress: Progress,
     trusted: tuple[str, ...],
 ) -> TrainSettings:
-    """With as many epochs as fit into their share of the budget on this machine: at least two, at most those asked for.
+    """With as many epochs as fit into the `seconds` on this machine: at least two, at most those asked for.
 
     A reference that is trained already keeps its number of epochs. The time of a step is in the journal, so a resumed
     run trains for the same number of epochs.
@@ -275,24 +310,8 @@ def _fitted(
     if (trained := bundle_at(run / "bundles" / "reference")) is not None:
         epochs = trained.manifest.lineage[0].settings.get("epochs", training.epochs)
         return msgspec.structs.replace(training, epochs=epochs)
-    steps = max(1, len(dataset.train) // training.batch)
     job = TrainingJob(source, training, run / ".checkpoints", trusted)
-
-    def take(facts: dict[str, Any]) -> ServiceTimes:
-        progress.start("Timing a few steps of training")
-        seconds = step_seconds(dataset, job)
-        progress.done(f"{steps * seconds:,.0f} s for one pass over the data")
-        return ServiceTimes((training.batch,), (seconds,), (training.batch / seconds,))
-
-    taken = Journal(run / JOURNAL).measure(
-        "training step",
-        source.factory,
-        f"batch {training.batch}",
-        ServiceTimes,
-        take,
-        facts=fingerprint_of(dataset, job).facts,
-    )
-    fits = int(_TRAINING_SHARE * budget_s / (steps * taken.seconds[0]))
+    fits = int(seconds / epoch_seconds(Journal(run / JOURNAL), dataset, job, progress))
     return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))
 
 

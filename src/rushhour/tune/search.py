@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,12 +30,12 @@ from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.load import Generator
 from rushhour.measurement import Measurement
-from rushhour.plan import Evidence, LadderStep, Plan
+from rushhour.plan import Evidence, LadderStep, Plan, Trial
 from rushhour.progress import Progress
 from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import cores, describe
 from rushhour.tune.accuracy import AccuracyJudge
-from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, steps_of, trial_of
+from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, recipe_words, steps_of, trial_of
 from rushhour.tune.bench import Bench
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.prediction import Predictor
@@ -51,6 +51,8 @@ _NEARLY = 0.9
 _PAIRS, _WINDOWS, _PROOF_WINDOWS, _BESIDE_S = 22, 10, 3, 1.5
 """Usual pairs of windows of a race, windows of a search for a capacity, windows of a proof, and the seconds beside each
 window. Only to tell how long the rest takes."""
+_WHOLE = ("int8", "int8-vnni")
+"""The bundles of the reference's whole network in int8."""
 _WINNERS = 0.8
 """The winner's share of the error of a proof. The runner-up has the rest, so both together err no more than one."""
 
@@ -65,6 +67,7 @@ def tune(
     progress: Progress,
     trusted: tuple[str, ...] = (),
     left_out: Mapping[str, str] | None = None,
+    ended: Sequence[Trial] = (),
     clock: Clock | None = None,
     so_far: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
@@ -79,6 +82,7 @@ def tune(
         progress: receives each step.
         trusted: as in `open_engine`, for the torch baseline.
         left_out: role -> why, of bundles that could not be made; they are among the plan's trials.
+        ended: candidates that ended before this search: shapes of the network. They are among the plan's trials.
         clock: the budget is read on it.
         so_far: receives the best plan whenever there is a better one; before its proof it has no evidence.
 
@@ -91,7 +95,7 @@ def tune(
         StorageError: if a measurement cannot be written to the disk.
     """
     search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far)
-    return search.plan(left_out or {})
+    return search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
 
 
 class _Search:
@@ -118,10 +122,10 @@ class _Search:
         self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted)
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
 
-    def plan(self, left_out: Mapping[str, str]) -> Plan:
+    def plan(self, ended: list[Trial]) -> Plan:
         reference = self._bundles["reference"]
-        self._outside = [failed_bundle(role, why) for role, why in left_out.items()]
-        """Trials of what never was in the search."""
+        self._outside = ended
+        """Trials of what is not in the search."""
         states = [CandidateState(candidate) for candidate in candidates(self._bundles, cores())]
         self._time(states)
         self._plain = self._first_plain(reference, states)
@@ -141,10 +145,11 @@ class _Search:
             self._announce_rest(races=self._settings.race, searches=2, steps=3)
             base = self._measured_base(reference)
             winner, confirmed = self._settled(alive)
-            self._so_far(self._answer(winner, confirmed, base, [base, *states], steps_of(base, [], winner)))
-            steps = self._steps(compiled, states, winner)
+            recipe = recipe_words(self._bundles[winner.candidate.bundle], reference)
+            self._so_far(self._answer(winner, confirmed, base, [base, *states], steps_of(base, [], winner, recipe)))
+            steps = self._steps(compiled, states, winner, bool(recipe))
         measured = [compiled] if compiled.capacity is not None else []
-        return self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner))
+        return self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner, recipe))
 
     def _first_plain(self, reference: Bundle, states: list[CandidateState]) -> Candidate:
         """The reference compiled and otherwise unchanged, on the first engine that runs it: drops are measured from it.
@@ -300,12 +305,17 @@ class _Search:
             state.end("beaten", "compiled, but one sample at a time: measured to show what batching buys")
 
     def _steps(
-        self, compiled: CandidateState, states: list[CandidateState], winner: CandidateState
+        self, compiled: CandidateState, states: list[CandidateState], winner: CandidateState, is_smaller: bool
     ) -> list[tuple[str, CandidateState]]:
-        """What is measured to show what each step bought, while there is time: compiled; then batched, too."""
+        """What is measured to show what each step bought, while there is time: compiled; then batched, too; and
+        quantised, where the winner is that and has a smaller network besides."""
         full = [s for s in states if s.candidate.bundle == "reference" and s.candidate.precision == "f32"]
         full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -(s.predicted or 0.0))
         wanted = [("batched", full[0])] if full and winner not in full else []
+        if is_smaller and winner.candidate.precision == "int8":
+            whole = [s for s in states if s.candidate.bundle in _WHOLE and s.fate not in ("failed", "over budget")]
+            quantised = sorted(whole, key=lambda s: -(s.predicted or 0.0))[:1]
+            wanted = [*(("quantised", state) for state in quantised), *wanted]
         measured = []
         self._announce_rest(races=0, searches=0, steps=1 + len(wanted))
         for step, state in [*wanted, ("compiled", compiled)]:

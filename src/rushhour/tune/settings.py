@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import msgspec
 
 from rushhour.clock import Clock
+from rushhour.errors import GoalError
+
+Recipes = Literal["auto", "none"]
+"""Whether the network itself is made smaller: `auto` searches shapes and trains the best of them."""
 
 
 class TuneSettings(msgspec.Struct, frozen=True):
@@ -23,6 +28,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
             a short window proves little.
         budget_s: seconds that all of it may take, about; the steps with the least effect on the answer are skipped, and
             reported as skipped. None: no limit. A resumed search has the whole budget again.
+        recipes: whether smaller networks are searched too (`auto`), or the network stays as it is (`none`).
     """
 
     seed: int = 0
@@ -33,6 +39,15 @@ class TuneSettings(msgspec.Struct, frozen=True):
     window_s: float = 3.0
     proof_s: float = 20.0
     budget_s: float | None = None
+    recipes: Recipes = "auto"
+
+    def __post_init__(self) -> None:
+        if self.recipes not in get_args(Recipes):
+            raise GoalError(
+                f"recipes={self.recipes!r} is not known",
+                "it says whether smaller networks are searched too",
+                f"choose {' or '.join(get_args(Recipes))}",
+            )
 
 
 class Budget:

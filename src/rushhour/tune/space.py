@@ -26,7 +26,7 @@ class Candidate(msgspec.Struct, frozen=True):
     """One way to serve.
 
     Attributes:
-        bundle: its role in the run: `reference`, `int8`. A folder of that name lies in `bundles/`.
+        bundle: its role in the run: `reference`, `int8`, `prune-0.5-int8`. A folder of that name lies in `bundles/`.
         content: the first digits of the SHA-256 of the bundle's graph: a measurement holds for these bytes only.
     """
 
@@ -58,7 +58,8 @@ class Candidate(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """For people: `int8 on OpenVINO, 2 streams`."""
-        what = self.precision if self.bundle in ("reference", self.precision) else f"{self.bundle} in {self.precision}"
+        network = self.bundle.removesuffix(f"-{self.precision}")
+        what = self.precision if network in ("reference", self.precision) else f"{network} in {self.precision}"
         cells, streams, threads = self.policy.cells, self.policy.streams, self.policy.threads
         layout = [f"{cells} processes"] if cells > 1 else []
         if streams > 1 or cells == 1:

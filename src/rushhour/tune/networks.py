@@ -1,0 +1,408 @@
+"""Smaller networks of a tuning run: found before any load test, and trained only where they can win.
+
+    shape     the network made smaller, with inherited weights, on the engine alone             -> failed, dominated
+    train     the remaining shapes learn from the reference in rungs of distillation, and are   -> failed, over budget,
+              judged on the validation part after each (successive halving, Jamieson and           dominated, skipped
+              Talwalkar 2016)
+
+Speed hardly depends on the values of weights, so shapes are timed before they are trained. Each rung continues the one
+before with a learning-rate cycle of its own (warm restarts, Loshchilov and Hutter 2017), so nothing is trained twice.
+Bundles are in the store of `compress`, times and accuracies in the journal: a search that was killed resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from rushhour.bundle import Bundle
+from rushhour.compress import Store, apply, why_outside
+from rushhour.data import Dataset
+from rushhour.errors import BundleError, EngineError
+from rushhour.goal import Goal
+from rushhour.measurement import Accuracy
+from rushhour.plan import EngineName, Fate, Trial
+from rushhour.progress import Progress, Silent
+from rushhour.records import identity
+from rushhour.records.journal import JOURNAL, Journal
+from rushhour.system.machine import cores, describe
+from rushhour.system.storage import write_whole
+from rushhour.train import TrainingJob, TrainSettings
+from rushhour.tune.accuracy import AccuracyJudge
+from rushhour.tune.answer import trial_of, unmeasured
+from rushhour.tune.prediction import Predictor
+from rushhour.tune.settings import Budget, TuneSettings
+from rushhour.tune.shapes import Shape, shapes_of, why_untrainable
+from rushhour.tune.space import Candidate, candidates, plain
+from rushhour.tune.state import CandidateState, failure_reason
+from rushhour.tune.training_time import epoch_seconds
+
+RUNGS: Final = (1, 2, 4)
+"""Epochs of the rungs. Each is as long as all before it, and one epoch more."""
+_REMAINING: Final = 1 / 3
+"""A rung is taken to leave at least this share of the drop, so a shape beyond it cannot come into the budget."""
+_FASTER: Final = 1.05
+"""A shape that removes more has to be predicted faster than a gentler one by this factor."""
+_JOINING: Final = 2
+"""Networks that join the search, at most; one where the time is limited."""
+_BATCH: Final = 128
+FOR_SEARCH: Final = 0.5
+"""Share of a run's budget that is kept for the search."""
+_FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
+"""Shares: of the budget, for int8 of what was trained; of the time for recipes, for making and timing shapes, at most;
+of the budget, below which nothing is begun."""
+_STORE, _RESULT = ".recipes", "networks.json"
+_NO_TIME: Final = "no time left to train it"
+
+
+class Networks(msgspec.Struct, frozen=True):
+    """What was found.
+
+    Attributes:
+        bundles: role -> name of its folder in the store: trained, in f32, inside the accuracy budget.
+        trials: of all other shapes, with the reason.
+        key: of all that it was found from.
+    """
+
+    bundles: dict[str, str]
+    trials: tuple[Trial, ...]
+    key: str
+
+
+def smaller_networks(
+    reference: Bundle,
+    dataset: Dataset,
+    goal: Goal,
+    *,
+    run: Path,
+    settings: TuneSettings,
+    budget: Budget,
+    progress: Progress,
+    trusted: tuple[str, ...] = (),
+) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
+    """Networks smaller than the reference that are faster and inside the accuracy budget on the validation part.
+
+    A shape that fails ends alone.
+
+    Args:
+        reference: the teacher; a network that cannot be trained ends in one trial that says why.
+        dataset: its training part trains, validation judges.
+        goal: the limits.
+        run: the run's folder, with the journal; the store is a hidden folder in it.
+        settings: of the search.
+        budget: of the whole run; the search keeps `FOR_SEARCH` of it.
+        progress: receives each decision.
+        trusted: factories that may be imported.
+
+    Returns:
+        Role -> trained bundle, in the store, the fastest first; and the trials of all other shapes.
+
+    Raises:
+        StorageError: if the disk does not take it.
+    """
+    store = Store(run / _STORE)
+    key = identity.key(
+        reference=reference,
+        data=dataset,
+        goal=goal,
+        settings=settings,
+        rungs=RUNGS,
+        machine=describe(),
+    )
+    found = _read(store, key)
+    if found is None:
+        search = _Search(reference, dataset, goal, run, store, settings, budget, progress, trusted)
+        bundles, trials = search.found()
+        found = Networks({role: bundle.path.name for role, bundle in bundles.items()}, trials, key)
+        write_whole(store.folder / _RESULT, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        return bundles, trials
+    return {role: Bundle.open(store.folder / name) for role, name in found.bundles.items()}, found.trials
+
+
+def _read(store: Store, key: str) -> Networks | None:
+    """What an earlier call found from the same inputs; None where there is none, or a bundle of it is missing."""
+    try:
+        found = msgspec.json.decode((store.folder / _RESULT).read_bytes(), type=Networks)
+        for name in found.bundles.values():
+            Bundle.open(store.folder / name)
+    except (OSError, msgspec.DecodeError, BundleError):
+        return None
+    return found if found.key == key else None
+
+
+@dataclasses.dataclass
+class _Contestant:
+    """A shape that can be served.
+
+    Attributes:
+        epochs: trained so far.
+        epoch_s: seconds of one, where the time is limited.
+    """
+
+    shape: Shape
+    state: CandidateState
+    epochs: int = 0
+    epoch_s: float = 0.0
+
+    @property
+    def predicted(self) -> float:
+        return self.state.predicted or 0.0
+
+    @property
+    def accuracy(self) -> Accuracy:
+        assert self.state.accuracy is not None
+        return self.state.accuracy
+
+
+class _Search:
+    def __init__(
+        self,
+        reference: Bundle,
+        dataset: Dataset,
+        goal: Goal,
+        run: Path,
+        store: Store,
+        settings: TuneSettings,
+        budget: Budget,
+        progress: Progress,
+        trusted: tuple[str, ...],
+    ) -> None:
+        self._reference = reference
+        self._dataset = dataset
+        self._goal = goal
+        self._store = store
+        self._settings = settings
+        self._budget = budget
+        self._progress = progress
+        self._trusted = trusted
+        self._journal = Journal(run / JOURNAL)
+        self._bundles = {"reference": reference}
+        self._predictor = Predictor(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
+        self._engine: EngineName = "openvino"
+        self._teacher_s = 0.0
+        """Of the teacher's answers to the training part, where the time is limited."""
+        self._trials: list[Trial] = []
+
+    def found(self) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
+        """The trained bundles by role, and the trials of all that ended."""
+        if why := why_untrainable(self._reference, self._dataset, self._trusted):
+            return self._none(f"recipes that train are left out: {why}")
+        time = self._seconds
+        if time < _LEAST * self._budget.seconds:
+            return self._none("no time left for recipes: the search needs the rest")
+        try:
+            whole = self._timed_reference()
+        except EngineError as error:
+            return self._none(str(error))
+        contestants = self._shaped(whole, time)
+        winners = self._trained(self._within_time(contestants)) if contestants else []
+        bundles = {winner.shape.role: self._bundles[winner.shape.role] for winner in winners}
+        said = ", ".join(bundles) or "none is inside the budget; the network stays as it is"
+        self._say("Smaller networks for the search", said, good=bool(bundles))
+        return bundles, tuple(self._trials)
+
+    def _none(self, why: str) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
+        self._say("Smaller networks", why)
+        return {}, (unmeasured("recipes", "skipped", why, name="smaller networks"),)
+
+    def _say(self, what: str, result: str, *, good: bool = True) -> None:
+        self._progress.start(what)
+        self._progress.done(result, good=good)
+
+    @property
+    def _seconds(self) -> float:
+        """That are left for recipes."""
+        return (self._budget.left - FOR_SEARCH - _FOR_INT8) * self._budget.seconds
+
+    def _end(self, one: _Contestant, fate: Fate, why: str) -> None:
+        one.state.end(fate, why)
+        self._trials.append(trial_of(one.state))
+        self._say(one.shape.role, f"{fate}: {why}", good=False)
+
+    def _end_unmeasured(self, shape: Shape, fate: Fate, why: str) -> None:
+        self._trials.append(unmeasured(shape.role, fate, why))
+        self._say(shape.role, f"{fate}: {why}", good=False)
+
+    # Shape.
+
+    def _timed_reference(self) -> float:
+        """The predicted capacity of the reference, on the first engine that runs it; the shapes run on that one.
+
+        Raises:
+            EngineError: if none does.
+        """
+        why = ""
+        for way in plain(self._reference, cores()):
+            self._engine = way.engine
+            state = CandidateState(self._candidate("reference"))
+            try:
+                self._predictor.choose_batch(state)
+            except Exception as error:  # an engine may fail in any way on a user's graph
+                why = failure_reason(error)
+                continue
+            self._judge = AccuracyJudge(
+                *(self._journal, self._bundles, self._dataset, self._goal.budget),
+                *(way, self._progress, self._trusted),
+            )
+            return state.predicted or 0.0
+        raise EngineError("no engine can run the reference model", why)
+
+    def _candidate(self, role: str) -> Candidate:
+        """A bundle in f32 with one batch per core."""
+        return next(
+            candidate
+            for candidate in candidates({role: self._bundles[role]}, cores())
+            if (candidate.engine, candidate.precision) == (self._engine, "f32")
+            and (candidate.policy.cells, candidate.policy.streams) == (1, cores())
+        )
+
+    def _shaped(self, whole: float, time: float) -> list[_Contestant]:
+        """Shapes that are predicted faster than the reference and than every gentler shape, in order of promise.
+
+        Args:
+            whole: the predicted capacity of the reference.
+            time: seconds for all recipes.
+        """
+        made: list[_Contestant] = []
+        for shape in shapes_of(self._reference, self._trusted):
+            if self._seconds < (1 - _FOR_SHAPES) * time:
+                self._end_unmeasured(shape, "skipped", "no time left to time this shape")
+                continue
+            try:
+                *_, bundle = self._applied(shape, 0, Silent())
+                self._bundles[shape.role] = bundle
+                state = CandidateState(self._candidate(shape.role))
+                self._predictor.choose_batch(state)
+            except Exception as error:  # a user's network may fail in any way; only this shape ends
+                self._end_unmeasured(shape, "failed", failure_reason(error))
+                continue
+            made.append(_Contestant(shape, state))
+            self._say(f"{shape.role}, not trained yet", f"predicted {state.predicted or 0:,.0f} requests/s")
+        left = []
+        for one in made:
+            gentler = [other for other in made if other.shape.is_gentler_than(one.shape)]
+            rivals = [("the whole network", whole), *((other.shape.role, other.predicted) for other in gentler)]
+            name, rate = max(rivals, key=lambda rival: rival[1])
+            if one.predicted <= _FASTER * rate:
+                why = f"predicted {one.predicted:,.0f}/s; {name} removes less and is predicted {rate:,.0f}/s"
+                self._end(one, "dominated", why)
+            else:
+                left.append(one)
+        return left
+
+    def _applied(self, shape: Shape, rungs: int, progress: Progress) -> list[Bundle]:
+        return list(
+            apply(
+                shape.recipe(RUNGS[:rungs]),
+                self._reference,
+                self._dataset,
+                self._store,
+                seed=self._settings.seed,
+                progress=progress,
+                trusted=self._trusted,
+            )
+        )
+
+    # Train.
+
+    def _within_time(self, contestants: list[_Contestant]) -> list[_Contestant]:
+        """The first contestants, as many as can go through all rungs in the time that is left; at least one."""
+        if math.isinf(self._budget.seconds):
+            return contestants
+        try:
+            self._teacher_s = self._epoch_seconds("reference") / 3  # a training step is about three passes
+            for one in contestants:
+                one.epoch_s = self._epoch_seconds(one.shape.role)
+        except Exception as error:  # as in `_shaped`
+            why = failure_reason(error)
+            for one in contestants:
+                self._end(one, "failed", why)
+            return []
+        count = len(contestants)
+        while count > 1 and self._cost_of_all_rungs(contestants[:count]) > self._seconds:
+            count -= 1
+        for one in contestants[count:]:
+            self._end(one, "skipped", _NO_TIME)
+        return contestants[:count]
+
+    def _epoch_seconds(self, role: str) -> float:
+        source = self._bundles[role].manifest.source
+        assert source is not None  # `why_untrainable`
+        settings = TrainSettings(epochs=1, batch=min(_BATCH, len(self._dataset.train)))
+        job = TrainingJob(source, settings, self._store.folder, self._trusted)
+        return epoch_seconds(self._journal, self._dataset, job, self._progress)
+
+    def _cost(self, contestants: Sequence[_Contestant], rung: int) -> float:
+        return sum(RUNGS[rung] * one.epoch_s + self._teacher_s for one in contestants)
+
+    def _cost_of_all_rungs(self, contestants: Sequence[_Contestant]) -> float:
+        slowest = sorted(contestants, key=lambda one: -one.epoch_s)
+        return sum(self._cost(slowest[: math.ceil(len(slowest) / 2**rung)], rung) for rung in range(len(RUNGS)))
+
+    def _trained(self, contestants: list[_Contestant]) -> list[_Contestant]:
+        """The fastest that are inside the accuracy budget after some rung, the fastest first."""
+        ready: list[_Contestant] = []
+        for rung in range(len(RUNGS)):
+            while contestants and self._cost(contestants, rung) > self._seconds:
+                self._end_outside(contestants.pop(), "no time left to train it further")
+            for one in contestants:
+                self._teach(one, rung)
+            alive = [one for one in contestants if one.state.fate is None]
+            inside = [one for one in alive if not why_outside(one.accuracy, self._goal.budget)]
+            ready = sorted([*ready, *inside], key=lambda one: -one.predicted)
+            contestants = self._continuing([one for one in alive if one not in inside], ready, rung)
+        joining = _JOINING if math.isinf(self._budget.seconds) else 1
+        for one in ready[joining:]:
+            why = f"predicted {one.predicted:,.0f}/s; {ready[0].shape.role} is predicted {ready[0].predicted:,.0f}/s"
+            self._end(one, "dominated", why)
+        return ready[:joining]
+
+    def _teach(self, one: _Contestant, rung: int) -> None:
+        """Train one rung more, and judge."""
+        role = one.shape.role
+        try:
+            self._bundles[role] = self._applied(one.shape, rung + 1, self._progress)[-1]
+            one.state.candidate = self._candidate(role)
+            one.epochs = sum(RUNGS[: rung + 1])
+            one.state.accuracy = found = self._judge.accuracy(one.state.candidate, "validation")
+        except Exception as error:  # as in `_shaped`; training may diverge, too
+            self._end(one, "failed", failure_reason(error))
+            return
+        drop, most = found.drop * 100, found.drop_interval[1] * 100
+        result = f"{found.metric} {found.value:.4f}, drop {drop:.2f} points, at most {most:.2f}"
+        self._say(f"{role} after {_epochs(one.epochs)}", result)
+
+    def _continuing(self, outside: list[_Contestant], ready: list[_Contestant], rung: int) -> list[_Contestant]:
+        """Those not inside the budget yet that are trained further, the smallest drop first; the others end."""
+        left, going = len(RUNGS) - rung - 1, []
+        for one in outside:
+            best, least = ready[0] if ready else None, one.accuracy.drop_interval[0]
+            if best is not None and one.predicted <= best.predicted:
+                rates = f"predicted {one.predicted:,.0f}/s; {best.shape.role} is predicted {best.predicted:,.0f}/s"
+                self._end(one, "dominated", f"{rates} and is inside the budget already")
+            elif not left or least * _REMAINING**left > self._goal.budget.max_drop:
+                self._end_outside(one, "")
+            else:
+                going.append(one)
+        going.sort(key=lambda one: one.accuracy.drop)
+        half = math.ceil(len(going) / 2)
+        for one in going[half:]:
+            self._end_outside(one, "shapes with a smaller drop are trained further")
+        return going[:half]
+
+    def _end_outside(self, one: _Contestant, also: str) -> None:
+        """A shape ends that is not inside the accuracy budget as far as it was trained."""
+        if one.state.accuracy is None:
+            self._end(one, "skipped", _NO_TIME)
+            return
+        why = f"after {_epochs(one.epochs)} of distillation {why_outside(one.accuracy, self._goal.budget)}"
+        self._end(one, "over budget", f"{why}; {also}" if also else why)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' if count > 1 else ''}"
