@@ -32,9 +32,10 @@ from rushhour.data import load
 from rushhour.engines import Engine
 from rushhour.errors import ModelError
 from rushhour.goal import SLO, AccuracyBudget, Goal
-from rushhour.measurement import ServiceTimes
+from rushhour.measurement import Measurement, ServiceTimes, pack_latencies
 from rushhour.plan import Plan, Trial
 from rushhour.progress import Silent
+from rushhour.report import write_report
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.train import TrainingJob, TrainSettings, train
 from rushhour.tune import TuneSettings, tune_run
@@ -135,10 +136,11 @@ def found(
     shapes: tuple[Shape, ...] = (HALF, MOST, QUARTER),
     budget_s: float | None = None,
     spent_s: float = 0.0,
+    epoch_s: float = 1.0,
 ) -> tuple[list[str], dict[str, tuple[str, str]]]:
     """The names of the bundles that join the search, and how all other shapes ended."""
     with monkeypatch.context() as patch:
-        faked(patch, maker, shapes, wrong)
+        faked(patch, maker, shapes, wrong, epoch_s)
         budget = Budget(budget_s, maker.clock)
         maker.clock.advance(spent_s)
         bundles, trials = smaller_networks(
@@ -257,19 +259,30 @@ def test_without_time_nothing_is_begun_and_that_is_said(tmp_path: Path, monkeypa
     assert ended == {"recipes": ("skipped", "no time left for recipes: the search needs the rest")}
 
 
+def test_an_epoch_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = Maker()
+    joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=100, epoch_s=90)
+    assert (joined, maker.made) == ([], [])
+    assert ended["recipes"][0] == "skipped"
+    assert "an epoch of distillation takes 60 s or more, and the search needs all but 45 s" in ended["recipes"][1]
+
+
 def test_the_search_keeps_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shape and each epoch takes three seconds, though it was expected to take one."""
+    """Each shape and each epoch takes three seconds, though an epoch was expected to take one."""
     maker = Maker(seconds=3.0)
-    joined, ended = found(tmp_path, maker, monkeypatch, NOTHING_LEARNT | {"prune-0.5:2": 0}, budget_s=60)
-    assert maker.clock.now() <= 33
+    wrong = {f"{shape.role}:{rung}": 20 for shape in (QUARTER, HALF, MOST) for rung in range(4)}
+    joined, ended = found(tmp_path, maker, monkeypatch, wrong, budget_s=60)
+    assert maker.clock.now() <= 0.45 * 60
+    assert maker.made[-2:] == ["prune-0.25:1", "prune-0.5:2"]
     assert joined == []
-    assert ended["prune-0.5"][0] == "over budget"
-    assert "no time left to train it" in {why for fate, why in ended.values() if fate == "skipped"}
+    assert ended["prune-0.5"][0] == ended["prune-0.7"][0] == "over budget"
+    assert ended["prune-0.5"][1].endswith("no time left to train it further")
+    assert ended["prune-0.7"][1].endswith("no time left to train it further")
 
 
 def test_with_time_for_one_shape_the_most_promising_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = Maker(seconds=1.0)
-    joined, ended = found(tmp_path, maker, monkeypatch, {"prune-0.5:1": 9}, budget_s=32)
+    joined, ended = found(tmp_path, maker, monkeypatch, {"prune-0.5:1": 9}, budget_s=24)
     assert joined == ["prune-0.5:2"]
     assert maker.made == ["prune-0.5:0", "prune-0.7:0", "prune-0.25:0", "prune-0.5:1", "prune-0.5:2"]
     assert ended["prune-0.7"] == ended["prune-0.25"] == ("skipped", "no time left to train it")
@@ -287,17 +300,25 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"any": network(out, bundle.manifest.name, lineage, precision="int8")}
 
     monkeypatch.setattr(sys.modules["rushhour.tune.run"], "quantize_for_all", children)
+    monkeypatch.setitem(RATES, "prune-0.25", 1000.0)
     for role, rate in {"prune-0.5": 3000.0, "prune-0.5-int8": 6000.0}.items():
         for engine, share in {"openvino": 1.0, "onnxruntime": 0.7}.items():
             monkeypatch.setitem(CAPACITY, f"{role}/{engine}", share * rate)
     monkeypatch.setitem(CAPACITY, "int8/openvino", 2000.0)
 
 
+class Drawn(Load):
+    """Load whose windows a report can draw."""
+
+    def measure(self, *of: Any, **asked: Any) -> Measurement:
+        return msgspec.structs.replace(super().measure(*of, **asked), latencies=pack_latencies(np.full(100, 0.005)))
+
+
 def whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Maker, settings: TuneSettings | None = None
 ) -> Plan:
-    with loaded_by(Load(), monkeypatch) as patch:
-        faked(patch, maker, (HALF,), {"prune-0.5:1": 9})
+    with loaded_by(Drawn(), monkeypatch) as patch:
+        faked(patch, maker, (QUARTER, HALF), {"prune-0.5:1": 9})
         return tune_run(
             tiny_bundle(tmp_path / "tiny"),
             own_answers(),
@@ -327,6 +348,10 @@ def test_a_smaller_network_joins_the_search_wins_and_the_ladder_shows_what_it_bo
     rates = [step.capacity_rps for step in evidence.ladder]
     assert rates[1] < rates[2] < rates[3] < rates[4]
     assert evidence.ladder[-1].name.startswith("prune-0.5 in int8 on OpenVINO")
+    text = write_report(tmp_path / "run").read_text("utf-8")
+    assert "prune-0.5 in int8 on OpenVINO" in text
+    assert "pruned and distilled" in text
+    assert "the whole network removes less and is predicted" in text
 
     shutil.rmtree(tmp_path / "run" / ".recipes")
     assert whole_run(tmp_path, monkeypatch, Maker(kill_at=0)) == plan, "a complete run makes nothing again"

@@ -186,6 +186,8 @@ class _Search:
         self._engine: EngineName = "openvino"
         self._teacher_s = 0.0
         """Of the teacher's answers to the training part, where the time is limited."""
+        self._pace = 1.0
+        """Seconds that a training took over those that were expected, at most so far."""
         self._trials: list[Trial] = []
 
     def found(self) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
@@ -196,9 +198,14 @@ class _Search:
         if time < _LEAST * self._budget.seconds:
             return self._none("no time left for recipes: the search needs the rest")
         try:
+            if not math.isinf(self._budget.seconds):
+                self._teacher_s = self._epoch_seconds("reference") / 3  # a step of training is about three passes
+            if 2 * self._teacher_s > time:
+                epoch = f"an epoch of distillation takes {2 * self._teacher_s:,.0f} s or more"
+                return self._none(f"no time left for recipes: {epoch}, and the search needs all but {time:,.0f} s")
             whole = self._timed_reference()
-        except EngineError as error:
-            return self._none(str(error))
+        except Exception as error:  # a user's network may fail in any way
+            return self._none(failure_reason(error))
         contestants = self._shaped(whole, time)
         winners = self._trained(self._within_time(contestants)) if contestants else []
         bundles = {winner.shape.role: self._bundles[winner.shape.role] for winner in winners}
@@ -314,15 +321,12 @@ class _Search:
         """The first contestants, as many as can go through all rungs in the time that is left; at least one."""
         if math.isinf(self._budget.seconds):
             return contestants
-        try:
-            self._teacher_s = self._epoch_seconds("reference") / 3  # a training step is about three passes
-            for one in contestants:
+        for one in contestants:
+            try:
                 one.epoch_s = self._epoch_seconds(one.shape.role)
-        except Exception as error:  # as in `_shaped`
-            why = failure_reason(error)
-            for one in contestants:
-                self._end(one, "failed", why)
-            return []
+            except Exception as error:  # as in `_shaped`
+                self._end(one, "failed", failure_reason(error))
+        contestants = [one for one in contestants if one.state.fate is None]
         count = len(contestants)
         while count > 1 and self._cost_of_all_rungs(contestants[:count]) > self._seconds:
             count -= 1
@@ -338,7 +342,7 @@ class _Search:
         return epoch_seconds(self._journal, self._dataset, job, self._progress)
 
     def _cost(self, contestants: Sequence[_Contestant], rung: int) -> float:
-        return sum(RUNGS[rung] * one.epoch_s + self._teacher_s for one in contestants)
+        return self._pace * sum(RUNGS[rung] * one.epoch_s + self._teacher_s for one in contestants)
 
     def _cost_of_all_rungs(self, contestants: Sequence[_Contestant]) -> float:
         slowest = sorted(contestants, key=lambda one: -one.epoch_s)
@@ -348,10 +352,11 @@ class _Search:
         """The fastest that are inside the accuracy budget after some rung, the fastest first."""
         ready: list[_Contestant] = []
         for rung in range(len(RUNGS)):
-            while contestants and self._cost(contestants, rung) > self._seconds:
-                self._end_outside(contestants.pop(), "no time left to train it further")
             for one in contestants:
-                self._teach(one, rung)
+                if self._cost([one], rung) > self._seconds:
+                    self._end_outside(one, "no time left to train it further")
+                else:
+                    self._teach(one, rung)
             alive = [one for one in contestants if one.state.fate is None]
             inside = [one for one in alive if not why_outside(one.accuracy, self._goal.budget)]
             ready = sorted([*ready, *inside], key=lambda one: -one.predicted)
@@ -364,7 +369,7 @@ class _Search:
 
     def _teach(self, one: _Contestant, rung: int) -> None:
         """Train one rung more, and judge."""
-        role = one.shape.role
+        role, expected, before = one.shape.role, self._cost([one], rung), self._seconds
         try:
             self._bundles[role] = self._applied(one.shape, rung + 1, self._progress)[-1]
             one.state.candidate = self._candidate(role)
@@ -373,6 +378,8 @@ class _Search:
         except Exception as error:  # as in `_shaped`; training may diverge, too
             self._end(one, "failed", failure_reason(error))
             return
+        if expected:
+            self._pace *= max(1.0, (before - self._seconds) / expected)
         drop, most = found.drop * 100, found.drop_interval[1] * 100
         result = f"{found.metric} {found.value:.4f}, drop {drop:.2f} points, at most {most:.2f}"
         self._say(f"{role} after {_epochs(one.epochs)}", result)
