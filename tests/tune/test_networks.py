@@ -407,7 +407,7 @@ def test_a_shape_is_a_recipe_and_has_a_name() -> None:
 def test_real_shapes_of_a_real_network_are_trained_and_inside_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the time of a batch is a number: it goes with the parameters."""
+    """Only the time of a batch is a number: it goes with the parameters. Two of the shapes are enough."""
 
     def by_size(engine: Engine, bundle: Bundle, *_: float) -> ServiceTimes:
         sizes = tuple(2**power for power in range(engine.config.max_batch.bit_length()))
@@ -422,7 +422,10 @@ def test_real_shapes_of_a_real_network_are_trained_and_inside_the_budget(
     job = TrainingJob(source, TrainSettings(epochs=6, batch=32), tmp_path / "work")
     reference = train(data, job, out=tmp_path / "run" / "bundles" / "reference", progress=Silent(), name="quarters")
     assert why_untrainable(reference, data, ()) == ""
-    assert {shape.role for shape in shapes_of(reference, ())} >= {"prune-0.5-lowrank-0.1", "prune-0.5"}
+    shapes = shapes_of(reference, ())
+    assert {shape.role for shape in shapes} >= {"prune-0.5-lowrank-0.1", "prune-0.5"}
+    few = tuple(shape for shape in shapes if shape.role in ("prune-0.5", "lowrank-0.1"))
+    monkeypatch.setattr(sys.modules["rushhour.tune.networks"], "shapes_of", lambda *_: few)
     bundles, trials = smaller_networks(
         reference,
         data,
@@ -436,8 +439,7 @@ def test_real_shapes_of_a_real_network_are_trained_and_inside_the_budget(
     for bundle in bundles.values():
         assert bundle.manifest.parameters < reference.manifest.parameters
         assert bundle.manifest.lineage[-1].what == "distil"
-        answers = np.asarray([step.what for step in bundle.manifest.lineage])
-        assert answers[0] == "train"
+        assert bundle.manifest.lineage[0].what == "train"
     again, same = smaller_networks(
         reference,
         data,
