@@ -39,7 +39,7 @@ from rushhour.tune.settings import Budget, Recipes, TuneSettings
 from rushhour.tune.state import failure_reason
 from rushhour.tune.training_time import epoch_seconds
 
-_TRAINING_SHARE: Final[dict[Recipes, float]] = {"none": 0.4, "auto": 0.35}
+_TRAINING_SHARE: Final[dict[Recipes, float]] = {"none": 0.4, "auto": 0.3}
 _FEWEST_EPOCHS = 2
 """Share of the budget for training; more where that is less than two epochs, as one epoch teaches too little."""
 _RECORD = "run.json"
