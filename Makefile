@@ -6,7 +6,7 @@
 # make test-avx2     tests of engines, compression and training on a processor without AVX-512 (docs/machines.md)
 # make check    lint, types, architecture
 # make bench-serve   our server and its peers, 26 minutes on an idle machine (`apt-get install wrk` first)
-# make bench-regression   CPU per request against an earlier commit (BEFORE=...), 8 minutes on a quiet machine
+# make bench-regression   CPU per request against an earlier commit (BEFORE=...), 5 minutes on a quiet machine
 # make bench-noise   tuning and verdicts on a disturbed host, 3 hours; parts by `--only`
 # make bench-simulator  policies a minute of the capacity simulator, seconds
 # make bench-soak    memory growth of a server under mixed load, 10 minutes (SOAK_SECONDS)

@@ -51,7 +51,7 @@ class Scale(msgspec.Struct, frozen=True):
         seconds: of one window.
     """
 
-    rounds: int = 40
+    rounds: int = 24
     seconds: float = 1.0
 
 
