@@ -219,6 +219,56 @@ def test_a_setting_of_another_type_is_named(rows: Arrays, tmp_path: Path, name: 
         rushhour.train("mlp", rows, out=tmp_path / "out", **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("workers", 0, "cannot train on 0 workers"),
+        ("workers", "2", "cannot train on '2' workers"),
+        ("parallel", None, "cannot use parallel=None"),
+        ("parallel", "foo", "cannot use parallel='foo'"),
+        ("pruner", "foo", "cannot use pruner='foo': it is median, hyperband"),
+        ("out", None, "cannot use None as a path"),
+        ("out", "a\0b", "as a path"),
+        ("name", 5, "cannot name a model 5"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_named(rows: Arrays, tmp_path: Path, name: str, value: Any, says: str) -> None:
+    with pytest.raises(GoalError, match=says):
+        rushhour.train("mlp", rows, **{"out": tmp_path / "out", name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("max_accuracy_drop", 0.01, "cannot read the accuracy budget '0.01'"),
+        ("recipe", [], "there is no recipe"),
+        ("recipe", None, "there is no recipe"),
+        ("target", "foo", "cannot use target='foo'"),
+        ("engine", "torch", "cannot use engine='torch'"),
+    ],
+)
+def test_an_argument_of_compress_is_named(
+    tiny: Bundle, rows: Arrays, tmp_path: Path, name: str, value: Any, says: str
+) -> None:
+    with pytest.raises(GoalError, match=says):
+        rushhour.compress(tiny, rows, **{"out": tmp_path / "out", name: value})
+
+
+def test_a_reference_network_wins_over_a_folder_of_its_name(
+    trained: TrainResult, rows: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train mlp --out mlp` could not be repeated: the network was taken for the bundle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlp").mkdir()
+    assert read_model("mlp") == "mlp"
+    assert read_model("") == ""
+    first = rushhour.train("mlp", rows, out="mlp", epochs=1, tensorboard=False)
+    again = rushhour.train("mlp", rows, out="mlp", epochs=1, tensorboard=False)
+    assert again.bundle.manifest.hash == first.bundle.manifest.hash
+    with pytest.raises(ModelError, match="is a bundle: it is trained already"):
+        rushhour.train(trained.bundle.path, rows, out="other")
+
+
 def test_numbers_of_numpy_are_settings() -> None:
     settings = settings_of({"epochs": np.int64(4), "lr": np.float32(0.5), "batch": torch.tensor(8)})
     assert (settings.epochs, settings.lr, settings.batch) == (4, 0.5, 8)
@@ -226,7 +276,7 @@ def test_numbers_of_numpy_are_settings() -> None:
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(GoalError, match="there is no task 'classify'"):
+    with pytest.raises(GoalError, match="cannot use task='classify': it is classification, regression"):
         load_data((X8, Y2), Silent(), task="classify")  # type: ignore[arg-type]
 
 
@@ -290,6 +340,12 @@ def test_pictures_on_another_scale_than_in_training_are_refused(tmp_path: Path) 
     load_data((x, Y2), Silent(), result.bundle)
     with pytest.raises(DataError, match=r"values up to 25[45].*: out was trained on pictures with values up to [01]"):
         load_data((x * 255, Y2), Silent(), result.bundle)
+
+
+def test_a_bundle_that_was_moved_has_no_report(tiny: Bundle, tmp_path: Path) -> None:
+    bundle = tiny.copy_to(tmp_path / "moved")
+    with pytest.raises(PlanError, match=r"nothing to report of the bundle .*moved-training or moved-steps beside it"):
+        rushhour.report(bundle)
 
 
 def test_a_server_is_a_process_of_its_own(tiny: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

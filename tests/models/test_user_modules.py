@@ -13,8 +13,9 @@ import torch
 
 from rushhour.bundle import Source
 from rushhour.errors import ModelError
-from rushhour.models import build
+from rushhour.models import build, source_for
 from rushhour.models.structure import code_of
+from rushhour.task import Task
 
 CODE = """
 import functools
@@ -127,3 +128,17 @@ def test_the_file_of_a_module_without_the_factory_is_named(module: Path) -> None
         ModelError, match=r"the module 'parts_net' \(.*parts_net\.py\) has no function or class 'build'"
     ):
         _code_of()
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [("nets.py", "nets:FACTORY"), ("nets.small", "nets:small"), ("./zoo/nets.py", "zoo.nets:FACTORY")],
+)
+def test_a_file_or_a_dotted_name_is_told_what_it_would_be(model: str, meant: str) -> None:
+    with pytest.raises(ModelError, match=f"your own as module:factory: {meant}$"):
+        source_for(model, (8,), Task("regression", outputs=1))
+
+
+def test_the_file_of_a_factory_is_told_its_module() -> None:
+    with pytest.raises(ModelError, match=r"on PYTHONPATH: zoo\.nets:small$"):
+        build(Source("zoo/nets.py:small"), ("zoo/nets.py:small",))

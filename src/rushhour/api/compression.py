@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from rushhour.api.inputs import load_data, read_logs
-from rushhour.api.values import StrPath, check_name, read_accuracy_budget, read_path, read_texts
+from rushhour.api.values import StrPath, check_choice, check_name, read_accuracy_budget, read_path, read_texts
 from rushhour.bundle import Bundle, check_folder
-from rushhour.errors import StorageError
+from rushhour.errors import GoalError, StorageError
 from rushhour.goal import AccuracyBudget
 from rushhour.progress import Progress, Silent
 from rushhour.records.compression import Compression, Verdict
@@ -120,6 +120,9 @@ def compress(
     from rushhour.report import write_compression_report
 
     budget, progress, path = read_accuracy_budget(max_accuracy_drop), progress or Silent(), read_path(out)
+    if target is not None:
+        check_choice("target", target, ("any", "avx2", "vnni", "amx"))
+    check_choice("engine", engine, ("openvino", "onnxruntime"))
     try_building(path)
     folder = read_logs(steps, path, "steps")
     try_folder(folder)
@@ -166,4 +169,7 @@ def _recipes(recipe: str | Recipe | Sequence[str | Recipe]) -> tuple[Recipe, ...
         return () if recipe.strip() == "auto" else (Recipe.parse(recipe),)
     if isinstance(recipe, Recipe):
         return (recipe,)
-    return tuple(Recipe.parse(each) if isinstance(each, str) else each for each in recipe)
+    found = tuple(Recipe.parse(each) if isinstance(each, str) else each for each in recipe or ())
+    if not found:
+        raise GoalError("there is no recipe", f"{recipe!r} has no steps", "leave it out to try several, or name steps")
+    return found

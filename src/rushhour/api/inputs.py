@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rushhour.api.values import StrPath, read_path, read_size
-from rushhour.bundle import Bundle, Source
-from rushhour.errors import DataError, GoalError, ModelError
+from rushhour.api.values import StrPath, check_choice, read_path, read_size
+from rushhour.bundle import Bundle, Source, is_bundle
+from rushhour.errors import DataError, ModelError
 from rushhour.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Model = StrPath | Bundle | Source | Callable[..., Any]
     Data = StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike]
 
+REFERENCES = ("article", "residual", "mlp")
+"""The networks of `rushhour.models`, by name; a folder of such a name may be a bundle."""
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
 
@@ -43,7 +45,8 @@ def read_model(model: Model) -> str | Bundle | Source:
     if isinstance(model, os.PathLike):
         return Bundle.open(read_path(model))
     if isinstance(model, str):
-        if (path := read_path(model)).is_dir():
+        path = read_path(model)
+        if model and path.is_dir() and (model not in REFERENCES or is_bundle(path)):
             return Bundle.open(path)
         if not model.startswith("__main__:"):
             return model
@@ -91,9 +94,9 @@ def load_data(
     from rushhour.data import Dataset
     from rushhour.data.lineage import check_scale, training_overlap
 
-    if task not in (None, "classification", "regression"):
-        raise GoalError(f"there is no task {task!r}", "it is classification or regression", "name one of them")
-    read = read_model(model) if isinstance(model, Bundle | Source) or model else ""
+    if task is not None:
+        check_choice("task", task, ("classification", "regression"))
+    read = model if isinstance(model, str) and model in REFERENCES else read_model(model)
     bundle = read if isinstance(read, Bundle) else None
     if isinstance(data, Dataset):
         if size is not None or task is not None:

@@ -86,4 +86,11 @@ def _reported(run: Path) -> Path:
     if run.exists() and not is_bundle(run):
         return run
     beside = (run.with_name(f"{run.name}-{kind}") for kind in ("steps", "training") if run.name)
-    return next((folder for folder in beside if folder.is_dir()), run)
+    found = next((folder for folder in beside if folder.is_dir()), run)
+    if found == run and is_bundle(run):
+        raise PlanError(
+            f"there is nothing to report of the bundle {run}",
+            f"its curves and steps are in {run.name}-training or {run.name}-steps beside it, and neither is there",
+            "name the folder in which they are",
+        )
+    return found

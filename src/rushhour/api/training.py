@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rushhour.api.inputs import load_data, read_logs, read_model, source_of
+from rushhour.api.inputs import REFERENCES, load_data, read_logs, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
-from rushhour.api.values import StrPath, check_name, read_path
-from rushhour.bundle import Bundle, Source, check_folder
+from rushhour.api.values import StrPath, check_choice, check_name, read_path
+from rushhour.bundle import Bundle, Source, check_folder, is_bundle
 from rushhour.errors import GoalError, ModelError
 from rushhour.progress import Progress, Silent
 from rushhour.system.storage import try_building, try_folder
@@ -156,6 +156,11 @@ def train(
     try_building(path)
     folder = read_logs(logs, path, "training")
     try_folder(folder)
+    check_choice("pruner", pruner, ("median", "hyperband"))
+    if isinstance(parallel, str) or parallel is None:
+        check_choice("parallel", parallel, ("auto", "data", "model", "pipeline", "hybrid", "sharded"))
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise GoalError(f"cannot train on {workers!r} workers", "their number is a whole number above 0", "change it")
     if search is not None and workers > 1:
         raise GoalError(
             f"cannot search on {workers} workers",
@@ -174,9 +179,11 @@ def train(
     settings_of(settings)  # errors in them are raised before data is loaded
     name = check_name(name)
     check_folder(path)  # before pictures are decoded for minutes
-    if isinstance(model, Bundle) or (isinstance(model, str | os.PathLike) and read_path(model).is_dir()):
+    if isinstance(model, Bundle) or (
+        isinstance(model, str | os.PathLike) and model not in REFERENCES and is_bundle(read_path(model))
+    ):
         raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
-    read = read_model(model)
+    read = model if isinstance(model, str) and model in REFERENCES else read_model(model)
     dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
     source, trusted = source_of(read, dataset)
     assert isinstance(source, Source)

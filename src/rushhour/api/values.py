@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rushhour.errors import GoalError
 from rushhour.goal import SLO, AccuracyBudget
@@ -26,7 +26,7 @@ def read_slo(slo: str | SLO) -> SLO:
     Raises:
         GoalError: if the text is not of that form.
     """
-    return slo if isinstance(slo, SLO) else SLO.parse(slo)
+    return slo if isinstance(slo, SLO) else SLO.parse(str(slo))
 
 
 def read_accuracy_budget(budget: str | AccuracyBudget) -> AccuracyBudget:
@@ -35,7 +35,7 @@ def read_accuracy_budget(budget: str | AccuracyBudget) -> AccuracyBudget:
     Raises:
         GoalError: if the text is not of that form.
     """
-    return budget if isinstance(budget, AccuracyBudget) else AccuracyBudget.parse(budget)
+    return budget if isinstance(budget, AccuracyBudget) else AccuracyBudget.parse(str(budget))
 
 
 def read_seconds(duration: str | float) -> float:
@@ -78,13 +78,31 @@ def read_size(size: str | tuple[int, int] | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless an argument is one of the texts that it may be.
+
+    Raises:
+        GoalError: if it is not.
+    """
+    if value not in choices:
+        raise GoalError(f"cannot use {name}={value!r}", f"it is {', '.join(choices)}", "name one of them")
+
+
 def read_texts(texts: str | Sequence[str]) -> tuple[str, ...]:
     """Several texts; a single one may be given by itself."""
     return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def read_path(path: StrPath) -> Path:
-    """A path; a leading `~` is the home folder."""
+    """A path; a leading `~` is the home folder.
+
+    Raises:
+        GoalError: if it is none.
+    """
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise GoalError(
+            f"cannot use {path!r} as a path", "a path is text, or a pathlib.Path", "give the name of a file"
+        )
     return Path(os.path.expanduser(path))
 
 
@@ -94,7 +112,7 @@ def check_name(name: str | None) -> str | None:
     Raises:
         GoalError: if it cannot be a part of a URL as it is.
     """
-    if name is not None and not _NAME.fullmatch(name):
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise GoalError(
             f"cannot name a model {name!r}",
             "the name is a part of URLs: letters, digits, and . _ - between them, 64 at most",

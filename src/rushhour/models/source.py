@@ -61,7 +61,7 @@ def source_for(
         raise ModelError(
             f"there is no model {model!r}",
             f"the models of Rushhour are {', '.join(_NAMES)}",
-            "use one of them, or your own as module:factory",
+            f"use one of them, or your own as module:factory{_meant(model)}",
         )
     factory = f"{_ROOM}:{model}"
     if model == "mlp":
@@ -82,6 +82,18 @@ def source_for(
             "use residual, or make the pictures square with --size",
         )
     return Source(factory, {"input_size": max(height, width), "channels": channels, "classes": task.outputs})
+
+
+def _meant(model: str) -> str:
+    """What a file or a dotted name would be as `module:factory`, as a remedy; empty where that is not known."""
+    module, _, name = model.partition(":")
+    if module.endswith(".py"):
+        module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+    elif not name and "/" not in module:
+        module, _, name = module.rpartition(".")
+    else:
+        return ""
+    return f": {module}:{name or 'FACTORY'}" if module else ""
 
 
 def _arguments(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argument]:
@@ -248,7 +260,7 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
         raise ModelError(
             f"cannot import the model {source.factory!r}",
             f"{type(error).__name__}: {error}",
-            "check the name, and that its folder is on PYTHONPATH"
+            f"check the name, and that its folder is on PYTHONPATH{_meant(source.factory)}"
             if isinstance(error, Exception)
             else "its code ends the process: put that under `if __name__ == '__main__':`",
         ) from error
