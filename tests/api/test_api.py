@@ -317,6 +317,7 @@ def test_a_result_is_shown_in_a_line(trained: TrainResult) -> None:
     assert repr(loaded) == f"<LoadResult http://there: {loaded.headline}>"
 
 
+@pytest.mark.slow
 def test_a_bundle_is_compressed(trained: TrainResult, rows: Arrays, tmp_path: Path) -> None:
     result = rushhour.compress(
         trained, rows, out=tmp_path / "small", recipe="f16", max_accuracy_drop=AccuracyBudget(0.5)
@@ -440,6 +441,7 @@ def test_a_load_is_stopped_from_another_thread(served: Server) -> None:
     assert not stop.request(), "nothing is in flight"
 
 
+@pytest.mark.slow
 def test_servers_are_compared(served: Server, tiny: Bundle) -> None:
     with rushhour.serve(tiny, http_port=0, grpc_port=None) as other:
         result = rushhour.compare([served, other.url], rate=300, window=0.5, blocks=2, slo="p50<50ms")

@@ -28,6 +28,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_with_everything_on(photos: Path, tmp_path: Path) -> None:
     command = [
         "train", "article", "--data", photos, "--size", "16x16", "--skip-corrupt", "--augment", "flip,crop,colour",

@@ -460,6 +460,7 @@ def _compressed(
     )
 
 
+@pytest.mark.slow
 def test_what_is_slower_than_its_parent_is_never_the_best(parent: Bundle, tmp_path: Path) -> None:
     made = _compressed(parent, tmp_path, ["f16", "int8:20"], "50%", {"f16": 1.5, "int8": 0.9})
     assert (made.verdict, made.best) == ("best", (0, 0))

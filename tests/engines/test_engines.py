@@ -419,6 +419,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["openvino", "onnxruntime", "nncf"])
 def test_a_signal_after_engines_were_closed_in_any_order_is_not_a_crash(tiny: Bundle, what: str) -> None:
     done = subprocess.run(

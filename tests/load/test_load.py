@@ -382,6 +382,7 @@ def test_one_look_at_a_fixed_n_is_as_careful() -> None:
     assert share_of_passes(queue, poisson_arrivals, slo, 0.9 * rate, 50, (40,)) >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("queue", "rate"),
     [

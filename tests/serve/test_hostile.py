@@ -9,6 +9,7 @@ import heapq
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -420,7 +421,7 @@ def test_an_attack_gets_its_code_and_the_next_request_is_served(server: Server, 
     sent, status = ATTACKS[attack]
     said = say(server, sent)
     assert said.startswith(b"HTTP/1.1 %d " % status), said[:200]
-    assert said.count(b"HTTP/1.1 ") == 1
+    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", said)) == 1
     assert_served(server, tiny)
 
 
@@ -458,6 +459,7 @@ def test_large_bodies_leave_nothing_behind(server: Server) -> None:
     assert resident_mib(server) - before < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["a header without end", "chunks in disguise", "one long text", "TLS"])
 def test_what_is_refused_does_not_wait_for_the_collector(server: Server, attack: str) -> None:
     sent, _ = ATTACKS[attack]

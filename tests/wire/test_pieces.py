@@ -358,7 +358,7 @@ def test_a_large_answer_in_json_is_that_of_many_small_ones(rows: int, top: int) 
     request = codec.decode(header + bytes(rows * 784), len(header))
     p = np.random.default_rng(0).random((rows, 3), dtype=np.float32)
     n = np.arange(2 * rows, dtype=np.int64).reshape(rows, 2)
-    assert codec.writes_much(request.wanted, rows) == (rows == 4096)
+    assert codec.is_large_answer(request.wanted, rows) == (rows == 4096)
     length, parts = codec.encode(request.wanted, rows, [memoryview(p).cast("B"), memoryview(n).cast("B")])
     assert length is None
     answer = json.loads(b"".join(parts))
