@@ -319,125 +319,85 @@ CHILDREN: dict[str, Callable[..., Any]] = {
 # The parts.
 
 
-def demos(names: Sequence[str], scale: Scale) -> Part:
-    """Part 1."""
-    rows: list[tuple[str | float | None, ...]] = []
-    seen: dict[str, Any] = {}
-    checks = []
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            began = time.monotonic()
-            command = [sys.executable, "-m", "rushhour.testing.processor", sys.executable, "-m", "rushhour", "demo"]
-            ended = disturbed(name, [*command, "--out", str(run)], capture_output=True)
-            minutes = (time.monotonic() - began) / 60
-            file = run / "plan.json"
-            evidence = Plan.load(file).evidence if file.exists() else None
-            if evidence is None:
-                said = ended.stderr.replace(folder, "")[-2000:]
-                seen[name] = {"exit": ended.returncode, "minutes": minutes, "said": said}
-                checks.append(verdict(f"1.{name}", f"`rushhour demo`, {name}: a plan", ">= 1", 0.0, None, 1, unit=""))
-                continue
-            all_layouts = child(name, "layouts", run=str(run), rounds=scale.rounds)
-            gain = evidence.capacity_rps / max(evidence.baseline_capacity_rps, 1e-9)
-            share = all_layouts["shipped"] / max(all_layouts.values())
-            seen[name] = {
-                "exit": ended.returncode,
-                "minutes": minutes,
-                "evidence": msgspec.to_builtins(msgspec.structs.replace(evidence, trials=())),
-                "layouts": all_layouts,
-                "said": ended.stderr.replace(folder, "").splitlines(),
-            }
-            what = f"`rushhour demo`, {name}"
-            checks += [
-                verdict(f"1.{name}.exit", f"{what}: exit code", "<= 0", float(ended.returncode), None, 1, unit=""),
-                verdict(f"1.{name}.capacity", f"{what}: capacity", ">= 1", evidence.capacity_rps, None, 1, unit="/s"),
-                verdict(f"1.{name}.minutes", f"{what}: minutes, installs apart", "<= 9", minutes, None, 1, unit="min"),
-                verdict(f"1.{name}.gain", f"{what}: gain over the baseline", ">= 4", gain, None, 1),
-                verdict(f"1.{name}.accuracy", f"{what}: accuracy", ">= 0.9", evidence.accuracy, None, 1, unit=""),
-                verdict(f"1.{name}.layout", f"{what}: its layout, of the best", ">= 0.95", share, None, scale.rounds),
-            ]
-            proven = "proven" if evidence.proven else "estimated"
-            rows.append((name, minutes, evidence.capacity_rps, proven, gain, evidence.accuracy, share))
+def demo(name: str, scale: Scale) -> Part:
+    """Part 1, with one disturbance."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        began = time.monotonic()
+        command = [sys.executable, "-m", "rushhour.testing.processor", sys.executable, "-m", "rushhour", "demo"]
+        ended = disturbed(name, [*command, "--out", str(run)], capture_output=True)
+        minutes = (time.monotonic() - began) / 60
+        file = run / "plan.json"
+        evidence = Plan.load(file).evidence if file.exists() else None
+        said = ended.stderr.replace(folder, "").splitlines()
+        what = f"`rushhour demo`, {name}"
+        if evidence is None:
+            nothing = verdict(f"1.{name}", f"{what}: a plan", ">= 1", 0.0, None, 1, unit="")
+            return Part((nothing,), (), {"exit": ended.returncode, "minutes": minutes, "said": said})
+        all_layouts = child(name, "layouts", run=str(run), rounds=scale.rounds)
+    gain = evidence.capacity_rps / max(evidence.baseline_capacity_rps, 1e-9)
+    share = all_layouts["shipped"] / max(all_layouts.values())
+    seen = {
+        "exit": ended.returncode,
+        "minutes": minutes,
+        "evidence": msgspec.to_builtins(msgspec.structs.replace(evidence, trials=())),
+        "layouts": all_layouts,
+        "said": said,
+    }
+    checks = (
+        verdict(f"1.{name}.exit", f"{what}: exit code", "<= 0", float(ended.returncode), None, 1, unit=""),
+        verdict(f"1.{name}.capacity", f"{what}: capacity", ">= 1", evidence.capacity_rps, None, 1, unit="/s"),
+        verdict(f"1.{name}.minutes", f"{what}: minutes, installs apart", "<= 9", minutes, None, 1, unit="min"),
+        verdict(f"1.{name}.gain", f"{what}: gain over the baseline", ">= 4", gain, None, 1),
+        verdict(f"1.{name}.accuracy", f"{what}: accuracy", ">= 0.9", evidence.accuracy, None, 1, unit=""),
+        verdict(f"1.{name}.layout", f"{what}: its layout, of the best", ">= 0.95", share, None, scale.rounds),
+    )
+    proven = "proven" if evidence.proven else "estimated"
+    row = (name, minutes, evidence.capacity_rps, proven, gain, evidence.accuracy, share)
     columns = ("disturbed by", "minutes", "capacity, /s", "", "gain", "accuracy", "layout, of the best")
-    return Part(tuple(checks), (Table("`rushhour demo`, disturbed", columns, tuple(rows)),), seen)
+    return Part(checks, (Table("`rushhour demo`, disturbed", columns, (row,)),), seen)
 
 
-def searched(names: Sequence[str], scale: Scale) -> Part:
-    """Part 2."""
-    checks, rows, seen = [], [], {}
-    windows = math.ceil(20 / scale.searches)
-    for name in names:
-        found = seen[name] = child(name, "searches", n=scale.searches, windows=windows)
-        estimates = [each["estimated"] for each in found["searches"] if each["estimated"]]
-        proven = [each["proven"] for each in found["searches"] if each["proven"]]
-        held = [each for search in found["searches"] for each in search["held"]]
-        middle = statistics.median(estimates) if estimates else 0.0
-        off = max((abs(each / middle - 1) for each in estimates), default=1.0)
-        seconds = statistics.median(each["seconds"] for each in found["searches"])
-        what, n = f"{found['candidate']}, {name}", len(estimates)
-        checks.append(
-            verdict(
-                f"2.{name}.spread", f"{what}: estimates, farthest from their median", "<= 0.1", off, None, n, unit=""
-            )
-        )
-        if held:
-            share = sum(held) / len(held)
-            checks.append(
-                verdict(
-                    f"2.{name}.holds",
-                    f"{what}: windows that a proof held in",
-                    ">= 0.95",
-                    share,
-                    None,
-                    len(held),
-                    unit="",
-                )
-            )
-        rows.append(
-            (
-                name,
-                middle,
-                off,
-                len(proven),
-                statistics.median(proven) if proven else None,
-                sum(held),
-                len(held),
-                seconds,
-            )
-        )
+def searched(name: str, scale: Scale) -> Part:
+    """Part 2, with one disturbance."""
+    found = child(name, "searches", n=scale.searches, windows=math.ceil(20 / scale.searches))
+    estimates = [each["estimated"] for each in found["searches"] if each["estimated"]]
+    proven = [each["proven"] for each in found["searches"] if each["proven"]]
+    held = [each for search in found["searches"] for each in search["held"]]
+    middle = statistics.median(estimates) if estimates else 0.0
+    off = max((abs(each / middle - 1) for each in estimates), default=1.0)
+    seconds = statistics.median(each["seconds"] for each in found["searches"])
+    what, n = f"{found['candidate']}, {name}", len(estimates)
+    spread = f"{what}: estimates, farthest from their median"
+    checks = [verdict(f"2.{name}.spread", spread, "<= 0.1", off, None, n, unit="")]
+    if held:
+        holds, share = f"{what}: windows that a proof held in", sum(held) / len(held)
+        checks.append(verdict(f"2.{name}.holds", holds, ">= 0.95", share, None, len(held), unit=""))
+    typical = statistics.median(proven) if proven else None
+    row = (name, middle, off, len(proven), typical, sum(held), len(held), seconds)
     columns = ("disturbed by", "estimate, /s", "farthest", "proven", "proven, /s", "held", "of windows", "seconds")
-    return Part(tuple(checks), (Table("One candidate, searched again and again", columns, tuple(rows)),), seen)
+    return Part(tuple(checks), (Table("One candidate, searched again and again", columns, (row,)),), found)
 
 
-def raced(names: Sequence[str], scale: Scale) -> Part:
-    """Part 4."""
+def raced(name: str, scale: Scale) -> Part:
+    """Part 4, with one disturbance."""
     checks, rows, seen = [], [], {}
-    for name in names:
-        for slower, n, target in ((_APART, scale.races, 0.95), (1.0, 2 * scale.races, 0.95)):
-            found = seen[f"{name}, {slower:g}"] = child(name, "races", n=n, slower=slower)
-            right = sum(each["order"] == each["expected"] for each in found) / len(found)
-            opposite = sum(each["order"] not in (each["expected"], "tie") for each in found)
-            longest = max(each["seconds"] for each in found)
-            kind = "equal plans: ties" if slower == 1 else "plans 10% apart: ordered rightly"
-            key = "tie" if slower == 1 else "order"
-            checks.append(
-                verdict(f"4.{name}.{key}", f"{kind}, {name}", f">= {target}", right, None, len(found), unit="")
-            )
-            checks.append(
-                verdict(
-                    f"4.{name}.{key}.s",
-                    f"{kind}, {name}: the longest race",
-                    "<= 60",
-                    longest,
-                    None,
-                    len(found),
-                    unit="s",
-                )
-            )
-            middle = statistics.median(each["seconds"] for each in found)
-            ratio = statistics.median(each["ratio"] ** (-1 if each["expected"] == "faster" else 1) for each in found)
-            rows.append((name, kind, right, opposite, ratio, middle, longest, len(found)))
+    for slower, n, key, kind in (
+        (_APART, scale.races, "order", "plans 10% apart: ordered rightly"),
+        (1.0, 2 * scale.races, "tie", "equal plans: ties"),
+    ):
+        found = seen[key] = child(name, "races", n=n, slower=slower)
+        right = sum(each["order"] == each["expected"] for each in found) / len(found)
+        opposite = sum(each["order"] not in (each["expected"], "tie") for each in found)
+        longest = max(each["seconds"] for each in found)
+        n, what = len(found), f"{kind}, {name}"
+        checks += [
+            verdict(f"4.{name}.{key}", what, ">= 0.95", right, None, n, unit=""),
+            verdict(f"4.{name}.{key}.s", f"{what}: the longest race", "<= 60", longest, None, n, unit="s"),
+        ]
+        middle = statistics.median(each["seconds"] for each in found)
+        ratio = statistics.median(each["ratio"] ** (-1 if each["expected"] == "faster" else 1) for each in found)
+        rows.append((name, kind, right, opposite, ratio, middle, longest, n))
     columns = ("disturbed by", "", "right", "the opposite", "ratio seen", "seconds, median", "longest", "races")
     return Part(tuple(checks), (Table("Races of two", columns, tuple(rows)),), seen)
 
@@ -464,7 +424,9 @@ def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="The main job on a host that is not quiet.")
     parser.add_argument("--only", default="", help="of 1,2,3,4,5,6, measured anew")
-    parser.add_argument("--disturbed", default=",".join(DISTURBED), help="by which of these")
+    parser.add_argument(
+        "--disturbed", default=",".join(DISTURBED), help="parts 1, 2 and 4 with these disturbances only"
+    )
     parser.add_argument("--out", type=Path, help="the record; by default results/noise.json")
     parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--given", default="{}", help=argparse.SUPPRESS)
@@ -476,20 +438,22 @@ def main() -> int:
     names = [name for name in DISTURBED if name in arguments.disturbed.split(",")]
     scale = scale_of(arguments, Scale)
     parts: dict[str, Callable[[], Part]] = {
-        "1": lambda: demos([name for name in names if name != _NOT_ASKED], scale),
-        "2": lambda: searched(names, scale),
+        **{f"1 {name}": functools.partial(demo, name, scale) for name in DISTURBED if name != _NOT_ASKED},
+        **{f"2 {name}": functools.partial(searched, name, scale) for name in DISTURBED},
         "3": lambda: simulated(scale.windows, scale.requests),
-        "4": lambda: raced(names, scale),
+        **{f"4 {name}": functools.partial(raced, name, scale) for name in DISTURBED},
         "5": lambda: predicted(scale),
         "6": lambda: costs(scale.blocks, scale.seconds),
     }
+    numbers = arguments.only.split(",") if arguments.only else [part[0] for part in parts]
+    chosen = {part for part in parts if part[0] in numbers and (len(part) == 1 or part[2:] in names)}
     say(f"disturbed by: {', '.join(names)}")
     return run_parts(
         parts,
         arguments.out or RESULTS,
         kept=True,
-        only={name for name in arguments.only.split(",") if name},
-        timed={"1", "2", "4", "5", "6"},
+        only=chosen if chosen != set(parts) else set(),
+        timed=set(parts) - {"3"},
         seeds={"models": SEED, "disturbers": SEED},
     )
 

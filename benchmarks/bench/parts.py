@@ -7,7 +7,7 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from bench.blocks import machine_cpu_s
 from bench.record import Check, Record, Table, commit, record
 from bench.servers import DidNotStart
 from rushhour.errors import RushhourError
+from rushhour.system.machine import Machine, describe
 
 _LOOK_S = 1.0
 
@@ -24,12 +25,13 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Part(msgspec.Struct, frozen=True):
-    """The results of one part, and its commit."""
+    """The results of one part, its commit, and the machine: a record's parts may come from several."""
 
     checks: tuple[Check, ...]
     tables: tuple[Table, ...]
     measured: Any
     commit: str = ""
+    machine: str = ""
     date: str = ""
     busy_cores: float = 0.0
     minutes: float = 0.0
@@ -59,7 +61,7 @@ def run_parts(
     out.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, Part] = {}
     if out.exists() and kept:
-        done = msgspec.convert(Record.load(out).data["parts"], dict[str, Part])
+        done = _parts_of(Record.load(out))
     for name, measured in parts.items():
         if only and name not in only:
             continue
@@ -75,6 +77,7 @@ def run_parts(
         done[name] = msgspec.structs.replace(
             part,
             commit=now,
+            machine=str(describe()),
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             busy_cores=round(busy, 3),
             minutes=round((time.monotonic() - began) / 60, 1),
@@ -84,6 +87,15 @@ def run_parts(
             say(f"{'ok  ' if check.holds else 'MISS'} {check.id:26} {_value(check)} {check.target} {check.why or ''}")
     say(f"written to {out}")
     return 0
+
+
+def _parts_of(before: Record) -> dict[str, Part]:
+    """The parts of a record. Those of older ones do not name their machine: it is the record's."""
+    parts = msgspec.convert(before.data["parts"], dict[str, Part])
+    machine = str(msgspec.convert({**before.machine, "versions": before.versions}, Machine))
+    return {
+        name: part if part.machine else msgspec.structs.replace(part, machine=machine) for name, part in parts.items()
+    }
 
 
 def say(text: str) -> None:
@@ -115,13 +127,21 @@ def _value(check: Check) -> str:
 
 
 def _write(out: Path, parts: dict[str, Part], seeds: dict[str, int]) -> None:
-    rows = tuple((name, part.date, part.commit, part.minutes) for name, part in parts.items())
-    when = Table("When each part was measured", ("part", "date", "commit", "minutes"), rows)
+    rows = tuple((name, part.date, part.commit, part.minutes, part.machine) for name, part in parts.items())
+    when = Table("When and where each part was measured", ("part", "date", "commit", "minutes", "machine"), rows)
     data = {
         "busy_cores_before": max((part.busy_cores for part in parts.values()), default=0.0),
-        "tables": [table for part in parts.values() for table in part.tables] + [when],
+        "tables": [*_joined(table for part in parts.values() for table in part.tables), when],
         "parts": parts,
     }
     versions = {name: version for part in parts.values() for name, version in part.versions.items()}
     checks = [check for part in parts.values() for check in part.checks]
     record(checks, msgspec.to_builtins(data), seeds, versions).save(out)
+
+
+def _joined(tables: Iterable[Table]) -> list[Table]:
+    """Tables of one kind, from several parts, as one."""
+    kinds: dict[tuple[str, tuple[str, ...], str], list[tuple[str | float | None, ...]]] = {}
+    for table in tables:
+        kinds.setdefault((table.title, table.columns, table.note), []).extend(table.rows)
+    return [Table(title, columns, tuple(rows), note) for (title, columns, note), rows in kinds.items()]
