@@ -495,6 +495,40 @@ def test_gradients_of_pictures_are_compressed_as_they_lie_in_memory(tmp_path: Pa
     assert float(notes.result.removeprefix("accuracy ")) > 0.9
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight, which lies channels-last in memory where that is faster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.third = nn.Conv2d(16, 16, 3, padding=1)
+        self.third.weight = self.second.weight
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.third(self.second(self.first(x).relu()).relu()).relu()
+        out: torch.Tensor = self.head(features.amax((2, 3)))
+        return out
+
+
+def tied() -> nn.Module:
+    return nn.Sequential(Mortal(), Tied())
+
+
+@pytest.mark.slow
+def test_a_weight_that_two_layers_share_is_in_the_checkpoint_of_two_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, notes, source = tmp_path / "killed", Notes(), Source("test_train_workers:tied")
+    monkeypatch.setenv(KILLS, f"1 4 {killed}")
+    learned(
+        tmp_path, pictures(), source, TrainSettings(epochs=2, batch=80, bf16=False), workers=2, progress=notes,
+        parallel=divided("data"), trusted=(source.factory,), checkpoint_every_s=0.0,
+    )  # fmt: skip
+    assert killed.exists()
+    assert any(note.startswith("resumed after step ") for note in notes.notes)
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_batch_normalisation_of_own_rows_alone_learns_too_and_says_so(tmp_path: Path) -> None:

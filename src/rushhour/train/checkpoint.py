@@ -19,7 +19,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from rushhour.errors import RushhourError
 from rushhour.system.storage import explained, write_whole
 
 _HEADER = "rushhour"
@@ -91,7 +90,7 @@ class Checkpoint:
         self.fingerprint = fingerprint
         self._facts = dict(facts or {})
         self._writer: threading.Thread | None = None
-        self._error: RushhourError | None = None
+        self._error: Exception | None = None
         self.path = folder / f"train-{fingerprint[:16]}.safetensors"
 
     def write(self, snapshot: Snapshot) -> None:
@@ -109,7 +108,7 @@ class Checkpoint:
             state = _State(self.fingerprint, snapshot.step, snapshot.notes, self._facts)
             try:
                 write_whole(self.path, save(snapshot.tensors, {_HEADER: msgspec.json.encode(state).decode()}))
-            except RushhourError as error:
+            except Exception as error:  # raised where the training waits: in a thread it would be printed, and lost
                 self._error = error
 
         self._writer = threading.Thread(target=work, name="checkpoint")

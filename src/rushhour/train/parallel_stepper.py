@@ -265,6 +265,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        is_shared = tensor.data_ptr() in seen
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if is_shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
     return found
