@@ -101,7 +101,8 @@ def parsed(text: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
     except msgspec.DecodeError:
         if b"NaN" not in text and b"Infinity" not in text:
             raise
-    return msgspec.convert(with_literals(text), decoder.type)
+    converted: _T = msgspec.convert(with_literals(text), decoder.type)
+    return converted
 
 
 def without_id(header: bytes) -> tuple[bytes, str]:
