@@ -184,6 +184,13 @@ def test_an_estimate_is_called_one_everywhere(tmp_path: Path) -> None:
     assert side_by_side(plan)[1].plan == "not measured at that rate"
 
 
+def test_an_interval_that_is_a_point_is_a_lower_bound(tmp_path: Path) -> None:
+    """Where nothing above was tried. It was called "8,930 to 8,930", as if it were known exactly."""
+    plan = make_plan(**{**ESTIMATE, "capacity_interval_rps": (8930.0, 8930.0)})
+    assert "estimated, not proven (at least 8,930)" in str(side_by_side(plan)[0])
+    assert "8,930 to 8,930" not in Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
+
+
 def test_an_estimate_without_any_proof_says_so(tmp_path: Path) -> None:
     make_plan(**ESTIMATE).save(tmp_path / "plan.json")
     (tmp_path / "measurements.jsonl").touch()

@@ -67,9 +67,9 @@ def estimated(found: Capacity) -> str:
 
 
 def rates(interval: Interval) -> str:
-    """An interval of rates: `2,400 to 2,700`."""
+    """An interval of rates: `2,400 to 2,700`; `at least 2,400` where it is a point, because nothing above was tried."""
     low, high = (rate(bound).removesuffix("/s") for bound in interval)
-    return f"{low} to {high}"
+    return f"{low} to {high}" if low != high else f"at least {low}"
 
 
 def gain(after: Capacity, before: Capacity) -> str:
