@@ -286,6 +286,21 @@ def test_a_graph_unlike_its_signature_is_refused(tmp_path: Path, engine: Any, ch
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("inner", ["linear_1", "a", "hidden", "val_7", "/body/Gemm_output_0"])
+def test_a_step_that_changes_nothing_takes_no_tensor_away(tmp_path: Path, inner: str, engine: Any) -> None:
+    """OpenVINO removes it, and the tensor has both names in any order: it was said to be missing."""
+    nodes = [
+        SUM[0],
+        helper.make_node("ReduceSum", ["floats", "axis"], [inner], keepdims=1),
+        helper.make_node("Squeeze", [inner, "axis"], ["squeezed"]),
+        helper.make_node("Unsqueeze", ["squeezed", "axis"], ["y"]),
+    ]
+    opened = open_engine(graph_bundle(tmp_path / "a", nodes, {"axis": np.array([1])}), EngineConfig(engine))
+    assert Runner(opened).infer({"x": np.array([[1, 2]])})["y"].tolist() == [[3]]
+    opened.close()
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_what_is_no_graph_is_refused(tmp_path: Path, engine: Any) -> None:
     whole = tiny_bundle(tmp_path / "a")
     bundle = Bundle.create(tmp_path / "b", whole.manifest, model=lambda file: file.write_bytes(b"no graph") and None)

@@ -328,7 +328,7 @@ def _check_options(compiled: Any, config: EngineConfig) -> None:
 def _check_tensors(compiled: Any, signature: Signature, bundle: Bundle) -> None:
     """Raise unless the graph's tensors are those of the bundle's signature."""
     for ports, specs in ((compiled.inputs, signature.inputs), (compiled.outputs, signature.outputs)):
-        found = {port.any_name: port for port in ports}
+        found = {name: port for port in ports for name in port.names}  # a port may have several
         for spec in specs:
             port = found.get(spec.name)
             if port is None or not _fits(port, spec):
