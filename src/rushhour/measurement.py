@@ -11,7 +11,6 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
-from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
 
 from rushhour.errors import StorageError
@@ -233,6 +232,8 @@ def pack_latencies(seconds: NDArray[np.float64]) -> str:
     Args:
         seconds: latencies, shape `(n,)`; values beyond the histogram's range are clipped to its ends.
     """
+    from hdrh.histogram import HdrHistogram  # of load tests: a server needs none
+
     histogram = HdrHistogram(_LOWEST_US, _HIGHEST_US, _DIGITS)
     micros = np.clip(np.rint(seconds * 1e6), _LOWEST_US, _HIGHEST_US).astype(np.int64)
     values, counts = np.unique(micros, return_counts=True)
@@ -248,6 +249,8 @@ def latency_curve(latencies: str, percentiles: tuple[float, ...]) -> list[float]
     Raises:
         StorageError: if it is damaged.
     """
+    from hdrh.histogram import HdrHistogram
+
     try:
         histogram = HdrHistogram.decode(latencies.encode("ascii"))
     except Exception as error:  # of base64, of zlib, of the histogram: they have no base of their own

@@ -16,8 +16,8 @@ import rushhour
 from rushhour import api
 from rushhour.cli import cli
 
-VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report")
-PACKAGES = tuple(verb for verb in VERBS if verb != "compare")
+VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export")
+PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export"))
 CLI_ONLY = {"demo", "machine"}
 
 

@@ -7,6 +7,7 @@
     load       a server under open-loop load -> whether, or up to which rate, it keeps an SLO
     compare    two or more servers on the same arrivals -> ratios with confidence intervals
     report     a run, training or compression -> an HTML file
+    export     a run -> a container context, a compose file, manifests for KServe
 
 `rushhour.train` is `rushhour.api.train`, and so with the others. Long work reports to a `rushhour.progress.Progress`.
 No function installs signal handlers; each may run in a thread or beside a running event loop.
@@ -14,6 +15,7 @@ No function installs signal handlers; each may run in a thread or beside a runni
 
 from rushhour.api.comparison import CompareResult, compare
 from rushhour.api.compression import CompressResult, compress
+from rushhour.api.exporting import ExportResult, export
 from rushhour.api.loading import ClosedLoopResult, LoadResult, load
 from rushhour.api.reporting import ReportResult, report
 from rushhour.api.serving import Server, serve
@@ -25,6 +27,7 @@ __all__ = [
     "ClosedLoopResult",
     "CompareResult",
     "CompressResult",
+    "ExportResult",
     "LoadResult",
     "ReportResult",
     "Server",
@@ -33,6 +36,7 @@ __all__ = [
     "TuneResult",
     "compare",
     "compress",
+    "export",
     "load",
     "report",
     "serve",

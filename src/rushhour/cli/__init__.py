@@ -13,15 +13,20 @@ from typing import NoReturn
 
 import click
 
-from rushhour.cli import compare, compress, demo, load, machine, report, serve, train, tune
-from rushhour.cli.command import Group, Interrupted
+from rushhour.cli.command import Group, Interrupted, Verbs
 from rushhour.errors import RushhourError
 from rushhour.system.faults import report_unexpected
 from rushhour.system.interruption import INTERRUPTION
 from rushhour.system.storage import home
 
+_VERBS = "demo", "tune", "train", "compress", "serve", "load", "compare", "report", "export", "machine"
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+@click.group(
+    cls=Group,
+    commands=Verbs(__name__, _VERBS),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="rushhour")
 def cli() -> None:
     """Find, prove and run the fastest way to serve a deep-learning model to many users.
@@ -34,10 +39,6 @@ def cli() -> None:
         rushhour serve runs/photos
         rushhour load http://127.0.0.1:8000 --slo 'p99<50ms'
     """
-
-
-for verb in (demo, tune, train, compress, serve, load, compare, report, machine):
-    cli.add_command(verb.command)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from importlib import import_module
 from typing import Any, TypeVar
 
 import click
@@ -70,6 +71,37 @@ class Command(click.Command):
         for name, records in sections.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+
+
+class Verbs(MutableMapping[str, click.Command]):
+    """Commands by name, each imported when it is first used: `rushhour serve` needs no library of the others.
+
+    Args:
+        package: with a module for each, which defines `command`.
+        names: of the modules, in the order of the help.
+    """
+
+    def __init__(self, package: str, names: Sequence[str]) -> None:
+        self._package = package
+        self._commands: dict[str, click.Command | None] = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> click.Command:
+        found = self._commands[name]
+        if found is None:
+            found = self._commands[name] = import_module(f"{self._package}.{name}").command
+        return found
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._commands[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._commands[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        return len(self._commands)
 
 
 class Group(click.Group):

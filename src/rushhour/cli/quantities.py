@@ -53,6 +53,10 @@ SIZE: Final = Quantity("size", _SIZES, 1, 2**31 - 1)
 """Bytes."""
 
 
+MEMORY: Final = Quantity("size", _SIZES, 64 * 2**20, 2**50)
+"""Bytes of a machine or a container."""
+
+
 def size_text(size: int) -> str:
     """Bytes for people: `1.25 MB`."""
     return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -90,6 +90,14 @@ class Target:
         """The same on so many cores: as many streams as fit, and the remaining cores as threads."""
         return self._with(_fitted(self.plan.policy, room))
 
+    def bundle_of(self, variant: Variant) -> Bundle:
+        """The bundle of one of the plan's variants.
+
+        Raises:
+            PlanError, BundleError: as `open_target`.
+        """
+        return _opened(self.folder, variant)
+
     def _with(self, policy: Policy) -> Target:
         return dataclasses.replace(self, plan=msgspec.structs.replace(self.plan, policy=policy))
 

@@ -1,6 +1,7 @@
 """Encoded pictures are decoded on threads, while the engine computes earlier requests.
 
-Pillow decodes without the GIL, so the threads run in parallel, and the event loop goes on.
+Pillow decodes without the GIL, so the threads run in parallel, and the event loop goes on. It is imported only for a
+model of pictures.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
-from PIL import Image
 
 from rushhour.bundle import Decoding as Decoded
 from rushhour.bundle import TensorSpec
 from rushhour.errors import DataError, WireError
-from rushhour.picture import decode
 from rushhour.wire import PictureRequest, content_of
 from rushhour.wire.pieces import pause
 
@@ -57,6 +56,9 @@ class Decoder:
     """
 
     def __init__(self, spec: TensorSpec, *, max_pixels: int, threads: int, decoding: Decoded | None = None) -> None:
+        from rushhour.picture import decode
+
+        self._read = decode
         self._decoding = decoding or Decoded()
         self.settings = PictureSettings(FORMATS, threads, max_pixels)
         self._shape = spec.shape
@@ -97,7 +99,8 @@ class Decoder:
         if content.startswith(_JPEG_MAGIC) and _scans(content) > _MAX_SCANS:
             raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "use fewer scans")
         how = self._decoding
-        seen = decode(io.BytesIO(content), into, max_pixels=self.settings.max_pixels, formats=FORMATS, decoding=how)
+        most = self.settings.max_pixels
+        seen = self._read(io.BytesIO(content), into, max_pixels=most, formats=FORMATS, decoding=how)
         if seen.deep > how.deep:
             raise DataError(
                 "the picture cannot be read",
@@ -107,6 +110,8 @@ class Decoder:
 
     def _warm_up(self) -> tuple[int, float]:
         """Load the picture codecs before the first request; returns the bytes of a picture and its seconds."""
+        from PIL import Image
+
         side = min(224, math.isqrt(self.settings.max_pixels))
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
         size, seconds = 0, 0.0
