@@ -9,7 +9,6 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Final
 
-import rushhour
 from rushhour.system.storage import explained
 
 _LEFT_OUT: Final = frozenset(("__pycache__", "testing"))
@@ -27,7 +26,7 @@ def write_wheel(folder: Path) -> Path:
     installed = distribution("rushhour")
     path = folder / f"rushhour-{installed.version}-py3-none-any.whl"
     info = f"rushhour-{installed.version}.dist-info"
-    package = Path(rushhour.__file__).parent
+    package = Path(__file__).parents[1]
     metadata = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
     files = {
         f"{info}/METADATA": metadata.encode(),
