@@ -17,6 +17,7 @@ from rushhour.plan import Fate
 from rushhour.progress import Progress
 from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
+from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.space import Candidate, torch_code
 from rushhour.tune.state import CandidateState, failure_reason
 
@@ -34,6 +35,7 @@ class AccuracyJudge:
         reference: the candidate from which drops are measured.
         progress: receives each step.
         trusted: as in `open_engine`.
+        source: knows the accuracies; None to run the engines of this machine.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class AccuracyJudge:
         reference: Candidate,
         progress: Progress,
         trusted: tuple[str, ...],
+        source: MeasurementSource | None = None,
     ) -> None:
         self._journal = journal
         self._bundles = bundles
@@ -53,6 +56,7 @@ class AccuracyJudge:
         self._reference = reference
         self._progress = progress
         self._trusted = trusted
+        self._source = source
         self._reference_outputs: dict[str, NDArray[Any]] = {}
 
     def validate(self, states: Sequence[CandidateState]) -> None:
@@ -126,12 +130,13 @@ class AccuracyJudge:
         Raises:
             RushhourError: if the engine cannot run it. Engines raise other errors, too.
         """
+        source = self._source
         return self._journal.measure(
             "accuracy",
             candidate.artefact,
             part,
             Accuracy,
-            self._judge,
+            self._judge if source is None else lambda **_: source.accuracy(candidate, part),
             bundle=self._bundles[candidate.bundle],
             config=_config(candidate),
             code=torch_code(candidate, self._bundles[candidate.bundle], self._trusted),

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from rushhour.bundle import Bundle
-from rushhour.goal import Goal
+from rushhour.goal import SLO, Goal
 from rushhour.load import (
     ClosedJob,
     Generator,
@@ -35,6 +35,7 @@ from rushhour.load import (
 )
 from rushhour.measurement import ClosedLoop, Measurement
 from rushhour.records.journal import Journal
+from rushhour.tune.measuring import LoadedServer, MeasurementSource
 from rushhour.tune.server import cpu_seconds, served
 from rushhour.tune.space import Candidate, torch_code
 
@@ -44,7 +45,7 @@ class Bench:
 
     Args:
         journal: of all windows.
-        generator: sends the load.
+        load: the generator that sends load to servers of this machine, or a source that knows what is measured.
         goal: the SLO and the workload.
         run: the run's folder, with `bundles/` in it.
         trusted: as in `open_engine`.
@@ -53,13 +54,13 @@ class Bench:
     def __init__(
         self,
         journal: Journal,
-        generator: Generator,
+        load: Generator | MeasurementSource,
         goal: Goal,
         run: Path,
         trusted: tuple[str, ...],
     ) -> None:
         self._journal = journal
-        self._generator = generator
+        self._load = load
         self._goal = goal
         self._run = run
         self._trusted = trusted
@@ -72,11 +73,13 @@ class Bench:
         """
         with contextlib.ExitStack() as stack:
 
-            def start() -> tuple[_Metered, Target, list[Payload]]:
+            def start() -> LoadedServer:
+                if isinstance(self._load, MeasurementSource):
+                    return stack.enter_context(self._load.serve(candidate, phase))
                 url, pid = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
                 target = discover(url)
                 requests = payloads(target, bundle.samples(), rows=self._goal.workload.rows)
-                return _Metered(self._generator, pid), target, requests
+                return _Server(_Metered(self._load, pid), target, requests)
 
             yield ServedCandidate(
                 self._journal, self._goal, candidate, bundle, phase, functools.cache(start), self._trusted
@@ -93,7 +96,7 @@ class ServedCandidate:
         candidate: Candidate,
         bundle: Bundle,
         phase: str,
-        start: Callable[[], tuple[_Metered, Target, list[Payload]]],
+        start: Callable[[], LoadedServer],
         trusted: tuple[str, ...],
     ) -> None:
         self._journal = journal
@@ -144,14 +147,12 @@ class ServedCandidate:
             against: the candidate in the other window of a pair: for another one it is measured again.
         """
 
-        def take(*, concurrency: int, seconds: float, within_s: float, **_: Any) -> ClosedLoop:
-            metered, target, requests = self._start()
-            return closed_window(
-                metered.generator, target, requests, concurrency=concurrency, seconds=seconds, within_s=within_s
-            )
-
         detail = f"{self._goal.slo} rows {self._goal.workload.rows} users {concurrency} for {seconds:g} s, turn {turn}"
         detail += f" against {against}" if against else ""
+
+        def take(*, concurrency: int, seconds: float, within_s: float, **_: Any) -> ClosedLoop:
+            return self._start().closed_window(detail, concurrency=concurrency, seconds=seconds, within_s=within_s)
+
         return self._journal.measure(
             self._phase,
             str(self._candidate),
@@ -167,24 +168,11 @@ class ServedCandidate:
     def _measure(self, kind: str, rate_rps: float, seed: int, **asked: Any) -> Measurement:
         slo = self._goal.slo
 
-        def take(*, rate_rps: float, seed: int, asked: Mapping[str, Any], **_: Any) -> Measurement:
-            metered, target, requests = self._start()
-            metered.clear()
-            window = measure(
-                metered,
-                target,
-                requests,
-                slo,
-                rate_rps=rate_rps,
-                seed=seed,
-                null_rps=null_throughput(metered.generator, requests),
-                **asked,
-            )
-            per_request_s = metered.server_s_per_request
-            server_cpu = None if per_request_s is None else per_request_s * rate_rps
-            return msgspec.structs.replace(window, server_cpu=server_cpu)
-
         detail = f"{slo} rows {self._goal.workload.rows} rate {rate_rps:g} {kind} seed {seed}"
+
+        def take(*, rate_rps: float, seed: int, asked: Mapping[str, Any], **_: Any) -> Measurement:
+            return self._start().open_window(detail, slo, rate_rps=rate_rps, seed=seed, **asked)
+
         return self._journal.measure(
             self._phase,
             str(self._candidate),
@@ -196,6 +184,30 @@ class ServedCandidate:
             seed=seed,
             asked=asked,
         )
+
+
+class _Server:
+    """A server of this machine, as a `LoadedServer`."""
+
+    def __init__(self, metered: _Metered, target: Target, requests: list[Payload]) -> None:
+        self._metered = metered
+        self._target = target
+        self._requests = requests
+
+    def closed_window(self, question: str, **asked: Any) -> ClosedLoop:
+        """As `LoadedServer.closed_window`."""
+        return closed_window(self._metered.generator, self._target, self._requests, **asked)
+
+    def open_window(self, question: str, slo: SLO, *, rate_rps: float, **asked: Any) -> Measurement:
+        """As `LoadedServer.open_window`, with the CPU time of the server."""
+        self._metered.clear()
+        null_rps = null_throughput(self._metered.generator, self._requests)
+        window = measure(
+            self._metered, self._target, self._requests, slo, rate_rps=rate_rps, null_rps=null_rps, **asked
+        )
+        per_request_s = self._metered.server_s_per_request
+        server_cpu = None if per_request_s is None else per_request_s * rate_rps
+        return msgspec.structs.replace(window, server_cpu=server_cpu)
 
 
 class _Metered:

@@ -24,6 +24,7 @@ from rushhour.goal import SLO
 from rushhour.measurement import Outcome, ServiceTimes
 from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
+from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.residuals import Residuals
 from rushhour.tune.space import Candidate, torch_code
 from rushhour.tune.state import CandidateState
@@ -51,16 +52,24 @@ class Predictor:
         slo: of the capacities.
         time_s: how long each size of a batch is timed.
         trusted: as in `open_engine`.
+        source: knows the service times; None to time the engines of this machine.
     """
 
     def __init__(
-        self, journal: Journal, bundles: Mapping[str, Bundle], slo: SLO, time_s: float, trusted: tuple[str, ...]
+        self,
+        journal: Journal,
+        bundles: Mapping[str, Bundle],
+        slo: SLO,
+        time_s: float,
+        trusted: tuple[str, ...],
+        source: MeasurementSource | None = None,
     ) -> None:
         self._journal = journal
         self._bundles = bundles
         self._slo = slo
         self._time_s = time_s
         self._trusted = trusted
+        self._source = source
         self._overheads: dict[tuple[int, int, int], Overhead] = {}
         """Of serving, by layout, from the first candidate of each layout under load."""
         self._slowdown = 1.0
@@ -74,13 +83,13 @@ class Predictor:
         Raises:
             EngineError: if it cannot run the bundle. Engines raise other errors, too.
         """
-        config, limit_s = candidate.engine_config(), self._slo.limit_s
+        config, limit_s, source = candidate.engine_config(), self._slo.limit_s, self._source
         return self._journal.measure(
             "service",
             candidate.compiled,
             f"up to {config.max_batch} samples or {limit_s * 1e3:g} ms",
             ServiceTimes,
-            self._time,
+            self._time if source is None else lambda **_: source.service_times(candidate),
             bundle=self._bundles[candidate.bundle],
             config=config,
             code=torch_code(candidate, self._bundles[candidate.bundle], self._trusted),

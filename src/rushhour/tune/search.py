@@ -38,6 +38,7 @@ from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, recipe_words, steps_of, trial_of
 from rushhour.tune.bench import Bench
 from rushhour.tune.load_tests import LoadTests
+from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.server import plan_of
 from rushhour.tune.settings import Budget, TuneSettings
@@ -70,6 +71,7 @@ def tune(
     ended: Sequence[Trial] = (),
     clock: Clock | None = None,
     so_far: Callable[[Plan], None] = lambda plan: None,
+    source: MeasurementSource | None = None,
 ) -> Plan:
     """Find the way to serve that has the highest capacity inside the goal, and prove it.
 
@@ -85,6 +87,7 @@ def tune(
         ended: candidates that ended before this search: shapes of the network. They are among the plan's trials.
         clock: the budget is read on it.
         so_far: receives the best plan whenever there is a better one; before its proof it has no evidence.
+        source: knows the measurements; None for the engines, the servers and the load of this machine.
 
     Returns:
         The plan. Where nothing met the goal it is the nearest miss, with `feasible` false. It is not saved here.
@@ -94,7 +97,7 @@ def tune(
         LoadError: if load cannot be generated.
         StorageError: if a measurement cannot be written to the disk.
     """
-    search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far)
+    search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far, source)
     return search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
 
 
@@ -110,6 +113,7 @@ class _Search:
         trusted: tuple[str, ...],
         clock: Clock,
         so_far: Callable[[Plan], None],
+        source: MeasurementSource | None,
     ) -> None:
         self._bundles = bundles
         self._dataset = dataset
@@ -119,7 +123,8 @@ class _Search:
         self._progress = progress
         self._trusted = trusted
         self._journal = Journal(run / JOURNAL)
-        self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted)
+        self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted, source)
+        self._source = source
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
 
     def plan(self, ended: list[Trial]) -> Plan:
@@ -131,7 +136,7 @@ class _Search:
         self._plain = self._first_plain(reference, states)
         self._accuracy = AccuracyJudge(
             *(self._journal, self._bundles, self._dataset, self._goal.budget),
-            *(self._plain, self._progress, self._trusted),
+            *(self._plain, self._progress, self._trusted, self._source),
         )
         compiled = CandidateState(self._plain)
         self._accuracy.validate(states)
@@ -139,8 +144,8 @@ class _Search:
         alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
         if not alive:
             raise EngineError("no candidate can be served", states[0].why, "correct the model, or use another")
-        with Generator() as generator:
-            bench = Bench(self._journal, generator, self._goal, self._run, self._trusted)
+        with contextlib.nullcontext(self._source) if self._source is not None else Generator() as load:
+            bench = Bench(self._journal, load, self._goal, self._run, self._trusted)
             self._load_tests = LoadTests(bench, self._bundles, self._goal, self._settings, self._progress, self._budget)
             self._announce_rest(races=self._settings.race, searches=2, steps=3)
             base = self._measured_base(reference)
