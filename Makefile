@@ -8,6 +8,7 @@
 # make bench-serve   our server and its peers, 26 minutes on an idle machine (`apt-get install wrk` first)
 # make bench-regression   CPU per request against an earlier commit (BEFORE=...), 5 minutes on a quiet machine
 # make bench-noise   tuning and verdicts on a disturbed host, 3 hours; parts by `--only`
+# make bench-tune    gain and cost of tuning, replayed searches, shipped plans; hours on a quiet machine; parts by `--only`
 # make bench-simulator  policies a minute of the capacity simulator, seconds
 # make bench-soak    memory growth of a server under mixed load, 10 minutes (SOAK_SECONDS)
 # make bench-hostile  delay of other clients and memory kept by hostile inputs, 6 minutes
@@ -29,7 +30,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
 
 setup: .venv/.ready
 
@@ -88,6 +89,11 @@ bench-noise: .venv/.dev
 
 bench-simulator: .venv/.dev
 	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/render.py
+
+bench-tune: .venv/.dev
+	$(BIN)/pip install --quiet --editable '.[elpv,text]'
+	$(BIN)/python benchmarks/tune.py
 	$(BIN)/python benchmarks/render.py
 
 bench-soak: setup

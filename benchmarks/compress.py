@@ -91,7 +91,7 @@ SMALL = {"width": 0.25, "dense": 64}
 """Of the article's network, in the part on distillation."""
 
 
-def _data_of(case: Case) -> Dataset:
+def data_of(case: Case) -> Dataset:
     """Its data; only pictures in files have a size to choose."""
     return load(case.data, size=None if case.data == "fashion-mnist" else (case.side, case.side))
 
@@ -105,8 +105,8 @@ def article_case(case: Case, at: Path, share: float, samples: int) -> Part:
         share: of the epochs that the case says.
         samples: of each part of the data, at most.
     """
-    data = cut(_data_of(case), samples)
-    reference = _reference(case, data, at, share)
+    data = cut(data_of(case), samples)
+    reference = reference_of(case, data, at, share)
     recipe = _shortened(Recipe.parse(case.recipe), share)
     found = compress(
         reference,
@@ -187,8 +187,8 @@ def distillation(at: Path, share: float, samples: int, most: int) -> Part:
         most: seeds of each comparison; at least two, for an interval.
     """
     case = CASES["fashion"]
-    whole = cut(_data_of(case), samples)
-    teacher = _reference(case, whole, at, share)
+    whole = cut(data_of(case), samples)
+    teacher = reference_of(case, whole, at, share)
     found = source_for("article", whole.train.inputs.shape[1:], whole.task)
     student = Source(found.factory, {**found.arguments, **SMALL})
     store, progress = Store(at / "distil-steps"), TerminalProgress()
@@ -240,7 +240,8 @@ def graphs(measured: Callable[[Path, Scale], tuple[list[Check], list[Measured]]]
     return Part(tuple(checks), tables(found), found)
 
 
-def _reference(case: Case, data: Dataset, at: Path, share: float) -> Bundle:
+def reference_of(case: Case, data: Dataset, at: Path, share: float) -> Bundle:
+    """The trained network of a case, or as it was trained before; `share` of the epochs that the case says."""
     settings = msgspec.structs.replace(case.training, epochs=max(1, round(case.training.epochs * share)))
     source = source_for("article", data.train.inputs.shape[1:], data.task)
     job = TrainingJob(source, settings, at / ".checkpoints")

@@ -22,22 +22,18 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from bench.networks import SEED, quantised, trained
 from bench.parts import Part, run_parts, say
 from bench.record import Check, Table, verdict
 
 from rushhour.bundle import Bundle
-from rushhour.cli.terminal import TerminalProgress
-from rushhour.compress import quantize
-from rushhour.data import Dataset, load
-from rushhour.models import source_for
+from rushhour.data import load
 from rushhour.system.machine import describe
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.processor import VARIABLES, restricted
-from rushhour.train import TrainingJob, TrainSettings, train
 
 RESULTS = Path(__file__).parent / "results" / "machines.json"
 BENCH = Path(__file__).resolve().parent.parent / ".bench" / "machines"
-SEED = 0
 NETWORKS = ("article", "residual", "mlp")
 ENGINES = ("openvino", "onnxruntime")
 _BITS = {"7 bits": "any", "8 bits": "vnni"}
@@ -162,10 +158,9 @@ def int8(scale: Scale) -> Part:
     data = load("fashion-mnist")
     measured: dict[str, dict[str, Any]] = {}
     for network in NETWORKS:
-        reference = _reference(network, data, scale)
-        for form, target in _BITS.items():
-            progress = TerminalProgress()
-            quantize(reference, data, BENCH / f"{network}-{form[0]}", target=target, progress=progress)  # type: ignore[arg-type]
+        reference = trained(network, data, scale.epochs, BENCH)
+        for target in _BITS.values():
+            quantised(reference, data, BENCH, target)  # type: ignore[arg-type]
         for name, environment in (("as it is", dict(os.environ)), ("restricted", restricted())):
             say(f"{network}, {name}")
             arguments = ("--measure", network, "--scale", msgspec.json.encode(scale).decode())
@@ -177,19 +172,6 @@ def int8(scale: Scale) -> Part:
             if isinstance(entry, dict):
                 entry.pop("right", None)  # 10,000 numbers each; what they show is in the checks
     return Part(*parts, measured)
-
-
-def _reference(network: str, data: Dataset, scale: Scale) -> Bundle:
-    """Trained, or as it was trained before."""
-    path = BENCH / network
-    if (path / "bundle.json").is_file():
-        there = Bundle.open(path)
-        if there.manifest.lineage[-1].settings.get("epochs") == scale.epochs:
-            return there
-    settings = TrainSettings(epochs=scale.epochs, seed=SEED)
-    progress = TerminalProgress()
-    job = TrainingJob(source_for(network, data.sample_shape, data.task), settings, BENCH / "work")
-    return train(data, job, out=path, progress=progress)
 
 
 def _checks(measured: Mapping[str, dict[str, Any]]) -> list[Check]:

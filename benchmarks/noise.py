@@ -142,9 +142,9 @@ def predictor_of(bundles: dict[str, Bundle], journal: Path) -> Predictor:
     return Predictor(Journal(journal), bundles, GOAL.slo, TuneSettings().time_s, _TRUSTED)
 
 
-def of(network: str) -> dict[str, Bundle]:
+def of(network: str, folder: Path = BENCH) -> dict[str, Bundle]:
     """A trained network, and its int8 bundle."""
-    return {"reference": Bundle.open(BENCH / network), "int8": Bundle.open(BENCH / f"{network}-7")}
+    return {"reference": Bundle.open(folder / network), "int8": Bundle.open(folder / f"{network}-7")}
 
 
 def timed(bundles: dict[str, Bundle], candidate: Candidate) -> CandidateState:
@@ -196,9 +196,9 @@ def searches(n: int, windows: int) -> dict[str, Any]:
     return {"candidate": first.candidate.name, "searches": found}
 
 
-def races(n: int, slower: float) -> list[dict[str, Any]]:
+def races(n: int, slower: float, network: str = "article", folder: str = str(BENCH)) -> list[dict[str, Any]]:
     """A candidate raced against itself, or against itself on an engine that takes `slower` times as long."""
-    bundles, found = of("article"), []
+    bundles, found = of(network, Path(folder)), []
     one = timed(bundles, first_of(bundles))
     candidate, two = one.candidate, CandidateState(one.candidate, predicted=one.predicted)
     with Generator() as generator, tuning(bundles, SEED, generator) as (bench, load_tests, _):

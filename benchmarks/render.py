@@ -15,6 +15,8 @@ from bench.record import Check, Record
 
 ROOT = Path(__file__).resolve().parent.parent
 _DIGITS = 3
+_SPACES = ("tune_space",)
+"""Files beside the records that hold measurements only; a record says what they show."""
 
 
 def render(records: list[tuple[str, Record]]) -> str:
@@ -66,7 +68,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
-    page = render([(file.stem, Record.load(file)) for file in sorted(arguments.results.glob("*.json"))])
+    files = [file for file in sorted(arguments.results.glob("*.json")) if file.stem not in _SPACES]
+    page = render([(file.stem, Record.load(file)) for file in files])
     if arguments.check:
         if arguments.out.exists() and arguments.out.read_text() == page:
             return 0

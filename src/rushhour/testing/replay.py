@@ -228,7 +228,12 @@ def _verdict(slo: SLO, n: int, late: int, shares: NDArray[np.float64], error: fl
 
 
 def replay(
-    space: MeasuredSpace, run: Path, *, seed: int, settings: TuneSettings | None = None, search: Any = tune
+    space: MeasuredSpace,
+    run: Path,
+    *,
+    seed: int,
+    settings: TuneSettings | None = None,
+    so_far: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
     """Run a search on a record.
 
@@ -237,10 +242,10 @@ def replay(
         run: the run's folder; a search that was killed there goes on.
         seed: of the resampling, and of the search.
         settings: of the search.
-        search: that is run, with the arguments of `rushhour.tune.search.tune`.
+        so_far: receives the best plan whenever there is a better one.
     """
     bench = ReplayBench(space, seed)
-    plan: Plan = search(
+    return tune(
         bundles_of(space, run),
         data_of(space),
         space.goal,
@@ -248,9 +253,9 @@ def replay(
         settings=msgspec.structs.replace(settings or TuneSettings(), seed=seed),
         progress=Silent(),
         clock=bench.clock,
+        so_far=so_far,
         source=bench,
     )
-    return plan
 
 
 def bundles_of(space: MeasuredSpace, run: Path) -> dict[str, Bundle]:
