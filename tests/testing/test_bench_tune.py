@@ -49,9 +49,13 @@ def small_data(file: Path) -> None:
     np.savez(file, x=pictures, y=labels)
 
 
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_searches_are_replayed_and_compared_and_killed(tmp_path: Path) -> None:
     invented_space(cores(), GOAL).save(tmp_path / "space.json")
-    found = measured(tmp_path, "3r,4,7", *"--replays 2 --tests 40 --kills 2 --policies 60 --learnt 4".split())
+    options = ["--replays", "2", "--kills", "2", "--policies", "60", "--learnt", "4"]
+    found = measured(tmp_path, "3r,4,7", *options)
     checks = {check.id: check for check in found.checks}
     assert {"3.found", "3.tests", "3.certificate", "4.error", "4.rank", "4.policies.Poisson"} <= set(checks)
     assert checks["3.found"].n == 2
@@ -104,14 +108,14 @@ def test_a_part_that_needs_another_says_so(tmp_path: Path) -> None:
         assert word in done.stderr
 
 
-SMALL = "--network mlp --networks mlp --epochs 1 --rounds 1 --data".split()
+SMALL = ["--network", "mlp", "--networks", "mlp", "--epochs", "1", "--rounds", "1", "--data"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_small_space_is_measured_and_equal_plans_are_raced(tmp_path: Path) -> None:
     small_data(tmp_path / "small.npz")
-    options = [*SMALL, str(tmp_path / "small.npz"), *"--plans 3 --windows 2 --every 2 --races 1".split()]
+    options = [*SMALL, str(tmp_path / "small.npz"), *["--plans", "3", "--windows", "2", "--every", "2", "--races", "1"]]
     found = measured(tmp_path, "3,6", *options)
     space = MeasuredSpace.load(tmp_path / "space.json")
     assert len(space.plans) == 3
@@ -127,7 +131,7 @@ def test_a_small_space_is_measured_and_equal_plans_are_raced(tmp_path: Path) -> 
 def test_a_run_is_compared_and_its_plan_served_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # so FastAPI cannot be installed, which is said
     small_data(tmp_path / "small.npz")
-    options = [*SMALL, str(tmp_path / "small.npz"), *"--budget 30s --repeats 2 --seconds 2".split()]
+    options = [*SMALL, str(tmp_path / "small.npz"), *["--budget", "30s", "--repeats", "2", "--seconds", "2"]]
     found = measured(tmp_path, "1,5", *options)
     checks = {check.id: check for check in found.checks}
     assert {"1.untouched", "1.today", "1.exit", "1.tests", "1.drop", "1.minutes", "5.repeats"} == set(checks)
@@ -141,7 +145,7 @@ def test_a_run_is_compared_and_its_plan_served_again(tmp_path: Path, monkeypatch
 @pytest.mark.timeout(600)
 def test_other_networks_are_tuned_and_bad_input_is_refused(tmp_path: Path) -> None:
     small_data(tmp_path / "small.npz")
-    options = [*SMALL, str(tmp_path / "small.npz"), *"--kinds onnx --others 30 --bad 20s".split()]
+    options = [*SMALL, str(tmp_path / "small.npz"), *["--kinds", "onnx", "--others", "30", "--bad", "20s"]]
     found = measured(tmp_path, "8,9", *options)
     checks = {check.id: check for check in found.checks}
     assert {"8.onnx.int8", "8.onnx.said", "9.slo", "9.zero", "9.short", "9.unlabelled", "9.crash"} == set(checks)
