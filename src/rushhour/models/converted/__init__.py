@@ -1,0 +1,27 @@
+"""An ONNX graph becomes a torch network that can be trained, pruned, factorised, distilled and exported again.
+
+    reading        the file, without trust                       -> a checked ModelProto
+    conversion     operator by operator (operators/, patterns)   -> a `Program` with its weights
+    program        layers, constants and calls as data           -> a torch.fx.GraphModule
+    verification   answers compared with ONNX Runtime's
+
+A program is data: a bundle carries it as the arguments of its source, and building it runs only torch's layers and the
+functions of `functions`.
+"""
+
+from rushhour.models.converted.conversion import Converted, NotTrainable, convert
+from rushhour.models.converted.program import Program, converted, network_of
+from rushhour.models.converted.reading import MOST_NODES, read_onnx
+from rushhour.models.converted.verification import verify
+
+__all__ = [
+    "MOST_NODES",
+    "Converted",
+    "NotTrainable",
+    "Program",
+    "convert",
+    "converted",
+    "network_of",
+    "read_onnx",
+    "verify",
+]
