@@ -50,8 +50,8 @@ def main() -> int:
     _FOUND.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         running = {target: _start(target, Path(folder) / target, CORPUS / target, seconds, seed) for target in TARGETS}
-        logs = {target: process.communicate()[1] for target, process in running.items()}
-        crashed = {target: int(process.returncode != 0) for target, process in running.items()}
+        crashed = {target: int(process.wait() != 0) for target, process in running.items()}
+        logs = {target: _log(Path(folder) / target).read_text(errors="replace") for target in TARGETS}
         for target in TARGETS:
             _keep(target, Path(folder) / target, CORPUS / target)
     rows, checks = [], []
@@ -94,7 +94,12 @@ def main() -> int:
     return max(crashed.values())
 
 
-def _start(target: str, found: Path, corpus: Path, seconds: int, seed: int) -> subprocess.Popen[str]:
+def _log(found: Path) -> Path:
+    """Of a target: a file, since a pipe that nobody reads stops its writer once it is full."""
+    return found.with_suffix(".log")
+
+
+def _start(target: str, found: Path, corpus: Path, seconds: int, seed: int) -> subprocess.Popen[bytes]:
     found.mkdir()
     arguments = [
         str(found),
@@ -108,7 +113,8 @@ def _start(target: str, found: Path, corpus: Path, seconds: int, seed: int) -> s
         "-rss_limit_mb=1024",
         "-timeout=30",
     ]
-    return subprocess.Popen([sys.executable, __file__, target, *arguments], stderr=subprocess.PIPE, text=True)
+    with _log(found).open("wb") as log:
+        return subprocess.Popen([sys.executable, __file__, target, *arguments], stderr=log)
 
 
 def _keep(target: str, found: Path, corpus: Path) -> None:
