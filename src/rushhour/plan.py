@@ -34,6 +34,10 @@ _Ms = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 
+Change = Literal["limit", "accuracy", "cores"]
+"""What a relaxation changes: the latency limit, the accuracy budget, the number of cores."""
+
+
 class Variant(msgspec.Struct, frozen=True):
     """One thing that can answer requests: a bundle on an engine at a precision.
 
@@ -81,7 +85,11 @@ class OperatingPoint(msgspec.Struct, frozen=True):
     outcome: str
 
 
-Fate = Literal["won", "baseline", "beaten", "tied", "dominated", "over budget", "failed", "skipped"]
+Fate = Literal["won", "baseline", "beaten", "tied", "dominated", "not preferred", "over budget", "failed", "skipped"]
+Preference = Literal["capacity", "accuracy", "memory"]
+"""What decides among candidates within the goal."""
+Kind = Literal["proven", "estimated", "predicted"]
+"""How a capacity is known: by a confirmed pass, from load without one, or by simulation."""
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -95,10 +103,12 @@ class Trial(msgspec.Struct, frozen=True):
         predicted_rps: by simulation on its service times, before any load.
         capacity_rps: under load; None where it was dropped before that.
         fate: `won`; `baseline` (the untouched model); `beaten` under load; `tied` with the winner under load;
-            `dominated` by prediction; `over budget`; `failed` (it cannot be made, or its engine cannot run it);
-            `skipped` (no time left, or its network cannot be trained).
+            `dominated` by prediction; `not preferred` (within the goal, but not what was preferred); `over budget`;
+            `failed` (it cannot be made, or its engine cannot run it); `skipped` (no time left, or its network cannot be
+            trained).
         why: the reason, with the numbers.
         name: shown to users: `int8 on OpenVINO, 2 streams`.
+        rule: why it was loaded although its prediction did not ask for it (a forced test); empty for all others.
     """
 
     candidate: str
@@ -115,6 +125,56 @@ class Trial(msgspec.Struct, frozen=True):
     fate: Fate
     why: str
     name: str = ""
+    rule: str = ""
+
+
+class FrontPoint(msgspec.Struct, frozen=True):
+    """A point of the Pareto front: no other candidate within the budget exceeds it in accuracy, capacity and size.
+
+    Attributes:
+        candidate: as in `Trial`.
+        name: shown to users.
+        kind: how its capacity is known.
+        capacity_rps: within the SLO.
+        capacity_interval_rps: 95%; of a prediction, from the errors of other predictions in the run. None where it is
+            proven, or not known.
+        accuracy: of the compiled artefact on the validation part.
+        accuracy_drop: reference minus this one, paired.
+        accuracy_drop_interval: 95%.
+        model_bytes: size on disk of its graph.
+        chosen: whether the plan serves it.
+    """
+
+    candidate: str
+    name: str
+    kind: Kind
+    capacity_rps: Rate
+    capacity_interval_rps: Interval | None
+    accuracy: Number
+    accuracy_drop: Number
+    accuracy_drop_interval: Interval
+    model_bytes: _Count
+    chosen: bool = False
+
+
+class Relaxation(msgspec.Struct, frozen=True):
+    """What a looser goal, or more cores, would buy: one change, all else unchanged.
+
+    Attributes:
+        what: that is changed.
+        to: its new value, as a user writes it: `p99<75ms`, `2.3%`, `4 cores`.
+        capacity_rps: with it.
+        kind: `measured` in a window of load, or `predicted`.
+        candidate: that would be served, as in `Trial`.
+        name: the same, shown to users.
+    """
+
+    what: Change
+    to: str
+    capacity_rps: Rate
+    kind: Literal["measured", "predicted"]
+    candidate: str
+    name: str
 
 
 class LadderStep(msgspec.Struct, frozen=True):
@@ -154,6 +214,11 @@ class Evidence(msgspec.Struct, frozen=True):
         alone_rps: the predicted capacity without the load generator on the same machine.
         capacity_interval_rps: the estimate's 95% interval, from all windows of the winner; None where the SLO held in
             none.
+        prefer: what decided among candidates within the goal.
+        front: the Pareto front of accuracy, capacity and size of all candidates within the accuracy budget, the fastest
+            first.
+        choice: which point of the front the plan is, and why not its neighbours; in words.
+        relaxations: what one change of the goal would buy, the cheapest of each kind first.
     """
 
     capacity_rps: Rate
@@ -180,6 +245,10 @@ class Evidence(msgspec.Struct, frozen=True):
     proven: bool = True
     capacity_interval_rps: Interval | None = None
     alone_rps: Rate | None = None
+    prefer: Preference = "capacity"
+    front: tuple[FrontPoint, ...] = ()
+    choice: str = ""
+    relaxations: tuple[Relaxation, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True):

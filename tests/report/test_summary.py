@@ -8,7 +8,7 @@ from runs import make_plan, printed
 
 from rushhour.errors import PlanError
 from rushhour.goal import SLO
-from rushhour.plan import Policy
+from rushhour.plan import Policy, Relaxation
 from rushhour.report import SummaryTable, wording
 
 
@@ -65,3 +65,26 @@ def test_words_for_numbers() -> None:
     assert wording.amount(999) == "999"
     assert wording.milliseconds(None) == "insufficient samples"
     assert wording.policy(Policy(streams=1, threads=2)) == "1 stream × 2 threads, one at a time"
+
+
+CHANGES = (
+    Relaxation("limit", "p99<75ms", 2100.0, "measured", "x", "int8 on OpenVINO"),
+    Relaxation("accuracy", "2.3%", 5012.0, "predicted", "y", "prune-0.7 in int8 on OpenVINO"),
+    Relaxation("cores", "4 cores", 3900.0, "predicted", "x", "int8 on OpenVINO"),
+)
+
+
+def test_the_summary_says_why_this_plan_and_what_more_would_buy() -> None:
+    text = " ".join(printed(make_plan(choice="of 3 points of the Pareto front, this one", relaxations=CHANGES)).split())
+    assert "Why this plan: of 3 points of the Pareto front, this one." in text
+    assert (
+        "If you allowed: p99<75ms: 2,100/s, measured; accuracy budget 2.3%: 5,012/s, predicted, by prune-0.7 in" in text
+    )
+    assert "4 cores: 3,900/s, predicted." in text
+    assert "If you allowed" not in printed(make_plan())
+
+
+def test_the_summary_of_a_nearest_miss_says_what_it_would_take() -> None:
+    text = " ".join(printed(make_plan(feasible=False, relaxations=CHANGES)).split())
+    assert "This plan is closest to the goal. It would take one of: p99<75ms: 2,100/s, measured;" in text
+    assert "Loosen the goal, or use more cores." in printed(make_plan(feasible=False))

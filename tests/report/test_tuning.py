@@ -25,7 +25,7 @@ from runs import (
 from rushhour.cli import cli
 from rushhour.errors import PlanError, RushhourError
 from rushhour.measurement import Measurement, Outcome
-from rushhour.plan import SO_FAR, LadderStep, Plan, Variant
+from rushhour.plan import SO_FAR, FrontPoint, LadderStep, Plan, Relaxation, Variant
 from rushhour.records.journal import Entry, Journal
 from rushhour.report import read_plan, wording, write_report
 from rushhour.report.comparison import side_by_side
@@ -347,3 +347,52 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RushhourError, match="cannot read line 1"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def point(candidate: str, kind: str, rps: float, drop: float, size: int, *, chosen: bool = False) -> FrontPoint:
+    return msgspec.convert(
+        {
+            "candidate": candidate,
+            "name": f"the name of {candidate}",
+            "kind": kind,
+            "capacity_rps": rps,
+            "capacity_interval_rps": (0.9 * rps, 1.1 * rps) if kind != "proven" else None,
+            "accuracy": 0.9094 - drop,
+            "accuracy_drop": drop,
+            "accuracy_drop_interval": (drop - 0.003, drop + 0.003),
+            "model_bytes": size,
+            "chosen": chosen,
+        },
+        type=FrontPoint,
+    )
+
+
+def test_the_pareto_front_is_a_table_and_a_line_and_the_plan_says_why(page: Page, tmp_path: Path) -> None:
+    older = page
+    front = (
+        point(WINNER, "proven", 9120.0, 0.0042, 2_903_312, chosen=True),
+        point("reference/openvino/bf16/s2t1b16", "estimated", 3610.0, 0.0004, 5_600_000),
+        point("reference/openvino/f32/s2t1b8", "predicted", 1800.0, 0.0, 11_180_405),
+    )
+    forced = msgspec.structs.replace(TRIALS[5], fate="tied", rule="forced test: one step from the leader")
+    left = msgspec.structs.replace(TRIALS[6], fate="not preferred", why="measurably less accurate")
+    plan = make_plan(
+        front=front,
+        choice="of 3 points of the Pareto front, this one by capacity",
+        relaxations=(Relaxation("cores", "4 cores", 17_000.0, "predicted", WINNER, "int8"),),
+        trials=(*TRIALS[:5], TRIALS[5], msgspec.structs.replace(forced, candidate="int8/openvino/int8/s2t1b48"), left),
+    )
+    content = write_report(make_run(tmp_path / "run", plan)).read_text("utf-8")
+    page = Page(content)
+    table = page.text.partition("Pareto front of accuracy, capacity and size")[2].partition("Latency under load")[0]
+    for said in (
+        *("9,120/s", "proven", "3,610/s", "(3,249 to 3,971)", "estimated", "1,800/s", "predicted"),
+        *("90.52%", "0.42 points", "2.90 MB", "11.2 MB"),
+        "Why this plan: of 3 points of the Pareto front, this one by capacity.",
+        "If you allowed: 4 cores: 17,000/s, predicted.",
+    ):
+        assert said in table, said
+    assert "Pareto front, measured under load" not in content, "predicted points are on the line too"
+    assert "forced test: one step from the leader; " in page.text
+    assert "1 within the goal, but not preferred" in page.text
+    assert "Pareto front of" not in older.text, "a plan of an earlier version has none"

@@ -41,7 +41,7 @@ def most(candidate: Candidate) -> float:
 class Timed(Predictor):
     """Service times are numbers: a batch costs a little, and each sample."""
 
-    def service_times(self, candidate: Candidate) -> ServiceTimes:
+    def _timed(self, candidate: Candidate) -> ServiceTimes:
         sizes = (1, 2, 4, 8, 16)
         per_stream = ENGINE_S[kind(candidate)] * candidate.streams / 2
         seconds = tuple(per_stream * (size + 1) * 16 / 17 for size in sizes)

@@ -275,11 +275,12 @@ def without_engines(patch: pytest.MonkeyPatch, outputs: Callable[..., Any]) -> N
     prediction = sys.modules["rushhour.tune.prediction"]
     patch.setattr(prediction, "open_engine", Opened)
     patch.setattr(sys.modules["rushhour.tune.accuracy"], "outputs_of", outputs)
-    patch.setattr(prediction, "best_batch", lambda times, **_: (times.batch_sizes[-1], times.throughput[-1] / 2))
     patch.setattr(
         prediction,
-        "predicted_capacity",
-        lambda profile, *, streams, max_batch, **_: profile.throughput(streams, max_batch) / 2,
+        "capacities",
+        lambda scenarios, _: np.array(
+            [each.profile.throughput(each.streams, each.max_batch) / 2 for each in scenarios]
+        ),
     )
 
 
@@ -437,7 +438,7 @@ def test_who_carries_less_in_the_race_is_beaten_and_who_carries_as_much_ties(
 ) -> None:
     plan = searched(tmp_path, Load(), monkeypatch)
     assert plan.evidence is not None
-    trials = {(trial.bundle, trial.engine, trial.policy.cells, trial.policy.streams): trial
+    trials = {(trial.bundle, trial.engine, trial.policy): trial
               for trial in plan.evidence.trials if trial.policy.max_batch > 1}  # fmt: skip
     raced = [trial for trial in trials.values() if trial.fate in ("won", "tied", "beaten")]
     assert [trial.fate for trial in raced].count("won") == 1

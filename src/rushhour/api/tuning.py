@@ -13,14 +13,14 @@ from rushhour.api.values import (
     StrPath,
     check_name,
     read_accuracy_budget,
+    read_budget,
     read_path,
-    read_seconds,
     read_slo,
     read_texts,
 )
 from rushhour.bundle import Source
 from rushhour.goal import SLO, AccuracyBudget, Goal
-from rushhour.plan import Plan
+from rushhour.plan import Plan, Preference
 from rushhour.progress import Progress, Silent
 from rushhour.system.storage import check_claim, try_folder
 
@@ -74,6 +74,7 @@ def tune(
     max_accuracy_drop: str | AccuracyBudget = "1%",
     budget: str | float | None = None,
     recipes: Literal["auto", "none"] = "auto",
+    prefer: Preference = "capacity",
     epochs: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
@@ -108,6 +109,9 @@ def tune(
             and training takes fewer than the default epochs on a slow machine. Without it there is no limit.
         recipes: `auto` makes smaller networks too, where the network can be trained and the time allows it; `none`
             leaves it as it is, and only quantises.
+        prefer: what decides within the limits: the most requests per second (`capacity`); the same, among candidates
+            that are not measurably less accurate than the most accurate one (`accuracy`); or the smallest model with at
+            least half of the best capacity (`memory`).
         epochs: as of `rushhour.train`; of a network that is trained first, as all up to `channels_last`.
         batch: as of `rushhour.train`.
         lr: as of `rushhour.train`.
@@ -128,7 +132,7 @@ def tune(
     from rushhour.tune import TuneSettings, tune_run
 
     goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
-    settings = TuneSettings(budget_s=None if budget is None else read_seconds(budget), recipes=recipes)
+    settings = TuneSettings(budget_s=None if budget is None else read_budget(budget), recipes=recipes, prefer=prefer)
     name, progress, run = check_name(name), progress or Silent(), read_path(out)
     training: dict[str, Any] = {
         "epochs": epochs,

@@ -17,6 +17,7 @@ StrPath = str | os.PathLike[str]
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 _SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_S: Final = 86_400
+_LEAST_BUDGET_S: Final = 10.0
 _LARGEST_SIDE: Final = 10_000
 
 
@@ -56,6 +57,22 @@ def read_seconds(duration: str | float) -> float:
             f"cannot use the duration {duration!r}",
             "a duration is above 0 and at most a day",
             "write for example 10s or 2m",
+        )
+    return seconds
+
+
+def read_budget(budget: str | float) -> float:
+    """The time of a tuning run in seconds, as a number or from `8m`.
+
+    Raises:
+        GoalError: if it is not a duration, or too short for any answer.
+    """
+    seconds = read_seconds(budget)
+    if seconds < _LEAST_BUDGET_S:
+        raise GoalError(
+            f"cannot tune within {seconds:g} s",
+            "a single proof takes longer than that",
+            "give a minute or more, or no budget",
         )
     return seconds
 

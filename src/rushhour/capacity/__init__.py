@@ -9,6 +9,7 @@ late_shares           late requests of many scenarios at once
 capacities            the capacities of many scenarios at once
 predicted_capacity    that of one
 best_batch            the batch bound to serve with
+smallest_bound        the same, of capacities that are known
 steady_share          what a host of varying speed leaves of a capacity
 """
 
@@ -16,7 +17,7 @@ from rushhour.capacity.lockstep import late_shares
 from rushhour.capacity.overhead import Overhead, Saturation
 from rushhour.capacity.profile import ServiceProfile
 from rushhour.capacity.scenario import Scenario
-from rushhour.capacity.search import best_batch, capacities, predicted_capacity
+from rushhour.capacity.search import best_batch, capacities, predicted_capacity, smallest_bound
 from rushhour.capacity.simulation import simulate
 from rushhour.capacity.traffic import Traffic
 from rushhour.capacity.waves import steady_share
@@ -32,5 +33,6 @@ __all__ = [
     "late_shares",
     "predicted_capacity",
     "simulate",
+    "smallest_bound",
     "steady_share",
 ]

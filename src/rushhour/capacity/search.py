@@ -6,7 +6,7 @@ depend on what else is searched with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,13 +91,21 @@ def predicted_capacity(
 
 
 def best_batch(times: ServiceTimes, *, streams: int, slo: SLO, overhead: Overhead = ALONE) -> tuple[int, float]:
-    """The batch bound to serve with, of the sizes timed, and the capacity predicted for it in requests per second.
-
-    The smallest within 2% of the best: service times are no more precise, and a late batch delays fewer requests if it
-    is small.
-    """
+    """The batch bound to serve with, of the sizes timed, and the capacity predicted for it in requests per second."""
     profile = ServiceProfile(times)
     scenarios = [Scenario(profile, streams, bound, overhead) for bound in times.batch_sizes]
     predicted = dict(zip(times.batch_sizes, capacities(scenarios, slo).tolist(), strict=True))
-    bound = min(size for size, rate in predicted.items() if rate >= 0.98 * max(predicted.values()))
+    bound = smallest_bound(predicted)
     return bound, predicted[bound]
+
+
+def smallest_bound(predicted: Mapping[int, float]) -> int:
+    """The batch bound to serve with: the smallest within 2% of the best.
+
+    Service times are no more precise, and a late batch delays fewer requests if it is small.
+
+    Args:
+        predicted: batch bound -> predicted capacity, at least one.
+    """
+    least = 0.98 * max(predicted.values())
+    return min(bound for bound, rate in predicted.items() if rate >= least)

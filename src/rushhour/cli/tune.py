@@ -69,6 +69,15 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     help="auto: smaller networks are searched too: pruned, dense layers split, and trained by distillation. none: the "
     "network stays as it is; it is only quantised.",
 )
+@option(
+    "--prefer",
+    type=click.Choice(["capacity", "accuracy", "memory"]),
+    default="capacity",
+    show_default=True,
+    help="What decides within the limits. capacity: the most requests per second. accuracy: the same, among those that "
+    "are not measurably less accurate than the most accurate one. memory: the smallest model with at least half of the "
+    "best capacity.",
+)
 @name_option
 @force_option
 @trust_option

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from rushhour.report import wording
 
 MARKS: Final = {
-    "won": "★", "baseline": "■", "tied": "=", "beaten": "●", "over budget": "▽", "dominated": "○", "skipped": "…",
-    "failed": "✕",
+    "won": "★", "baseline": "■", "tied": "=", "beaten": "●", "over budget": "▽", "dominated": "○",
+    "not preferred": "◇", "skipped": "…", "failed": "✕",
     "pass": "✓", "fail": "✕", "inconclusive": "◌", "unstable": "△", "generator_limited": "⊘", "void": "⊘",
 }  # fmt: skip
 """A sign for each fate of a candidate and each outcome of a window, so that colour is not needed to tell them apart."""

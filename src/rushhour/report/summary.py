@@ -8,13 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rushhour.plan import Evidence, Plan
+from rushhour.report import wording
 from rushhour.report.comparison import side_by_side
 from rushhour.report.findings import evidence_of
 
 _BAR = 22
 _LEAST_WIDE = 70
 """Columns of the terminal that the table needs."""
-_LOOSEN = "This plan is closest to the goal. Loosen the goal, or use more cores."
+_CLOSEST = "This plan is closest to the goal."
+_LOOSEN = "Loosen the goal, or use more cores."
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -34,6 +36,8 @@ class SummaryTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield (_wide if options.max_width >= _LEAST_WIDE else _narrow)(self._plan)
+        for line in notes(self._plan):
+            yield Text(line)
 
 
 def _narrow(plan: Plan) -> Group:
@@ -44,7 +48,17 @@ def _narrow(plan: Plan) -> Group:
         lines += [
             Text(f"  {name}: {value}") for name, value in (("baseline", row.baseline), (better, row.plan)) if value
         ]
-    return Group(*lines, *([] if plan.feasible else [Text(_LOOSEN)]))
+    return Group(*lines)
+
+
+def notes(plan: Plan) -> list[str]:
+    """Sentences about a plan: why this one, and what a change of the goal would buy; of a miss, what it would take."""
+    found = evidence_of(plan)
+    changes = "; ".join(wording.relaxation(each) for each in found.relaxations)
+    if not plan.feasible:
+        return [_CLOSEST, f"It would take one of: {changes}." if changes else _LOOSEN]
+    why = [f"Why this plan: {found.choice}."] if found.choice else []
+    return [*why, f"If you allowed: {changes}."] if changes else why
 
 
 def _title(plan: Plan) -> Text:
@@ -57,7 +71,6 @@ def _wide(plan: Plan) -> Table:
     found = evidence_of(plan)
     table = Table(
         title=_title(plan),
-        caption=None if plan.feasible else Text(_LOOSEN),
         box=box.ROUNDED,
         padding=(0, 1),
         header_style="bold",

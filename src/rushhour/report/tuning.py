@@ -26,6 +26,7 @@ _FATES: Final[dict[Fate, str]] = {
     "baseline": "baseline",
     "tied": "tied with the winner under load",
     "beaten": "beaten under load",
+    "not preferred": "within the goal, but not preferred",
     "over budget": "over the accuracy budget",
     "dominated": "dominated by prediction, not loaded",
     "skipped": "skipped, not measured",
@@ -121,6 +122,7 @@ def _render(found: Findings, run: Path) -> bytes:
         tail=charts.wide_and_narrow(lambda narrow: charts.latency_distribution(series, plan.goal.slo, narrow)),
         capacity_by_step=charts.wide_and_narrow(lambda narrow: charts.capacity_by_step(found, narrow)),
         above=_above_the_plan(found),
+        relaxations=[wording.relaxation(each) for each in evidence.relaxations],
         training=[
             charts.wide_and_narrow(lambda narrow: charts.training_loss(epochs, narrow)),
             charts.wide_and_narrow(lambda narrow: charts.training_metric(epochs, narrow)),

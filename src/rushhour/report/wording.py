@@ -6,7 +6,7 @@ import datetime
 import math
 
 from rushhour.measurement import Interval, Measurement, Outcome
-from rushhour.plan import Policy
+from rushhour.plan import Policy, Relaxation
 from rushhour.report.findings import Capacity
 
 NOT_MEASURED = "not measured"
@@ -164,6 +164,13 @@ def amount(count: int) -> str:
         if count >= scale:
             return f"{number(count / scale)} {unit}"
     return f"{count:,}"
+
+
+def relaxation(found: Relaxation) -> str:
+    """What one change buys: `p99<75ms: 2,100/s, predicted`; `accuracy budget 2.3%: 5,000/s, predicted, by int8 ...`."""
+    changed = f"accuracy budget {found.to}" if found.what == "accuracy" else found.to
+    by = f", by {found.name}" if found.what == "accuracy" else ""
+    return f"{changed}: {rate(found.capacity_rps)}, {found.kind}{by}"
 
 
 def policy(value: Policy) -> str:

@@ -32,6 +32,7 @@ def trial_of(state: CandidateState) -> Trial:
         fate=state.fate or "failed",
         why=state.why,
         name=state.candidate.name,
+        rule=state.rule,
     )
 
 

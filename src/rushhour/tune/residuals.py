@@ -11,7 +11,11 @@ _PRIOR = 1.0
 """Weight of what is known more generally, in measurements."""
 _MOST = math.log(2.0)
 
-Layout = tuple[int, int, int]
+_SPREAD, _SPREAD_PRIOR = 0.15, 3.0
+"""The standard deviation of a residual about its correction where nothing was measured yet, and its weight."""
+
+Layout = tuple[int, ...]
+"""Of the cores, and whether batches have more than one sample: what serving costs depends on both."""
 
 
 class Residuals:
@@ -36,6 +40,13 @@ class Residuals:
         """
         if predicted > 0 and measured > 0:
             self._seen[name] = engine, layout, max(-_MOST, min(_MOST, math.log(measured / predicted)))
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of log ratios about their corrections: how far off another prediction may be."""
+        errors = [log - math.log(self.factor(engine, layout)) for engine, layout, log in self._seen.values()]
+        squares = _SPREAD_PRIOR * _SPREAD**2 + sum(error * error for error in errors)
+        return math.sqrt(squares / (_SPREAD_PRIOR + len(errors)))
 
     def factor(self, engine: EngineName, layout: Layout) -> float:
         """By which a prediction is multiplied; 1 where nothing was measured."""

@@ -4,6 +4,7 @@
     validate   each compiled artefact on the validation part; then on the      -> over budget
                test part, the smallest drop first, up to the first that misses
     predict    a simulated batching server on the measured service times       -> dominated
+    prefer     what is not preferred is left out: --prefer                     -> not preferred
     race       two real servers at a time, interleaved, under real load        -> beaten, tied
     confirm    the winner on fresh seeds                                       -> won
 
@@ -14,9 +15,7 @@ alone, and on the time left where there is a budget: a search that was killed re
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from rushhour.data import Dataset
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.load import Generator
-from rushhour.measurement import Measurement
+from rushhour.measurement import Interval, Measurement
 from rushhour.plan import Evidence, LadderStep, Plan, Trial
 from rushhour.progress import Progress
 from rushhour.records.journal import JOURNAL, Journal
@@ -37,12 +36,15 @@ from rushhour.system.machine import cores, describe
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, recipe_words, steps_of, trial_of
 from rushhour.tune.bench import Bench
+from rushhour.tune.front import Rated, choice, front, measurably_worse, rated
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.prediction import Predictor
+from rushhour.tune.racing import Racing
+from rushhour.tune.relaxations import relaxations
 from rushhour.tune.server import plan_of
 from rushhour.tune.settings import Budget, TuneSettings
-from rushhour.tune.space import Candidate, baseline, candidates, plain
+from rushhour.tune.space import Candidate, baseline, candidates, other_layouts, plain
 from rushhour.tune.state import CandidateState, failure_reason
 
 _RUNNERS_UP = 1
@@ -52,6 +54,8 @@ _NEARLY = 0.9
 _PAIRS, _WINDOWS, _PROOF_WINDOWS, _BESIDE_S = 22, 10, 3, 1.5
 """Usual pairs of windows of a race, windows of a search for a capacity, windows of a proof, and the seconds beside each
 window. Only to tell how long the rest takes."""
+_MOST_TIMED = 24
+"""Engines that are timed in other layouts, at most."""
 _WHOLE = ("int8", "int8-vnni")
 """The bundles of the reference's whole network in int8."""
 _WINNERS = 0.8
@@ -131,8 +135,10 @@ class _Search:
         reference = self._bundles["reference"]
         self._outside = ended
         """Trials of what is not in the search."""
-        states = [CandidateState(candidate) for candidate in candidates(self._bundles, cores())]
+        self._states = states = [CandidateState(candidate) for candidate in candidates(self._bundles, cores())]
         self._time(states)
+        if all(state.fate == "failed" for state in states):
+            raise EngineError("no engine can run the reference model", states[0].why)
         self._plain = self._first_plain(reference, states)
         self._accuracy = AccuracyJudge(
             *(self._journal, self._bundles, self._dataset, self._goal.budget),
@@ -141,6 +147,8 @@ class _Search:
         compiled = CandidateState(self._plain)
         self._accuracy.validate(states)
         self._accuracy.confirm(states, self._settings.keep)
+        self._widen(states)
+        self._leave_less_accurate(states)
         alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
         if not alive:
             raise EngineError("no candidate can be served", states[0].why, "correct the model, or use another")
@@ -193,80 +201,73 @@ class _Search:
         self._progress.start("Timing each engine alone", len(states))
         for state in states:
             try:
-                times = self._predictor.choose_batch(state)
+                times = self._predictor.service_times(state.candidate)
             except Exception as error:  # an engine may fail in any way on a user's graph
                 state.end("failed", failure_reason(error))
                 self._progress.advance(note=f"{state.candidate.artefact}: {state.why}")
                 continue
             self._progress.advance(note=f"{state.candidate.compiled}: {max(times.throughput):,.0f}/s")
+        self._predictor.choose_batches([state for state in states if state.fate is None])
         best = max((state.predicted or 0.0 for state in states), default=0.0)
-        self._progress.done(f"best prediction {best:,.0f} requests/s")
-        if all(state.fate == "failed" for state in states):
-            raise EngineError("no engine can run the reference model", states[0].why)
+        self._progress.done(f"best prediction {best:,.0f} requests/s of {self._predictor.policies:,} policies")
+
+    def _widen(self, states: list[CandidateState]) -> None:
+        """Add the promising artefacts in all other layouts of the cores, as many as can be timed soon."""
+        if self._budget.left < Budget.FOR_PROOF:
+            return
+        best: dict[str, CandidateState] = {}
+        for state in sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0)):
+            best.setdefault(state.candidate.artefact, state)
+        top = max((state.predicted or 0.0 for state in best.values()), default=0.0)
+        new: list[CandidateState] = []
+        for state in best.values():
+            layouts = other_layouts(state.candidate, cores())
+            engines = {each.compiled for each in layouts} | {each.candidate.compiled for each in new}
+            if (state.predicted or 0.0) >= self._settings.keep * top and len(engines) <= _MOST_TIMED:
+                new += [CandidateState(each, accuracy=state.accuracy) for each in layouts]
+        if new:
+            self._time(new)
+            states += new
+
+    def _leave_less_accurate(self, states: list[CandidateState]) -> None:
+        """Where accuracy is preferred, what is measurably less accurate than the most accurate candidate is left."""
+        alive = [state for state in states if state.fate is None and state.accuracy is not None]
+        if self._settings.prefer != "accuracy" or not alive:
+            return
+        top = max(alive, key=lambda state: state.accuracy.value if state.accuracy else 0.0)
+        judge = AccuracyJudge(
+            *(self._journal, self._bundles, self._dataset, self._goal.budget),
+            *(top.candidate, self._progress, self._trusted),
+        )
+        for state, why in measurably_worse(alive, top, lambda each: judge.accuracy(each.candidate, "validation")):
+            state.end("not preferred", why)
 
     # Under load: real servers.
 
     def _settled(self, alive: list[CandidateState]) -> tuple[CandidateState, Measurement | None]:
-        """The winner, confirmed if it can be; where all that raced failed, of those that were dominated before."""
+        """The winner, confirmed if it can be; where all that raced failed, of those that were left out before."""
         while True:
-            winner, confirmed = self._confirmed(self._race(alive))
-            alive = [state for state in alive if state.fate == "dominated"]
+            racing = Racing(
+                *(self._load_tests, self._predictor, self._settings, self._budget, self._states, self._size),
+                race_s=self._race_s,
+                announce=lambda races: self._announce_rest(races=races, searches=1, steps=2),
+                leads=lambda state: self._so_far(self._plan_of(state)),
+            )
+            winner, confirmed = self._confirmed(racing.ranked(alive))
+            alive = [state for state in alive if state.fate in ("dominated", "not preferred")]
             if winner.fate != "failed" or not alive:
                 return winner, confirmed
             self._predictor.forget_overheads()  # they were learnt from servers that failed
             for state in alive:
                 state.fate, state.why = None, ""
 
-    def _race(self, alive: list[CandidateState]) -> list[CandidateState]:
-        """The winner of races of two, then the others that raced, best first.
-
-        Args:
-            alive: candidates inside the accuracy budget, best prediction first.
-        """
-        incumbent = self._best_of_layouts(alive)
-        self._so_far(self._plan_of(incumbent))
-        rivals = self._rank(incumbent, [state for state in alive if state.fate is None and state is not incumbent])
-        raced = [incumbent]
-        self._announce_rest(races=len(rivals), searches=1, steps=2)
-        with contextlib.ExitStack() as stack:
-            served = stack.enter_context(self._load_tests.serve(incumbent, "race"))
-            for rival in rivals:
-                if self._budget.left < Budget.FOR_PROOF:
-                    rival.end("skipped", "the time was up before its race")
-                    continue
-                with contextlib.ExitStack() as own:
-                    rival_served = own.enter_context(self._load_tests.serve(rival, "race"))
-                    result = self._load_tests.race(incumbent, served, rival, rival_served, rivals=len(rivals))
-                    raced.append(rival)
-                    leads = incumbent.fate == "failed" if result is None else result.rival_leads
-                    if not leads:
-                        continue
-                    stack.close()
-                    stack.enter_context(own.pop_all())
-                    incumbent, served = rival, rival_served
-                    self._so_far(self._plan_of(rival))
-        others = [state for state in raced if state is not incumbent and state.fate != "failed"]
-        return [incumbent, *sorted(others, key=lambda state: -(state.throughput or 0.0))]
+    def _size(self, role: str) -> int:
+        return self._bundles[role].model_bytes
 
     def _plan_of(self, state: CandidateState) -> Plan:
         """The plan of a candidate, under the name of the reference model, whichever of its bundles it serves."""
         model, bundle = self._bundles["reference"].manifest.name, self._bundles[state.candidate.bundle]
         return plan_of(state.candidate, bundle, self._goal, model)
-
-    def _best_of_layouts(self, alive: list[CandidateState]) -> CandidateState:
-        """The best candidate of each layout under load, for the overhead of serving; of these, the fastest.
-
-        Raises:
-            EngineError: if none runs.
-        """
-        measured = self._predictor.learn_overheads(
-            alive,
-            functools.partial(self._load_tests.measure_throughput, in_open_loop=True),
-            lambda: self._budget.left < Budget.FOR_PROOF,
-        )
-        if not measured:
-            raise EngineError("no candidate can be served", alive[0].why, "correct the model, or use another")
-        return max(measured, key=lambda state: state.throughput or 0.0)
 
     def _announce_rest(self, *, races: int, searches: int, steps: int) -> None:
         """Announce about how long the rest takes, where there is no budget.
@@ -279,22 +280,14 @@ class _Search:
         if self._settings.budget_s is not None:
             return
         settings = self._settings
-        window_s, race_s = settings.window_s + _BESIDE_S, 2 * _PAIRS * max(0.5, 8 * self._goal.slo.limit_s)
-        search_s = _WINDOWS * window_s
+        search_s = _WINDOWS * (settings.window_s + _BESIDE_S)
         proof_s = 0.0 if searches == 0 else _PROOF_WINDOWS * (settings.proof_s + _BESIDE_S)
-        self._progress.limit(races * race_s + searches * search_s + proof_s + steps * search_s / 2)
+        self._progress.limit(races * self._race_s + searches * search_s + proof_s + steps * search_s / 2)
 
-    def _rank(self, incumbent: CandidateState, rivals: list[CandidateState]) -> list[CandidateState]:
-        """The rivals worth a race, best prediction first; the others are dominated."""
-        for state in rivals:
-            self._predictor.choose_batch(state)
-        rivals = sorted(rivals, key=lambda state: -(state.predicted or 0.0))
-        best = max(state.predicted or 0.0 for state in (incumbent, *rivals))
-        for position, state in enumerate(rivals, 1):
-            predicted = state.predicted or 0.0
-            if predicted < self._settings.keep * best or position >= self._settings.race:
-                state.end("dominated", f"predicted {predicted:,.0f}/s, the best prediction is {best:,.0f}/s")
-        return [state for state in rivals if state.fate is None]
+    @property
+    def _race_s(self) -> float:
+        """Seconds of a usual race."""
+        return 2 * _PAIRS * max(0.5, 8 * self._goal.slo.limit_s)
 
     def _measure_for_comparison(self, state: CandidateState) -> None:
         """Accuracy and capacity, roughly, of a candidate that is measured for comparison only."""
@@ -305,9 +298,15 @@ class _Search:
             state.end("failed", failure_reason(error))
             return
         if self._load_tests.measure_throughput(state):
-            self._load_tests.estimate_capacity(state, rough=True)
+            self._estimate(state, rough=True)
         if state.fate is None:
             state.end("beaten", "compiled, but one sample at a time: measured to show what batching buys")
+
+    def _estimate(self, state: CandidateState, *, rough: bool = False) -> None:
+        """Estimate a capacity under load; what is not decided yet is predicted again with what it teaches."""
+        self._load_tests.estimate_capacity(state, rough=rough)
+        self._predictor.learn_residual(state)
+        self._predictor.correct(self._states)
 
     def _steps(
         self, compiled: CandidateState, states: list[CandidateState], winner: CandidateState, is_smaller: bool
@@ -333,7 +332,7 @@ class _Search:
             elif state.capacity is None and (
                 state.throughput is not None or self._load_tests.measure_throughput(state)
             ):
-                self._load_tests.estimate_capacity(state, rough=True)
+                self._estimate(state, rough=True)
             if state.capacity is not None:
                 measured.append((step, state))
         return measured[::-1]
@@ -360,7 +359,7 @@ class _Search:
         for state in others[:_RUNNERS_UP]:
             if self._budget.left < Budget.FOR_STEPS:
                 break
-            self._load_tests.estimate_capacity(state)
+            self._estimate(state)
             if (state.capacity or 0.0) <= least:
                 continue
             confirmed = self._load_tests.confirm(state, (1 - _WINNERS) / _RUNNERS_UP)
@@ -370,7 +369,7 @@ class _Search:
         return winner, None
 
     def _proven(self, winner: CandidateState) -> Measurement | None:
-        self._load_tests.estimate_capacity(winner)
+        self._estimate(winner)
         return self._load_tests.confirm(winner, _WINNERS) if winner.capacity and winner.fate != "failed" else None
 
     def _answer(
@@ -390,6 +389,15 @@ class _Search:
         feasible = holds and winner.fate != "failed" and not why_outside(after, self._goal.budget)
         why = "the highest confirmed rate" if confirmed is not None else f"the highest estimate: {winner.why}"
         winner.end("won", why if feasible else "the nearest miss: no candidate met the whole goal")
+
+        def interval(state: CandidateState) -> Interval | None:
+            estimate = self._load_tests.estimate(state)
+            return estimate.interval_rps if estimate is not None else None
+
+        def rate(state: CandidateState) -> Rated:
+            return rated(state, winner, confirmed is not None, interval, self._predictor.predicted)
+
+        points = front(states, winner, rate, self._size)
         evidence = Evidence(
             capacity_rps=capacity,
             lowest_failing_rps=lowest_failing(winner),
@@ -415,8 +423,14 @@ class _Search:
             proven=confirmed is not None,
             capacity_interval_rps=found.interval_rps if found is not None else None,
             alone_rps=self._predictor.capacity_alone(winner),
+            prefer=self._settings.prefer,
+            front=points,
+            choice=choice(points, self._settings.prefer, after.metric),
+            relaxations=relaxations(*(winner, states, self._outside, self._goal, self._predictor), feasible=feasible),
         )
-        points = operating_points(winner.windows)
         return msgspec.structs.replace(
-            self._plan_of(winner), operating_points=points, evidence=evidence, feasible=feasible
+            self._plan_of(winner),
+            operating_points=operating_points(winner.windows),
+            evidence=evidence,
+            feasible=feasible,
         )

@@ -9,6 +9,7 @@ import msgspec
 
 from rushhour.clock import Clock
 from rushhour.errors import GoalError
+from rushhour.plan import Preference
 
 Recipes = Literal["auto", "none"]
 """Whether the network itself is made smaller: `auto` searches shapes and trains the best of them."""
@@ -29,6 +30,9 @@ class TuneSettings(msgspec.Struct, frozen=True):
         budget_s: seconds that all of it may take, about; the steps with the least effect on the answer are skipped, and
             reported as skipped. None: no limit. A resumed search has the whole budget again.
         recipes: whether smaller networks are searched too (`auto`), or the network stays as it is (`none`).
+        prefer: what decides among candidates within the goal: the most requests per second (`capacity`); the same among
+            those that are not measurably less accurate than the most accurate one (`accuracy`); or the smallest served
+            model with at least half of the best capacity (`memory`).
     """
 
     seed: int = 0
@@ -40,6 +44,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
     proof_s: float = 20.0
     budget_s: float | None = None
     recipes: Recipes = "auto"
+    prefer: Preference = "capacity"
 
     def __post_init__(self) -> None:
         if self.recipes not in get_args(Recipes):
@@ -47,6 +52,12 @@ class TuneSettings(msgspec.Struct, frozen=True):
                 f"recipes={self.recipes!r} is not known",
                 "it says whether smaller networks are searched too",
                 f"choose {' or '.join(get_args(Recipes))}",
+            )
+        if self.prefer not in get_args(Preference):
+            raise GoalError(
+                f"prefer={self.prefer!r} is not known",
+                "it says what decides among candidates within the goal",
+                f"choose {', '.join(get_args(Preference)[:-1])} or {get_args(Preference)[-1]}",
             )
 
 

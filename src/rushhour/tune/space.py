@@ -92,9 +92,15 @@ class Candidate(msgspec.Struct, frozen=True):
         """The same with another bound on the batch."""
         return msgspec.structs.replace(self, policy=msgspec.structs.replace(self.policy, max_batch=max_batch))
 
+    def with_layout(self, cells: int, streams: int, threads: int | None = None) -> Candidate:
+        """The same in another layout of the cores; with as many threads as before where none are given."""
+        threads = self.policy.threads if threads is None else threads
+        policy = msgspec.structs.replace(self.policy, cells=cells, streams=streams, threads=threads)
+        return msgspec.structs.replace(self, policy=policy)
+
 
 def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
-    """Each bundle x engine x precision x layout of the cores, at the largest batch bound; others follow by simulation.
+    """Each bundle x engine x precision x basic layout, at the largest batch bound; others follow by simulation.
 
     Args:
         bundles: role -> bundle.
@@ -113,6 +119,30 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
         for engine, precision in _RUNS[bundle.manifest.precision]
         for cells, streams, threads in layouts
     ]
+
+
+def other_layouts(candidate: Candidate, cores: int) -> list[Candidate]:
+    """The same artefact in all other layouts that fit the cores, those with the same service times together.
+
+    Threads are a power of two, or all cores. The streams take all cores, or leave a quarter of them (at least one) to
+    the rest of the server; each number of streams is divided into processes in every way that comes out even.
+
+    Args:
+        candidate: in a basic layout.
+        cores: of the machine.
+    """
+    basic = {(1, 1, cores), (1, cores, 1), (cores, 1, 1)}
+    left = cores - max(1, cores // 4)
+    threads = {cores, *(2**power for power in range(cores.bit_length()) if 2**power <= cores)}
+    engines = sorted({(whole // each, each) for each in threads for whole in (cores, left) if whole >= each})
+    layouts = [
+        (cells, streams // cells, each)
+        for streams, each in engines
+        for cells in range(1, streams + 1)
+        if streams % cells == 0
+    ]
+    bare = candidate.with_batch(LARGEST_BATCH)
+    return [bare.with_layout(*layout) for layout in layouts if layout not in basic]
 
 
 def baseline(reference: Bundle, cores: int) -> Candidate | None:

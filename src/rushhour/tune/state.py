@@ -23,6 +23,7 @@ class CandidateState:
         windows: of open-loop load, in the order measured in this process, also those answered from the journal.
         fate: None while it is in the search.
         why: in words.
+        rule: why it is loaded although its prediction does not ask for it; empty where it does.
     """
 
     candidate: Candidate
@@ -34,6 +35,7 @@ class CandidateState:
     windows: list[Measurement] = dataclasses.field(default_factory=list)
     fate: Fate | None = None
     why: str = ""
+    rule: str = ""
 
     def end(self, fate: Fate, why: str) -> None:
         """It leaves the search."""

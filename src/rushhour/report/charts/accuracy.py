@@ -45,7 +45,7 @@ class Point(NamedTuple):
 
 def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | None:
     """Every candidate that has both: proven ones filled, estimated ones hollow, those only predicted as small rings;
-    with the Pareto front of those measured under load.
+    with the Pareto front (`Evidence.front`; of those measured under load in plans of older versions).
 
     The accuracy is that of the validation part, which candidates were chosen on.
 
@@ -74,7 +74,9 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
         axes.set_ylabel(f"{metric}, validation")
         if least is not None:
             budget_line(axes, least, f"budget: {plan.goal.budget} below the reference")
-        front = _pareto_front(measured)
+        on_front = {point.candidate for point in evidence_of(plan).front}
+        front = _pareto_front([point for point in points if point.trial.candidate in on_front] or measured)
+        title = "Pareto front" if on_front else "Pareto front, measured under load"
         if len(front) > 1:
             rates, accuracies = [point.rps for point in front], [point.accuracy for point in front]
             axes.step(rates, accuracies, where="pre", color=SOFT, linewidth=1.1)
@@ -85,7 +87,7 @@ def accuracy_against_capacity(run: Findings, narrow: bool = False) -> Markup | N
                 *([key("proven under load", marker="o")] if "proven" in kinds else []),
                 *([key(wording.ESTIMATED, marker="o", hollow=True)] if "estimated" in kinds else []),
                 *([key(f"predicted only{left_out}", marker="o", hollow=True, size=3.5)] if predicted else []),
-                *([key("Pareto front, measured under load", line="-")] if len(front) > 1 else []),
+                *([key(title, line="-")] if len(front) > 1 else []),
             ],
             columns=1 if narrow else 4,
         )
