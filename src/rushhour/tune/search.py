@@ -15,6 +15,7 @@ alone, and on the time left where there is a budget: a search that was killed re
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -237,7 +238,7 @@ class _Search:
         top = max(alive, key=lambda state: state.accuracy.value if state.accuracy else 0.0)
         judge = AccuracyJudge(
             *(self._journal, self._bundles, self._dataset, self._goal.budget),
-            *(top.candidate, self._progress, self._trusted),
+            *(top.candidate, self._progress, self._trusted, self._source),
         )
         for state, why in measurably_worse(alive, top, lambda each: judge.accuracy(each.candidate, "validation")):
             state.end("not preferred", why)
