@@ -9,7 +9,7 @@ import msgspec
 
 from rushhour.errors import GoalError, PlanError
 from rushhour.goal import Goal
-from rushhour.measurement import Interval, Number, Rate, Time
+from rushhour.measurement import Interval, Number, Rate, ServiceTimes, Time
 from rushhour.system.machine import Machine
 from rushhour.system.storage import explained, write_whole
 
@@ -219,6 +219,8 @@ class Evidence(msgspec.Struct, frozen=True):
             first.
         choice: which point of the front the plan is, and why not its neighbours; in words.
         relaxations: what one change of the goal would buy, the cheapest of each kind first.
+        service_times: of the plan's engine on this machine, to compare another one with; None where only the run's
+            `measurements.jsonl` has them.
     """
 
     capacity_rps: Rate
@@ -249,6 +251,7 @@ class Evidence(msgspec.Struct, frozen=True):
     front: tuple[FrontPoint, ...] = ()
     choice: str = ""
     relaxations: tuple[Relaxation, ...] = ()
+    service_times: ServiceTimes | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -366,11 +366,11 @@ def test_a_run_from_another_machine_is_served_in_the_best_safe_form(tmp_path: Pa
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=60)
     entries = [json.loads(line) for line in log.splitlines()]
-    said = " ".join(entry.get("difference", "") for entry in entries)
-    assert "class vnni, this one is avx2" in said
-    assert "64 cores" in said
-    assert "64 threads are reduced to" in said
-    assert "4096 GiB" in said
+    (said,) = (entry["event"] for entry in entries if "of the Plan's capacity" in entry["event"])
+    assert "class avx2 instead of vnni" in said
+    assert "of 64 cores" in said
+    assert "no avx512f, avx512_vnni" in said
+    assert "of 4096 GiB" in said
     (instead,) = [entry for entry in entries if entry["event"] == "not served as planned"]
     assert "without VNNI" in instead["why"]
     assert "onnxruntime in int8" in instead["instead"]

@@ -60,6 +60,8 @@ _layout_options = options(
            help="Batches that each cell runs at the same time. The plan's number by default."),
     option("--threads", type=click.IntRange(1, 1024), metavar="N", section=_LAYOUT,
            help="CPU threads of each stream. The plan's number by default, as far as the cores allow."),
+    option("--strict", is_flag=True, section=_LAYOUT,
+           help="Refuse to serve on a machine that differs from the plan's, instead of scaling the layout to it."),
 )  # fmt: skip
 
 _limit_options = options(
@@ -166,7 +168,7 @@ def settings_of(options: dict[str, Any]) -> ServeSettings:
     files = {name: str(file) if (file := options[name]) else None for name in ("api_key_file", "tls_cert", "tls_key")}
     same = (
         "host", "http_port", "known_as", "admin", "admin_port", "admin_host", "shared_memory", "log_format",
-        "log_level", "log_requests", "otel", "otel_sample", "cells", "streams", "threads",
+        "log_level", "log_requests", "otel", "otel_sample", "cells", "streams", "threads", "strict",
     )  # fmt: skip
     return ServeSettings(
         **{name: options[name] for name in same},

@@ -28,6 +28,7 @@ from rushhour.plan import Plan, Policy
 from rushhour.serve.limits import Limits
 from rushhour.serve.memory import allocator
 from rushhour.serve.memory.budget import Budget
+from rushhour.serve.node import Fit, seconds_per_size
 from rushhour.serve.observability import log
 from rushhour.serve.observability.statistics import Totals, add_counts, newest_versions, reason_of, sum_by_version
 from rushhour.serve.scheduling.admission import Profile
@@ -65,7 +66,11 @@ class Opened(NamedTuple):
 
 
 class Loaded:
-    """One version of the model, ready: the target, the variant that is served, its engine and its cell."""
+    """One version of the model, ready: the target, the variant that is served, its engine and its cell.
+
+    Attributes:
+        plan_share: its capacity on this machine, as a share of the Plan's; None on the Plan's machine.
+    """
 
     def __init__(
         self, target: Target, variant: ServedVariant, engine: Engine, cell: Cell, opened: Opened | None = None
@@ -75,6 +80,7 @@ class Loaded:
         self.engine = engine
         self.cell = cell
         self.opened = opened
+        self.plan_share: float | None = None
 
     @property
     def version(self) -> str:
@@ -94,6 +100,7 @@ class Repository:
         limits: what one request may use.
         exact: serve the plan's first variant or fail; else the best variant that runs correctly on this machine.
         reopen: opens what is at the path by then, for a reload; as it was opened first by default.
+        fit: how this machine differs from that of the target's plan; None where it does not.
 
     Attributes:
         loaded: what answers requests now.
@@ -116,7 +123,9 @@ class Repository:
         limits: Limits = Limits(),  # noqa: B008 - frozen
         exact: bool = True,
         reopen: Callable[[], Target] | None = None,
+        fit: Fit | None = None,
     ) -> None:
+        self._fit, self._fitted = fit, target.plan.evidence
         self._exact = exact
         self.name = name or target.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
@@ -237,7 +246,12 @@ class Repository:
         profile = Profile(opened.times, is_sure=opened.was_alone)
         policy = self._bounded(target.plan.policy, engine.signature)
         cell = Cell(engine, codec, policy, profile, WallClock(), decoder, opened.cost)
-        return Loaded(target, variant, engine, cell, opened)
+        loaded = Loaded(target, variant, engine, cell, opened)
+        if self._fit is not None and target.plan.evidence == self._fitted:
+            used = msgspec.structs.replace(policy, streams=variant.config.streams, threads=variant.config.threads)
+            share = partial(self._fit.share, opened.times, used, cores())
+            loaded.plan_share = await loop.run_in_executor(self._opening, share)
+        return loaded
 
     def _serve(self, loaded: Loaded) -> Loaded | None:
         """Send new requests to it; returns what was served until now."""
@@ -364,7 +378,8 @@ class Repository:
         if old is not None and old.was_alone and old.variant.is_same(variant):
             return old.times, old.cost, True
         running, started = self._computing()
-        times = time_service(engine, variant.bundle, _LONGEST_BATCH_S, _PROFILE_SECONDS)
+        seconds = _PROFILE_SECONDS if self._fit is None else seconds_per_size(variant.config.max_batch)
+        times = time_service(engine, variant.bundle, _LONGEST_BATCH_S, seconds)
         cost = batch_cost(engine, variant.bundle, times.batch_sizes[-1])
         return times, cost, not running and self._computing() == (0, started)
 

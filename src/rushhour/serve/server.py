@@ -22,6 +22,7 @@ from rushhour.serve.access.exposure import check_exposure
 from rushhour.serve.access.keys import Keys
 from rushhour.serve.memory import allocator
 from rushhour.serve.memory.shared_memory import SharedMemory
+from rushhour.serve.node import Fit, fit_of
 from rushhour.serve.observability import log
 from rushhour.serve.observability.requests import Observer
 from rushhour.serve.processes.commands import Commands
@@ -34,7 +35,7 @@ from rushhour.serve.repository import Opener, Repository, opener
 from rushhour.serve.settings import ServeSettings
 from rushhour.serve.target import Target, open_target
 from rushhour.serve.worker import CLOSE_SECONDS, SPANS_SECONDS, Ready, Worker, closing_s
-from rushhour.system.machine import cores, describe, open_files
+from rushhour.system.machine import cores, open_files
 
 _LAST_RECORDS_SECONDS = 0.2
 _OTHER_FILES = 256
@@ -77,6 +78,7 @@ def serve(
         allocator.fix_thresholds()
         if settings.admin_port is not None:
             check_exposure(settings.administration_host, settings.api_keys, exposed=settings.exposed)
+        settings = msgspec.structs.replace(settings, fit=_fit(target, settings))
         planned = target.plan.policy.cells
         cells = settings.cells or (planned if settings.exact else min(planned, cores()))
         several = cells > 1 and not settings.one_of_many
@@ -93,8 +95,6 @@ def serve(
                 log.event(
                     logging.WARNING, "fewer connections", connections=limits.connections, asked=requested, why=why
                 )
-            if not settings.exact and not settings.one_of_many:
-                _log_differences(target)
             if several:
                 started = runner.run(_supervise(target, settings, cells, ready))
             else:
@@ -127,6 +127,8 @@ def _with_layout(target: Target, settings: ServeSettings, cells: int) -> Target:
     room = min(map(len, cores_of_each(cells, sorted(os.sched_getaffinity(0))))) if cells > 1 else cores()
     given = bool(settings.streams or settings.threads)
     target = target.with_layout(settings.streams, settings.threads, room)
+    if not given and settings.fit is not None and not settings.one_of_many:
+        target = target.scaled_to(room)
     policy = target.plan.policy
     if not given and cells not in (1, policy.cells):
         return target.fitted_to(room)  # the plan's layout is that of another number of worker processes
@@ -139,10 +141,22 @@ def _with_layout(target: Target, settings: ServeSettings, cells: int) -> Target:
     return target
 
 
-def _log_differences(target: Target) -> None:
-    """Log how this machine differs from the one that the plan was measured on."""
-    for difference in target.differences(describe(), cores()):
-        log.event(logging.WARNING, "this is not the machine that the plan was made on", difference=difference)
+def _fit(target: Target, settings: ServeSettings) -> Fit | None:
+    """How this machine differs from the plan's, where that changes how it is served.
+
+    Raises:
+        ServeError: if it differs, and the settings are strict.
+    """
+    if settings.one_of_many:
+        return settings.fit
+    fit = fit_of(target.plan, target.folder) if settings.strict or not settings.exact else None
+    if fit is not None and settings.strict:
+        raise ServeError(
+            f"will not serve {target.path} with --strict",
+            f"this is not the Plan's machine: {', '.join(fit.differences)}",
+            "tune on this machine, or omit --strict",
+        )
+    return fit
 
 
 def _with_room(settings: ServeSettings) -> ServeSettings:
@@ -244,6 +258,7 @@ async def _serve(
             settings.limits,
             settings.exact,
             partial(_reopened, target.path, settings, 1),
+            settings.fit,
         )
         commands = Commands(repository, regions)
         for region in settings.regions:
@@ -256,6 +271,9 @@ async def _serve(
             execute = watchdog.in_all_processes if settings.one_of_many else execute
         try:
             await (repository.unload() if settings.unloaded else repository.load())
+            if settings.fit is not None and repository.loaded is not None and not settings.one_of_many:
+                share = repository.loaded.plan_share
+                log.event(logging.WARNING, settings.fit.line(share), share=share)
             first = listeners["http_port"][0].getsockname()
             port = grpc[0].getsockname()[1] if grpc else None
             bound = msgspec.structs.replace(settings, http_port=first[1], grpc_port=port)

@@ -14,6 +14,7 @@ from rushhour.serve.access.exposure import is_loopback
 from rushhour.serve.access.origin import is_host
 from rushhour.serve.limits import Limits
 from rushhour.serve.memory.shared_memory import Register
+from rushhour.serve.node import Fit
 from rushhour.serve.observability.log import LogFormat, LogLevel
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
@@ -67,12 +68,14 @@ class ServeSettings(msgspec.Struct, frozen=True):
         frozen_s: a worker process that does not respond to its supervisor for so long is killed and restarted.
         exact: serve as the plan's first variant says or fail: a measurement needs exactly that. Else a machine that
             cannot run it takes the best variant that it can run.
+        strict: refuse to serve on a machine that differs from the plan's.
         one_of_many: this server is a worker process: it shares the port, and changes are made in all.
         versions: of the bundles that were served, by their hashes; a restarted worker process continues with them.
         unloaded: the model has been unloaded; likewise.
         regions: of shared memory that clients have registered; likewise.
         identity: the certificate and key in use; likewise.
         served: what the other worker processes serve; likewise.
+        fit: how this machine differs from the plan's; likewise. None where it does not.
     """
 
     host: str = "127.0.0.1"
@@ -103,12 +106,14 @@ class ServeSettings(msgspec.Struct, frozen=True):
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
     frozen_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 5.0
     exact: bool = True
+    strict: bool = False
     one_of_many: bool = False
     versions: dict[str, int] = {}
     unloaded: bool = False
     regions: tuple[Register, ...] = ()
     identity: Identity | None = None
     served: Served | None = None
+    fit: Fit | None = None
 
     @property
     def administration_host(self) -> str:

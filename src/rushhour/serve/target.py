@@ -1,7 +1,7 @@
 """`Target`: what `rushhour serve` serves: a run, a plan or a bundle, opened as a plan and its bundles.
 
-A plan may come from another machine. `differences` lists what no longer holds, and if this machine cannot run the
-plan's first variant correctly, the next best one is served (`Target.variants`).
+A plan may come from another machine: its layout is scaled to the cores here (`Target.scaled_to`), and if this machine
+cannot run the plan's first variant correctly, the next best one is served (`Target.variants`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
 from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
-from rushhour.system.machine import Machine, cores, describe
+from rushhour.system.machine import cores, describe
 from rushhour.system.storage import explained
 
 _ITSELF = "."
@@ -90,6 +90,20 @@ class Target:
         """The same on so many cores: as many streams as fit, and the remaining cores as threads."""
         return self._with(_fitted(self.plan.policy, room))
 
+    def scaled_to(self, room: int) -> Target:
+        """The same on so many cores of each cell: the engine uses the share of them that it used where it was measured.
+
+        A plan without evidence is not changed.
+        """
+        policy, evidence = self.plan.policy, self.plan.evidence
+        measured = room if evidence is None else max(1, evidence.machine.cores // policy.cells)
+        if measured == room:
+            return self
+        lanes = max(1, room * policy.streams * policy.threads // measured)
+        # As many threads of a stream as the plan has; fewer where more of the cores are used then.
+        threads = max(range(min(policy.threads, lanes), 0, -1), key=lambda each: lanes // each * each)
+        return self._with(msgspec.structs.replace(policy, streams=lanes // threads, threads=threads))
+
     def bundle_of(self, variant: Variant) -> Bundle:
         """The bundle of one of the plan's variants.
 
@@ -129,31 +143,6 @@ class Target:
         except BundleError:
             return None
         return reference if reference.manifest.hash != self.bundle.manifest.hash else None
-
-    def differences(self, here: Machine, cores: int) -> list[str]:
-        """How this machine differs from the one that the plan was measured on, in words; empty without evidence.
-
-        Args:
-            here: this machine.
-            cores: that will serve.
-        """
-        if self.plan.evidence is None:
-            return []
-        measured, policy, found = self.plan.evidence.machine, self.plan.policy, []
-        missing = [feature for feature in measured.features if feature not in here.features]
-        if missing or measured.isa != here.isa:
-            lost = f", without {', '.join(missing)}" if missing else ""
-            found.append(f"it was measured on a machine of the class {measured.isa}, this one is {here.isa}{lost}")
-        wanted = policy.cells * policy.streams * policy.threads
-        if measured.cores != cores:
-            found.append(f"it was measured on {measured.cores} cores, {cores} serve here")
-        if wanted > cores:
-            found.append(f"its {wanted} threads are reduced to {cores}")
-        if here.memory_gb < 0.9 * measured.memory_gb:
-            found.append(
-                f"it was measured with {measured.memory_gb:g} GiB of memory, this machine has {here.memory_gb:g}"
-            )
-        return found
 
 
 def _config(variant: Variant, policy: Policy) -> EngineConfig:

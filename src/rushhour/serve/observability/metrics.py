@@ -139,6 +139,9 @@ def _now(report: Report) -> Iterator[Metric]:
     cells.add_metric(("up",), len(states))
     cells.add_metric(("down",), report.down)
     yield cells
+    if report.plan_share is not None:
+        what = "Predicted capacity on this machine over that on the Plan's. Absent where the two do not differ."
+        yield GaugeMetricFamily("rushhour_plan_capacity_ratio", what, report.plan_share)
     service = GaugeMetricFamily(
         "rushhour_service_time_seconds",
         "A batch of n samples is expected to take base + n per_sample.",

@@ -206,6 +206,7 @@ class State(msgspec.Struct):
         base_s, sample_s: a batch of n samples is expected to take `base_s + n sample_s`.
         speed: of the host in the last ten seconds of work, 1 as at the start; None before the first batch.
         process: Prometheus' standard metrics of a process, by name.
+        plan_share: its capacity on this machine, as a share of the Plan's; None on the Plan's machine.
     """
 
     ready: bool = False
@@ -218,6 +219,7 @@ class State(msgspec.Struct):
     sample_s: float = 0.0
     speed: float | None = None
     process: dict[str, float] = {}
+    plan_share: float | None = None
 
 
 class Report(msgspec.Struct):
@@ -244,6 +246,13 @@ class Report(msgspec.Struct):
     frozen: int = 0
     dropped: int = 0
     errors: dict[str, int] = {}
+
+    @property
+    def plan_share(self) -> float | None:
+        """The capacity of all worker processes on this machine, as a share of the Plan's; None where it is not known,
+        and on the Plan's machine."""
+        shares = [state.plan_share for state in self.cells.values() if state.plan_share is not None]
+        return sum(shares) if shares else None
 
     @property
     def total(self) -> Totals:

@@ -99,6 +99,7 @@ class Commands:
             state.waiting = cell.waiting
             state.batches, state.running = cell.running
             state.speed = cell.speed
+            state.plan_share = loaded.plan_share
             state.base_s = cell.profile.seconds(0)
             state.sample_s = cell.profile.seconds(1) - state.base_s
         if self.describe is not None:

@@ -15,6 +15,7 @@ The messages are in `messages.py`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -115,7 +116,9 @@ class Supervisor:
             if not starting.done():
                 return False
             started = starting.result()
-            await self._report()  # which stores the version of the bundle
+            report = await self._report()  # which stores the version of the bundle
+            if self._settings.fit is not None:
+                log.event(logging.WARNING, self._settings.fit.line(report.plan_share), share=report.plan_share)
             ready(started[0].url, started[0].way)
             renewal = Renewal(self._settings, self.execute)
             SIGNALS.on_reload(renewal.request)
