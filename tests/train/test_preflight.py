@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rushhour.bundle import Bundle, Source, TensorSpec
-from rushhour.compress.distil import _teaching
+from rushhour.compress.teacher import teaching
 from rushhour.data.dataset import Dataset
 from rushhour.errors import DataError, ModelError
 from rushhour.models import Deployed, build, export, from_onnx, load_deployed
@@ -618,7 +618,7 @@ def test_a_graph_that_answers_logits_teaches_logits(gives: str, tmp_path: Path) 
     teacher = from_onnx(tmp_path / "t.onnx", dataset.task, tmp_path / "teacher")
     samples = torch.from_numpy(dataset.train.inputs[:8])
     logits = samples @ torch.from_numpy(onnx.numpy_helper.to_array(weight).copy())
-    with _teaching(teacher, dataset, 24, (), bf16=False) as answers:
+    with teaching(teacher, dataset, 24, (), bf16=False) as answers:
         taught = answers(samples)
     assert torch.allclose(taught.softmax(1), logits.softmax(1), atol=1e-4)
     if gives == "logits":

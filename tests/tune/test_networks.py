@@ -24,6 +24,7 @@ from test_tune import (
     tuned,
     without_engines,
 )
+from torch import Tensor, nn
 
 from rushhour.bundle import Bundle, Source, Step
 from rushhour.clock import VirtualClock
@@ -39,7 +40,7 @@ from rushhour.report import write_report
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.train import TrainingJob, TrainSettings, train
 from rushhour.tune import TuneSettings, tune_run
-from rushhour.tune.networks import RUNGS, smaller_networks
+from rushhour.tune.networks import smaller_networks
 from rushhour.tune.settings import Budget
 from rushhour.tune.shapes import Shape, shapes_of, why_untrainable
 
@@ -52,17 +53,25 @@ class Maker:
     """Stands in for recipes: what they make is a tiny bundle that is named `ROLE:RUNGS`.
 
     Args:
-        seconds: that a shape, and every epoch, takes on `clock`.
+        seconds: that a shape takes on `clock`.
+        epoch_s: that an epoch takes.
         kill_at: the number of the step, made or found, at which the process is killed.
         fails: role -> what making it raises.
     """
 
     def __init__(
-        self, *, seconds: float = 0.0, kill_at: int | None = None, fails: dict[str, Exception] | None = None
+        self,
+        *,
+        seconds: float = 0.0,
+        epoch_s: float = 0.0,
+        kill_at: int | None = None,
+        fails: dict[str, Exception] | None = None,
     ) -> None:
         self.clock = VirtualClock()
         self.made: list[str] = []
+        self.epochs: list[float] = []
         self._seconds = seconds
+        self._epoch_s = epoch_s
         self._left = kill_at
         self._fails = fails or {}
 
@@ -73,22 +82,23 @@ class Maker:
         role = Shape(prune.ratio, 1.0).role
         if role in self._fails:
             raise self._fails[role]
-        lineage = [Step("prune")]
+        lineage, length = [Step("prune")], 0.0
         for done in range(len(rungs) + 1):
             if done:
                 step = rungs[done - 1]
                 assert isinstance(step, Distil)
-                assert step.epochs == RUNGS[done - 1]
-                lineage.append(Step("distil", {"epochs": step.epochs}))
+                length = step.epochs * step.share
+                lineage.append(Step("distil", {"epochs": step.epochs, "share": step.share}))
             name = f"{role}:{done}"
             if self._left is not None:
                 self._left -= 1
                 if self._left < 0:
                     raise KeyboardInterrupt
-            folder = store.path(name.replace(":", "-"))
+            folder = store.folder / f"{role}-{done}-{length:g}"
             if not folder.exists():
                 self.made.append(name)
-                self.clock.advance(self._seconds * (RUNGS[done - 1] if done else 1))
+                self.clock.advance(length * self._epoch_s if done else self._seconds)
+                self.epochs += [length] if done else []
                 network(folder, name, (*bundle.manifest.lineage, *lineage))
             yield Bundle.open(folder)
 
@@ -254,38 +264,84 @@ def test_killed_anywhere_it_makes_nothing_twice_and_finds_the_same(
 
 def test_without_time_nothing_is_begun_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = Maker()
-    joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=100, spent_s=42)
+    joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=100, spent_s=57)
     assert (joined, maker.made) == ([], [])
     assert ended == {"recipes": ("skipped", "no time left for recipes: the search needs the rest")}
 
 
-def test_an_epoch_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 100 samples of the training part are answered at 0.88 a second."""
+    monkeypatch.setitem(RATES, "tiny", 0.5)
     maker = Maker()
-    joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=100, epoch_s=90)
+    joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=40)
     assert (joined, maker.made) == ([], [])
     assert ended["recipes"][0] == "skipped"
-    assert "an epoch of distillation takes 60 s or more, and the search needs all but 45 s" in ended["recipes"][1]
+    assert "the answers to 0.25 of the training part alone take 29 s" in ended["recipes"][1]
+    assert "the search needs all but 24 s" in ended["recipes"][1]
 
 
 def test_the_search_keeps_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shape and each epoch takes three seconds, though an epoch was expected to take one."""
-    maker = Maker(seconds=3.0)
+    """An epoch takes six seconds, though it was expected to take one."""
+    maker = Maker(seconds=1.0, epoch_s=6.0)
     wrong = {f"{shape.role}:{rung}": 20 for shape in (QUARTER, HALF, MOST) for rung in range(4)}
-    joined, ended = found(tmp_path, maker, monkeypatch, wrong, budget_s=60)
-    assert maker.clock.now() <= 0.45 * 60
-    assert maker.made[-2:] == ["prune-0.25:1", "prune-0.5:2"]
+    joined, ended = found(tmp_path, maker, monkeypatch, wrong, budget_s=100)
+    assert maker.clock.now() <= 0.6 * 100
     assert joined == []
-    assert ended["prune-0.5"][0] == ended["prune-0.7"][0] == "over budget"
-    assert ended["prune-0.5"][1].endswith("no time left to train it further")
-    assert ended["prune-0.7"][1].endswith("no time left to train it further")
+    assert maker.epochs == [1, 1, 1, 2, 2]
+    assert ended["prune-0.5"][0] == ended["prune-0.7"][0] == ended["prune-0.25"][0] == "over budget"
+    assert sum(why.endswith("no time left to train it further") for _, why in ended.values()) == 1
 
 
-def test_with_time_for_one_shape_the_most_promising_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = Maker(seconds=1.0)
-    joined, ended = found(tmp_path, maker, monkeypatch, {"prune-0.5:1": 9}, budget_s=24)
+def test_where_shapes_cannot_be_compared_the_most_promising_is_trained_as_long_as_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker(seconds=1.0, epoch_s=1.0)
+    joined, ended = found(tmp_path, maker, monkeypatch, {"prune-0.5:1": 9}, budget_s=18)
     assert joined == ["prune-0.5:2"]
-    assert maker.made == ["prune-0.5:0", "prune-0.7:0", "prune-0.25:0", "prune-0.5:1", "prune-0.5:2"]
-    assert ended["prune-0.7"] == ended["prune-0.25"] == ("skipped", "no time left to train it")
+    assert maker.made == ["prune-0.5:0", "prune-0.5:1", "prune-0.5:2"]
+    assert maker.epochs == [8, 1], "of 10.8 s the shape took one second, and each export is expected to take 0.6"
+    assert maker.clock.now() <= 0.6 * 18
+    assert {ended[role][0] for role in ("prune-0.7", "prune-0.25")} == {"skipped"}
+    assert "no time left to compare shapes" in ended["prune-0.7"][1]
+
+
+def test_what_is_outside_the_budget_when_the_time_is_up_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {f"prune-0.5:{rung}": 9 for rung in range(1, 4)}
+    joined, ended = found(tmp_path, Maker(seconds=1.0, epoch_s=1.0), monkeypatch, wrong, budget_s=18)
+    assert joined == []
+    fate, why = ended["prune-0.5"]
+    assert fate == "over budget"
+    assert why.startswith("after 9 epochs of distillation accuracy drops by 9.00 points")
+    assert why.endswith("no time left to train it further")
+
+
+def test_a_slower_shape_does_not_keep_the_next_from_being_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RATES, "prune-0.5", 900.0)
+    maker = Maker(seconds=1.0, epoch_s=1.0)
+    joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=18)
+    assert joined == ["prune-0.7:1"]
+    assert ended["prune-0.5"][0] == "dominated"
+    assert ended["prune-0.25"][0] == "skipped"
+
+
+def test_a_resumed_run_trains_for_as_long_as_it_began_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its whole budget again, in which longer rungs would fit."""
+    wrong = {"prune-0.5:1": 9}
+    undisturbed = Maker(seconds=3.5, epoch_s=1.0)
+    expected = found(tmp_path / "undisturbed", undisturbed, monkeypatch, wrong, budget_s=18)
+    assert undisturbed.epochs == [4, 1]
+    for kill_at in range(1, 6):
+        run = tmp_path / f"killed at {kill_at}"
+        killed = Maker(seconds=3.5, epoch_s=1.0, kill_at=kill_at)
+        with pytest.raises(KeyboardInterrupt):
+            found(run, killed, monkeypatch, wrong, budget_s=18)
+        again = Maker(seconds=3.5, epoch_s=1.0)
+        assert found(run, again, monkeypatch, wrong, budget_s=18) == expected
+        assert [*killed.made, *again.made] == undisturbed.made
 
 
 # In a whole run.
@@ -396,6 +452,7 @@ def test_a_shape_is_a_recipe_and_has_a_name() -> None:
     shape = Shape(0.5, 0.1)
     assert shape.role == "prune-0.5-lowrank-0.1"
     assert str(shape.recipe((1, 2))) == "prune:0.5:epochs=0,lowrank:0.1,distil:1,distil:2"
+    assert str(shape.recipe((0.25,))) == "prune:0.5:epochs=0,lowrank:0.1,distil:1:share=0.25"
     assert (Shape(0.0, 0.1).role, Shape(0.5, 1.0).role) == ("lowrank-0.1", "prune-0.5")
     assert shape.recipe().steps == (Prune(ratio=0.5, epochs=0), LowRank(keep=0.1))
     assert Shape(0.25, 0.1).is_gentler_than(shape)
@@ -403,18 +460,19 @@ def test_a_shape_is_a_recipe_and_has_a_name() -> None:
     assert not Shape(0.25, 0.05).is_gentler_than(shape)
 
 
+def by_size(engine: Engine, bundle: Bundle, *_: float) -> ServiceTimes:
+    """The time of a batch goes with the parameters."""
+    sizes = tuple(2**power for power in range(engine.config.max_batch.bit_length()))
+    seconds = tuple((9 + size) * 1e-8 * bundle.manifest.parameters for size in sizes)
+    rates = tuple(size * engine.config.streams / batch for size, batch in zip(sizes, seconds, strict=True))
+    return ServiceTimes(sizes, seconds, rates)
+
+
 @pytest.mark.slow
 def test_real_shapes_of_a_real_network_are_trained_and_inside_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the time of a batch is a number: it goes with the parameters. Two of the shapes are enough."""
-
-    def by_size(engine: Engine, bundle: Bundle, *_: float) -> ServiceTimes:
-        sizes = tuple(2**power for power in range(engine.config.max_batch.bit_length()))
-        seconds = tuple((9 + size) * 1e-8 * bundle.manifest.parameters for size in sizes)
-        rates = tuple(size * engine.config.streams / batch for size, batch in zip(sizes, seconds, strict=True))
-        return ServiceTimes(sizes, seconds, rates)
-
+    """Only the time of a batch is a number. Two of the shapes are enough."""
     monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", by_size)
     small_data(tmp_path / "small.npz")
     data = load(tmp_path / "small.npz")
@@ -453,3 +511,45 @@ def test_real_shapes_of_a_real_network_are_trained_and_inside_the_budget(
         role: bundle.manifest.hash for role, bundle in bundles.items()
     }
     assert same == trials
+
+
+class Fragile(nn.Sequential):
+    """Crashes once half of its channels are gone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self[1]
+        assert isinstance(first, nn.Linear)
+        if len(first.weight) <= 32:
+            raise RuntimeError("I need more than 32 channels")
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_a_network_that_crashes_when_it_is_pruned_is_tuned_in_its_other_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", by_size)
+    small_data(tmp_path / "small.npz")
+    data, trusted = load(tmp_path / "small.npz"), ("test_networks:Fragile",)
+    job = TrainingJob(Source(*trusted), TrainSettings(epochs=4, batch=32), tmp_path / "work", trusted)
+    reference = train(data, job, out=tmp_path / "run" / "bundles" / "reference", progress=Silent(), name="quarters")
+    monkeypatch.setattr(
+        sys.modules["rushhour.tune.networks"], "shapes_of", lambda *_: (Shape(0.5, 1.0), Shape(0.0, 0.3))
+    )
+    bundles, trials = smaller_networks(
+        reference,
+        data,
+        Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("30%")),
+        run=tmp_path / "run",
+        settings=TuneSettings(),
+        budget=Budget(None, VirtualClock()),
+        progress=Silent(),
+        trusted=trusted,
+    )
+    assert list(bundles) == ["lowrank-0.3"]
+    (crashed,) = trials
+    assert (crashed.bundle, crashed.fate) == ("prune-0.5", "failed")
+    assert "I need more than 32 channels" in crashed.why

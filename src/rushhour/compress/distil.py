@@ -1,8 +1,8 @@
 """Distillation: a smaller network learns from the outputs of a larger one (Hinton et al. 2015), and from labels.
 
-Both get the same augmented picture, and the schedule is long (Beyer et al. 2022). The teacher is a torch module, or the
-compiled graph where there is none. The order of the data follows from (seed, epoch), and the rest is in the checkpoint,
-so a killed distillation ends with the same weights, bit for bit, as an undisturbed one.
+Both get the same augmented picture, and the schedule is long (Beyer et al. 2022). Without augmentation the teacher's
+answers are computed once (`rushhour.compress.teacher`). The order of the data follows from (seed, epoch), and the rest
+is in the checkpoint, so a killed distillation ends with the same weights, bit for bit, as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -10,40 +10,31 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rushhour.bundle import Bundle, Source
+from rushhour.compress.teacher import kept_answers, sample_order, teaching
 from rushhour.data.augment import Augmentation, check_pictures
 from rushhour.data.dataset import Dataset
-from rushhour.engines import EngineConfig, Runner, open_engine
 from rushhour.errors import ModelError
-from rushhour.models import Deployed, load_deployed
+from rushhour.models import Deployed
 from rushhour.progress import Progress
 from rushhour.system import machine
-from rushhour.task import Task, are_probabilities
+from rushhour.task import Task
 from rushhour.train import Diverged, TrainSettings
 from rushhour.train.checkpoint import Checkpoint
 from rushhour.train.feed import Feed
 from rushhour.train.loss import loss_for
-from rushhour.train.memory_format import NOTE, MemoryFormat, choose
+from rushhour.train.memory_format import NOTE, choose
 from rushhour.train.settings import ScheduleName
 
-_CACHED_BYTES = 256_000_000
-"""Largest size of the teacher's outputs that are cached, where nothing is augmented."""
-_PROBED = 32
-"""Samples whose outputs show whether a graph gives probabilities or logits."""
-_COARSE = 0.05
-"""By which the sum of an int8 graph's probabilities may differ from 1."""
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-Teacher = Callable[[Tensor], Tensor]
-"""Samples `(n, *shape)` as on the wire (float32 once augmented) -> logits or values `(n, outputs)`, in float32."""
 
 
 class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
@@ -60,6 +51,8 @@ class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
         augment: what happens to pictures, for teacher and student alike.
         dropout: whether the student's dropout layers are on. They are off by default: a small network has little
             capacity, and the teacher's outputs regularise it too (`make bench-compress` shows the cost of dropout).
+        share: of the training part that is used, always the same samples; epochs are passes over it. Where time is
+            short, only these are answered by the teacher.
     """
 
     epochs: int = 3
@@ -71,11 +64,13 @@ class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
     schedule: ScheduleName = "one-cycle"
     augment: Augmentation | None = None
     dropout: bool = False
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
             ("temperature", 0 < self.temperature < math.inf, "above 0; 2 to 4 is usual"),
             ("alpha", 0 <= self.alpha <= 1, "a share of the loss, from 0 to 1"),
+            ("share", 0 < self.share <= 1, "a share of the training part, above 0 and at most 1"),
         ):
             if not holds:
                 raise ModelError(f"cannot distil with {name}={getattr(self, name):g}", f"it is {rule}", "change it")
@@ -92,6 +87,10 @@ class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
             augment=self.augment,
         ).resolved
 
+    def samples(self, whole: int) -> int:
+        """How many samples of a training part of `whole` samples are used."""
+        return max(1, round(self.share * whole))
+
 
 def distil(
     teacher: Bundle,
@@ -104,6 +103,7 @@ def distil(
     progress: Progress,
     trusted: tuple[str, ...] = (),
     checkpoint_every_s: float = 15.0,
+    answers: Path | None = None,
 ) -> None:
     """Train `student`, in place; it ends in evaluation mode.
 
@@ -117,6 +117,7 @@ def distil(
         progress: receives every step.
         trusted: factories that may be imported for the teacher; its graph is used where its factory is not among them.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step.
+        answers: folder of the teacher's answers, which other distillations may use too; None to keep none.
 
     Raises:
         DataError: if the samples cannot be augmented.
@@ -127,12 +128,14 @@ def distil(
         check_pictures(dataset.train.inputs, dataset.name)
     torch.set_num_threads(machine.cores())
     settings, name = step.settings(seed), teacher.manifest.name
-    size = min(step.batch, len(dataset.train))
+    whole = len(dataset.train)
+    used = step.samples(whole)
+    size = min(step.batch, used)
     form = choose(
         student,
         dataset.train.inputs[:size],
         bf16=bool(settings.bf16),
-        steps=step.epochs * (len(dataset.train) // size),
+        steps=step.epochs * (used // size),
         kept=checkpoint.notes().get(NOTE),
     )
     form.apply(student)
@@ -141,17 +144,20 @@ def distil(
         progress.done(str(form))
     optimizer = settings.make_optimizer(student.network.parameters())
     loss_of = _loss(dataset.task, step, dataset.train.labelled)
-    with (
-        form.active(),
-        torch.random.fork_rng(devices=[]),
-        Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment) as feed,
-        _teaching(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)) as taught,
-    ):
+    rows = sample_order(whole)[:used] if used < whole else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(form.active())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        feed = stack.enter_context(Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment, rows=rows))
         torch.manual_seed(seed)
         total = feed.steps * step.epochs
         schedule = settings.make_schedule(optimizer, total)
         done, saved = checkpoint.restore(student.network, optimizer, schedule), time.monotonic()
-        cached = _cached(taught, dataset, feed.batch, step, progress) if done < total else None
+        kept = None
+        if done < total and step.augment is None:
+            kept = kept_answers(teacher, dataset, used, folder=answers, progress=progress)
+        if done < total and kept is None:
+            taught = stack.enter_context(teaching(teacher, dataset, feed.batch, trusted, bf16=bool(settings.bf16)))
         progress.start(f"distil from {name} on {dataset.name}", total)
         if done:
             progress.advance(done, f"resumed after step {done}")
@@ -162,7 +168,7 @@ def distil(
         while done < total:
             epoch, first = divmod(done, feed.steps)
             for batch in feed.epoch(epoch, first):
-                wanted = cached[batch.own] if cached is not None else taught(batch.inputs)
+                wanted = kept[batch.own] if kept is not None else taught(batch.inputs)
                 student.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings.bf16)):
                     logits = student.logits(batch.inputs)
@@ -203,67 +209,3 @@ def _loss(task: Task, step: Distil, labelled: bool) -> Callable[[Tensor, Tensor,
         return step.alpha * of_teacher(outputs, wanted) + (1 - step.alpha) * of_targets(outputs, targets)
 
     return loss
-
-
-@contextlib.contextmanager
-def _teaching(
-    bundle: Bundle, dataset: Dataset, batch: int, trusted: tuple[str, ...], *, bf16: bool
-) -> Iterator[Teacher]:
-    """The teacher's outputs for samples, while the block runs."""
-    module = _module(bundle, trusted)
-    if module is not None:
-        # oneDNN's fault is in gradients only, and `load_deployed` has tried channels-last pictures
-        MemoryFormat(channels_last=not module.preprocess.contiguous).apply(module)
-
-        def of_module(inputs: Tensor) -> Tensor:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                return module.logits(inputs).float()
-
-        yield of_module
-        return
-    (spec,), output = bundle.manifest.signature.inputs, bundle.manifest.signature.outputs[0].name
-    precision = bundle.manifest.precision
-    config = EngineConfig("onnxruntime", "int8" if precision == "int8" else "f32", 1, machine.cores(), batch)
-    engine = open_engine(bundle, config)
-    try:
-        runner = Runner(engine)
-        first = np.ascontiguousarray(dataset.train.inputs[:_PROBED])
-        gives = runner.infer({spec.name: first[:batch]})[output]
-        # log-probabilities are logits up to a constant, which softmax at any temperature ignores
-        are_logs = dataset.task.kind == "classification" and are_probabilities(np.asarray(gives), _COARSE)
-
-        def of_graph(inputs: Tensor) -> Tensor:
-            samples = inputs.numpy()
-            if samples.dtype != spec.dtype:  # augmented pictures; the graph takes whole pixels
-                samples = np.rint(samples).astype(spec.dtype)
-            answers = torch.from_numpy(np.asarray(runner.infer({spec.name: samples})[output], dtype=np.float32))
-            return answers.clamp_min(1e-12).log() if are_logs else answers
-
-        yield of_graph
-    finally:
-        engine.close()
-
-
-def _module(bundle: Bundle, trusted: tuple[str, ...]) -> Deployed | None:
-    """The teacher in torch; None where it has no module, or its factory is not trusted: its graph gives the same."""
-    if bundle.manifest.source is None or bundle.weights is None:
-        return None
-    try:
-        return load_deployed(bundle, trusted)
-    except ModelError:
-        return None
-
-
-def _cached(taught: Teacher, dataset: Dataset, batch: int, step: Distil, progress: Progress) -> Tensor | None:
-    """The teacher's outputs for the whole training part, where every epoch needs the same; else None."""
-    inputs, outputs = dataset.train.inputs, dataset.task.outputs
-    if step.augment is not None or step.epochs < 2 or len(inputs) * outputs * 4 > _CACHED_BYTES:
-        return None
-    progress.start(f"outputs of the teacher on {dataset.name}", len(inputs))
-    answers = torch.empty(len(inputs), outputs)
-    for at in range(0, len(inputs), batch):
-        part = np.ascontiguousarray(inputs[at : at + batch])
-        answers[at : at + len(part)] = taught(torch.from_numpy(part))
-        progress.advance(len(part))
-    progress.done()
-    return answers

@@ -24,7 +24,7 @@ from rushhour.compress.lowrank import LowRank, split
 from rushhour.compress.prune import Prune, prune
 from rushhour.compress.quantize import Quantize, check_plain, quantize
 from rushhour.compress.recipe import TRAINS, AnyStep, Recipe, name_of_step, step_text
-from rushhour.compress.store import Store, key_of
+from rushhour.compress.store import ANSWERS, Store, key_of
 from rushhour.compress.weights import ReducedPrecision, compress_weights, halve_weights
 from rushhour.data.dataset import Dataset
 from rushhour.errors import DataError, ModelError, RushhourError
@@ -233,7 +233,8 @@ class _StepRun:
                 torch.manual_seed(self._seed)
                 deployed = Deployed(build(source, self._trusted), manifest.task, manifest.preprocessing)
             self._check_export(step, before, deployed, source)
-        self._teach(self._first, deployed, step, 0)
+        # a second distillation of the same network gets the samples in another order
+        self._teach(self._first, deployed, step, sum(done.what == "distil" for done in before.manifest.lineage))
         return self._seal(step, before, deployed, source)
 
     def _reduce_precision(self, step: ReducedPrecision, before: Bundle) -> Bundle:
@@ -304,6 +305,7 @@ class _StepRun:
             progress=self._progress,
             trusted=self._trusted,
             checkpoint_every_s=self._every_s,
+            answers=self._store.folder / ANSWERS,
         )
 
     def _seal(

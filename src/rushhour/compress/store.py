@@ -18,6 +18,8 @@ from rushhour.records import identity
 from rushhour.system import machine
 from rushhour.train.checkpoint import Checkpoint
 
+ANSWERS: Final = ".answers"
+"""The folder in a store for answers of teachers."""
 _VERSIONS: Final = ("numpy", "torch", "torch-pruning", "nncf", "onnx", "onnxscript", "openvino", "onnxruntime")
 """Packages whose versions decide what a step makes."""
 

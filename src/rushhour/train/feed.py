@@ -53,6 +53,7 @@ class Feed:
         threads: that prepare batches.
         part: which of how many equal parts of each batch this worker gets; the sizes differ by one where it does not
             divide.
+        rows: the samples of the part that are used; None for all.
     """
 
     def __init__(
@@ -64,11 +65,14 @@ class Feed:
         augment: Augmentation | None = None,
         threads: int = 1,
         part: tuple[int, int] = (0, 1),
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         self._split = split
+        self._rows = rows
+        self._samples = len(split) if rows is None else len(rows)
         self._seed = seed
-        self.batch = min(batch, len(split))
-        self.steps = len(split) // self.batch
+        self.batch = min(batch, self._samples)
+        self.steps = self._samples // self.batch
         self._augment = augment
         self._part = part
         self._ahead = _AHEAD * threads
@@ -84,7 +88,9 @@ class Feed:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from step `first` of it on."""
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._split))
+        order = np.random.default_rng((self._seed, epoch)).permutation(self._samples)
+        if self._rows is not None:
+            order = self._rows[order]
         augmenter = (
             Augmenter(self._augment, len(self._split), seed=self._seed, epoch=epoch)
             if self._augment is not None

@@ -5,8 +5,12 @@
               judged on the validation part after each (successive halving, Jamieson and           dominated, skipped
               Talwalkar 2016)
 
+Where the time of a run is too short for that, only the most promising shape is made, and trained for as long as fits,
+also for a share of an epoch.
+
 Speed hardly depends on the values of weights, so shapes are timed before they are trained. Each rung continues the one
 before with a learning-rate cycle of its own (warm restarts, Loshchilov and Hutter 2017), so nothing is trained twice.
+The reference's answers to the training part are computed once, for all rungs and shapes.
 Bundles are in the store of `compress`, times and accuracies in the journal: a search that was killed resumes.
 """
 
@@ -36,6 +40,7 @@ from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import trial_of, unmeasured
 from rushhour.tune.prediction import Predictor
+from rushhour.tune.rungs import LENGTHS, RungRecord, words
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.shapes import Shape, shapes_of, why_untrainable
 from rushhour.tune.space import Candidate, candidates, plain
@@ -51,11 +56,15 @@ _FASTER: Final = 1.05
 _JOINING: Final = 2
 """Networks that join the search, at most; one where the time is limited."""
 _BATCH: Final = 128
-FOR_SEARCH: Final = 0.5
-"""Share of a run's budget that is kept for the search."""
+_FEWEST: Final = 2
+"""Shapes that must fit into the time, through all rungs, for the search to compare shapes."""
+FOR_SEARCH: Final = 0.35
+"""Share of a run's budget that is kept for the search; training of the reference takes 0.3 of it."""
 _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
 """Shares: of the budget, for int8 of what was trained; of the time for recipes, for making and timing shapes, at most;
 of the budget, below which nothing is begun."""
+_BESIDE: Final = 0.6
+"""Export and judgement of a trained network, as a share of the time that making and timing its shape took."""
 _STORE, _RESULT = ".recipes", "networks.json"
 _NO_TIME: Final = "no time left to train it"
 
@@ -116,7 +125,8 @@ def smaller_networks(
     )
     found = _read(store, key)
     if found is None:
-        search = _Search(reference, dataset, goal, run, store, settings, budget, progress, trusted)
+        record = RungRecord(store.folder, key)
+        search = _Search(reference, dataset, goal, run, store, record, settings, budget, progress, trusted)
         bundles, trials = search.found()
         found = Networks({role: bundle.path.name for role, bundle in bundles.items()}, trials, key)
         write_whole(store.folder / _RESULT, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
@@ -140,14 +150,18 @@ class _Contestant:
     """A shape that can be served.
 
     Attributes:
-        epochs: trained so far.
-        epoch_s: seconds of one, where the time is limited.
+        rungs: epochs of each that was trained so far.
+        epoch_s: seconds of one epoch without the teacher, where the time is limited.
     """
 
     shape: Shape
     state: CandidateState
-    epochs: int = 0
+    rungs: tuple[float, ...] = ()
     epoch_s: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.state.fate is None
 
     @property
     def predicted(self) -> float:
@@ -167,6 +181,7 @@ class _Search:
         goal: Goal,
         run: Path,
         store: Store,
+        record: RungRecord,
         settings: TuneSettings,
         budget: Budget,
         progress: Progress,
@@ -176,6 +191,7 @@ class _Search:
         self._dataset = dataset
         self._goal = goal
         self._store = store
+        self._record = record
         self._settings = settings
         self._budget = budget
         self._progress = progress
@@ -184,8 +200,14 @@ class _Search:
         self._bundles = {"reference": reference}
         self._predictor = Predictor(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
         self._engine: EngineName = "openvino"
+        self._is_short = False
+        """Whether the time is too short to compare shapes."""
         self._teacher_s = 0.0
-        """Of the teacher's answers to the training part, where the time is limited."""
+        """Of the teacher's answers to the training part; this and the next two where the time is limited."""
+        self._answered = 0.0
+        """The share of the training part that the teacher has answered."""
+        self._beside_s = 0.0
+        """Of export and judgement of a trained network, estimated."""
         self._pace = 1.0
         """Seconds that a training took over those that were expected, at most so far."""
         self._trials: list[Trial] = []
@@ -198,16 +220,18 @@ class _Search:
         if time < _LEAST * self._budget.seconds:
             return self._none("no time left for recipes: the search needs the rest")
         try:
-            if not math.isinf(self._budget.seconds):
-                self._teacher_s = self._epoch_seconds("reference") / 3  # a step of training is about three passes
-            if 2 * self._teacher_s > time:
-                epoch = f"an epoch of distillation takes {2 * self._teacher_s:,.0f} s or more"
-                return self._none(f"no time left for recipes: {epoch}, and the search needs all but {time:,.0f} s")
-            whole = self._timed_reference()
+            whole, self._teacher_s = self._timed_reference()
         except Exception as error:  # a user's network may fail in any way
             return self._none(failure_reason(error))
+        shortest = LENGTHS[0] * self._teacher_s
+        if shortest > self._seconds:
+            answers = f"the answers to {LENGTHS[0]:g} of the training part alone take {shortest:,.0f} s"
+            return self._none(f"no time left for recipes: {answers}, and the search needs all but {time:,.0f} s")
         contestants = self._shaped(whole, time)
-        winners = self._trained(self._within_time(contestants)) if contestants else []
+        if self._is_short:
+            winners = self._trained_as_time_allows(contestants)
+        else:
+            winners = self._trained(self._within_time(contestants)) if contestants else []
         bundles = {winner.shape.role: self._bundles[winner.shape.role] for winner in winners}
         said = ", ".join(bundles) or "none is inside the budget; the network stays as it is"
         self._say("Smaller networks for the search", said, good=bool(bundles))
@@ -237,8 +261,9 @@ class _Search:
 
     # Shape.
 
-    def _timed_reference(self) -> float:
-        """The predicted capacity of the reference, on the first engine that runs it; the shapes run on that one.
+    def _timed_reference(self) -> tuple[float, float]:
+        """The predicted capacity of the reference, on the first engine that runs it; the shapes run on that one. And
+        the seconds that it takes for the training part, where the time is limited.
 
         Raises:
             EngineError: if none does.
@@ -248,7 +273,7 @@ class _Search:
             self._engine = way.engine
             state = CandidateState(self._candidate("reference"))
             try:
-                self._predictor.choose_batch(state)
+                times = self._predictor.choose_batch(state)
             except Exception as error:  # an engine may fail in any way on a user's graph
                 why = failure_reason(error)
                 continue
@@ -256,7 +281,8 @@ class _Search:
                 *(self._journal, self._bundles, self._dataset, self._goal.budget),
                 *(way, self._progress, self._trusted),
             )
-            return state.predicted or 0.0
+            is_limited = not math.isinf(self._budget.seconds)
+            return state.predicted or 0.0, len(self._dataset.train) / max(times.throughput) if is_limited else 0.0
         raise EngineError("no engine can run the reference model", why)
 
     def _candidate(self, role: str) -> Candidate:
@@ -276,12 +302,17 @@ class _Search:
             time: seconds for all recipes.
         """
         made: list[_Contestant] = []
-        for shape in shapes_of(self._reference, self._trusted):
+        shapes = shapes_of(self._reference, self._trusted)
+        for shape in shapes:
+            if self._is_short and any(one.predicted > _FASTER * whole for one in made):
+                self._end_unmeasured(shape, "skipped", "no time left to compare shapes: a more promising one is tried")
+                continue
             if self._seconds < (1 - _FOR_SHAPES) * time:
                 self._end_unmeasured(shape, "skipped", "no time left to time this shape")
                 continue
+            before = self._budget.left
             try:
-                *_, bundle = self._applied(shape, 0, Silent())
+                *_, bundle = self._applied(shape, (), Silent())
                 self._bundles[shape.role] = bundle
                 state = CandidateState(self._candidate(shape.role))
                 self._predictor.choose_batch(state)
@@ -290,6 +321,9 @@ class _Search:
                 continue
             made.append(_Contestant(shape, state))
             self._say(f"{shape.role}, not trained yet", f"predicted {state.predicted or 0:,.0f} requests/s")
+            if len(made) == 1 and not math.isinf(self._budget.seconds):
+                self._beside_s = _BESIDE * (before - self._budget.left) * self._budget.seconds
+                self._is_short = self._cannot_compare(made[0], len(shapes))
         left = []
         for one in made:
             gentler = [other for other in made if other.shape.is_gentler_than(one.shape)]
@@ -302,10 +336,21 @@ class _Search:
                 left.append(one)
         return left
 
-    def _applied(self, shape: Shape, rungs: int, progress: Progress) -> list[Bundle]:
+    def _cannot_compare(self, first: _Contestant, shapes: int) -> bool:
+        """Whether the time is too short to make all shapes, and train two like the first through all rungs."""
+        if self._record:
+            return True
+        try:
+            first.epoch_s = self._epoch_seconds(first.shape.role)
+        except Exception:  # `_within_time` asks again, and reports it
+            return False
+        making = (shapes - 1) * self._beside_s / _BESIDE
+        return making + self._cost_of_all_rungs([first] * min(_FEWEST, shapes)) > self._seconds
+
+    def _applied(self, shape: Shape, rungs: tuple[float, ...], progress: Progress) -> list[Bundle]:
         return list(
             apply(
-                shape.recipe(RUNGS[:rungs]),
+                shape.recipe(rungs),
                 self._reference,
                 self._dataset,
                 self._store,
@@ -321,18 +366,21 @@ class _Search:
         """The first contestants, as many as can go through all rungs in the time that is left; at least one."""
         if math.isinf(self._budget.seconds):
             return contestants
-        for one in contestants:
-            try:
-                one.epoch_s = self._epoch_seconds(one.shape.role)
-            except Exception as error:  # as in `_shaped`
-                self._end(one, "failed", failure_reason(error))
-        contestants = [one for one in contestants if one.state.fate is None]
+        contestants = [one for one in contestants if self._timed_epoch(one)]
         count = len(contestants)
         while count > 1 and self._cost_of_all_rungs(contestants[:count]) > self._seconds:
             count -= 1
         for one in contestants[count:]:
             self._end(one, "skipped", _NO_TIME)
         return contestants[:count]
+
+    def _timed_epoch(self, one: _Contestant) -> bool:
+        """Time an epoch of it; a shape that cannot be trained ends."""
+        try:
+            one.epoch_s = self._epoch_seconds(one.shape.role)
+        except Exception as error:  # as in `_shaped`
+            self._end(one, "failed", failure_reason(error))
+        return one.alive
 
     def _epoch_seconds(self, role: str) -> float:
         source = self._bundles[role].manifest.source
@@ -341,23 +389,54 @@ class _Search:
         job = TrainingJob(source, settings, self._store.folder, self._trusted)
         return epoch_seconds(self._journal, self._dataset, job, self._progress)
 
-    def _cost(self, contestants: Sequence[_Contestant], rung: int) -> float:
-        return self._pace * sum(RUNGS[rung] * one.epoch_s + self._teacher_s for one in contestants)
+    def _cost(self, contestants: Sequence[_Contestant], length: float) -> float:
+        """The seconds of a rung of so many epochs, for all of these, where the time is limited."""
+        answers = max(0.0, min(1.0, length) - self._answered) * self._teacher_s
+        return self._pace * (answers + sum(length * one.epoch_s + self._beside_s for one in contestants))
 
     def _cost_of_all_rungs(self, contestants: Sequence[_Contestant]) -> float:
         slowest = sorted(contestants, key=lambda one: -one.epoch_s)
-        return sum(self._cost(slowest[: math.ceil(len(slowest) / 2**rung)], rung) for rung in range(len(RUNGS)))
+        costs = (self._cost(slowest[: math.ceil(len(slowest) / 2**rung)], RUNGS[rung]) for rung in range(len(RUNGS)))
+        again = (len(RUNGS) - 1) * self._pace * max(0.0, 1 - self._answered) * self._teacher_s
+        return sum(costs) - again  # the teacher answers in the first rung
+
+    def _trained_as_time_allows(self, contestants: list[_Contestant]) -> list[_Contestant]:
+        """The first that is inside the accuracy budget after a few rungs, each as long as the time allows."""
+        winner: _Contestant | None = None
+        for one in contestants:
+            if winner is None:
+                self._timed_epoch(one)
+            while winner is None and one.alive and (length := self._next_length(one)) is not None:
+                self._teach(one, length)
+                if one.alive and not why_outside(one.accuracy, self._goal.budget):
+                    winner = one
+                elif one.alive and one.accuracy.drop_interval[0] * _REMAINING > self._goal.budget.max_drop:
+                    self._end_outside(one, "")
+            if one is not winner and one.alive:
+                self._end_outside(one, "no time left to train it further")
+        return [] if winner is None else [winner]
+
+    def _next_length(self, one: _Contestant) -> float | None:
+        """Epochs of its next rung: what was begun before, or the most that fits; None where nothing does."""
+        done, begun = len(one.rungs), self._record.of(one.shape.role)
+        if done < len(begun):
+            return begun[done]
+        fitting = [length for length in LENGTHS if self._cost([one], length) <= self._seconds]
+        if not fitting or done == len(RUNGS):
+            return None
+        self._record.begin(one.shape.role, (*one.rungs, fitting[-1]))
+        return fitting[-1]
 
     def _trained(self, contestants: list[_Contestant]) -> list[_Contestant]:
         """The fastest that are inside the accuracy budget after some rung, the fastest first."""
         ready: list[_Contestant] = []
         for rung in range(len(RUNGS)):
             for one in contestants:
-                if self._cost([one], rung) > self._seconds:
+                if self._cost([one], RUNGS[rung]) > self._seconds:
                     self._end_outside(one, "no time left to train it further")
                 else:
-                    self._teach(one, rung)
-            alive = [one for one in contestants if one.state.fate is None]
+                    self._teach(one, RUNGS[rung])
+            alive = [one for one in contestants if one.alive]
             inside = [one for one in alive if not why_outside(one.accuracy, self._goal.budget)]
             ready = sorted([*ready, *inside], key=lambda one: -one.predicted)
             contestants = self._continuing([one for one in alive if one not in inside], ready, rung)
@@ -367,22 +446,23 @@ class _Search:
             self._end(one, "dominated", why)
         return ready[:joining]
 
-    def _teach(self, one: _Contestant, rung: int) -> None:
-        """Train one rung more, and judge."""
-        role, expected, before = one.shape.role, self._cost([one], rung), self._seconds
+    def _teach(self, one: _Contestant, length: float) -> None:
+        """Train a rung of so many epochs more, and judge."""
+        role, expected, before = one.shape.role, self._cost([one], length), self._seconds
+        one.rungs = (*one.rungs, length)
         try:
-            self._bundles[role] = self._applied(one.shape, rung + 1, self._progress)[-1]
+            self._bundles[role] = self._applied(one.shape, one.rungs, self._progress)[-1]
             one.state.candidate = self._candidate(role)
-            one.epochs = sum(RUNGS[: rung + 1])
             one.state.accuracy = found = self._judge.accuracy(one.state.candidate, "validation")
         except Exception as error:  # as in `_shaped`; training may diverge, too
             self._end(one, "failed", failure_reason(error))
             return
+        self._answered = max(self._answered, min(1.0, length))
         if expected:
             self._pace *= max(1.0, (before - self._seconds) / expected)
         drop, most = found.drop * 100, found.drop_interval[1] * 100
         result = f"{found.metric} {found.value:.4f}, drop {drop:.2f} points, at most {most:.2f}"
-        self._say(f"{role} after {_epochs(one.epochs)}", result)
+        self._say(f"{role} after {words(one.rungs)}", result)
 
     def _continuing(self, outside: list[_Contestant], ready: list[_Contestant], rung: int) -> list[_Contestant]:
         """Those not inside the budget yet that are trained further, the smallest drop first; the others end."""
@@ -407,9 +487,5 @@ class _Search:
         if one.state.accuracy is None:
             self._end(one, "skipped", _NO_TIME)
             return
-        why = f"after {_epochs(one.epochs)} of distillation {why_outside(one.accuracy, self._goal.budget)}"
+        why = f"after {words(one.rungs)} of distillation {why_outside(one.accuracy, self._goal.budget)}"
         self._end(one, "over budget", f"{why}; {also}" if also else why)
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch{'s' if count > 1 else ''}"

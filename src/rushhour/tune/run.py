@@ -33,7 +33,7 @@ from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import describe
 from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
-from rushhour.tune.networks import FOR_SEARCH, smaller_networks
+from rushhour.tune.networks import smaller_networks
 from rushhour.tune.search import tune
 from rushhour.tune.settings import Budget, Recipes, TuneSettings
 from rushhour.tune.state import failure_reason
@@ -44,7 +44,7 @@ _FEWEST_EPOCHS = 2
 """Share of the budget for training; more where that is less than two epochs, as one epoch teaches too little."""
 _RECORD = "run.json"
 _DIGITS = 16
-_LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": FOR_SEARCH}
+_LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": 0.45}
 """Share of the budget for the search, at least, even where training took more than its share."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from rushhour.bundle import Bundle
@@ -33,15 +35,17 @@ class Shape(msgspec.Struct, frozen=True):
         parts = [f"prune-{self.ratio:g}"] if self.ratio else []
         return "-".join([*parts, f"lowrank-{self.keep:g}"] if self.keep < 1 else parts)
 
-    def recipe(self, rungs: tuple[int, ...] = ()) -> Recipe:
+    def recipe(self, rungs: Sequence[float] = ()) -> Recipe:
         """The recipe of its bundle.
 
         Args:
-            rungs: epochs of each distillation, one after another; none for the shape with inherited weights.
+            rungs: epochs of each distillation, one after another, whole numbers or the share of one; none for the shape
+                with inherited weights.
         """
         pruned = [Prune(ratio=self.ratio, epochs=0)] if self.ratio else []
         split = [LowRank(keep=self.keep)] if self.keep < 1 else []
-        return Recipe((*pruned, *split, *map(Distil, rungs)))
+        taught = [Distil(1, share=rung) if rung < 1 else Distil(int(rung)) for rung in rungs]
+        return Recipe((*pruned, *split, *taught))
 
     def is_gentler_than(self, other: Shape) -> bool:
         """Whether `other` removes at least as much everywhere, and more somewhere."""
