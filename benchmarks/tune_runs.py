@@ -25,6 +25,7 @@ from bench.parts import Part, say
 from bench.record import Check, Table, commit, judged, mean_ratio, verdict
 from tune_replays import load_tests
 
+from rushhour.api.values import read_seconds
 from rushhour.bundle import Bundle
 from rushhour.cli.terminal import TerminalProgress
 from rushhour.data import Dataset
@@ -43,6 +44,8 @@ SEED = 0
 _TRUSTED = ("rushhour.models:build",)
 _AT = 0.95
 """Of a stated capacity: the rate at which a shipped plan is served again."""
+_UNTOUCHED = 0.4
+"""Of the budget of a run, for the search of the best plan of the untouched model: it has no training."""
 _AS_GOOD = 0.95
 """Of the capacity of int8 alone: a plan of no less is as good; the noise of a capacity is as large."""
 
@@ -116,7 +119,7 @@ def untouched(reference: Bundle, data: Dataset, case: Case, work: Path, name: st
     with _run_folder(work, f"{name}-untouched") as (run, _):
         bundles = {"reference": reference.copy_to(run / "bundles" / "reference")}
         goal = Goal(SLO.parse(case.slo), AccuracyBudget.parse("1%"))
-        settings = TuneSettings(seed=SEED, recipes="none")
+        settings = TuneSettings(seed=SEED, recipes="none", budget_s=_UNTOUCHED * read_seconds(case.budget))
         plan = tune(
             *(bundles, data, goal),
             run=run,
