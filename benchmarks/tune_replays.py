@@ -121,19 +121,28 @@ def replayed(file: Path, seed: int) -> Replayed:
     tests = load_tests(journal)
     curve.append((tests, share_of(plan)))
     return Replayed(
-        seed, plan_name(plan), share_of(plan), tests, len(windows), seconds / 60, tuple(curve), bound_holds(plan, best)
+        seed,
+        plan_name(plan),
+        share_of(plan),
+        tests,
+        len(windows),
+        seconds / 60,
+        tuple(curve),
+        bound_holds(plan, share_of(plan)),
     )
 
 
-def bound_holds(plan: Plan, best_rps: float) -> bool | None:
-    """Whether the true optimum is within the certificate's bound on the regret; None where the plan has none."""
+def bound_holds(plan: Plan, share: float) -> bool | None:
+    """Whether the certificate's bound holds; None where the plan has no bound.
+
+    Args:
+        plan: of a search.
+        share: of the true optimum that it has.
+    """
     certificate: Any = getattr(plan.evidence, "certificate", None)
-    return None if certificate is None else _within(certificate, plan, best_rps)
-
-
-def _within(certificate: Any, plan: Plan, best_rps: float) -> bool:
-    assert plan.evidence is not None
-    return best_rps <= plan.evidence.capacity_rps * (1 + certificate.regret_bound)
+    if certificate is None or certificate.regret_bound is None:
+        return None
+    return bool(1 / share - 1 <= certificate.regret_bound)
 
 
 # The other searches.

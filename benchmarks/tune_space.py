@@ -37,13 +37,14 @@ from rushhour.tune import TuneSettings
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.bench import Bench
 from rushhour.tune.prediction import Predictor
-from rushhour.tune.space import Candidate, candidates, plain
+from rushhour.tune.space import Candidate, candidates, other_layouts, plain
 
 SEED = 0
 GOAL = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%"))
 _TRUSTED = ("rushhour.models:build",)
-_FEW, _MANY = (1, 4, 16, 64), (1, 4, 8, 16, 64)
-"""Batch bounds: more where there are few artefacts, for about as many plans."""
+_FEW, _MANY = (1, 8, 64), (1, 4, 16, 64)
+"""Batch bounds: more where there are few artefacts, for about as many plans. One sample at a time is among them: a
+search compares its plan with it, and predictions are interpolated from there."""
 _ENOUGH = 10
 _USERS, _MOST_USERS = 0.4, 512
 """Users of a closed loop, in multiples of throughput times limit, as in `rushhour.tune.load_tests`."""
@@ -102,7 +103,7 @@ class Exhaustive:
         service: dict[str, ServiceTimes] = {}
         accuracy: dict[str, tuple[Accuracy, Accuracy]] = {}
         compiled: list[Candidate] = []
-        for candidate in candidates(self._bundles, cores()):
+        for candidate in _layouts(candidates(self._bundles, cores())):
             if candidate.precision == "bf16" and not describe().has_bf16:
                 continue
             try:
@@ -155,6 +156,12 @@ class Exhaustive:
             first_seed = SEED + (_AGAIN if near else 0)
             windows = around(served.search_windows(_OPEN_S), start, self._windows, first_seed)
         return closed, windows
+
+
+def _layouts(basic: Sequence[Candidate]) -> list[Candidate]:
+    """These, and each artefact in the first of the layouts that leave cores to the rest of the server."""
+    artefacts = {artefact_of(each): each for each in basic}
+    return [*basic, *(other for each in artefacts.values() for other in other_layouts(each, cores())[:1])]
 
 
 def around(probe: Probe, start_rps: float, count: int, seed: int) -> list[Measurement]:

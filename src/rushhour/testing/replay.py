@@ -88,10 +88,11 @@ class ReplayBench:
         """
         name = compiled_of(candidate)
         found = self._space.service.get(name)
-        if found is None:
-            raise EngineError(f"cannot run {name}", "it is not in the measured space", "measure it too")
         known = set(self._space.bounds(name))
-        kept = [at for at, size in enumerate(found.batch_sizes) if size in known]
+        sizes = found.batch_sizes if found is not None else ()
+        kept = [at for at, size in enumerate(sizes) if size in known and size <= candidate.policy.max_batch]
+        if found is None or not kept:
+            raise EngineError(f"cannot run {name}", "it is not in the measured space", "measure it too")
         self.clock.advance(_START_S)
         return ServiceTimes(
             tuple(found.batch_sizes[at] for at in kept),
