@@ -160,6 +160,17 @@ def build() -> nn.Module:
 '''
 
 
+def small_data(file: Path) -> None:
+    """Ten classes of 28x28 pictures: a bright place on noise."""
+    random = np.random.default_rng(SEED)
+    labels = np.arange(1200, dtype=np.int64) % 10
+    pictures = random.integers(0, 100, (1200, 28, 28, 1), dtype=np.uint8)
+    for picture, label in zip(pictures, labels.tolist(), strict=True):
+        row, column = divmod(label, 4)
+        picture[7 * row : 7 * row + 7, 7 * column : 7 * column + 7] += 120
+    np.savez(file, x=pictures, y=labels)
+
+
 def bad_inputs(bundle: Path, data: str, budget: str, work: Path) -> list[Bad]:
     """The inputs of part 9.
 
@@ -174,8 +185,10 @@ def bad_inputs(bundle: Path, data: str, budget: str, work: Path) -> list[Bad]:
     unlabelled = work / "unlabelled.npz"
     np.savez(unlabelled, x=random.integers(0, 256, (400, 28, 28, 1), dtype=np.uint8))
     (work / "bench_crashes.py").write_text(CRASHES)
+    small_data(work / "small.npz")
     common = ["--data", data, "--budget", budget]
-    crashing = ["bench_crashes:build", *common, "--trust", "bench_crashes:build", "--epochs", "1"]
+    crashing = ["bench_crashes:build", "--trust", "bench_crashes:build", "--data", str(work / "small.npz")]
+    crashing += ["--epochs", "4", "--max-accuracy-drop", "20%", "--budget", budget]
     return [
         Bad("slo", "an SLO that no plan can meet", [str(bundle), *common, "--slo", "p99<20us", "--recipes", "none"],
             (1,), ("nearest",), True),
@@ -183,6 +196,8 @@ def bad_inputs(bundle: Path, data: str, budget: str, work: Path) -> list[Bad]:
         Bad("short", "a budget of 3 s", [str(bundle), "--data", data, "--budget", "3s"], (0, 1), (), None),
         Bad("unlabelled", "a network to be trained on data without labels",
             ["mlp", "--data", str(unlabelled), "--budget", budget], (1, 2), ("label",), False),
+        Bad("fidelity", "a trained network on data without labels", [str(bundle), "--data", str(unlabelled),
+            "--budget", budget, "--recipes", "none"], (0, 1), (), True),
         Bad("crash", "a recipe that crashes, among others", crashing, (0,), ("half the channels crash",), True),
     ]  # fmt: skip
 

@@ -92,6 +92,12 @@ def load_tests(journal: Sequence[Entry]) -> int:
     return len({(each.phase, each.subject) for each in journal if isinstance(each.reading, Measurement | ClosedLoop)})
 
 
+def counted_tests(plan: Plan, run: Path) -> int:
+    """The load tests of a run, by its certificate; by its journal where it has none."""
+    certificate: Any = getattr(plan.evidence, "certificate", None)
+    return load_tests(list(Journal(run / JOURNAL))) if certificate is None else int(certificate.load_tests)
+
+
 def plan_name(plan: Plan) -> str:
     """The name in a `MeasuredSpace` of what a plan serves."""
     variant, policy = plan.variants[0], plan.policy
@@ -116,9 +122,9 @@ def replayed(file: Path, seed: int) -> Replayed:
 
         plan = replay(space, run, seed=seed, so_far=so_far)
         journal = list(Journal(run / JOURNAL))
+        tests = counted_tests(plan, run)
     windows = [each.reading for each in journal if isinstance(each.reading, Measurement | ClosedLoop)]
     seconds = sum(each.duration_s + 1 if isinstance(each, Measurement) else 0.5 for each in windows)
-    tests = load_tests(journal)
     curve.append((tests, share_of(plan)))
     return Replayed(
         seed,
@@ -142,7 +148,7 @@ def bound_holds(plan: Plan, share: float) -> bool | None:
     certificate: Any = getattr(plan.evidence, "certificate", None)
     if certificate is None or certificate.regret_bound is None:
         return None
-    return bool(1 / share - 1 <= certificate.regret_bound)
+    return share > 0 and bool(1 / share - 1 <= certificate.regret_bound)
 
 
 # The other searches.

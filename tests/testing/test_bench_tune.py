@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -14,6 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import render  # noqa: E402
 from bench.record import Record  # noqa: E402
+from tune_hard import small_data  # noqa: E402
 from tune_replays import at_random, best_so_far, by_tpe, inside, on_grid  # noqa: E402
 from tune_space import around  # noqa: E402
 
@@ -36,17 +36,6 @@ def measured(tmp_path: Path, parts: str, *options: str, timeout: float | None = 
     assert render.render([("tune", found)])
     assert all(check.why for check in found.checks if not check.holds)
     return found
-
-
-def small_data(file: Path) -> None:
-    """Ten classes of 28x28 pictures: a bright place on noise."""
-    random = np.random.default_rng(0)
-    labels = np.arange(1200, dtype=np.int64) % 10
-    pictures = random.integers(0, 100, (1200, 28, 28, 1), dtype=np.uint8)
-    for picture, label in zip(pictures, labels.tolist(), strict=True):
-        row, column = divmod(label, 4)
-        picture[7 * row : 7 * row + 7, 7 * column : 7 * column + 7] += 120
-    np.savez(file, x=pictures, y=labels)
 
 
 @pytest.mark.long
@@ -148,5 +137,7 @@ def test_other_networks_are_tuned_and_bad_input_is_refused(tmp_path: Path) -> No
     options = [*SMALL, str(tmp_path / "small.npz"), *["--kinds", "onnx", "--others", "30", "--bad", "20s"]]
     found = measured(tmp_path, "8,9", *options)
     checks = {check.id: check for check in found.checks}
-    assert {"8.onnx.int8", "8.onnx.said", "9.slo", "9.zero", "9.short", "9.unlabelled", "9.crash"} == set(checks)
+    assert {"8.onnx.int8", "8.onnx.said", "9.slo", "9.zero", "9.short", "9.unlabelled", "9.fidelity", "9.crash"} == set(
+        checks
+    )
     assert all(checks[id].holds for id in ("8.onnx.said", "9.zero", "9.unlabelled"))
