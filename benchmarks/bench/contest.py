@@ -98,7 +98,9 @@ def eager(bundle: Bundle, bench: Path) -> Iterator[Aim]:
     cores = frozenset(os.sched_getaffinity(0))
     with (
         TemporaryDirectory() as folder,
-        running(command, {**env, "HOME": folder}, port, cores, Path(folder) / "log", partial(answers, port, requests[0])),
+        running(
+            command, {**env, "HOME": folder}, port, cores, Path(folder) / "log", partial(answers, port, requests[0])
+        ),
     ):
         yield Aim(endpoint(f"http://127.0.0.1:{port}"), [request.http(port) for request in requests])
 

@@ -160,7 +160,8 @@ def test_what_was_not_measured_cannot_be_replayed() -> None:
 
 def test_service_times_are_those_of_the_batch_bounds_of_the_space() -> None:
     bench = ReplayBench(SPACE)
-    assert bench.service_times(candidate(NAME)).batch_sizes == (1, 4, 16)
+    assert bench.service_times(candidate(NAME).with_batch(64)).batch_sizes == (1, 4, 16)
+    assert bench.service_times(candidate(NAME).with_batch(4)).batch_sizes == (1, 4), "as it would be served"
 
 
 def test_a_space_is_kept_in_a_file(tmp_path: Path) -> None:
