@@ -100,7 +100,8 @@ class Trial(msgspec.Struct, frozen=True):
         bundle: that it serves: `reference`, `int8`, `prune-0.5-int8`. A network that was not served has the name of its
             recipe.
         accuracy: of the compiled artefact on the validation part; None where it was not measured.
-        predicted_rps: by simulation on its service times, before any load.
+        predicted_rps: by simulation on its service times, before it was loaded; corrected by what was measured of
+            others until then.
         capacity_rps: under load; None where it was dropped before that.
         fate: `won`; `baseline` (the untouched model); `beaten` under load; `tied` with the winner under load;
             `dominated` by prediction; `not preferred` (within the goal, but not what was preferred); `over budget`;

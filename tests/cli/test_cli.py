@@ -63,6 +63,22 @@ def test_a_budget_without_its_percent_sign(tmp_path: Path) -> None:
     refused(rushhour("demo", "--max-accuracy-drop", "1", "--out", tmp_path / "run"), "1%")
 
 
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [("0", "a duration is above 0"), ("-5m", "a duration is above 0"), ("1s", "cannot tune within 1 s")],
+)
+@pytest.mark.parametrize("command", [["demo"], ["tune", "article", "--data", "fashion-mnist"]])
+def test_a_time_that_is_too_short_for_any_answer(command: list[str], budget: str, says: str, tmp_path: Path) -> None:
+    refused(answer_to(*command, f"--budget={budget}", "--out", tmp_path / "run"), says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_without_labels_cannot_train_what_is_tuned(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (100, 4, 4, 1), dtype=np.uint8))
+    refused(answer_to("tune", "mlp", "--data", tmp_path / "x.npz", "--out", tmp_path / "run"), "has no labels")
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_data(tmp_path: Path) -> None:
     refused(answer_to("tune", "article", "--data", tmp_path / "none", "--out", tmp_path / "run"), "none")
     assert not (tmp_path / "run").exists()

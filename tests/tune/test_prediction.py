@@ -6,9 +6,11 @@ import math
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rushhour.goal import SLO
+from rushhour.load import Race
 from rushhour.measurement import Measurement, Outcome, ServiceTimes
 from rushhour.plan import EngineName, Policy
 from rushhour.records.journal import Journal
@@ -138,6 +140,110 @@ def test_what_was_measured_corrects_what_is_alike(tmp_path: Path, monkeypatch: p
             assert 0.75 < factor < 0.8
         else:
             assert 0.7 < factor < 0.75
+
+
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Timed, list[CandidateState]]:
+    monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "cores", lambda: 2)
+    predictor, states = Timed(Journal(tmp_path / "journal.jsonl"), {}, SLO_, 0.05, ()), candidates()
+    predictor.choose_batches(states)
+    return predictor, states
+
+
+def raced(ratio: float, spread: float = 1.05) -> Race:
+    return Race("tie", ratio, (ratio / spread, ratio * spread), 20, (1.0, ratio))
+
+
+def test_a_race_corrects_the_prediction_of_what_lost_more_than_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, states = known(tmp_path, monkeypatch)
+    leader, rival = states[0], states[4]
+    before = [state.predicted or 0.0 for state in states]
+    predicted = before[4] / before[0]
+    predictor.learn_race(leader.candidate, rival.candidate, raced(0.6 * predicted, spread=1.3))
+    assert predictor.capacity(rival.candidate) == pytest.approx(before[4]), "the ratio is not known well enough"
+    predictor.learn_race(leader.candidate, rival.candidate, raced(0.6 * predicted))
+    assert predictor.capacity(rival.candidate) < 0.85 * before[4]
+    assert predictor.capacity(rival.candidate) / before[4] < predictor.capacity(leader.candidate) / before[0]
+    # where the leader is measured, the rival follows from it
+    leader.capacity = 0.5 * before[0]
+    predictor.learn_residual(leader)
+    assert predictor.capacity(leader.candidate) < 0.75 * before[0]
+    assert predictor.capacity(rival.candidate) < 0.6 * before[4]
+    decided, open_ = states[1], states[2]
+    decided.fate, was = "beaten", (states[1].predicted, states[2].predicted)
+    predictor.correct(states)
+    assert decided.predicted == was[0]
+    assert (open_.predicted or 0.0) < 0.9 * (was[1] or 0.0)
+
+
+def test_what_does_not_batch_says_little_of_what_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, states = known(tmp_path, monkeypatch)
+    one, eager = (CandidateState(states[0].candidate.with_batch(1)) for _ in range(2))
+    eager.candidate = msgspec.structs.replace(eager.candidate, engine="torch")
+    before = predictor.capacity(states[0].candidate)
+    for state in (one, eager):
+        state.capacity = 0.5 * predictor.capacity(one.candidate)
+    predictor.learn_residual(eager)
+    assert predictor.capacity(states[0].candidate) == before
+    predictor.learn_residual(one)
+    assert predictor.capacity(one.candidate) < 0.6 * (one.capacity or 0.0) / 0.5
+    assert predictor.capacity(states[0].candidate) == pytest.approx(2**-0.5 * before), "as any other candidate"
+
+
+def test_a_residual_is_that_of_the_overhead_known_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline is measured before the overhead of serving is known: most of its residual is that overhead."""
+    predictor, states = known(tmp_path, monkeypatch)
+    states[0].capacity = most(states[0].candidate)
+    predictor.learn_residual(states[0])
+    assert predictor.capacity(states[0].candidate) < 0.6 * (states[0].predicted or 0.0)
+
+    def measure_throughput(state: CandidateState) -> bool:
+        state.throughput = 1.1 * most(state.candidate)
+        state.windows.append(window(0.95 * most(state.candidate), most(state.candidate), (1.0,) * 20))
+        return True
+
+    predictor.learn_overheads(states, measure_throughput)
+    assert predictor.capacity(states[3].candidate) == pytest.approx(most(states[3].candidate), rel=0.1)
+
+
+def test_layouts_that_are_far_behind_are_not_loaded_for_their_overhead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, states = known(tmp_path, monkeypatch)
+    half = CandidateState(states[0].candidate.with_layout(1, 1, 1))
+    predictor.choose_batches([half])
+    half.predicted = 0.3 * (states[0].predicted or 0.0)
+    monkeypatch.setattr(Timed, "choose_batches", lambda *_: None)
+
+    def measure_throughput(state: CandidateState) -> bool:
+        state.throughput = most(state.candidate)
+        return True
+
+    learnt = predictor.learn_overheads([*states, half], measure_throughput, keep=0.7)
+    assert half not in learnt
+    assert len({state.candidate.layout for state in learnt}) == 3
+
+
+def test_the_interval_of_a_prediction_is_that_of_the_errors_that_were_seen() -> None:
+    same, other, here = Residuals(), Residuals(), (1, 2, 1)
+    assert same.spread == pytest.approx(0.15)
+    for number in range(20):
+        same.learn(f"{number}", "openvino", here, 1000.0, 800.0)
+        other.learn(f"{number}", "openvino", here, 1000.0, 700.0 if number % 2 else 1400.0)
+    assert same.spread < 0.07
+    assert other.spread > 0.3
+
+
+def test_another_limit_and_more_cores_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, states = known(tmp_path, monkeypatch)
+    (now,) = predictor.capacities_under(states[:1], SLO_)
+    assert now == states[0].predicted
+    (tight,) = predictor.capacities_under(states[:1], SLO.parse("p99<1ms"))
+    assert 0 < tight < 0.9 * now
+    (twice,) = predictor.capacities_under(states[:1], SLO_, 2)
+    assert twice == pytest.approx(2 * now, rel=0.05)
+    assert predictor.beside_serving(1000.0, states[0].candidate) == pytest.approx(1000), "no overhead is known"
 
 
 def test_residuals_are_shrunk_to_what_is_known_more_generally() -> None:
