@@ -1,4 +1,7 @@
-"""An ONNX file from elsewhere becomes a bundle, without a torch module: it can be served, but not trained."""
+"""An ONNX file from elsewhere becomes a bundle of its graph as it is, without a torch module: served, but not trained.
+
+`rushhour.models.importing` makes one that can be trained, where the graph can be converted.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, DType, Manifest, Preprocessing, Signature, Step, TensorSpec
 from rushhour.errors import ModelError
+from rushhour.models.converted import read_onnx
 from rushhour.models.deployed import strip_origin
 from rushhour.records.answers import INTEGER_PRODUCTS
 from rushhour.system.telemetry import disable_telemetry
@@ -37,21 +41,12 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
         TaskError: if the first output does not fit the task.
         StorageError: if the disk does not take it.
     """
-    try:
-        graph = onnx.load(file)
-        onnx.checker.check_model(graph)
-    except Exception as error:  # protobuf, onnx and the file system each have their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot read the model {file}", reason[0], "check that it is a whole ONNX file") from error
-    held = {tensor.name for tensor in graph.graph.initializer}
-    signature = Signature(
-        inputs=tuple(_spec(value, file) for value in graph.graph.input if value.name not in held),
-        outputs=tuple(_spec(value, file) for value in graph.graph.output),
-    )
+    graph = read_onnx(file)
+    signature = signature_of(graph, file)
     task.check_output(signature.outputs[0].shape, file.stem)
     strip_origin(graph)
     manifest = Manifest(
-        name="".join(c if c.isalnum() else "-" for c in file.stem).strip("-").lower()[:64] or "model",
+        name=name_for(file),
         signature=signature,
         task=task,
         preprocessing=Preprocessing(),
@@ -69,6 +64,24 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
         _check_batches(target, {name: np.resize(array, (3, *array.shape[1:])) for name, array in given.items()})
 
     return Bundle.create(out, manifest, model, samples=carried)
+
+
+def signature_of(graph: onnx.ModelProto, file: Path) -> Signature:
+    """The inputs and outputs of a graph, without the batch.
+
+    Raises:
+        ModelError: if a batch is fixed, another size is not, or a type is none that the protocol carries.
+    """
+    held = {tensor.name for tensor in graph.graph.initializer}
+    return Signature(
+        inputs=tuple(_spec(value, file) for value in graph.graph.input if value.name not in held),
+        outputs=tuple(_spec(value, file) for value in graph.graph.output),
+    )
+
+
+def name_for(file: Path) -> str:
+    """The name of a model from that of its file."""
+    return "".join(c if c.isalnum() else "-" for c in file.stem).strip("-").lower()[:64] or "model"
 
 
 def _spec(value: onnx.ValueInfoProto, file: Path) -> TensorSpec:

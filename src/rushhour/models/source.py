@@ -24,8 +24,8 @@ from rushhour.task import Task
 
 _ROOM = "rushhour.models"
 _NAMES = ("article", "residual", "mlp")
-_PRETRAINED = ("minilm",)
-"""Networks with pretrained weights, not trained from scratch."""
+_BUILT_IN = ("minilm", "converted")
+"""Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
 _CLASSES = ("classes", "num_classes")
 _ANY = (inspect.Parameter.empty, Any, "Any")
 _NUMBER = (int, "int")
@@ -242,7 +242,7 @@ def factory_of(source: Source, trusted: tuple[str, ...] = ()) -> Callable[..., A
         ModelError: if it is not trusted, or does not exist.
     """
     module_name, _, name = source.factory.partition(":")
-    ours = module_name == _ROOM and name in (*_NAMES, *_PRETRAINED)
+    ours = module_name == _ROOM and name in (*_NAMES, *_BUILT_IN)
     if not ours and source.factory not in trusted:
         raise ModelError(
             f"will not import the model {source.factory!r}",

@@ -1,0 +1,329 @@
+"""A model file from elsewhere becomes a bundle that can be trained, pruned, factorised and distilled.
+
+Its torch network is rebuilt from the ONNX graph and has its weights. Where that is not possible the bundle has the
+graph as it is, and `Understood.why_untrainable` says what stands in the way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec
+from rushhour.errors import ModelError, TaskError
+from rushhour.models.converted import Converted, NotTrainable, convert, read_onnx, verify
+from rushhour.models.deployed import Deployed, export
+from rushhour.models.imported import from_onnx, name_for, signature_of
+from rushhour.task import Task
+
+FACTORY: Final = "rushhour.models:converted"
+"""The factory of every network that was rebuilt from a graph; its argument is the program."""
+_SAMPLES: Final = 16
+_JUDGED: Final = 256
+_IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Understood(msgspec.Struct, frozen=True):
+    """What was understood of a model file.
+
+    Attributes:
+        file: its path.
+        opset: the version of its operators.
+        producer: what wrote it.
+        signature: its inputs and outputs.
+        layout: of its pictures, `NCHW` or `NHWC`; empty where its input is none.
+        task: what it is for.
+        task_from: how that is known.
+        preprocessing: of samples on the wire, before the network.
+        preprocessing_from: how that is known.
+        operators: of the graph -> how often.
+        layers: of the network -> how often; empty where it cannot be trained.
+        parameters: its weights.
+        notes: what was joined, folded or left out.
+        why_untrainable: empty where it can be trained.
+        difference: between the answers of network and graph, at most, as a share of the largest.
+    """
+
+    file: str
+    opset: int
+    producer: str
+    signature: Signature
+    layout: str
+    task: Task
+    task_from: str
+    preprocessing: Preprocessing
+    preprocessing_from: str
+    operators: dict[str, int]
+    layers: dict[str, int]
+    parameters: int
+    notes: tuple[str, ...]
+    why_untrainable: str
+    difference: float
+
+
+class Given(msgspec.Struct, frozen=True):
+    """Data that a model is imported for.
+
+    Attributes:
+        samples: as on the wire, `(k, *shape)`.
+        targets: of these, as of the task; empty where there are none.
+        preprocessing: as the data has it: for a network that is trained from scratch.
+    """
+
+    samples: NDArray[Any]
+    targets: NDArray[Any]
+    preprocessing: Preprocessing
+
+
+def input_of(file: Path) -> TensorSpec:
+    """The first input of a model file.
+
+    Raises:
+        ModelError: if it cannot be read or served.
+    """
+    return signature_of(read_onnx(file), file).inputs[0]
+
+
+def picture_size(spec: TensorSpec) -> tuple[int, int] | None:
+    """Height and width of an input, if it looks like a picture of 1 or 3 channels."""
+    layout = layout_of(spec)
+    return {"NCHW": spec.shape[1:], "NHWC": spec.shape[:2]}.get(layout)  # type: ignore[return-value]
+
+
+def layout_of(spec: TensorSpec) -> str:
+    """`NCHW` or `NHWC` of a picture of 1 or 3 channels, else empty."""
+    if len(spec.shape) != 3:
+        return ""
+    return "NCHW" if spec.shape[0] in (1, 3) else "NHWC" if spec.shape[2] in (1, 3) else ""
+
+
+def import_onnx(
+    file: Path,
+    out: Path,
+    *,
+    task: Task | None = None,
+    preprocessing: Preprocessing | None = None,
+    given: Given | None = None,
+    name: str | None = None,
+) -> tuple[Bundle, Understood]:
+    """The bundle of an ONNX file, with a torch network where its graph can be converted.
+
+    Args:
+        file: weights inside or beside it.
+        out: the bundle's folder; an older one is replaced.
+        task: what its first output means; by default read off the graph: classes where it ends in a softmax.
+        preprocessing: of samples on the wire; by default, of pictures in `given` the usual scaling with which the model
+            is most accurate on them; else none.
+        given: data for it.
+        name: of the model; by default that of the file.
+
+    Raises:
+        ModelError: if the file cannot be read or served.
+        TaskError: if its answers do not fit the task.
+        StorageError: if the disk does not take it.
+    """
+    model = read_onnx(file)
+    signature = signature_of(model, file)
+    name = name or name_for(file)
+    converted, why, difference = _converted(model, signature, name)
+    wanted, task_from = (task, "given") if task is not None else _task(model, signature)
+    wanted.check_output(_flat(signature.outputs[0].shape), name)
+    if converted is not None and converted.gives_logits and wanted.kind != "classification":
+        converted = convert(model, name)
+    scaled, scaled_from = preprocessing or Preprocessing(), "given" if preprocessing is not None else "none"
+    bundle: Bundle | None = None
+    if converted is not None:
+        try:
+            spec, scaled, scaled_from = _on_the_wire(converted, signature, wanted, preprocessing, given, name)
+            bundle = _sealed(converted, name, model, wanted, spec, scaled, given, out)
+        except (ModelError, TaskError) as error:
+            why = f"{error.what}: {error.why}"
+            scaled, scaled_from = Preprocessing(), "none"
+    if bundle is None:
+        samples = given.samples[:_SAMPLES] if given is not None and _fits(given.samples, signature) else None
+        bundle = from_onnx(file, wanted, out, samples=samples)
+    notes = () if converted is None else converted.notes
+    if converted is not None and converted.gives_logits:
+        notes = (*notes, "the softmax at the end is left out in training, and is a part of the served graph")
+    return bundle, Understood(
+        file=str(file),
+        opset=next((each.version for each in model.opset_import if not each.domain), 0),
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        signature=signature,
+        layout=layout_of(signature.inputs[0]),
+        task=wanted,
+        task_from=task_from,
+        preprocessing=scaled,
+        preprocessing_from=scaled_from,
+        operators=dict(Counter(node.op_type for node in model.graph.node).most_common()),
+        layers={} if why or converted is None else _layers(converted),
+        parameters=bundle.manifest.parameters,
+        notes=notes,
+        why_untrainable=why,
+        difference=difference,
+    )
+
+
+def _converted(model: onnx.ModelProto, signature: Signature, name: str) -> tuple[Converted | None, str, float]:
+    """The network, or why there is none, and how far its answers differ from the graph's."""
+    if len(signature.inputs) > 1 or len(signature.outputs) > 1:
+        several = "inputs" if len(signature.inputs) > 1 else "outputs"
+        count = max(len(signature.inputs), len(signature.outputs))
+        return None, f"it has {count} {several}, and training takes one", 0.0
+    try:
+        found = convert(model, name, logits=True)
+        return found, "", verify(model, found, name)
+    except NotTrainable as error:
+        return None, error.why, 0.0
+
+
+def _task(model: onnx.ModelProto, signature: Signature) -> tuple[Task, str]:
+    """What a model is for, read off its graph."""
+    outputs = signature.outputs[0]
+    (width,) = _flat(outputs.shape) or (1,)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    last = producers.get(model.graph.output[0].name)
+    while last is not None and last.op_type in ("Identity", "Flatten", "Reshape", "Squeeze"):
+        last = producers.get(last.input[0])
+    if last is not None and last.op_type in ("Softmax", "LogSoftmax") and width > 1:
+        return Task.classification(tuple(map(str, range(width)))), "it ends in a softmax"
+    return Task("regression", outputs=width), "it does not end in a softmax: name its classes if it has some"
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without axes of 1 beside the answers."""
+    wide = tuple(size for size in shape if size != 1)
+    return wide if len(wide) == 1 else (1,) if not wide else shape
+
+
+def _fits(samples: NDArray[Any], signature: Signature) -> bool:
+    first = signature.inputs[0]
+    return samples.dtype.name == first.dtype and samples.shape[1:] == first.shape
+
+
+def _on_the_wire(
+    converted: Converted,
+    signature: Signature,
+    task: Task,
+    preprocessing: Preprocessing | None,
+    given: Given | None,
+    name: str,
+) -> tuple[TensorSpec, Preprocessing, str]:
+    """One sample as requests carry it, and what is done to it before the network."""
+    (spec,) = signature.inputs
+    if given is None:
+        return spec, preprocessing or Preprocessing(), "none" if preprocessing is None else "given"
+    shape, dtype = given.samples.shape[1:], given.samples.dtype.name
+    layout = _layout(spec, shape, name)
+    wire = msgspec.convert({"name": spec.name, "dtype": dtype, "shape": shape}, type=TensorSpec)
+    decoding = given.preprocessing.decoding
+    if preprocessing is not None:
+        return wire, msgspec.structs.replace(preprocessing, layout=layout, decoding=decoding), "given"
+    plain = Preprocessing(layout=layout, decoding=decoding)
+    if dtype == spec.dtype or not spec.dtype.startswith("float"):
+        return wire, plain, "none: samples are as its input"
+    found, why = _usual(converted, task, given, plain)
+    return wire, found, why
+
+
+def _layout(spec: TensorSpec, shape: tuple[int, ...], name: str) -> Any:
+    if shape == spec.shape:
+        return "none"
+    if len(shape) == 3 and (shape[2], *shape[:2]) == spec.shape:
+        return "NHWC->NCHW"
+    raise ModelError(
+        f"{name} does not take these samples",
+        f"its input {spec.name} has the shape {spec.shape}, and a sample has {shape}",
+        "give data that it was made for",
+    )
+
+
+def _usual(converted: Converted, task: Task, given: Given, plain: Preprocessing) -> tuple[Preprocessing, str]:
+    """The usual scaling of pixels with which a model is most accurate on labelled samples; 0 to 1 without labels."""
+    scale = 1 / 255 if given.samples.dtype == np.uint8 else 1.0
+    candidates: list[tuple[str, Preprocessing]] = []
+
+    def add(words: str, scale: float, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+        changed = {"scale": scale, "mean": tuple(mean), "std": tuple(std)}
+        candidates.append((words, msgspec.structs.replace(plain, **changed)))
+
+    add("0 to 1", scale)
+    channels = given.samples.shape[-1] if given.samples.ndim == 4 else 0
+    if channels == 3:
+        add("ImageNet's mean and deviation", scale, *_IMAGENET)
+    if channels:
+        add("-1 to 1", 2 * scale, (1.0,) * channels, (1.0,) * channels)
+    add("as they are", 1.0)
+    own = given.preprocessing
+    if own.mean and own.layout == plain.layout:
+        add("the data's own mean and deviation", own.scale, own.mean, own.std)
+    if not given.targets.size:
+        return candidates[0][1], "0 to 1: there are no labels to compare scalings by"
+    network, scores = converted.network(), {}
+    samples = np.ascontiguousarray(given.samples[:_JUDGED])
+    for words, candidate in candidates:
+        with torch.no_grad():
+            answers = Deployed(network, task, candidate).eval()(torch.from_numpy(samples)).numpy()
+        scores[words] = task.evaluate(answers, given.targets[:_JUDGED])[0] if np.isfinite(answers).all() else -np.inf
+    best = max(scores, key=lambda words: scores[words])
+    listed = ", ".join(f"{words} {score:.3f}" for words, score in sorted(scores.items(), key=lambda pair: -pair[1]))
+    return dict(candidates)[best], f"{best}, by {task.metric} on {len(samples)} samples: {listed}"
+
+
+def _sealed(
+    converted: Converted,
+    name: str,
+    model: onnx.ModelProto,
+    task: Task,
+    spec: TensorSpec,
+    preprocessing: Preprocessing,
+    given: Given | None,
+    out: Path,
+) -> Bundle:
+    samples = _noise(spec, converted) if given is None else np.ascontiguousarray(given.samples[:_SAMPLES])
+    settings: dict[str, int | float | str | bool] = {"format": "onnx", "weights": _weights(model)}
+    if model.producer_name:
+        settings["producer"] = f"{model.producer_name} {model.producer_version}".strip()
+    return export(
+        converted.network(),
+        name=name,
+        task=task,
+        sample_spec=spec,
+        preprocessing=preprocessing,
+        source=Source(FACTORY, {"program": converted.program.to_text()}),
+        lineage=(Step("import", settings),),
+        samples=samples,
+        path=out,
+    )
+
+
+def _weights(model: onnx.ModelProto) -> int:
+    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+
+
+def _noise(spec: TensorSpec, converted: Converted) -> NDArray[Any]:
+    """Seeded random samples that the network can take."""
+    random = np.random.default_rng(0)
+    shape = (_SAMPLES, *spec.shape)
+    if spec.dtype.startswith("float"):
+        return random.random(shape).astype(spec.dtype)
+    return random.integers(0, converted.limits.get(spec.name, 2), shape).astype(spec.dtype)
+
+
+def _layers(converted: Converted) -> dict[str, int]:
+    kinds: Iterator[str] = (layer.kind for layer in converted.program.layers.values())
+    return dict(Counter(kinds).most_common())
+
+
+def is_imported(bundle: Bundle) -> bool:
+    """Whether a bundle's network was rebuilt from a graph."""
+    source = bundle.manifest.source
+    return source is not None and source.factory == FACTORY
