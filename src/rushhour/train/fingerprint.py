@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
-from rushhour.bundle import Bundle, Preprocessing, Source, Step
+from rushhour.bundle import WEIGHTS, Bundle, Preprocessing, Source, Step
 from rushhour.data.dataset import Dataset
 from rushhour.models import Preprocess, Structure, structure_of
 from rushhour.records import identity
@@ -18,8 +18,10 @@ from rushhour.train.job import TrainingJob
 _RESUMABLE: Final = {"epochs", "weights"}
 """A checkpoint may be resumed where these differ; weights are compared apart, because they may be unknown."""
 
+_DIGITS: Final = 16
 _PLANNED, SEARCH, _MARKS = "planned epochs", "search", "marks"
-_LINEAGE_ONLY: Final = {_PLANNED, SEARCH, _MARKS}
+_LINEAGE_ONLY: Final = {_DIGITS: Final = 16
+_PLANNED, SEARCH, _MARKS}
 """Settings in the lineage that are no part of the fingerprint: how the training came to its end, and marks of the data,
 whose hash is a part already."""
 
@@ -30,10 +32,12 @@ class Fingerprint(msgspec.Struct, frozen=True):
     Attributes:
         step: of the bundle's lineage.
         facts: name -> value, as JSON has it.
+        before: the lineage of the bundle that the training begins with; empty where it begins with fresh weights.
     """
 
     step: Step
     facts: dict[str, Any]
+    before: tuple[Step, ...] = ()
 
     @property
     def key(self) -> str:
@@ -54,9 +58,9 @@ class Fingerprint(msgspec.Struct, frozen=True):
     def differs_from(self, bundle: Bundle) -> str:
         """Why a bundle is not of this training, in words; empty if it is."""
         manifest = bundle.manifest
-        if len(manifest.lineage) != 1 or manifest.source is None:
-            return "its lineage, which is not one training"
-        before = _facts(manifest.lineage[0], manifest.source, manifest.task, manifest.preprocessing)
+        if not manifest.lineage or manifest.lineage[:-1] != self.before or manifest.source is None:
+            return "its lineage, which is not one training" if not self.before else "its lineage"
+        before = _facts(manifest.lineage[-1], manifest.source, manifest.task, manifest.preprocessing)
         now = dict(self.facts)
         if not before.get("weights") or not now.get("weights"):
             before["weights"] = now["weights"] = ""
@@ -73,6 +77,7 @@ def fingerprint_of(dataset: Dataset, job: TrainingJob) -> Fingerprint:
 
     Raises:
         ModelError: if the network cannot be built.
+        BundleError: if the bundle that it begins with cannot be opened.
     """
     settings, parallel = job.settings, job.parallel
     prepare = Preprocess(dataset.preprocessing)
@@ -85,11 +90,14 @@ def fingerprint_of(dataset: Dataset, job: TrainingJob) -> Fingerprint:
     chosen = msgspec.structs.asdict(settings.resolved)
     del chosen["channels_last"]  # it only changes rounding: the training may be resumed without it
     chosen["augment"] = None if settings.augment is None else str(settings.augment)
+    initial = None if job.initial is None else Bundle.open(job.initial)
+    begun = {} if initial is None else {"begins with": initial.manifest.files[WEIGHTS].sha256[:_DIGITS]}
     step = Step(
         "train",
         {
             **{name: value for name, value in chosen.items() if value is not None},
             **shared,
+            **begun,
             **_named(structure),
             "dataset": dataset.name,
             "samples": len(dataset.train),
@@ -98,7 +106,8 @@ def fingerprint_of(dataset: Dataset, job: TrainingJob) -> Fingerprint:
             "torch": str(torch.__version__),
         },
     )
-    return Fingerprint(step, _facts(step, job.source, dataset.task, dataset.preprocessing))
+    facts = _facts(step, job.source, dataset.task, dataset.preprocessing)
+    return Fingerprint(step, facts, () if initial is None else initial.manifest.lineage)
 
 
 def _named(structure: Structure) -> dict[str, str]:

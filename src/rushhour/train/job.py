@@ -20,6 +20,8 @@ class TrainingJob(msgspec.Struct, frozen=True):
         settings: how it is trained.
         work: folder of the checkpoints of this training.
         trusted: factories that may be imported besides those of `rushhour.models`.
+        initial: the bundle of this network whose weights the training begins with, and whose input and lineage its
+            result has; None for fresh weights.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step; more where writing
             one takes long. There is always one at the end of an epoch.
         tracking: where curves are kept; None: nowhere.
@@ -33,6 +35,7 @@ class TrainingJob(msgspec.Struct, frozen=True):
     settings: TrainSettings
     work: Path
     trusted: tuple[str, ...] = ()
+    initial: Path | None = None
     checkpoint_every_s: float = 15.0
     tracking: Tracking | None = None
     workers: int = 1

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rushhour.bundle import Source, TensorSpec
+from rushhour.bundle import Bundle, Source, TensorSpec
 from rushhour.data.dataset import Dataset
-from rushhour.errors import ModelError
+from rushhour.errors import DataError, ModelError
 from rushhour.models import Deployed, build
-from rushhour.models.deployed import Meaning
+from rushhour.models.deployed import Meaning, load_weights
 from rushhour.models.structure import seeded
 from rushhour.progress import Progress, Silent
 from rushhour.records.curves import Epoch
@@ -78,7 +78,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
                 "use fewer workers, or a larger batch",
             )
         check_data(dataset, settings)
-        sample = sample_spec(dataset)
+        sample = self.sample(dataset)
         is_foreign = not job.source.factory.startswith(_OURS)
         tried = (job.source, sample, dataset.task)
         if is_foreign:
@@ -103,6 +103,24 @@ class TrainingRun(msgspec.Struct, frozen=True):
         if is_foreign or found.notes:
             progress.done("; ".join(found.notes) or "it can be trained, exported and served")
         return msgspec.structs.replace(self, meaning=found.meaning)
+
+    def sample(self, dataset: Dataset) -> TensorSpec:
+        """One sample on the wire: as of the data, or of the bundle that the training begins with.
+
+        Raises:
+            DataError: if the data is not as that bundle takes it.
+        """
+        spec = sample_spec(dataset)
+        if self.job.initial is None:
+            return spec
+        (own,) = Bundle.open(self.job.initial).manifest.signature.inputs
+        if (own.dtype, own.shape) != (spec.dtype, spec.shape):
+            raise DataError(
+                f"{dataset.name} does not fit {self.job.initial}",
+                f"a sample is {spec.dtype}{spec.shape}, and the model takes {own.dtype}{own.shape}",
+                "give data that it was made for",
+            )
+        return own
 
     def in_this_process(
         self,
@@ -207,11 +225,13 @@ class TrainingRun(msgspec.Struct, frozen=True):
         return step
 
     def _built(self, dataset: Dataset, *, other: bool = False) -> Deployed:
-        """The network as its factory leaves it, by the seed of the training or by another."""
+        """The network as its factory leaves it, by the seed of the training or by another; with the initial weights."""
         with seeded(self.job.settings.seed + other):
             network = build(self.job.source, self.job.trusted)
             state = torch.get_rng_state()
         torch.set_rng_state(state)  # lazy layers draw their weights later
+        if self.job.initial is not None:
+            load_weights(network, Bundle.open(self.job.initial))
         return Deployed(network, dataset.task, dataset.preprocessing)
 
     def _prepared(self, dataset: Dataset) -> Deployed:

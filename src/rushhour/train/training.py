@@ -176,10 +176,10 @@ def _sealed(
             network,
             name=name or name_of(out),
             task=dataset.task,
-            sample_spec=sample_spec(dataset),
+            sample_spec=run.sample(dataset),
             preprocessing=dataset.preprocessing,
             source=job.source,
-            lineage=(fingerprint.lineage_step(planned, search),),
+            lineage=(*fingerprint.before, fingerprint.lineage_step(planned, search)),
             samples=np.ascontiguousarray(dataset.train.sample(_SAMPLES).inputs),
             path=out,
         )

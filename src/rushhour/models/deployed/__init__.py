@@ -1,7 +1,7 @@
 """A network as it is served, in torch, and its way to a bundle and back."""
 
 from rushhour.models.deployed.graph import strip_origin
-from rushhour.models.deployed.loading import load_deployed
+from rushhour.models.deployed.loading import load_deployed, load_weights
 from rushhour.models.deployed.module import Deployed, Preprocess
 from rushhour.models.deployed.outputs import Meaning, as_logits, main_output, named_outputs
 from rushhour.models.deployed.sealing import export, try_export
@@ -13,6 +13,7 @@ __all__ = [
     "as_logits",
     "export",
     "load_deployed",
+    "load_weights",
     "main_output",
     "named_outputs",
     "strip_origin",

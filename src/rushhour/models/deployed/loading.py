@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from rushhour.bundle import Bundle, Source
 from rushhour.errors import ModelError
@@ -29,11 +30,8 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
         ModelError: if the bundle carries no torch module, or it cannot be built, or the weights do not fit it.
         StorageError: if the weights cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    source, file = bundle.manifest.source, bundle.weights
-    if source is None or file is None:
+    source = bundle.manifest.source
+    if source is None or bundle.weights is None:
         raise ModelError(
             f"the bundle {bundle.manifest.name} has no torch module",
             "it carries only its ONNX graph" if bundle.manifest.precision != "int8" else "it is quantised",
@@ -41,16 +39,7 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
         )
     with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; the caller's generator must not advance
         network = build(source, trusted_factories(bundle, trusted))
-    try:
-        with explained(f"read {file}"):
-            state = load_file(file)
-        network.load_state_dict(state, strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"the weights of {bundle.manifest.name} do not fit its model {source.factory}",
-            str(error),
-            "make the bundle again with the installed code",
-        ) from error
+    load_weights(network, bundle)
     deployed = Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing)
     samples, name = _structured(bundle), bundle.manifest.name
     with suppress(ModelError) if bundle.answers() is not None else nullcontext():  # then `_check_answers` raises
@@ -64,6 +53,31 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
     deployed.eval()
     _check_answers(deployed, bundle, source)
     return deployed
+
+
+def load_weights(network: nn.Module, bundle: Bundle) -> None:
+    """Put the weights of a bundle into its network.
+
+    Raises:
+        ModelError: if they do not fit it.
+        StorageError: if they cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source, file = bundle.manifest.source, bundle.weights
+    assert source is not None
+    assert file is not None
+    try:
+        with explained(f"read {file}"):
+            state = load_file(file)
+        network.load_state_dict(state, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights of {bundle.manifest.name} do not fit its model {source.factory}",
+            str(error),
+            "make the bundle again with the installed code",
+        ) from error
 
 
 def _check_answers(deployed: Deployed, bundle: Bundle, source: Source) -> None:
