@@ -6,9 +6,10 @@
     with rushhour.serve(tuned, http_port=0) as server:
         print(rushhour.load(server, slo="p99<50ms").headline)
 
-The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report` and `export`; `help(rushhour.tune)`
-explains one. All but `compare` and `export` are packages as well: `from rushhour.train import TrainSettings` works
-beside `rushhour.train(...)`. The vocabulary (`SLO`, `Plan`, `Bundle`, ...) is importable from here.
+The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report`, `export` and `import_model`;
+`help(rushhour.tune)` explains one. All but `compare`, `export` and `import_model` are packages as well:
+`from rushhour.train import TrainSettings` works beside `rushhour.train(...)`. The vocabulary (`SLO`, `Plan`, `Bundle`,
+...) is importable from here.
 
 Everything named here is imported when it is first used: `import rushhour` is cheap.
 """
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rushhour.api import compare, compress, export, load, report, serve, train, tune
+    from rushhour.api import compare, compress, export, import_model, load, report, serve, train, tune
     from rushhour.bundle import Bundle
     from rushhour.clock import Clock, VirtualClock, WallClock
     from rushhour.errors import RushhourError
@@ -47,6 +48,7 @@ __all__ = [
     "compare",
     "compress",
     "export",
+    "import_model",
     "load",
     "report",
     "serve",
@@ -72,6 +74,7 @@ _HOMES = {
     "Workload": "goal",
     "compare": "api",
     "export": "api",
+    "import_model": "api",
 }
 _VERB_PACKAGES = ("compress", "load", "report", "serve", "train", "tune")
 

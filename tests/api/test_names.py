@@ -16,8 +16,8 @@ import rushhour
 from rushhour import api
 from rushhour.cli import cli
 
-VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export")
-PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export"))
+VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export", "import_model")
+PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export", "import_model"))
 CLI_ONLY = {"demo", "machine"}
 
 
@@ -110,7 +110,7 @@ def test_help_teaches(verb: str) -> None:
 
 
 def test_the_verbs_of_the_command_line_are_those_of_the_api() -> None:
-    assert set(cli.commands) - CLI_ONLY == set(VERBS)
+    assert set(cli.commands) - CLI_ONLY == {verb.removesuffix("_model") for verb in VERBS}
 
 
 PYTHON_ONLY = {"progress", "on_window", "on_tick", "stop", "settings", "log_file"}
@@ -131,7 +131,7 @@ IN_OBJECTS = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_command_line_and_api_agree_on_names_and_defaults(verb: str) -> None:
     function = inspect.signature(getattr(api, verb)).parameters
-    command = cli.commands[verb]
+    command = cli.commands[verb.removesuffix("_model")]
     params = {param.name: param for param in command.params}
     assert set(params) - SHOWN_ONLY - IN_OBJECTS.get(verb, set()) == set(function) - PYTHON_ONLY
     for name, parameter in function.items():

@@ -1,6 +1,7 @@
 """The Python API: the verbs of the command line as functions. Text or objects in, typed results out, nothing printed.
 
     train      a network and data -> a trained bundle
+    import     a model file -> a bundle, and what was understood of it: `rushhour.import_model`
     compress   a bundle -> a smaller, faster bundle inside an accuracy budget
     tune       a network or bundle, an SLO and an accuracy budget -> a Plan: how to serve it
     serve      a run, plan or bundle -> a running server
@@ -16,6 +17,7 @@ No function installs signal handlers; each may run in a thread or beside a runni
 from rushhour.api.comparison import CompareResult, compare
 from rushhour.api.compression import CompressResult, compress
 from rushhour.api.exporting import ExportResult, export
+from rushhour.api.importing import ImportResult, import_model
 from rushhour.api.loading import ClosedLoopResult, LoadResult, load
 from rushhour.api.reporting import ReportResult, report
 from rushhour.api.serving import Server, serve
@@ -28,6 +30,7 @@ __all__ = [
     "CompareResult",
     "CompressResult",
     "ExportResult",
+    "ImportResult",
     "LoadResult",
     "ReportResult",
     "Server",
@@ -37,6 +40,7 @@ __all__ = [
     "compare",
     "compress",
     "export",
+    "import_model",
     "load",
     "report",
     "serve",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from rushhour.api.importing import imported_for, model_file
 from rushhour.api.inputs import load_data, read_logs
 from rushhour.api.values import StrPath, check_choice, check_name, read_accuracy_budget, read_path, read_texts
 from rushhour.bundle import Bundle, check_folder
@@ -16,7 +17,7 @@ from rushhour.errors import GoalError, StorageError
 from rushhour.goal import AccuracyBudget
 from rushhour.progress import Progress, Silent
 from rushhour.records.compression import Compression, Verdict
-from rushhour.system.storage import check_claim, try_building, try_folder
+from rushhour.system.storage import check_claim, claimed, try_building, try_folder
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -91,7 +92,7 @@ def compress(
         rushhour.compress("runs/photos", "photos/", out="runs/small", recipe="prune:0.5,lowrank:0.1,distil:10,int8")
 
     Args:
-        bundle: the trained bundle, its folder, or the result of `train`.
+        bundle: the trained bundle, its folder, or the result of `train`; or an `.onnx` file, which is imported first.
         data: as of `rushhour.train`; the validation part decides, the test part confirms.
         out: the new bundle's folder.
         max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
@@ -130,9 +131,10 @@ def compress(
     texts = [each for each in ([recipe] if isinstance(recipe, str | Recipe) else recipe) if isinstance(each, str)]
     if texts and not any(each.strip().endswith(".json") for each in texts):
         trusted = (*trusted, *(factory for each in recipes or () for factory in each.factories))  # the user named them
-    parent = bundle if isinstance(bundle, Bundle) else Bundle.open(read_path(bundle))
-    name = check_name(name)
-    if path.resolve() == parent.path.resolve():
+    name, file, parent, dataset = check_name(name), model_file(bundle), None, None
+    if file is None:
+        parent = bundle if isinstance(bundle, Bundle) else Bundle.open(read_path(bundle))
+    if parent is not None and path.resolve() == parent.path.resolve():
         raise StorageError(
             f"will not replace {path}",
             "it is the bundle that is compressed, and would be lost",
@@ -140,7 +142,15 @@ def compress(
         )
     check_folder(path)  # before data is loaded
     check_claim(folder)
-    dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task)
+    if parent is None:
+        assert file is not None
+        with claimed(folder):
+            imported, dataset = imported_for(
+                file, data, folder / "imported", progress, size=size, skip_corrupt=skip_corrupt, task=task, name=name
+            )
+        parent = imported.bundle
+    else:
+        dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task)
     chosen: Sequence[Recipe] = recipes or default_recipes(parent, dataset, epochs=epochs, trusted=trusted)
     if target is not None:
         chosen = tuple(each.for_machines(target) for each in chosen)

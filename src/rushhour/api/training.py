@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from rushhour.api.importing import imported_for, model_file
 from rushhour.api.inputs import REFERENCES, load_data, read_logs, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
 from rushhour.api.values import StrPath, check_choice, check_name, read_path
@@ -21,10 +23,15 @@ from rushhour.system.storage import try_building, try_folder
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from rushhour.api.inputs import Data
     from rushhour.data import Dataset
     from rushhour.data.augment import Augmentation
     from rushhour.train import ParallelSettings
     from rushhour.train.search import SearchResult
+
+
+_FINE = 0.1
+"""Share of the default learning rate with which a network with weights of its own is trained further."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ class TrainResult:
 
 
 def train(
-    model: str | Source | Callable[..., Any],
+    model: StrPath | Source | Callable[..., Any],
     data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
     *,
     out: StrPath,
@@ -104,7 +111,8 @@ def train(
     Args:
         model: `article`, `residual` or `mlp` (the reference networks), `module:factory`, or the factory itself: a
             function or class in a module that returns a `torch.nn.Module`. Its parameters `classes` and `input` get the
-            number of outputs and the shape of a sample.
+            number of outputs and the shape of a sample. An `.onnx` file, or a bundle that was imported from one, is
+            trained further from its own weights, at a tenth of the learning rate.
         data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, `module:factory`, a
             `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file: `{"x_train": ..., "y_train": ..., ...}`.
         out: the bundle's folder.
@@ -179,15 +187,28 @@ def train(
     settings_of(settings)  # errors in them are raised before data is loaded
     name = check_name(name)
     check_folder(path)  # before pictures are decoded for minutes
-    if isinstance(model, Bundle) or (
-        isinstance(model, str | os.PathLike) and model not in REFERENCES and is_bundle(read_path(model))
-    ):
-        raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
-    read = model if isinstance(model, str) and model in REFERENCES else read_model(model)
-    dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
-    source, trusted = source_of(read, dataset)
+    begin = _imported(model)
+    if begin is not None and search is not None:
+        raise GoalError(
+            "cannot search from the weights of an imported model",
+            "a search trains networks from fresh weights",
+            "leave out --search",
+        )
+    source: Source | Bundle | None
+    if begin is None:
+        read = model if isinstance(model, str) and model in REFERENCES else read_model(model)
+        dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
+        source, trusted = source_of(read, dataset)
+    else:
+        begin, dataset = _begun(begin, data, path, progress, skip_corrupt=skip_corrupt, size=size, task=task)
+        source, trusted = begin.manifest.source, ()
+        name = name or begin.manifest.name
     assert isinstance(source, Source)
-    chosen = settings_of(fitted(settings, len(dataset.train), progress, workers=workers))
+    settings = fitted(settings, len(dataset.train), progress, workers=workers)
+    if begin is not None and lr is None:
+        settings["lr"] = float(f"{settings['lr'] * _FINE:.2g}")
+        progress.note(f"it begins with the weights of {begin.manifest.name}: learning rate {settings['lr']:g}")
+    chosen = settings_of(settings)
     tracking = Tracking(folder, tensorboard=tensorboard, wandb=wandb)
     if search is None:
         job = TrainingJob(
@@ -198,8 +219,10 @@ def train(
             tracking=tracking,
             workers=workers,
             parallel=shared,
+            initial=None if begin is None else begin.path,
         )
         bundle = train_network(dataset, job, out=path, progress=progress, name=name, force=force)
+        shutil.rmtree(_place(path), ignore_errors=True)
         plan = msgspec.json.decode((folder / PARALLEL_PLAN).read_bytes()) if torchrun or workers > 1 else None
         return TrainResult(bundle, folder, plan)
     bundle, found = search_hyper_parameters(
@@ -217,3 +240,48 @@ def train(
         force=force,
     )
     return TrainResult(bundle, folder, search=found)
+
+
+def _imported(model: Any) -> Path | Bundle | None:
+    """A model file, or a bundle that was imported from one; None where the model is something else.
+
+    Raises:
+        ModelError: if it is another bundle.
+        BundleError: if it is a damaged one.
+    """
+    if (file := model_file(model)) is not None:
+        return file
+    if not isinstance(model, Bundle):
+        is_place = isinstance(model, str | os.PathLike) and model not in REFERENCES
+        if not (is_place and is_bundle(read_path(model))):
+            return None
+    from rushhour.models import is_imported
+
+    bundle = model if isinstance(model, Bundle) else Bundle.open(read_path(model))
+    if is_imported(bundle):
+        return bundle
+    raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
+
+
+def _begun(begin: Path | Bundle, data: Data, path: Path, progress: Progress, **reading: Any) -> tuple[Bundle, Dataset]:
+    """The bundle that a training begins with, and the data scaled as it is.
+
+    Raises:
+        ModelError: if a model file cannot be trained.
+    """
+    if isinstance(begin, Bundle):
+        dataset = load_data(data, progress, begin, **reading)
+        return begin, dataclasses.replace(dataset, preprocessing=begin.manifest.preprocessing)
+    result, dataset = imported_for(begin, data, _place(path), progress, **reading)
+    if result.understood.why_untrainable:
+        raise ModelError(
+            f"cannot train {begin}",
+            result.understood.why_untrainable,
+            "import it to serve it, or name its torch module as module:factory",
+        )
+    return result.bundle, dataset
+
+
+def _place(path: Path) -> Path:
+    """Where a model file is imported to, until its training is done."""
+    return path.with_name(f".{path.name}.imported")

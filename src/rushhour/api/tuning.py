@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rushhour.api.importing import imported_for, model_file
 from rushhour.api.inputs import load_data, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
 from rushhour.api.values import (
@@ -18,11 +19,11 @@ from rushhour.api.values import (
     read_slo,
     read_texts,
 )
-from rushhour.bundle import Source
+from rushhour.bundle import Bundle, Source
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.plan import Plan, Preference
 from rushhour.progress import Progress, Silent
-from rushhour.system.storage import check_claim, try_folder
+from rushhour.system.storage import check_claim, claimed, try_folder
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -100,7 +101,8 @@ def tune(
         server = rushhour.serve(tuned)
 
     Args:
-        model: a bundle or its folder; or a network to be trained, as of `rushhour.train`.
+        model: a bundle or its folder; an `.onnx` file, which is imported first; or a network to be trained, as of
+            `rushhour.train`.
         data: as of `rushhour.train`: to train, calibrate and judge with.
         out: the run's folder.
         slo: the latency limit: a percentile, `<` and a time.
@@ -144,8 +146,16 @@ def tune(
     try_folder(run)
     check_claim(run)
     settings_of(training)  # errors in them are raised before data is loaded
-    read = read_model(model)
-    dataset = load_data(data, progress, read, size=size, skip_corrupt=skip_corrupt, task=task)
+    read: str | Bundle | Source
+    if (file := model_file(model)) is not None:
+        with claimed(run):
+            imported, dataset = imported_for(
+                file, data, run / ".imported", progress, size=size, skip_corrupt=skip_corrupt, task=task, name=name
+            )
+        read = imported.bundle
+    else:
+        read = read_model(model)
+        dataset = load_data(data, progress, read, size=size, skip_corrupt=skip_corrupt, task=task)
     source, trusted = source_of(read, dataset)
     if isinstance(source, Source):
         training = fitted(training, len(dataset.train), progress)

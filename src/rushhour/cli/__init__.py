@@ -19,7 +19,7 @@ from rushhour.system.faults import report_unexpected
 from rushhour.system.interruption import INTERRUPTION
 from rushhour.system.storage import home
 
-_VERBS = "demo", "tune", "train", "compress", "serve", "load", "compare", "report", "export", "machine"
+_VERBS = "demo", "tune", "train", "compress", "import", "serve", "load", "compare", "report", "export", "machine"
 
 
 @click.group(

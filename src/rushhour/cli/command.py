@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
@@ -88,7 +89,8 @@ class Verbs(MutableMapping[str, click.Command]):
     def __getitem__(self, name: str) -> click.Command:
         found = self._commands[name]
         if found is None:
-            found = self._commands[name] = import_module(f"{self._package}.{name}").command
+            module = f"{name}_" if keyword.iskeyword(name) else name
+            found = self._commands[name] = import_module(f"{self._package}.{module}").command
         return found
 
     def __setitem__(self, name: str, command: click.Command) -> None:

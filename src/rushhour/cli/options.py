@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
-from rushhour.cli.command import option, options
+from rushhour.cli.command import C, option, options
 from rushhour.cli.places import Named
 
 # Only what options need is imported at the top of the command line's modules: training takes seconds to import, and
@@ -46,34 +48,39 @@ trust_option = option(
     help="A factory of yours that may be imported to build a bundle's network. May be repeated.",
 )
 
-data_options = options(
-    option(
-        "--data",
-        required=True,
-        type=Named(),
-        metavar="DATA",
-        help="fashion-mnist, a folder with one folder of pictures per class, a .npz file, or module:factory.",
-        section="Data",
-    ),
-    option(
-        "--size",
-        metavar="HxW",
-        help="Bring the pictures of a folder to this height and width. A bundle knows its own.",
-        section="Data",
-    ),
-    option(
-        "--skip-corrupt",
-        is_flag=True,
-        help="Leave out pictures that cannot be read, and name them.",
-        section="Data",
-    ),
-    option(
-        "--task",
-        type=click.Choice(["classification", "regression"]),
-        help="What whole numbers as targets in a .npz file are: labels of classes, or values.",
-        section="Data",
-    ),
-)
+
+def _of_data(*, required: bool) -> Callable[[C], C]:
+    return options(
+        option(
+            "--data",
+            required=required,
+            type=Named(),
+            metavar="DATA",
+            help="fashion-mnist, a folder with one folder of pictures per class, a .npz file, or module:factory.",
+            section="Data",
+        ),
+        option(
+            "--size",
+            metavar="HxW",
+            help="Bring the pictures of a folder to this height and width. A bundle knows its own.",
+            section="Data",
+        ),
+        option(
+            "--skip-corrupt",
+            is_flag=True,
+            help="Leave out pictures that cannot be read, and name them.",
+            section="Data",
+        ),
+        option(
+            "--task",
+            type=click.Choice(["classification", "regression"]),
+            help="What whole numbers as targets in a .npz file are: labels of classes, or values.",
+            section="Data",
+        ),
+    )
+
+
+data_options, optional_data_options = _of_data(required=True), _of_data(required=False)
 """How data is named and read."""
 
 training_options = options(

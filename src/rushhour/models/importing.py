@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec
-from rushhour.errors import ModelError, TaskError
+from rushhour.errors import DataError, ModelError, TaskError
 from rushhour.models.converted import Converted, NotTrainable, convert, read_onnx, verify
 from rushhour.models.deployed import Deployed, export
 from rushhour.models.imported import from_onnx, name_for, signature_of
@@ -128,6 +128,7 @@ def import_onnx(
     Raises:
         ModelError: if the file cannot be read or served.
         TaskError: if its answers do not fit the task.
+        DataError: if samples do not fit its input.
         StorageError: if the disk does not take it.
     """
     model = read_onnx(file)
@@ -239,7 +240,7 @@ def _layout(spec: TensorSpec, shape: tuple[int, ...], name: str) -> Any:
         return "none"
     if len(shape) == 3 and (shape[2], *shape[:2]) == spec.shape:
         return "NHWC->NCHW"
-    raise ModelError(
+    raise DataError(
         f"{name} does not take these samples",
         f"its input {spec.name} has the shape {spec.shape}, and a sample has {shape}",
         "give data that it was made for",

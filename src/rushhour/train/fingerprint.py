@@ -20,8 +20,7 @@ _RESUMABLE: Final = {"epochs", "weights"}
 
 _DIGITS: Final = 16
 _PLANNED, SEARCH, _MARKS = "planned epochs", "search", "marks"
-_LINEAGE_ONLY: Final = {_DIGITS: Final = 16
-_PLANNED, SEARCH, _MARKS}
+_LINEAGE_ONLY: Final = {_PLANNED, SEARCH, _MARKS}
 """Settings in the lineage that are no part of the fingerprint: how the training came to its end, and marks of the data,
 whose hash is a part already."""
 

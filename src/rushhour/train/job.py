@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from rushhour.bundle import Source
+from rushhour.bundle import Bundle, Source
 from rushhour.train.parallel import ParallelSettings
 from rushhour.train.settings import TrainSettings
 from rushhour.train.tracking import Tracking
@@ -20,8 +20,6 @@ class TrainingJob(msgspec.Struct, frozen=True):
         settings: how it is trained.
         work: folder of the checkpoints of this training.
         trusted: factories that may be imported besides those of `rushhour.models`.
-        initial: the bundle of this network whose weights the training begins with, and whose input and lineage its
-            result has; None for fresh weights.
         checkpoint_every_s: seconds between checkpoints inside an epoch, 0 for one after every step; more where writing
             one takes long. There is always one at the end of an epoch.
         tracking: where curves are kept; None: nowhere.
@@ -29,19 +27,23 @@ class TrainingJob(msgspec.Struct, frozen=True):
             checkpoint are the same for any number, so a training may be resumed with another.
         parallel: how the workers share it. With compressed gradients, relaxed workers or local batch normalisation it
             is another training, which can be resumed with the same number of workers only.
+        initial: the bundle of this network whose weights the training begins with, and whose input and lineage its
+            result has; None for fresh weights.
     """
 
     source: Source
     settings: TrainSettings
     work: Path
     trusted: tuple[str, ...] = ()
-    initial: Path | None = None
     checkpoint_every_s: float = 15.0
     tracking: Tracking | None = None
     workers: int = 1
     parallel: ParallelSettings = ParallelSettings()
+    initial: Path | None = None
 
     @property
     def model(self) -> str:
         """The short name of the network, for messages."""
+        if self.initial is not None:
+            return Bundle.open(self.initial).manifest.name
         return self.source.factory.rpartition(":")[2]

@@ -24,12 +24,20 @@ PROBES: Final = (5, 7, 11)
 """Sizes of the batch at which every step is computed."""
 _MOST_FOLDED: Final = 1 << 27
 """Elements of a constant that is computed."""
+_MOST_COMPUTED: Final = 1 << 31
+"""Elements of a result at one of `PROBES`."""
 _MOST_SIZES: Final = 64
 _INPUT: Final = "x"
+_MOVING: Final = {"cut", "flatten", "permute", "pick", "reshape", "squeeze", "take", "unsqueeze"}
+"""Functions whose result has the elements of their first tensor: of a weight it is a weight too."""
 
 
 class Unsupported(Exception):
     """Why an operator cannot be converted."""
+
+
+class Unbounded(Exception):
+    """Why a graph must not be run at all: it would take the memory of the machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Value:
         sizes: its value at each of `PROBES`, where that follows from the batch.
         ref: the result in the program.
         metas: at each of `PROBES` a tensor on the meta device.
-        initializer: the name of the weight in the ONNX file that it is, unchanged.
+        initializer: the name of the weight in the ONNX file that it is, or whose elements it has; else empty.
         layer: the layer whose call gave it.
         input: the name of the network's input that it is, maybe in another type.
     """
@@ -140,6 +148,7 @@ class Builder:
         self._tied: dict[str, str] = {}
         self._batch: dict[Size, Ref] = {}
         self._promoted: dict[str, Ref] = {}
+        self._moved = 0
         self._origin = ""
 
     def begin(self, origin: str) -> None:
@@ -161,7 +170,8 @@ class Builder:
             arguments: values, lists of values, and settings; a `Size` is computed from the batch.
 
         Raises:
-            Unsupported: if it is too large, or depends on the batch in a way that cannot be expressed.
+            Unsupported: if it depends on the batch in a way that cannot be expressed.
+            Unbounded: if it is too large.
         """
         return self._call(function, arguments)[0]
 
@@ -271,6 +281,9 @@ class Builder:
         if all(value.is_known for value in values):
             known = self._computed(compute, arguments)
             if known is not None:
+                if function in _MOVING and values[0].initializer and known[0].constant is not None:
+                    self._moved += 1
+                    known[0].initializer = f"{values[0].initializer}.{function}{self._moved}"
                 return known
         arguments = _mapped(arguments, lambda value: value if value.ref else self._promote(value))
         results = [_on_meta(compute, arguments, probe) for probe in range(len(PROBES))]
@@ -284,7 +297,7 @@ class Builder:
         for probe in probes:
             largest = max(result.numel() for result in _results(_on_meta(compute, arguments, probe)))
             if largest > _MOST_FOLDED:
-                raise Unsupported(f"it computes a constant of {largest:,} elements")
+                raise Unbounded(f"it computes a constant of {largest:,} elements")
             if depends and largest > _MOST_SIZES:
                 return None
             found.append(_results(compute(*_mapped(arguments, partial(Value.at, probe=probe), probe))))
@@ -300,6 +313,10 @@ class Builder:
         return values
 
     def _emit(self, what: str, arguments: Sequence[Any], results: Sequence[Any]) -> list[Value]:
+        for probe, result in zip(PROBES, results, strict=True):
+            largest = max(each.numel() for each in _results(result))
+            if largest > _MOST_COMPUTED:
+                raise Unbounded(f"for {probe} samples it computes {largest:,} elements")
         name = self._free(f"v{len(self._calls)}")
         encoded = [self._encoded(each) for each in arguments]
         self._calls.append(Call(name, what, encoded, self._origin))
@@ -326,7 +343,8 @@ class Builder:
         if value.constant is None:
             raise Unsupported("it computes with the number of samples")
         tensor = value.constant
-        trained = bool(value.initializer) and tensor.is_floating_point() and tensor.numel() > 1
+        is_weight = bool(value.initializer) and tensor.is_floating_point() and tensor.numel() > 1
+        trained = is_weight and bool(tensor.isfinite().all())  # a mask of -inf is none
         key = value.initializer or f"id {id(tensor)}"
         ref = self._promoted.get(key)
         if ref is None:

@@ -11,7 +11,7 @@ import onnx
 from torch import Tensor, fx
 
 from rushhour.errors import ModelError, RushhourError
-from rushhour.models.converted.builder import Builder, Unsupported, Value, dtype_name
+from rushhour.models.converted.builder import Builder, Unbounded, Unsupported, Value, dtype_name
 from rushhour.models.converted.node import DTYPES, Node, tensor_of
 from rushhour.models.converted.operators import OPERATORS
 from rushhour.models.converted.patterns import Written, layer_norm
@@ -70,6 +70,7 @@ def convert(model: onnx.ModelProto, name: str, *, logits: bool = False) -> Conve
 
     Raises:
         NotTrainable: if it has operators that cannot be converted; the message lists them.
+        ModelError: if it would take more memory than a machine has.
     """
     opset = next((each.version for each in model.opset_import if each.domain in _STANDARD), 0)
     try:
@@ -77,6 +78,8 @@ def convert(model: onnx.ModelProto, name: str, *, logits: bool = False) -> Conve
         return _Conversion(model.graph, opset).run(logits=logits)
     except NotTrainable:
         raise
+    except Unbounded as error:
+        raise ModelError(f"will not run {name}", str(error), "check where the file comes from") from error
     except Unsupported as error:
         raise NotTrainable(f"{name} cannot be trained", str(error), _FIX) from error
     except (RushhourError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
@@ -152,8 +155,8 @@ class _Conversion:
             self._builder.begin(f"{proto.op_type} {label}")
             try:
                 self._convert(proto, written)
-            except Unsupported as error:
-                raise Unsupported(f"{proto.op_type} {label}: {error}") from error
+            except (Unsupported, Unbounded) as error:
+                raise type(error)(f"{proto.op_type} {label}: {error}") from error
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 raise Unsupported(f"{proto.op_type} {label} fails: {lines[0]}") from error

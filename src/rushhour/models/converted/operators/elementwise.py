@@ -71,7 +71,7 @@ def _folded(b: Builder, function: str, value: Value, constant: Value, *, is_left
     if found is None or constant.constant is None or not constant.constant.is_floating_point():
         return None
     name, layer = found
-    if not layer.kind.startswith(("Conv", "Linear", "BatchNorm", "LayerNorm")):
+    if not layer.kind.startswith(("Conv", "Linear", "BatchNorm", "LayerNorm")) or f"{name}.weight" not in b.state:
         return None
     axis = 1 if layer.kind.startswith(_CHANNELS_FIRST) else value.rank - 1
     width = value.shape[axis]
