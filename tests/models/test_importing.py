@@ -54,8 +54,8 @@ def pictures_model() -> onnx.ModelProto:
         node("MatMul", ["r1", "w2"], ["d2"]), node("Add", ["d2", "b2"], ["e2"]), node("Softmax", ["e2"], ["y"]),
     ]  # fmt: skip
     constants = {
-        "k": weights(16, 3, 3, 3) / 5, "gamma": weights(1, 16, 1, 1), "beta": weights(1, 16, 1, 1),
-        "flat": np.array([-1, 256]), "w1": weights(256, 32) / 16, "b1": weights(32), "w2": weights(32, CLASSES) / 3,
+        "k": weights(16, 3, 3, 3), "gamma": weights(1, 16, 1, 1), "beta": weights(1, 16, 1, 1),
+        "flat": np.array([-1, 256]), "w1": weights(256, 32), "b1": weights(32), "w2": weights(32, CLASSES, seed=1),
         "b2": weights(CLASSES),
     }  # fmt: skip
     return typed(graph_of(nodes, constants, shape=("n", 8, 8, 3), opset=13), CLASSES)
@@ -73,7 +73,8 @@ def dataset(file: Path) -> Dataset:
     """Pictures, labelled by the model itself on pixels from -1 to 1."""
     import onnxruntime
 
-    pictures = np.random.default_rng(3).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
+    random = np.random.default_rng(3)
+    pictures = (random.random((600, 1, 1, 3)) * 200 + random.random((600, 8, 8, 3)) * 55).astype(np.uint8)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (answers,) = session.run(None, {"x": pictures.astype(np.float32) / 127.5 - 1})
     labels = answers.argmax(1)
@@ -130,13 +131,14 @@ def test_training_begins_with_the_weights_of_the_file(imported: ImportResult, da
     assert again.bundle.manifest.hash == manifest.hash
     fresh = build(manifest.source) if manifest.source is not None else None
     assert fresh is not None
-    assert not torch.allclose(dict(fresh.named_parameters())["w2.weight"], before["w2.weight"], atol=1e-2)
+    for key, value in fresh.named_parameters():
+        assert not torch.allclose(value, before[key], atol=1e-2)
 
 
 def test_a_file_is_trained_itself(file: Path, dataset: Dataset, tmp_path: Path) -> None:
     finer = rushhour.train(file, dataset, out=tmp_path / "finer", epochs=1, tensorboard=False)
     assert [step.what for step in finer.bundle.manifest.lineage] == ["import", "train"]
-    assert not list(tmp_path.glob(".finer*"))
+    assert not list(tmp_path.glob(".finer.imported"))
 
 
 def test_what_training_refuses(imported: ImportResult, dataset: Dataset, tmp_path: Path) -> None:
@@ -155,7 +157,6 @@ def test_a_recipe_and_the_tuner_take_it(imported: ImportResult, dataset: Dataset
     *_, last = apply(recipe, imported.bundle, dataset, Store(tmp_path / "store"), progress=Silent())
     assert last.manifest.parameters < 0.8 * imported.bundle.manifest.parameters
     assert [step.what for step in last.manifest.lineage] == ["import", "prune", "distil"]
-    assert "left as it is" not in last.manifest.lineage[1].settings
 
 
 @pytest.mark.slow
