@@ -195,6 +195,88 @@ class LadderStep(msgspec.Struct, frozen=True):
     name: str = ""
 
 
+class Decision(msgspec.Struct, frozen=True):
+    """One step of a tuning run: what was seen, what followed, and what it cost.
+
+    Attributes:
+        step: `time`, `race`, `rung 1`, ...: shown to users.
+        seen: the measurements, in words with their numbers.
+        decided: what followed.
+        why: the rule.
+        cost_s: seconds of the measurements and trainings that no earlier decision needed, whenever they were made: a
+            run that was killed counts those from before, too.
+        load_tests: load tests among them. A load test is one candidate put under load on a server, for its
+            throughput, its capacity or a proof, however many windows that takes; or one race of two.
+    """
+
+    step: str
+    seen: str
+    decided: str
+    why: str
+    cost_s: Time = 0.0
+    load_tests: _Count = 0
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """Plans that one rule removed from the search.
+
+    Attributes:
+        step: at which they left, in the order of the search: `shape`, `train`, `make`, `time`, `simulate`, `accuracy`,
+            `predict`, `race`, `confirm`.
+        fate: theirs, as of a `Trial`.
+        rule: the reason that they share.
+        plans: how many.
+        candidates: networks (where a network left whole) or candidates that these plans belong to.
+    """
+
+    step: str
+    fate: Fate
+    rule: str
+    plans: _Count
+    candidates: _Count
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """How good the answer is among all plans that could have been chosen (docs/decisions/0039).
+
+    A plan is a network on an engine at a precision, in a layout of the cores, with a batch bound. The regret is the
+    share by which the best plan that is known to be within the accuracy budget exceeds the one that was chosen.
+
+    Attributes:
+        statement: in one sentence.
+        plans: size of the space.
+        networks: of these, different networks; int8 of one counts as the same.
+        simulated: plans whose capacity was simulated on measured service times.
+        measured: candidates that were under load, the baseline included.
+        load_tests: see `Decision.load_tests`.
+        cuts: plans that were removed, by rule; all but the one that was chosen.
+        covered: plans that the bound is about: those known to be within the accuracy budget.
+        expected_regret: the mean; None where there is no bound.
+        regret_bound: with probability `confidence` the regret is no larger; None where there is no bound.
+        confidence: of the bound.
+        sigma: standard deviation of the predictions' log error, within one run.
+        residuals: measured candidates that `sigma` was learnt from; 0 where it was taken from earlier runs.
+        not_covered: what the bound says nothing about, in sentences.
+        why: there is no bound; empty where there is one.
+    """
+
+    statement: str
+    plans: _Count
+    networks: _Count
+    simulated: _Count
+    measured: _Count
+    load_tests: _Count
+    cuts: tuple[Cut, ...]
+    covered: _Count
+    expected_regret: Number | None
+    regret_bound: Number | None
+    confidence: Number
+    sigma: Number | None
+    residuals: _Count
+    not_covered: tuple[str, ...] = ()
+    why: str = ""
+
+
 class Evidence(msgspec.Struct, frozen=True):
     """The main results of a run. The measurements themselves are in `measurements.jsonl`.
 
@@ -222,6 +304,8 @@ class Evidence(msgspec.Struct, frozen=True):
         relaxations: what one change of the goal would buy, the cheapest of each kind first.
         service_times: of the plan's engine on this machine, to compare another one with; None where only the run's
             `measurements.jsonl` has them.
+        decisions: every step of the run, in order; empty in plans of older versions.
+        certificate: how far the best other plan may be above this one; None in plans of older versions.
     """
 
     capacity_rps: Rate
@@ -253,6 +337,8 @@ class Evidence(msgspec.Struct, frozen=True):
     choice: str = ""
     relaxations: tuple[Relaxation, ...] = ()
     service_times: ServiceTimes | None = None
+    decisions: tuple[Decision, ...] = ()
+    certificate: Certificate | None = None
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.measurement import Accuracy, Measurement, Outcome, pack_latencies
-from rushhour.plan import Evidence, LadderStep, Plan, Policy, Trial, Variant
+from rushhour.plan import Certificate, Cut, Decision, Evidence, LadderStep, Plan, Policy, Trial, Variant
 from rushhour.records.compression import Attempt, Compression, Confirmation, Factor, Stage
 from rushhour.records.journal import Journal
 from rushhour.report import SummaryTable
@@ -102,6 +102,39 @@ TRIALS = (
     trial("pruned/openvino/int8/s2t1b32", "over budget", 14200.0, 0.0217, "drop 1.86 to 2.50 points, 1 allowed"),
     trial("collapsed/openvino/int8/s2t1b32", "over budget", 15000.0, 0.81, "drop 81 points, 1 allowed"),
     trial("int8/onnxruntime/int8/s1t2b8", "failed", None, None, "onnxruntime has no kernel for QLinearConv here"),
+)
+
+
+CERTIFICATE = Certificate(
+    statement="In 27 load tests of 4,320 plans: within 4% of the best at 95%",
+    plans=4320,
+    networks=9,
+    simulated=1440,
+    measured=11,
+    load_tests=27,
+    cuts=(
+        Cut("shape", "dominated", "it removes more than another network and is predicted no faster", 1440, 3),
+        Cut("train", "over budget", "its accuracy drop is not within the budget after distillation", 960, 2),
+        Cut("train", "skipped", "no time was left to time or train it", 480, 1),
+        Cut("simulate", "dominated", "another batch bound of the candidate is as good", 1320, 120),
+        Cut("accuracy", "over budget", "its accuracy drop is not shown within the budget", 33, 33),
+        Cut("predict", "dominated", "predicted too far below the best", 83, 83),
+        Cut("race", "tied", "no significant difference under load, and a lower estimate", 1, 1),
+        Cut("race", "beaten", "a lower throughput under load, or not proven on fresh seeds", 2, 2),
+    ),
+    covered=1044,
+    expected_regret=0.0121,
+    regret_bound=0.0386,
+    confidence=0.95,
+    sigma=0.0624,
+    residuals=7,
+    not_covered=("480 plans of 1 network not known to be within the accuracy budget: no time was left",),
+)
+DECISIONS = (
+    Decision("shape", "3 shapes predicted, prune-0.5 2,100/s", "prune-0.5 may be trained", "it has to be faster", 42.4),
+    Decision("time", "120 candidates timed", "118 go on", "the smallest bound within 2% of the best", 61.0),
+    Decision("race", "int8 answers 1.21x (1.15 to 1.28)", "int8 on OpenVINO leads", "significantly more", 24.2, 1),
+    Decision("confirm", "9 windows of load in all", "9,120/s proven", "a pass on fresh seeds", 250.0, 1),
 )
 
 

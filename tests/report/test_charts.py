@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from runs import ESTIMATE, SLO_50, TRIALS, WINNER, compressed, judged, make_plan, make_run
+from runs import CERTIFICATE, ESTIMATE, SLO_50, TRIALS, WINNER, compressed, judged, make_plan, make_run
 
 from rushhour.measurement import Measurement, Outcome
 from rushhour.plan import Trial
 from rushhour.report import charts
-from rushhour.report.charts import accuracy, compression, latency, percentiles
+from rushhour.report.charts import accuracy, compression, funnel, latency, percentiles
 from rushhour.report.charts.palette import style
 from rushhour.report.findings import Capacity, Findings
 
@@ -198,3 +198,23 @@ def test_the_star_hides_no_point(best: tuple[int, int] | None, monkeypatch: pyte
     points = [line for line in lines if line.get_marker() in ("o", "s")]
     assert len(points) == 4, "the reference, and each step"
     assert all(point.get_zorder() > star.get_zorder() for point in points)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_funnel_is_longest_first_and_nothing_is_cut_off(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(funnel, "svg", lambda figure, *_: figures.append(figure))
+    charts.plans_left(CERTIFICATE, narrow)
+    axes = figures[0].axes[0]
+    figures[0].draw_without_rendering()
+    lengths = [bar.get_width() for bar in axes.patches]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] > 0.05, "one of 4,320 can be seen"
+    for text in [each for each in (*axes.texts, *axes.get_yticklabels()) if each.get_text()]:
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figures[0].bbox.x1 * 1.005, text.get_text()
+
+
+def test_a_search_that_removed_nothing_has_no_funnel() -> None:
+    assert charts.plans_left(msgspec.structs.replace(CERTIFICATE, plans=1, cuts=())) is None

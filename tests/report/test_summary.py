@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from runs import make_plan, printed
+from runs import CERTIFICATE, make_plan, printed
 
 from rushhour.errors import PlanError
 from rushhour.goal import SLO
@@ -35,6 +35,13 @@ def test_the_summary_of_a_nearest_miss_says_so() -> None:
     assert "NEAREST MISS" in text
     assert "nearest miss" in text
     assert "no rate within the SLO" in " ".join(text.split())
+
+
+def test_the_summary_says_how_good_the_answer_is() -> None:
+    said = f"{CERTIFICATE.statement}."
+    assert said in printed(make_plan(certificate=CERTIFICATE))
+    assert said not in printed(make_plan(certificate=CERTIFICATE, feasible=False))
+    assert "load tests" not in printed(make_plan())
 
 
 def test_the_summary_keeps_brackets_of_a_name() -> None:
@@ -88,3 +95,10 @@ def test_the_summary_of_a_nearest_miss_says_what_it_would_take() -> None:
     text = " ".join(printed(make_plan(feasible=False, relaxations=CHANGES)).split())
     assert "This plan is closest to the goal. It would take one of: p99<75ms: 2,100/s, measured;" in text
     assert "Loosen the goal, or use more cores." in printed(make_plan(feasible=False))
+
+
+def test_durations_and_shares() -> None:
+    assert [wording.duration(seconds) for seconds in (0.0, 0.424, 38.2, 59.7, 250, 3600)] == [
+        "0 s", "0.42 s", "38 s", "1 min", "4 min 10 s", "60 min",
+    ]  # fmt: skip
+    assert [wording.share(value) for value in (0.0, 0.0042, 0.0321, 0.25)] == ["0%", "0.4%", "3.2%", "25%"]

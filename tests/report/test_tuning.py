@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from runs import (
     BASELINE,
     CAPACITIES,
+    CERTIFICATE,
+    DECISIONS,
     ESTIMATE,
     TRIALS,
     WINNER,
@@ -195,6 +197,70 @@ def test_an_estimate_without_any_proof_says_so(tmp_path: Path) -> None:
     make_plan(**ESTIMATE).save(tmp_path / "plan.json")
     (tmp_path / "measurements.jsonl").touch()
     assert "No window passed" in Page(write_report(tmp_path).read_text("utf-8")).text
+
+
+def test_a_plan_of_an_older_version_has_neither_certificate_nor_decisions(content: str) -> None:
+    assert "load tests of" not in content
+    assert 'id="decisions"' not in content
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> str:
+    plan = make_plan(certificate=CERTIFICATE, decisions=DECISIONS)
+    return write_report(make_run(tmp_path_factory.mktemp("certified"), plan)).read_text("utf-8")
+
+
+def test_the_certificate_is_said_near_the_headline_and_explained(certified: str) -> None:
+    text = Page(certified).text
+    assert text.index(CERTIFICATE.statement) < text.index("Side by side")
+    assert text.count(CERTIFICATE.statement) == 2
+    for said in (
+        "is expected to carry 1.2% more than this one, and at 95% at most 3.9% more",
+        "1,440 were simulated on measured service times, and 11 candidates put under load",
+        "The bound is about the 1,044 plans known to be within the accuracy budget",
+        "err by 6.2% (one standard deviation)",
+        "as on the 7 candidates that were measured in this run",
+        CERTIFICATE.not_covered[0],
+        *(cut.rule for cut in CERTIFICATE.cuts),
+    ):
+        assert said in text
+
+
+def test_the_decisions_say_what_they_cost(certified: str) -> None:
+    text = Page(certified).text
+    for decision in DECISIONS:
+        assert f"{decision.decided} {decision.seen}. Rule: {decision.why}." in text
+    assert "4 decisions on 6 min 18 s of measurement and training" in text
+    assert "Show all decisions" not in text
+    assert "confirm 4 min 10 s 1 load test 9,120/s proven" in text
+
+
+def test_the_funnel_goes_from_all_plans_to_one(certified: str) -> None:
+    labels = [attributes.get("aria-label") or "" for tag, attributes in Page(certified).tags if tag == "svg"]
+    assert (
+        labels.count(
+            "Plans left: all plans 4,320, smaller networks timed 2,880, networks trained 1,440, "
+            "batch bounds simulated 120, accuracy judged 87, capacities predicted 4, put under load 1"
+        )
+        == 2
+    )
+
+
+def test_many_decisions_are_folded(tmp_path: Path) -> None:
+    plan = make_plan(decisions=DECISIONS * 8)
+    text = Page(write_report(make_run(tmp_path, plan)).read_text("utf-8")).text
+    assert "Show all decisions" in text
+    assert text.count(DECISIONS[3].seen) == 8
+
+
+def test_without_a_bound_the_page_says_why(tmp_path: Path) -> None:
+    none = msgspec.structs.replace(
+        CERTIFICATE, statement="In 3 load tests of 7 plans: no plan within the goal", expected_regret=None,
+        regret_bound=None, sigma=None, residuals=0, covered=0, why="no plan met the goal", cuts=(), not_covered=(),
+    )  # fmt: skip
+    text = Page(write_report(make_run(tmp_path, make_plan(certificate=none, feasible=False))).read_text("utf-8")).text
+    assert "In 3 load tests of 7 plans: no plan within the goal. There is no bound: no plan met the goal." in text
+    assert "The bound is about" not in text
 
 
 REFUSAL, LATE = "torch has no kernel for QLinearConv", "the time was up before it was loaded"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rushhour.errors import LoadError, ModelError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.load import Race
 from rushhour.measurement import ClosedLoop, Measurement, Outcome, ServiceTimes
-from rushhour.plan import Plan, Precision
+from rushhour.plan import Plan, Precision, Trial
 from rushhour.progress import Silent
 from rushhour.records.journal import Journal
 from rushhour.serve import open_target
@@ -310,6 +310,7 @@ def searched(
     so_far: Callable[[Plan], None] = lambda plan: None,
     outputs: Callable[..., Any] | None = None,
     budget: str = "10%",
+    ended: Sequence[Trial] = (),
 ) -> Plan:
     """Tune the tiny bundle, on data that it answers rightly by definition."""
     names = {role: "tiny" if role == "reference" else f"tiny-{role}" for role in roles}
@@ -328,6 +329,7 @@ def searched(
             run=run,
             settings=settings or TuneSettings(),
             progress=Silent(),
+            ended=ended,
             clock=load.clock,
             so_far=so_far,
         )
@@ -416,6 +418,7 @@ def test_a_budget_leaves_out_what_decides_least_and_says_so(tmp_path: Path, monk
     fates = {trial.fate for trial in plan.evidence.trials}
     assert "skipped" in fates
     assert "skipped" not in {trial.fate for trial in expected.evidence.trials}
+    assert "the time was up" in " ".join(decision.seen for decision in plan.evidence.decisions)
     # the best plan so far could be served long before the end, and the last one had its proof
     assert answers[0].evidence is None
     assert answers[-1].evidence is not None
@@ -584,6 +587,8 @@ def test_a_winner_that_cannot_be_confirmed_gives_way_to_the_runner_up(
     assert "could not be confirmed" in fates[load.first][1]
     (won,) = [candidate for candidate, (fate, _) in fates.items() if fate == "won"]
     assert won != load.first
+    (decision,) = [decision for decision in plan.evidence.decisions if decision.step == "runner-up"]
+    assert "could not be proven, int8 on OpenVINO" in decision.seen
 
 
 @pytest.mark.slow

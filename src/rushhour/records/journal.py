@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from rushhour.clock import Clock, WallClock
 from rushhour.errors import GoalError, StorageError
 from rushhour.measurement import Accuracy, ClosedLoop, Measurement, Reading, ServiceTimes
 from rushhour.records import identity
@@ -34,6 +35,7 @@ class Entry(msgspec.Struct, frozen=True):
         subject: what was measured: a candidate, or a bundle on an engine.
         detail: further facts for users: rate and seed, the split; may be empty.
         key: over everything that decides the result (bundles, data, settings), as hex.
+        took_s: seconds that the measurement took, with what had to be started for it; None in lines of older versions.
     """
 
     phase: str
@@ -43,6 +45,7 @@ class Entry(msgspec.Struct, frozen=True):
     at: str
     machine: Machine
     key: str = ""
+    took_s: float | None = None
 
 
 class Journal:
@@ -52,13 +55,21 @@ class Journal:
 
     Args:
         path: the file; made with its folder at the first measurement.
+        clock: the time of a measurement is read on it.
+        spent: receives the seconds of each measurement that is asked for, once, whether it is made or in the file. So
+            the sum is the same after a kill.
 
     Raises:
         StorageError: if the file cannot be read, or holds a damaged line that is not the last.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, clock: Clock | None = None, spent: Callable[[float], None] = lambda seconds: None
+    ) -> None:
         self.path = path
+        self._clock = clock or WallClock()
+        self._spent = spent
+        self._counted: set[tuple[str, str, str, str]] = set()
         self._all: list[Entry] = []
         self._here: dict[tuple[str, str, str, str], Entry] = {}
         self._cut: int | None = None
@@ -103,12 +114,22 @@ class Journal:
         key = identity.key(**inputs)
         known = self._here.get((phase, subject, detail, key))
         if known is not None and isinstance(known.reading, kind):
+            self._count(known)
             return known.reading
+        began = self._clock.now()
         reading = take(**inputs)
+        took_s = round(self._clock.now() - began, 3)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = Entry(phase, subject, detail, reading, now, describe(), key)
+        entry = Entry(phase, subject, detail, reading, now, describe(), key, took_s)
         self._append(entry)
+        self._count(entry)
         return reading
+
+    def _count(self, entry: Entry) -> None:
+        asked = entry.phase, entry.subject, entry.detail, entry.key
+        if asked not in self._counted:
+            self._counted.add(asked)
+            self._spent(entry.took_s or 0.0)
 
     def _append(self, entry: Entry) -> None:
         with explained(f"write {self.path}"):

@@ -52,13 +52,15 @@ def _narrow(plan: Plan) -> Group:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Sentences about a plan: why this one, and what a change of the goal would buy; of a miss, what it would take."""
+    """Sentences about a plan: how good it is among all plans, why this one, and what a change of the goal would buy; of
+    a miss, what it would take."""
     found = evidence_of(plan)
     changes = "; ".join(wording.relaxation(each) for each in found.relaxations)
     if not plan.feasible:
         return [_CLOSEST, f"It would take one of: {changes}." if changes else _LOOSEN]
-    why = [f"Why this plan: {found.choice}."] if found.choice else []
-    return [*why, f"If you allowed: {changes}."] if changes else why
+    said = [f"{found.certificate.statement}."] if found.certificate else []
+    said += [f"Why this plan: {found.choice}."] if found.choice else []
+    return [*said, f"If you allowed: {changes}."] if changes else said
 
 
 def _title(plan: Plan) -> Text:

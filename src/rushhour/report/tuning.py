@@ -19,6 +19,7 @@ from rushhour.system.storage import write_own
 
 _MOST_ROWS: Final = 1000  # of one table; keeps the file under 2 MB, further rows are counted and are in the run's files
 _MOST_OPEN: Final = 30  # rows of candidates shown at once; with more, those dominated by prediction are folded
+_MOST_DECISIONS: Final = 12  # shown at once; more are folded
 _MOST_SEEDS: Final = 24
 _MOST_NAMES: Final = 6  # of the candidates that one line covers; further ones are counted
 _FATES: Final[dict[Fate, str]] = {
@@ -89,7 +90,7 @@ def write_report(run: Path, file: Path | None = None) -> Path:
 def _render(found: Findings, run: Path) -> bytes:
     from rushhour.report import charts  # matplotlib takes a second to import
 
-    plan, evidence = found.plan, found.evidence
+    plan, evidence, certificate = found.plan, found.evidence, found.evidence.certificate
     epochs = read_curves(run / "training") if (run / "training" / CURVES).is_file() else ()
     before, after = found.baseline_capacity, found.plan_capacity
     role = "winner" if plan.feasible else "nearest miss"
@@ -123,6 +124,11 @@ def _render(found: Findings, run: Path) -> bytes:
         capacity_by_step=charts.wide_and_narrow(lambda narrow: charts.capacity_by_step(found, narrow)),
         above=_above_the_plan(found),
         relaxations=[wording.relaxation(each) for each in evidence.relaxations],
+        certificate=certificate,
+        funnel=charts.wide_and_narrow(lambda narrow: charts.plans_left(certificate, narrow)) if certificate else None,
+        decisions=evidence.decisions[:_MOST_ROWS],
+        folds_decisions=len(evidence.decisions) > _MOST_DECISIONS,
+        cost=sum(decision.cost_s for decision in evidence.decisions),
         training=[
             charts.wide_and_narrow(lambda narrow: charts.training_loss(epochs, narrow)),
             charts.wide_and_narrow(lambda narrow: charts.training_metric(epochs, narrow)),

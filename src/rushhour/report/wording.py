@@ -53,6 +53,19 @@ def milliseconds(value: float | None, missing: str = INSUFFICIENT) -> str:
     return missing if value is None else f"{number(value)} ms"
 
 
+def duration(seconds: float) -> str:
+    """`0.42 s`, `38 s`, `4 min 10 s`."""
+    if seconds < 59.5:
+        return f"{number(seconds, 2)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:,} min {rest} s" if rest else f"{minutes:,} min"
+
+
+def share(value: float) -> str:
+    """A share as a percentage: `3.2%`, `0.4%`."""
+    return f"{number(100 * value, 2 if value >= 0.01 else 1)}%"
+
+
 def capacity(found: Capacity) -> str:
     """A capacity; an estimate is named as such: `2,610/s, estimated, not proven (2,400 to 2,700)`."""
     if found.proven or not found.rps:

@@ -10,6 +10,8 @@ from rushhour.measurement import Measurement
 from rushhour.plan import Fate, LadderStep, OperatingPoint, Policy, Precision, Trial
 from rushhour.tune.state import CandidateState
 
+NO_NETWORKS: Final = "recipes"
+"""Role of the trial that says why smaller networks were not searched."""
 _WORDS: Final = {"prune": "pruned", "lowrank": "split", "distil": "distilled"}
 """A step of a lineage, and what it did to the network."""
 

@@ -12,6 +12,7 @@ from rushhour.load import Estimate, Probe, Race, estimate, find_capacity, race, 
 from rushhour.measurement import Measurement, Outcome
 from rushhour.progress import Progress
 from rushhour.tune.bench import Bench, ServedCandidate
+from rushhour.tune.decisions import Decisions
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.state import CandidateState, failure_reason
 
@@ -62,6 +63,11 @@ class LoadTests:
         settings: of the search.
         progress: receives each step.
         budget: of the search; the less is left, the less is measured.
+        decisions: receives each decision, and the number of load tests.
+
+    Attributes:
+        decisions: the same.
+        races: the two candidates of each race, incumbent first, with the result.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class LoadTests:
         settings: TuneSettings,
         progress: Progress,
         budget: Budget,
+        decisions: Decisions | None = None,
     ) -> None:
         self._bench = bench
         self._bundles = bundles
@@ -79,6 +86,8 @@ class LoadTests:
         self._settings = settings
         self._progress = progress
         self._budget = budget
+        self.decisions = decisions or Decisions()
+        self.races: list[tuple[CandidateState, CandidateState, Race]] = []
 
     def serve(self, state: CandidateState, phase: str) -> contextlib.AbstractContextManager[ServedCandidate]:
         """A candidate on its server, as a context."""
@@ -93,6 +102,7 @@ class LoadTests:
                 requests cost that come one by one, and how the host's speed varies.
         """
         users = self._users(state.predicted or 100.0)
+        self.decisions.load_test()
         self._progress.start(f"{state.candidate.name}: throughput", _THROUGHPUT_WINDOWS)
         try:
             with self.serve(state, "push") as served:  # the phase's name in the journal
@@ -109,6 +119,7 @@ class LoadTests:
                     state.windows.append(served.search_windows(_OPEN_S)(rate, self._settings.seed + _OPEN_SEED))
         except Exception as error:  # of an engine, a server or the load on it: only this candidate fails
             state.end("failed", failure_reason(error))
+            self.decisions.ended("throughput", state)
             self._progress.done(state.why, good=False)
             return False
         self._progress.done(f"about {state.throughput:,.0f} requests/s")
@@ -146,6 +157,7 @@ class LoadTests:
         """
         users = self._users(incumbent.throughput or 1.0)
         seconds = self._window_s(_RACE_S)
+        self.decisions.load_test()
         self._progress.start(f"{rival.candidate.name} against {incumbent.candidate.name}")
 
         running = incumbent
@@ -171,8 +183,11 @@ class LoadTests:
             )
         except Exception as error:  # as in `measure_throughput`
             running.end("failed", failure_reason(error))
+            self.decisions.ended("race", running)
             self._progress.done(running.why, good=False)
             return None
+        self.races.append((incumbent, rival, result))
+        self.decisions.raced(incumbent, rival, result)
         incumbent.throughput, rival.throughput = result.throughput_rps
         if result.order == "faster":
             incumbent.end("beaten", f"{rival.candidate.name} has a higher throughput: {result}")
@@ -191,6 +206,7 @@ class LoadTests:
     def estimate_capacity(self, state: CandidateState, *, rough: bool = False) -> None:
         """Set the capacity of a candidate, estimated; `rough` where it only shows what a step bought."""
         step = _ROUGH if rough else 1.0
+        self.decisions.load_test()
         self._progress.start(f"{state.candidate.name}: capacity inside {self._goal.slo}")
         try:
             with self.serve(state, "search") as served:
@@ -205,9 +221,11 @@ class LoadTests:
                 )
         except Exception as error:  # as in `measure_throughput`
             state.end("failed", failure_reason(error))
+            self.decisions.ended("capacity", state)
             self._progress.done(state.why, good=False)
             return
         state.capacity = search.capacity_rps
+        self.decisions.estimated(state)
         note = f"about {search.capacity_rps:,.0f} requests/s" if search.capacity_rps else "it holds at no rate"
         self._progress.done(note, good=search.capacity_rps > 0)
 
@@ -238,6 +256,7 @@ class LoadTests:
         found = self.estimate(state)
         if found is None:
             return None
+        self.decisions.load_test()
         self._progress.start(f"{state.candidate.name}: proof on fresh seeds", _PROOFS)
         failure = ""
         proven: list[Measurement] = []
@@ -247,6 +266,7 @@ class LoadTests:
             failure = failure_reason(error)
         if proven:
             state.capacity, state.p99_ms = proven[-1].rate_rps, proven[-1].p99_ms
+            self.decisions.confirmed(state, proven=True)
             self._progress.done(f"{proven[-1].rate_rps:,.0f} requests/s")
             return proven[-1]
         found = self.estimate(state)
@@ -254,6 +274,7 @@ class LoadTests:
         state.why = f"{found} keep {self._goal.slo}" if found else "no rate could be confirmed"
         if failure:
             state.end("failed", failure)
+        self.decisions.confirmed(state, proven=False)
         self._progress.done(state.why, good=False)
         return None
 

@@ -22,12 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from rushhour.bundle import Bundle
 from rushhour.compress import Store, apply, why_outside
 from rushhour.data import Dataset
-from rushhour.errors import BundleError, EngineError
+from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.measurement import Accuracy
 from rushhour.plan import EngineName, Fate, Trial
@@ -35,10 +33,11 @@ from rushhour.progress import Progress, Silent
 from rushhour.records import identity
 from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import cores, describe
-from rushhour.system.storage import write_whole
 from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune.accuracy import AccuracyJudge
-from rushhour.tune.answer import trial_of, unmeasured
+from rushhour.tune.answer import NO_NETWORKS, trial_of, unmeasured
+from rushhour.tune.decisions import Decisions
+from rushhour.tune.found_networks import FoundNetworks
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.rungs import LENGTHS, RungRecord, words
 from rushhour.tune.settings import Budget, TuneSettings
@@ -65,22 +64,8 @@ _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
 of the budget, below which nothing is begun."""
 _BESIDE: Final = 0.6
 """Export and judgement of a trained network, as a share of the time that making and timing its shape took."""
-_STORE, _RESULT = ".recipes", "networks.json"
+_STORE: Final = ".recipes"
 _NO_TIME: Final = "no time left to train it"
-
-
-class Networks(msgspec.Struct, frozen=True):
-    """What was found.
-
-    Attributes:
-        bundles: role -> name of its folder in the store: trained, in f32, inside the accuracy budget.
-        trials: of all other shapes, with the reason.
-        key: of all that it was found from.
-    """
-
-    bundles: dict[str, str]
-    trials: tuple[Trial, ...]
-    key: str
 
 
 def smaller_networks(
@@ -93,6 +78,7 @@ def smaller_networks(
     budget: Budget,
     progress: Progress,
     trusted: tuple[str, ...] = (),
+    decisions: Decisions | None = None,
 ) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
     """Networks smaller than the reference that are faster and inside the accuracy budget on the validation part.
 
@@ -107,6 +93,7 @@ def smaller_networks(
         budget: of the whole run; the search keeps `FOR_SEARCH` of it.
         progress: receives each decision.
         trusted: factories that may be imported.
+        decisions: those that are made here are added.
 
     Returns:
         Role -> trained bundle, in the store, the fastest first; and the trials of all other shapes.
@@ -114,6 +101,7 @@ def smaller_networks(
     Raises:
         StorageError: if the disk does not take it.
     """
+    decisions = decisions or Decisions()
     store = Store(run / _STORE)
     key = identity.key(
         reference=reference,
@@ -123,26 +111,16 @@ def smaller_networks(
         rungs=RUNGS,
         machine=describe(),
     )
-    found = _read(store, key)
+    found = FoundNetworks.read(store, key)
     if found is None:
-        record = RungRecord(store.folder, key)
-        search = _Search(reference, dataset, goal, run, store, record, settings, budget, progress, trusted)
+        record, before = RungRecord(store.folder, key), len(decisions.made)
+        search = _Search(reference, dataset, goal, run, store, record, settings, budget, progress, trusted, decisions)
         bundles, trials = search.found()
-        found = Networks({role: bundle.path.name for role, bundle in bundles.items()}, trials, key)
-        write_whole(store.folder / _RESULT, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        names = {role: bundle.path.name for role, bundle in bundles.items()}
+        FoundNetworks(names, trials, key, decisions.made[before:]).save(store)
         return bundles, trials
+    decisions.repeat(found.decisions)
     return {role: Bundle.open(store.folder / name) for role, name in found.bundles.items()}, found.trials
-
-
-def _read(store: Store, key: str) -> Networks | None:
-    """What an earlier call found from the same inputs; None where there is none, or a bundle of it is missing."""
-    try:
-        found = msgspec.json.decode((store.folder / _RESULT).read_bytes(), type=Networks)
-        for name in found.bundles.values():
-            Bundle.open(store.folder / name)
-    except (OSError, msgspec.DecodeError, BundleError):
-        return None
-    return found if found.key == key else None
 
 
 @dataclasses.dataclass
@@ -186,6 +164,7 @@ class _Search:
         budget: Budget,
         progress: Progress,
         trusted: tuple[str, ...],
+        decisions: Decisions,
     ) -> None:
         self._reference = reference
         self._dataset = dataset
@@ -196,7 +175,8 @@ class _Search:
         self._budget = budget
         self._progress = progress
         self._trusted = trusted
-        self._journal = Journal(run / JOURNAL)
+        self._decisions = decisions
+        self._journal = Journal(run / JOURNAL, decisions.clock, decisions.spend)
         self._bundles = {"reference": reference}
         self._predictor = Predictor(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
         self._engine: EngineName = "openvino"
@@ -234,12 +214,14 @@ class _Search:
             winners = self._trained(self._within_time(contestants)) if contestants else []
         bundles = {winner.shape.role: self._bundles[winner.shape.role] for winner in winners}
         said = ", ".join(bundles) or "none is inside the budget; the network stays as it is"
+        self._decisions.joined(list(bundles), self._trials)
         self._say("Smaller networks for the search", said, good=bool(bundles))
         return bundles, tuple(self._trials)
 
     def _none(self, why: str) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
+        self._decisions.note("networks", why, "the network stays as it is", "smaller networks need a training")
         self._say("Smaller networks", why)
-        return {}, (unmeasured("recipes", "skipped", why, name="smaller networks"),)
+        return {}, (unmeasured(NO_NETWORKS, "skipped", why, name="smaller networks"),)
 
     def _say(self, what: str, result: str, *, good: bool = True) -> None:
         self._progress.start(what)
@@ -324,7 +306,7 @@ class _Search:
             if len(made) == 1 and not math.isinf(self._budget.seconds):
                 self._beside_s = _BESIDE * (before - self._budget.left) * self._budget.seconds
                 self._is_short = self._cannot_compare(made[0], len(shapes))
-        left = []
+        left: list[_Contestant] = []
         for one in made:
             gentler = [other for other in made if other.shape.is_gentler_than(one.shape)]
             rivals = [("the whole network", whole), *((other.shape.role, other.predicted) for other in gentler)]
@@ -334,6 +316,7 @@ class _Search:
                 self._end(one, "dominated", why)
             else:
                 left.append(one)
+        self._decisions.shaped(whole, {one.shape.role: one.state for one in made}, [one.shape.role for one in left])
         return left
 
     def _cannot_compare(self, first: _Contestant, shapes: int) -> bool:
@@ -348,8 +331,9 @@ class _Search:
         return making + self._cost_of_all_rungs([first] * min(_FEWEST, shapes)) > self._seconds
 
     def _applied(self, shape: Shape, rungs: tuple[float, ...], progress: Progress) -> list[Bundle]:
-        return list(
-            apply(
+        return self._decisions.made_in(
+            self._store.folder,
+            lambda: apply(
                 shape.recipe(rungs),
                 self._reference,
                 self._dataset,
@@ -357,7 +341,8 @@ class _Search:
                 seed=self._settings.seed,
                 progress=progress,
                 trusted=self._trusted,
-            )
+            ),
+            lambda bundle: bundle.path,
         )
 
     # Train.
@@ -412,6 +397,8 @@ class _Search:
                     winner = one
                 elif one.alive and one.accuracy.drop_interval[0] * _REMAINING > self._goal.budget.max_drop:
                     self._end_outside(one, "")
+                role = one.shape.role
+                self._decisions.rung(len(one.rungs), {role: one.state}, [role] if one is winner else [], [])
             if one is not winner and one.alive:
                 self._end_outside(one, "no time left to train it further")
         return [] if winner is None else [winner]
@@ -439,7 +426,12 @@ class _Search:
             alive = [one for one in contestants if one.alive]
             inside = [one for one in alive if not why_outside(one.accuracy, self._goal.budget)]
             ready = sorted([*ready, *inside], key=lambda one: -one.predicted)
+            trained = contestants
             contestants = self._continuing([one for one in alive if one not in inside], ready, rung)
+            self._decisions.rung(
+                *(rung + 1, {one.shape.role: one.state for one in trained}),
+                *([one.shape.role for one in inside], [one.shape.role for one in contestants]),
+            )
         joining = _JOINING if math.isinf(self._budget.seconds) else 1
         for one in ready[joining:]:
             why = f"predicted {one.predicted:,.0f}/s; {ready[0].shape.role} is predicted {ready[0].predicted:,.0f}/s"

@@ -157,6 +157,7 @@ class Predictor:
         """
         for state, (candidate, capacity) in zip(states, self._best_bounds(states, self._slo), strict=True):
             state.candidate, state.predicted = candidate, capacity
+            state.bounds = self.service_times(candidate).batch_sizes
 
     def capacities_under(self, states: Sequence[CandidateState], slo: SLO, times_cores: int = 1) -> list[float]:
         """The predicted capacities under another SLO or on more cores, each with the batch bound that is best there.
@@ -216,10 +217,18 @@ class Predictor:
         (simulated,) = self._simulated([(candidate, overhead)], self._slo)
         return simulated * self._steady()
 
-    def _simulated(self, policies: Sequence[tuple[Candidate, Overhead]], slo: SLO, times_cores: int = 1) -> list[float]:
-        """Capacities as simulated; the same policy is simulated once."""
+    def _simulated(
+        self,
+        policies: Sequence[tuple[Candidate, Overhead]],
+        slo: SLO,
+        times_cores: int = 1,
+        *,
+        as_served: bool = True,
+    ) -> list[float]:
+        """Capacities as simulated, with the times of the candidate's own batch bound where they are known, unless
+        `as_served` is false; the same policy is simulated once."""
         keys = [
-            (str(candidate), str(candidate) in self._own_profiles, overhead, slo, times_cores)
+            (str(candidate), as_served and str(candidate) in self._own_profiles, overhead, slo, times_cores)
             for candidate, overhead in policies
         ]
         missing = {key: policy for key, policy in zip(keys, policies, strict=True) if key not in self._known_capacities}
@@ -227,20 +236,39 @@ class Predictor:
         for candidate, overhead in missing.values():
             overhead = dataclasses.replace(overhead, spare=times_cores * overhead.spare)
             streams = times_cores * candidate.streams
-            scenarios.append(Scenario(self._profile(candidate), streams, candidate.policy.max_batch, overhead))
+            scenarios.append(
+                Scenario(self._profile(candidate, as_served), streams, candidate.policy.max_batch, overhead)
+            )
         if missing:
             self._known_capacities.update(zip(missing, capacities(scenarios, slo).tolist(), strict=True))
             self._policies.update(name for name, *_ in missing)
         return [self._known_capacities[key] for key in keys]
 
-    def _profile(self, candidate: Candidate) -> ServiceProfile:
-        """By the times with its own batch bound where they are known."""
-        own = self._own_profiles.get(str(candidate))
+    def _profile(self, candidate: Candidate, as_served: bool = True) -> ServiceProfile:
+        """By the times with its own batch bound where they are known, unless `as_served` is false."""
+        own = self._own_profiles.get(str(candidate)) if as_served else None
         if own is not None:
             return own
         if candidate.compiled not in self._profiles:
             self._profiles[candidate.compiled] = ServiceProfile(self.service_times(candidate))
         return self._profiles[candidate.compiled]
+
+    def by_bound(self, candidates: Sequence[Candidate], *, alone: bool = False) -> list[dict[int, float]]:
+        """The capacity of each with each batch bound, as simulated on the same service times, not corrected.
+
+        Args:
+            candidates: timed before; their own bounds do not matter.
+            alone: without the overhead of serving, as they were predicted before any load.
+        """
+        bounds = [self.service_times(candidate).batch_sizes for candidate in candidates]
+        policies = [
+            (each.with_batch(bound), Overhead(spare=each.spare(cores())) if alone else self._overhead_of(each))
+            for each, sizes in zip(candidates, bounds, strict=True)
+            for bound in sizes
+        ]
+        share = 1.0 if alone else self._steady()
+        rates = iter(self._simulated(policies, self._slo, as_served=False))
+        return [{bound: share * next(rates) for bound in sizes} for sizes in bounds]
 
     @property
     def policies(self) -> int:

@@ -77,6 +77,7 @@ class Racing:
                 rival = rivals.pop(0)
                 if self._is_late:
                     rival.end("skipped", "the time was up before its race")
+                    self._load_tests.decisions.ended("race", rival)
                     continue
                 contest.race(rival, count)
                 self._predictor.correct(rivals)
@@ -102,7 +103,9 @@ class Racing:
         )
         if not measured:
             raise EngineError("no candidate can be served", alive[0].why, "correct the model, or use another")
-        return max(measured, key=lambda state: state.throughput or 0.0)
+        best = max(measured, key=lambda state: state.throughput or 0.0)
+        self._load_tests.decisions.overheads(measured, best)
+        return best
 
     def _rank(self, incumbent: CandidateState, rivals: list[CandidateState]) -> list[CandidateState]:
         """The rivals worth a race, best prediction first; the others are dominated."""
@@ -115,6 +118,7 @@ class Racing:
             if _predicted(state) < self._settings.keep * best or position >= self._settings.race:
                 why = f"predicted {_predicted(state):,.0f}/s, the best prediction is {best:,.0f}/s"
                 state.end("dominated", why)
+        self._load_tests.decisions.ranked(incumbent, rivals, self._settings.keep, self._settings.race)
         return [state for state in rivals if state.fate is None]
 
     def _force(self, contest: Contest, alive: list[CandidateState]) -> None:

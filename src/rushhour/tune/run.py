@@ -33,6 +33,7 @@ from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import describe
 from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
+from rushhour.tune.decisions import Decisions
 from rushhour.tune.networks import smaller_networks
 from rushhour.tune.search import tune
 from rushhour.tune.settings import Budget, Recipes, TuneSettings
@@ -83,7 +84,7 @@ def tune_run(
         RushhourError: of the part that failed; finished parts stay.
     """
     clock = clock or WallClock()
-    budget = Budget(settings.budget_s, clock)
+    budget, decisions = Budget(settings.budget_s, clock), Decisions(clock)
     if isinstance(model, Bundle):
         trusted = trusted_factories(model, trusted)
     with claimed(run):
@@ -121,6 +122,7 @@ def tune_run(
                 budget=budget,
                 progress=progress,
                 trusted=trusted,
+                decisions=decisions,
             )
             for role, network in networks.items():
                 bundles[role] = _copied(network, run / "bundles" / role)
@@ -147,6 +149,7 @@ def tune_run(
                 ended=ended,
                 clock=clock,
                 so_far=lambda plan: named(plan).save(so_far),
+                decisions=decisions,
             )
         )
         msgspec.structs.replace(record, finished=_end(bundles, settings)).save(run)

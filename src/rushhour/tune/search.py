@@ -37,6 +37,8 @@ from rushhour.system.machine import cores, describe
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, recipe_words, steps_of, trial_of
 from rushhour.tune.bench import Bench
+from rushhour.tune.coverage import certified
+from rushhour.tune.decisions import Decisions
 from rushhour.tune.front import Rated, choice, front, measurably_worse, rated
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.measuring import MeasurementSource
@@ -77,6 +79,7 @@ def tune(
     clock: Clock | None = None,
     so_far: Callable[[Plan], None] = lambda plan: None,
     source: MeasurementSource | None = None,
+    decisions: Decisions | None = None,
 ) -> Plan:
     """Find the way to serve that has the highest capacity inside the goal, and prove it.
 
@@ -93,6 +96,7 @@ def tune(
         clock: the budget is read on it.
         so_far: receives the best plan whenever there is a better one; before its proof it has no evidence.
         source: knows the measurements; None for the engines, the servers and the load of this machine.
+        decisions: of the run so far; those of the search are added.
 
     Returns:
         The plan. Where nothing met the goal it is the nearest miss, with `feasible` false. It is not saved here.
@@ -102,7 +106,9 @@ def tune(
         LoadError: if load cannot be generated.
         StorageError: if a measurement cannot be written to the disk.
     """
-    search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock or WallClock(), so_far, source)
+    clock = clock or WallClock()
+    decisions = decisions or Decisions(clock)
+    search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock, so_far, source, decisions)
     return search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
 
 
@@ -119,6 +125,7 @@ class _Search:
         clock: Clock,
         so_far: Callable[[Plan], None],
         source: MeasurementSource | None,
+        decisions: Decisions,
     ) -> None:
         self._bundles = bundles
         self._dataset = dataset
@@ -127,7 +134,8 @@ class _Search:
         self._settings = settings
         self._progress = progress
         self._trusted = trusted
-        self._journal = Journal(run / JOURNAL)
+        self._decisions = decisions
+        self._journal = Journal(run / JOURNAL, clock, decisions.spend)
         self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted, source)
         self._source = source
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
@@ -147,7 +155,9 @@ class _Search:
         )
         compiled = CandidateState(self._plain)
         self._accuracy.validate(states)
+        self._decisions.judged("validation", states, self._goal.budget)
         self._accuracy.confirm(states, self._settings.keep)
+        self._decisions.judged("test", states, self._goal.budget)
         self._widen(states)
         self._leave_less_accurate(states)
         alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
@@ -155,7 +165,9 @@ class _Search:
             raise EngineError("no candidate can be served", states[0].why, "correct the model, or use another")
         with contextlib.nullcontext(self._source) if self._source is not None else Generator() as load:
             bench = Bench(self._journal, load, self._goal, self._run, self._trusted)
-            self._load_tests = LoadTests(bench, self._bundles, self._goal, self._settings, self._progress, self._budget)
+            self._load_tests = LoadTests(
+                bench, self._bundles, self._goal, self._settings, self._progress, self._budget, self._decisions
+            )
             self._announce_rest(races=self._settings.race, searches=2, steps=3)
             base = self._measured_base(reference)
             winner, confirmed = self._settled(alive)
@@ -210,6 +222,7 @@ class _Search:
             self._progress.advance(note=f"{state.candidate.compiled}: {max(times.throughput):,.0f}/s")
         self._predictor.choose_batches([state for state in states if state.fate is None])
         best = max((state.predicted or 0.0 for state in states), default=0.0)
+        self._decisions.timed(states)
         self._progress.done(f"best prediction {best:,.0f} requests/s of {self._predictor.policies:,} policies")
 
     def _widen(self, states: list[CandidateState]) -> None:
@@ -242,6 +255,7 @@ class _Search:
         )
         for state, why in measurably_worse(alive, top, lambda each: judge.accuracy(each.candidate, "validation")):
             state.end("not preferred", why)
+        self._decisions.less_accurate(top, states)
 
     # Under load: real servers.
 
@@ -325,6 +339,7 @@ class _Search:
         self._announce_rest(races=0, searches=0, steps=1 + len(wanted))
         for step, state in [*wanted, ("compiled", compiled)]:
             if self._budget.left <= 0:
+                self._decisions.skipped(f'what the step "{step}" buys')
                 self._progress.start(f'What the step "{step}" buys')
                 self._progress.done("skipped: the time was up", good=False)
                 continue
@@ -366,6 +381,7 @@ class _Search:
             confirmed = self._load_tests.confirm(state, (1 - _WINNERS) / _RUNNERS_UP)
             if confirmed is not None and confirmed.rate_rps >= least:
                 winner.end("beaten", f"it could not be confirmed on fresh seeds: {winner.why}")
+                self._decisions.runner_up(winner, state)
                 return state, confirmed
         return winner, None
 
@@ -428,6 +444,13 @@ class _Search:
             front=points,
             choice=choice(points, self._settings.prefer, after.metric),
             relaxations=relaxations(*(winner, states, self._outside, self._goal, self._predictor), feasible=feasible),
+            decisions=self._decisions.made,
+            certificate=certified(
+                *(self._states, states[: -len(self._states)], self._outside, winner, self._predictor, self._load_tests),
+                feasible=feasible,
+                prefer=self._settings.prefer,
+                count=self._decisions.load_tests,
+            ),
         )
         return msgspec.structs.replace(
             self._plan_of(winner),

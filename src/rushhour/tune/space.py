@@ -106,7 +106,6 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
         bundles: role -> bundle.
         cores: of the machine. The layouts are all cores on one batch, one batch per core, and one cell per core.
     """
-    layouts = sorted({(1, 1, cores), (1, cores, 1), (cores, 1, 1)})
     return [
         Candidate(
             bundle=role,
@@ -117,32 +116,45 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
         )
         for role, bundle in bundles.items()
         for engine, precision in _RUNS[bundle.manifest.precision]
-        for cells, streams, threads in layouts
+        for cells, streams, threads in _basic_layouts(cores)
     ]
 
 
 def other_layouts(candidate: Candidate, cores: int) -> list[Candidate]:
     """The same artefact in all other layouts that fit the cores, those with the same service times together.
 
-    Threads are a power of two, or all cores. The streams take all cores, or leave a quarter of them (at least one) to
-    the rest of the server; each number of streams is divided into processes in every way that comes out even.
-
     Args:
         candidate: in a basic layout.
         cores: of the machine.
     """
-    basic = {(1, 1, cores), (1, cores, 1), (cores, 1, 1)}
+    bare = candidate.with_batch(LARGEST_BATCH)
+    return [bare.with_layout(*layout) for layout in all_layouts(cores) if layout not in _basic_layouts(cores)]
+
+
+def all_layouts(cores: int) -> list[tuple[int, int, int]]:
+    """Cells, streams of each, threads of each: all layouts that fit, those with the same service times together.
+
+    Threads are a power of two, or all cores. The streams take all cores, or leave a quarter of them (at least one) to
+    the rest of the server; each number of streams is divided into processes in every way that comes out even.
+    """
     left = cores - max(1, cores // 4)
     threads = {cores, *(2**power for power in range(cores.bit_length()) if 2**power <= cores)}
     engines = sorted({(whole // each, each) for each in threads for whole in (cores, left) if whole >= each})
-    layouts = [
+    return [
         (cells, streams // cells, each)
         for streams, each in engines
         for cells in range(1, streams + 1)
         if streams % cells == 0
     ]
-    bare = candidate.with_batch(LARGEST_BATCH)
-    return [bare.with_layout(*layout) for layout in layouts if layout not in basic]
+
+
+def _basic_layouts(cores: int) -> list[tuple[int, int, int]]:
+    return sorted({(1, 1, cores), (1, cores, 1), (cores, 1, 1)})
+
+
+def ways(precision: Precision) -> int:
+    """Of engines and precisions in which a bundle of this precision runs."""
+    return len(_RUNS[precision])
 
 
 def baseline(reference: Bundle, cores: int) -> Candidate | None:

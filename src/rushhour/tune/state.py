@@ -17,6 +17,7 @@ class CandidateState:
     Attributes:
         accuracy: on the validation part.
         predicted: capacity in requests per second, by simulation.
+        bounds: batch bounds that its capacity was simulated with.
         throughput: answers in time per second, of a closed loop.
         capacity: requests per second, measured.
         p99_ms: at the proven capacity.
@@ -29,6 +30,7 @@ class CandidateState:
     candidate: Candidate
     accuracy: Accuracy | None = None
     predicted: float | None = None
+    bounds: tuple[int, ...] = ()
     throughput: float | None = None
     capacity: float | None = None
     p99_ms: float | None = None

@@ -5,6 +5,7 @@ One file for each kind of chart, above what all of them share: the palette, the 
 
 from rushhour.report.charts.accuracy import accuracy_against_capacity
 from rushhour.report.charts.compression import compression_sizes, compression_trade_off
+from rushhour.report.charts.funnel import plans_left
 from rushhour.report.charts.latency import Series, latency_against_rate, latency_against_rate_png
 from rushhour.report.charts.percentiles import latency_distribution
 from rushhour.report.charts.steps import capacity_by_step
@@ -20,6 +21,7 @@ __all__ = [
     "latency_against_rate",
     "latency_against_rate_png",
     "latency_distribution",
+    "plans_left",
     "standalone",
     "training_loss",
     "training_metric",
