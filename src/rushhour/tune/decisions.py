@@ -120,6 +120,8 @@ class Decisions:
             inside: roles of those within the accuracy budget now.
             further: roles of those that are trained further.
         """
+        if not shapes:
+            return
         judged = [(role, state.accuracy) for role, state in shapes.items() if state.accuracy is not None]
         drops = [
             f"{role} drops by {found.drop * 100:.2f} points, at most {found.drop_interval[1] * 100:.2f}"
@@ -129,7 +131,7 @@ class Decisions:
         parts = (("within the budget", inside), ("trained further", further), ("ended", ended))
         self.note(
             f"rung {rung}",
-            "; ".join(drops) or "no shape was trained",
+            "; ".join(drops) or "none could be trained",
             "; ".join(f"{what}: {', '.join(roles)}" for what, roles in parts if roles) or "nothing is left to train",
             "of those that can still come into the budget and are faster than what is in it, the half with the "
             "smallest drop is trained further",
