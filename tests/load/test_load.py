@@ -755,6 +755,18 @@ def test_every_request_is_answered_and_timed(generator: Generator, behaviour: di
     assert run.connections >= 1
 
 
+@pytest.mark.parametrize("behaviour", [{"hang_up": True}, {"keep_alive": False}])
+def test_an_answer_and_the_end_of_its_connection_while_others_wait(
+    generator: Generator, behaviour: dict[str, Any]
+) -> None:
+    """A waiting request got a new connection under the number of the one that had just ended, which was read again: the
+    generator crashed."""
+    with behaving(service_s=0.002, **behaviour) as url:
+        run = generator.run(job(discover(url), rate=2000, n=1000, max_connections=8))
+    assert len(run) == 1000
+    assert run.count(Status.OK) > 500
+
+
 def test_measure_reports_progress_and_a_verdict(generator: Generator) -> None:
     said: list[str] = []
 

@@ -30,7 +30,7 @@ from rushhour.plan import PLAN, SO_FAR, Plan, Trial
 from rushhour.progress import Progress
 from rushhour.records import identity
 from rushhour.records.journal import JOURNAL, Journal
-from rushhour.system.machine import describe
+from rushhour.system.machine import describe, open_files
 from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
 from rushhour.tune.decisions import Decisions
@@ -45,6 +45,8 @@ _FEWEST_EPOCHS = 2
 """Share of the budget for training; more where that is less than two epochs, as one epoch teaches too little."""
 _RECORD = "run.json"
 _DIGITS = 16
+_FILES: Final = 640
+"""That a process of a load test may have to open: 512 connections, and its own."""
 _LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": 0.45}
 """Share of the budget for the search, at least, even where training took more than its share."""
 
@@ -85,6 +87,7 @@ def tune_run(
     """
     clock = clock or WallClock()
     budget, decisions = Budget(settings.budget_s, clock), Decisions(clock)
+    _check_files()
     if isinstance(model, Bundle):
         trusted = trusted_factories(model, trusted)
     with claimed(run):
@@ -156,6 +159,21 @@ def tune_run(
         plan.save(run / PLAN)
         so_far.unlink(missing_ok=True)
         return plan
+
+
+def _check_files() -> None:
+    """Raise unless load tests may open enough files, before any work.
+
+    Raises:
+        StorageError: if they may not.
+    """
+    files, _ = open_files(_FILES)
+    if files < _FILES:
+        raise StorageError(
+            f"this process may open only {files} files",
+            f"load tests need {_FILES}: one for each connection, in the server and in the load generator",
+            "raise the limit: ulimit -n 4096",
+        )
 
 
 class _Int8:

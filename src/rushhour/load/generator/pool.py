@@ -178,7 +178,7 @@ class HttpTransport:
                 connection.write_on()
             else:
                 connection.read()
-                if what & select.EPOLLRDHUP and descriptor in self._connections:
+                if what & select.EPOLLRDHUP and self._connections.get(descriptor) is connection:  # not a newer one
                     connection.read()  # the end of the stream, before the next request is sent into it
 
     def _grow(self) -> None:
