@@ -10,10 +10,13 @@ import pytest
 from test_tune import Load, searched
 
 from rushhour.clock import VirtualClock
+from rushhour.load import Race
 from rushhour.measurement import ClosedLoop
-from rushhour.plan import Decision, Plan
+from rushhour.plan import Decision, Plan, Policy
 from rushhour.records.journal import Journal
 from rushhour.tune.decisions import Decisions
+from rushhour.tune.space import Candidate
+from rushhour.tune.state import CandidateState
 
 
 def told(plan: Plan) -> tuple[Decision, ...]:
@@ -81,6 +84,20 @@ def test_what_was_made_counts_once_with_the_seconds_of_its_making(tmp_path: Path
     (tmp_path / "seconds.json").write_bytes(b"damaged")
     Decisions(clock).made_in(tmp_path, lambda: make(1), Path)
     assert msgspec.json.decode((tmp_path / "seconds.json").read_bytes()) == {"first": 1.0, "second": 1.0}
+
+
+def test_candidates_that_differ_in_the_batch_bound_alone_are_told_apart() -> None:
+    one, other = (
+        CandidateState(Candidate("int8", "0" * 8, "openvino", "int8", Policy(streams=2, max_batch=bound)), rule=rule)
+        for bound, rule in ((8, ""), (12, "forced test: one step from the leader"))
+    )
+    decisions = Decisions()
+    decisions.raced(one, other, Race("slower", 0.9, (0.88, 0.92), 22, (1000.0, 900.0)))
+    (said,) = decisions.made
+    name = "int8 on OpenVINO, 2 streams, batches up to"
+    assert said.seen == f"{name} 12 against {name} 8: 0.90x (0.88 to 0.92) in 22 pairs of windows"
+    assert said.decided == f"{name} 8 leads"
+    assert said.why == "significantly more answers in time (forced test: one step from the leader)"
 
 
 def test_a_run_says_each_step_with_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

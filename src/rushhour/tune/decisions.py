@@ -232,7 +232,10 @@ class Decisions:
 
     def raced(self, incumbent: CandidateState, rival: CandidateState, result: Race) -> None:
         """A race was run."""
-        leader = rival if result.rival_leads else incumbent
+        names = incumbent.candidate.name, rival.candidate.name
+        if names[0] == names[1]:  # they differ in the batch bound alone
+            bounds = incumbent.candidate.policy.max_batch, rival.candidate.policy.max_batch
+            names = f"{names[0]}, batches up to {bounds[0]}", f"{names[1]}, batches up to {bounds[1]}"
         why = {
             "faster": "significantly more answers in time",
             "slower": "significantly more answers in time",
@@ -241,8 +244,8 @@ class Decisions:
         why = f"{why} ({rival.rule})" if rival.rule else why
         self.note(
             "race",
-            f"{rival.candidate.name} answers {result} of what {incumbent.candidate.name} does",
-            f"{leader.candidate.name} leads",
+            f"{names[1]} against {names[0]}: {result}",
+            f"{names[1] if result.rival_leads else names[0]} leads",
             why,
         )
 
