@@ -108,12 +108,14 @@ def _keys(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _timeless(file: Path) -> Plan | None:
-    """A plan without the time at which it was made."""
+    """A plan without the times: when it was made, and what its decisions cost, for a killed run starts servers again."""
     if not file.is_file():
         return None
     plan = Plan.load(file)
     assert plan.evidence is not None
-    return msgspec.structs.replace(plan, evidence=msgspec.structs.replace(plan.evidence, at=""))
+    decisions = tuple(msgspec.structs.replace(each, cost_s=0.0) for each in plan.evidence.decisions)
+    evidence = msgspec.structs.replace(plan.evidence, at="", decisions=decisions)
+    return msgspec.structs.replace(plan, evidence=evidence)
 
 
 # Part 9.

@@ -187,10 +187,12 @@ def _ratios(found: Mapping[str, list[float]], other: str) -> list[float]:
 
 def _run_checks(case: Case, run: Path, minutes: float, code: int, evidence: Evidence) -> list[Check]:
     tests = counted_tests(Plan.load(run / PLAN), run)
+    certificate = evidence.certificate.statement if evidence.certificate is not None else ""
     drop = 100 * evidence.accuracy_drop_interval[1]
     checks = [
         verdict(f"{case.part}.exit", f"{case.what}: exit code", "<= 0", float(code), None, 1, unit=""),
-        verdict(f"{case.part}.tests", f"{case.what}: load tests", "<= 40", float(tests), None, 1, unit=""),
+        verdict(f"{case.part}.tests", f"{case.what}: load tests", "<= 40", float(tests), None, 1, unit="",
+                why=certificate),
         verdict(f"{case.part}.drop", f"{case.what}: accuracy drop on the test part, upper end of its interval",
                 "<= 1", drop, None, 1, unit="points"),
     ]  # fmt: skip
@@ -238,6 +240,9 @@ def repeats_part(run: Path, repeats: int, seconds: float) -> Part:
     """
     plan = Plan.load(run / PLAN)
     stated, slo = _evidence(plan).capacity_rps, plan.goal.slo
+    what = f"windows of {seconds:g} s at 95% of the stated capacity in which the shipped plan keeps {slo}, share"
+    if not stated:
+        return Part((Check("5.repeats", what, "", ">= 0.95", None, None, 0, False, "the run found no capacity"),), (), [])
     windows: list[Measurement] = []
     with Generator() as generator, served_plan(run) as aim:
         for repeat in range(repeats):
@@ -255,7 +260,6 @@ def repeats_part(run: Path, repeats: int, seconds: float) -> Part:
     kept = sum(window.keeps_slo and not window.outcome.refutes for window in windows)
     proven = sum(window.outcome is Outcome.PASS for window in windows)
     refuted = sum(window.outcome.refutes for window in windows)
-    what = f"windows of {seconds:g} s at 95% of the stated capacity in which the shipped plan keeps {slo}, share"
     why = f"{kept} of {repeats}: {proven} proven each by itself, {refuted} refuted"
     check = verdict("5.repeats", what, ">= 0.95", kept / repeats, None, repeats, unit="", why=why)
     rows = tuple(
