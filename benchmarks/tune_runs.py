@@ -242,7 +242,9 @@ def repeats_part(run: Path, repeats: int, seconds: float) -> Part:
     stated, slo = _evidence(plan).capacity_rps, plan.goal.slo
     what = f"windows of {seconds:g} s at 95% of the stated capacity in which the shipped plan keeps {slo}, share"
     if not stated:
-        return Part((Check("5.repeats", what, "", ">= 0.95", None, None, 0, False, "the run found no capacity"),), (), [])
+        return Part(
+            (Check("5.repeats", what, "", ">= 0.95", None, None, 0, False, "the run found no capacity"),), (), []
+        )
     windows: list[Measurement] = []
     with Generator() as generator, served_plan(run) as aim:
         for repeat in range(repeats):
