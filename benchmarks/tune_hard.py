@@ -108,7 +108,7 @@ def _keys(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _timeless(file: Path) -> Plan | None:
-    """A plan without the times: when it was made, and what its decisions cost, for a killed run starts servers again."""
+    """A plan without times: when it was made, and what its decisions cost, as a killed run starts servers again."""
     if not file.is_file():
         return None
     plan = Plan.load(file)
