@@ -390,6 +390,8 @@ class Predictor:
             if len(seen) > 1:
                 self._slowdown = overhead.slowdown
             self._overheads[candidate.layout] = overhead
+            for each in measured:
+                self.predict(each)
             self.choose_batches([each for each in states if each.fate is None and each not in measured])
         for state in measured:
             self._learn_speeds(state)

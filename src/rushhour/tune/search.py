@@ -209,9 +209,9 @@ class _Search:
         base.end("baseline", "the unchanged model: compiled, one sample at a time")
         return base
 
-    def _time(self, states: list[CandidateState]) -> None:
+    def _time(self, states: list[CandidateState], what: str = "Timing each engine alone") -> None:
         """Service times of each engine alone, and the predictions from them."""
-        self._progress.start("Timing each engine alone", len(states))
+        self._progress.start(what, len(states))
         for state in states:
             try:
                 times = self._predictor.service_times(state.candidate)
@@ -240,7 +240,7 @@ class _Search:
             if (state.predicted or 0.0) >= self._settings.keep * top and len(engines) <= _MOST_TIMED:
                 new += [CandidateState(each, accuracy=state.accuracy) for each in layouts]
         if new:
-            self._time(new)
+            self._time(new, "Timing promising engines in other layouts")
             states += new
 
     def _leave_less_accurate(self, states: list[CandidateState]) -> None:
