@@ -109,7 +109,7 @@ class Racing:
 
     def _rank(self, incumbent: CandidateState, rivals: list[CandidateState]) -> list[CandidateState]:
         """The rivals worth a race, best prediction first; the others are dominated."""
-        self._predictor.choose_batches(rivals)
+        self._predictor.choose_batches([state for state in rivals if state.throughput is None])
         for state in sorted(rivals, key=_predicted, reverse=True)[: self._settings.race]:
             self._predictor.predict(state)
         rivals = sorted(rivals, key=_predicted, reverse=True)
