@@ -26,6 +26,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _STATE = tempfile.TemporaryDirectory(prefix="rushhour-state-")
 os.environ["XDG_STATE_HOME"] = _STATE.name
 
+
+@pytest.fixture(autouse=True)
+def first_run_on_this_machine() -> None:
+    """No test begins with what a tuning run of an earlier one measured."""
+    for file in Path(_STATE.name).glob("rushhour/tuning-*.json"):
+        file.unlink()
+
+
 # How long an example takes is the machine's affair. The examples are the same each time, so that a change is judged by
 # what it changed; new ones are tried by `make test-random`, and what fails there becomes a test of its own.
 hypothesis.settings.register_profile("rushhour", deadline=None, derandomize=True)

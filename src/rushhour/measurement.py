@@ -222,7 +222,20 @@ class ClosedLoop(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop
         return abs(self.little - 1) <= 0.05
 
 
-Reading = Measurement | ServiceTimes | Accuracy | ClosedLoop
+class Priors(msgspec.Struct, frozen=True, tag_field="kind", tag="priors"):
+    """What earlier runs on the same machine measured, as a run has it from its start (`rushhour.tune.priors`).
+
+    Attributes:
+        values: name -> mean: `request/1x2x1`, CPU seconds of a request beside the engine with that layout of the cores
+            (processes x streams x threads); `slowdown`, the factor by which batches take longer beside serving;
+            `residual/openvino/1x2x1x2`, the log of measured over predicted capacity (the last number is 1 for one
+            sample at a time); `step/KEY`, seconds of a step of a training.
+    """
+
+    values: dict[str, Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]] = {}
+
+
+Reading = Measurement | ServiceTimes | Accuracy | ClosedLoop | Priors
 """Anything that `measurements.jsonl` holds."""
 
 

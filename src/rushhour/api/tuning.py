@@ -86,6 +86,7 @@ def tune(
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
     name: str | None = None,
+    cold: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> TuneResult:
@@ -124,6 +125,8 @@ def tune(
         skip_corrupt: as of `rushhour.train`.
         trust: factories (`module:factory`) that may be imported to build a bundle's network.
         name: the model's name, under which it is served; by default a bundle's own, or that of the folder `out`.
+        cold: ignore what earlier runs on this machine measured (the cost of serving, how far predictions were off, the
+            time of a training step). It is only a start: a run's own measurements weigh more.
         force: replace the plan of a run at `out` that had other arguments; measurements that still hold are used.
         progress: gets the progress, and notes on what was left out or chosen.
 
@@ -171,6 +174,7 @@ def tune(
         fit_epochs=epochs is None,
         name=name,
         force=force,
+        cold=cold,
     )
     progress.start("Writing the report")
     report = write_report(run)

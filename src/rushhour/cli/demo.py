@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rushhour.cli.command import Command, option
-from rushhour.cli.options import accuracy_option, slo_option
+from rushhour.cli.options import accuracy_option, cold_option, slo_option
 from rushhour.cli.places import Place
 from rushhour.cli.results import json_option
 from rushhour.cli.terminal import TerminalProgress
@@ -36,9 +36,12 @@ _NAME = "article-fashion-mnist"
     metavar="TIME",
     help="How long all of it may take, about. Training and smaller networks get a share of it.",
 )
+@cold_option
 @option("--force", is_flag=True, help="Replace the plan of a run there that had other options.")
 @json_option
-def command(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: bool, json_file: Path | None) -> None:
+def command(
+    out: Path, slo: str, max_accuracy_drop: str, budget: str, cold: bool, force: bool, json_file: Path | None
+) -> None:
     """The whole path on real data: train, compress, serve, load, and find the Plan.
 
     Trains the reference network (VGG style, 28x28) on Fashion-MNIST, makes it smaller, serves it in every sensible way
@@ -55,6 +58,7 @@ def command(out: Path, slo: str, max_accuracy_drop: str, budget: str, force: boo
             max_accuracy_drop=max_accuracy_drop,
             budget=budget,
             name=_NAME,
+            cold=cold,
             force=force,
             progress=progress,
         )

@@ -28,6 +28,12 @@ accuracy_option = option(
     help="The accuracy budget in percentage points: with 1%, 90% may become 89%.",
 )
 
+cold_option = option(
+    "--cold",
+    is_flag=True,
+    help="Ignore what earlier runs on this machine measured: they are a start, which a run's own measurements replace.",
+)
+
 force_option = option(
     "--force",
     is_flag=True,

@@ -11,6 +11,7 @@ import click
 from rushhour.cli.command import Command, option
 from rushhour.cli.options import (
     accuracy_option,
+    cold_option,
     data_options,
     force_option,
     name_option,
@@ -78,6 +79,7 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     "are not measurably less accurate than the most accurate one. memory: the smallest model with at least half of the "
     "best capacity.",
 )
+@cold_option
 @name_option
 @force_option
 @trust_option

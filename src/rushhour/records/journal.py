@@ -16,7 +16,7 @@ import msgspec
 
 from rushhour.clock import Clock, WallClock
 from rushhour.errors import GoalError, StorageError
-from rushhour.measurement import Accuracy, ClosedLoop, Measurement, Reading, ServiceTimes
+from rushhour.measurement import Accuracy, ClosedLoop, Measurement, Priors, Reading, ServiceTimes
 from rushhour.records import identity
 from rushhour.system.machine import Machine, describe
 from rushhour.system.storage import explained
@@ -24,7 +24,7 @@ from rushhour.system.storage import explained
 JOURNAL = "measurements.jsonl"
 """The file's name in a run's folder."""
 
-R = TypeVar("R", Measurement, ServiceTimes, Accuracy, ClosedLoop)
+R = TypeVar("R", Measurement, ServiceTimes, Accuracy, ClosedLoop, Priors)
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -39,7 +39,8 @@ from rushhour.tune.answer import NO_NETWORKS, trial_of, unmeasured
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.found_networks import FoundNetworks
 from rushhour.tune.prediction import Predictor
-from rushhour.tune.rungs import LENGTHS, RungRecord, words
+from rushhour.tune.priors import Experience
+from rushhour.tune.rungs import LENGTHS, Costs, RungRecord, words
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.shapes import Shape, shapes_of, why_untrainable
 from rushhour.tune.space import Candidate, candidates, plain
@@ -79,6 +80,7 @@ def smaller_networks(
     progress: Progress,
     trusted: tuple[str, ...] = (),
     decisions: Decisions | None = None,
+    experience: Experience | None = None,
 ) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
     """Networks smaller than the reference that are faster and inside the accuracy budget on the validation part.
 
@@ -94,6 +96,7 @@ def smaller_networks(
         progress: receives each decision.
         trusted: factories that may be imported.
         decisions: those that are made here are added.
+        experience: of earlier runs on this machine; only times of training are of use here.
 
     Returns:
         Role -> trained bundle, in the store, the fastest first; and the trials of all other shapes.
@@ -114,7 +117,10 @@ def smaller_networks(
     found = FoundNetworks.read(store, key)
     if found is None:
         record, before = RungRecord(store.folder, key), len(decisions.made)
-        search = _Search(reference, dataset, goal, run, store, record, settings, budget, progress, trusted, decisions)
+        search = _Search(
+            *(reference, dataset, goal, run, store, record, settings, budget, progress, trusted, decisions),
+            experience=experience or Experience(),
+        )
         bundles, trials = search.found()
         names = {role: bundle.path.name for role, bundle in bundles.items()}
         FoundNetworks(names, trials, key, decisions.made[before:]).save(store)
@@ -165,6 +171,8 @@ class _Search:
         progress: Progress,
         trusted: tuple[str, ...],
         decisions: Decisions,
+        *,
+        experience: Experience,
     ) -> None:
         self._reference = reference
         self._dataset = dataset
@@ -177,19 +185,13 @@ class _Search:
         self._trusted = trusted
         self._decisions = decisions
         self._journal = Journal(run / JOURNAL, decisions.clock, decisions.spend)
+        self._experience = experience
         self._bundles = {"reference": reference}
         self._predictor = Predictor(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
         self._engine: EngineName = "openvino"
         self._is_short = False
         """Whether the time is too short to compare shapes."""
-        self._teacher_s = 0.0
-        """Of the teacher's answers to the training part; this and the next two where the time is limited."""
-        self._answered = 0.0
-        """The share of the training part that the teacher has answered."""
-        self._beside_s = 0.0
-        """Of export and judgement of a trained network, estimated."""
-        self._pace = 1.0
-        """Seconds that a training took over those that were expected, at most so far."""
+        self._costs = Costs()
         self._trials: list[Trial] = []
 
     def found(self) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
@@ -200,10 +202,10 @@ class _Search:
         if time < _LEAST * self._budget.seconds:
             return self._none("no time left for recipes: the search needs the rest")
         try:
-            whole, self._teacher_s = self._timed_reference()
+            whole, self._costs.teacher_s = self._timed_reference()
         except Exception as error:  # a user's network may fail in any way
             return self._none(failure_reason(error))
-        shortest = LENGTHS[0] * self._teacher_s
+        shortest = LENGTHS[0] * self._costs.teacher_s
         if shortest > self._seconds:
             answers = f"the answers to {LENGTHS[0]:g} of the training part alone take {shortest:,.0f} s"
             return self._none(f"no time left for recipes: {answers}, and the search needs all but {time:,.0f} s")
@@ -304,7 +306,7 @@ class _Search:
             made.append(_Contestant(shape, state))
             self._say(f"{shape.role}, not trained yet", f"predicted {state.predicted or 0:,.0f} requests/s")
             if len(made) == 1 and not math.isinf(self._budget.seconds):
-                self._beside_s = _BESIDE * (before - self._budget.left) * self._budget.seconds
+                self._costs.beside_s = _BESIDE * (before - self._budget.left) * self._budget.seconds
                 self._is_short = self._cannot_compare(made[0], len(shapes))
         left: list[_Contestant] = []
         for one in made:
@@ -327,7 +329,7 @@ class _Search:
             first.epoch_s = self._epoch_seconds(first.shape.role)
         except Exception:  # `_within_time` asks again, and reports it
             return False
-        making = (shapes - 1) * self._beside_s / _BESIDE
+        making = (shapes - 1) * self._costs.beside_s / _BESIDE
         return making + self._cost_of_all_rungs([first] * min(_FEWEST, shapes)) > self._seconds
 
     def _applied(self, shape: Shape, rungs: tuple[float, ...], progress: Progress) -> list[Bundle]:
@@ -372,18 +374,13 @@ class _Search:
         assert source is not None  # `why_untrainable`
         settings = TrainSettings(epochs=1, batch=min(_BATCH, len(self._dataset.train)))
         job = TrainingJob(source, settings, self._store.folder, self._trusted)
-        return epoch_seconds(self._journal, self._dataset, job, self._progress)
+        return epoch_seconds(self._journal, self._dataset, job, self._progress, experience=self._experience)
 
     def _cost(self, contestants: Sequence[_Contestant], length: float) -> float:
-        """The seconds of a rung of so many epochs, for all of these, where the time is limited."""
-        answers = max(0.0, min(1.0, length) - self._answered) * self._teacher_s
-        return self._pace * (answers + sum(length * one.epoch_s + self._beside_s for one in contestants))
+        return self._costs.of([one.epoch_s for one in contestants], length)
 
     def _cost_of_all_rungs(self, contestants: Sequence[_Contestant]) -> float:
-        slowest = sorted(contestants, key=lambda one: -one.epoch_s)
-        costs = (self._cost(slowest[: math.ceil(len(slowest) / 2**rung)], RUNGS[rung]) for rung in range(len(RUNGS)))
-        again = (len(RUNGS) - 1) * self._pace * max(0.0, 1 - self._answered) * self._teacher_s
-        return sum(costs) - again  # the teacher answers in the first rung
+        return self._costs.of_all_rungs([one.epoch_s for one in contestants], RUNGS)
 
     def _trained_as_time_allows(self, contestants: list[_Contestant]) -> list[_Contestant]:
         """The first that is inside the accuracy budget after a few rungs, each as long as the time allows."""
@@ -449,9 +446,7 @@ class _Search:
         except Exception as error:  # as in `_shaped`; training may diverge, too
             self._end(one, "failed", failure_reason(error))
             return
-        self._answered = max(self._answered, min(1.0, length))
-        if expected:
-            self._pace *= max(1.0, (before - self._seconds) / expected)
+        self._costs.took(before - self._seconds, expected, length)
         drop, most = found.drop * 100, found.drop_interval[1] * 100
         result = f"{found.metric} {found.value:.4f}, drop {drop:.2f} points, at most {most:.2f}"
         self._say(f"{role} after {words(one.rungs)}", result)

@@ -24,10 +24,11 @@ from rushhour.capacity import (
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.goal import SLO
 from rushhour.load import Race
-from rushhour.measurement import Interval, Outcome, ServiceTimes
+from rushhour.measurement import Interval, Outcome, Priors, ServiceTimes
 from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
 from rushhour.tune.measuring import MeasurementSource
+from rushhour.tune.priors import Earlier, learnt_words
 from rushhour.tune.residuals import Residuals
 from rushhour.tune.space import LARGEST_BATCH, Candidate, torch_code
 from rushhour.tune.state import CandidateState
@@ -61,6 +62,8 @@ class Predictor:
         time_s: how long each size of a batch is timed.
         trusted: as in `open_engine`.
         source: knows the service times; None to time the engines of this machine.
+        priors: what earlier runs measured: it stands in for overheads that this run has not measured, and is weak
+            beside its residuals.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Predictor:
         time_s: float,
         trusted: tuple[str, ...],
         source: MeasurementSource | None = None,
+        priors: Priors | None = None,
     ) -> None:
         self._journal = journal
         self._bundles = bundles
@@ -80,10 +84,12 @@ class Predictor:
         self._source = source
         self._overheads: dict[tuple[int, int, int], Overhead] = {}
         """Of serving, by layout, from the first candidate of each layout under load."""
-        self._slowdown = 1.0
+        self._earlier = Earlier.of(priors or Priors())
+        self._slowdown: float | None = None
+        """Of batches beside serving, where two candidates of a layout showed it."""
         self._speeds: list[float] = []
         """Of the host, in each 100 ms of the windows that the overheads were learnt from, relative to their median."""
-        self._residuals = Residuals()
+        self._residuals = Residuals(self._earlier.residuals)
         self._measured: dict[str, tuple[Candidate, float]] = {}
         """Capacities under load, by the name of the candidate."""
         self._races: list[tuple[Candidate, Candidate, float]] = []
@@ -329,7 +335,7 @@ class Predictor:
 
         A race gives the capacity of one by that of the other, best where the other was measured.
         """
-        self._residuals = Residuals()
+        self._residuals = Residuals(self._earlier.residuals)
         measured = {name: capacity for name, (_, capacity) in self._measured.items()}
         for candidate, capacity in self._measured.values():
             self._learn(candidate, capacity)
@@ -386,7 +392,8 @@ class Predictor:
                 if slow is not None and not is_over() and measure_throughput(slow):
                     seen.append(self._saturation(slow))
                     measured.append(slow)
-            overhead = Overhead.explaining(seen, spare=candidate.spare(cores()), slowdown=self._slowdown)
+            slowdown = self._slowdown or self._earlier.slowdown
+            overhead = Overhead.explaining(seen, spare=candidate.spare(cores()), slowdown=slowdown)
             if len(seen) > 1:
                 self._slowdown = overhead.slowdown
             self._overheads[candidate.layout] = overhead
@@ -455,12 +462,18 @@ class Predictor:
         self._overheads.clear()
         self._speeds.clear()
         self._races.clear()
-        self._slowdown = 1.0
+        self._slowdown = None
 
     def _overhead_of(self, candidate: Candidate) -> Overhead:
-        """The overhead of its layout; where that is not known, that of the first layout measured."""
-        known = self._overheads.get(candidate.layout) or next(iter(self._overheads.values()), Overhead())
+        """The overhead of its layout; where that is not known, that of the first layout measured; before any is, what
+        earlier runs measured in its layout."""
+        first = next(iter(self._overheads.values()), self._earlier.overhead(candidate.layout))
+        known = self._overheads.get(candidate.layout, first)
         return dataclasses.replace(known, spare=candidate.spare(cores()))
+
+    def learnt(self) -> dict[str, float]:
+        """What this run measured for later ones, by the names that `Priors` has."""
+        return learnt_words(self._overheads, self._slowdown, self._residuals)
 
     def capacity_alone(self, state: CandidateState) -> float | None:
         """Its capacity without the generator on the same machine: measured with it, and extrapolated by prediction.

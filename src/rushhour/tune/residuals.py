@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rushhour.plan import EngineName
 
 _PRIOR = 1.0
 """Weight of what is known more generally, in measurements."""
+_EARLIER = 0.5
+"""Weight of earlier runs, in measurements."""
 _MOST = math.log(2.0)
 
 _SPREAD, _SPREAD_PRIOR = 0.15, 3.0
@@ -22,10 +24,15 @@ class Residuals:
     """Learns log ratios of measured to predicted capacities, and corrects predictions by them.
 
     A residual of an engine in a layout is the mean of its own measurements, drawn to those of the layout, which are
-    drawn to those of all, which are drawn to none (shrinkage). So one measurement corrects its like by half.
+    drawn to those of all, which are drawn to none (shrinkage). So one measurement corrects its like by half. What
+    earlier runs measured counts as half a measurement.
+
+    Args:
+        earlier: mean log ratios of earlier runs, by engine and layout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Mapping[tuple[str, Layout], float] | None = None) -> None:
+        self._earlier = dict(earlier or {})
         self._seen: dict[str, tuple[EngineName, Layout, float]] = {}
 
     def learn(self, name: str, engine: EngineName, layout: Layout, predicted: float, measured: float) -> None:
@@ -50,10 +57,18 @@ class Residuals:
 
     def factor(self, engine: EngineName, layout: Layout) -> float:
         """By which a prediction is multiplied; 1 where nothing was measured."""
-        found = 0.0
+        earlier = self._earlier.get((engine, layout), 0.0)
+        found = _EARLIER * max(-_MOST, min(_MOST, earlier)) / (_EARLIER + _PRIOR)
         for logs in self._levels(engine, layout):
             found = (sum(logs) + _PRIOR * found) / (len(logs) + _PRIOR)
         return math.exp(found)
+
+    def means(self) -> dict[tuple[str, Layout], float]:
+        """The mean log ratio of the measurements of this run, by engine and layout."""
+        seen: dict[tuple[str, Layout], list[float]] = {}
+        for engine, layout, log in self._seen.values():
+            seen.setdefault((engine, layout), []).append(log)
+        return {where: sum(logs) / len(logs) for where, logs in seen.items()}
 
     def _levels(self, engine: EngineName, layout: Layout) -> Iterator[list[float]]:
         yield [log for _, _, log in self._seen.values()]

@@ -35,6 +35,7 @@ from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.networks import smaller_networks
+from rushhour.tune.priors import Experience, experience_of, remember
 from rushhour.tune.search import tune
 from rushhour.tune.settings import Budget, Recipes, TuneSettings
 from rushhour.tune.state import failure_reason
@@ -65,6 +66,7 @@ def tune_run(
     clock: Clock | None = None,
     name: str | None = None,
     force: bool = False,
+    cold: bool = False,
 ) -> Plan:
     """Do everything from a model to a Plan in the folder `run`, and resume an earlier call that was killed.
 
@@ -81,6 +83,7 @@ def tune_run(
         clock: the budget is read on it.
         name: of the model, under which it is served; by default the bundle's own name, or that of the folder `run`.
         force: whether the result of other settings in `run` may be replaced; valid measurements are used.
+        cold: whether what earlier runs on this machine measured is ignored. What this one measures is kept either way.
 
     Raises:
         RushhourError: of the part that failed; finished parts stay.
@@ -95,13 +98,14 @@ def tune_run(
         _check_same(run, record, force=force)
         if settings.budget_s is not None:
             progress.limit(settings.budget_s)
+        experience = experience_of(Journal(run / JOURNAL), cold=cold)
         if isinstance(model, Bundle):
             reference = _copied(model, run / "bundles" / "reference")
         else:
             out = run / "bundles" / "reference"
             if fit_epochs and settings.budget_s is not None:
                 share_s = _TRAINING_SHARE[settings.recipes] * settings.budget_s
-                training = _fitted(training, model, dataset, run, share_s, progress, trusted)
+                training = _fitted(training, model, dataset, run, share_s, progress, trusted, experience)
             job = TrainingJob(model, training, run / ".checkpoints", trusted, tracking=Tracking(run / "training"))
             reference = train(dataset, job, out=out, progress=progress, name=name or name_of(run), force=force)
         bundles: dict[str, Bundle] = {"reference": reference}
@@ -126,6 +130,7 @@ def tune_run(
                 progress=progress,
                 trusted=trusted,
                 decisions=decisions,
+                experience=experience,
             )
             for role, network in networks.items():
                 bundles[role] = _copied(network, run / "bundles" / role)
@@ -153,11 +158,13 @@ def tune_run(
                 clock=clock,
                 so_far=lambda plan: named(plan).save(so_far),
                 decisions=decisions,
+                experience=experience,
             )
         )
         msgspec.structs.replace(record, finished=_end(bundles, settings)).save(run)
         plan.save(run / PLAN)
         so_far.unlink(missing_ok=True)
+        remember(experience.learnt)
         return plan
 
 
@@ -322,6 +329,7 @@ def _fitted(
     seconds: float,
     progress: Progress,
     trusted: tuple[str, ...],
+    experience: Experience,
 ) -> TrainSettings:
     """With as many epochs as fit into the `seconds` on this machine: at least two, at most those asked for.
 
@@ -332,7 +340,8 @@ def _fitted(
         epochs = trained.manifest.lineage[0].settings.get("epochs", training.epochs)
         return msgspec.structs.replace(training, epochs=epochs)
     job = TrainingJob(source, training, run / ".checkpoints", trusted)
-    fits = int(seconds / epoch_seconds(Journal(run / JOURNAL), dataset, job, progress))
+    journal = Journal(run / JOURNAL)
+    fits = int(seconds / epoch_seconds(journal, dataset, job, progress, experience=experience))
     return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))
 
 

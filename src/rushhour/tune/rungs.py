@@ -1,4 +1,4 @@
-"""Rungs of training where time is short: how long the next one may be, and those that a run has begun.
+"""Rungs of training where time is limited: what they cost, how long they may be, and those that a run has begun.
 
 The time that is left depends on the clock, and a resumed run has its whole budget again. So each rung is written down
 before it begins, and a resumed run repeats what was written: its bundles are in the store then.
@@ -6,6 +6,9 @@ before it begins, and a resumed run repeats what was written: its bundles are in
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +66,48 @@ class RungRecord:
         """
         self._begun = _Begun(self._begun.key, {**self._begun.rungs, role: rungs})
         write_whole(self._path, msgspec.json.encode(self._begun) + b"\n")
+
+
+@dataclasses.dataclass
+class Costs:
+    """What training costs, in seconds; all of it is 0 where the time is not limited.
+
+    Attributes:
+        teacher_s: of the teacher's answers to the whole training part.
+        beside_s: of export and judgement of a trained network, estimated.
+        answered: the share of the training part that the teacher has answered.
+        pace: seconds that a rung took over those that were expected, at most so far.
+    """
+
+    teacher_s: float = 0.0
+    beside_s: float = 0.0
+    answered: float = 0.0
+    pace: float = 1.0
+
+    def of(self, epochs_s: Sequence[float], length: float) -> float:
+        """The seconds of a rung.
+
+        Args:
+            epochs_s: of an epoch without the teacher, of each network that is trained.
+            length: epochs of the rung.
+        """
+        answers = max(0.0, min(1.0, length) - self.answered) * self.teacher_s
+        return self.pace * (answers + sum(length * epoch_s + self.beside_s for epoch_s in epochs_s))
+
+    def of_all_rungs(self, epochs_s: Sequence[float], rungs: Sequence[float]) -> float:
+        """The seconds of all rungs, each with half of the networks before: the slowest, to be sure."""
+        slowest, seconds = sorted(epochs_s, reverse=True), 0.0
+        later = dataclasses.replace(self, answered=1.0)  # the teacher answers in the first rung
+        for number, length in enumerate(rungs):
+            costs = later if number else self
+            seconds += costs.of(slowest[: math.ceil(len(slowest) / 2**number)], length)
+        return seconds
+
+    def took(self, seconds: float, expected: float, length: float) -> None:
+        """A rung of so many epochs took `seconds` instead of those that were expected."""
+        self.answered = max(self.answered, min(1.0, length))
+        if expected:
+            self.pace *= max(1.0, seconds / expected)
 
 
 def words(rungs: tuple[float, ...]) -> str:

@@ -29,7 +29,7 @@ from rushhour.data import Dataset
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
 from rushhour.load import Generator
-from rushhour.measurement import Interval, Measurement
+from rushhour.measurement import Interval, Measurement, Priors
 from rushhour.plan import Evidence, LadderStep, Plan, Trial
 from rushhour.progress import Progress
 from rushhour.records.journal import JOURNAL, Journal
@@ -43,6 +43,7 @@ from rushhour.tune.front import Rated, choice, front, measurably_worse, rated
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.prediction import Predictor
+from rushhour.tune.priors import Experience
 from rushhour.tune.racing import Racing
 from rushhour.tune.relaxations import relaxations
 from rushhour.tune.server import plan_of
@@ -80,6 +81,7 @@ def tune(
     so_far: Callable[[Plan], None] = lambda plan: None,
     source: MeasurementSource | None = None,
     decisions: Decisions | None = None,
+    experience: Experience | None = None,
 ) -> Plan:
     """Find the way to serve that has the highest capacity inside the goal, and prove it.
 
@@ -97,6 +99,7 @@ def tune(
         so_far: receives the best plan whenever there is a better one; before its proof it has no evidence.
         source: knows the measurements; None for the engines, the servers and the load of this machine.
         decisions: of the run so far; those of the search are added.
+        experience: of earlier runs on this machine; it receives what this search measures for later ones.
 
     Returns:
         The plan. Where nothing met the goal it is the nearest miss, with `feasible` false. It is not saved here.
@@ -108,8 +111,14 @@ def tune(
     """
     clock = clock or WallClock()
     decisions = decisions or Decisions(clock)
-    search = _Search(bundles, dataset, goal, run, settings, progress, trusted, clock, so_far, source, decisions)
-    return search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
+    experience = experience or Experience()
+    search = _Search(
+        *(bundles, dataset, goal, run, settings, progress, trusted, clock, so_far, source, decisions),
+        priors=experience.priors,
+    )
+    plan = search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
+    experience.learnt.update(search.learnt())
+    return plan
 
 
 class _Search:
@@ -126,6 +135,8 @@ class _Search:
         so_far: Callable[[Plan], None],
         source: MeasurementSource | None,
         decisions: Decisions,
+        *,
+        priors: Priors,
     ) -> None:
         self._bundles = bundles
         self._dataset = dataset
@@ -136,7 +147,7 @@ class _Search:
         self._trusted = trusted
         self._decisions = decisions
         self._journal = Journal(run / JOURNAL, clock, decisions.spend)
-        self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted, source)
+        self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted, source, priors)
         self._source = source
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
 
@@ -176,6 +187,10 @@ class _Search:
             steps = self._steps(compiled, states, winner, bool(recipe))
         measured = [compiled] if compiled.capacity is not None else []
         return self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner, recipe))
+
+    def learnt(self) -> dict[str, float]:
+        """What was measured for later searches."""
+        return self._predictor.learnt()
 
     def _first_plain(self, reference: Bundle, states: list[CandidateState]) -> Candidate:
         """The reference compiled and otherwise unchanged, on the first engine that runs it: drops are measured from it.
