@@ -40,7 +40,7 @@ from rushhour.tune.decisions import Decisions
 from rushhour.tune.found_networks import FoundNetworks
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.priors import Experience
-from rushhour.tune.rungs import LENGTHS, Costs, RungRecord, words
+from rushhour.tune.rungs import LENGTHS, Costs, RungRecord, short_lr, words
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.shapes import Shape, shapes_of, why_untrainable
 from rushhour.tune.space import Candidate, candidates, plain
@@ -58,8 +58,9 @@ _JOINING: Final = 2
 _BATCH: Final = 128
 _FEWEST: Final = 2
 """Shapes that must fit into the time, through all rungs, for the search to compare shapes."""
-FOR_SEARCH: Final = 0.35
-"""Share of a run's budget that is kept for the search; training of the reference takes 0.3 of it."""
+_FOR_SEARCH, _FOR_SHORT_SEARCH = 0.45, 0.28
+"""Shares of the budget that are kept for the search; the second where shapes cannot be compared. The search has 0.45 in
+any case, so such a run may end late."""
 _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
 """Shares: of the budget, for int8 of what was trained; of the time for recipes, for making and timing shapes, at most;
 of the budget, below which nothing is begun."""
@@ -92,7 +93,7 @@ def smaller_networks(
         goal: the limits.
         run: the run's folder, with the journal; the store is a hidden folder in it.
         settings: of the search.
-        budget: of the whole run; the search keeps `FOR_SEARCH` of it.
+        budget: of the whole run; the search keeps a share of it.
         progress: receives each decision.
         trusted: factories that may be imported.
         decisions: those that are made here are added.
@@ -189,8 +190,12 @@ class _Search:
         self._bundles = {"reference": reference}
         self._predictor = Predictor(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
         self._engine: EngineName = "openvino"
+        self._kept = _FOR_SHORT_SEARCH
+        """Share of the budget for the search."""
         self._is_short = False
         """Whether the time is too short to compare shapes."""
+        self._lr: float | None = None
+        """Peak learning rate of distillation; None for the usual one."""
         self._costs = Costs()
         self._trials: list[Trial] = []
 
@@ -232,7 +237,7 @@ class _Search:
     @property
     def _seconds(self) -> float:
         """That are left for recipes."""
-        return (self._budget.left - FOR_SEARCH - _FOR_INT8) * self._budget.seconds
+        return (self._budget.left - self._kept - _FOR_INT8) * self._budget.seconds
 
     def _end(self, one: _Contestant, fate: Fate, why: str) -> None:
         one.state.end(fate, why)
@@ -308,6 +313,7 @@ class _Search:
             if len(made) == 1 and not math.isinf(self._budget.seconds):
                 self._costs.beside_s = _BESIDE * (before - self._budget.left) * self._budget.seconds
                 self._is_short = self._cannot_compare(made[0], len(shapes))
+                self._lr = short_lr(self._reference) if self._is_short else None
         left: list[_Contestant] = []
         for one in made:
             gentler = [other for other in made if other.shape.is_gentler_than(one.shape)]
@@ -329,14 +335,18 @@ class _Search:
             first.epoch_s = self._epoch_seconds(first.shape.role)
         except Exception:  # `_within_time` asks again, and reports it
             return False
+        self._kept = _FOR_SEARCH
         making = (shapes - 1) * self._costs.beside_s / _BESIDE
-        return making + self._cost_of_all_rungs([first] * min(_FEWEST, shapes)) > self._seconds
+        if making + self._cost_of_all_rungs([first] * min(_FEWEST, shapes)) <= self._seconds:
+            return False
+        self._kept = _FOR_SHORT_SEARCH
+        return True
 
     def _applied(self, shape: Shape, rungs: tuple[float, ...], progress: Progress) -> list[Bundle]:
         return self._decisions.made_in(
             self._store.folder,
             lambda: apply(
-                shape.recipe(rungs),
+                shape.recipe(rungs, self._lr),
                 self._reference,
                 self._dataset,
                 self._store,

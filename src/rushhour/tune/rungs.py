@@ -14,11 +14,14 @@ from typing import Final
 
 import msgspec
 
+from rushhour.bundle import Bundle
 from rushhour.system.storage import write_whole
 
 LENGTHS: Final = (0.25, 0.5, 1, 2, 4, 8)
 """Epochs of one rung where time is short; below one, that share of the samples, once."""
 _FILE: Final = "rungs.json"
+_HIGHER, _HIGHEST_LR = 1.5, 3e-3
+"""The peak learning rate where time is short, over that of the reference's training, and at most (decision 41)."""
 
 
 class _Begun(msgspec.Struct, frozen=True):
@@ -114,3 +117,14 @@ def words(rungs: tuple[float, ...]) -> str:
     """The epochs of some rungs together: `0.5 epochs`, `1 epoch`, `3 epochs`."""
     total = sum(rungs)
     return f"{total:g} epoch{'' if total == 1 else 's'}"
+
+
+def short_lr(reference: Bundle) -> float | None:
+    """The peak learning rate of a distillation with little time: above that of the reference's own training.
+
+    None where that is not known, or was for SGD, whose rates mean something else.
+    """
+    trained = next((step for step in reference.manifest.lineage if step.what == "train"), None)
+    lr = trained.settings.get("lr") if trained is not None else None
+    adam = trained is not None and trained.settings.get("optimizer", "adam") != "sgd"
+    return min(_HIGHEST_LR, _HIGHER * lr) if adam and isinstance(lr, float) else None

@@ -35,16 +35,18 @@ class Shape(msgspec.Struct, frozen=True):
         parts = [f"prune-{self.ratio:g}"] if self.ratio else []
         return "-".join([*parts, f"lowrank-{self.keep:g}"] if self.keep < 1 else parts)
 
-    def recipe(self, rungs: Sequence[float] = ()) -> Recipe:
+    def recipe(self, rungs: Sequence[float] = (), lr: float | None = None) -> Recipe:
         """The recipe of its bundle.
 
         Args:
             rungs: epochs of each distillation, one after another, whole numbers or the share of one; none for the shape
                 with inherited weights.
+            lr: the peak of their learning rate; None for the usual one.
         """
         pruned = [Prune(ratio=self.ratio, epochs=0)] if self.ratio else []
         split = [LowRank(keep=self.keep)] if self.keep < 1 else []
-        taught = [Distil(1, share=rung) if rung < 1 else Distil(int(rung)) for rung in rungs]
+        peak = Distil().lr if lr is None else lr
+        taught = [Distil(1, share=rung, lr=peak) if rung < 1 else Distil(int(rung), lr=peak) for rung in rungs]
         return Recipe((*pruned, *split, *taught))
 
     def is_gentler_than(self, other: Shape) -> bool:
