@@ -66,7 +66,6 @@ _UNUSED: Final = {
         "numpy/_core/lib",
         "numpy/_core/include",
     ),
-    "onnx": ("onnx/backend", "onnx/test", "onnx/reference"),
     "uvloop": ("uvloop/*.c", "uvloop/*.pyx", "uvloop/*.pxd", "uvloop/handles"),
 }
 """Of each package, the files that no server on CPUs opens: other devices, other formats, tests, tools."""
@@ -88,7 +87,6 @@ def packages_of(deployment: Deployment) -> tuple[str, ...]:
         dict.fromkeys(variant.engine for variant, _ in deployment.bundles),
         pictures=any(bundle.manifest.signature.picture is not None for bundle in bundles),
         grpc=deployment.grpc_port is not None,
-        int8=any(bundle.manifest.precision == "int8" for bundle in bundles),
     )
 
 

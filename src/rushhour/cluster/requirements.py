@@ -11,7 +11,6 @@ from rushhour.plan import EngineName
 
 _SERVING = ("click", "httptools", "msgspec", "numpy", "prometheus-client", "safetensors", "uvloop")
 _PICTURES = "pillow"
-_INT8 = "onnx"
 _GRPC = ("grpcio", "protobuf")
 _NEVER_IMPORTED = frozenset(
     {
@@ -24,9 +23,7 @@ _NEVER_IMPORTED = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def requirements_of(
-    engines: Iterable[EngineName], *, pictures: bool = False, grpc: bool = False, int8: bool = False
-) -> tuple[str, ...]:
+def requirements_of(engines: Iterable[EngineName], *, pictures: bool = False, grpc: bool = False) -> tuple[str, ...]:
     """`name==version` of every package that a server needs beside Rushhour, sorted.
 
     They are meant for `pip install --no-deps`: what the packages require for parts that a server does not use is left
@@ -36,12 +33,11 @@ def requirements_of(
         engines: that run the variants.
         pictures: whether encoded pictures are decoded.
         grpc: whether it is served over gRPC.
-        int8: whether a graph is quantised: on a processor without VNNI its weights are looked at.
 
     Raises:
         EngineError: if one of them is not installed here.
     """
-    chosen = [*_SERVING, *engines, *[_PICTURES] * pictures, *[_INT8] * int8, *(_GRPC if grpc else ())]
+    chosen = [*_SERVING, *engines, *[_PICTURES] * pictures, *(_GRPC if grpc else ())]
     needed = frozenset(chosen)
     found: dict[str, str] = {}
     while chosen:

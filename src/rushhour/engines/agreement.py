@@ -6,14 +6,13 @@ such a machine that graph is computed correctly only by an engine with slower ke
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from rushhour.bundle import Bundle
 from rushhour.engines.engine import Engine, EngineConfig, Runner
 from rushhour.errors import EngineError
 from rushhour.records.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
+from rushhour.records.graph import Graph, read_graph
 from rushhour.system.machine import describe
 
 _SAFE = 64
@@ -68,26 +67,23 @@ def saturates_here(bundle: Bundle) -> bool:
 
 def full_range(bundle: Bundle) -> bool:
     """Whether the graph multiplies by int8 weights that use more than 7 of their 8 bits."""
-    import onnx
-
     if bundle.manifest.precision != "int8":
         return False
-    graph = onnx.load(bundle.model).graph
+    graph = read_graph(bundle.model)
     multiplied = _multiplied(graph)
-    centres = {onnx.TensorProto.INT8: 0, onnx.TensorProto.UINT8: 128}
     return any(
-        int(np.abs(onnx.numpy_helper.to_array(tensor).astype(np.int16) - centres[tensor.data_type]).max()) > _SAFE
-        for tensor in graph.initializer
-        if tensor.name in multiplied and tensor.data_type in centres and np.prod(tensor.dims, dtype=int) > 1
+        int(np.abs(values.astype(np.int16) - (128 if values.dtype == np.uint8 else 0)).max()) > _SAFE
+        for name, values in graph.constants.items()
+        if name in multiplied and values.size > 1
     )
 
 
-def _multiplied(graph: Any) -> set[str]:
+def _multiplied(graph: Graph) -> set[str]:
     """Tensors that are multiplied as they are, or dequantised: weights, but not embedding tables."""
-    found = {name for node in graph.node if node.op_type in _PRODUCTS for name in node.input}
-    for node in reversed(graph.node):  # the graph is sorted, so later nodes are known
-        if node.op_type in _PASSES_ON and not found.isdisjoint(node.output):
-            found.update(node.input)
+    found = {name for node in graph.nodes if node.operator in _PRODUCTS for name in node.inputs}
+    for node in reversed(graph.nodes):  # the graph is sorted, so later nodes are known
+        if node.operator in _PASSES_ON and not found.isdisjoint(node.outputs):
+            found.update(node.inputs)
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.errors import EngineError
+from rushhour.records.graph import read_graph
 from rushhour.system.machine import describe
 from rushhour.system.telemetry import disable_telemetry
 
@@ -67,9 +68,7 @@ def graph_answers(model: Path, samples: Answers) -> dict[str, NDArray[Any]]:
 
 def _multiplies_integers(model: Path) -> bool:
     """Whether it multiplies integers, not floats between QuantizeLinear and DequantizeLinear."""
-    import onnx
-
-    return any(node.op_type in INTEGER_PRODUCTS for node in onnx.load(model, load_external_data=False).graph.node)
+    return any(node.operator in INTEGER_PRODUCTS for node in read_graph(model).nodes)
 
 
 def deviation(expected: Answers, found: Answers) -> float:
