@@ -19,6 +19,7 @@
 # make bench-train-options  accuracy of compressed gradients, local SGD and DiLoCo; resumes
 # make bench-machines  accuracy and speed of int8, with and without VNNI, 20 minutes
 # make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
+# make bench-cluster  size, start and memory of an exported container, 5 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.
@@ -30,7 +31,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-cluster fuzz docs
 
 setup: .venv/.ready
 
@@ -38,7 +39,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[all]'
 	@touch $@
 
 .venv/.dev: .venv/.ready
@@ -131,6 +132,10 @@ bench-machines: .venv/.dev
 
 bench-zoo: setup
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/render.py
+
+bench-cluster: setup
+	$(BIN)/python benchmarks/cluster.py
 	$(BIN)/python benchmarks/render.py
 
 picture: setup

@@ -11,6 +11,7 @@ RushhourError
 ├── WireError        a request or an answer that is not valid Open Inference Protocol (has an HTTP status)
 ├── ServeError       a server that cannot start (port in use, no permission, ...)
 ├── LoadError        a load test that cannot be run or trusted
+├── InstallError     a package that is not installed
 └── StorageError     a disk that is full, read-only or missing
 """
 
@@ -87,6 +88,10 @@ class ServeError(RushhourError):
 
 class LoadError(RushhourError):
     """A load test that cannot be run or trusted."""
+
+
+class InstallError(RushhourError):
+    """A package that is not installed."""
 
 
 class StorageError(RushhourError):

@@ -25,7 +25,8 @@ def run_of(folder: Path, *, cores: int = 2, policy: Policy | None = None, **vari
         variant: in place of OpenVINO in f32.
     """
     tiny_bundle(folder / "bundles" / "reference", name=MODEL, seed=1)
-    served = tiny_bundle(folder / "bundles" / "best", name=f"{MODEL}-best")
+    kind: Any = "int8" if variant.get("precision") == "int8" else "f32"
+    served = tiny_bundle(folder / "bundles" / "best", name=f"{MODEL}-best", precision=kind)
     chosen = {"name": "best", "bundle": "bundles/best", "bundle_hash": served.manifest.hash} | variant
     make_plan(
         variants=(Variant(**{"engine": "openvino", "precision": "f32", **chosen}),),

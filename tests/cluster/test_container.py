@@ -26,6 +26,7 @@ from plans import MODEL, run_of
 from wheelhouse import wheels_of
 
 import rushhour
+from rushhour.plan import Policy
 from rushhour.testing.bundles import tiny_answers
 
 ROOT = "/opt/rushhour"
@@ -43,7 +44,7 @@ def dockerfile(context: Path) -> tuple[dict[str, str], list[str], list[str]]:
 
 def built(context: Path, place: Path) -> None:
     """What `docker build` does with the context, below `place` instead of /opt/rushhour, and without a network."""
-    house = wheels_of((context / "requirements.txt").read_text().split(), place.parent / "wheelhouse")
+    house = wheels_of((context / "requirements.txt").read_text().split(), context.parent / "wheelhouse")
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PIP_NO_INDEX": "1",
@@ -77,31 +78,30 @@ def started(python: Path, context: Path, place: Path, *options: str) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared() -> Iterator[Path]:
+    """A folder that every user may enter: pytest closes its own, also those of other runs."""
+    with tempfile.TemporaryDirectory(prefix="rushhour-container-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def python(shared: Path) -> Path:
     """An interpreter without packages that every user may run, as the image has one: a copy of this one's."""
-    place, library = tmp_path_factory.mktemp("python"), Path(sysconfig.get_path("stdlib"))
+    place, library = shared / "python", Path(sysconfig.get_path("stdlib"))
     shutil.copytree(
         library,
         place / library.relative_to(sys.base_prefix),
         ignore=shutil.ignore_patterns("site-packages", "dist-packages", "test", "idlelib", "__pycache__", "config-*"),
         ignore_dangling_symlinks=True,
     )
-    for shared in Path(sys.base_prefix, "lib").glob("libpython*.so*"):
-        shutil.copy(shared, place / "lib")
+    for library in Path(sys.base_prefix, "lib").glob("libpython*.so*"):
+        shutil.copy(library, place / "lib")
     (place / "bin").mkdir()
     real = shutil.copy(os.path.realpath(sys.executable), place / "bin" / "python3")
     (place / "bin" / "python").write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={place / "lib"} exec {real} "$@"\n')
     (place / "bin" / "python").chmod(0o755)
-    opened(place)
     return place / "bin" / "python"
-
-
-def opened(folder: Path) -> Path:
-    """The folder, which other users may enter by now: pytest's are closed to them."""
-    for each in (folder, *folder.parents):
-        if each.stat().st_uid == os.geteuid() and each.is_relative_to(tempfile.gettempdir()):
-            each.chmod(each.stat().st_mode | 0o055)
-    return folder
 
 
 def free_port() -> int:
@@ -141,10 +141,12 @@ def modules_of(process: subprocess.Popen[str]) -> str:
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_the_container_serves_on_exactly_its_requirements(tmp_path: Path, python: Path, engine: str) -> None:
-    opened(tmp_path)
-    run, port = run_of(tmp_path / "runs" / "parts", engine=engine), free_port()
-    context, place = tmp_path / "image", tmp_path / "opt"
+def test_the_container_serves_on_exactly_its_requirements(
+    tmp_path: Path, shared: Path, python: Path, engine: str
+) -> None:
+    policy = Policy(streams=2, max_batch=8)  # without a deadline: a busy machine sheds nothing
+    run, port = run_of(tmp_path / "runs" / "parts", policy=policy, engine=engine), free_port()
+    context, place = tmp_path / "image", shared / engine
     rushhour.export(run, docker=context, port=port, memory=2**30)
     place.mkdir()
     built(context, place)

@@ -17,6 +17,7 @@ from rushhour.errors import GoalError, StorageError
 from rushhour.goal import AccuracyBudget
 from rushhour.progress import Progress, Silent
 from rushhour.records.compression import Compression, Verdict
+from rushhour.system.extras import require
 from rushhour.system.storage import check_claim, claimed, try_building, try_folder
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def compress(
     Raises:
         RushhourError: if the bundle, the data or the recipe cannot be used; the message says what to do.
     """
+    require("compress")
     from rushhour.compress import Recipe, default_recipes
     from rushhour.compress import compress as compress_bundle
     from rushhour.report import write_compression_report

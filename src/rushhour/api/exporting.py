@@ -135,7 +135,7 @@ def export(
     )
     pinned = packages_of(deployment)
     if memory_mib is None:
-        deployment = dataclasses.replace(deployment, memory_mib=memory_of(target))
+        deployment = dataclasses.replace(deployment, memory_mib=memory_of(target, grpc=grpc_port is not None))
     if context is not None:
         write_context(context, deployment, force=force)
     if manifests is not None:

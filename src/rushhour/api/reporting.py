@@ -13,6 +13,7 @@ from rushhour.plan import Plan
 from rushhour.records.compression import COMPRESSION
 from rushhour.records.curves import CURVES
 from rushhour.records.journal import JOURNAL
+from rushhour.system.extras import require
 from rushhour.system.storage import try_file
 
 _OF_A_RUN: Final = (
@@ -58,6 +59,7 @@ def report(run: StrPath, *, out: StrPath | None = None) -> ReportResult:
         PlanError: if there is no run.
         RushhourError: if its files are damaged, or the report cannot be written.
     """
+    require("report")
     from rushhour.report import read_plan, write_compression_report, write_report, write_training_report
 
     folder, file = read_path(run), None if out is None else read_path(out)

@@ -18,6 +18,7 @@ from rushhour.api.values import StrPath, check_choice, check_name, read_path
 from rushhour.bundle import Bundle, Source, check_folder, is_bundle
 from rushhour.errors import GoalError, ModelError
 from rushhour.progress import Progress, Silent
+from rushhour.system.extras import require
 from rushhour.system.storage import try_building, try_folder
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def train(
     Raises:
         RushhourError: if the model, the data or a setting cannot be used; the message says what to do.
     """
+    require("train")
     from rushhour.train import PARALLEL_PLAN, ParallelSettings, Tracking, TrainingJob
     from rushhour.train import train as train_network
     from rushhour.train.parallel import under_torchrun

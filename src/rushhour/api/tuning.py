@@ -23,6 +23,7 @@ from rushhour.bundle import Bundle, Source
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.plan import Plan, Preference
 from rushhour.progress import Progress, Silent
+from rushhour.system.extras import require
 from rushhour.system.storage import check_claim, claimed, try_folder
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def tune(
     Raises:
         RushhourError: if the model, the data or the goal cannot be used; the message says what to do.
     """
+    require("compress")
     from rushhour.report import write_report
     from rushhour.tune import TuneSettings, tune_run
 

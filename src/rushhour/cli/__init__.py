@@ -15,7 +15,8 @@ import click
 
 from rushhour.cli.command import Group, Interrupted, Verbs
 from rushhour.errors import RushhourError
-from rushhour.system.faults import report_unexpected
+from rushhour.system.extras import explain_missing
+from rushhour.system.faults import cause_chain, report_unexpected
 from rushhour.system.interruption import INTERRUPTION
 from rushhour.system.storage import home
 
@@ -65,7 +66,8 @@ def main() -> None:
         if INTERRUPTION.number is not None:  # a library has turned it into another error
             _stop("run it again")
         doing = " ".join(["running rushhour", *sys.argv[1:2]])
-        _fail(str(error) if isinstance(error, RushhourError) else report_unexpected(error, doing))
+        expected = error if isinstance(error, RushhourError) else explain_missing(cause_chain(error))
+        _fail(report_unexpected(error, doing) if expected is None else str(expected))
 
 
 def _stop(how_to_continue: str) -> NoReturn:

@@ -53,6 +53,7 @@ _UNUSED: Final = {
         "openvino/include",
     ),
     "onnxruntime": (
+        "onnxruntime/capi/libonnxruntime.so*",  # for programs in C; the module has all of it
         "onnxruntime/datasets",
         "onnxruntime/quantization",
         "onnxruntime/tools",
@@ -65,6 +66,11 @@ _UNUSED: Final = {
         "numpy/distutils",
         "numpy/_core/lib",
         "numpy/_core/include",
+    ),
+    "pillow": (  # fonts, colour profiles, AVIF; a server reads JPEG, PNG and WebP
+        *("PIL/_avif*.so", "PIL/_imagingcms*.so", "PIL/_imagingft*.so", "PIL/_imagingtk*.so"),
+        *("pillow.libs/libavif*", "pillow.libs/libbrotli*", "pillow.libs/libfreetype*", "pillow.libs/libharfbuzz*"),
+        *("pillow.libs/liblcms2*", "pillow.libs/libpng16*"),
     ),
     "uvloop": ("uvloop/*.c", "uvloop/*.pyx", "uvloop/*.pxd", "uvloop/handles"),
 }
@@ -181,6 +187,8 @@ def _install(pinned: Sequence[str]) -> str:
             'cd "$1"',
             "# What no server on CPUs opens: other devices, other formats, tests, tools.",
             *(f"rm -rf {pattern}" for pattern in ["bin", *unused]),
+            "# Symbols for debuggers: most of uvloop.",
+            "if command -v strip > /dev/null; then strip --strip-debug uvloop/*.so; fi",
             "# Compiled here: the container's file system is read-only.",
             "python -m compileall -q .",
             "",
@@ -189,7 +197,7 @@ def _install(pinned: Sequence[str]) -> str:
 
 
 def _dockerfile(deployment: Deployment) -> str:
-    base = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+    base = f"python:{sys.version_info.major}.{sys.version_info.minor}"
     ports = [deployment.port, *([deployment.grpc_port] if deployment.grpc_port is not None else [])]
     environment = {
         "PYTHONPATH": f"{_ROOT}/packages",
@@ -207,7 +215,7 @@ def _dockerfile(deployment: Deployment) -> str:
             f"COPY {_WHEELS} /build/{_WHEELS}",
             f"RUN sh /build/{_INSTALL} {_ROOT}/packages",
             "",
-            f"FROM {base}",
+            f"FROM {base}-slim",
             f"COPY --from=build {_ROOT}/packages {_ROOT}/packages",
             f"COPY {_RUN} {_ROOT}/{_RUN}",
             *(f"ENV {name}={value}" for name, value in environment.items()),

@@ -178,16 +178,20 @@ def default_name(model: str) -> str:
     return label[:_LONGEST_NAME].strip("-")
 
 
-def memory_of(target: Target) -> int:
+def memory_of(target: Target, *, grpc: bool = False) -> int:
     """MiB that one container needs: the server is started here as the Plan says, and its peak is read.
 
     At its start the largest batch runs on all streams. A quarter is added, and the bytes that requests may hold.
+
+    Args:
+        target: what is served.
+        grpc: whether over gRPC too.
 
     Raises:
         ServeError: if it does not start on this machine.
     """
     try:
-        server = ChildServer(target.path, ServeSettings(http_port=0))
+        server = ChildServer(target.path, ServeSettings(http_port=0, grpc_port=0 if grpc else None))
     except ServeError as error:
         raise ServeError(
             "cannot measure the memory that the Plan needs",
