@@ -131,8 +131,8 @@ class Container:
             process.kill()
             process.communicate()
 
-    def start(self) -> tuple[float, float]:
-        """Start the server; seconds until it is ready, and its resident bytes then."""
+    def start(self) -> tuple[float, float, float]:
+        """Start the server; seconds until it is ready, CPU seconds that it has used by then, and its resident bytes."""
         began = time.monotonic()
         with self.python(*self._command) as process:
             while process.poll() is None and time.monotonic() < began + _LONGEST_START_S:
@@ -140,7 +140,9 @@ class Container:
                     urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v2/health/ready", timeout=5).close()
                     ready_s = time.monotonic() - began
                     status = Path(f"/proc/{process.pid}/status").read_text()
-                    return ready_s, 1024 * float(re.findall(r"^VmRSS:\s+(\d+)", status, re.MULTILINE)[0])
+                    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                    cpu_s = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+                    return ready_s, cpu_s, 1024 * float(re.findall(r"^VmRSS:\s+(\d+)", status, re.MULTILINE)[0])
                 time.sleep(0.005)
         raise DidNotStart("the container's command does not get ready")
 
@@ -162,8 +164,8 @@ def container(engine: EngineName, scale: Scale) -> Part:
     largest = ", ".join(f"{name} {size / _MB:.0f}" for name, size in list(sizes.items())[:4])
     starts = [made.start() for _ in range(scale.starts + 1)][1:]  # the first reads the files from the disk
     alone = [made.engine_alone(engine) for _ in range(3)]
-    ready = statistics.median(seconds for seconds, _ in starts)
-    beyond = (statistics.median(held for _, held in starts) - statistics.median(alone)) / _MB
+    ready, cpu_s, held = (statistics.median(each) for each in zip(*starts, strict=True))
+    beyond = (held - statistics.median(alone)) / _MB
     say(f"{engine}: {whole:.0f} MB, ready in {ready:.2f} s, {beyond:.0f} MB beyond the engine")
     checks = (
         verdict(
@@ -184,6 +186,7 @@ def container(engine: EngineName, scale: Scale) -> Part:
             None,
             len(starts),
             unit="s",
+            why=f"it used {cpu_s:.2f} CPU seconds",
         ),
         verdict(
             f"5.memory.{engine}",
