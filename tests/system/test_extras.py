@@ -76,6 +76,7 @@ def test_only_imports_of_these_packages_are_explained() -> None:
         (["compress", "b", "--data", "x.npz", "--out", "c"], "compress"),
         (["tune", "mlp", "--data", "x.npz", "--out", "r"], "compress"),
         (["report", "r"], "report"),
+        (["import", "m.onnx", "--out", "b"], "train"),
     ],
 )
 def test_a_verb_without_its_extra_is_one_line(base: dict[str, str], words: list[str], extra: str) -> None:

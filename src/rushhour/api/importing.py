@@ -15,6 +15,7 @@ from rushhour.api.values import StrPath, check_name, read_path
 from rushhour.bundle import Bundle, Preprocessing, check_folder, check_place
 from rushhour.errors import GoalError
 from rushhour.progress import Progress, Silent
+from rushhour.system.extras import require
 from rushhour.system.storage import try_building
 from rushhour.task import Task
 
@@ -125,6 +126,7 @@ def import_model(
     Raises:
         RushhourError: if the file cannot be read or served, or does not fit the data; the message says what to do.
     """
+    require("train")
     progress, path, file = progress or Silent(), read_path(out), read_path(model)
     name = check_name(name)
     try_building(path)
