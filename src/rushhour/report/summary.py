@@ -57,7 +57,8 @@ def notes(plan: Plan) -> list[str]:
     found = evidence_of(plan)
     changes = "; ".join(wording.relaxation(each) for each in found.relaxations)
     if not plan.feasible:
-        return [_CLOSEST, f"It would take one of: {changes}." if changes else _LOOSEN]
+        either = "one of: " if len(found.relaxations) > 1 else ""
+        return [_CLOSEST, f"It would take {either}{changes}." if changes else _LOOSEN]
     said = [f"{found.certificate.statement}."] if found.certificate else []
     said += [f"Why this plan: {found.choice}."] if found.choice else []
     return [*said, f"If you allowed: {changes}."] if changes else said
