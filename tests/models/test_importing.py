@@ -157,6 +157,7 @@ def test_a_recipe_and_the_tuner_take_it(imported: ImportResult, dataset: Dataset
     *_, last = apply(recipe, imported.bundle, dataset, Store(tmp_path / "store"), progress=Silent())
     assert last.manifest.parameters < 0.8 * imported.bundle.manifest.parameters
     assert [step.what for step in last.manifest.lineage] == ["import", "prune", "distil"]
+    assert "left as it is" not in last.manifest.lineage[1].settings
 
 
 @pytest.mark.slow

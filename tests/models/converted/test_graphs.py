@@ -109,6 +109,43 @@ def test_what_follows_a_convolution_is_put_into_it() -> None:
     assert [call.what for call in found.program.calls] == list(found.program.layers)
 
 
+def last(name: str) -> onnx.NodeProto:
+    return node("Transpose", [name], [f"{name}_last"], perm=[0, 2, 3, 1])
+
+
+def first(name: str) -> onnx.NodeProto:
+    return node("Transpose", [name], [f"{name}_first"], perm=[0, 3, 1, 2])
+
+
+def test_layers_with_channels_last_are_computed_with_channels_first() -> None:
+    """Only the input is turned: sums, constants, padding, joining, pooling and dense layers need no Transpose."""
+    nodes = [
+        first("x"), node("Conv", ["x_first", "k"], ["a"]), last("a"),
+        node("Mul", ["a_last", "gamma"], ["b"]), node("Add", ["beta", "b"], ["c"]),
+        node("Clip", ["c", "zero", "six"], ["d"]),
+        node("Pad", ["d", "around"], ["p"]), first("p"), node("Conv", ["p_first", "k2"], ["e"]), last("e"),
+        node("Add", ["d", "e_last"], ["f"]), node("Concat", ["f", "d"], ["g"], axis=3),
+        node("PRelu", ["g", "slope"], ["h"]),
+        node("ReduceMean", ["h"], ["m"], axes=[1, 2]), node("Sigmoid", ["m"], ["s"]), node("Mul", ["h", "s"], ["i"]),
+        node("ReduceMax", ["i"], ["j"], axes=[1, 2], keepdims=0), node("MatMul", ["j", "w1"], ["n"]),
+        node("Reshape", ["i", "rows"], ["q"]), node("Relu", ["q"], ["r"]), node("MatMul", ["r", "w2"], ["t"]),
+        node("Add", ["n", "t"], ["y"]),
+    ]  # fmt: skip
+    constants = {
+        "k": random(4, 2, 3, 3), "gamma": random(4), "beta": random(1, 1, 1, 4), "zero": np.float32(0),
+        "six": np.float32(6), "around": ints(0, 1, 1, 0, 0, 1, 1, 0), "k2": random(4, 4, 3, 3),
+        "slope": random(1, 1, 8), "w1": random(8, 3), "rows": ints(-1, 200), "w2": random(200, 3),
+    }  # fmt: skip
+    model = graph_of(nodes, constants, shape=("n", 7, 7, 2), opset=13)
+    found = convert(model, "net")
+    same(model, found, (7, 7, 2))
+    assert [call.what for call in found.program.calls].count("permute") == 1
+    assert not [constant for constant in found.program.constants.values() if len(constant.shape) > 1]
+    other = [*nodes[:3], node("Mul", ["a_last", "a_last"], ["b"]), node("Add", ["b", "x5"], ["y"])]
+    model = graph_of(other, {"k": random(4, 2, 3, 3), "x5": random(1, 5, 5, 1)}, shape=("n", 7, 7, 2), opset=13)
+    same(model, convert(model, "net"), (7, 7, 2))
+
+
 def test_a_value_that_is_used_twice_keeps_its_layer() -> None:
     nodes = [node("MatMul", ["x", "w"], ["a"]), node("Mul", ["a", "m"], ["b"]), node("Add", ["a", "b"], ["y"])]
     model = graph_of(nodes, {"w": random(4, 4), "m": random(4)})

@@ -60,6 +60,9 @@ class Value:
         initializer: the name of the weight in the ONNX file that it is, or whose elements it has; else empty.
         layer: the layer whose call gave it.
         input: the name of the network's input that it is, maybe in another type.
+        source: the value that it is with its channels moved from the second axis to the last.
+        source_alone: whether nothing else uses that value.
+        flat: the value with channels first of which it has all axes behind the batch as one, channels last.
     """
 
     constant: Tensor | None = None
@@ -69,6 +72,9 @@ class Value:
     initializer: str = ""
     layer: str = ""
     input: str = ""
+    source: Value | None = None
+    source_alone: bool = False
+    flat: Value | None = None
 
     @property
     def is_known(self) -> bool:

@@ -50,6 +50,11 @@ def linear(b: Builder, node: Node, x: Value, weight: Value, bias: Value | None) 
     """A dense layer; its weight is `(outputs, inputs)`."""
     assert weight.constant is not None
     outputs, inputs = weight.constant.shape
+    if x.flat is not None:
+        channels, *sides = (x.flat.fixed(axis) for axis in range(1, x.flat.rank))
+        columns = weight.constant.reshape(outputs, *sides, channels).movedim(-1, 1).flatten(1).contiguous()
+        weight = Value(constant=columns, initializer=f"{weight.initializer}.first" if weight.initializer else "")
+        x = b.call("flatten", x.flat, 1, -1)
     weights = {"weight": weight} | ({} if bias is None else {"bias": bias})
     settings = {"in_features": inputs, "out_features": outputs, "bias": bias is not None}
     return b.layer("Linear", settings, weights, [x], hint(weight, node))[0]
@@ -57,7 +62,7 @@ def linear(b: Builder, node: Node, x: Value, weight: Value, bias: Value | None) 
 
 def hint(weight: Value, node: Node) -> str:
     """A name for a layer: that of its weight without its end, or that of the operator."""
-    name = weight.initializer.removesuffix(".T")
+    name = weight.initializer.removesuffix(".first").removesuffix(".T")
     base = name.removesuffix(".weight").removesuffix("/kernel").removesuffix("_W")
     return base if base != name and base else node.label.removeprefix("node_") or node.op
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rushhour.models.converted.builder import Builder, Unsupported, Value, dtype_name, elements
 from rushhour.models.converted.node import DTYPES, Node, scalar
+from rushhour.models.converted.operators.layout import elementwise as on_sources
 from rushhour.models.converted.operators.operator import Operator
 
 _CHANNELS_FIRST: Final = ("Conv", "BatchNorm")
@@ -214,7 +215,7 @@ def identity(b: Builder, node: Node) -> Value:
     return node.input(0)
 
 
-OPERATORS: Final[dict[str, Operator]] = {
+_TABLE: Final[dict[str, Operator]] = {
     **{op: unary(op.lower()) for op in (
         "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Cos", "Cosh", "Erf", "Exp", "Floor", "IsNaN",
         "Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign",
@@ -237,4 +238,9 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Shrink": with_attributes("shrink", bias=0.0, lambd=0.5),
     "ThresholdedRelu": with_attributes("thresholded_relu", alpha=1.0),
 }  # fmt: skip
-"""Operator -> its conversion."""
+
+_OTHER: Final = {"Identity", "CastLike"}
+OPERATORS: Final[dict[str, Operator]] = {
+    op: operator if op in _OTHER else on_sources(operator) for op, operator in _TABLE.items()
+}
+"""Operator -> its conversion, for channels in either order."""

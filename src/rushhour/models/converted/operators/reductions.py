@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from rushhour.models.converted.builder import Builder, Size, Unsupported, Value
 from rushhour.models.converted.node import Node, axis_of, scalar
+from rushhour.models.converted.operators.layout import axis_before, to_last
 from rushhour.models.converted.operators.operator import Operator
 
 
@@ -23,7 +24,14 @@ def reduction(function: str, *more: Any) -> Operator:
         if not axes:
             return x
         chosen = sorted({axis_of(axis, x.rank) for axis in axes})
-        return b.call(function, x, chosen, bool(node.attribute("keepdims", 1)), *more)
+        keep = bool(node.attribute("keepdims", 1))
+        if x.source is not None:
+            before = sorted(axis_before(x, axis) for axis in chosen)
+            if keep:
+                return to_last(b, b.call(function, x.source, before, True, *more))
+            if before == list(range(2, x.rank)):  # of each channel: what is left is in the same order
+                return b.call(function, x.source, before, False, *more)
+        return b.call(function, x, chosen, keep, *more)
 
     return operator
 

@@ -10,6 +10,7 @@ import torch
 
 from rushhour.models.converted.builder import PROBES, Builder, Size, Unsupported, Value, affine, dtype_name
 from rushhour.models.converted.node import DTYPES, Node, axis_of, scalar, whole
+from rushhour.models.converted.operators.layout import axis_before, flat, to_last, turned
 from rushhour.models.converted.operators.operator import Operator
 
 _MOST: Final = 2**31
@@ -36,6 +37,8 @@ def reshaped(b: Builder, x: Value, shape: Sequence[int | Size]) -> Value:
         if last <= first or [*before[:first], *before[last + 1 :]] != [*shape[:first], *shape[first + 1 :]]:
             continue
         if _product(before[first : last + 1]) == _product(shape[first : first + 1]):
+            if first == 1 and last == len(before) - 1 and x.source is not None:
+                return flat(b, x, x.source)
             return b.call("flatten", x, first, last if last < len(before) - 1 else -1)
     grown = [at for at, size in enumerate(shape) if isinstance(size, Size)]
     if len(grown) == 1:
@@ -68,8 +71,10 @@ def flatten(b: Builder, node: Node) -> Value:
     x = node.input(0)
     axis = node.attribute("axis", 1)
     axis = axis + x.rank if axis < 0 else axis
-    if axis == 1 and x.rank >= 2:
-        return b.call("flatten", x, 1, -1) if x.rank > 2 else x
+    if axis == 1 and x.rank > 2:
+        return b.call("flatten", x, 1, -1) if x.source is None else flat(b, x, x.source)
+    if axis == 1 and x.rank == 2:
+        return x
     return reshaped(b, x, _filled(x.shape, [_one(x.shape[:axis]), -1]))
 
 
@@ -93,13 +98,16 @@ def unsqueeze(b: Builder, node: Node) -> Value:
 def transpose(b: Builder, node: Node) -> Value:
     """Transpose."""
     x = node.input(0)
-    return b.call("permute", x, list(node.attribute("perm", list(range(x.rank))[::-1])))
+    return turned(b, x, node.attribute("perm", list(range(x.rank))[::-1]), alone=node.sole[0])
 
 
 def concat(b: Builder, node: Node) -> Value:
     """Concat."""
     values = [node.input(at) for at in range(len(node.inputs))]
     axis = axis_of(node.attribute("axis", 0), values[0].rank)
+    sources = [value.source for value in values if value.source is not None]
+    if len(sources) == len(values) > 1:
+        return to_last(b, b.call("concat", sources, axis_before(values[0], axis)))
     return values[0] if len(values) == 1 else b.call("concat", values, axis)
 
 
@@ -233,6 +241,12 @@ def pad(b: Builder, node: Node) -> Value:
         raise Unsupported("its value is computed")
     if not any(widths):
         return x
+    if x.source is not None and mode == "constant":
+        back = [axis_before(x, axis) for axis in range(x.rank)]
+        ends = [0] * (2 * x.rank)
+        for axis, place in enumerate(back):
+            ends[place], ends[place + x.rank] = widths[axis], widths[axis + x.rank]
+        return to_last(b, b.call("pad", x.source, ends, mode, float(value)))
     if mode != "constant" and any(
         (widths[at] or widths[at + x.rank]) and isinstance(x.shape[at], Size) for at in range(x.rank)
     ):
