@@ -109,6 +109,21 @@ def test_what_follows_a_convolution_is_put_into_it() -> None:
     assert [call.what for call in found.program.calls] == list(found.program.layers)
 
 
+def test_a_value_of_two_names_keeps_its_layer() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]), node("Identity", ["a"], ["i"]), node("Mul", ["i", "m"], ["b"]),
+        node("Add", ["a", "b"], ["y"]),
+    ]  # fmt: skip
+    model = graph_of(nodes, {"w": random(4, 4), "m": random(4)})
+    same(model, convert(model, "net"))
+    turned = [
+        node("Conv", ["x", "k"], ["a"]), last("a"), first("a_last"), node("Mul", ["a_last_first", "m"], ["b"]),
+        node("ReduceMean", ["a_last"], ["c"], axes=[1, 2, 3]), node("Add", ["b", "c"], ["y"]),
+    ]  # fmt: skip
+    model = graph_of(turned, {"k": random(4, 2, 3, 3), "m": random(1, 4, 1, 1)}, shape=("n", 2, 5, 5), opset=13)
+    same(model, convert(model, "net"), (2, 5, 5))
+
+
 def last(name: str) -> onnx.NodeProto:
     return node("Transpose", [name], [f"{name}_last"], perm=[0, 2, 3, 1])
 

@@ -199,9 +199,12 @@ class _Conversion:
         if results is None:
             results = OPERATORS[node.op](self._builder, node)
         values = [results] if isinstance(results, Value) else list(results)
+        passed_on = [self._values[name] for name in proto.input if name and self._uses[name] > 1]
         for name, value in zip(proto.output, values, strict=False):
             if not name:
                 continue
+            if any(value is each for each in passed_on):
+                value.layer = ""  # others use it too: no constant may be put into the layer that gave it
             self._values[name] = value
             if value.ref is not None and value.ref.item < 0:
                 self._tensors[value.ref.name] = name

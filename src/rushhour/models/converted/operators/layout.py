@@ -28,6 +28,7 @@ def turned(b: Builder, x: Value, axes: Sequence[int], *, alone: bool) -> Value:
     if x.source is not None:
         x, axes, alone = x.source, [_to_last(x.rank)[axis] for axis in axes], alone and x.source_alone
     if axes == list(range(x.rank)):
+        x.layer = x.layer if alone else ""  # no constant may be put into the layer for one of its users
         return x
     made = b.call("permute", x, axes)
     if x.ref is not None and x.rank >= 3 and axes == _to_last(x.rank):
