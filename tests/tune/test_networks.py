@@ -544,8 +544,7 @@ class Fragile(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         first = self[1]
-        assert isinstance(first, nn.Linear)
-        if len(first.weight) <= 32:
+        if isinstance(first, nn.Linear) and len(first.weight) <= 32:
             raise RuntimeError("I need more than 32 channels")
         return super().forward(x)  # type: ignore[no-any-return]
 
@@ -572,7 +571,7 @@ def test_a_network_that_crashes_when_it_is_pruned_is_tuned_in_its_other_shapes(
         progress=Silent(),
         trusted=trusted,
     )
-    assert list(bundles) == ["lowrank-0.3"]
+    assert list(bundles) == ["lowrank-0.3"], [(trial.bundle, trial.fate, trial.why) for trial in trials]
     (crashed,) = trials
     assert (crashed.bundle, crashed.fate) == ("prune-0.5", "failed")
-    assert "I need more than 32 channels" in crashed.why
+    assert "with fewer channels it fails" in crashed.why
