@@ -85,7 +85,7 @@ class Scale(msgspec.Struct, frozen=True):
     others: float = 420.0
     samples: int = 60_000
     kinds: str = "minilm,residual,mlp,onnx"
-    bad: str = "120s"
+    bad: str = "180s"
     inputs: str = ""
 
 

@@ -127,7 +127,7 @@ class Bad(NamedTuple):
     Attributes:
         codes: exit codes that are right.
         said: each of these words has to be in the output, or in the reasons of the plan's trials.
-        plan: whether there has to be a plan; None where either is right.
+        plan: whether there has to be a plan.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Bad(NamedTuple):
     arguments: list[str]
     codes: tuple[int, ...]
     said: tuple[str, ...]
-    plan: bool | None
+    plan: bool
 
 
 CRASHES = '''import torch
@@ -182,6 +182,7 @@ def bad_inputs(bundle: Path, data: str, budget: str, work: Path) -> list[Bad]:
         budget: of each run that needs load.
         work: for the files of the inputs.
     """
+    work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(SEED)
     unlabelled = work / "unlabelled.npz"
@@ -195,7 +196,8 @@ def bad_inputs(bundle: Path, data: str, budget: str, work: Path) -> list[Bad]:
         Bad("slo", "an SLO that no plan can meet", [str(bundle), *common, "--slo", "p99<20us", "--recipes", "none"],
             (1,), ("nearest",), True),
         Bad("zero", "a budget of zero", [str(bundle), "--data", data, "--budget", "0s"], (1, 2), ("0s",), False),
-        Bad("short", "a budget of 3 s", [str(bundle), "--data", data, "--budget", "3s"], (0, 1), (), None),
+        Bad("short", "a budget of 3 s", [str(bundle), "--data", data, "--budget", "3s"], (2,),
+            ("cannot tune within",), False),
         Bad("unlabelled", "a network to be trained on data without labels",
             ["mlp", "--data", str(unlabelled), "--budget", budget], (1, 2), ("label",), False),
         Bad("fidelity", "a trained network on data without labels", [str(bundle), "--data", str(unlabelled),
@@ -237,6 +239,6 @@ def _wrong(bad: Bad, code: int, output: str, plan: Plan | None, reasons: Sequenc
     found = [] if code in bad.codes else [f"exit code {code}"]
     found += [f"it does not say {word!r}" for word in bad.said if word not in everything]
     found += ["it prints a traceback"] if "Traceback" in output else []
-    if bad.plan is not None and bad.plan != (plan is not None):
+    if bad.plan != (plan is not None):
         found.append("there is no plan" if bad.plan else "there is a plan")
     return "; ".join(found)
