@@ -100,6 +100,7 @@ def test_a_part_that_needs_another_says_so(tmp_path: Path) -> None:
 SMALL = ["--network", "mlp", "--networks", "mlp", "--epochs", "1", "--rounds", "1", "--data"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_small_space_is_measured_and_equal_plans_are_raced(tmp_path: Path) -> None:
