@@ -297,6 +297,7 @@ def test_the_benchmark_of_compression_judges_and_times_shapes(tmp_path: Path) ->
     assert "dense layer of rank 32" in render.render([("compress", found)])
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["fashion", "distil"])
 def test_the_benchmark_of_compression_trains_and_judges(part: str, tmp_path: Path) -> None:
