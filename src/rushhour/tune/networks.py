@@ -58,9 +58,9 @@ _JOINING: Final = 2
 _BATCH: Final = 128
 _FEWEST: Final = 2
 """Shapes that must fit into the time, through all rungs, for the search to compare shapes."""
-_FOR_SEARCH, _FOR_SHORT_SEARCH = 0.45, 0.28
-"""Shares of the budget that are kept for the search; the second where shapes cannot be compared. The search has 0.45 in
-any case, so such a run may end late."""
+FOR_SEARCH, _FOR_SHORT_SEARCH = 0.45, 0.28
+"""Shares of the budget that are kept for the search; the second where shapes cannot be compared. The search has the
+first in any case, so such a run may end late."""
 _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
 """Shares: of the budget, for int8 of what was trained; of the time for recipes, for making and timing shapes, at most;
 of the budget, below which nothing is begun."""
@@ -335,7 +335,7 @@ class _Search:
             first.epoch_s = self._epoch_seconds(first.shape.role)
         except Exception:  # `_within_time` asks again, and reports it
             return False
-        self._kept = _FOR_SEARCH
+        self._kept = FOR_SEARCH
         making = (shapes - 1) * self._costs.beside_s / _BESIDE
         if making + self._cost_of_all_rungs([first] * min(_FEWEST, shapes)) <= self._seconds:
             return False

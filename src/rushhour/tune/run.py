@@ -34,7 +34,7 @@ from rushhour.system.machine import describe, open_files
 from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
 from rushhour.tune.decisions import Decisions
-from rushhour.tune.networks import smaller_networks
+from rushhour.tune.networks import FOR_SEARCH, smaller_networks
 from rushhour.tune.priors import Experience, experience_of, remember
 from rushhour.tune.search import tune
 from rushhour.tune.settings import Budget, Recipes, TuneSettings
@@ -48,7 +48,7 @@ _RECORD = "run.json"
 _DIGITS = 16
 _FILES: Final = 640
 """That a process of a load test may have to open: 512 connections, and its own."""
-_LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": 0.45}
+_LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": FOR_SEARCH}
 """Share of the budget for the search, at least, even where training took more than its share."""
 
 
@@ -98,14 +98,15 @@ def tune_run(
         _check_same(run, record, force=force)
         if settings.budget_s is not None:
             progress.limit(settings.budget_s)
-        experience = experience_of(Journal(run / JOURNAL), cold=cold)
+        journal = Journal(run / JOURNAL)
+        experience = experience_of(journal, cold=cold)
         if isinstance(model, Bundle):
             reference = _copied(model, run / "bundles" / "reference")
         else:
             out = run / "bundles" / "reference"
             if fit_epochs and settings.budget_s is not None:
                 share_s = _TRAINING_SHARE[settings.recipes] * settings.budget_s
-                training = _fitted(training, model, dataset, run, share_s, progress, trusted, experience)
+                training = _fitted(training, model, dataset, run, journal, share_s, progress, trusted, experience)
             job = TrainingJob(model, training, run / ".checkpoints", trusted, tracking=Tracking(run / "training"))
             reference = train(dataset, job, out=out, progress=progress, name=name or name_of(run), force=force)
         bundles: dict[str, Bundle] = {"reference": reference}
@@ -326,6 +327,7 @@ def _fitted(
     source: Source,
     dataset: Dataset,
     run: Path,
+    journal: Journal,
     seconds: float,
     progress: Progress,
     trusted: tuple[str, ...],
@@ -340,7 +342,6 @@ def _fitted(
         epochs = trained.manifest.lineage[0].settings.get("epochs", training.epochs)
         return msgspec.structs.replace(training, epochs=epochs)
     job = TrainingJob(source, training, run / ".checkpoints", trusted)
-    journal = Journal(run / JOURNAL)
     fits = int(seconds / epoch_seconds(journal, dataset, job, progress, experience=experience))
     return msgspec.structs.replace(training, epochs=min(training.epochs, max(_FEWEST_EPOCHS, fits)))
 
