@@ -14,7 +14,7 @@ from graphs import graph_of
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from safetensors.torch import load_file
-from test_networks import exported
+from test_converted_networks import exported
 
 import rushhour
 from rushhour.api.importing import ImportResult
