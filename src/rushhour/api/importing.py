@@ -193,8 +193,7 @@ def imported_for(
     if size is None and isinstance(data, str | os.PathLike) and read_path(data).is_dir():
         size = picture_size(spec)
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size, task=task)
-    judged = dataset.train
-    given = Given(judged.inputs[:_JUDGED], judged.targets[:_JUDGED], dataset.preprocessing)
+    given = Given(dataset.train.inputs, dataset.train.targets, dataset.preprocessing)
     progress.start(f"Importing {file.name}")
     bundle, understood = import_onnx(file, out, task=dataset.task, preprocessing=preprocessing, given=given, name=name)
     progress.done(_outcome(understood), good=not understood.why_untrainable)
@@ -250,7 +249,3 @@ def _scaling(preprocessing: Preprocessing) -> str:
 
 def _listed(values: tuple[float, ...]) -> str:
     return f"[{', '.join(f'{value:.4g}' for value in values)}]"
-
-
-_JUDGED = 256
-"""Samples by which a scaling is chosen."""

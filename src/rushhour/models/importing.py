@@ -28,6 +28,7 @@ FACTORY: Final = "rushhour.models:converted"
 """The factory of every network that was rebuilt from a graph; its argument is the program."""
 _SAMPLES: Final = 16
 _JUDGED: Final = 256
+"""Samples by which a scaling is chosen."""
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -73,7 +74,7 @@ class Given(msgspec.Struct, frozen=True):
     """Data that a model is imported for.
 
     Attributes:
-        samples: as on the wire, `(k, *shape)`.
+        samples: as on the wire, `(k, *shape)`; the first few are looked at.
         targets: of these, as of the task; empty where there are none.
         preprocessing: as the data has it: for a network that is trained from scratch.
     """
