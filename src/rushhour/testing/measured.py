@@ -18,7 +18,7 @@ from rushhour.load import estimate
 from rushhour.measurement import Accuracy, Interval, Measurement, Outcome, ServiceTimes
 from rushhour.plan import EngineName, Precision
 from rushhour.system.storage import write_whole
-from rushhour.tune.space import Candidate
+from rushhour.tune.space import Candidate, basic_layouts
 
 BLOCKS = 20
 """Of a window, as in `Measurement.blocks`."""
@@ -219,12 +219,11 @@ def invented_space(cores: int, goal: Goal, *, seed: int = 0, bounds: Sequence[in
     """
     random = np.random.default_rng(seed)
     precisions: dict[str, Precision] = {"reference": "f32", "int8": "int8", "small": "f32", "small-int8": "int8"}
-    layouts = sorted({(1, 1, cores), (1, cores, 1), (cores, 1, 1)})
     service: dict[str, ServiceTimes] = {}
     accuracy: dict[str, tuple[Accuracy, Accuracy]] = {}
     plans: list[MeasuredPlan] = []
     engines: tuple[EngineName, ...] = ("openvino", "onnxruntime")
-    for (role, precision), engine, layout in itertools.product(precisions.items(), engines, layouts):
+    for (role, precision), engine, layout in itertools.product(precisions.items(), engines, basic_layouts(cores)):
         streams = layout[0] * layout[1]
         sample_s = (0.5 if "small" in role else 1.0) * (0.4 if precision == "int8" else 1.0) * 0.4e-3
         sample_s *= (1.3 if engine == "onnxruntime" else 1.0) * float(random.uniform(0.9, 1.1)) * streams / cores

@@ -104,7 +104,7 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
 
     Args:
         bundles: role -> bundle.
-        cores: of the machine. The layouts are all cores on one batch, one batch per core, and one cell per core.
+        cores: of the machine; the layouts are `basic_layouts`.
     """
     return [
         Candidate(
@@ -116,7 +116,7 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
         )
         for role, bundle in bundles.items()
         for engine, precision in _RUNS[bundle.manifest.precision]
-        for cells, streams, threads in _basic_layouts(cores)
+        for cells, streams, threads in basic_layouts(cores)
     ]
 
 
@@ -128,7 +128,7 @@ def other_layouts(candidate: Candidate, cores: int) -> list[Candidate]:
         cores: of the machine.
     """
     bare = candidate.with_batch(LARGEST_BATCH)
-    return [bare.with_layout(*layout) for layout in all_layouts(cores) if layout not in _basic_layouts(cores)]
+    return [bare.with_layout(*layout) for layout in all_layouts(cores) if layout not in basic_layouts(cores)]
 
 
 def all_layouts(cores: int) -> list[tuple[int, int, int]]:
@@ -148,7 +148,8 @@ def all_layouts(cores: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _basic_layouts(cores: int) -> list[tuple[int, int, int]]:
+def basic_layouts(cores: int) -> list[tuple[int, int, int]]:
+    """Cells, streams of each, threads of each: all cores on one batch, one batch per core, and one cell per core."""
     return sorted({(1, 1, cores), (1, cores, 1), (cores, 1, 1)})
 
 
