@@ -28,7 +28,7 @@ from rushhour.measurement import Measurement, pack_latencies
 from rushhour.plan import SO_FAR, Plan
 from rushhour.progress import Silent
 from rushhour.serve import open_target
-from rushhour.tune.search import _Search
+from rushhour.tune.racing import Racing
 
 FACTORY = "test_chains:small"
 
@@ -206,7 +206,7 @@ def test_every_output_is_taken_or_refused_in_one_line(
         pytest.skip("a bundle like one that is tried; test_tune has the others")
     if verb == "tune":
         monkeypatch.setattr(sys.modules["rushhour.tune.run"], "quantize_for_all", lambda *_, **__: {})
-        monkeypatch.setattr(_Search, "_race", _first_alive)
+        monkeypatch.setattr(Racing, "ranked", _best_of_layouts)
     said = fix = ""
     try:
         _HOW[verb](made[output], made["data"], tmp_path / "out")
@@ -217,11 +217,11 @@ def test_every_output_is_taken_or_refused_in_one_line(
     assert (verb in TAKEN[output].split()) == (not said), said or "it was taken"
 
 
-def _first_alive(self: Any, alive: list[Any]) -> list[Any]:
+def _best_of_layouts(self: Any, alive: list[Any]) -> list[Any]:
     """No race: who wins is not the question here."""
-    self._predictor.learn_overheads(alive[:1], self._load_tests.measure_throughput)
-    self._so_far(self._plan_of(alive[0]))
-    return [alive[0]]
+    winner = self._best_of_layouts(alive)
+    self._leads(winner)
+    return [winner]
 
 
 @pytest.mark.slow

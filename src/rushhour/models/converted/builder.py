@@ -58,6 +58,7 @@ class Value:
         ref: the result in the program.
         metas: at each of `PROBES` a tensor on the meta device.
         initializer: the name of the weight in the ONNX file that it is, or whose elements it has; else empty.
+        no_weight: whether the file says that it is no weight: it is not trained, whatever layer has it.
         layer: the layer whose call gave it.
         input: the name of the network's input that it is, maybe in another type.
         source: the value that it is with its channels moved from the second axis to the last.
@@ -70,6 +71,7 @@ class Value:
     ref: Ref | None = None
     metas: tuple[Tensor, ...] = ()
     initializer: str = ""
+    no_weight: bool = False
     layer: str = ""
     input: str = ""
     source: Value | None = None
@@ -205,15 +207,17 @@ class Builder:
         key = (
             kind,
             repr(sorted(settings.items())),
-            tuple(sorted((own, w.initializer or str(id(w.constant))) for own, w in weights.items())),
+            tuple(sorted((own, w.initializer or str(id(w.constant)), w.no_weight) for own, w in weights.items())),
         )
         name = self._same_layer.get(key, "")
         if not name:
             name = self._free(hint)
             self._same_layer[key] = name
-            self._layers[name] = Layer(kind, dict(settings))
             with torch.device("meta"):
                 self._metas[name] = LAYERS[kind](**settings).eval()
+            trained = dict(self._metas[name].named_parameters())
+            frozen = tuple(own for own, value in weights.items() if value.no_weight and own in trained)
+            self._layers[name] = Layer(kind, dict(settings), frozen)
             for own, value in weights.items():
                 self._hold(f"{name}.{own}", value)
         self._times_called[name] = self._times_called.get(name, 0) + 1
@@ -245,7 +249,7 @@ class Builder:
     def with_bias(self, name: str) -> None:
         """Give a layer a bias, which `state` has then."""
         layer = self._layers[name]
-        self._layers[name] = Layer(layer.kind, {**layer.settings, "bias": True})
+        self._layers[name] = Layer(layer.kind, {**layer.settings, "bias": True}, layer.frozen)
         self._forget(name)
 
     def changed(self, name: str) -> None:
@@ -287,9 +291,11 @@ class Builder:
         if all(value.is_known for value in values):
             known = self._computed(compute, arguments)
             if known is not None:
-                if function in _MOVING and values[0].initializer and known[0].constant is not None:
-                    self._moved += 1
-                    known[0].initializer = f"{values[0].initializer}.{function}{self._moved}"
+                if function in _MOVING and known[0].constant is not None:
+                    known[0].no_weight = values[0].no_weight
+                    if values[0].initializer:
+                        self._moved += 1
+                        known[0].initializer = f"{values[0].initializer}.{function}{self._moved}"
                 return known
         arguments = _mapped(arguments, lambda value: value if value.ref else self._promote(value))
         results = [_on_meta(compute, arguments, probe) for probe in range(len(PROBES))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
@@ -24,6 +25,10 @@ _QUANTISED: Final = {
     "MatMulInteger",
 }
 _NAMED: Final = 8
+_KIND: Final = "pkg.torch.export.graph_signature.InputSpec.kind"
+_PARAMETER: Final = "PARAMETER"
+_FOLDED_FROM: Final = "pkg.onnxscript.optimizer.folded_from"
+_NO_PARAMETER: Final = re.compile(r"val_\d+|(.*\.)?lifted_tensor_\d+")
 _FIX: Final = "it can be served, and made int8, f16 or w8; to train it, name its torch module as module:factory"
 
 
@@ -126,6 +131,20 @@ def _needed(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return found[::-1]
 
 
+def _fixed(graph: onnx.GraphProto) -> set[str]:
+    """The initializers of which torch's exporter says that they are no parameters: buffers, and constants it folded.
+
+    Other exporters do not tell them apart, so there they count as weights.
+    """
+    found = set()
+    for value in graph.value_info:
+        said = {entry.key: entry.value for entry in value.metadata_props}
+        folded = re.findall(r"'([^']*)'", said.get(_FOLDED_FROM, ""))
+        if said.get(_KIND, _PARAMETER) != _PARAMETER or (folded and all(map(_NO_PARAMETER.fullmatch, folded))):
+            found.add(value.name)
+    return found
+
+
 class _Conversion:
     """One graph on its way."""
 
@@ -136,6 +155,7 @@ class _Conversion:
         self._values: dict[str, Value] = {}
         self._raw: dict[str, Value] = {}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._fixed = _fixed(graph)
         self._nodes = _needed(graph)
         self._producers = {name: node for node in self._nodes for name in node.output if name}
         self._uses = Counter(name for node in self._nodes for name in node.input)
@@ -188,7 +208,9 @@ class _Conversion:
     def _value(self, name: str) -> Value:
         """A value of the graph; a weight is read when it is first used."""
         if name not in self._values:
-            self._values[name] = Value(constant=tensor_of(self._initializers[name]), initializer=name)
+            fixed = name in self._fixed
+            constant = tensor_of(self._initializers[name])
+            self._values[name] = Value(constant=constant, initializer="" if fixed else name, no_weight=fixed)
         return self._values[name]
 
     def _convert(self, proto: onnx.NodeProto, written: Written) -> None:

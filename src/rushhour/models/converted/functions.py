@@ -393,7 +393,7 @@ def einsum(several: list[Tensor], equation: str) -> Tensor:
 
 def batch_normalize(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
     """Batch normalisation by computed statistics, in training too."""
-    return functional.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
+    return functional.batch_norm(x, mean.detach(), variance.detach(), scale, bias, False, 0.0, epsilon)
 
 
 def normalize(x: Tensor, axis: int, order: int) -> Tensor:

@@ -49,10 +49,12 @@ class Layer(msgspec.Struct, frozen=True):
     Attributes:
         kind: of `LAYERS`.
         settings: arguments of its class.
+        frozen: its parameters that are not trained.
     """
 
     kind: str
     settings: dict[str, Any]
+    frozen: tuple[str, ...] = ()
 
 
 class Constant(msgspec.Struct, frozen=True):
@@ -146,7 +148,10 @@ def network_of(program: Program) -> fx.GraphModule:
         _check_size(program)
         for name, layer in program.layers.items():
             _check_name(name)
-            root.add_module(name, LAYERS[layer.kind](**layer.settings))
+            module = LAYERS[layer.kind](**layer.settings)
+            for own in layer.frozen:
+                module.get_parameter(own).requires_grad_(False)
+            root.add_module(name, module)
         for name, constant in program.constants.items():
             _check_name(name)
             tensor = torch.zeros(constant.shape, dtype=getattr(torch, constant.dtype))

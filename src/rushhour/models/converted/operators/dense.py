@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ def gemm(b: Builder, node: Node) -> Value:
         assert weight.constant is not None
         bias = None if added is None or added.constant is None else _row(added, weight.constant.shape[0], beta)
         if added is None or bias is not None:
-            weight = weight if alpha == 1.0 else Value(constant=weight.constant * alpha)
+            weight = weight if alpha == 1.0 else Value(constant=weight.constant * alpha, no_weight=weight.no_weight)
             return linear(b, node, left, weight, bias)
     product = b.call("matmul", left, b.call("permute", right, [1, 0]) if is_turned else right)
     product = product if alpha == 1.0 else b.call("mul", product, alpha)
@@ -53,7 +54,11 @@ def linear(b: Builder, node: Node, x: Value, weight: Value, bias: Value | None) 
     if x.flat is not None:
         channels, *sides = (x.flat.fixed(axis) for axis in range(1, x.flat.rank))
         columns = weight.constant.reshape(outputs, *sides, channels).movedim(-1, 1).flatten(1).contiguous()
-        weight = Value(constant=columns, initializer=f"{weight.initializer}.first" if weight.initializer else "")
+        weight = Value(
+            constant=columns,
+            no_weight=weight.no_weight,
+            initializer=f"{weight.initializer}.first" if weight.initializer else "",
+        )
         x = b.call("flatten", x.flat, 1, -1)
     weights = {"weight": weight} | ({} if bias is None else {"bias": bias})
     settings = {"in_features": inputs, "out_features": outputs, "bias": bias is not None}
@@ -74,7 +79,9 @@ def _is_matrix(value: Value) -> bool:
 def _turned(value: Value) -> Value:
     assert value.constant is not None
     return Value(
-        constant=value.constant.T.contiguous(), initializer=f"{value.initializer}.T" if value.initializer else ""
+        constant=value.constant.T.contiguous(),
+        no_weight=value.no_weight,
+        initializer=f"{value.initializer}.T" if value.initializer else "",
     )
 
 
@@ -152,6 +159,7 @@ def batch_norm(b: Builder, node: Node) -> Value:
         raise Unsupported("it was exported in training mode")
     x, rest = node.input(0), [node.input(index) for index in range(1, 5)]
     if any(value.constant is None for value in rest):
+        rest[2:] = [dataclasses.replace(value, initializer="") for value in rest[2:]]  # statistics are not trained
         return b.call("batch_normalize", x, *rest, node.attribute("epsilon", 1e-5))
     names = ("weight", "bias", "running_mean", "running_var")
     tracked = Value(constant=torch.zeros((), dtype=torch.long))
@@ -172,9 +180,12 @@ def instance_norm(b: Builder, node: Node) -> Value:
     x, scale, bias = node.input(0), node.input(1), node.input(2)
     if scale.constant is None or bias.constant is None or not 3 <= x.rank <= 5:
         raise Unsupported("its scale is computed, or its input has not 3 to 5 axes")
-    settings = {"num_features": scale.fixed(0), "eps": node.attribute("epsilon", 1e-5), "affine": True}
+    settings = {"num_features": scale.fixed(0), "eps": node.attribute("epsilon", 1e-5)}
+    plain = not scale.initializer and not bias.initializer
+    if plain and bool((scale.constant == 1).all()) and not bias.constant.any():  # as group normalisation is taken apart
+        return b.layer(f"InstanceNorm{x.rank - 2}d", {**settings, "affine": False}, {}, [x], hint(scale, node))[0]
     weights = {"weight": scale, "bias": bias}
-    return b.layer(f"InstanceNorm{x.rank - 2}d", settings, weights, [x], hint(scale, node))[0]
+    return b.layer(f"InstanceNorm{x.rank - 2}d", {**settings, "affine": True}, weights, [x], hint(scale, node))[0]
 
 
 def group_norm(b: Builder, node: Node) -> Value:
