@@ -113,7 +113,7 @@ def test_the_verbs_of_the_command_line_are_those_of_the_api() -> None:
     assert set(cli.commands) - CLI_ONLY == {verb.removesuffix("_model") for verb in VERBS}
 
 
-PYTHON_ONLY = {"progress", "on_window", "on_tick", "stop", "settings", "log_file"}
+PYTHON_ONLY = {"progress", "on_window", "on_tick", "stop", "settings", "log_file", "example"}
 SHOWN_ONLY = {"json_file", "plot"}
 """Of the command line alone: where a result is shown or written."""
 IN_OBJECTS = {

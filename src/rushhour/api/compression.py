@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rushhour.api.importing import imported_for, model_file
+from rushhour.api.importing import Known, brought_of, imported_for
 from rushhour.api.inputs import load_data, read_logs
 from rushhour.api.values import StrPath, check_choice, check_name, read_accuracy_budget, read_path, read_texts
 from rushhour.bundle import Bundle, check_folder
@@ -93,7 +93,8 @@ def compress(
         rushhour.compress("runs/photos", "photos/", out="runs/small", recipe="prune:0.5,lowrank:0.1,distil:10,int8")
 
     Args:
-        bundle: the trained bundle, its folder, or the result of `train`; or an `.onnx` file, which is imported first.
+        bundle: the trained bundle, its folder, or the result of `train`; or a model from elsewhere, as of
+            `rushhour.import_model`, which is imported first.
         data: as of `rushhour.train`; the validation part decides, the test part confirms.
         out: the new bundle's folder.
         max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
@@ -109,7 +110,8 @@ def compress(
         task: as of `rushhour.train`.
         size: as of `rushhour.train`; a bundle knows its own.
         skip_corrupt: as of `rushhour.train`.
-        trust: factories (`module:factory`) that may be imported to build the bundle's network.
+        trust: factories (`module:factory`) that may be imported to build the bundle's network; or the path of a model
+            from elsewhere, where reading it runs its code.
         name: the new model's name; the bundle's by default.
         force: replace another bundle at `out`.
         progress: gets the progress, and notes on what was left out.
@@ -133,8 +135,8 @@ def compress(
     texts = [each for each in ([recipe] if isinstance(recipe, str | Recipe) else recipe) if isinstance(each, str)]
     if texts and not any(each.strip().endswith(".json") for each in texts):
         trusted = (*trusted, *(factory for each in recipes or () for factory in each.factories))  # the user named them
-    name, file, parent, dataset = check_name(name), model_file(bundle), None, None
-    if file is None:
+    name, brought, parent, dataset = check_name(name), brought_of(bundle), None, None
+    if brought is None:
         parent = bundle if isinstance(bundle, Bundle) else Bundle.open(read_path(bundle))
     if parent is not None and path.resolve() == parent.path.resolve():
         raise StorageError(
@@ -145,11 +147,13 @@ def compress(
     check_folder(path)  # before data is loaded
     check_claim(folder)
     if parent is None:
-        assert file is not None
+        assert brought is not None
+        known = Known(trust, name)
         with claimed(folder):
             imported, dataset = imported_for(
-                file, data, folder / "imported", progress, size=size, skip_corrupt=skip_corrupt, task=task, name=name
-            )
+                brought, data, folder / "imported", progress,
+                size=size, skip_corrupt=skip_corrupt, task=task, known=known,
+            )  # fmt: skip
         parent = imported.bundle
     else:
         dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task)

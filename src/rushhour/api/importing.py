@@ -1,4 +1,4 @@
-"""The verb `import`, and how the other verbs take a model file: it becomes a bundle that can be trained."""
+"""The verb `import`, and how the other verbs take a model from elsewhere: it becomes a bundle that can be trained."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rushhour.api.inputs import load_data
-from rushhour.api.values import StrPath, check_name, read_path
-from rushhour.bundle import Bundle, Preprocessing, check_folder, check_place
-from rushhour.errors import GoalError
+from rushhour.api.inputs import REFERENCES, load_data
+from rushhour.api.values import StrPath, check_name, read_path, read_size, read_texts
+from rushhour.bundle import Bundle, Preprocessing, Source, check_folder, check_place, is_bundle
+from rushhour.errors import DataError, GoalError
 from rushhour.progress import Progress, Silent
 from rushhour.system.extras import require
 from rushhour.system.storage import try_building
 from rushhour.task import Task
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
     from rushhour.api.inputs import Data
     from rushhour.data import Dataset
+    from rushhour.models.doors import Arrival, Brought
     from rushhour.models.importing import Understood
 
-_SUFFIX = ".onnx"
 _NAMED = 6
+_EXAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ImportResult:
         task = f"{found.task.kind} of {found.task.outputs} {'classes' if found.task.classes else 'values'}"
         network = ", ".join(f"{count} {kind}" for kind, count in list(found.layers.items())[:_NAMED])
         lines = [
+            *([("model", found.origin)] if found.origin else []),
             ("graph", f"opset {found.opset}{by}, {sum(found.operators.values()):,} operators"),
             ("inputs", f"{graph}{f', pictures in {found.layout}' if found.layout else ''}"),
             ("requests", f"{wire} -> {answers}"),
@@ -76,6 +78,9 @@ class ImportResult:
             ("parameters", f"{found.parameters:,}"),
             *(("note", note) for note in found.notes),
         ]
+        if found.from_original is not None:
+            equal = f"they differ by {found.from_original:.1g} of the largest at most, in batches of 1, 3 and 8"
+            lines.append(("answers", f"compared with the model's own: {equal}"))
         if found.why_untrainable:
             return (*lines, ("training", f"not possible: {found.why_untrainable}"))
         equal = f"answers differ from ONNX Runtime's by {found.difference:.1g} of the largest at most"
@@ -83,84 +88,156 @@ class ImportResult:
 
 
 def import_model(
-    model: StrPath,
+    model: Any,
     *,
     out: StrPath,
     data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike] | None = None,
+    example: ArrayLike | None = None,
     classes: str | int | Sequence[str] | None = None,
     scale: float | None = None,
     mean: str | Sequence[float] | None = None,
     std: str | Sequence[float] | None = None,
     task: Literal["classification", "regression"] | None = None,
     size: str | tuple[int, int] | None = None,
+    length: int | None = None,
     skip_corrupt: bool = False,
+    tensorflow_python: StrPath | None = None,
+    trust: str | Sequence[str] = (),
     name: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ImportResult:
-    """Make a bundle of a model file, and say what was understood of it.
+    """Make a bundle of a model from elsewhere, and say what was understood of it.
 
-    Its torch network is rebuilt from the ONNX graph with the weights of the file, and its answers are compared with
-    ONNX Runtime's. Then `train` (which continues from these weights), `compress` and `tune` take the bundle as any
-    other. A graph with operators that cannot be converted becomes a bundle that is served and quantised only.
+    It becomes an ONNX graph, whose answers are compared with the model's own. Its torch network is rebuilt from the
+    graph with its weights. Then `train` (which continues from these weights), `compress` and `tune` take the bundle as
+    any other. A graph with operators that cannot be converted becomes a bundle that is served and quantised only.
 
         found = rushhour.import_model("model.onnx", out="runs/imported", data="photos/")
         found.understood.why_untrainable, found.lines
 
     Args:
-        model: an `.onnx` file; weights inside or beside it.
+        model: an `.onnx` file, with weights inside or beside it, or an `onnx.ModelProto`.
         out: the bundle's folder.
         data: as of `rushhour.train`, that the model is for: gives the names of the classes, real samples, and by its
             labels how pixels have to be scaled.
+        example: a few samples as the network takes them, `(k, *shape)`, for a network that does not say what it takes;
+            not needed with data.
         classes: their names, `cat,dog`, or their number. Not needed with data, or where the graph ends in a softmax.
         scale: factor of all values of a sample, before the mean is subtracted: `0.00392157` for pixels.
         mean: subtracted from each channel: `0.485,0.456,0.406`.
         std: each channel is divided by it: `0.229,0.224,0.225`.
         task: as of `rushhour.train`.
         size: as of `rushhour.train`; the model's own by default.
+        length: tokens of a text, for a network that takes any number.
         skip_corrupt: as of `rushhour.train`.
+        tensorflow_python: a Python with TensorFlow and tf2onnx, for models that only these can read.
+        trust: the model's path, where reading it runs its code.
         name: of the model, which it keeps through training, compression and tuning; that of the file by default.
         force: replace another bundle at `out`.
         progress: gets the progress, and notes.
 
     Raises:
-        RushhourError: if the file cannot be read or served, or does not fit the data; the message says what to do.
+        RushhourError: if the model cannot be read or served, or does not fit the data; the message says what to do.
     """
     require("train")
-    progress, path, file = progress or Silent(), read_path(out), read_path(model)
-    name = check_name(name)
+    from rushhour.models.doors import refuse
+
+    progress, path, name = progress or Silent(), read_path(out), check_name(name)
+    brought = brought_of(model)
+    if brought is None:
+        raise refuse(model)
     try_building(path)
     check_folder(path)
     check_place(path, force=force)
     scaling = _preprocessing(scale, mean, std)
+    if data is not None and classes is not None:
+        raise GoalError("the classes are given twice", "the data has classes too", "leave out --classes")
+    if data is None and (task is not None or skip_corrupt):
+        raise GoalError("there is no data", "--task and --skip-corrupt are for data", "give --data")
+    given = Known(trust, name, length, None if tensorflow_python is None else read_path(tensorflow_python))
     if data is not None:
-        if classes is not None:
-            raise GoalError("the classes are given twice", "the data has classes too", "leave out --classes")
-        result, _ = imported_for(
-            file, data, path, progress,
-            skip_corrupt=skip_corrupt, size=size, task=task, name=name, preprocessing=scaling,
-        )  # fmt: skip
-        return result
-    if size is not None or task is not None or skip_corrupt:
-        raise GoalError("there is no data", "--size, --task and --skip-corrupt are for data", "give --data")
-    from rushhour.models import import_onnx
+        return imported_for(
+            brought, data, path, progress,
+            skip_corrupt=skip_corrupt, size=size, task=task, known=given, preprocessing=scaling,
+        )[0]  # fmt: skip
+    array = None
+    if example is not None:
+        from rushhour.data.conversion import to_array
 
-    progress.start(f"Importing {file.name}")
-    bundle, understood = import_onnx(file, path, task=_task(classes), preprocessing=scaling, name=name)
-    progress.done(_outcome(understood))
-    return ImportResult(bundle, understood)
+        array = to_array("example", example)
+    progress.start(f"Importing {brought.shown}")
+    meant = _task(classes)
+    outputs = None if meant is None else meant.outputs
+    arrival = given.opened(brought, size=read_size(size), example=array, outputs=outputs)
+    return _imported(brought, arrival, path, name, progress, task=meant, preprocessing=scaling)
 
 
-def model_file(model: Any) -> Path | None:
-    """The path of a model file that a user named in place of a model; None where it is none."""
-    if isinstance(model, str | os.PathLike) and os.fspath(model).lower().endswith(_SUFFIX):
+def brought_of(model: Any) -> Brought | None:
+    """A model from elsewhere that a user gave in place of a network, with the door that takes it; else None.
+
+    None for the name of a network, a factory, a source, and a bundle. Nothing of the model is run.
+
+    Raises:
+        ModelError: if it is a file that no door takes.
+    """
+    if isinstance(model, Bundle | Source) or model is None:
+        return None
+    if isinstance(model, str | os.PathLike):
         path = read_path(model)
-        return None if path.is_dir() else path
-    return None
+        if (model in REFERENCES and not path.is_dir()) or is_bundle(path):
+            return None
+    from rushhour.models.doors import bring, refuse
+
+    brought = bring(model)
+    if brought is None and isinstance(model, str | os.PathLike) and path.is_file() and path.suffix != ".py":
+        raise refuse(model)
+    return brought
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a user says about a model from elsewhere.
+
+    Attributes:
+        trust: paths of models whose code may run.
+        name: of the model.
+        length: tokens of a text.
+        python: a Python with TensorFlow.
+    """
+
+    trust: str | Sequence[str] = ()
+    name: str | None = None
+    length: int | None = None
+    python: Path | None = None
+
+    def opened(
+        self,
+        brought: Brought,
+        *,
+        size: tuple[int, int] | None = None,
+        example: NDArray[Any] | None = None,
+        outputs: int | None = None,
+    ) -> Arrival:
+        """The model as a graph.
+
+        Raises:
+            RushhourError: as `rushhour.models.doors.Door.open`.
+        """
+        allowed = {os.path.realpath(os.path.expanduser(each)) for each in read_texts(self.trust)}
+        return brought.open(
+            trusted=isinstance(brought.model, Path) and os.path.realpath(brought.model) in allowed,
+            name=self.name,
+            size=size,
+            length=self.length,
+            python=self.python,
+            example=example,
+            outputs=outputs,
+        )
 
 
 def imported_for(
-    file: Path,
+    brought: Brought,
     data: Data,
     out: Path,
     progress: Progress,
@@ -168,39 +245,87 @@ def imported_for(
     skip_corrupt: bool,
     size: str | tuple[int, int] | None,
     task: Literal["classification", "regression"] | None,
-    name: str | None = None,
+    known: Known | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[ImportResult, Dataset]:
-    """The bundle of a model file, for data, and the data scaled as the model needs it.
+    """The bundle of a model from elsewhere, for data, and the data scaled as the model needs it.
 
     Args:
-        file: an ONNX file.
+        brought: the model.
         data: as of `load_data`.
         out: the bundle's folder.
         progress: hears of it.
         skip_corrupt: as of `load_data`.
         size: as of `load_data`; by default that of the model's input, where it takes pictures.
         task: as of `load_data`.
-        name: of the model.
-        preprocessing: how pixels are scaled; by default the usual way that is most accurate on the data.
+        known: what the user said.
+        preprocessing: how pixels are scaled; by default as the model says, or the usual way that is most accurate on
+            the data.
 
     Raises:
         RushhourError: as `import_model`.
     """
-    from rushhour.models.importing import Given, import_onnx, input_of, picture_size
+    from rushhour.models.importing import input_of, picture_size
 
-    spec = input_of(file)
-    if size is None and isinstance(data, str | os.PathLike) and read_path(data).is_dir():
-        size = picture_size(spec)
+    known, arrival, sides = known or Known(), None, read_size(size)
+    if not brought.door.needs_example:
+        progress.start(f"Reading {brought.shown}")
+        arrival = known.opened(brought, size=sides)
+        if size is None and isinstance(data, str | os.PathLike) and read_path(data).is_dir():
+            size = picture_size(input_of(arrival, brought.shown))
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size, task=task)
-    given = Given(dataset.train.inputs, dataset.train.targets, dataset.preprocessing)
-    progress.start(f"Importing {file.name}")
-    bundle, understood = import_onnx(file, out, task=dataset.task, preprocessing=preprocessing, given=given, name=name)
-    progress.done(_outcome(understood), good=not understood.why_untrainable)
+    progress.start(f"Importing {brought.shown}")
+    if arrival is None:
+        arrival = known.opened(brought, size=sides, example=_as_network_takes(dataset), outputs=dataset.task.outputs)
+    result = _imported(
+        brought, arrival, out, known.name, progress, task=dataset.task, preprocessing=preprocessing, dataset=dataset
+    )
+    understood = result.understood
     if understood.preprocessing != Preprocessing() and preprocessing is None:
         progress.note(f"samples are scaled: {understood.preprocessing_from}")
-    own = bundle.manifest.preprocessing
-    return ImportResult(bundle, understood), dataclasses.replace(dataset, preprocessing=own)
+    own = result.bundle.manifest.preprocessing
+    return result, dataclasses.replace(dataset, preprocessing=own)
+
+
+def _imported(
+    brought: Brought,
+    arrival: Arrival,
+    out: Path,
+    name: str | None,
+    progress: Progress,
+    *,
+    task: Task | None,
+    preprocessing: Preprocessing | None,
+    dataset: Dataset | None = None,
+) -> ImportResult:
+    from rushhour.models.importing import Given, import_arrival
+
+    given = None
+    if dataset is not None:
+        given = Given(dataset.train.inputs, dataset.train.targets, dataset.preprocessing)
+    bundle, understood = import_arrival(
+        arrival, out, shown=brought.shown, name=name or brought.name, task=task, preprocessing=preprocessing,
+        given=given,
+    )  # fmt: skip
+    progress.done(_outcome(understood), good=not understood.why_untrainable)
+    return ImportResult(bundle, understood)
+
+
+def _as_network_takes(dataset: Dataset) -> NDArray[Any]:
+    """A few samples in torch's layout."""
+    import torch
+
+    from rushhour.models import Preprocess
+
+    samples = dataset.train.inputs[:_EXAMPLES]
+    if samples.dtype.names:
+        raise DataError(
+            "cannot import a network with several inputs from an object",
+            "its samples are columns by name, and a module takes them by place",
+            "export it to ONNX, and import that file",
+        )
+    taken: NDArray[Any] = Preprocess(dataset.preprocessing)(torch.from_numpy(samples)).contiguous().numpy()
+    return taken
 
 
 def _outcome(understood: Understood) -> str:

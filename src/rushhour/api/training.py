@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rushhour.api.importing import imported_for, model_file
+from rushhour.api.importing import Known, brought_of, imported_for
 from rushhour.api.inputs import REFERENCES, load_data, read_logs, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
 from rushhour.api.values import StrPath, check_choice, check_name, read_path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rushhour.api.inputs import Data
     from rushhour.data import Dataset
     from rushhour.data.augment import Augmentation
+    from rushhour.models.doors import Brought
     from rushhour.train import ParallelSettings
     from rushhour.train.search import SearchResult
 
@@ -97,6 +98,7 @@ def train(
     task: Literal["classification", "regression"] | None = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
+    trust: str | Sequence[str] = (),
     name: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -112,8 +114,8 @@ def train(
     Args:
         model: `article`, `residual` or `mlp` (the reference networks), `module:factory`, or the factory itself: a
             function or class in a module that returns a `torch.nn.Module`. Its parameters `classes` and `input` get the
-            number of outputs and the shape of a sample. An `.onnx` file, or a bundle that was imported from one, is
-            trained further from its own weights, at a tenth of the learning rate.
+            number of outputs and the shape of a sample. A model from elsewhere, as of `rushhour.import_model`, or a
+            bundle that was imported from one, is trained further from its own weights, at a tenth of the learning rate.
         data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, `module:factory`, a
             `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file: `{"x_train": ..., "y_train": ..., ...}`.
         out: the bundle's folder.
@@ -144,6 +146,7 @@ def train(
         task: what whole numbers as targets are: labels of classes, or values.
         size: height and width that pictures of a folder are brought to: `224x224` or `(224, 224)`.
         skip_corrupt: leave out pictures that cannot be read instead of raising.
+        trust: the path of a model from elsewhere, where reading it runs its code.
         name: the model's name, which it keeps through compression and tuning; by default that of the folder `out`.
         force: replace another bundle at `out`, or the checkpoint of another training.
         progress: gets the progress, and notes on what was left out or chosen.
@@ -202,7 +205,8 @@ def train(
         dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
         source, trusted = source_of(read, dataset)
     else:
-        begin, dataset = _begun(begin, data, path, progress, skip_corrupt=skip_corrupt, size=size, task=task)
+        reading: dict[str, Any] = {"skip_corrupt": skip_corrupt, "size": size, "task": task}
+        begin, dataset = _begun(begin, data, path, progress, Known(trust), **reading)
         source, trusted = begin.manifest.source, ()
         name = name or begin.manifest.name
     assert isinstance(source, Source)
@@ -244,15 +248,15 @@ def train(
     return TrainResult(bundle, folder, search=found)
 
 
-def _imported(model: Any) -> Path | Bundle | None:
-    """A model file, or a bundle that was imported from one; None where the model is something else.
+def _imported(model: Any) -> Brought | Bundle | None:
+    """A model from elsewhere, or a bundle that was imported from one; None where the model is something else.
 
     Raises:
         ModelError: if it is another bundle.
         BundleError: if it is a damaged one.
     """
-    if (file := model_file(model)) is not None:
-        return file
+    if (brought := brought_of(model)) is not None:
+        return brought
     if not isinstance(model, Bundle):
         is_place = isinstance(model, str | os.PathLike) and model not in REFERENCES
         if not (is_place and is_bundle(read_path(model))):
@@ -265,19 +269,21 @@ def _imported(model: Any) -> Path | Bundle | None:
     raise ModelError(f"{model} is a bundle", "it is trained already", "name a network: article, module:factory")
 
 
-def _begun(begin: Path | Bundle, data: Data, path: Path, progress: Progress, **reading: Any) -> tuple[Bundle, Dataset]:
+def _begun(
+    begin: Brought | Bundle, data: Data, path: Path, progress: Progress, known: Known, **reading: Any
+) -> tuple[Bundle, Dataset]:
     """The bundle that a training begins with, and the data scaled as it is.
 
     Raises:
-        ModelError: if a model file cannot be trained.
+        ModelError: if a model from elsewhere cannot be trained.
     """
     if isinstance(begin, Bundle):
         dataset = load_data(data, progress, begin, **reading)
         return begin, dataclasses.replace(dataset, preprocessing=begin.manifest.preprocessing)
-    result, dataset = imported_for(begin, data, _place(path), progress, **reading)
+    result, dataset = imported_for(begin, data, _place(path), progress, known=known, **reading)
     if result.understood.why_untrainable:
         raise ModelError(
-            f"cannot train {begin}",
+            f"cannot train {begin.shown}",
             result.understood.why_untrainable,
             "import it to serve it, or name its torch module as module:factory",
         )

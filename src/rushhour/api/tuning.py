@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rushhour.api.importing import imported_for, model_file
+from rushhour.api.importing import Known, brought_of, imported_for
 from rushhour.api.inputs import load_data, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
 from rushhour.api.values import (
@@ -103,8 +103,8 @@ def tune(
         server = rushhour.serve(tuned)
 
     Args:
-        model: a bundle or its folder; an `.onnx` file, which is imported first; or a network to be trained, as of
-            `rushhour.train`.
+        model: a bundle or its folder; a model from elsewhere, as of `rushhour.import_model`, which is imported first;
+            or a network to be trained, as of `rushhour.train`.
         data: as of `rushhour.train`: to train, calibrate and judge with.
         out: the run's folder.
         slo: the latency limit: a percentile, `<` and a time.
@@ -124,7 +124,8 @@ def tune(
         task: as of `rushhour.train`.
         size: as of `rushhour.train`.
         skip_corrupt: as of `rushhour.train`.
-        trust: factories (`module:factory`) that may be imported to build a bundle's network.
+        trust: factories (`module:factory`) that may be imported to build a bundle's network; or the path of a model
+            from elsewhere, where reading it runs its code.
         name: the model's name, under which it is served; by default a bundle's own, or that of the folder `out`.
         cold: ignore what earlier runs on this machine measured (the cost of serving, how far predictions were off, the
             time of a training step). It is only a start: a run's own measurements weigh more.
@@ -152,11 +153,13 @@ def tune(
     check_claim(run)
     settings_of(training)  # errors in them are raised before data is loaded
     read: str | Bundle | Source
-    if (file := model_file(model)) is not None:
+    if (brought := brought_of(model)) is not None:
+        known = Known(trust, name)
         with claimed(run):
             imported, dataset = imported_for(
-                file, data, run / ".imported", progress, size=size, skip_corrupt=skip_corrupt, task=task, name=name
-            )
+                brought, data, run / ".imported", progress,
+                size=size, skip_corrupt=skip_corrupt, task=task, known=known,
+            )  # fmt: skip
         read = imported.bundle
     else:
         read = read_model(model)

@@ -1,4 +1,4 @@
-"""`rushhour import`: a model file becomes a bundle, and what was understood of it is shown."""
+"""`rushhour import`: a model from elsewhere becomes a bundle, and what was understood of it is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from rushhour.cli.command import Command, option
-from rushhour.cli.options import force_option, name_option, optional_data_options
+from rushhour.cli.options import force_option, name_option, optional_data_options, trust_option
 from rushhour.cli.places import Place
 from rushhour.cli.results import json_option, write_json
 from rushhour.cli.terminal import TerminalProgress, result_console
@@ -18,7 +18,7 @@ from rushhour.system.storage import try_building
 _SCALING = "Preprocessing"
 
 
-@click.command("import", cls=Command, short_help="Make a bundle of a model file: ONNX.")
+@click.command("import", cls=Command, short_help="Make a bundle of a model from elsewhere.")
 @click.argument("model", type=Place())
 @option("--out", required=True, type=Place(try_building), metavar="BUNDLE", help="The bundle's folder.")
 @option(
@@ -31,6 +31,19 @@ _SCALING = "Preprocessing"
 )
 @option("--mean", metavar="LIST", section=_SCALING, help="Subtract this from each channel: 0.485,0.456,0.406.")
 @option("--std", metavar="LIST", section=_SCALING, help="Divide each channel by this: 0.229,0.224,0.225.")
+@option(
+    "--length",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="Tokens of a text, for a network that takes any number.",
+)
+@option(
+    "--tensorflow-python",
+    type=Place(),
+    metavar="PYTHON",
+    help="A Python with TensorFlow and tf2onnx, for models that only these can read.",
+)
+@trust_option
 @name_option
 @force_option
 @json_option
@@ -38,9 +51,10 @@ _SCALING = "Preprocessing"
 def command(model: Path, json_file: Path | None, **options: Any) -> None:
     """Make a bundle of MODEL, an .onnx file, and show what was understood: inputs, layout, task, scaling, operators.
 
-    The torch network is rebuilt from the graph with the weights of the file, and its answers are compared with ONNX
-    Runtime's; then train (from these weights), compress and tune take BUNDLE as any other. What cannot be trained is
-    said with its reason, and can still be served and made int8. Nothing in the file is run.
+    MODEL becomes an ONNX graph, whose answers are compared with its own. The torch network is rebuilt from the graph
+    with its weights; then train (from these weights), compress and tune take BUNDLE as any other, and take MODEL itself
+    too. What cannot be trained is said with its reason, and can still be served and made int8. No code of MODEL is run
+    without --trust.
 
     \b
     Examples:

@@ -51,7 +51,8 @@ trust_option = option(
     "--trust",
     multiple=True,
     metavar="MODULE:FACTORY",
-    help="A factory of yours that may be imported to build a bundle's network. May be repeated.",
+    help="A factory of yours that may be imported to build a bundle's network, or the path of a model file whose code "
+    "may run. May be repeated.",
 )
 
 

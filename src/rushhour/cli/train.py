@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rushhour.cli.command import Command, option, options
-from rushhour.cli.options import data_options, force_option, name_option, training_options
+from rushhour.cli.options import data_options, force_option, name_option, training_options, trust_option
 from rushhour.cli.places import Named, Place
 from rushhour.cli.quantities import size_text
 from rushhour.cli.results import json_option, write_json
@@ -97,6 +97,7 @@ _tracking_options = options(
 @option("--out", required=True, type=Place(try_building), metavar="BUNDLE", help="The bundle's folder.")
 @name_option
 @force_option
+@trust_option
 @json_option
 @data_options
 @training_options

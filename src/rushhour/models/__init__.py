@@ -7,9 +7,10 @@ into that and its outputs into the task's answer.
 from rushhour.models.article import article
 from rushhour.models.converted import converted
 from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
+from rushhour.models.doors import bring
 from rushhour.models.fits import check_fits
 from rushhour.models.imported import from_onnx
-from rushhour.models.importing import import_onnx, is_imported
+from rushhour.models.importing import import_arrival, import_onnx, is_imported
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
 from rushhour.models.reshape import split_dense
@@ -23,12 +24,14 @@ __all__ = [
     "Preprocess",
     "Structure",
     "article",
+    "bring",
     "build",
     "check_fits",
     "code_of",
     "converted",
     "export",
     "from_onnx",
+    "import_arrival",
     "import_onnx",
     "is_imported",
     "load_deployed",

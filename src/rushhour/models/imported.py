@@ -41,18 +41,45 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
         TaskError: if the first output does not fit the task.
         StorageError: if the disk does not take it.
     """
-    graph = read_onnx(file)
-    signature = signature_of(graph, file)
-    task.check_output(signature.outputs[0].shape, file.stem)
+    step = Step("import", {"format": "onnx"})
+    return from_graph(read_onnx(file), name_for(file), task, out, step=step, samples=samples, shown=str(file))
+
+
+def from_graph(
+    graph: onnx.ModelProto,
+    name: str,
+    task: Task,
+    out: Path,
+    *,
+    step: Step,
+    samples: NDArray[Any] | None = None,
+    shown: str = "",
+) -> Bundle:
+    """The bundle of a graph in memory; see `from_onnx`.
+
+    Args:
+        graph: as of `read_onnx`. What tools record about its origin is removed from it.
+        name: of the bundle.
+        task: as of `from_onnx`.
+        out: as of `from_onnx`.
+        step: the first of its lineage.
+        samples: as of `from_onnx`.
+        shown: names it in messages; `name` by default.
+
+    Raises:
+        RushhourError: as `from_onnx`.
+    """
+    signature = signature_of(graph, shown or name)
+    task.check_output(signature.outputs[0].shape, name)
     strip_origin(graph)
     manifest = Manifest(
-        name=name_for(file),
+        name=name,
         signature=signature,
         task=task,
         preprocessing=Preprocessing(),
         precision="int8" if any(node.op_type in _INT8 for node in graph.graph.node) else "f32",
         parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer),
-        lineage=(Step("import", {"format": "onnx"}),),
+        lineage=(step,),
     )
     carried = None
     if samples is not None:
@@ -66,8 +93,12 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
     return Bundle.create(out, manifest, model, samples=carried)
 
 
-def signature_of(graph: onnx.ModelProto, file: Path) -> Signature:
+def signature_of(graph: onnx.ModelProto, file: Path | str) -> Signature:
     """The inputs and outputs of a graph, without the batch.
+
+    Args:
+        graph: any.
+        file: names it in messages.
 
     Raises:
         ModelError: if a batch is fixed, another size is not, or a type is none that the protocol carries.
@@ -84,7 +115,7 @@ def name_for(file: Path) -> str:
     return "".join(c if c.isalnum() else "-" for c in file.stem).strip("-").lower()[:64] or "model"
 
 
-def _spec(value: onnx.ValueInfoProto, file: Path) -> TensorSpec:
+def _spec(value: onnx.ValueInfoProto, file: Path | str) -> TensorSpec:
     tensor = value.type.tensor_type
     batch, *shape = tensor.shape.dim or [onnx.TensorShapeProto.Dimension(dim_value=1)]
     if batch.dim_value:

@@ -1,4 +1,4 @@
-"""A model file from elsewhere becomes a bundle that can be trained, pruned, factorised and distilled.
+"""A model from elsewhere becomes a bundle that can be trained, pruned, factorised and distilled.
 
 Its torch network is rebuilt from the ONNX graph and has its weights. Where that is not possible the bundle has the
 graph as it is, and `Understood.why_untrainable` says what stands in the way.
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec
 from rushhour.errors import DataError, ModelError, TaskError
-from rushhour.models.converted import Converted, NotTrainable, convert, read_onnx, verify
+from rushhour.models.converted import Converted, NotTrainable, convert, verify
 from rushhour.models.deployed import Deployed, export
-from rushhour.models.imported import from_onnx, name_for, signature_of
+from rushhour.models.doors import Arrival, Brought, verify_arrival
+from rushhour.models.doors.onnx_graph import OnnxDoor
+from rushhour.models.imported import from_graph, signature_of
 from rushhour.task import Task
 
 FACTORY: Final = "rushhour.models:converted"
@@ -33,10 +35,12 @@ _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Understood(msgspec.Struct, frozen=True):
-    """What was understood of a model file.
+    """What was understood of a model.
 
     Attributes:
-        file: its path.
+        file: its path, or what kind of object it was.
+        format: a word: `onnx`, `keras`.
+        origin: what it was, for people; empty where the graph says it itself.
         opset: the version of its operators.
         producer: what wrote it.
         signature: its inputs and outputs.
@@ -51,9 +55,12 @@ class Understood(msgspec.Struct, frozen=True):
         notes: what was joined, folded or left out.
         why_untrainable: empty where it can be trained.
         difference: between the answers of network and graph, at most, as a share of the largest.
+        from_original: the same between graph and original; None where the graph is the original.
     """
 
     file: str
+    format: str
+    origin: str
     opset: int
     producer: str
     signature: Signature
@@ -68,6 +75,7 @@ class Understood(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
     why_untrainable: str
     difference: float
+    from_original: float | None = None
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -84,13 +92,13 @@ class Given(msgspec.Struct, frozen=True):
     preprocessing: Preprocessing
 
 
-def input_of(file: Path) -> TensorSpec:
-    """The first input of a model file.
+def input_of(arrival: Arrival, name: str) -> TensorSpec:
+    """The first input of a model.
 
     Raises:
-        ModelError: if it cannot be read or served.
+        ModelError: if it cannot be served.
     """
-    return signature_of(read_onnx(file), file).inputs[0]
+    return signature_of(arrival.graph, name).inputs[0]
 
 
 def picture_size(spec: TensorSpec) -> tuple[int, int] | None:
@@ -115,50 +123,79 @@ def import_onnx(
     given: Given | None = None,
     name: str | None = None,
 ) -> tuple[Bundle, Understood]:
-    """The bundle of an ONNX file, with a torch network where its graph can be converted.
+    """The bundle of an ONNX file; see `import_arrival`."""
+    brought = Brought(file, OnnxDoor())
+    return import_arrival(
+        brought.open(), out, shown=brought.shown, name=name or brought.name, task=task, preprocessing=preprocessing,
+        given=given,
+    )  # fmt: skip
+
+
+def import_arrival(
+    arrival: Arrival,
+    out: Path,
+    *,
+    shown: str,
+    name: str,
+    task: Task | None = None,
+    preprocessing: Preprocessing | None = None,
+    given: Given | None = None,
+) -> tuple[Bundle, Understood]:
+    """The bundle of a model that came through a door, with a torch network where its graph can be converted.
 
     Args:
-        file: weights inside or beside it.
+        arrival: its graph is changed.
         out: the bundle's folder; an older one is replaced.
-        task: what its first output means; by default read off the graph: classes where it ends in a softmax.
-        preprocessing: of samples on the wire; by default, of pictures in `given` the usual scaling with which the model
-            is most accurate on them; else none.
+        shown: names it for people: its path.
+        name: of the bundle.
+        task: what its first output means; by default as the model says, or read off the graph: classes where it ends
+            in a softmax.
+        preprocessing: of samples on the wire; by default as the model says for pixels, or, of pictures in `given`, the
+            usual scaling with which the model is most accurate on them; else none.
         given: data for it.
-        name: of the model; by default that of the file.
 
     Raises:
-        ModelError: if the file cannot be read or served.
+        ModelError: if it cannot be served, or its graph does not answer as it does.
         TaskError: if its answers do not fit the task.
         DataError: if samples do not fit its input.
         StorageError: if the disk does not take it.
     """
-    model = read_onnx(file)
-    signature = signature_of(model, file)
-    name = name or name_for(file)
+    model = arrival.graph
+    signature = signature_of(model, shown)
+    asked = preprocessing
+    if asked is None and (given is None or given.samples.dtype == np.uint8):
+        preprocessing = arrival.preprocessing
+    from_original = verify_arrival(arrival, name, _as_given(given, signature))
     converted, why, difference = _converted(model, signature, name)
-    wanted, task_from = (task, "given") if task is not None else _task(model, signature)
+    wanted, task_from = _task(model, signature) if arrival.task is None else (arrival.task, arrival.task_from)
+    wanted, task_from = (wanted, task_from) if task is None else (task, "given")
     wanted.check_output(_flat(signature.outputs[0].shape), name)
     if converted is not None and converted.gives_logits and wanted.kind != "classification":
         converted = convert(model, name)
     scaled, scaled_from = preprocessing or Preprocessing(), "given" if preprocessing is not None else "none"
     bundle: Bundle | None = None
+    step = _step(arrival)
     if converted is not None:
         try:
             spec, scaled, scaled_from = _on_the_wire(converted, signature, wanted, preprocessing, given, name)
-            bundle = _sealed(converted, name, model, wanted, spec, scaled, given, out)
+            bundle = _sealed(converted, name, step, wanted, spec, scaled, given, out)
         except (ModelError, TaskError) as error:
             why = f"{error.what}: {error.why}"
             scaled, scaled_from = Preprocessing(), "none"
     if bundle is None:
         samples = given.samples[:_SAMPLES] if given is not None and _fits(given.samples, signature) else None
-        bundle = from_onnx(file, wanted, out, samples=samples)
-    notes = () if converted is None else converted.notes
+        bundle = from_graph(model, name, wanted, out, step=step, samples=samples, shown=shown)
+    if scaled_from == "given" and asked is None:
+        scaled_from = arrival.preprocessing_from
+    notes = arrival.notes if converted is None else (*arrival.notes, *converted.notes)
     if converted is not None and converted.gives_logits:
         notes = (*notes, "the softmax at the end is left out in training, and is a part of the served graph")
     return bundle, Understood(
-        file=str(file),
+        file=shown,
+        format=arrival.format,
+        origin=arrival.origin,
         opset=next((each.version for each in model.opset_import if not each.domain), 0),
-        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        producer=_producer(model),
         signature=signature,
         layout=layout_of(signature.inputs[0]),
         task=wanted,
@@ -171,7 +208,28 @@ def import_onnx(
         notes=notes,
         why_untrainable=why,
         difference=difference,
+        from_original=from_original,
     )
+
+
+def _as_given(given: Given | None, signature: Signature) -> dict[str, NDArray[Any]] | None:
+    """Real samples as the graph takes them; None where they are scaled or laid out otherwise on the wire."""
+    if given is None or given.samples.dtype.names or not _fits(given.samples, signature):
+        return None
+    return {signature.inputs[0].name: given.samples[:_SAMPLES]}
+
+
+def _producer(model: onnx.ModelProto) -> str:
+    return f"{model.producer_name} {model.producer_version}".strip()
+
+
+def _step(arrival: Arrival) -> Step:
+    """The first step of a bundle's lineage."""
+    weights = sum(int(np.prod(tensor.dims)) for tensor in arrival.graph.graph.initializer)
+    settings: dict[str, int | float | str | bool] = {"format": arrival.format, "weights": weights}
+    if producer := arrival.origin or _producer(arrival.graph):
+        settings["producer"] = producer
+    return Step("import", settings)
 
 
 def _converted(model: onnx.ModelProto, signature: Signature, name: str) -> tuple[Converted | None, str, float]:
@@ -222,6 +280,9 @@ def _on_the_wire(
     """One sample as requests carry it, and what is done to it before the network."""
     (spec,) = signature.inputs
     if given is None:
+        if preprocessing is not None and preprocessing.layout == "NHWC->NCHW":
+            channels, *sides = spec.shape
+            spec = TensorSpec(spec.name, "uint8", (*sides, channels))
         return spec, preprocessing or Preprocessing(), "none" if preprocessing is None else "given"
     shape, dtype = given.samples.shape[1:], given.samples.dtype.name
     layout = _layout(spec, shape, name)
@@ -283,7 +344,7 @@ def _usual(converted: Converted, task: Task, given: Given, plain: Preprocessing)
 def _sealed(
     converted: Converted,
     name: str,
-    model: onnx.ModelProto,
+    step: Step,
     task: Task,
     spec: TensorSpec,
     preprocessing: Preprocessing,
@@ -291,9 +352,6 @@ def _sealed(
     out: Path,
 ) -> Bundle:
     samples = _noise(spec, converted) if given is None else np.ascontiguousarray(given.samples[:_SAMPLES])
-    settings: dict[str, int | float | str | bool] = {"format": "onnx", "weights": _weights(model)}
-    if model.producer_name:
-        settings["producer"] = f"{model.producer_name} {model.producer_version}".strip()
     return export(
         converted.network(),
         name=name,
@@ -301,14 +359,10 @@ def _sealed(
         sample_spec=spec,
         preprocessing=preprocessing,
         source=Source(FACTORY, {"program": converted.program.to_text()}),
-        lineage=(Step("import", settings),),
+        lineage=(step,),
         samples=samples,
         path=out,
     )
-
-
-def _weights(model: onnx.ModelProto) -> int:
-    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
 
 
 def _noise(spec: TensorSpec, converted: Converted) -> NDArray[Any]:

@@ -159,7 +159,7 @@ def build(source: Source, trusted: tuple[str, ...] = ()) -> nn.Module:
             f"it returned a {type(network).__name__}, not a torch.nn.Module",
             "name a callable that returns a torch.nn.Module",
         )
-    network = _plain(network)
+    network = plain_network(network)
     _check_kind(network, source.factory)
     make_contiguous(network)
     if isinstance(source.reshape, Reshape):
@@ -181,7 +181,7 @@ def _undisturbed() -> Iterator[None]:
             torch.set_default_device(device)
 
 
-def _plain(network: nn.Module) -> nn.Module:
+def plain_network(network: nn.Module) -> nn.Module:
     """A network without wrappers that change where or how it runs, and not what it computes.
 
     `torch.compile` would compile each copy of it again, for each number of samples and both modes: minutes.
@@ -193,7 +193,7 @@ def _plain(network: nn.Module) -> nn.Module:
             module._compiled_call_impl = None
         for name, child in list(module.named_children()):
             if _wrapped(child) is not None:
-                setattr(module, name, _plain(child))
+                setattr(module, name, plain_network(child))
     return network
 
 

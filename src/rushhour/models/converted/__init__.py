@@ -11,7 +11,7 @@ functions of `functions`.
 
 from rushhour.models.converted.conversion import Converted, NotTrainable, convert
 from rushhour.models.converted.program import Program, converted, network_of
-from rushhour.models.converted.reading import MOST_NODES, read_onnx
+from rushhour.models.converted.reading import MOST_NODES, checked_onnx, read_onnx
 from rushhour.models.converted.verification import verify
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Converted",
     "NotTrainable",
     "Program",
+    "checked_onnx",
     "convert",
     "converted",
     "network_of",

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 
@@ -43,30 +43,61 @@ def read_onnx(file: Path) -> onnx.ModelProto:
             raise _Refused(f"it is larger than {_LARGEST_BYTES / 1e9:.1f} GB")
         model = onnx.ModelProto()
         model.ParseFromString(file.read_bytes())
-        if not model.HasField("graph"):
-            raise _Refused("it has no graph")
-        _check_count(model)
-        _load_tensors(model, file.absolute().parent, size)
-        onnx.checker.check_model(model)
-        model = onnx.inliner.inline_local_functions(model)
+        return _checked(model, file.absolute().parent, size)
     except DecodeError as error:
         raise _unreadable(file, "it is no ONNX file, or was cut short") from error
     except _Refused as error:
         raise _unreadable(file, str(error)) from error
     except OSError as error:
         raise _unreadable(file, error.strerror or str(error)) from error
+
+
+def checked_onnx(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """A model in memory, checked as one of a file; the given one is not changed.
+
+    Args:
+        model: with all its weights.
+        name: for messages.
+
+    Raises:
+        ModelError: as `read_onnx`, and if its weights are in files, whose folder it does not know.
+    """
+    try:
+        try:
+            size = model.ByteSize()
+        except (EncodeError, ValueError):  # protobuf counts up to 2 GiB
+            size = _LARGEST_BYTES + 1
+        if size > _LARGEST_BYTES:
+            raise _Refused(f"it is larger than {_LARGEST_BYTES / 1e9:.1f} GB")
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        return _checked(copied, None, size)
+    except _Refused as error:
+        raise _unreadable(name, str(error)) from error
+
+
+def _checked(model: onnx.ModelProto, folder: Path | None, size: int) -> onnx.ModelProto:
+    """The model with its weights, and with its functions inlined."""
+    try:
+        if not model.HasField("graph"):
+            raise _Refused("it has no graph")
+        _check_count(model)
+        _load_tensors(model, folder, size)
+        onnx.checker.check_model(model)
+        return onnx.inliner.inline_local_functions(model)
+    except (_Refused, OSError):
+        raise
     except Exception as error:  # onnx's checker and inliner raise errors of their own kinds
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise _unreadable(file, (lines or [type(error).__name__])[0]) from error
-    return model
+        raise _Refused((lines or [type(error).__name__])[0]) from error
 
 
 class _Refused(Exception):
     """Why a file is refused."""
 
 
-def _unreadable(file: Path, why: str) -> ModelError:
-    return ModelError(f"cannot read the model {file}", why, "check that it is a whole ONNX file")
+def _unreadable(model: Path | str, why: str) -> ModelError:
+    return ModelError(f"cannot read the model {model}", why, "check that it is a whole ONNX model")
 
 
 def _check_count(model: onnx.ModelProto) -> None:
@@ -122,7 +153,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
             pending += _graphs(attribute)
 
 
-def _load_tensors(model: onnx.ModelProto, folder: Path, size: int) -> None:
+def _load_tensors(model: onnx.ModelProto, folder: Path | None, size: int) -> None:
     """Read the weights that are in other files, and raise unless every tensor has the data that its shape needs."""
     names = Counter(tensor.name for tensor in model.graph.initializer)
     for name, times in names.items():
@@ -134,6 +165,8 @@ def _load_tensors(model: onnx.ModelProto, folder: Path, size: int) -> None:
         if size > 2 * _LARGEST_BYTES:
             raise _Refused(f"its weights take more than {_LARGEST_BYTES / 1e9:.1f} GB")
         if tensor.data_location == TensorProto.EXTERNAL:
+            if folder is None:
+                raise _Refused(f"its tensor {tensor.name} is in a file: load it with its weights, or name the file")
             _check_place(tensor, folder, wanted)
             load_external_data_for_tensor(tensor, str(folder))
             tensor.data_location = TensorProto.DEFAULT

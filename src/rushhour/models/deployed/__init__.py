@@ -1,6 +1,6 @@
 """A network as it is served, in torch, and its way to a bundle and back."""
 
-from rushhour.models.deployed.graph import strip_origin
+from rushhour.models.deployed.graph import exported_graph, graph_of_program, strip_origin
 from rushhour.models.deployed.loading import load_deployed, load_weights
 from rushhour.models.deployed.module import Deployed, Preprocess
 from rushhour.models.deployed.outputs import Meaning, as_logits, main_output, named_outputs
@@ -12,6 +12,8 @@ __all__ = [
     "Preprocess",
     "as_logits",
     "export",
+    "exported_graph",
+    "graph_of_program",
     "load_deployed",
     "load_weights",
     "main_output",

@@ -51,18 +51,62 @@ def graph_of(
     Raises:
         ModelError: if it cannot be exported.
     """
-    deployed = _without_parametrizations(deployed)
     example = tuple(torch.from_numpy(column) for column in columns_of(_batch(samples, 2)))  # 0 and 1 become constants
+    return exported_graph(deployed, example, name, input_names, (output_name,))
+
+
+def exported_graph(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    optimize: bool = True,
+) -> onnx.ModelProto:
+    """The ONNX graph of any module, with a free batch.
+
+    Args:
+        module: in evaluation mode; its `forward` takes `*samples`.
+        example: two samples or more, a tensor for each input.
+        name: of the network, for messages.
+        input_names: in the graph.
+        output_names: in the graph.
+        optimize: join operators; a batch normalisation is put into its convolution then.
+
+    Raises:
+        ModelError: if it cannot be exported.
+    """
+    shapes = (tuple({0: torch.export.Dim("batch")} for _ in example),)
+    return _exported(
+        _without_parametrizations(module), name, input_names, output_names, args=example, dynamic_shapes=shapes,
+        optimize=optimize,
+    )  # fmt: skip
+
+
+def graph_of_program(
+    program: torch.export.ExportedProgram, name: str, input_names: Sequence[str], output_names: Sequence[str]
+) -> onnx.ModelProto:
+    """The ONNX graph of what `torch.export` gave, with the dimensions that are free in it; see `exported_graph`."""
+    return _exported(program, name, input_names, output_names, optimize=False)
+
+
+def _exported(
+    model: nn.Module | torch.export.ExportedProgram,
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    **settings: Any,
+) -> onnx.ModelProto:
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad():
             program = torch.onnx.export(
-                deployed,
-                example,
+                model,
                 dynamo=True,
-                dynamic_shapes=(tuple({0: torch.export.Dim("batch")} for _ in example),),
-                input_names=[name + _ON_THE_WIRE for name in input_names],
-                output_names=[output_name + _ON_THE_WIRE],
+                input_names=[each + _ON_THE_WIRE for each in input_names],
+                output_names=[each + _ON_THE_WIRE for each in output_names],
                 verbose=False,
+                **settings,
             )
         assert program is not None
         graph: onnx.ModelProto = program.model_proto
@@ -73,16 +117,16 @@ def graph_of(
             "use operations that torch.onnx can export, independent of the values and the number of samples",
         ) from error
     strip_origin(graph)
-    _name_tensors(graph.graph, (*input_names, output_name))
+    _name_tensors(graph.graph, (*input_names, *output_names))
     return graph
 
 
-def _without_parametrizations(deployed: Deployed) -> Deployed:
+def _without_parametrizations(network: nn.Module) -> nn.Module:
     """A copy with plain weights in place of computed ones (`torch.nn.utils.parametrize`), which ONNX may not have."""
-    if not any(map(parametrize.is_parametrized, deployed.modules())):
-        return deployed
+    if not any(map(parametrize.is_parametrized, network.modules())):
+        return network
     try:
-        plain = copy.deepcopy(deployed)
+        plain = copy.deepcopy(network)
         with torch.no_grad():
             for module in list(plain.modules()):
                 if parametrize.is_parametrized(module):
@@ -95,7 +139,7 @@ def _without_parametrizations(deployed: Deployed) -> Deployed:
                     for name, value in values.items():
                         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     except Exception:  # a user's network or parametrization may be of any kind: then the computation is exported
-        return deployed
+        return network
     return plain
 
 

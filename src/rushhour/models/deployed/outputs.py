@@ -28,8 +28,8 @@ def as_logits(raw: Any, outputs: int, meaning: Meaning) -> Tensor:
     return out
 
 
-def main_output(raw: Any, outputs: int) -> Tensor:
-    """The main output `(n, outputs)` of all that a network gives.
+def main_output(raw: Any, outputs: int | None) -> Tensor:
+    """The main output `(n, outputs)` of all that a network gives; of any shape where `outputs` is not known.
 
     A network may give several tensors: some do in training only, for auxiliary losses. Of a tuple, list, dictionary or
     dataclass the main output is the one named `logits`, `out`, `output` ..., or else the first of fitting shape.
@@ -40,16 +40,18 @@ def main_output(raw: Any, outputs: int) -> Tensor:
     """
     main, tensors = _main(raw, outputs)
     out = tensors[main]
-    return out.reshape(out.shape[0], outputs) if out.dim() != 2 and _fits(out, outputs) else out
+    if outputs is None or out.dim() == 2 or not _fits(out, outputs):
+        return out
+    return out.reshape(out.shape[0], outputs)
 
 
-def named_outputs(raw: Any, outputs: int) -> tuple[str, tuple[str, ...]]:
+def named_outputs(raw: Any, outputs: int | None) -> tuple[str, tuple[str, ...]]:
     """The name, or else the index, of the main output, and those of all tensors that a network gives."""
     main, tensors = _main(raw, outputs)
     return main, tuple(tensors)
 
 
-def _main(raw: Any, outputs: int) -> tuple[str, dict[str, Tensor]]:
+def _main(raw: Any, outputs: int | None) -> tuple[str, dict[str, Tensor]]:
     tensors = dict(_tensors(raw))
     if not tensors:
         raise ModelError(
@@ -57,7 +59,7 @@ def _main(raw: Any, outputs: int) -> tuple[str, dict[str, Tensor]]:
             "it holds no tensor, and a network answers with one of logits or values",
             "return a tensor",
         )
-    fitting = [name for name, tensor in tensors.items() if _fits(tensor, outputs)]
+    fitting = [name for name, tensor in tensors.items() if outputs is None or _fits(tensor, outputs)]
     named = [name for name in _MAIN if name in fitting]
     return next(iter(named or fitting or tensors)), tensors
 

@@ -1,0 +1,88 @@
+"""Whether the graph of an import answers as its original does, and to each sample independently of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.errors import ModelError, RushhourError
+from rushhour.models.batch_dependence import batch_dependence
+from rushhour.models.doors.door import Answers, Arrival
+from rushhour.models.failure import why_failed
+from rushhour.models.graph_answers import Columns, GraphAnswers, gap, tolerance_of
+
+_BATCHES: Final = (1, 3, 8)
+
+
+def verify_arrival(arrival: Arrival, name: str, samples: Mapping[str, NDArray[Any]] | None = None) -> float | None:
+    """The largest difference between the graph's answers and the original's, as a share of the largest answer.
+
+    Compared at batches of 1, 3 and 8, for normal values, 0 to 1, 0 to 255, and real samples.
+
+    Args:
+        arrival: the graph and its original.
+        name: of the model, for messages.
+        samples: real inputs by name, `(k, *shape)`.
+
+    Returns:
+        None where the graph is the original.
+
+    Raises:
+        ModelError: if they differ by more than rounding, or if the answer to a sample depends on the others of its
+            batch: a server puts requests of several users into one.
+    """
+    graph = GraphAnswers(arrival.graph, name)
+    worst = None
+    if arrival.answers is not None:
+        worst = max(
+            _compared(arrival, arrival.answers, name, columns, graph(columns), f"at batch {batch}, inputs {values}")
+            for batch in _BATCHES
+            for values, columns in graph.drawn(batch, arrival.limits, samples)
+        )
+    drawn = [columns for _, columns in graph.drawn(_BATCHES[-1], arrival.limits, samples)]
+    tolerance = max(arrival.tolerance, tolerance_of(arrival.graph))
+    _check_independence(graph, drawn[0] if samples is None else drawn[-1], tolerance, name)
+    return worst
+
+
+def _compared(
+    arrival: Arrival, original: Answers, name: str, columns: Columns, answers: Sequence[NDArray[Any]], where: str
+) -> float:
+    try:
+        originals = original(columns)
+    except RushhourError:
+        raise
+    except Exception as error:  # any package's code may fail in any way
+        raise ModelError(
+            f"cannot check the import of {name}", f"{where} the original fails: {why_failed(error)}", "check the model"
+        ) from error
+    if len(originals) != len(answers):
+        raise ModelError(
+            f"the graph of {name} is not the model",
+            f"it has {len(answers)} outputs, and the original {len(originals)}",
+            "please report it",
+        )
+    off = max(gap(answer, np.asarray(original)) for answer, original in zip(answers, originals, strict=True))
+    if not off <= arrival.tolerance:
+        raise ModelError(
+            f"the graph of {name} does not answer as the model does",
+            f"{where}, they differ by {off:.2g} of the largest answer, and {arrival.tolerance:.2g} is allowed",
+            "export it to ONNX with the tools of its own framework, and import that file",
+        )
+    return off
+
+
+def _check_independence(graph: GraphAnswers, columns: Columns, tolerance: float, name: str) -> None:
+    """Raise if the answer to a sample depends on the others of its batch."""
+    names = list(columns)
+    for index in range(len(graph(columns))):
+
+        def predict(given: Sequence[NDArray[Any]], index: int = index) -> NDArray[Any]:
+            return np.asarray(graph(dict(zip(names, given, strict=True)))[index])
+
+        dependence = batch_dependence(predict, [columns[each] for each in names], tolerance)
+        if dependence is not None:
+            raise ModelError(f"cannot import {name}", dependence, "remove what mixes samples")
