@@ -39,7 +39,8 @@ def test_the_extras_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def modules(lines: list[str]) -> set[str]:
-        return {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines if not line.startswith("rushhour")}
+        names = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines if not line.startswith("rushhour")}
+        return {{"scikit_learn": "sklearn"}.get(name, name) for name in names}
 
     optional = project["optional-dependencies"]
     for extra, names in EXTRAS.items():

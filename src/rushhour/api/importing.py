@@ -117,7 +117,9 @@ def import_model(
         found.understood.why_untrainable, found.lines
 
     Args:
-        model: an `.onnx` file, with weights inside or beside it, or an `onnx.ModelProto`.
+        model: an `.onnx` file, with weights inside or beside it, or an `onnx.ModelProto`; a `torch.nn.Module`; a `.pt2`
+            file or an `ExportedProgram` of `torch.export`; a fitted estimator of scikit-learn, LightGBM or XGBoost, or
+            its `.joblib` file. A file is recognised by what it holds.
         out: the bundle's folder.
         data: as of `rushhour.train`, that the model is for: gives the names of the classes, real samples, and by its
             labels how pixels have to be scaled.
@@ -274,6 +276,8 @@ def imported_for(
         if size is None and isinstance(data, str | os.PathLike) and read_path(data).is_dir():
             size = picture_size(input_of(arrival, brought.shown))
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size, task=task)
+    if arrival is not None and arrival.task is not None:
+        dataset = dataset.with_classes(arrival.task)
     progress.start(f"Importing {brought.shown}")
     if arrival is None:
         arrival = known.opened(brought, size=sides, example=_as_network_takes(dataset), outputs=dataset.task.outputs)

@@ -145,6 +145,24 @@ class Dataset:
         parts = {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
         return identity.key(fingerprint=self.fingerprint, parts=parts, task=self.task, scaled=self.preprocessing)
 
+    def with_classes(self, task: Task) -> Dataset:
+        """The same data, with labels that are numbers of a model's classes.
+
+        Args:
+            task: of the model. The data stays as it is unless the model knows all of its classes by name.
+        """
+        if task.kind != "classification" or self.task.kind != "classification" or task == self.task:
+            return self
+        if not set(self.task.classes) <= set(task.classes):
+            return self
+        numbers = np.array([task.classes.index(name) for name in self.task.classes], np.int64)
+
+        def renumbered(part: Split) -> Split:
+            return Split(part.inputs, numbers[part.targets]) if part.labelled else part
+
+        train, validation, test = map(renumbered, (self.train, self.validation, self.test))
+        return dataclasses.replace(self, task=task, train=train, validation=validation, test=test)
+
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one sample on the wire."""

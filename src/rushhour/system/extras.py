@@ -3,7 +3,8 @@
 train      networks, data and their training: torch
 compress   pruning and quantisation, and with them tuning; includes train and report
 report     HTML reports and charts
-all        everything above
+tabular    estimators of scikit-learn, LightGBM and XGBoost become models; includes train
+all        train, compress and report
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ EXTRAS: Final = {
     "train": ("torch", "kornia", "onnx", "onnxscript", "optuna", "tensorboard"),
     "compress": ("nncf", "torch_pruning"),
     "report": ("jinja2", "matplotlib"),
+    "tabular": ("sklearn", "joblib", "skl2onnx", "onnxmltools"),
 }
 """Extra -> the modules of its packages."""
-_INCLUDED: Final = {"compress": ("train", "report")}
+_INCLUDED: Final = {"compress": ("train", "report"), "tabular": ("train",)}
 
 
 def require(*extras: str) -> None:

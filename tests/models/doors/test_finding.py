@@ -17,9 +17,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import rushhour
+from rushhour.api.importing import brought_of, imported_for
 from rushhour.errors import ModelError
-from rushhour.models.doors import DOORS, Arrival, Opening, bring, verify_arrival
+from rushhour.models.doors import DOORS, Arrival, Opening, bring, finding, verify_arrival
 from rushhour.models.doors.onnx_graph import OnnxDoor
+from rushhour.progress import Silent
+from rushhour.task import Task
 from rushhour.testing.bundles import tiny_bundle
 
 node = helper.make_node
@@ -149,3 +152,38 @@ def test_an_onnx_object_becomes_a_bundle_and_stays_as_it_is(tmp_path: Path) -> N
         rushhour.import_model(given, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert torch.is_grad_enabled()
+
+
+class Labelled:
+    """A model that knows the names of its classes."""
+
+
+class LabelledDoor:
+    """Takes it."""
+
+    takes, needs_example = "a labelled model", False
+
+    def recognises(self, model: Any) -> bool:
+        return isinstance(model, Labelled)
+
+    def open(self, model: Any, opening: Opening) -> Arrival:
+        weight = np.zeros((4, 4), np.float32)
+        weight[:, 1] = 1
+        graph = globals()["model"](node("MatMul", ["x", "w"], ["y"]), w=weight)
+        task = Task.classification(("zebra", "bird", "cat", "dog"))
+        return Arrival("labelled", graph, "labelled", task=task, task_from="its labels")
+
+
+def test_labels_are_numbered_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "DOORS", (LabelledDoor(),))
+    x = np.random.default_rng(0).random((60, 4)).astype(np.float32)
+    y = np.where(x[:, 0] > 0.2, "bird", "cat")
+    alone = rushhour.import_model(Labelled(), out=tmp_path / "alone").understood
+    assert (alone.task.classes[0], alone.task_from) == ("zebra", "its labels")
+    brought = brought_of(Labelled())
+    assert brought is not None
+    reading: dict[str, Any] = {"skip_corrupt": False, "size": None, "task": None}
+    found, dataset = imported_for(brought, (x, y), tmp_path / "out", Silent(), **reading)
+    assert found.bundle.manifest.task == dataset.task == alone.task
+    assert set(dataset.train.targets.tolist()) == {1, 2}
+    assert (dataset.train.targets == np.where(dataset.train.inputs[:, 0] > 0.2, 1, 2)).all()

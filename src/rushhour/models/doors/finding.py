@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, Final
 
+from rushhour.bundle import is_bundle
 from rushhour.errors import ModelError
 from rushhour.models.doors.door import Arrival, Door, Opening
 from rushhour.models.doors.onnx_graph import OnnxDoor
+from rushhour.models.doors.tabular import TabularDoor
 from rushhour.models.doors.torch_module import TorchModuleDoor
 from rushhour.models.doors.torch_program import TorchProgramDoor
 from rushhour.models.imported import name_for
 
-DOORS: Final[tuple[Door, ...]] = (OnnxDoor(), TorchProgramDoor(), TorchModuleDoor())
+DOORS: Final[tuple[Door, ...]] = (OnnxDoor(), TorchProgramDoor(), TabularDoor(), TorchModuleDoor())
 """In the order in which they are asked: the narrower kind before the wider one."""
 
 
@@ -77,9 +80,28 @@ def bring(model: Any) -> Brought | None:
 
 def refuse(model: Any) -> ModelError:
     """The error of a model that no door takes."""
-    what = f"a {type(model).__name__}"
-    why = f"no door takes {what}"
-    if isinstance(model, str | os.PathLike):
-        what = os.fspath(model) if isinstance(os.fspath(model), str) else repr(model)
-        why = "what it holds is no model that can be read" if os.path.exists(what) else "there is nothing of that name"
-    return ModelError(f"cannot import {what}", why, f"give {', '.join(door.takes for door in DOORS)}")
+    fix = f"give {', or '.join(door.takes for door in DOORS)}"
+    if not isinstance(model, str | os.PathLike):
+        what = f"a {type(model).__name__}"
+        return ModelError(f"cannot import {what}", f"no door takes {what}", fix)
+    path = Path(os.path.expanduser(os.fspath(model)))
+    if not path.exists():
+        return ModelError(f"cannot import {path}", "there is nothing of that name", fix)
+    if is_bundle(path):
+        return ModelError(f"cannot import {path}", "it is a bundle already", "use it as it is")
+    if _is_saved_by_torch(path):
+        return ModelError(
+            f"cannot import {path}",
+            "it is a pickle of torch.save, which holds weights or objects, but not how a network computes",
+            "load it in a function that returns the network, and name that as module:factory",
+        )
+    return ModelError(f"cannot import {path}", "what it holds is no model that can be read", fix)
+
+
+def _is_saved_by_torch(path: Path) -> bool:
+    """Whether a file is an archive of `torch.save`, or TorchScript."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
