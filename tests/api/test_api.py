@@ -293,6 +293,7 @@ def test_durations_that_cannot_be(value: str | float) -> None:
         read_seconds(value)
 
 
+@pytest.mark.slow
 def test_a_single_text_is_not_taken_for_its_letters(trained: TrainResult, rows: Arrays, tmp_path: Path) -> None:
     assert read_texts("nets:small") == ("nets:small",)
     assert read_texts(["a", "b"]) == ("a", "b")
@@ -382,6 +383,7 @@ def test_what_a_server_cannot_do_is_an_error(tiny: Bundle, served: Server, tmp_p
         assert server.model == "other"
 
 
+@pytest.mark.slow
 def test_load_gives_a_verdict(served: Server, capfd: pytest.CaptureFixture[str]) -> None:
     windows: list[Measurement] = []
     ticks: list[Any] = []

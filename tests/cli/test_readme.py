@@ -124,7 +124,7 @@ def test_the_notebook_example_runs(tmp_path: Path) -> None:
     code = code.replace('"8m"', '"15s"').replace('"10s"', '"2s"')
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=390)
     assert done.returncode == 0, done.stderr
-    assert " late" in done.stdout
+    assert " late" in done.stdout or "void" in done.stdout, "a verdict, or that the machine was too busy for one"
 
 
 def test_a_file_from_elsewhere_becomes_a_bundle_as_it_stands(

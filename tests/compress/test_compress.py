@@ -129,6 +129,7 @@ def test_the_same_work_is_returned_and_other_work_replaces_it(parent: Bundle, sm
     assert Bundle.open(out).manifest == other.manifest
 
 
+@pytest.mark.slow
 def test_it_is_silent_and_reports_to_nobody(parent: Bundle, tmp_path: Path) -> None:
     code = (
         "import sys, os, pathlib; sys.path.insert(0, 'tests/compress'); import test_compress as t; "

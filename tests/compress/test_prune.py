@@ -445,6 +445,7 @@ def test_a_step_that_can_do_nothing_leaves_the_others_to_be_done(head: Bundle, t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_default_recipes_of_a_mobile_network_end_well(tmp_path: Path) -> None:
     """The first one that pruned ended all, and threw a finished int8 away."""
     parent, data = bundle_of("mobile", tmp_path / "parent"), photographs(240)

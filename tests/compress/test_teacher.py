@@ -106,6 +106,7 @@ class Exploding:
         return pytest.fail, ("it was unpickled",)
 
 
+@pytest.mark.slow
 def test_all_rungs_and_students_learn_from_the_same_answers(parent: Bundle, tmp_path: Path) -> None:
     data, heard, store = pictures(), Heard(), Store(tmp_path)
     rungs = Recipe((Distil(1, batch=32, share=0.5), Distil(1, batch=32)))

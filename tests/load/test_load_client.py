@@ -642,6 +642,7 @@ def test_a_server_that_makes_no_sense_is_one_line(behaviour: dict[str, Any], say
     assert says in done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_leaves_the_windows_before(tmp_path: Path) -> None:
     file, plot = tmp_path / "load.json", tmp_path / "load.html"
     with behaving(close_from=2600) as url:  # enough for a first window that is disturbed and asked again
@@ -702,6 +703,7 @@ def test_a_window_that_is_stopped_is_not_asked_again(monkeypatch: pytest.MonkeyP
                 measure(generator, target, payloads(target), SLO.parse("p99<50ms"), **asked)
 
 
+@pytest.mark.slow
 def test_a_comparison_for_people_and_machines(tmp_path: Path) -> None:
     file = tmp_path / "compare.json"
     options = ["--slo", "p50<50ms", "--rate", "400", "--window", "1s", "--blocks", "2", "--json", str(file)]

@@ -161,6 +161,7 @@ def test_a_recipe_and_the_tuner_take_it(imported: ImportResult, dataset: Dataset
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_file_is_compressed_itself(file: Path, dataset: Dataset, tmp_path: Path) -> None:
     found = rushhour.compress(
         file, dataset, out=tmp_path / "small", recipe="lowrank:0.3,distil:2,int8", max_accuracy_drop="30%"

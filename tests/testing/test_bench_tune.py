@@ -88,6 +88,7 @@ def test_windows_of_a_plan_lie_around_its_capacity(start: float) -> None:
     assert min(rate for rate in rates if rate > 1000) < 1000 * 1.06
 
 
+@pytest.mark.slow
 def test_a_part_that_needs_another_says_so(tmp_path: Path) -> None:
     for part, word in (("3r", "--only 3"), ("5", "--only 1")):
         command = [sys.executable, str(BENCHMARKS / "tune.py"), "--only", part, "--work", str(tmp_path)]

@@ -299,6 +299,7 @@ def test_the_benchmark_of_compression_judges_and_times_shapes(tmp_path: Path) ->
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["fashion", "distil"])
 def test_the_benchmark_of_compression_trains_and_judges(part: str, tmp_path: Path) -> None:
     out = tmp_path / "compress.json"

@@ -212,7 +212,7 @@ def bad() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_training_what_corrupted_memory(workers: int, tmp_path: Path) -> None:
     """Died of a signal before, or hung, where there is AVX2 and no more."""
     code = (

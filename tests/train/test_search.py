@@ -34,6 +34,7 @@ def searched(folder: Path, trials: int, settings: TrainSettings = BASE, **option
     return search(settings=settings, trials=trials, out=folder / "best", work=folder / "work", **options)
 
 
+@pytest.mark.slow
 def test_the_best_of_all_trials_is_sealed(tmp_path: Path) -> None:
     bundle, found = searched(tmp_path, 4)
     assert [tried.number for tried in found.trials] == [0, 1, 2, 3]

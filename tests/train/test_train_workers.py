@@ -331,6 +331,7 @@ def test_workers_do_not_run_the_main_script(tmp_path: Path, monkeypatch: pytest.
     assert main.__file__ == str(tmp_path / "script.py")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_network_s_own_is_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = Source("test_train_workers:stumbles")
     said = r"worker \d of 2 failed: LookupError: no such thing \(test_train_workers.py, line \d+\)"
@@ -417,12 +418,14 @@ def stepping(folder: Path, number: int, steps: list[int]) -> int:
     return starts
 
 
+@pytest.mark.slow
 def test_faults_at_other_steps_end_a_training_too(tmp_path: Path) -> None:
     """Corrupted memory shows at one step or another."""
     with pytest.raises(ModelError, match=r"worker 1 of 2 died of SIGSEGV at step 6, after others at 3, 5, 6: a native"):
         launch(stepping, 2, (tmp_path, int(signal.SIGSEGV), [3, 5, 6, 7]), restarts=5)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_at_other_steps_is_started_again(tmp_path: Path) -> None:
     """As by the kernel when memory is short: that may pass."""
     assert launch(stepping, 2, (tmp_path, int(signal.SIGKILL), [3, 4, 5]), restarts=5) == [3, 3]

@@ -181,6 +181,7 @@ def test_the_time_of_a_step_is_nearer_to_what_was_measured_now(tmp_path: Path, m
     assert slower.learnt == {name: 1.0}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_measured_and_the_next_begins_with_it(
     tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

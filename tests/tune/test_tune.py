@@ -377,6 +377,7 @@ def test_the_fastest_inside_the_budget_wins_and_the_ladder_says_why(
     }, "each layout has its overhead from an open loop too"
 
 
+@pytest.mark.slow
 def test_a_search_killed_again_and_again_asks_nothing_twice_and_finds_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +452,7 @@ def test_who_carries_less_in_the_race_is_beaten_and_who_carries_as_much_ties(
     assert all("1.00x" in trial.why for trial in tied)
 
 
+@pytest.mark.slow
 def test_after_a_tie_the_one_that_looked_better_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that looked 11% better, and was 40% better, was left out: the pairs were used up before that was sure."""
 
@@ -502,6 +504,7 @@ class Watched(Load):
         )
 
 
+@pytest.mark.slow
 def test_a_race_that_is_broken_off_leaves_no_server_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server of a rival that had won a race stayed up."""
     load = Watched()
@@ -574,6 +577,7 @@ def test_the_last_proof_that_the_time_has_room_for_is_tried_where_it_is_sure(
     assert 0.85 < plan.evidence.capacity_rps / CAPACITY["int8/openvino"] <= 0.92
 
 
+@pytest.mark.slow
 def test_a_winner_that_cannot_be_confirmed_gives_way_to_the_runner_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -716,6 +720,7 @@ def foreign(path: Path) -> Bundle:
     )
 
 
+@pytest.mark.slow
 def test_a_bundle_of_an_own_factory_is_tuned_without_its_torch_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
