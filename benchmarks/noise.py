@@ -49,6 +49,7 @@ from rushhour.system.machine import cores
 from rushhour.testing.disturbers import VARIABLE, slowed_environment
 from rushhour.tune import TuneSettings
 from rushhour.tune.bench import Bench, ServedCandidate
+from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.settings import Budget
@@ -133,13 +134,15 @@ def tuning(bundles: dict[str, Bundle], seed: int, generator: Generator) -> Itera
             shutil.copytree(bundle.path, run / "bundles" / role)
         bench = Bench(Journal(run / "measurements.jsonl"), generator, GOAL, run, _TRUSTED)
         settings = TuneSettings(seed=seed)
-        load_tests = LoadTests(bench, bundles, GOAL, settings, Silent(), Budget(None, WallClock()))
-        yield Tuning(bench, load_tests, predictor_of(bundles, run / "measurements.jsonl"))
+        budget, times = Budget(None, WallClock()), times_of(bundles, run / "measurements.jsonl")
+        with contextlib.closing(times):
+            load_tests = LoadTests(bench, bundles, GOAL, settings, Silent(), budget, host_speed=times.speed_beside)
+            yield Tuning(bench, load_tests, Predictor(times))
 
 
-def predictor_of(bundles: dict[str, Bundle], journal: Path) -> Predictor:
-    """The tuner's predictor."""
-    return Predictor(Journal(journal), bundles, GOAL.slo, TuneSettings().time_s, _TRUSTED)
+def times_of(bundles: dict[str, Bundle], journal: Path) -> EngineTimes:
+    """The tuner's service times."""
+    return EngineTimes(Journal(journal), bundles, GOAL.slo, TuneSettings().time_s, _TRUSTED)
 
 
 def of(network: str, folder: Path = BENCH) -> dict[str, Bundle]:
@@ -150,8 +153,11 @@ def of(network: str, folder: Path = BENCH) -> dict[str, Bundle]:
 def timed(bundles: dict[str, Bundle], candidate: Candidate) -> CandidateState:
     """A candidate with the best batch bound, and the capacity predicted from its service times alone."""
     state = CandidateState(candidate)
-    with tempfile.TemporaryDirectory() as folder:
-        predictor_of(bundles, Path(folder) / "measurements.jsonl").choose_batch(state)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(times_of(bundles, Path(folder) / "measurements.jsonl")) as times,
+    ):
+        Predictor(times).choose_batch(state)
     return state
 
 
@@ -245,19 +251,20 @@ def slowed(times: float) -> Iterator[None]:
 def predictions(network: str, plans: int) -> list[dict[str, Any]]:
     """Capacities of one network's plans, predicted as the tuner does, and measured. The overhead of serving comes from
     the best plan of each layout and a slow one; these plans are not among the measured ones. `corrected` is predicted
-    with the residuals of the plans that were measured before."""
+    with the residuals of the plans that were measured before. All are for the host's speed beside the measurement."""
     bundles, found = of(network), []
     states = [CandidateState(each) for each in candidates(bundles, cores()) if each.precision != "bf16"]
     with Generator() as generator, tuning(bundles, SEED, generator) as (_, load_tests, predictor):
         for state in states:
             predictor.choose_batch(state)
         states = sorted(states, key=lambda state: -(state.predicted or 0.0))
+        alone = {id(state): state.predicted for state in states}
         learnt = predictor.learn_overheads(states, functools.partial(load_tests.measure_throughput, in_open_loop=True))
-        before = {id(state): predictor.capacity(state.candidate) for state in states if state.fate is None}
+        speed, rates = predictor.speed, {id(each): predictor.capacity(each.candidate) for each in states}
         rest = [state for state in states if state not in learnt and state.fate is None]
         for state in (rest[round(at)] for at in np.linspace(0, len(rest) - 1, min(plans, len(rest)))):
             candidate = state.candidate
-            corrected = predictor.capacity(candidate)
+            corrected = predictor.capacity(candidate) / predictor.speed
             if load_tests.measure_throughput(state):
                 load_tests.estimate_capacity(state)
             estimated = load_tests.estimate(state)
@@ -267,9 +274,10 @@ def predictions(network: str, plans: int) -> list[dict[str, Any]]:
                     {
                         "network": network,
                         "plan": f"{candidate.name}, batches up to {candidate.policy.max_batch}",
-                        "engine_alone": state.predicted,
-                        "predicted": before[id(state)],
-                        "corrected": corrected,
+                        "engine_alone": (alone[id(state)] or 0.0) * state.speed,
+                        "predicted": rates[id(state)] * state.speed / speed,
+                        "corrected": corrected * state.speed,
+                        "speed": state.speed,
                         "measured": state.capacity,
                         "interval": f"{low:,.0f} to {high:,.0f}",
                     }
@@ -325,7 +333,7 @@ def demo(name: str, scale: Scale) -> Part:
         run = Path(folder) / "run"
         began = time.monotonic()
         command = [sys.executable, "-m", "rushhour.testing.processor", sys.executable, "-m", "rushhour", "demo"]
-        ended = disturbed(name, [*command, "--out", str(run)], capture_output=True)
+        ended = disturbed(name, [*command, "--cold", "--out", str(run)], capture_output=True)
         minutes = (time.monotonic() - began) / 60
         file = run / "plan.json"
         evidence = Plan.load(file).evidence if file.exists() else None

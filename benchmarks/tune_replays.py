@@ -36,6 +36,7 @@ from rushhour.testing.measured import MeasuredPlan, MeasuredSpace, name_of
 from rushhour.testing.replay import ReplayBench, bundles_of, replay
 from rushhour.tune import TuneSettings
 from rushhour.tune.bench import Bench
+from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.settings import Budget
@@ -424,7 +425,8 @@ def predicted_part(file: Path, seed: int, learnt: int) -> Part:
 
 def predictions(space: MeasuredSpace, seed: int, learnt: int) -> list[dict[str, Any]]:
     """What the tuner predicts for the plans of the space. The overhead of serving comes from the best plan of each
-    layout and a slow one, residuals from `learnt` others; none of these is in the answer."""
+    layout and a slow one, residuals from `learnt` others; none of these is in the answer. All are for the host's speed
+    beside the measurement."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
@@ -432,8 +434,10 @@ def predictions(space: MeasuredSpace, seed: int, learnt: int) -> list[dict[str, 
         journal = Journal(run / JOURNAL)
         bench = Bench(journal, replaying, space.goal, run, ())
         budget = Budget(None, replaying.clock)
-        tests = LoadTests(bench, bundles, space.goal, TuneSettings(seed=seed), Silent(), budget)
-        predictor = Predictor(journal, bundles, space.goal.slo, TuneSettings().time_s, (), replaying)
+        times = EngineTimes(journal, bundles, space.goal.slo, TuneSettings().time_s, (), replaying)
+        settings = TuneSettings(seed=seed)
+        tests = LoadTests(bench, bundles, space.goal, settings, Silent(), budget, host_speed=times.speed_beside)
+        predictor = Predictor(times)
         states = [CandidateState(each) for each in candidates(bundles, cores()) if _has(space, each)]
         for state in states:
             predictor.choose_batch(state)
@@ -442,18 +446,20 @@ def predictions(space: MeasuredSpace, seed: int, learnt: int) -> list[dict[str, 
         used = {name_of(state.candidate) for state in fitted}
         rest = [each for each in _all(space, run) if name_of(each) not in used and _capacity(space, each)]
         order = np.random.default_rng(seed).permutation(len(rest)).tolist()
-        alone = Predictor(journal, bundles, space.goal.slo, TuneSettings().time_s, (), replaying)
-        before = {name_of(each): predictor.capacity(each) for each in rest}
+        alone = Predictor(times)
+        before = {name_of(each): predictor.capacity(each) / predictor.speed for each in rest}
         for at in order[:learnt]:
-            predictor.learn_residual(CandidateState(rest[at], capacity=_capacity(space, rest[at])))
+            plan = space.by_name[name_of(rest[at])]
+            predictor.learn_residual(CandidateState(rest[at], capacity=plan.capacity_rps, speed=plan.speed))
         for at in order[learnt:]:
             candidate = rest[at]
+            speed = space.by_name[name_of(candidate)].speed
             found.append(
                 {
                     "plan": name_of(candidate),
-                    "engine_alone": alone.capacity(candidate),
-                    "predicted": before[name_of(candidate)],
-                    "corrected": predictor.capacity(candidate),
+                    "engine_alone": alone.capacity(candidate) * speed,
+                    "predicted": before[name_of(candidate)] * speed,
+                    "corrected": predictor.capacity(candidate) / predictor.speed * speed,
                     "measured": _capacity(space, candidate),
                 }
             )

@@ -103,10 +103,13 @@ def _recorded(work: Path, *names: str) -> None:
 
 
 def tuned(reference: Bundle, data: str, case: Case, work: Path, name: str) -> tuple[Path, float, int]:
-    """`rushhour tune` from a trained bundle: its folder, the minutes that it took, and its exit code."""
+    """`rushhour tune` from a trained bundle: its folder, the minutes that it took, and its exit code.
+
+    Without what earlier runs measured, so that two runs are compared that know as much.
+    """
     with _run_folder(work, name) as (run, seconds):
         command = [sys.executable, "-m", "rushhour", "tune", str(reference.path), "--data", data, "--out", str(run)]
-        command += ["--slo", case.slo, "--max-accuracy-drop", "1%", "--budget", case.budget]
+        command += ["--slo", case.slo, "--max-accuracy-drop", "1%", "--budget", case.budget, "--cold"]
         ended = subprocess.run(command)
         if not (run / PLAN).is_file():
             raise SystemExit(f"rushhour tune ended with exit code {ended.returncode} and without a plan")
@@ -352,6 +355,7 @@ def _tuned_here(other: Other, bundle: Bundle, data: Dataset, work: Path, recipes
             settings=TuneSettings(budget_s=share * budget_s, recipes=recipes),
             progress=TerminalProgress(),
             trusted=_TRUSTED,
+            cold=True,
         )
         say(f"8  {other.name}, {recipes}: {_served(plan)}: {_evidence(plan).capacity_rps:,.0f}/s")
         return run

@@ -8,12 +8,15 @@ machine. The fastest plans are measured a second time. All windows are in a jour
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,7 +25,7 @@ from bench.parts import Part, say
 from bench.record import Table, commit, verdict
 
 from rushhour.bundle import Bundle
-from rushhour.capacity import ServiceProfile, predicted_capacity
+from rushhour.capacity import predicted_capacity
 from rushhour.data import Dataset
 from rushhour.errors import RushhourError
 from rushhour.goal import SLO, AccuracyBudget, Goal
@@ -36,7 +39,7 @@ from rushhour.testing.measured import MeasuredPlan, MeasuredSpace, OpenWindow, a
 from rushhour.tune import TuneSettings
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.bench import Bench
-from rushhour.tune.prediction import Predictor
+from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.space import Candidate, candidates, other_layouts, plain
 
 SEED = 0
@@ -89,25 +92,31 @@ class Exhaustive:
         self._bundles = dict(bundles)
         journal = Journal(run / JOURNAL)
         self._bench = Bench(journal, generator, GOAL, run, _TRUSTED)
-        self._predictor = Predictor(journal, self._bundles, GOAL.slo, TuneSettings().time_s, _TRUSTED)
+        self._times = EngineTimes(journal, self._bundles, GOAL.slo, TuneSettings().time_s, _TRUSTED)
         self._judge = AccuracyJudge(
             journal, self._bundles, data, GOAL.budget, plain(bundles["reference"], cores())[0], Silent(), _TRUSTED
         )
         self._windows = windows
 
-    def alone(self) -> tuple[dict[str, ServiceTimes], dict[str, tuple[Accuracy, Accuracy]], list[Candidate]]:
-        """Service times and accuracies, by their names in a `MeasuredSpace`; and the plans of the space.
+    def close(self) -> None:
+        """Close the engine that the host's speed is read from."""
+        self._times.close()
+
+    def alone(self) -> tuple[dict[str, ServiceTimes], dict[str, float], dict[str, tuple[Accuracy, Accuracy]]]:
+        """Service times, the host's speeds meanwhile, and accuracies, by their names in a `MeasuredSpace`.
 
         What an engine cannot run is not in the space.
         """
         service: dict[str, ServiceTimes] = {}
+        speeds: dict[str, float] = {}
         accuracy: dict[str, tuple[Accuracy, Accuracy]] = {}
-        compiled: list[Candidate] = []
+        self._compiled: list[Candidate] = []
         for candidate in _layouts(candidates(self._bundles, cores())):
             if candidate.precision == "bf16" and not describe().has_bf16:
                 continue
             try:
-                service[compiled_of(candidate)] = self._predictor.service_times(candidate)
+                service[compiled_of(candidate)] = self._times.of(candidate)
+                speeds[compiled_of(candidate)] = round(self._times.speed_of(candidate), 4)
                 if artefact_of(candidate) not in accuracy:
                     validation = self._judge.accuracy(candidate, "validation")
                     accuracy[artefact_of(candidate)] = validation, self._judge.accuracy(candidate, "test")
@@ -115,20 +124,21 @@ class Exhaustive:
                 say(f"3  {compiled_of(candidate)} is left out: {error}")
                 service.pop(compiled_of(candidate), None)
                 continue
-            compiled.append(candidate)
-        bounds = _FEW if len(accuracy) >= _ENOUGH else _MANY
-        plans = [
-            each.with_batch(bound)
-            for each in compiled
-            for bound in bounds
-            if bound in service[compiled_of(each)].batch_sizes
-        ]
-        return service, accuracy, plans
+            self._compiled.append(candidate)
+        return service, speeds, accuracy
 
-    def loaded(
-        self, candidate: Candidate, phase: str, *, near: float | None = None
-    ) -> tuple[list[tuple[int, float]], list[Measurement]]:
-        """Closed loops as `(users, answers in time per second)`, and windows of open-loop load.
+    def plans(self, artefacts: int) -> list[Candidate]:
+        """The plans of the space, once it is known what the engines run.
+
+        Args:
+            artefacts: of the space: the fewer they are, the more batch bounds.
+        """
+        bounds = _FEW if artefacts >= _ENOUGH else _MANY
+        timed = [(each, self._times.of(each).batch_sizes) for each in self._compiled]
+        return [each.with_batch(bound) for each, sizes in timed for bound in bounds if bound in sizes]
+
+    def loaded(self, candidate: Candidate, phase: str, *, near: float | None = None) -> Loaded:
+        """A few closed loops, then windows of open-loop load, and the host's speed before and after.
 
         Args:
             candidate: with its batch bound.
@@ -138,12 +148,13 @@ class Exhaustive:
         limit_s = GOAL.slo.limit_s
         seconds = max(_CLOSED_S, 8 * limit_s)
         expected = near or predicted_capacity(
-            ServiceProfile(self._predictor.service_times(candidate)),
+            self._times.profile(candidate),
             streams=candidate.streams,
             max_batch=candidate.policy.max_batch,
             slo=GOAL.slo,
         )
         closed: list[tuple[int, float]] = []
+        before = self._times.speed_beside(candidate, phase)
         with self._bench.serve(candidate, self._bundles[candidate.bundle], phase) as served:
             for turn in range(_CLOSED):
                 if turn != 1 and turn < 3:  # the server is cold in the first one, which is not kept
@@ -155,7 +166,22 @@ class Exhaustive:
             start = near or _START * statistics.median(rate for _, rate in closed)
             first_seed = SEED + (_AGAIN if near else 0)
             windows = around(served.search_windows(_OPEN_S), start, self._windows, first_seed)
-        return closed, windows
+        after = self._times.speed_beside(candidate, f"{phase}, after")
+        return Loaded(tuple(closed), tuple(windows), math.sqrt(before * after))
+
+
+class Loaded(NamedTuple):
+    """What was measured of a plan under load.
+
+    Attributes:
+        closed: users of a closed loop, and answers in time per second.
+        windows: of open-loop load.
+        speed: of the host, before and after.
+    """
+
+    closed: tuple[tuple[int, float], ...]
+    windows: tuple[Measurement, ...]
+    speed: float
 
 
 def _layouts(basic: Sequence[Candidate]) -> list[Candidate]:
@@ -205,9 +231,9 @@ def exhaustive(
     """
     began = time.monotonic()
     run = work / "space"
-    with Generator() as generator:
-        bench = Exhaustive(bundles, data, run, generator, windows)
-        service, accuracy, space = bench.alone()
+    with Generator() as generator, contextlib.closing(Exhaustive(bundles, data, run, generator, windows)) as bench:
+        service, speeds, accuracy = bench.alone()
+        space = bench.plans(len(accuracy))
         order = np.random.default_rng(SEED).permutation(len(space))[: plans or None]
         canary = _canary(space)
         measured: dict[str, MeasuredPlan] = {}
@@ -239,7 +265,7 @@ def exhaustive(
         "canary": {"plan": name_of(canary), "measured": canaries},
     }
     precisions = {role: bundle.manifest.precision for role, bundle in bundles.items()}
-    found = MeasuredSpace(GOAL, cores(), precisions, service, accuracy, tuple(measured.values()), about)
+    found = MeasuredSpace(GOAL, cores(), precisions, service, accuracy, tuple(measured.values()), speeds, about)
     found.save(out)
     shutil.rmtree(run)
     return _part(found, minutes)
@@ -253,19 +279,20 @@ def _canary(space: Sequence[Candidate]) -> Candidate:
 
 def _measured_canary(bench: Exhaustive, canary: Candidate, number: int) -> dict[str, float]:
     began = time.monotonic()
-    closed, windows = bench.loaded(canary, f"canary {number}")
+    closed, windows, speed = bench.loaded(canary, f"canary {number}")
     found = estimate(windows, GOAL.slo)
     return {
         "at_s": round(began, 1),
         "throughput_rps": round(statistics.median(rate for _, rate in closed), 1),
         "capacity_rps": round(found.rate_rps, 1) if found else 0.0,
-        "speed": round(statistics.median(each.speed or 1.0 for each in windows), 3),
+        "speed of its batches": round(statistics.median(each.speed or 1.0 for each in windows), 3),
+        "speed of the host": round(speed, 3),
     }
 
 
 def _measured(bench: Exhaustive, candidate: Candidate, order: int) -> MeasuredPlan:
     began = time.monotonic()
-    closed, windows = bench.loaded(candidate, "space")
+    loaded = bench.loaded(candidate, "space")
     plan = MeasuredPlan(
         bundle=candidate.bundle,
         engine=candidate.engine,
@@ -278,28 +305,27 @@ def _measured(bench: Exhaustive, candidate: Candidate, order: int) -> MeasuredPl
         interval_rps=(0.0, 0.0),
         order=order,
     )
-    return _with(plan, closed, windows, time.monotonic() - began)
+    return _with(plan, loaded, loaded.speed, time.monotonic() - began)
 
 
 def _again(bench: Exhaustive, candidate: Candidate, plan: MeasuredPlan) -> MeasuredPlan:
     began = time.monotonic()
-    closed, windows = bench.loaded(candidate, "again", near=max(1.0, plan.capacity_rps))
-    return _with(plan, closed, windows, time.monotonic() - began)
+    loaded = bench.loaded(candidate, "again", near=max(1.0, plan.capacity_rps))
+    return _with(plan, loaded, math.sqrt(plan.speed * loaded.speed), time.monotonic() - began)
 
 
-def _with(
-    plan: MeasuredPlan, closed: Sequence[tuple[int, float]], windows: Sequence[Measurement], seconds: float
-) -> MeasuredPlan:
-    """A plan with further measurements, and its capacity by all of them."""
-    kept = (*plan.windows, *map(OpenWindow.of, windows))
+def _with(plan: MeasuredPlan, loaded: Loaded, speed: float, seconds: float) -> MeasuredPlan:
+    """A plan with further measurements, its capacity by all of them, and the host's speed beside all of them."""
+    kept = (*plan.windows, *map(OpenWindow.of, loaded.windows))
     found = estimate([window.as_measurement(GOAL.slo) for window in kept], GOAL.slo)
     return msgspec.structs.replace(
         plan,
-        closed=(*plan.closed, *((users, round(rate, 1)) for users, rate in closed)),
+        closed=(*plan.closed, *((users, round(rate, 1)) for users, rate in loaded.closed)),
         windows=kept,
         capacity_rps=round(found.rate_rps, 1) if found else 0.0,
         interval_rps=(round(found.interval_rps[0], 1), round(found.interval_rps[1], 1)) if found else (0.0, 0.0),
         seconds=round(plan.seconds + seconds, 1),
+        speed=round(speed, 4),
     )
 
 

@@ -302,8 +302,8 @@ class Evidence(msgspec.Struct, frozen=True):
             first.
         choice: which point of the front the plan is, and why not its neighbours; in words.
         relaxations: what one change of the goal would buy, the cheapest of each kind first.
-        service_times: of the plan's engine on this machine, to compare another one with; None where only the run's
-            `measurements.jsonl` has them.
+        service_times: of the plan's engine on this machine, as it was beside the load, to compare another machine with;
+            None in plans of older versions.
         decisions: every step of the run, in order; empty in plans of older versions.
         certificate: how far the best other plan may be above this one; None in plans of older versions.
     """

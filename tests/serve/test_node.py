@@ -23,9 +23,8 @@ from rushhour.errors import ServeError
 from rushhour.goal import SLO
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy
-from rushhour.records.journal import JOURNAL, Entry
 from rushhour.serve import ServeSettings, open_target, serve
-from rushhour.serve.node import Fit, differences, fit_of, seconds_per_size, service_times_of
+from rushhour.serve.node import Fit, differences, fit_of, seconds_per_size
 from rushhour.system.machine import Machine, cores, describe
 
 SLO_50 = SLO.parse("p99<50ms")
@@ -77,9 +76,9 @@ def test_fewer_cores_by_affinity_are_said_so(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_same_machine_needs_no_fit(tmp_path: Path) -> None:
     run = edited(run_of(tmp_path / "run", cores=cores()))
-    assert fit_of(Plan.load(run / "plan.json"), run) is None
+    assert fit_of(Plan.load(run / "plan.json")) is None
     bundle = open_target(run / "bundles" / "best")
-    assert fit_of(bundle.plan, bundle.folder) is None  # no plan, no evidence
+    assert fit_of(bundle.plan) is None  # no plan, no evidence
 
 
 def known(run: Path, times: ServiceTimes, overhead: Overhead) -> Fit:
@@ -89,7 +88,7 @@ def known(run: Path, times: ServiceTimes, overhead: Overhead) -> Fit:
     capacity = predicted_capacity(ServiceProfile(times), streams=2, max_batch=8, slo=SLO_50, overhead=overhead)
     assert plan.evidence is not None
     evidence = msgspec.structs.replace(plan.evidence, alone_rps=capacity)
-    fit = fit_of(msgspec.structs.replace(plan, evidence=evidence), run)
+    fit = fit_of(msgspec.structs.replace(plan, evidence=evidence))
     assert fit is not None
     assert fit.plan_rps == pytest.approx(capacity, rel=0.05)
     return fit
@@ -116,33 +115,12 @@ def test_the_share_is_the_ratio_of_simulated_capacities(tmp_path: Path) -> None:
 
 def test_without_known_times_the_plans_capacity_is_compared(tmp_path: Path) -> None:
     run = edited(run_of(tmp_path / "run", cores=2), cpu="another")
-    fit = fit_of(Plan.load(run / "plan.json"), run)
+    fit = fit_of(Plan.load(run / "plan.json"))
     assert fit is not None
     assert (fit.plan_rps, fit.request_s) == (9120.0, 0.0)
     nothing = msgspec.structs.replace(fit, plan_rps=0.0)
     assert nothing.share(times_of(1e-3, 1e-3), Policy(), 1) is None
     assert nothing.line(None).startswith("this is not the Plan's machine: ")
-
-
-def test_the_times_come_from_the_runs_journal(tmp_path: Path) -> None:
-    """As the tuner wrote them: of the winner's artefact and layout, on the plan's machine."""
-    run = run_of(tmp_path / "run", cores=2, policy=Policy(streams=2, max_batch=32))
-    plan = Plan.load(run / "plan.json")
-    assert plan.evidence is not None
-    there, right, wrong = plan.evidence.machine, times_of(1e-3, 1e-3), times_of(9e-3, 9e-3)
-    (won,) = (trial for trial in plan.evidence.trials if trial.fate == "won")
-    artefact = won.candidate.rpartition("/")[0]
-    lines = [
-        Entry("service", f"{artefact}/s2t1", "", right, "", there),
-        Entry("service", f"{artefact}/s1t2", "", wrong, "", there),
-        Entry("service", f"{artefact}/s2t1", "", wrong, "", msgspec.structs.replace(there, cores=3)),
-    ]
-    (run / JOURNAL).write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-    assert service_times_of(plan, run) == right
-    (run / JOURNAL).write_text("damaged\n")
-    assert service_times_of(plan, run) is None
-    (run / JOURNAL).unlink()
-    assert service_times_of(plan, run) is None
 
 
 def test_two_seconds_are_spent_on_all_sizes() -> None:

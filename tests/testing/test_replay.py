@@ -42,7 +42,10 @@ def test_a_replayed_search_finds_a_plan_without_engines_servers_and_load(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("nothing is started for a replay")
 
-    for module, name in (("search", "Generator"), ("bench", "served"), ("prediction", "open_engine")):
+    for module, name in (
+        *(("search", "Generator"), ("bench", "served")),
+        *(("engine_times", "open_engine"), ("speedometer", "open_engine")),
+    ):
         monkeypatch.setattr(sys.modules[f"rushhour.tune.{module}"], name, never)
     monkeypatch.setattr(sys.modules["rushhour.tune.accuracy"], "outputs_of", never)
     again = replay(SPACE, tmp_path, seed=0)

@@ -107,10 +107,10 @@ def test_a_run_says_each_step_with_its_cost(tmp_path: Path, monkeypatch: pytest.
     assert list(dict.fromkeys(each.step for each in decisions)) == [
         "time",
         "accuracy",
-        "capacity",
         "probe",
         "predict",
         "race",
+        "capacity",
         "confirm",
     ]
     assert all(each.seen and each.decided and each.why for each in decisions)

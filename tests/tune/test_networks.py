@@ -131,7 +131,8 @@ def faked(
     """
     networks = sys.modules["rushhour.tune.networks"]
     without_engines(patch, answering({name: {"validation": lost} for name, lost in wrong.items()}))
-    patch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", timed)
+    for module in ("engine_times", "speedometer"):
+        patch.setattr(sys.modules[f"rushhour.tune.{module}"], "time_service", timed)
     patch.setattr(networks, "apply", maker.apply)
     patch.setattr(networks, "why_untrainable", lambda *_: "")
     patch.setattr(networks, "shapes_of", lambda *_: shapes)
@@ -496,7 +497,8 @@ def test_real_shapes_of_a_real_network_are_trained_and_inside_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the time of a batch is a number. Two of the shapes are enough."""
-    monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", by_size)
+    for module in ("engine_times", "speedometer"):
+        monkeypatch.setattr(sys.modules[f"rushhour.tune.{module}"], "time_service", by_size)
     small_data(tmp_path / "small.npz")
     data = load(tmp_path / "small.npz")
     source = Source("rushhour.models:mlp", {"inputs": 144, "outputs": 4, "hidden": 64, "depth": 2})
@@ -553,7 +555,8 @@ class Fragile(nn.Sequential):
 def test_a_network_that_crashes_when_it_is_pruned_is_tuned_in_its_other_shapes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", by_size)
+    for module in ("engine_times", "speedometer"):
+        monkeypatch.setattr(sys.modules[f"rushhour.tune.{module}"], "time_service", by_size)
     small_data(tmp_path / "small.npz")
     data, trusted = load(tmp_path / "small.npz"), ("test_networks:Fragile",)
     job = TrainingJob(Source(*trusted), TrainSettings(epochs=4, batch=32), tmp_path / "work", trusted)

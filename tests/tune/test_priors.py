@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_prediction import REQUEST_S, SLO_, Timed, candidates, most
+from test_prediction import REQUEST_S, SLO_, Timed, candidates, most, two_cores
 from test_tune import Load, answering, loaded_by, own_answers, small_data, tuned
 
 from rushhour.bundle import Source
@@ -129,7 +129,7 @@ def test_files_and_their_number_are_bounded(tmp_path: Path, state: Path, monkeyp
 def test_before_any_load_predictions_have_the_overhead_of_earlier_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["rushhour.tune.prediction"], "cores", lambda: 2)
+    two_cores(monkeypatch)
     wrong = 10 * REQUEST_S
     priors = Priors({"request/1x2x1": wrong, "request/1x1x2": wrong, "request/2x1x1": wrong, "another": 1.0})
 

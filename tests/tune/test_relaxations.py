@@ -50,13 +50,13 @@ def found(
 
 
 def test_a_limit_that_no_rate_holds_is_relaxed_to_the_smallest_that_one_does(tmp_path: Path) -> None:
-    """A sample alone takes 0.66 ms."""
+    """A sample alone takes 0.66 ms, and 0.31 ms beside the engine."""
     winner = state(capacity=0.0, fate="won")
     changes = found(tmp_path, winner, [], slo="p99<0.5ms", feasible=False)
     (only,) = changes.values()
-    assert (only.what, only.to, only.kind) == ("limit", "p99<750us", "predicted")
+    assert (only.what, only.to, only.kind) == ("limit", "p99<1ms", "predicted")
     assert 0 < only.capacity_rps < 3000
-    assert changes.keys() == {"limit p99<750us"}, "twice the processes make no sample faster"
+    assert changes.keys() == {"limit p99<1ms"}, "twice the processes make no sample faster"
 
 
 def test_a_window_shows_which_limit_would_have_held(tmp_path: Path) -> None:

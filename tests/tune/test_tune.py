@@ -216,6 +216,9 @@ class Load:
     def served(self, candidate: Candidate, *_: Any) -> Iterator[tuple[str, int]]:
         yield str(candidate), os.getpid()
 
+    def timed(self, engine: Engine, bundle: Bundle, _: float, __: float) -> ServiceTimes:
+        return timed(engine, bundle, _, __)
+
     def measure(self, _: object, candidate: str, __: object, slo: SLO, **asked: Any) -> Measurement:
         self.windows += 1
         self.clock.advance(2.0)
@@ -273,7 +276,8 @@ class Opened:
 def without_engines(patch: pytest.MonkeyPatch, outputs: Callable[..., Any]) -> None:
     """`outputs` stands in for engines, and what they carry is read off, not simulated: that takes seconds."""
     prediction = sys.modules["rushhour.tune.prediction"]
-    patch.setattr(prediction, "open_engine", Opened)
+    for module in ("engine_times", "speedometer"):
+        patch.setattr(sys.modules[f"rushhour.tune.{module}"], "open_engine", Opened)
     patch.setattr(sys.modules["rushhour.tune.accuracy"], "outputs_of", outputs)
     patch.setattr(
         prediction,
@@ -290,7 +294,8 @@ def loaded_by(load: Load, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mo
     with monkeypatch.context() as patch:
         bench = sys.modules["rushhour.tune.bench"]
         patch.setattr(sys.modules["rushhour.tune.search"], "Generator", contextlib.nullcontext)
-        patch.setattr(sys.modules["rushhour.tune.prediction"], "time_service", timed)
+        for module in ("engine_times", "speedometer"):
+            patch.setattr(sys.modules[f"rushhour.tune.{module}"], "time_service", load.timed)
         patch.setattr(bench, "served", load.served)
         patch.setattr(bench, "discover", lambda url: url)
         patch.setattr(bench, "payloads", lambda *_, **__: [])
@@ -365,6 +370,9 @@ def test_the_fastest_inside_the_budget_wins_and_the_ladder_says_why(
     assert (evidence.reference_accuracy, evidence.accuracy_drop) == (1.0, pytest.approx(0, abs=0.1))
     assert [rung.step for rung in evidence.ladder] == ["as it is", "compiled", "batched", "quantised"]
     capacities = [rung.capacity_rps for rung in evidence.ladder]
+    assert evidence.service_times is not None
+    assert evidence.service_times.batch_sizes[-1] >= plan.policy.max_batch
+    assert evidence.service_times.seconds[0] == pytest.approx(10 / 6000 * plan.policy.cells * plan.policy.streams)
     assert max(capacities[:2]) <= 100, "without a torch module it is compiled as it is: the same twice"
     assert capacities[1] < capacities[2] < capacities[3]
     fates = {f"{trial.bundle}/{trial.engine}": trial.fate for trial in evidence.trials}

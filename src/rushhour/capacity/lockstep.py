@@ -82,6 +82,7 @@ class _Columns:
         )
         self._free = np.where(np.arange(width)[:, None] < streams, 0.0, np.inf)
         self._table, self._offset, self._quantiles = _tables(scenarios)
+        self._batch_s = np.array([each.overhead.batch_s for each in scenarios], dtype=np.float64)
         self._deadline = np.array([each.deadline_s for each in scenarios], dtype=np.float64)
         self._wait = np.array(
             [_wait_s(each, rate) for each, rate in zip(scenarios, rates.tolist(), strict=True)], dtype=np.float64
@@ -98,7 +99,7 @@ class _Columns:
     def keep(self, kept: NDArray[np.bool_]) -> None:
         """Remove the other columns."""
         for name in (
-            *("which", "position", "late", "_rates", "_bounds", "_stretch", "_offset", "_quantiles"),
+            *("which", "position", "late", "_rates", "_bounds", "_stretch", "_offset", "_quantiles", "_batch_s"),
             *("_deadline", "_wait", "_wait_for"),
         ):
             setattr(self, name, getattr(self, name)[kept])
@@ -120,7 +121,7 @@ class _Columns:
         end = np.minimum(np.minimum(arrived, self.position + self._bounds), self._n)
         end = np.minimum(np.maximum(end, self.position + 1), self._n)
         size = end - self.position
-        finish = start + self._stretch * self._seconds(size, draw)
+        finish = start + self._stretch * (self._seconds(size, draw) + self._batch_s)
         in_time_from = self._arrived(finish - limit_s, "left")
         self.late += np.clip(in_time_from - self.position, 0, size)
         self._free[stream, self._all] = finish
@@ -129,7 +130,7 @@ class _Columns:
     def _shed(self, start: Floats, arrived: Ints) -> None:
         """Leave out requests whose deadline a batch that begins at `start` would miss; the newest is kept."""
         waiting = np.minimum(np.maximum(arrived - self.position, 1), self._bounds)
-        finish = start + self._stretch * self._seconds(waiting, 0.5)
+        finish = start + self._stretch * (self._seconds(waiting, 0.5) + self._batch_s)
         fits_from = self._arrived(finish - self._deadline, "left")
         left_out = np.clip(np.minimum(fits_from, arrived - 1) - self.position, 0, None)
         self.late += left_out

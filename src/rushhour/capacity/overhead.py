@@ -24,7 +24,7 @@ class Saturation:
     """The highest rate that a server was seen to answer, with all its streams busy, as seconds for one request.
 
     Attributes:
-        engine_s: of a stream, in full batches, the engine alone.
+        engine_s: of a stream, in full batches, the engine alone, with what a batch costs beside it.
         stream_s: of a stream, in the server.
         spare_s: of the cores that the engine does not use.
     """
@@ -34,9 +34,19 @@ class Saturation:
     spare_s: float = 0.0
 
     @classmethod
-    def at(cls, profile: ServiceProfile, rate_rps: float, *, streams: int, max_batch: int, spare: int) -> Saturation:
+    def at(
+        cls,
+        profile: ServiceProfile,
+        rate_rps: float,
+        *,
+        streams: int,
+        max_batch: int,
+        spare: int,
+        batch_s: float = 0.0,
+    ) -> Saturation:
         """That of a server that answers at most `rate_rps`."""
-        return cls(streams / profile.throughput(streams, max_batch), streams / rate_rps, spare / rate_rps)
+        alone = profile.throughput(streams, max_batch, batch_s)
+        return cls(streams / alone, streams / rate_rps, spare / rate_rps)
 
     @property
     def total_s(self) -> float:
@@ -52,11 +62,14 @@ class Overhead:
         request_s: CPU seconds of a request beside the engine: the server's, and those of a generator on this machine.
         spare: cores that the engine does not use.
         slowdown: the factor by which batches take longer beside serving than alone, at any rate.
+        batch_s: seconds of a batch beside the engine, of any size: the event loop is told that it has ended, and starts
+            the next; the engine's threads wake up.
     """
 
     request_s: float = 0.0
     spare: int = 0
     slowdown: float = 1.0
+    batch_s: float = 0.0
 
     def stretch(self, rate_rps: float, streams: int) -> float:
         """The factor by which batches take longer at this rate.

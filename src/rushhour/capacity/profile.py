@@ -33,11 +33,17 @@ class ServiceProfile:
             return self._table[n]
         return self._table[-1] * n / self.largest
 
-    def throughput(self, streams: int, max_batch: int) -> float:
-        """An upper bound of samples per second, of `streams` streams with batches of up to `max_batch`."""
+    def throughput(self, streams: int, max_batch: int, batch_s: float = 0.0) -> float:
+        """An upper bound of samples per second, of `streams` streams with batches of up to `max_batch`.
+
+        Args:
+            streams: batches at the same time.
+            max_batch: samples in one.
+            batch_s: seconds that each batch takes longer.
+        """
         if not len(self._varied):
-            return streams * max(n / self.seconds(n) for n in range(1, max_batch + 1))
-        means = self.table(max_batch)[1:].mean(axis=1)
+            return streams * max(n / (self.seconds(n) + batch_s) for n in range(1, max_batch + 1))
+        means = self.table(max_batch)[1:].mean(axis=1) + batch_s
         return streams * float((np.arange(1, max_batch + 1) / means).max())
 
     def table(self, max_batch: int) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ class Scenario:
         not reach the limit before they end.
         """
         overhead = self.overhead
-        alone = self.profile.throughput(self.streams, self.max_batch) / overhead.slowdown
+        alone = self.profile.throughput(self.streams, self.max_batch, overhead.batch_s) / overhead.slowdown
         if alone * overhead.request_s <= overhead.spare:
             return alone
         return (self.streams + overhead.spare) / (self.streams / alone + overhead.request_s)

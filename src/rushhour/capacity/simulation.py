@@ -36,7 +36,7 @@ def simulate(
         end = position + 1
         while end < n and end - position < max_batch and arrivals[end] <= start:
             end += 1
-        finish = start + stretch * profile.seconds(end - position)
+        finish = start + stretch * (profile.seconds(end - position) + overhead.batch_s)
         for index in range(position, end):
             latencies[index] = finish - arrivals[index]
         heapq.heappush(free, finish)

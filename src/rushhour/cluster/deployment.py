@@ -15,7 +15,6 @@ from rushhour.errors import GoalError, PlanError, ServeError
 from rushhour.plan import Plan, Variant
 from rushhour.serve import Limits, ServeSettings, Target
 from rushhour.serve.child import ChildServer
-from rushhour.serve.node import service_times_of
 from rushhour.system.storage import explained
 
 DRAIN_DELAY_S: Final = 10
@@ -241,7 +240,4 @@ def _compiled(target: Target) -> tuple[Plan, tuple[tuple[Variant, Bundle], ...]]
         )
     kept = tuple(variant for variant in plan.variants if variant.engine != "torch")
     bundles = tuple((variant, target.bundle_of(variant)) for variant in kept)
-    evidence = plan.evidence
-    if evidence is not None:  # a server elsewhere compares its machine with these
-        evidence = msgspec.structs.replace(evidence, service_times=service_times_of(plan, target.folder))
-    return msgspec.structs.replace(plan, variants=kept, model=target.name, evidence=evidence), bundles
+    return msgspec.structs.replace(plan, variants=kept, model=target.name), bundles

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -18,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.capacity import Overhead, Scenario, ServiceProfile, capacities
-from rushhour.errors import StorageError
 from rushhour.goal import SLO
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy
-from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import Machine, describe, limits
 
 _TIMED_S: Final = 2.0
@@ -75,12 +72,11 @@ def seconds_per_size(max_batch: int) -> float:
     return _TIMED_S / (2 * max_batch.bit_length())
 
 
-def fit_of(plan: Plan, folder: Path) -> Fit | None:
+def fit_of(plan: Plan) -> Fit | None:
     """How this machine differs from the plan's; None where it does not, or the plan has no evidence.
 
     Args:
-        plan: as it was tuned.
-        folder: that it is in: a run has the engine's times in its journal.
+        plan: as it was tuned, with its engine's times.
     """
     evidence = plan.evidence
     if evidence is None:
@@ -89,7 +85,7 @@ def fit_of(plan: Plan, folder: Path) -> Fit | None:
     if not found:
         return None
     known, policy, slo = evidence.alone_rps or evidence.capacity_rps, plan.policy, plan.goal.slo
-    times = service_times_of(plan, folder)
+    times = evidence.service_times
     if times is None or not known:
         return Fit(found, slo, known)
     whole = msgspec.structs.replace(policy, streams=policy.cells * policy.streams)
@@ -129,33 +125,6 @@ def _cause(granted: tuple[int, float | None]) -> str:
     if quota is not None and quota < allowed:
         return " (CFS quota)" if quota == int(quota) else f" (CFS quota of {quota:g})"
     return " (CPU affinity)" if allowed < (os.cpu_count() or allowed) else ""
-
-
-def service_times_of(plan: Plan, folder: Path) -> ServiceTimes | None:
-    """The times of the plan's engine on the plan's machine: its own, or those in the run's journal; None without.
-
-    Args:
-        plan: as it was tuned.
-        folder: of the run.
-    """
-    evidence, policy = plan.evidence, plan.policy
-    if evidence is None or evidence.service_times is not None:
-        return None if evidence is None else evidence.service_times
-    won = next((trial for trial in evidence.trials if trial.fate == "won"), None)
-    if won is None:
-        return None
-    # As the tuner names what it times: the artefact, with the streams of all cells and their threads.
-    subject = f"{won.candidate.rpartition('/')[0]}/s{policy.cells * policy.streams}t{policy.threads}"
-    try:
-        journal = list(Journal(folder / JOURNAL))
-    except StorageError:  # without these times a plan is served all the same
-        return None
-    fitting = [
-        entry.reading
-        for entry in journal
-        if isinstance(entry.reading, ServiceTimes) and entry.subject == subject and entry.machine == evidence.machine
-    ]
-    return fitting[-1] if fitting else None
 
 
 def _simulated(

@@ -149,7 +149,7 @@ def _fit(target: Target, settings: ServeSettings) -> Fit | None:
     """
     if settings.one_of_many:
         return settings.fit
-    fit = fit_of(target.plan, target.folder) if settings.strict or not settings.exact else None
+    fit = fit_of(target.plan) if settings.strict or not settings.exact else None
     if fit is not None and settings.strict:
         raise ServeError(
             f"will not serve {target.path} with --strict",

@@ -76,6 +76,7 @@ class MeasuredPlan(msgspec.Struct, frozen=True):
         capacity_rps: by all windows; 0 where the SLO held in none.
         interval_rps: its 95% interval.
         seconds: that it took to measure.
+        speed: of the host beside it, relative to a reading that all speeds of the space share.
         order: of its first measurement among all.
     """
 
@@ -90,6 +91,7 @@ class MeasuredPlan(msgspec.Struct, frozen=True):
     interval_rps: Interval
     seconds: float = 0.0
     order: int = 0
+    speed: float = 1.0
 
     @property
     def artefact(self) -> str:
@@ -117,6 +119,8 @@ class MeasuredSpace(msgspec.Struct, frozen=True, dict=True):
         service: `MeasuredPlan.compiled` -> service times of the engine alone.
         accuracy: `MeasuredPlan.artefact` -> accuracy on the validation part and on the test part.
         plans: each once.
+        speeds: `MeasuredPlan.compiled` -> speed of the host while its engine was timed, as `MeasuredPlan.speed`; 1
+            where it is not recorded.
         about: of the measurement: machine, versions, date, and what shows its noise.
     """
 
@@ -126,6 +130,7 @@ class MeasuredSpace(msgspec.Struct, frozen=True, dict=True):
     service: dict[str, ServiceTimes]
     accuracy: dict[str, tuple[Accuracy, Accuracy]]
     plans: tuple[MeasuredPlan, ...]
+    speeds: dict[str, float] = {}
     about: dict[str, Any] = {}
 
     @classmethod

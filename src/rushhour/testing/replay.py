@@ -101,6 +101,13 @@ class ReplayBench:
             tuple(found.quantiles[at] for at in kept) if found.quantiles else (),
         )
 
+    def host_speed(self, candidate: Candidate, when: str) -> float:
+        """As recorded; 1 where it is not."""
+        if when.startswith("timed"):
+            return self._space.speeds.get(compiled_of(candidate), 1.0)
+        plan = self._space.by_name.get(name_of(candidate))
+        return 1.0 if plan is None else plan.speed
+
     def accuracy(self, candidate: Candidate, part: str) -> Accuracy:
         """As recorded.
 

@@ -18,6 +18,7 @@ from rushhour.progress import Progress
 from rushhour.records.journal import Journal
 from rushhour.system.machine import cores
 from rushhour.tune.measuring import MeasurementSource
+from rushhour.tune.settings import Allowance
 from rushhour.tune.space import Candidate, torch_code
 from rushhour.tune.state import CandidateState, failure_reason
 
@@ -59,11 +60,21 @@ class AccuracyJudge:
         self._source = source
         self._reference_outputs: dict[str, NDArray[Any]] = {}
 
-    def validate(self, states: Sequence[CandidateState]) -> None:
-        """Measure each artefact on the validation part, and end those not shown inside the budget."""
-        alive = [state for state in states if state.fate is None]
+    def validate(self, states: Sequence[CandidateState], time: Allowance) -> None:
+        """Measure each artefact on the validation part, and end those not shown inside the budget.
+
+        Args:
+            states: of all candidates.
+            time: that it may take, about. The artefact with the best prediction and the reference are measured anyway.
+        """
+        alive = sorted((state for state in states if state.fate is None), key=_predicted, reverse=True)
+        known = {self._reference.artefact, *(state.candidate.artefact for state in alive[:1])}
         self._progress.start("Measuring accuracy on the validation part", len(alive))
         for state in alive:
+            if state.candidate.artefact not in known and time.is_spent:
+                self._leave(state)
+                continue
+            known.add(state.candidate.artefact)
             try:
                 state.accuracy = self.accuracy(state.candidate, "validation")
             except Exception as error:  # an engine may fail, or answer with values that are not finite
@@ -78,7 +89,14 @@ class AccuracyJudge:
         note = f"{inside} of {len(alive)} candidates inside {self._budget}"
         self._progress.done(f"{note}; {short}" if short else note, good=not short)
 
-    def confirm(self, states: Sequence[CandidateState], keep: float) -> None:
+    def _leave(self, *states: CandidateState) -> None:
+        """The time is up before their accuracy is known."""
+        for state in states:
+            state.is_judged = False
+            state.end("skipped", "no time left to measure its accuracy")
+            self._progress.advance()
+
+    def confirm(self, states: Sequence[CandidateState], keep: float, time: Allowance) -> None:
         """Measure each artefact on the test part, once: the smallest drop first, up to the first outside the budget.
 
         In such a fixed sequence each is tested at the level of one test, and the error of all together is that of one
@@ -88,6 +106,7 @@ class AccuracyJudge:
         Args:
             states: of all candidates.
             keep: an artefact whose prediction is below this share of that of one with a smaller drop is not measured.
+            time: that it may take, about. The artefact with the best prediction and the reference are measured anyway.
         """
         by_artefact: dict[str, list[CandidateState]] = {}
         for state in states:
@@ -100,9 +119,14 @@ class AccuracyJudge:
 
         self._progress.start("Confirming accuracy on the test part", len(by_artefact))
         fastest, missed = 0.0, ""
+        best = max((state for state in states if state.fate is None), key=_predicted, default=None)
+        needed = {self._reference.artefact, *([] if best is None else [best.candidate.artefact])}
         fate: Fate
         for group in sorted(by_artefact.values(), key=upper_drop):
-            candidate, rate = group[0].candidate, max(state.predicted or 0.0 for state in group)
+            candidate, rate = group[0].candidate, max(map(_predicted, group))
+            if candidate.artefact not in needed and time.is_spent:
+                self._leave(*group)
+                continue
             self._progress.advance()
             if rate < keep * fastest:
                 fate = "dominated"
@@ -163,6 +187,10 @@ class AccuracyJudge:
         if (bundle, config) == (reference, beside):
             return judge(data.task, part, split.targets, expected, None)
         return judge(data.task, part, split.targets, outputs_of(bundle, config, split, trusted=self._trusted), expected)
+
+
+def _predicted(state: CandidateState) -> float:
+    return state.predicted or 0.0
 
 
 def _config(candidate: Candidate) -> EngineConfig:

@@ -37,6 +37,8 @@ _UNTRAINED: Final = ("shape", "train", "make")
 _Rule = tuple[str, Fate, str]
 """Step, fate and words of a `Cut`."""
 _CANNOT_RUN: Final[_Rule] = ("time", "failed", "its engine cannot run it")
+_NO_TIME: Final[_Rule] = ("time", "skipped", "no time was left to time its engine")
+_NOT_JUDGED: Final[_Rule] = ("accuracy", "skipped", "no time was left to measure its accuracy")
 _OTHER_BOUND: Final[_Rule] = ("simulate", "dominated", "another batch bound of the candidate is as good")
 _OVER_BUDGET: Final[_Rule] = ("accuracy", "over budget", "its accuracy drop is not shown within the budget")
 _UNTIMED: Final[_Rule] = ("predict", "dominated", "a layout of the cores that was not timed: others are far ahead")
@@ -138,6 +140,7 @@ class _Space:
         """Batch bounds of a candidate that was not timed."""
         self.timed = [state for state in states if state.bounds]
         self._failed = [state for state in states if not state.bounds and state.predicted is None]
+        """Also those that were not timed, as the time was up."""
         self.single = [state for state in states if not state.bounds and state.predicted is not None]
         """Forced tests of another batch bound, or in a layout that was not timed for it."""
         self._whole = {state.candidate.with_batch(LARGEST_BATCH) for state in self.timed}
@@ -145,7 +148,8 @@ class _Space:
         self.eligible = [
             state
             for state in (*self.timed, *self.single)
-            if state is winner or (state.fate in _FEASIBLE and bundle in (None, state.candidate.bundle))
+            if state is winner
+            or (state.fate in _FEASIBLE and state.is_judged and bundle in (None, state.candidate.bundle))
         ]
         """Candidates that could have been chosen."""
         self.networks_inside = [trial for trial in self._outside if _is_inside(trial) and prefer == "capacity"]
@@ -173,8 +177,8 @@ class _Space:
 
         for trial in self._outside:
             cut(_rule_outside(trial), self._plans(trial))
-        for _ in self._failed:
-            cut(_CANNOT_RUN, self._bounds)
+        for state in self._failed:
+            cut(_NO_TIME if state.fate == "skipped" else _CANNOT_RUN, self._bounds)
         for state in self.timed:
             cut(_OTHER_BOUND, len(state.bounds) - 1)
             cut(_rule(state), state.fate != "won")
@@ -200,6 +204,8 @@ class _Space:
             ("not preferred", f"not preferred by {self._prefer}"),
         ):
             yield from _counted(sum(c.plans for c in cuts if c.fate == fate and c.step not in _UNTRAINED), words)
+        late = sum(cut.plans for cut in cuts if (cut.step, cut.fate, cut.rule) in (_NO_TIME, _NOT_JUDGED))
+        yield from _counted(late, "for which no time was left to time the engine or to measure the accuracy")
         if self._prefer == "memory":
             yield "Candidates with another model than the chosen one: memory is preferred"
         untimed = sum(count for rule, count in self._untimed() if rule == _UNTIMED)
@@ -247,7 +253,8 @@ def _is_inside(trial: Trial) -> bool:
 
 def _rule_outside(trial: Trial) -> _Rule:
     if trial.precision == "int8":
-        return "make", trial.fate, "its int8 could not be made"
+        late = "no time was left to make its int8"
+        return "make", trial.fate, late if trial.fate == "skipped" else "its int8 could not be made"
     if _is_inside(trial):
         return "train", trial.fate, "another network within the accuracy budget is predicted faster"
     if trial.accuracy is not None:
@@ -271,6 +278,8 @@ def _rule(state: CandidateState) -> _Rule:
         "beaten": ("race", "beaten", "a lower throughput under load, or not proven on fresh seeds"),
         "failed": ("race", "failed", "its server failed under load"),
     }
+    if not state.is_judged:
+        return _NOT_JUDGED
     if state.fate == "failed" and state.accuracy is None:
         return "accuracy", "failed", "its answers could not be judged"
     return rules.get(state.fate, ("race", "skipped", "not raced"))

@@ -162,9 +162,11 @@ class Decisions:
             return
         best = max(run, key=lambda state: state.predicted or 0.0)
         plans = sum(len(state.bounds) for state in run)
+        timed = [state for state in states if state.fate != "skipped"]
+        late = f"; for {len(states) - len(timed)} no time was left" if len(timed) < len(states) else ""
         self.note(
             "time",
-            f"{_count(states, 'candidate')} timed, the engine alone, batch by batch; {len(states) - len(run)} fail",
+            f"{_count(timed, 'candidate')} timed, the engine alone, batch by batch; {len(timed) - len(run)} fail{late}",
             f"{len(run)} go on, the best prediction is {best.predicted or 0:,.0f}/s ({best.candidate.name})",
             f"the capacity of {plans:,} plans was simulated on these times; of its batch bounds each candidate has the "
             "smallest within 2% of the best",

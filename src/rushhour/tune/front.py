@@ -76,7 +76,7 @@ def front(
     best: dict[str, FrontPoint] = {}
     for state in states:
         accuracy = state.accuracy
-        if accuracy is None or (state.fate in _OUTSIDE and state is not winner):
+        if accuracy is None or ((state.fate in _OUTSIDE or not state.is_judged) and state is not winner):
             continue
         rating = rate(state)
         if not rating.rps and state is not winner:

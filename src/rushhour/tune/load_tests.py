@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rushhour.bundle import Bundle
 from rushhour.goal import Goal
@@ -14,6 +14,7 @@ from rushhour.progress import Progress
 from rushhour.tune.bench import Bench, ServedCandidate
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.settings import Budget, TuneSettings
+from rushhour.tune.space import Candidate
 from rushhour.tune.state import CandidateState, failure_reason
 
 _THROUGHPUT_S, _THROUGHPUT_WINDOWS, _SIMILAR = 0.6, 4, 1.3
@@ -30,6 +31,8 @@ _PROOFS = 6
 """Windows of one confirmation, at most."""
 _ERROR = 0.05
 """How often a confirmation may prove a rate that does not hold: all its windows together."""
+_SHORTEST_PROOF_S = 2.0
+"""Windows that are shorter prove nothing of a queue."""
 _LONGEST_PROOF = 3.0
 """The longest window of a confirmation, in multiples of `TuneSettings.proof_s`."""
 _DOWN, _MOST_DOWN, _BY_FAR = 0.95, 0.8, 0.1
@@ -64,6 +67,7 @@ class LoadTests:
         progress: receives each step.
         budget: of the search; the less is left, the less is measured.
         decisions: receives each decision, and the number of load tests.
+        host_speed: reads the host's speed before and after a load test of a candidate, with the name of the reading.
 
     Attributes:
         decisions: the same.
@@ -79,6 +83,8 @@ class LoadTests:
         progress: Progress,
         budget: Budget,
         decisions: Decisions | None = None,
+        *,
+        host_speed: Callable[[Candidate, str], float] = lambda candidate, when: 1.0,
     ) -> None:
         self._bench = bench
         self._bundles = bundles
@@ -86,6 +92,7 @@ class LoadTests:
         self._settings = settings
         self._progress = progress
         self._budget = budget
+        self._host_speed = host_speed
         self.decisions = decisions or Decisions()
         self.races: list[tuple[CandidateState, CandidateState, Race]] = []
 
@@ -105,7 +112,7 @@ class LoadTests:
         self.decisions.load_test()
         self._progress.start(f"{state.candidate.name}: throughput", _THROUGHPUT_WINDOWS)
         try:
-            with self.serve(state, "push") as served:  # the phase's name in the journal
+            with self._at_speed(state, "push"), self.serve(state, "push") as served:  # the phase's name in the journal
                 for turn in range(_THROUGHPUT_WINDOWS):
                     window = served.closed_window(users, self._window_s(_THROUGHPUT_S), turn)
                     state.throughput = max(window.throughput_rps, 1.0)
@@ -124,6 +131,13 @@ class LoadTests:
             return False
         self._progress.done(f"about {state.throughput:,.0f} requests/s")
         return True
+
+    @contextlib.contextmanager
+    def _at_speed(self, state: CandidateState, phase: str) -> Iterator[None]:
+        """A load test, as a context, and the host's speed beside it."""
+        before = self._host_speed(state.candidate, phase)
+        yield
+        state.speed = math.sqrt(before * self._host_speed(state.candidate, f"{phase}, after"))
 
     def _users(self, rate_rps: float) -> int:
         """Users that are answered at this rate after 0.4 of the limit (Little's law)."""
@@ -209,7 +223,7 @@ class LoadTests:
         self.decisions.load_test()
         self._progress.start(f"{state.candidate.name}: capacity inside {self._goal.slo}")
         try:
-            with self.serve(state, "search") as served:
+            with self._at_speed(state, "search"), self.serve(state, "search") as served:
                 search = find_capacity(
                     self._recorded(state, served.search_windows(self._settings.window_s / step)),
                     start_rps=_START * (state.throughput or 100.0),
@@ -217,7 +231,7 @@ class LoadTests:
                     resolution=1 + step * self._settings.resolution,
                     seed=self._settings.seed,
                     prove=False,
-                    budget_s=Budget.FOR_SEARCH / step * self._budget.seconds,
+                    budget_s=min(Budget.FOR_SEARCH * self._budget.seconds, max(0.0, self._budget.seconds_left)) / step,
                 )
         except Exception as error:  # as in `measure_throughput`
             state.end("failed", failure_reason(error))
@@ -281,14 +295,17 @@ class LoadTests:
     def _prove(self, state: CandidateState, found: Estimate, error: float, proven: list[Measurement]) -> None:
         """The windows of a confirmation; each proof is added to `proven`, at a higher rate than the one before."""
         last: Outcome | None = None
-        ceiling, window_s = found.interval_rps[1], self._settings.proof_s
+        if self._budget.seconds_left < _SHORTEST_PROOF_S:  # the estimate has to do
+            return
+        ceiling = found.interval_rps[1]
+        window_s = min(self._settings.proof_s, max(_SHORTEST_PROOF_S, self._for_proof_s))
         rate = max(found.interval_rps[0], _LOWER * found.rate_rps)
         easy = _EASY * rate
         with self.serve(state, "confirm") as served:
             for attempt in range(_PROOFS):
                 if attempt and self._budget.left < Budget.FOR_STEPS and self._is_unrefuted(state):
                     break
-                if not proven and self._budget.left * self._budget.seconds < _ATTEMPTS * window_s:
+                if not proven and self._budget.seconds_left < _ATTEMPTS * window_s:
                     rate = min(rate, easy)
                 rate = rounded(rate)
                 probe = self._recorded(state, served.proof_windows(float(f"{window_s:.3g}"), error / 2))
@@ -314,6 +331,11 @@ class LoadTests:
                     rate = max(min(_DOWN * rate, least), _MOST_DOWN * rate)
                     if window.outcome.refutes and window.late > _BY_FAR * window.n:
                         rate = _MOST_DOWN * rate  # the host has become slower, and each window costs time
+
+    @property
+    def _for_proof_s(self) -> float:
+        """Seconds that are left for a proof: the baseline and what each step bought have theirs."""
+        return (self._budget.left - Budget.FOR_STEPS) * self._budget.seconds
 
     def _is_unrefuted(self, state: CandidateState) -> bool:
         """Whether its windows give a capacity that none of them refuted: it can be the answer."""

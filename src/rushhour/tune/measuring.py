@@ -38,6 +38,15 @@ class MeasurementSource(Protocol):
         """
         ...
 
+    def host_speed(self, candidate: Candidate, when: str) -> float:
+        """The host's speed while the candidate's engine is timed, or beside a load test of it; 1 is any fixed speed.
+
+        Args:
+            candidate: that is measured.
+            when: which of its measurements: `timed ...`, or the phase of a load test.
+        """
+        ...
+
     def accuracy(self, candidate: Candidate, part: str) -> Accuracy:
         """The accuracy on a part of the data, `validation` or `test`."""
         ...

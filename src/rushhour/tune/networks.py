@@ -16,6 +16,7 @@ Bundles are in the store of `compress`, times and accuracies in the journal: a s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import NO_NETWORKS, trial_of, unmeasured
 from rushhour.tune.decisions import Decisions
+from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.found_networks import FoundNetworks
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.priors import Experience
@@ -64,6 +66,8 @@ first in any case, so such a run may end late."""
 _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
 """Shares: of the budget, for int8 of what was trained; of the time for recipes, for making and timing shapes, at most;
 of the budget, below which nothing is begun."""
+_LEAST_S: Final = 10.0
+"""As long takes, on any machine, to make one shape, time a step of its training, train a little and judge it."""
 _BESIDE: Final = 0.6
 """Export and judgement of a trained network, as a share of the time that making and timing its shape took."""
 _STORE: Final = ".recipes"
@@ -122,7 +126,8 @@ def smaller_networks(
             *(reference, dataset, goal, run, store, record, settings, budget, progress, trusted, decisions),
             experience=experience or Experience(),
         )
-        bundles, trials = search.found()
+        with contextlib.closing(search):
+            bundles, trials = search.found()
         names = {role: bundle.path.name for role, bundle in bundles.items()}
         FoundNetworks(names, trials, key, decisions.made[before:]).save(store)
         return bundles, trials
@@ -188,7 +193,8 @@ class _Search:
         self._journal = Journal(run / JOURNAL, decisions.clock, decisions.spend)
         self._experience = experience
         self._bundles = {"reference": reference}
-        self._predictor = Predictor(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
+        self._times = EngineTimes(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
+        self._predictor = Predictor(self._times)
         self._engine: EngineName = "openvino"
         self._kept = _FOR_SHORT_SEARCH
         """Share of the budget for the search."""
@@ -204,7 +210,7 @@ class _Search:
         if why := why_untrainable(self._reference, self._dataset, self._trusted):
             return self._none(f"recipes that train are left out: {why}")
         time = self._seconds
-        if time < _LEAST * self._budget.seconds:
+        if time < max(_LEAST * self._budget.seconds, _LEAST_S if math.isfinite(time) else 0.0):
             return self._none("no time left for recipes: the search needs the rest")
         try:
             whole, self._costs.teacher_s = self._timed_reference()
@@ -224,6 +230,10 @@ class _Search:
         self._decisions.joined(list(bundles), self._trials)
         self._say("Smaller networks for the search", said, good=bool(bundles))
         return bundles, tuple(self._trials)
+
+    def close(self) -> None:
+        """Close the engine that is kept open."""
+        self._times.close()
 
     def _none(self, why: str) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
         self._decisions.note("networks", why, "the network stays as it is", "smaller networks need a training")

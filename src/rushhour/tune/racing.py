@@ -19,6 +19,11 @@ from rushhour.tune.prediction import Predictor
 from rushhour.tune.settings import Budget, TuneSettings
 from rushhour.tune.state import CandidateState
 
+USUAL, SHORTEST = 22, 10
+"""Pairs of windows of a race: usually, and at least."""
+_FAR = 1.1
+"""A candidate that is predicted so many times the one that leads may win by far."""
+
 
 class Racing:
     """Races of candidates within the accuracy budget.
@@ -75,7 +80,7 @@ class Racing:
         with Contest(self._load_tests, self._predictor, incumbent, self._leads) as contest:
             while rivals:
                 rival = rivals.pop(0)
-                if self._is_late:
+                if self._is_over(rival.ahead_of(contest.incumbent), self._shortest_s):
                     rival.end("skipped", "the time was up before its race")
                     self._load_tests.decisions.ended("race", rival)
                     continue
@@ -85,9 +90,25 @@ class Racing:
             self._force(contest, alive)
             return self._preferred(contest, alive)
 
+    def _is_over(self, ahead: float = 0.0, takes_s: float = 0.0) -> bool:
+        """Whether the time is up for a candidate.
+
+        One that is predicted far better than what was measured still gets its race: a proof of the wrong one is worth
+        less.
+
+        Args:
+            ahead: of the best that was measured (`CandidateState.ahead_of`).
+            takes_s: seconds that the test takes, at least: they must leave the time of an estimate.
+        """
+        left = self._budget.left
+        if left - takes_s / self._budget.seconds < Budget.FOR_SEARCH:
+            return True
+        return left < (Budget.FOR_ONE if ahead > _FAR else Budget.FOR_PROOF)
+
     @property
-    def _is_late(self) -> bool:
-        return self._budget.left < Budget.FOR_PROOF
+    def _shortest_s(self) -> float:
+        """Seconds of the shortest race."""
+        return self._race_s * SHORTEST / USUAL
 
     def _best_of_layouts(self, alive: list[CandidateState]) -> CandidateState:
         """The best candidate of each layout under load, for the overhead of serving; of these, the fastest.
@@ -98,7 +119,7 @@ class Racing:
         measured = self._predictor.learn_overheads(
             alive,
             functools.partial(self._load_tests.measure_throughput, in_open_loop=True),
-            lambda: self._is_late,
+            self._is_over,
             keep=self._settings.keep,
         )
         if not measured:
@@ -152,7 +173,7 @@ class Racing:
         best = contest.incumbent
         smaller = smallest_first(alive, best, self._size) if self._settings.prefer == "memory" else []
         for state in smaller:
-            if self._is_late:
+            if self._is_over(0.0, self._shortest_s):
                 break
             result = self._race_anyway(contest, state, state.rule, len(smaller))
             if result is None or result.ratio < HALF or contest.incumbent is not best:

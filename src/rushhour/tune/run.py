@@ -33,6 +33,7 @@ from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import describe, open_files
 from rushhour.system.storage import claimed, write_whole
 from rushhour.train import Tracking, TrainingJob, TrainSettings, bundle_at, train
+from rushhour.tune.answer import unmeasured
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.networks import FOR_SEARCH, smaller_networks
 from rushhour.tune.priors import Experience, experience_of, remember
@@ -111,7 +112,7 @@ def tune_run(
             reference = train(dataset, job, out=out, progress=progress, name=name or name_of(run), force=force)
         bundles: dict[str, Bundle] = {"reference": reference}
         left_out: dict[str, str] = {}
-        making = _Int8(dataset, goal, progress, left_out)
+        making = _Int8(dataset, goal, progress, left_out, budget)
         if reference.manifest.precision == "f32" and is_plain(reference):
             bundles |= making.of(reference, run / "bundles" / "int8")
         finished = _finished_plan(run, record, bundles, settings, force=force)
@@ -155,7 +156,7 @@ def tune_run(
                 progress=progress,
                 trusted=trusted,
                 left_out=left_out,
-                ended=ended,
+                ended=(*ended, *making.skipped),
                 clock=clock,
                 so_far=lambda plan: named(plan).save(so_far),
                 decisions=decisions,
@@ -185,16 +186,33 @@ def _check_files() -> None:
 
 
 class _Int8:
-    """Makes int8 children of bundles; why one could not be made is put into `left_out`."""
+    """Makes int8 children of bundles; why one could not be made is put into `left_out`.
 
-    def __init__(self, dataset: Dataset, goal: Goal, progress: Progress, left_out: dict[str, str]) -> None:
+    Attributes:
+        skipped: trials of those that were not made, as the budget was spent.
+    """
+
+    def __init__(
+        self, dataset: Dataset, goal: Goal, progress: Progress, left_out: dict[str, str], budget: Budget
+    ) -> None:
         self._dataset = dataset
         self._max_drop = goal.budget.max_drop
         self._progress = progress
         self._left_out = left_out
+        self._budget = budget
+        self.skipped: list[Trial] = []
 
     def of(self, bundle: Bundle, out: Path) -> dict[str, Bundle]:
-        """The children by role, which is the name of their folder: at `out`, and beside it."""
+        """The children by role, which is the name of their folder: at `out`, and beside it.
+
+        None where the budget is spent, unless they were made before.
+        """
+        if self._budget.left <= 0 and bundle_at(out) is None:
+            why = "no time left to quantise it"
+            self.skipped.append(unmeasured(out.name, "skipped", why, precision="int8"))
+            self._progress.start(out.name)
+            self._progress.done(why, good=False)
+            return {}
         try:
             made = quantize_for_all(bundle, self._dataset, out, max_drop=self._max_drop, progress=self._progress)
         except Exception as error:  # only this candidate fails; its error is in the plan

@@ -8,7 +8,8 @@
     race       two real servers at a time, interleaved, under real load        -> beaten, tied
     confirm    the winner on fresh seeds                                       -> won
 
-The unchanged baseline is always measured too. If a candidate fails, the others go on, and its error is in the plan.
+Then the unchanged baseline is measured, always, and what each step between the two bought. With a budget each step has
+its share, and the most promising comes first. If a candidate fails, the others go on, and its error is in the plan.
 Every measurement is in the journal before the next one starts, and what is measured next depends on the measurements
 alone, and on the time left where there is a budget: a search that was killed resumes.
 """
@@ -39,27 +40,27 @@ from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points
 from rushhour.tune.bench import Bench
 from rushhour.tune.coverage import certified
 from rushhour.tune.decisions import Decisions
+from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.front import Rated, choice, front, measurably_worse, rated
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.prediction import Predictor
 from rushhour.tune.priors import Experience
-from rushhour.tune.racing import Racing
+from rushhour.tune.racing import USUAL, Racing
 from rushhour.tune.relaxations import relaxations
 from rushhour.tune.server import plan_of
 from rushhour.tune.settings import Budget, TuneSettings
-from rushhour.tune.space import Candidate, baseline, candidates, other_layouts, plain
+from rushhour.tune.space import Candidate, baseline, candidates, plain
 from rushhour.tune.state import CandidateState, failure_reason
+from rushhour.tune.timing import Timing
 
 _RUNNERS_UP = 1
 """Runners-up that are tried where the winner cannot be confirmed."""
 _NEARLY = 0.9
 """A runner-up has to be proven at this share of the winner's estimate."""
-_PAIRS, _WINDOWS, _PROOF_WINDOWS, _BESIDE_S = 22, 10, 3, 1.5
-"""Usual pairs of windows of a race, windows of a search for a capacity, windows of a proof, and the seconds beside each
+_WINDOWS, _PROOF_WINDOWS, _BESIDE_S = 10, 3, 1.5
+"""Usual windows of a search for a capacity, windows of a proof, and the seconds beside each
 window. Only to tell how long the rest takes."""
-_MOST_TIMED = 24
-"""Engines that are timed in other layouts, at most."""
 _WHOLE = ("int8", "int8-vnni")
 """The bundles of the reference's whole network in int8."""
 _WINNERS = 0.8
@@ -116,7 +117,8 @@ def tune(
         *(bundles, dataset, goal, run, settings, progress, trusted, clock, so_far, source, decisions),
         priors=experience.priors,
     )
-    plan = search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
+    with contextlib.closing(search):
+        plan = search.plan([*(failed_bundle(role, why) for role, why in (left_out or {}).items()), *ended])
     experience.learnt.update(search.learnt())
     return plan
 
@@ -147,7 +149,8 @@ class _Search:
         self._trusted = trusted
         self._decisions = decisions
         self._journal = Journal(run / JOURNAL, clock, decisions.spend)
-        self._predictor = Predictor(self._journal, bundles, goal.slo, settings.time_s, trusted, source, priors)
+        self._times = EngineTimes(self._journal, bundles, goal.slo, settings.time_s, trusted, source)
+        self._predictor = Predictor(self._times, priors)
         self._source = source
         self._budget, self._so_far = Budget(settings.budget_s, clock), so_far
 
@@ -156,20 +159,22 @@ class _Search:
         self._outside = ended
         """Trials of what is not in the search."""
         self._states = states = [CandidateState(candidate) for candidate in candidates(self._bundles, cores())]
-        self._time(states)
-        if all(state.fate == "failed" for state in states):
-            raise EngineError("no engine can run the reference model", states[0].why)
+        timing = Timing(self._predictor, self._budget, self._size, self._progress, self._decisions)
+        timing.first(states, plain(reference, cores())[0])
+        if all(state.fate is not None for state in states):
+            why = next(state.why for state in states if state.fate == "failed")
+            raise EngineError("no engine can run the reference model", why)
         self._plain = self._first_plain(reference, states)
         self._accuracy = AccuracyJudge(
             *(self._journal, self._bundles, self._dataset, self._goal.budget),
             *(self._plain, self._progress, self._trusted, self._source),
         )
         compiled = CandidateState(self._plain)
-        self._accuracy.validate(states)
+        self._accuracy.validate(states, self._budget.allow(Budget.FOR_ACCURACY))
         self._decisions.judged("validation", states, self._goal.budget)
-        self._accuracy.confirm(states, self._settings.keep)
+        self._accuracy.confirm(states, self._settings.keep, self._budget.allow(Budget.FOR_ACCURACY))
         self._decisions.judged("test", states, self._goal.budget)
-        self._widen(states)
+        states += timing.widen(states, self._settings.keep)
         self._leave_less_accurate(states)
         alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
         if not alive:
@@ -177,16 +182,21 @@ class _Search:
         with contextlib.nullcontext(self._source) if self._source is not None else Generator() as load:
             bench = Bench(self._journal, load, self._goal, self._run, self._trusted)
             self._load_tests = LoadTests(
-                bench, self._bundles, self._goal, self._settings, self._progress, self._budget, self._decisions
+                *(bench, self._bundles, self._goal, self._settings, self._progress, self._budget, self._decisions),
+                host_speed=self._times.speed_beside,
             )
             self._announce_rest(races=self._settings.race, searches=2, steps=3)
-            base = self._measured_base(reference)
             winner, confirmed = self._settled(alive)
+            base = self._measured_base(reference)
             recipe = recipe_words(self._bundles[winner.candidate.bundle], reference)
             self._so_far(self._answer(winner, confirmed, base, [base, *states], steps_of(base, [], winner, recipe)))
             steps = self._steps(compiled, states, winner, bool(recipe))
         measured = [compiled] if compiled.capacity is not None else []
         return self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner, recipe))
+
+    def close(self) -> None:
+        """Close the engine that is kept open."""
+        self._times.close()
 
     def learnt(self) -> dict[str, float]:
         """What was measured for later searches."""
@@ -199,10 +209,11 @@ class _Search:
             EngineError: if none does.
         """
         ways = plain(reference, cores())
-        run = {state.candidate.artefact for state in states if state.fate != "failed"}
-        for candidate in ways:
-            if candidate.artefact in run:
-                return candidate
+        for fate in (None, "skipped"):
+            run = {state.candidate.artefact for state in states if state.fate == fate}
+            for candidate in ways:
+                if candidate.artefact in run:
+                    return candidate
         why = next(state.why for state in states if state.candidate.artefact == ways[0].artefact)
         raise EngineError("no engine can run the reference model", why)
 
@@ -223,40 +234,6 @@ class _Search:
         self._measure_for_comparison(base)
         base.end("baseline", "the unchanged model: compiled, one sample at a time")
         return base
-
-    def _time(self, states: list[CandidateState], what: str = "Timing each engine alone") -> None:
-        """Service times of each engine alone, and the predictions from them."""
-        self._progress.start(what, len(states))
-        for state in states:
-            try:
-                times = self._predictor.service_times(state.candidate)
-            except Exception as error:  # an engine may fail in any way on a user's graph
-                state.end("failed", failure_reason(error))
-                self._progress.advance(note=f"{state.candidate.artefact}: {state.why}")
-                continue
-            self._progress.advance(note=f"{state.candidate.compiled}: {max(times.throughput):,.0f}/s")
-        self._predictor.choose_batches([state for state in states if state.fate is None])
-        best = max((state.predicted or 0.0 for state in states), default=0.0)
-        self._decisions.timed(states)
-        self._progress.done(f"best prediction {best:,.0f} requests/s of {self._predictor.policies:,} policies")
-
-    def _widen(self, states: list[CandidateState]) -> None:
-        """Add the promising artefacts in all other layouts of the cores, as many as can be timed soon."""
-        if self._budget.left < Budget.FOR_PROOF:
-            return
-        best: dict[str, CandidateState] = {}
-        for state in sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0)):
-            best.setdefault(state.candidate.artefact, state)
-        top = max((state.predicted or 0.0 for state in best.values()), default=0.0)
-        new: list[CandidateState] = []
-        for state in best.values():
-            layouts = other_layouts(state.candidate, cores())
-            engines = {each.compiled for each in layouts} | {each.candidate.compiled for each in new}
-            if (state.predicted or 0.0) >= self._settings.keep * top and len(engines) <= _MOST_TIMED:
-                new += [CandidateState(each, accuracy=state.accuracy) for each in layouts]
-        if new:
-            self._time(new, "Timing promising engines in other layouts")
-            states += new
 
     def _leave_less_accurate(self, states: list[CandidateState]) -> None:
         """Where accuracy is preferred, what is measurably less accurate than the most accurate candidate is left."""
@@ -317,7 +294,7 @@ class _Search:
     @property
     def _race_s(self) -> float:
         """Seconds of a usual race."""
-        return 2 * _PAIRS * max(0.5, 8 * self._goal.slo.limit_s)
+        return 2 * USUAL * max(0.5, 8 * self._goal.slo.limit_s)
 
     def _measure_for_comparison(self, state: CandidateState) -> None:
         """Accuracy and capacity, roughly, of a candidate that is measured for comparison only."""
@@ -458,6 +435,7 @@ class _Search:
             prefer=self._settings.prefer,
             front=points,
             choice=choice(points, self._settings.prefer, after.metric),
+            service_times=self._times.beside_load(winner.candidate, winner.speed),
             relaxations=relaxations(*(winner, states, self._outside, self._goal, self._predictor), feasible=feasible),
             decisions=self._decisions.made,
             certificate=certified(

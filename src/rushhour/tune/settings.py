@@ -69,9 +69,13 @@ class Budget:
         clock: it is read on.
     """
 
-    FOR_PROOF, FOR_STEPS, FOR_SEARCH = 0.4, 0.1, 0.15
-    """Shares of it: kept for the winner's capacity and its proof; kept for measuring what each step bought; for the
-    estimate of one capacity, at most."""
+    FOR_PROOF, FOR_ONE, FOR_STEPS, FOR_SEARCH = 0.4, 0.25, 0.15, 0.15
+    """Shares of it. The first is kept for the winner's capacity and its proof; the second is kept for them even where
+    what is predicted best by far was not under load yet; the third for the baseline and what each step bought. The last
+    is for the estimate of one capacity, at most."""
+    FOR_TIMING, FOR_WIDENING, FOR_ACCURACY = 0.15, 0.05, 0.15
+    """Shares of it that the steps before any load take, at most: service times, those in other layouts of the cores,
+    and accuracies (a part of the data each). What is most promising comes first, and is not left out."""
 
     def __init__(self, seconds: float | None, clock: Clock) -> None:
         self._clock = clock
@@ -82,3 +86,30 @@ class Budget:
     def left(self) -> float:
         """The share of it that is left; below 0 once it is spent."""
         return 1.0 if self.seconds == math.inf else 1 - (self._clock.now() - self._began) / self.seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """The same in seconds; infinite where there is no limit."""
+        return self.left * self.seconds
+
+    def allow(self, share: float) -> Allowance:
+        """This share of the whole budget for one step, from now on."""
+        return Allowance(self, share)
+
+
+class Allowance:
+    """What one step may take of a budget.
+
+    Args:
+        budget: of all steps.
+        share: of the whole budget.
+    """
+
+    def __init__(self, budget: Budget, share: float) -> None:
+        self._budget = budget
+        self._least = budget.left - share
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the step has taken its share, or the whole budget is spent."""
+        return self._budget.left <= max(0.0, self._least)

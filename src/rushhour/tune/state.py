@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from rushhour.errors import RushhourError, StorageError
 from rushhour.measurement import Accuracy, Measurement
@@ -21,9 +22,11 @@ class CandidateState:
         throughput: answers in time per second, of a closed loop.
         capacity: requests per second, measured.
         p99_ms: at the proven capacity.
+        speed: of the host beside its last load test, relative to when the first engine was timed.
         windows: of open-loop load, in the order measured in this process, also those answered from the journal.
         fate: None while it is in the search.
         why: in words.
+        is_judged: whether its accuracy was judged on both parts, unless it ended before.
         rule: why it is loaded although its prediction does not ask for it; empty where it does.
     """
 
@@ -34,10 +37,17 @@ class CandidateState:
     throughput: float | None = None
     capacity: float | None = None
     p99_ms: float | None = None
+    speed: float = 1.0
     windows: list[Measurement] = dataclasses.field(default_factory=list)
     fate: Fate | None = None
     why: str = ""
     rule: str = ""
+    is_judged: bool = True
+
+    def ahead_of(self, measured: CandidateState) -> float:
+        """Its predicted capacity over that of one that was under load, or over its throughput where that is less."""
+        known = min(measured.predicted or 0.0, measured.throughput or 0.0)
+        return (self.predicted or 0.0) / known if known else math.inf
 
     def end(self, fate: Fate, why: str) -> None:
         """It leaves the search."""
