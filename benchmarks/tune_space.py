@@ -3,7 +3,8 @@
 Networks x engines x precisions x layouts of the cores x batch bounds, about 15 s a plan: a few closed loops and a few
 windows of open-loop load around the capacity. The order is random, so that a slow hour of the host does not look like a
 slow engine, and one plan, the canary, is measured again and again in between: what it varies by is the noise of the
-machine. The fastest plans are measured a second time. All windows are in a journal: a run that was interrupted goes on.
+machine. The host's speed is read beside each engine that is timed and each plan; predictions are scored at equal speed.
+The fastest plans are measured a second time. All windows are in a journal: a run that was interrupted goes on.
 """
 
 from __future__ import annotations

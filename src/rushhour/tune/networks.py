@@ -17,7 +17,6 @@ Bundles are in the store of `compress`, times and accuracies in the journal: a s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from rushhour.compress import Store, apply, why_outside
 from rushhour.data import Dataset
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
-from rushhour.measurement import Accuracy
 from rushhour.plan import EngineName, Fate, Trial
 from rushhour.progress import Progress, Silent
 from rushhour.records import identity
@@ -37,6 +35,7 @@ from rushhour.system.machine import cores, describe
 from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import NO_NETWORKS, trial_of, unmeasured
+from rushhour.tune.contestant import FASTER, Contestant, fastest_gentler
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.found_networks import FoundNetworks
@@ -53,14 +52,12 @@ RUNGS: Final = (1, 2, 4)
 """Epochs of the rungs. Each is as long as all before it, and one epoch more."""
 _REMAINING: Final = 1 / 3
 """A rung is taken to leave at least this share of the drop, so a shape beyond it cannot come into the budget."""
-_FASTER: Final = 1.05
-"""A shape that removes more has to be predicted faster than a gentler one by this factor."""
 _JOINING: Final = 2
 """Networks that join the search, at most; one where the time is limited."""
 _BATCH: Final = 128
 _FEWEST: Final = 2
 """Shapes that must fit into the time, through all rungs, for the search to compare shapes."""
-FOR_SEARCH, _FOR_SHORT_SEARCH = 0.45, 0.28
+FOR_SEARCH, _FOR_SHORT_SEARCH = 0.40, 0.23
 """Shares of the budget that are kept for the search; the second where shapes cannot be compared. The search has the
 first in any case, so such a run may end late."""
 _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
@@ -133,34 +130,6 @@ def smaller_networks(
         return bundles, trials
     decisions.repeat(found.decisions)
     return {role: Bundle.open(store.folder / name) for role, name in found.bundles.items()}, found.trials
-
-
-@dataclasses.dataclass
-class _Contestant:
-    """A shape that can be served.
-
-    Attributes:
-        rungs: epochs of each that was trained so far.
-        epoch_s: seconds of one epoch without the teacher, where the time is limited.
-    """
-
-    shape: Shape
-    state: CandidateState
-    rungs: tuple[float, ...] = ()
-    epoch_s: float = 0.0
-
-    @property
-    def alive(self) -> bool:
-        return self.state.fate is None
-
-    @property
-    def predicted(self) -> float:
-        return self.state.predicted or 0.0
-
-    @property
-    def accuracy(self) -> Accuracy:
-        assert self.state.accuracy is not None
-        return self.state.accuracy
 
 
 class _Search:
@@ -249,7 +218,7 @@ class _Search:
         """That are left for recipes."""
         return (self._budget.left - self._kept - _FOR_INT8) * self._budget.seconds
 
-    def _end(self, one: _Contestant, fate: Fate, why: str) -> None:
+    def _end(self, one: Contestant, fate: Fate, why: str) -> None:
         one.state.end(fate, why)
         self._trials.append(trial_of(one.state))
         self._say(one.shape.role, f"{fate}: {why}", good=False)
@@ -293,17 +262,17 @@ class _Search:
             and (candidate.policy.cells, candidate.policy.streams) == (1, cores())
         )
 
-    def _shaped(self, whole: float, time: float) -> list[_Contestant]:
+    def _shaped(self, whole: float, time: float) -> list[Contestant]:
         """Shapes that are predicted faster than the reference and than every gentler shape, in order of promise.
 
         Args:
             whole: the predicted capacity of the reference.
             time: seconds for all recipes.
         """
-        made: list[_Contestant] = []
+        made: list[Contestant] = []
         shapes = shapes_of(self._reference, self._trusted)
         for shape in shapes:
-            if self._is_short and any(one.predicted > _FASTER * whole for one in made):
+            if self._is_short and any(one.predicted > FASTER * whole for one in made):
                 self._end_unmeasured(shape, "skipped", "no time left to compare shapes: a more promising one is tried")
                 continue
             if self._seconds < (1 - _FOR_SHAPES) * time:
@@ -318,18 +287,16 @@ class _Search:
             except Exception as error:  # a user's network may fail in any way; only this shape ends
                 self._end_unmeasured(shape, "failed", failure_reason(error))
                 continue
-            made.append(_Contestant(shape, state))
+            made.append(Contestant(shape, state))
             self._say(f"{shape.role}, not trained yet", f"predicted {state.predicted or 0:,.0f} requests/s")
             if len(made) == 1 and not math.isinf(self._budget.seconds):
                 self._costs.beside_s = _BESIDE * (before - self._budget.left) * self._budget.seconds
                 self._is_short = self._cannot_compare(made[0], len(shapes))
                 self._lr = short_lr(self._reference) if self._is_short else None
-        left: list[_Contestant] = []
+        left: list[Contestant] = []
         for one in made:
-            gentler = [other for other in made if other.shape.is_gentler_than(one.shape)]
-            rivals = [("the whole network", whole), *((other.shape.role, other.predicted) for other in gentler)]
-            name, rate = max(rivals, key=lambda rival: rival[1])
-            if one.predicted <= _FASTER * rate:
+            name, rate = fastest_gentler(one, made, whole)
+            if one.predicted <= FASTER * rate:
                 why = f"predicted {one.predicted:,.0f}/s; {name} removes less and is predicted {rate:,.0f}/s"
                 self._end(one, "dominated", why)
             else:
@@ -337,7 +304,7 @@ class _Search:
         self._decisions.shaped(whole, {one.shape.role: one.state for one in made}, [one.shape.role for one in left])
         return left
 
-    def _cannot_compare(self, first: _Contestant, shapes: int) -> bool:
+    def _cannot_compare(self, first: Contestant, shapes: int) -> bool:
         """Whether the time is too short to make all shapes, and train two like the first through all rungs."""
         if self._record:
             return True
@@ -369,7 +336,7 @@ class _Search:
 
     # Train.
 
-    def _within_time(self, contestants: list[_Contestant]) -> list[_Contestant]:
+    def _within_time(self, contestants: list[Contestant]) -> list[Contestant]:
         """The first contestants, as many as can go through all rungs in the time that is left; at least one."""
         if math.isinf(self._budget.seconds):
             return contestants
@@ -381,7 +348,7 @@ class _Search:
             self._end(one, "skipped", _NO_TIME)
         return contestants[:count]
 
-    def _timed_epoch(self, one: _Contestant) -> bool:
+    def _timed_epoch(self, one: Contestant) -> bool:
         """Time an epoch of it; a shape that cannot be trained ends."""
         try:
             one.epoch_s = self._epoch_seconds(one.shape.role)
@@ -396,15 +363,15 @@ class _Search:
         job = TrainingJob(source, settings, self._store.folder, self._trusted)
         return epoch_seconds(self._journal, self._dataset, job, self._progress, experience=self._experience)
 
-    def _cost(self, contestants: Sequence[_Contestant], length: float) -> float:
+    def _cost(self, contestants: Sequence[Contestant], length: float) -> float:
         return self._costs.of([one.epoch_s for one in contestants], length)
 
-    def _cost_of_all_rungs(self, contestants: Sequence[_Contestant]) -> float:
+    def _cost_of_all_rungs(self, contestants: Sequence[Contestant]) -> float:
         return self._costs.of_all_rungs([one.epoch_s for one in contestants], RUNGS)
 
-    def _trained_as_time_allows(self, contestants: list[_Contestant]) -> list[_Contestant]:
+    def _trained_as_time_allows(self, contestants: list[Contestant]) -> list[Contestant]:
         """The first that is inside the accuracy budget after a few rungs, each as long as the time allows."""
-        winner: _Contestant | None = None
+        winner: Contestant | None = None
         for one in contestants:
             if winner is None:
                 self._timed_epoch(one)
@@ -420,7 +387,7 @@ class _Search:
                 self._end_outside(one, "no time left to train it further")
         return [] if winner is None else [winner]
 
-    def _next_length(self, one: _Contestant) -> float | None:
+    def _next_length(self, one: Contestant) -> float | None:
         """Epochs of its next rung: what was begun before, or the most that fits; None where nothing does."""
         done, begun = len(one.rungs), self._record.of(one.shape.role)
         if done < len(begun):
@@ -431,9 +398,9 @@ class _Search:
         self._record.begin(one.shape.role, (*one.rungs, fitting[-1]))
         return fitting[-1]
 
-    def _trained(self, contestants: list[_Contestant]) -> list[_Contestant]:
+    def _trained(self, contestants: list[Contestant]) -> list[Contestant]:
         """The fastest that are inside the accuracy budget after some rung, the fastest first."""
-        ready: list[_Contestant] = []
+        ready: list[Contestant] = []
         for rung in range(len(RUNGS)):
             for one in contestants:
                 if self._cost([one], RUNGS[rung]) > self._seconds:
@@ -455,7 +422,7 @@ class _Search:
             self._end(one, "dominated", why)
         return ready[:joining]
 
-    def _teach(self, one: _Contestant, length: float) -> None:
+    def _teach(self, one: Contestant, length: float) -> None:
         """Train a rung of so many epochs more, and judge."""
         role, expected, before = one.shape.role, self._cost([one], length), self._seconds
         one.rungs = (*one.rungs, length)
@@ -471,7 +438,7 @@ class _Search:
         result = f"{found.metric} {found.value:.4f}, drop {drop:.2f} points, at most {most:.2f}"
         self._say(f"{role} after {words(one.rungs)}", result)
 
-    def _continuing(self, outside: list[_Contestant], ready: list[_Contestant], rung: int) -> list[_Contestant]:
+    def _continuing(self, outside: list[Contestant], ready: list[Contestant], rung: int) -> list[Contestant]:
         """Those not inside the budget yet that are trained further, the smallest drop first; the others end."""
         left, going = len(RUNGS) - rung - 1, []
         for one in outside:
@@ -489,7 +456,7 @@ class _Search:
             self._end_outside(one, "shapes with a smaller drop are trained further")
         return going[:half]
 
-    def _end_outside(self, one: _Contestant, also: str) -> None:
+    def _end_outside(self, one: Contestant, also: str) -> None:
         """A shape ends that is not inside the accuracy budget as far as it was trained."""
         if one.state.accuracy is None:
             self._end(one, "skipped", _NO_TIME)
