@@ -51,7 +51,8 @@ _SCALING = "Preprocessing"
 def command(model: Path, json_file: Path | None, **options: Any) -> None:
     """Make a bundle of MODEL and show what was understood: inputs, layout, task, scaling, operators.
 
-    MODEL is an ONNX file, a .pt2 file of torch.export, or a .joblib file of an estimator; recognised by what it holds.
+    MODEL is an ONNX file, a .keras or .h5 file of Keras, a SavedModel folder, a .pt2 file of torch.export, or a .joblib
+    file of an estimator; recognised by what it holds.
     MODEL becomes an ONNX graph, whose answers are compared with its own. The torch network is rebuilt from the graph
     with its weights; then train (from these weights), compress and tune take BUNDLE as any other, and take MODEL itself
     too. What cannot be trained is said with its reason, and can still be served and made int8. No code of MODEL is run
@@ -62,6 +63,8 @@ def command(model: Path, json_file: Path | None, **options: Any) -> None:
       rushhour import model.onnx --out runs/imported
       rushhour import model.onnx --data photos/ --out runs/imported
       rushhour import model.onnx --classes cat,dog --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --out runs/imported
+      rushhour import model.keras --data photos/ --out runs/imported
+      rushhour import saved/ --tensorflow-python tf/bin/python --trust saved/ --out runs/imported
       rushhour import forest.joblib --trust forest.joblib --out runs/forest
       rushhour train runs/imported --data photos/ --epochs 5 --out runs/finer
     """

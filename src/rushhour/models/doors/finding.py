@@ -11,13 +11,22 @@ from typing import Any, Final
 from rushhour.bundle import is_bundle
 from rushhour.errors import ModelError
 from rushhour.models.doors.door import Arrival, Door, Opening
+from rushhour.models.doors.keras import KerasDoor
 from rushhour.models.doors.onnx_graph import OnnxDoor
+from rushhour.models.doors.saved_model import SavedModelDoor
 from rushhour.models.doors.tabular import TabularDoor
 from rushhour.models.doors.torch_module import TorchModuleDoor
 from rushhour.models.doors.torch_program import TorchProgramDoor
 from rushhour.models.imported import name_for
 
-DOORS: Final[tuple[Door, ...]] = (OnnxDoor(), TorchProgramDoor(), TabularDoor(), TorchModuleDoor())
+DOORS: Final[tuple[Door, ...]] = (
+    OnnxDoor(),
+    TorchProgramDoor(),
+    KerasDoor(),  # before torch's: on that backend, a Keras model is a module too
+    SavedModelDoor(),
+    TabularDoor(),
+    TorchModuleDoor(),
+)
 """In the order in which they are asked: the narrower kind before the wider one."""
 
 
