@@ -84,6 +84,17 @@ def test_the_winner_is_on_the_front_even_where_a_prediction_exceeds_it() -> None
     assert sum(point.capacity_rps == 6000.0 for point in found([*each.values(), alike], each["winner"])) == 1
 
 
+def test_a_prediction_is_scaled_by_what_load_showed_of_the_winner() -> None:
+    """The demo said that a plan "has the most requests per second" and that another, predicted, is faster."""
+    each = states()
+    each["winner"].predicted = 12_000.0  # load showed half of that
+    better = state("prune-0.5-int8", 0.899, precision="int8", engine="onnxruntime", predicted=8000.0, fate="dominated")
+    points = found([*each.values(), better], each["winner"])
+    assert points[0].chosen
+    assert {point.kind: point.capacity_rps for point in points}["predicted"] == 4000.0
+    assert next(point for point in points if point.kind == "predicted").capacity_interval_rps == (0.5, 4.5e9)
+
+
 def test_the_choice_says_why_not_its_neighbours() -> None:
     each = states()
     points = found(list(each.values()), each["winner"])

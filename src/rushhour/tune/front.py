@@ -45,7 +45,8 @@ def rated(
             times the ratio of the two throughputs.
         is_proven: whether the winner's capacity is a confirmed pass.
         estimate: the interval of a capacity from its windows of load.
-        predicted: the capacity of a candidate without load, with its interval.
+        predicted: the capacity of a candidate without load, with its interval. It is scaled by what load showed of the
+            winner against its own prediction: the host may compute slower under load than when engines were timed.
     """
     if state is winner and is_proven:
         return Rated(state.capacity or 0.0, "proven", None)
@@ -53,8 +54,12 @@ def rated(
         return Rated(state.capacity, "estimated", estimate(state))
     if state.throughput and winner.throughput and winner.capacity:
         return Rated(winner.capacity * state.throughput / winner.throughput, "estimated", None)
-    rate, interval = predicted(state) if state.predicted else (0.0, None)
-    return Rated(rate, "predicted", interval)
+    if not state.predicted:
+        return Rated(0.0, "predicted", None)
+    rate, (low, high) = predicted(state)
+    expected = predicted(winner)[0] if winner.predicted else 0.0
+    scale = winner.capacity / expected if winner.capacity and expected else 1.0
+    return Rated(rate * scale, "predicted", (low * scale, high * scale))
 
 
 def front(
