@@ -417,7 +417,29 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundle_of("only_the_head", tmp_path_factory.mktemp("prune") / "head")
 
 
-TRUSTED = ("test_prune:only_the_head", "test_prune:mobile", "test_prune:grouped")
+TRUSTED = tuple(
+    f"test_prune:{name}" for name in ("only_the_head", "mobile", "grouped", "ends_in_softmax", "ends_in_sigmoid")
+)
+
+
+def ends_in_softmax() -> nn.Module:
+    return nn.Sequential(_conv(3, 16), _conv(16, 32), _head(32), nn.Softmax(dim=1))
+
+
+def ends_in_sigmoid() -> nn.Module:
+    return nn.Sequential(_conv(3, 16), _conv(16, 32), _head(32), nn.Sigmoid())
+
+
+@pytest.mark.parametrize("factory", ["ends_in_softmax", "ends_in_sigmoid"])
+def test_a_network_that_gives_no_logits_is_pruned_too(factory: str, tmp_path: Path) -> None:
+    """The network built from the new sizes was taken for one that gives logits, and so for another."""
+    parent, data = bundle_of(factory, tmp_path / "parent"), photographs(80)
+    recipe = Recipe.parse("prune:0.3:epochs=1")
+    (made,) = apply(recipe, parent, data, Store(tmp_path), progress=Silent(), trusted=TRUSTED)
+    assert made.manifest.parameters < parent.manifest.parameters
+    with torch.no_grad():
+        answers = load_deployed(made, TRUSTED)(torch.from_numpy(data.test.inputs))
+    torch.testing.assert_close(answers.sum(1), torch.ones(len(answers)))
 
 
 def test_where_only_the_head_learns_the_reason_is_said(head: Bundle, tmp_path: Path) -> None:

@@ -204,6 +204,25 @@ def test_distillation_learns_what_the_teacher_knows_without_labels(parent: Bundl
     assert float(agree.float().mean()) > 0.9
 
 
+def plain_student() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def softmaxed_student() -> nn.Sequential:
+    return plain_student().append(nn.Softmax(dim=1))
+
+
+def test_a_student_that_ends_in_a_softmax_learns_as_the_one_without(parent: Bundle, tmp_path: Path) -> None:
+    """Its probabilities were taken for logits, and a second softmax of them learnt to answer as the teacher does."""
+    data, answers = pictures(labelled=False), []
+    for student in (Source("test_recipe:plain_student"), Source("test_recipe:softmaxed_student")):
+        step, trusted = Distil(6, student=student, batch=32, lr=2e-3), (student.factory,)
+        (made,) = apply(Recipe((step,)), parent, data, Store(tmp_path), progress=Silent(), trusted=trusted)
+        with torch.inference_mode():
+            answers.append(load_deployed(made, trusted)(torch.from_numpy(data.test.inputs)))
+    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_graph_teaches_as_its_module_does(parent: Bundle, tmp_path: Path) -> None:
     """A bundle without torch module is a teacher too; the answers it gives are the same."""

@@ -232,6 +232,7 @@ class _StepRun:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
                 deployed = Deployed(build(source, self._trusted), manifest.task, manifest.preprocessing)
+            deployed.settle(before.samples()[manifest.signature.inputs[0].name], manifest.name)
             self._check_export(step, before, deployed, source)
         # a second distillation of the same network gets the samples in another order
         self._teach(self._first, deployed, step, sum(done.what == "distil" for done in before.manifest.lineage))
@@ -369,6 +370,7 @@ def _check_rebuilt(deployed: Deployed, source: Source, before: Bundle, trusted: 
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             again = Deployed(build(source, trusted), before.manifest.task, before.manifest.preprocessing).eval()
+            again.meaning = deployed.meaning
             again.network.load_state_dict(deployed.network.state_dict(), strict=True)
             same = torch.allclose(again(samples), deployed.eval()(samples), atol=1e-4, equal_nan=True)
     except RushhourError:
