@@ -8,8 +8,8 @@
 
 The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report`, `export` and `import_model`;
 `help(rushhour.tune)` explains one. All but `compare`, `export` and `import_model` are packages as well:
-`from rushhour.train import TrainSettings` works beside `rushhour.train(...)`. The vocabulary (`SLO`, `Plan`, `Bundle`,
-...) is importable from here.
+`from rushhour.train import TrainSettings` works beside `rushhour.train(...)`. `load_module` gives a bundle's torch
+module. The vocabulary (`SLO`, `Plan`, `Bundle`, ...) is importable from here.
 
 Everything named here is imported when it is first used: `import rushhour` is cheap.
 """
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rushhour.api import compare, compress, export, import_model, load, report, serve, train, tune
+    from rushhour.api import compare, compress, export, import_model, load, load_module, report, serve, train, tune
     from rushhour.bundle import Bundle
     from rushhour.clock import Clock, VirtualClock, WallClock
     from rushhour.errors import RushhourError
@@ -50,6 +50,7 @@ __all__ = [
     "export",
     "import_model",
     "load",
+    "load_module",
     "report",
     "serve",
     "train",
@@ -75,6 +76,7 @@ _HOMES = {
     "compare": "api",
     "export": "api",
     "import_model": "api",
+    "load_module": "api",
 }
 _VERB_PACKAGES = ("compress", "load", "report", "serve", "train", "tune")
 

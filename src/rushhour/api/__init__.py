@@ -10,6 +10,8 @@
     report     a run, training or compression -> an HTML file
     export     a run -> a container context, a compose file, manifests for KServe
 
+`load_module` is the way back: a bundle -> its torch module.
+
 `rushhour.train` is `rushhour.api.train`, and so with the others. Long work reports to a `rushhour.progress.Progress`.
 No function installs signal handlers; each may run in a thread or beside a running event loop.
 """
@@ -19,6 +21,7 @@ from rushhour.api.compression import CompressResult, compress
 from rushhour.api.exporting import ExportResult, export
 from rushhour.api.importing import ImportResult, import_model
 from rushhour.api.loading import ClosedLoopResult, LoadResult, load
+from rushhour.api.modules import load_module
 from rushhour.api.reporting import ReportResult, report
 from rushhour.api.serving import Server, serve
 from rushhour.api.stop import Stop
@@ -42,6 +45,7 @@ __all__ = [
     "export",
     "import_model",
     "load",
+    "load_module",
     "report",
     "serve",
     "train",

@@ -18,6 +18,7 @@ from rushhour.bundle.manifest import (
     FILES,
     MANIFEST,
     MODEL,
+    README,
     SAMPLES,
     SCHEMA,
     WEIGHTS,
@@ -30,6 +31,7 @@ from rushhour.bundle.manifest import (
     hash_of,
     schema_of,
 )
+from rushhour.bundle.readme import readme_of
 from rushhour.errors import BundleError, StorageError
 from rushhour.measurement import Accuracy
 from rushhour.plan import Precision
@@ -150,6 +152,7 @@ class Bundle:
             )
             sealed = msgspec.structs.replace(unsealed, hash=hash_of(unsealed))
             (folder / MANIFEST).write_bytes(encode_manifest(sealed))
+            (folder / README).write_text(readme_of(sealed), encoding="utf-8")
         return cls(path, sealed)
 
     def with_metrics(self, metrics: Mapping[str, Accuracy]) -> Bundle:
@@ -180,6 +183,7 @@ class Bundle:
             unsealed = msgspec.structs.replace(self.manifest, name=name or self.manifest.name, hash="")
             manifest = msgspec.structs.replace(unsealed, hash=hash_of(unsealed))
             (folder / MANIFEST).write_bytes(encode_manifest(manifest))
+            (folder / README).write_text(readme_of(manifest), encoding="utf-8")
         return Bundle(path, manifest)
 
     @cached_property

@@ -26,7 +26,9 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
 FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors", "answers.safetensors"]
-FILES: Final = (MANIFEST, MODEL, WEIGHTS, SAMPLES, ANSWERS)
+README: Final = "README.md"
+FILES: Final = (MANIFEST, MODEL, WEIGHTS, SAMPLES, ANSWERS, README)
+"""All that may be in a bundle. The README is written from the manifest, and is no part of its hash."""
 DType = Literal[
     "bool",
     "uint8",

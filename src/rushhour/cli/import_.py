@@ -51,8 +51,9 @@ _SCALING = "Preprocessing"
 def command(model: Path, json_file: Path | None, **options: Any) -> None:
     """Make a bundle of MODEL and show what was understood: inputs, layout, task, scaling, operators.
 
-    MODEL is an ONNX file, a .keras or .h5 file of Keras, a SavedModel folder, a .pt2 file of torch.export, or a .joblib
-    file of an estimator; recognised by what it holds.
+    MODEL is an ONNX file, a .keras or .h5 file of Keras, a SavedModel folder, a folder of Hugging Face transformers, a
+    .pt2 file of torch.export, or a .joblib file of an estimator; it is recognised by what it holds.
+
     MODEL becomes an ONNX graph, whose answers are compared with its own. The torch network is rebuilt from the graph
     with its weights; then train (from these weights), compress and tune take BUNDLE as any other, and take MODEL itself
     too. What cannot be trained is said with its reason, and can still be served and made int8. No code of MODEL is run

@@ -4,6 +4,7 @@ train      networks, data and their training: torch
 compress   pruning and quantisation, and with them tuning; includes train and report
 report     HTML reports and charts
 keras      models of Keras become bundles; includes train
+hf         folders of Hugging Face transformers become models; includes train
 tabular    estimators of scikit-learn, LightGBM and XGBoost become models; includes train
 all        train, compress and report
 """
@@ -21,10 +22,11 @@ EXTRAS: Final = {
     "compress": ("nncf", "torch_pruning"),
     "report": ("jinja2", "matplotlib"),
     "keras": ("keras", "h5py"),
+    "hf": ("transformers",),
     "tabular": ("sklearn", "joblib", "skl2onnx", "onnxmltools"),
 }
 """Extra -> the modules of its packages."""
-_INCLUDED: Final = {"compress": ("train", "report"), "keras": ("train",), "tabular": ("train",)}
+_INCLUDED: Final = {"compress": ("train", "report"), "keras": ("train",), "hf": ("train",), "tabular": ("train",)}
 
 
 def require(*extras: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -14,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rushhour
+from rushhour.bundle import Bundle
 from rushhour.compress import Distil, Prune, Recipe, Store, apply
 from rushhour.data.arrays import from_arrays
-from rushhour.errors import ModelError
+from rushhour.errors import BundleError, ModelError
 from rushhour.models import load_deployed
 from rushhour.progress import Silent
+from rushhour.testing.bundles import tiny_bundle
 
 
 class Small(nn.Module):
@@ -158,3 +162,32 @@ def test_a_module_that_cannot_be_copied_is_left_in_its_mode(tmp_path: Path) -> N
     found = rushhour.import_model(locked, out=tmp_path / "out", example=np.ones((2, 4), np.float32))
     assert found.understood.from_original is not None
     assert all(module.training for module in locked.modules())
+
+
+def test_a_bundle_becomes_a_torch_module_again(tmp_path: Path) -> None:
+    network = small()
+    found = rushhour.import_model(network, out=tmp_path / "out", example=np.ones((2, 3, 8, 8), np.float32), classes=3)
+    module = rushhour.load_module(found)
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), network.eval()(x)["logits"].softmax(1), rtol=1e-4, atol=1e-5)
+    assert sum(parameter.numel() for parameter in module.parameters()) > 0
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BundleError):
+        rushhour.load_module(tmp_path / "none")
+
+
+def test_the_readme_of_a_bundle_opens_it_without_rushhour(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    text = (bundle.path / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    shown = (
+        "import sys\nprint(answers[0].shape, [name for name in sys.modules if name.startswith(('rushhour', 'torch'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + shown], cwd=bundle.path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "(1, 3) set()", done.stderr
+    assert "class 0, class 1, class 2" in text
+    assert bundle.copy_to(tmp_path / "copy", "another").path.joinpath("README.md").read_text().startswith("# another")
+    Bundle.open(bundle.path)  # the README is no part of what is checked

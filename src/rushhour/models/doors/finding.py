@@ -11,6 +11,7 @@ from typing import Any, Final
 from rushhour.bundle import is_bundle
 from rushhour.errors import ModelError
 from rushhour.models.doors.door import Arrival, Door, Opening
+from rushhour.models.doors.hugging_face import HuggingFaceDoor
 from rushhour.models.doors.keras import KerasDoor
 from rushhour.models.doors.onnx_graph import OnnxDoor
 from rushhour.models.doors.saved_model import SavedModelDoor
@@ -21,6 +22,7 @@ from rushhour.models.imported import name_for
 
 DOORS: Final[tuple[Door, ...]] = (
     OnnxDoor(),
+    HuggingFaceDoor(),
     TorchProgramDoor(),
     KerasDoor(),  # before torch's: on that backend, a Keras model is a module too
     SavedModelDoor(),

@@ -1,0 +1,57 @@
+"""The README in a bundle: what it takes and gives, and how it is opened without Rushhour."""
+
+from __future__ import annotations
+
+from rushhour.bundle.manifest import ANSWERS, MANIFEST, MODEL, SAMPLES, WEIGHTS, Manifest, TensorSpec
+
+_FEW = 20
+_ABOUT = {
+    MODEL: "the graph, with its weights: a sample in, an answer out, preprocessing included",
+    MANIFEST: "what it takes and gives, what it was made of, its measured accuracy, a hash of each file",
+    WEIGHTS: "the weights by their name in the torch module",
+    SAMPLES: "a few real samples",
+    ANSWERS: "the graph's answers to them",
+}
+
+
+def readme_of(manifest: Manifest) -> str:
+    """Markdown; its Python runs in the folder of the bundle and needs only NumPy and ONNX Runtime.
+
+    Args:
+        manifest: with its files.
+    """
+    signature, task = manifest.signature, manifest.task
+    names = [MODEL, MANIFEST, *(name for name in (WEIGHTS, SAMPLES, ANSWERS) if name in manifest.files)]
+    files = "\n".join(f"- `{name}`: {_ABOUT[name]}" for name in names)
+    inputs = "\n".join(f'    "{each.name}": np.zeros({(1, *each.shape)}, "{each.dtype}"),' for each in signature.inputs)
+    means = f"{task.outputs} {'values' if task.kind == 'regression' else 'numbers'}"
+    if task.classes:
+        shown = ", ".join(task.classes[:_FEW]) + (" ..." if len(task.classes) > _FEW else "")
+        means = f"one number for each class: {shown}"
+    return f"""# {manifest.name}
+
+{_tensors("Takes", signature.inputs)}
+{_tensors("Gives", signature.outputs)}
+
+Any number of samples at once; `{signature.outputs[0].name}` is {means}.
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{MODEL}", providers=["CPUExecutionProvider"])
+samples = {{
+{inputs}
+}}
+answers = session.run(None, samples)
+```
+
+{files}
+
+With Rushhour: `rushhour serve` this folder; `rushhour.load_module("this folder")` is its torch module, if it has one.
+"""
+
+
+def _tensors(word: str, specs: tuple[TensorSpec, ...]) -> str:
+    listed = ", ".join(f"`{each.name}` {each.dtype} `(n, {', '.join(map(str, each.shape))})`" for each in specs)
+    return f"{word} {listed}."
