@@ -19,6 +19,7 @@
 # make bench-train-options  accuracy of compressed gradients, local SGD and DiLoCo; resumes
 # make bench-machines  accuracy and speed of int8, with and without VNNI, 20 minutes
 # make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
+# make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; resumes
 # make bench-cluster  size, start and memory of an exported container, 5 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
@@ -31,7 +32,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-cluster fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-doors bench-cluster fuzz docs
 
 setup: .venv/.ready
 
@@ -132,6 +133,10 @@ bench-machines: .venv/.dev
 
 bench-zoo: setup
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/render.py
+
+bench-doors: .venv/.dev
+	$(BIN)/python benchmarks/doors.py
 	$(BIN)/python benchmarks/render.py
 
 bench-cluster: setup

@@ -79,8 +79,9 @@ def load_data(
     """The data set that a user gave. What was left out or changed is noted on `progress`, a line each.
 
     Args:
-        data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`; or arrays by the names that they
-            have in a `.npz` file (`rushhour.data.arrays`).
+        data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`; arrays by the names that they
+            have in a `.npz` file (`rushhour.data.arrays`); or a `Dataset` or `DataLoader` of torch, or a dictionary of
+            them by part (`rushhour.data.objects`).
         progress: hears of it.
         model: that it is for: pictures are brought to a bundle's input and labels to its classes; a network is tried
             before pictures are decoded, which may take long.
@@ -93,6 +94,7 @@ def load_data(
     """
     from rushhour.data import Dataset
     from rushhour.data.lineage import check_scale, training_overlap
+    from rushhour.data.objects import read_torch_data
 
     if task is not None:
         check_choice("task", task, ("classification", "regression"))
@@ -102,12 +104,15 @@ def load_data(
         if size is not None or task is not None:
             raise DataError("cannot change a Dataset", "`size` and `task` are for data that is read", "leave them out")
         dataset = data
+    elif (read_arrays := read_torch_data(data)) is not None:
+        dataset = _from_arrays(read_arrays, bundle, size, task)
     elif isinstance(data, tuple | Mapping):
         dataset = _from_arrays(data, bundle, size, task)
     elif not isinstance(data, str | os.PathLike):
         raise DataError(
             f"cannot read data from a {type(data).__name__}",
-            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), or a dictionary of arrays",
+            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), a dictionary of arrays, or a Dataset or "
+            "DataLoader of torch",
             "give for example (x, y), a tuple",
         )
     else:

@@ -1,11 +1,15 @@
-"""The verb `serve`: a run, a plan or a bundle becomes a running server."""
+"""The verb `serve`: a run, a plan, a bundle or a model from elsewhere becomes a running server."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from rushhour.api.importing import import_model
 from rushhour.api.values import StrPath, read_path, read_texts
 from rushhour.errors import ServeError
 from rushhour.system.storage import try_file
@@ -14,7 +18,12 @@ if TYPE_CHECKING:
     from rushhour.serve import ServeSettings
     from rushhour.serve.child import ChildServer
 
+_MODELS = ("config.json", "saved_model.pb")
+"""By which a folder is that of a model: of Hugging Face, of TensorFlow."""
 _ALL_AT_ONCE = "cells", "grpc_port", "host", "http_port", "model_name", "streams", "threads", "trust"
+
+Imported = tempfile.TemporaryDirectory[str]
+"""The folder of a model that was imported to be served."""
 
 
 class Server:
@@ -29,8 +38,9 @@ class Server:
         way: what it serves and how: bundle, engine, precision, streams, threads, largest batch.
     """
 
-    def __init__(self, child: ChildServer, model: str) -> None:
+    def __init__(self, child: ChildServer, model: str, imported: Imported | None = None) -> None:
         self._child = child
+        self._imported = imported
         self.url = child.url
         self.grpc_url = f"grpc://{child.grpc}" if child.grpc else None
         self.model = model
@@ -39,6 +49,8 @@ class Server:
     def close(self, timeout_s: float = 30.0) -> None:
         """Stop the server: accept nothing new, answer what is in flight for at most `timeout_s`, end. Repeatable."""
         self._child.close(timeout_s)
+        if self._imported is not None:
+            self._imported.cleanup()
 
     @property
     def is_running(self) -> bool:
@@ -61,7 +73,7 @@ class Server:
 
 
 def serve(
-    target: StrPath,
+    target: StrPath | Any,
     *,
     host: str = "127.0.0.1",
     http_port: int = 8000,
@@ -81,7 +93,8 @@ def serve(
         server = rushhour.serve(tuned, settings=ServeSettings(http_port=8080, log_requests=True))
 
     Args:
-        target: a run's folder, a plan's file, a bundle, or the result of `tune`, `compress` or `train`.
+        target: a run's folder, a plan's file, a bundle, or the result of `tune`, `compress` or `train`; or a model from
+            elsewhere, as of `rushhour.import_model`, which is imported first, for as long as it is served.
         host: where it listens. Beyond loopback it needs keys or `exposed`, which are in `settings`.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None serves over HTTP only.
@@ -89,7 +102,8 @@ def serve(
         cells: processes that share the port; the plan's number by default.
         streams: batches that each cell runs at the same time; the plan's number by default.
         threads: CPU threads of each stream; as the plan says by default, as far as they fit.
-        trust: factories (`module:factory`) that the torch engine may import.
+        trust: factories (`module:factory`) that the torch engine may import; or the path of a model from elsewhere,
+            where reading it runs its code.
         settings: a `rushhour.serve.ServeSettings` with everything that a server can be told (TLS, keys, limits,
             logs, drain, ...), in place of all arguments above.
         log_file: where the server's log goes; nowhere by default. What was in the file is kept.
@@ -121,10 +135,41 @@ def serve(
                 "give either",
             )
         chosen = settings
-    path = read_path(target)
-    opened = open_target(path)  # errors in the target are raised here, with their own types
     log = None if log_file is None else read_path(log_file)
     if log is not None:
         try_file(log)
-    child = ChildServer(path, chosen, log)
-    return Server(child, chosen.model or opened.name)
+    imported = None
+    try:
+        path = read_path(target) if isinstance(target, str | os.PathLike) else None
+        if path is None or may_be_model(path):
+            imported, path = _imported(target, trust, model_name)
+        opened = open_target(path)  # errors in the target are raised here, with their own types
+        return Server(ChildServer(path, chosen, log), chosen.model or opened.name, imported)
+    except BaseException:
+        if imported is not None:
+            imported.cleanup()
+        raise
+
+
+def may_be_model(path: Path) -> bool:
+    """Whether there may be a model from elsewhere, and no run, plan or bundle; without importing torch."""
+    if path.is_dir():
+        from rushhour.serve import is_target
+
+        return not is_target(path) and any((path / name).is_file() for name in _MODELS)
+    try:
+        with path.open("rb") as file:
+            return not file.read(64).lstrip().startswith(b"{")  # a plan is JSON
+    except OSError:
+        return False
+
+
+def _imported(target: Any, trust: str | Sequence[str], name: str | None) -> tuple[Imported, Path]:
+    folder: Imported = tempfile.TemporaryDirectory(prefix="rushhour-", ignore_cleanup_errors=True)
+    bundle = Path(folder.name) / "bundle"
+    try:
+        import_model(target, out=bundle, trust=trust, name=name)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return folder, bundle

@@ -117,7 +117,8 @@ def train(
             number of outputs and the shape of a sample. A model from elsewhere, as of `rushhour.import_model`, or a
             bundle that was imported from one, is trained further from its own weights, at a tenth of the learning rate.
         data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, `module:factory`, a
-            `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file: `{"x_train": ..., "y_train": ..., ...}`.
+            `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file: `{"x_train": ..., "y_train": ..., ...}`;
+            or a `Dataset` or `DataLoader` of torch, or a dictionary of them: `{"train": ..., "validation": ...}`.
         out: the bundle's folder.
         epochs: passes over the training data; by default 3, and more of little data: enough for 600 steps.
         batch: samples in an optimizer step; by default 128, and less of little data.

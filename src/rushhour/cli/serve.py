@@ -1,7 +1,12 @@
-"""`rushhour serve`: a run, a plan or a bundle is served by this process."""
+"""`rushhour serve`: a run, a plan or a bundle is served by this process, or a model from elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +55,8 @@ _access_options = options(
     option("--shared-memory/--no-shared-memory", default=None, section=_ACCESS,
            help="Whether clients may pass tensors in shared memory of this machine. On loopback by default."),
     option("--trust", multiple=True, metavar="MODULE:FACTORY", section=_ACCESS,
-           help="A factory of yours that the torch engine may import. May be repeated."),
+           help="A factory of yours that the torch engine may import, or the path of a model file whose code may run. "
+           "May be repeated."),
 )  # fmt: skip
 
 _layout_options = options(
@@ -110,8 +116,8 @@ _log_options = options(
 )  # fmt: skip
 
 
-@click.command("serve", cls=Command, short_help="Serve a run, a plan or a bundle.")
-@click.argument("target", type=Place(), metavar="RUN|PLAN|BUNDLE")
+@click.command("serve", cls=Command, short_help="Serve a run, a plan, a bundle or a model from elsewhere.")
+@click.argument("target", type=Place(), metavar="RUN|PLAN|BUNDLE|MODEL")
 @option("--model-name", metavar="NAME", help="The model's name in requests. That of the tuned model by default.")
 @json_option
 @_network_options
@@ -124,6 +130,8 @@ _log_options = options(
 def command(target: Path, json_file: Path | None, **options: Any) -> None:
     """Serve a run, a plan or a bundle (Open Inference Protocol v2, HTTP and gRPC).
 
+    A MODEL from elsewhere (ONNX and others: `rushhour import --help`) is imported first, for as long as it is served.
+
     SIGTERM or Ctrl-C answers the requests in flight, then stops; a second signal stops at once. SIGHUP reads API keys
     and certificates again, which also happens when their files change. With --json, the file is written once the server
     answers. More in docs/operations.md.
@@ -135,20 +143,42 @@ def command(target: Path, json_file: Path | None, **options: Any) -> None:
     """
     from rushhour.serve import open_target, serve
 
-    opened = open_target(target)
-    settings = settings_of(options)
-    policy = opened.plan.policy
-    policy = msgspec.structs.replace(
-        policy, streams=settings.streams or policy.streams, threads=settings.threads or policy.threads
-    )
+    with _imported(target, options["trust"], options["model_name"]) as path:
+        opened = open_target(path)
+        settings = settings_of(options)
+        policy = opened.plan.policy
+        policy = msgspec.structs.replace(
+            policy, streams=settings.streams or policy.streams, threads=settings.threads or policy.threads
+        )
 
-    def ready(url: str, grpc: str | None, way: str) -> None:
-        name = settings.model or opened.name
-        where = f"{url} and, over gRPC, at {grpc}" if grpc else url
-        click.echo(f"{name} is served at {where}: {way}. Ctrl-C drains and stops.")
-        write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy, "served": way})
+        def ready(url: str, grpc: str | None, way: str) -> None:
+            name = settings.model or opened.name
+            where = f"{url} and, over gRPC, at {grpc}" if grpc else url
+            click.echo(f"{name} is served at {where}: {way}. Ctrl-C drains and stops.")
+            write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy, "served": way})
 
-    serve(opened, settings, ready)
+        serve(opened, settings, ready)
+
+
+@contextlib.contextmanager
+def _imported(target: Path, trust: Sequence[str], name: str | None) -> Iterator[Path]:
+    """What to serve: a run, plan or bundle as it is, else the bundle of a model, which another process imports.
+
+    This one would keep the memory of all that imports it: torch.
+    """
+    from rushhour.api.serving import may_be_model
+
+    if not may_be_model(target):
+        yield target
+        return
+    with tempfile.TemporaryDirectory(prefix="rushhour-", ignore_cleanup_errors=True) as folder:
+        bundle = Path(folder) / "bundle"
+        words = [*(f"--trust={each}" for each in trust), *([] if name is None else [f"--name={name}"])]
+        command = [sys.executable, "-m", "rushhour", "import", str(target), "--out", str(bundle), *words]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
+        yield bundle
 
 
 def settings_of(options: dict[str, Any]) -> ServeSettings:

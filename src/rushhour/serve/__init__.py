@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from rushhour.serve.limits import Limits
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
-    from rushhour.serve.target import Target, open_target
+    from rushhour.serve.target import Target, is_target, open_target
 
-__all__ = ["Keys", "Limits", "ServeSettings", "Target", "open_target", "serve"]
+__all__ = ["Keys", "Limits", "ServeSettings", "Target", "is_target", "open_target", "serve"]
 
 _MODULES = {
     "Keys": "access.keys",
     "Limits": "limits",
     "ServeSettings": "settings",
     "Target": "target",
+    "is_target": "target",
     "open_target": "target",
     "serve": "server",
 }

@@ -163,6 +163,11 @@ def _fitted(policy: Policy, cores: int) -> Policy:
     return msgspec.structs.replace(policy, streams=streams, threads=max(1, cores // streams))
 
 
+def is_target(path: Path) -> bool:
+    """Whether a folder is that of a run or a bundle, even of a damaged one."""
+    return any((path / name).is_file() for name in ("bundle.json", "plan.json", SO_FAR))
+
+
 def open_target(path: Path) -> Target:
     """Open a run's folder, a plan's file or a bundle's folder, and check the bundle against its hashes.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,3 +190,36 @@ def test_labels_are_numbered_as_the_model_does(tmp_path: Path, monkeypatch: pyte
     assert found.bundle.manifest.task == dataset.task == alone.task
     assert set(dataset.train.targets.tolist()) == {1, 2}
     assert (dataset.train.targets == np.where(dataset.train.inputs[:, 0] > 0.2, 1, 2)).all()
+
+
+def test_a_model_is_served_while_it_is_there(tmp_path: Path) -> None:
+    weight = np.eye(4, dtype=np.float32)
+    file = tmp_path / "net.onnx"
+    onnx.save(model(node("MatMul", ["x", "w"], ["y"]), w=weight), file)
+    for target in (file, onnx.load(file)):
+        with rushhour.serve(target, http_port=0, grpc_port=None, model_name="mine") as server:
+            assert server.model == "mine"
+            assert server.is_running
+            assert server._imported is not None
+            folder = Path(server._imported.name)
+            assert (folder / "bundle" / "bundle.json").is_file()
+        assert not folder.exists()
+    (tmp_path / "weights").write_bytes(b"hello")
+    with pytest.raises(ModelError, match="no model that can be read"):
+        rushhour.serve(tmp_path / "weights")
+
+
+@pytest.mark.slow
+def test_the_command_line_serves_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "net.onnx"
+    onnx.save(model(node("MatMul", ["x", "w"], ["y"]), w=np.eye(4, dtype=np.float32)), file)
+    command = [sys.executable, "-m", "rushhour", "serve", str(file), "--http-port=0", "--no-grpc", "--json", "up.json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = next(each for each in process.stdout if "is served at" in each)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert line.startswith("net is served at http://127.0.0.1:")
+    refused = subprocess.run([*command[:4], "no.onnx"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "nothing to serve at no.onnx" in refused.stderr
