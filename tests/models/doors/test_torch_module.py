@@ -127,6 +127,18 @@ class Indexed(nn.Module):
         return self.dense(self.table(x).mean(1))
 
 
+class Halved(nn.Module):
+    """Splits its features, which torch exports as a sequence of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.normal, self.dense = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.normal(self.wide(x)).chunk(2, 1)
+        return self.dense(left * right.sigmoid())
+
+
 class Mixing(nn.Module):
     """Subtracts the mean of the batch."""
 
@@ -144,6 +156,8 @@ def test_modules_of_all_kinds(tmp_path: Path) -> None:
     found = rushhour.import_model(half, out=tmp_path / "half", example=rows)
     assert not found.understood.why_untrainable
     assert half.weight.dtype == torch.bfloat16
+    found = rushhour.import_model(Halved(), out=tmp_path / "halved", example=rows)
+    assert found.understood.layers == {"Linear": 2, "BatchNorm1d": 1}
     tokens = np.random.default_rng(0).integers(0, 2, (6, 5)).astype(np.float32)
     found = rushhour.import_model(Indexed(), out=tmp_path / "indexed", example=tokens)
     assert "its samples are whole numbers, taken as indices" in found.understood.notes

@@ -72,7 +72,8 @@ def exported_graph(
         name: of the network, for messages.
         input_names: in the graph.
         output_names: in the graph.
-        optimize: join operators; a batch normalisation is put into its convolution then.
+        optimize: join operators; a batch normalisation is put into its convolution then. Else constants are computed
+            only, with the sequences of tensors that a split becomes.
 
     Raises:
         ModelError: if it cannot be exported.
@@ -98,6 +99,8 @@ def _exported(
     output_names: Sequence[str],
     **settings: Any,
 ) -> onnx.ModelProto:
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad():
             program = torch.onnx.export(
@@ -108,7 +111,10 @@ def _exported(
                 verbose=False,
                 **settings,
             )
-        assert program is not None
+            assert program is not None
+            if not settings["optimize"]:
+                fold_constants(program.model)
+                remove_unused_nodes(program.model)
         graph: onnx.ModelProto = program.model_proto
     except Exception as error:  # the exporter may fail in any way on a user's model
         raise ModelError(
