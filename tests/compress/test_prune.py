@@ -319,6 +319,26 @@ def smaller(before: Deployed, after: Deployed) -> float:
 
 Arguments = dict[str, int | float | str | bool]
 
+
+class NormedBlock(nn.Module):
+    """A residual block: between its convolutions, groups of channels are normalised together."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.GroupNorm(4, out), nn.GroupNorm(1, out, affine=False)])
+        self.skip = nn.Conv2d(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.second(functional.silu(self.norms[0](self.first(x))))
+        return functional.silu(self.norms[1](out) + self.skip(x))
+
+
+def residual_group_normed() -> nn.Module:
+    return nn.Sequential(NormedBlock(3, 32), nn.MaxPool2d(2), NormedBlock(32, 64), _head(64))
+
+
 FACTORIES: dict[str, tuple[str, float, str] | tuple[str, float, str, Arguments]] = {
     "depthwise": ("mobile", 0.75, ""),
     "inverted": ("inverted", 0.85, ""),
@@ -341,6 +361,7 @@ FACTORIES: dict[str, tuple[str, float, str] | tuple[str, float, str, Arguments]]
     "two arguments": ("Masked", 0.8, ""),
     "pixel shuffle": ("pixels", 1.0, "depends on all"),
     "group norm": ("group_normed", 0.95, ""),
+    "group norm in residual blocks": ("residual_group_normed", 0.5, ""),
     "one-dimensional": ("flat", 0.8, ""),
     "frozen middle": ("frozen_middle", 0.9, "is frozen"),
     "frozen norms": ("frozen_norms", 0.8, ""),

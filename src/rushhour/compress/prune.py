@@ -20,6 +20,7 @@ import msgspec
 import torch
 import torch_pruning
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
@@ -240,7 +241,8 @@ def _kept(network: nn.Module, example: Tensor, frozen: set[str], name: str) -> d
 
     A channel can be removed if the network without it computes the same as the network whose later layers ignore it.
     That is tried on a copy, because any code may lie between layers: channels of attention belong to a head, those of a
-    residual stream count in the mean of a LayerNorm, and a shuffle moves them.
+    residual stream count in the mean of a LayerNorm, and a shuffle moves them. Group normalisation counts as a scale of
+    each channel: where every group loses the same share, its statistics are those of the channels that stay.
     """
     names = {module: layer for layer, module in network.named_modules()}
     held = _held(network, frozen)
@@ -354,10 +356,12 @@ def _why_fixed(
             for part, _ in group
         )
         return "the layers after it need all its channels" if taken else _ANSWERS
+    _scale_only(ignoring)
     expected = _answers(ignoring, example)
 
     def without() -> list[Tensor]:
         smaller = _copied(network, example, name)
+        _scale_only(smaller)
         trial = _graph(smaller, example, name)
         trial.get_pruning_group(smaller.get_submodule(names[root]), handler, some).prune()
         return _answers(smaller, example)
@@ -368,6 +372,20 @@ def _why_fixed(
         return ""
     is_last = any(isinstance(part.target.module, torch_pruning.ops._OutputOp) for part, _ in group)
     return _ANSWERS if is_last else _COUNTED
+
+
+class _Scale(nn.GroupNorm):
+    """A group normalisation without its statistics: each channel alone is scaled and shifted."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        zeros = input.new_zeros(self.num_channels)
+        return functional.batch_norm(input, zeros, zeros + 1, self.weight, self.bias)
+
+
+def _scale_only(network: nn.Module) -> None:
+    for module in network.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = _Scale
 
 
 def _ignore_inputs(layer: nn.Module, channels: list[int]) -> bool:
