@@ -122,17 +122,25 @@ def timed(engine: Engine, bundle: Bundle, _: float, __: float) -> ServiceTimes:
 
 
 def faked(
-    patch: pytest.MonkeyPatch, maker: Maker, shapes: tuple[Shape, ...], wrong: dict[str, int], epoch_s: float = 1.0
+    patch: pytest.MonkeyPatch,
+    maker: Maker,
+    shapes: tuple[Shape, ...],
+    wrong: dict[str, int],
+    epoch_s: float = 1.0,
+    least_s: float = 0.0,
 ) -> None:
     """Where networks are searched, `maker` stands in for recipes, and times and answers are numbers.
 
     Args:
         wrong: `ROLE:RUNGS` -> wrong answers among the 100 of the validation part.
+        epoch_s: seconds of an epoch of training.
+        least_s: seconds below which no recipe is begun.
     """
     networks = sys.modules["rushhour.tune.networks"]
     without_engines(patch, answering({name: {"validation": lost} for name, lost in wrong.items()}))
     for module in ("engine_times", "speedometer"):
         patch.setattr(sys.modules[f"rushhour.tune.{module}"], "time_service", timed)
+    patch.setattr(networks, "_LEAST_S", least_s)
     patch.setattr(networks, "apply", maker.apply)
     patch.setattr(networks, "why_untrainable", lambda *_: "")
     patch.setattr(networks, "shapes_of", lambda *_: shapes)
@@ -149,10 +157,11 @@ def found(
     budget_s: float | None = None,
     spent_s: float = 0.0,
     epoch_s: float = 1.0,
+    least_s: float = 0.0,
 ) -> tuple[list[str], dict[str, tuple[str, str]]]:
     """The names of the bundles that join the search, and how all other shapes ended."""
     with monkeypatch.context() as patch:
-        faked(patch, maker, shapes, wrong, epoch_s)
+        faked(patch, maker, shapes, wrong, epoch_s, least_s)
         budget = Budget(budget_s, maker.clock)
         maker.clock.advance(spent_s)
         bundles, trials = smaller_networks(
@@ -268,6 +277,17 @@ def test_without_time_nothing_is_begun_and_that_is_said(tmp_path: Path, monkeypa
     maker = Maker()
     joined, ended = found(tmp_path, maker, monkeypatch, {}, budget_s=100, spent_s=68)
     assert (joined, maker.made) == ([], [])
+    assert ended == {"recipes": ("skipped", "no time left for recipes: the search needs the rest")}
+
+
+def test_no_recipe_is_begun_in_less_time_than_any_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shape was made, and a step of its training timed, for half of a budget of 40 s, and nothing was trained."""
+    for budget_s in (40, 60):
+        maker = Maker()
+        joined, _ = found(tmp_path / f"{budget_s}", maker, monkeypatch, {}, budget_s=budget_s, least_s=30.0)
+        assert bool(maker.made) == bool(joined) == (budget_s == 60)
+    first = Maker()
+    _, ended = found(tmp_path / "again", first, monkeypatch, {}, budget_s=40, least_s=30.0)
     assert ended == {"recipes": ("skipped", "no time left for recipes: the search needs the rest")}
 
 

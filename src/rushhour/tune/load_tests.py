@@ -31,6 +31,8 @@ _PROOFS = 6
 """Windows of one confirmation, at most."""
 _ERROR = 0.05
 """How often a confirmation may prove a rate that does not hold: all its windows together."""
+_LEAST_SEARCH_S = 3.0
+"""With less an estimate would end after its first window, and with 0/s where that window missed."""
 _SHORTEST_PROOF_S = 2.0
 """Windows that are shorter prove nothing of a queue."""
 _LONGEST_PROOF = 3.0
@@ -231,7 +233,7 @@ class LoadTests:
                     resolution=1 + step * self._settings.resolution,
                     seed=self._settings.seed,
                     prove=False,
-                    budget_s=min(Budget.FOR_SEARCH * self._budget.seconds, max(0.0, self._budget.seconds_left)) / step,
+                    budget_s=self._for_search_s / step,
                 )
         except Exception as error:  # as in `measure_throughput`
             state.end("failed", failure_reason(error))
@@ -331,6 +333,12 @@ class LoadTests:
                     rate = max(min(_DOWN * rate, least), _MOST_DOWN * rate)
                     if window.outcome.refutes and window.late > _BY_FAR * window.n:
                         rate = _MOST_DOWN * rate  # the host has become slower, and each window costs time
+
+    @property
+    def _for_search_s(self) -> float:
+        """Seconds of the estimate of one capacity: its share of what is left, and a few windows in any case."""
+        left_s = min(Budget.FOR_SEARCH * self._budget.seconds, self._budget.seconds_left)
+        return max(_LEAST_SEARCH_S, left_s)
 
     @property
     def _for_proof_s(self) -> float:

@@ -63,7 +63,7 @@ first in any case, so such a run may end late."""
 _FOR_INT8, _FOR_SHAPES, _LEAST = 0.05, 0.4, 0.05
 """Shares: of the budget, for int8 of what was trained; of the time for recipes, for making and timing shapes, at most;
 of the budget, below which nothing is begun."""
-_LEAST_S: Final = 10.0
+_LEAST_S: Final = 30.0
 """As long takes, on any machine, to make one shape, time a step of its training, train a little and judge it."""
 _BESIDE: Final = 0.6
 """Export and judgement of a trained network, as a share of the time that making and timing its shape took."""
