@@ -7,7 +7,7 @@ stay views of the body, and the header of an answer is built once per shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -31,6 +31,17 @@ from rushhour.wire.request import (
     open_regions,
 )
 
+_AS_PICTURE: Final = "send the file itself: curl --data-binary @a.jpg -H 'content-type: image/jpeg'"
+_UNSAID: Final = "it is a picture, and the content type does not say so"
+_OTHER_KINDS: Final = (
+    (b"--", "it is a form (multipart/form-data)", _AS_PICTURE),
+    *(
+        (beginning, _UNSAID, _AS_PICTURE)
+        for beginning in (b"\xff\xd8\xff", b"\x89PNG\r", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+    ),
+    (b"\x93NUMPY", "it is a .npy file", "send its values as JSON, or binary as the Open Inference Protocol says"),
+)
+"""How other content begins, what it is, and what to do."""
 _MAX_CACHED_HEADER_BYTES = 4096
 
 
@@ -198,6 +209,7 @@ class Codec(AnswerWriter):
 
     def _decode_new(self, header: bytes, body: Body, header_length: int) -> InferRequest:
         tensors: list[JsonTensor] = []
+        _check_kind(bytes(memoryview(body)[:16]))
         if header_length > WHOLE_BYTES:
             header, tensors = cut_json(memoryview(body)[:header_length], self.pictures)
         try:
@@ -235,6 +247,17 @@ class Codec(AnswerWriter):
 
     def _gather(self, layout: Layout, blobs: memoryview) -> InferRequest:
         return self.gather(layout, [blobs[start:stop] for start, stop in layout.slices.values()])
+
+
+def _check_kind(beginning: bytes) -> None:
+    """Raise if a body begins as another kind of content that people send: with what to send instead.
+
+    Raises:
+        WireError: of status 400.
+    """
+    for signature, kind, fix in _OTHER_KINDS:
+        if beginning.startswith(signature):
+            raise WireError("the request's JSON cannot be read", kind, fix)
 
 
 def _wrong_length(expected: int, found: int) -> WireError:
