@@ -64,6 +64,7 @@ class Known:
     ) -> None:
         self._predicted = {state.candidate: state.predicted or 0.0 for state in states}
         self.races = races
+        self.speed = 1.0
 
     def by_bound(self, candidates: Sequence[Candidate], *, alone: bool = False) -> list[dict[int, float]]:
         return [
@@ -169,6 +170,26 @@ def test_what_is_not_preferred_is_not_covered() -> None:
     assert found.covered == len(BOUNDS)
     assert "Candidates with another model than the chosen one: memory is preferred" in found.not_covered
     assert "1 plan of the search not preferred by memory" in found.not_covered
+
+
+def test_capacities_are_compared_at_equal_speed_of_the_host() -> None:
+    """Measured capacities that differ by the host's speed alone widened the bound, as if predictions were wrong."""
+
+    def bound(speeds: Sequence[float]) -> Certificate:
+        states = [
+            state(bundle, "beaten", predicted, layout=layout)
+            for bundle, predicted in (("int8", 1000.0), ("reference", 800.0))
+            for layout in LAYOUTS
+        ]
+        states[0].fate = "won"
+        for each, speed in zip(states, speeds, strict=True):
+            each.capacity, each.speed = speed * (each.predicted or 0.0), speed
+        return certificate(states)
+
+    steady, varied = bound([1.0] * 8), bound([1.0, 0.6, 1.4, 0.7, 1.3, 0.8, 1.1, 0.9])
+    assert steady.sigma is not None
+    assert varied.sigma == pytest.approx(steady.sigma, rel=0.05)
+    assert varied.regret_bound == pytest.approx(steady.regret_bound, abs=0.01)
 
 
 def test_a_nearest_miss_has_no_bound_and_says_why() -> None:

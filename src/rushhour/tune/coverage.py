@@ -305,6 +305,8 @@ def _options(
     for (name, state), rates in zip(known.items(), rates_of, strict=True):
         candidate, bound = state.candidate, state.candidate.policy.max_batch
         predicted, (capacity, spread) = rates.get(bound, 0.0), _measured(state, load_tests)
+        if capacity is not None:  # at the speed of the host that predictions are for
+            capacity *= predictor.speed / state.speed
         if predicted > 0:
             whole, alike = candidate.with_batch(LARGEST_BATCH), (*candidate.layout, bound > 1)
             others = tuple(rate for at, rate in rates.items() if rate > 0 and state.bounds and at not in own[whole])
