@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -95,7 +96,9 @@ def answers_of(keras: Any, model: Any, inputs: Inputs) -> Answers:
 
     def answers(columns: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], ...]:
         given = [np.ascontiguousarray(columns[name]) for name in inputs]
-        predicted = model.predict(_structured(keras.tree, model, given), batch_size=len(given[0]), verbose=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Keras itself
+            predicted = model.predict(_structured(keras.tree, model, given), batch_size=len(given[0]), verbose=0)
         return tuple(np.asarray(each) for each in keras.tree.flatten(predicted))
 
     return answers
