@@ -19,7 +19,7 @@
 # make bench-train-options  accuracy of compressed gradients, local SGD and DiLoCo; resumes
 # make bench-machines  accuracy and speed of int8, with and without VNNI, 20 minutes
 # make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
-# make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; resumes
+# make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; the article's Keras service against its Plan, imports against torch; 40 more on a quiet machine; resumes
 # make bench-cluster  size, start and memory of an exported container, 5 minutes
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo

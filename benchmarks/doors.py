@@ -4,6 +4,10 @@ Each model goes through every cell: import, its answers compared with the origin
 and a server asked by tritonclient over HTTP and gRPC. A cell works, or says the reason in one line. A row is a part of
 the record, so an interrupted run goes on with the next row. Some 15 minutes on 2 cores.
 
+article   the article's script in Keras, and its service with `model.predict` against the Plan of what it saved
+own-size  its network at 224 x 224, by shapes
+speed     networks from Keras against the same in torch, on OpenVINO; these three need a quiet machine, 40 minutes
+
 Models of TensorFlow are written by the Python that TENSORFLOW_PYTHON names, with TensorFlow and tf2onnx.
 """
 
@@ -26,7 +30,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from bench.article_example import ExampleScale, example, import_speed, own_size
 from bench.brought import KINDS, Brought, Kind
+from bench.environments import CannotInstall
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Record, Table, verdict
 
@@ -49,8 +55,8 @@ _WANTED = 11
 _SUM = "sum"
 
 
-class Scale(msgspec.Struct, frozen=True):
-    """How much of everything.
+class Scale(ExampleScale, frozen=True):
+    """How much of everything; also as `ExampleScale`.
 
     Attributes:
         rows: the first ones.
@@ -257,8 +263,21 @@ def main(given: list[str] | None = None) -> int:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     out = Path(arguments.out or (RESULTS if whole else BENCH / "doors-smoke.json"))
     only = {name for name in arguments.only.split(",") if name}
-    rows = {name: partial(row, name, scale) for name in list(KINDS)[: scale.rows]}
-    code = run_parts(rows, out, kept=whole or arguments.keep, only=only, timed=set(), seeds={"weights and data": 0})
+    rows: dict[str, Callable[[], Part]] = {name: partial(row, name, scale) for name in list(KINDS)[: scale.rows]}
+    work = Path(arguments.work)
+    rows |= {
+        "article": partial(example, scale, work / "article", BENCH),
+        "own-size": partial(own_size, scale, work / "own-size", BENCH),
+        "speed": partial(import_speed, scale, work / "speed", BENCH),
+    }
+    try:
+        code = run_parts(
+            rows, out, kept=whole or arguments.keep, only=only, timed={"article", "own-size", "speed"},
+            seeds={"weights and data": 0},
+        )  # fmt: skip
+    except CannotInstall as error:
+        print(f"Keras: {error}", file=sys.stderr)
+        return 1
     if code:
         return code
     return run_parts(
@@ -272,6 +291,9 @@ def _arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"rows, of {','.join(KINDS)}, measured anew; the rest is kept")
     parser.add_argument("--keep", action="store_true", help="keep rows that a run of another scale measured")
     scale_options(parser, Scale())
+    parser.add_argument(
+        "--work", default=str(BENCH / "doors"), help="folder of the article's pictures, models and runs"
+    )
     parser.add_argument("--out", help="the record; by default results/doors.json of a whole run, .bench/ of any other")
     return parser.parse_args(given)
 

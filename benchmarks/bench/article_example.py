@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 import rushhour
 from bench.contest import capacities_in_turn, served_plan
-from bench.keras_service import keras_python, keras_service, run_script, write_pictures
-from bench.parts import say
-from bench.record import Check, Table, judged, verdict
+from bench.keras_service import keras_python, keras_service, run_script, write_models, write_pictures
+from bench.parts import Part, say
+from bench.record import Table, judged, verdict
 from rushhour.bundle import Bundle
 from rushhour.data.dataset import Split
 from rushhour.data.fashion import fashion_mnist
@@ -36,24 +35,26 @@ class ExampleScale(msgspec.Struct, frozen=True):
         side: of the pictures in the contest.
         images: of training and validation in Keras.
         tests: pictures that neither has seen, by which the Plan's accuracy is confirmed.
-        epochs: in Keras.
+        script_epochs: in Keras.
         budget: of the tuning.
         rounds: of capacities.
         seconds: of a window of load.
-        own_side: the article's own size, for speeds alone; 0 for none.
+        own_side: the article's own size, for speeds alone.
+        speed_side: of networks from Keras and in torch.
     """
 
     side: int = 28
     images: int = 20_000
     tests: int = 4_000
-    epochs: int = 1
+    script_epochs: int = 1
     budget: str = "15m"
     rounds: int = 3
     seconds: float = 3.0
     own_side: int = 224
+    speed_side: int = 96
 
 
-def example(scale: ExampleScale, work: Path, bench: Path) -> tuple[list[Check], list[Table], dict[str, Any]]:
+def example(scale: ExampleScale, work: Path, bench: Path) -> Part:
     """Train by the script, import and tune the file, then load both services in turn.
 
     Args:
@@ -89,7 +90,8 @@ def example(scale: ExampleScale, work: Path, bench: Path) -> tuple[list[Check], 
     ]
     rows += [(f"{name} behind its server", float(np.mean(found))) for name, found in capacities.items()]
     table = Table(f"The article's script at {scale.side} x {scale.side}", ("what", "images/s"), tuple(rows))
-    return checks, [table], {"capacities": capacities, "drop_points": drop, "script": said.splitlines()[-3:]}
+    measured = {"capacities": capacities, "drop_points": drop, "script": said.splitlines()[-3:]}
+    return Part(tuple(checks), (table,), measured)
 
 
 def _trained(python: Path, scale: ExampleScale, photos: Path, model: Path) -> str:
@@ -103,7 +105,7 @@ def _trained(python: Path, scale: ExampleScale, photos: Path, model: Path) -> st
     unseen = _first(data.test, scale.tests)
     write_pictures(photos / "test", unseen.inputs, unseen.targets, data.task.classes)
     say(f"{scale.images} pictures; training by the article's script")
-    said = run_script(python, photos / "train", model, side=scale.side, epochs=scale.epochs)
+    said = run_script(python, photos / "train", model, side=scale.side, epochs=scale.script_epochs)
     log.write_text(said)
     return said
 
@@ -112,7 +114,7 @@ def _first(split: Split, count: int) -> Split:
     return Split(split.inputs[:count], split.targets[:count])
 
 
-def own_size(scale: ExampleScale, work: Path, bench: Path) -> tuple[list[Check], list[Table], dict[str, Any]]:
+def own_size(scale: ExampleScale, work: Path, bench: Path) -> Part:
     """The network at the article's own size, by shapes alone: speeds hardly depend on the weights.
 
     Raises:
@@ -140,7 +142,22 @@ def own_size(scale: ExampleScale, work: Path, bench: Path) -> tuple[list[Check],
         "2.own-size", f"images/s at {side} x {side}, fastest shape against model.predict of one picture", ">= 20",
         ratio, None, 1,
     )  # fmt: skip
-    return [check], [Table(f"At the article's own size, {side} x {side}", ("what", "images/s"), tuple(rows))], speeds
+    table = Table(f"At the article's own size, {side} x {side}", ("what", "images/s"), tuple(rows))
+    return Part((check,), (table,), {"engine": speeds, "predict": predicted})
+
+
+def import_speed(scale: ExampleScale, work: Path, bench: Path) -> Part:
+    """Imports from Keras against the same networks in torch.
+
+    Raises:
+        CannotInstall: as `example`.
+    """
+    from bench.keras_speed import speed  # the module builds torch networks
+
+    work.mkdir(parents=True, exist_ok=True)
+    write_models(keras_python(bench), work, scale.speed_side)
+    checks, measured = speed(work, scale.speed_side, 3 * scale.rounds, scale.seconds)
+    return Part(tuple(checks), (), measured)
 
 
 def _images_per_s(bundle: Bundle, seconds: float) -> float:

@@ -194,6 +194,11 @@ def _keras_h5(folder: Path) -> Brought:
     return _of_keras(_article(), folder / "article.h5")
 
 
+def _keras_2(folder: Path) -> Brought:
+    """Written by Keras 2.15; it scales its pixels itself."""
+    return Brought(_KERAS_2, pictures(16))
+
+
 def _article() -> Any:
     """The article's network on small pictures, with weights that are not fresh."""
     import keras
@@ -238,19 +243,22 @@ def _saved_model(way: str) -> Callable[[Path], Brought]:
         code = _WRITE_SAVED_MODEL.format(side=_SIDE, classes=len(_LABELS), write=_WAYS[way])
         model = folder / "saved_model"
         subprocess.run([python, "-c", code, str(model)], check=True, capture_output=True)
-        return Brought(model, pictures(_SIDE), {"scale": 1 / 255, "tensorflow_python": python})
+        settings = {"scale": 1 / 255, "tensorflow_python": python, "trust": str(model)}
+        return Brought(model, pictures(_SIDE), settings)
 
     return make
 
 
 _SIDE = 32
 _TENSORFLOW = "TENSORFLOW_PYTHON"
+_KERAS_2 = Path(__file__).resolve().parents[2] / "tests" / "files" / "keras-2" / "depthwise.h5"
 _TABULAR = ("sklearn", "joblib", "skl2onnx", "onnxmltools")
 
 KINDS: Mapping[str, Kind] = {
     "keras-article": Kind("Keras 3, .keras, the article's network", _keras_article, ("keras",), "keras"),
     "keras-mobilenet": Kind("Keras 3, .keras, MobileNetV2", _keras_mobilenet, ("keras",), "keras"),
-    "keras-h5": Kind("Keras, .h5, the article's network", _keras_h5, ("keras",), "keras"),
+    "keras-h5": Kind("Keras 3, .h5, the article's network", _keras_h5, ("keras",), "keras"),
+    "keras2-h5": Kind("Keras 2, .h5, depthwise convolutions", _keras_2, ("keras",), "keras"),
     "savedmodel-raw": Kind("SavedModel of tf.saved_model.save", _saved_model("raw"), python=_TENSORFLOW),
     "savedmodel-exported": Kind("SavedModel of model.export", _saved_model("exported"), python=_TENSORFLOW),
     "residual": Kind("ONNX of torch", _of_gallery("residual", suffix=".onnx")),

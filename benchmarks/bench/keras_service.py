@@ -66,6 +66,18 @@ def run_script(python: Path, photos: Path, out: Path, *, side: int, epochs: int,
     return done.stdout
 
 
+def write_models(python: Path, folder: Path, side: int) -> None:
+    """The models of `bench.keras_models`.
+
+    Raises:
+        CannotInstall: if that fails.
+    """
+    command = [str(python), str(Path(__file__).with_name("keras_models.py")), str(folder.resolve()), str(side)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_env(folder.resolve()))
+    if done.returncode:
+        raise CannotInstall((done.stderr.strip().splitlines() or ["no models"])[-1][:300])
+
+
 @contextlib.contextmanager
 def keras_service(python: Path, model: Path, samples: NDArray[Any]) -> Iterator[Aim]:
     """FastAPI around `model.predict`, as a context.

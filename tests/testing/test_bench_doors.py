@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,20 @@ def test_a_model_goes_all_the_way_and_a_run_resumes(tmp_path: Path) -> None:
     assert checks["1.residual"].holds, checks["1.residual"].why
     assert checks["1"].value == 1
     assert checks["1.faults"].holds
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_articles_service_is_loaded_beside_its_plan(tmp_path: Path) -> None:
+    if any(importlib.util.find_spec(name) is None for name in ("keras", "fastapi", "uvicorn")):
+        pytest.skip("Keras or FastAPI is not installed")
+    out = tmp_path / "doors.json"
+    command = [sys.executable, str(BENCHMARKS / "doors.py"), "--out", str(out), "--only", "article,own-size,speed"]
+    command += ["--images", "300", "--tests", "60", "--budget", "60s", "--rounds", "1", "--seconds", "0.3"]
+    command += ["--own_side", "32", "--speed_side", "32", "--work", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    checks = {check.id: check for check in Record.load(out).checks}
+    assert {"2.capacity", "2.accuracy", "2.own-size", "3.article", "3.mobilenet"} <= set(checks)
+    assert all(check.value is not None for name, check in checks.items() if name[0] in "23")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec
 from rushhour.errors import DataError, ModelError, TaskError
-from rushhour.models.converted import Converted, NotTrainable, convert, verify
+from rushhour.models.converted import Converted, NotTrainable, channels_first, convert, verify
 from rushhour.models.deployed import Deployed, export
 from rushhour.models.doors import Arrival, Brought, verify_arrival
 from rushhour.models.doors.onnx_graph import OnnxDoor
@@ -173,11 +173,15 @@ def import_arrival(
     if converted is not None and converted.gives_logits and wanted.kind != "classification":
         converted = convert(model, name)
     scaled, scaled_from = preprocessing or Preprocessing(), "given" if preprocessing is not None else "none"
+    moved = None if converted is None else channels_first(converted)
+    converted = moved or converted
     bundle: Bundle | None = None
     step = _step(arrival)
     if converted is not None:
         try:
-            spec, scaled, scaled_from = _on_the_wire(converted, signature, wanted, preprocessing, given, name)
+            spec, scaled, scaled_from = _on_the_wire(
+                converted, signature, wanted, preprocessing, given, name, moved=moved is not None
+            )
             bundle = _sealed(converted, name, step, wanted, spec, scaled, given, out)
         except (ModelError, TaskError) as error:
             why = f"{error.what}: {error.why}"
@@ -276,16 +280,24 @@ def _on_the_wire(
     preprocessing: Preprocessing | None,
     given: Given | None,
     name: str,
+    *,
+    moved: bool,
 ) -> tuple[TensorSpec, Preprocessing, str]:
-    """One sample as requests carry it, and what is done to it before the network."""
+    """One sample as requests carry it, and what is done to it before the network.
+
+    Args:
+        moved: whether the network takes channels first where the graph has them last.
+    """
     (spec,) = signature.inputs
     if given is None:
         if preprocessing is not None and preprocessing.layout == "NHWC->NCHW":
             channels, *sides = spec.shape
             spec = TensorSpec(spec.name, "uint8", (*sides, channels))
-        return spec, preprocessing or Preprocessing(), "none" if preprocessing is None else "given"
+        said = "none" if preprocessing is None else "given"
+        scaled = preprocessing or Preprocessing()
+        return spec, msgspec.structs.replace(scaled, layout="NHWC->NCHW") if moved else scaled, said
     shape, dtype = given.samples.shape[1:], given.samples.dtype.name
-    layout = _layout(spec, shape, name)
+    layout: Any = "NHWC->NCHW" if moved and shape == spec.shape else _layout(spec, shape, name)
     wire = msgspec.convert({"name": spec.name, "dtype": dtype, "shape": shape}, type=TensorSpec)
     decoding = given.preprocessing.decoding
     if preprocessing is not None:

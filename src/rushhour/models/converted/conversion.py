@@ -25,6 +25,7 @@ _QUANTISED: Final = {
     "MatMulInteger",
 }
 _NAMED: Final = 8
+_COLOURS: Final = (1, 3)
 _KIND: Final = "pkg.torch.export.graph_signature.InputSpec.kind"
 _PARAMETER: Final = "PARAMETER"
 _FOLDED_FROM: Final = "pkg.onnxscript.optimizer.folded_from"
@@ -203,7 +204,13 @@ class _Conversion:
             self._builder.begin(f"input {value.name}")
             made = self._builder.call("cast", made, dtype_name(dtype))
             made.input = value.name
+        if len(shape) == 3 and shape[2] in _COLOURS and shape[0] not in _COLOURS and self._has_convolutions():
+            self._builder.begin(f"input {value.name}")
+            made.source = self._builder.call("permute", made, [0, 3, 1, 2])  # a picture with channels last
         self._values[value.name] = made
+
+    def _has_convolutions(self) -> bool:
+        return any(node.op_type == "Conv" for node in self._nodes)
 
     def _value(self, name: str) -> Value:
         """A value of the graph; a weight is read when it is first used."""
