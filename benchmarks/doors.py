@@ -152,7 +152,11 @@ def cells_of(name: str, epochs: int) -> Row:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = Path(place)
         (folder / "brought").mkdir()
-        return _cells(KINDS[name], KINDS[name].make(folder / "brought"), folder, epochs)
+        try:
+            brought = KINDS[name].make(folder / "brought")
+        except Exception as error:  # any framework may fail in its own way
+            return Row(dict.fromkeys(CELLS, f"{FAULT} it could not be written: {type(error).__name__}: {error}"))
+        return _cells(KINDS[name], brought, folder, epochs)
 
 
 def _cells(kind: Kind, brought: Brought, folder: Path, epochs: int) -> Row:

@@ -242,7 +242,8 @@ def _saved_model(way: str) -> Callable[[Path], Brought]:
         python = os.environ[_TENSORFLOW]
         code = _WRITE_SAVED_MODEL.format(side=_SIDE, classes=len(_LABELS), write=_WAYS[way])
         model = folder / "saved_model"
-        subprocess.run([python, "-c", code, str(model)], check=True, capture_output=True)
+        own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "KERAS_BACKEND")}
+        subprocess.run([python, "-c", code, str(model)], check=True, capture_output=True, env=own)
         settings = {"scale": 1 / 255, "tensorflow_python": python, "trust": str(model)}
         return Brought(model, pictures(_SIDE), settings)
 
