@@ -81,7 +81,7 @@ from rushhour.system.storage import try_building, try_folder
 def command(bundle: Path, data: str, out: Path, json_file: Path | None, **options: Any) -> None:
     """Make BUNDLE smaller and faster inside an accuracy budget, judged on the compiled artefact of every step.
 
-    BUNDLE is a trained bundle, or an .onnx file, which is imported first.
+    BUNDLE is a trained bundle, or a model from elsewhere (`rushhour import --help`), which is imported first.
 
     A recipe is a list of steps: prune (channels), lowrank (dense layers), distil (train on BUNDLE's answers), then
     int8, bf16, f16 or w8. DIR is the best result: inside the budget, and never slower than BUNDLE. An interrupted
