@@ -90,9 +90,9 @@ def test_regressors_give_values(tmp_path: Path) -> None:
 
 
 def test_what_needs_no_trees_can_be_trained(data: tuple[Any, Any], tmp_path: Path) -> None:
-    """A perceptron is made of ordinary operators once its labels are left out."""
+    """A perceptron is made of ordinary operators once its labels are left out, and its scaler too."""
     x, y = data
-    network = MLPClassifier((16,), max_iter=50, random_state=0).fit(x, y)
+    network = make_pipeline(StandardScaler(), MLPClassifier((16,), max_iter=50, random_state=0)).fit(x, y)
     finer = rushhour.train(network, (x, y), out=tmp_path / "finer", epochs=1, tensorboard=False)
     assert [step.what for step in finer.bundle.manifest.lineage] == ["import", "train"]
 

@@ -163,12 +163,33 @@ def _graph(estimator: Any, width: int, shown: str, *, is_classifier: bool) -> on
             "use estimators that skl2onnx converts, on columns of numbers",
         ) from error
     keep_outputs(graph, [graph.graph.output[-1].name])
+    _write_out_scalers(graph.graph)
     versions = {each.domain: 0 for each in graph.opset_import}
     for each in graph.opset_import:
         versions[each.domain] = max(versions[each.domain], each.version)
     del graph.opset_import[:]
     graph.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
     return checked_onnx(graph, shown)
+
+
+def _write_out_scalers(graph: onnx.GraphProto) -> None:
+    """Replace scalers by a difference and a product, in place: these run on every engine, and can be trained."""
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "Scaler":
+            nodes.append(node)
+            continue
+        (given,), (made,) = node.input, node.output
+        centred, constants = f"{made}.centred", []
+        for attribute in node.attribute:
+            values = np.asarray(attribute.floats, np.float32)
+            constants.append(f"{made}.{attribute.name}")
+            graph.initializer.append(onnx.numpy_helper.from_array(values, constants[-1]))
+        named = dict(zip((each.name for each in node.attribute), constants, strict=True))
+        nodes.append(onnx.helper.make_node("Sub", [given, named["offset"]], [centred]))
+        nodes.append(onnx.helper.make_node("Mul", [centred, named["scale"]], [made]))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _by_position(estimator: Any) -> Any:
