@@ -111,6 +111,9 @@ def test_a_small_space_is_measured_and_equal_plans_are_raced(tmp_path: Path) -> 
     space = MeasuredSpace.load(tmp_path / "space.json")
     assert len(space.plans) == 3
     assert all(plan.closed and plan.windows for plan in space.plans)
+    assert all(plan.speed > 0 for plan in space.plans)
+    assert len({plan.speed for plan in space.plans}) > 1, "the host's speed is read beside each"
+    assert set(space.speeds) == set(space.service)
     assert len(space.about["canary"]["measured"]) == 3
     assert set(space.precisions) == {"reference", "int8"}
     assert {"3.plans", "3.minutes", "6.equal"} == {check.id for check in found.checks}
