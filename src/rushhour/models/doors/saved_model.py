@@ -27,6 +27,8 @@ from rushhour.system.telemetry import disable_telemetry
 
 _GRAPH: Final = "saved_model.pb"
 _OPSET: Final = 18
+_OURS: Final = ("PYTHONPATH", "PYTHONHOME", "KERAS_BACKEND")
+"""Variables that are for this Python: the other one has packages of its own."""
 _TIMEOUT_S: Final = 1800
 _RUNS: Final = "TensorFlow runs it when it reads it, and its operators can read and write files"
 _EXACT: Final = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -74,7 +76,8 @@ def _converted(model: Path, python: Path, folder: Path, shown: str) -> onnx.Mode
     out = folder / "graph.onnx"
     command = [os.path.abspath(python), "-m", "tf2onnx.convert", "--saved-model", os.path.abspath(model)]
     command += ["--output", str(out), "--opset", str(_OPSET)]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
+    kept = {name: value for name, value in os.environ.items() if name not in _OURS}
+    environment = {**kept, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, cwd=folder, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
