@@ -140,8 +140,8 @@ def test_sigterm_fails_no_request_on_connections_that_stay(tiny: Bundle) -> None
     with serving(tiny.path, ServeSettings(http_port=0, cells=2)) as server:
         answered, goodbyes, failed = [], [], list[object]()
 
-        def client() -> None:
-            with socket.create_connection(server.address, timeout=10) as connection:
+        def client(connection: socket.socket) -> None:
+            with connection:
                 while True:
                     try:
                         connection.sendall(whole)
@@ -157,7 +157,8 @@ def test_sigterm_fails_no_request_on_connections_that_stay(tiny: Bundle) -> None
                         goodbyes.append(1)
                         return
 
-        clients = [threading.Thread(target=client) for _ in range(12)]
+        connections = [socket.create_connection(server.address, timeout=10) for _ in range(12)]  # before SIGTERM, all
+        clients = [threading.Thread(target=client, args=(one,)) for one in connections]
         for each in clients:
             each.start()
         wait_until(lambda: len(answered) > 300)
