@@ -118,8 +118,9 @@ def import_model(
 
     Args:
         model: an `.onnx` file, with weights inside or beside it, or an `onnx.ModelProto`; a `torch.nn.Module`; a `.pt2`
-            file or an `ExportedProgram` of `torch.export`; a folder of Hugging Face transformers; a fitted estimator of
-            scikit-learn, LightGBM or XGBoost, or its `.joblib` file. It is recognised by what it holds.
+            file or an `ExportedProgram` of `torch.export`; a `keras.Model`, or its `.keras` or `.h5` file; a SavedModel
+            folder; a folder of Hugging Face transformers; a fitted estimator of scikit-learn, LightGBM or XGBoost, or
+            its `.joblib` file. It is recognised by what it holds.
         out: the bundle's folder.
         data: as of `rushhour.train`, that the model is for: gives the names of the classes, real samples, and by its
             labels how pixels have to be scaled.
