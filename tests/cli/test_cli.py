@@ -90,6 +90,7 @@ def test_data_with_one_class(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_data_without_labels_is_for_a_bundle(tiny: Bundle, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (100, 4, 4, 1), dtype=np.uint8))

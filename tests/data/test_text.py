@@ -248,6 +248,7 @@ def test_lines_of_a_file_are_samples(real: Bundle, tmp_path: Path) -> None:
     assert load(str(tmp_path / "said.txt"), seed=3).fingerprint == data.fingerprint
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_three_inputs_are_served_and_loaded(encoder: Bundle, tmp_path: Path) -> None:
     http = pytest.importorskip("tritonclient.http")

@@ -336,6 +336,7 @@ def test_the_host_s_speed_during_the_proof_is_said(odd: tuple[Plan, str], page: 
 # -- a run that was interrupted
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_reported_as_such(tmp_path: Path) -> None:
     """It said that there is no plan."""
     run = make_run(tmp_path)
@@ -381,6 +382,7 @@ def test_a_plan_with_numbers_only_still_makes_a_page(tmp_path: Path) -> None:
     assert "The plan names no candidates" in page.text
 
 
+@pytest.mark.slow
 def test_thousands_of_candidates_stay_under_two_megabytes(tmp_path: Path) -> None:
     many = tuple(
         msgspec.structs.replace(TRIALS[6], candidate=f"int8/openvino/int8/s4t1b{index}", predicted_rps=1000.0 + index)

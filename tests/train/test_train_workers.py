@@ -392,6 +392,7 @@ def fated(folder: Path, number: int, passes: str, monkeypatch: pytest.MonkeyPatc
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGSEGV, marks=pytest.mark.slow), signal.SIGABRT])
 def test_a_worker_that_dies_of_a_signal_at_the_same_step_is_not_started_a_third_time(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -94,6 +94,7 @@ def certificate(
     )
 
 
+@pytest.mark.slow
 def test_a_whole_search_says_how_good_its_answer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = searched(tmp_path, Load(), monkeypatch)
     assert plan.evidence is not None

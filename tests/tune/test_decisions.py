@@ -100,6 +100,7 @@ def test_candidates_that_differ_in_the_batch_bound_alone_are_told_apart() -> Non
     assert said.why == "significantly more answers in time (forced test: one step from the leader)"
 
 
+@pytest.mark.slow
 def test_a_run_says_each_step_with_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = Load()
     plan = searched(tmp_path, load, monkeypatch)

@@ -412,6 +412,7 @@ def test_a_search_killed_again_and_again_asks_nothing_twice_and_finds_the_same(
     )
 
 
+@pytest.mark.slow
 def test_a_budget_leaves_out_what_decides_least_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, short = Load(), Load()
     answers: list[Plan] = []
@@ -445,6 +446,7 @@ def test_a_bundle_that_is_quantised_already_can_be_tuned(tmp_path: Path, monkeyp
     assert plan.evidence.accuracy_drop == 0
 
 
+@pytest.mark.slow
 def test_who_carries_less_in_the_race_is_beaten_and_who_carries_as_much_ties(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,6 +576,7 @@ class Tight(Load):
         return window
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget_s", [85, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_last_proof_that_the_time_has_room_for_is_tried_where_it_is_sure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float

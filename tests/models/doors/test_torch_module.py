@@ -150,6 +150,7 @@ class Mixing(nn.Module):
         return self.dense(x - x.mean(0))
 
 
+@pytest.mark.slow
 def test_modules_of_all_kinds(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     half = nn.Linear(4, 2).to(torch.bfloat16).train()
