@@ -55,8 +55,8 @@ test: .venv/.dev
 
 # A tuning run measures rates under load, so no other tests run beside it.
 test-slow: .venv/.dev
-	$(BIN)/pytest -m "slow and not long" --ignore tests/tune/test_tune.py
-	$(BIN)/pytest -m slow tests/tune/test_tune.py
+	$(BIN)/pytest -m "slow and not long and not alone"
+	$(BIN)/pytest -n 0 -m alone
 
 # Half a minute each and more: every environment, every place of a kill, whole rows of the matrix.
 test-long: .venv/.dev
