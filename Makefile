@@ -53,14 +53,14 @@ demo: setup
 test: .venv/.dev
 	$(BIN)/pytest
 
-# A tuning run measures rates under load, so no other tests run beside it.
 test-slow: .venv/.dev
-	$(BIN)/pytest -m "slow and not long and not alone"
-	$(BIN)/pytest -n 0 -m alone
+	$(BIN)/pytest -m "slow and not long"
 
 # Half a minute each and more: every environment, every place of a kill, whole rows of the matrix.
+# A tuning run measures rates under load, so no other tests run beside it.
 test-long: .venv/.dev
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m "long and not alone"
+	$(BIN)/pytest -n 0 -m alone
 
 # Property-based tests, on 1,000 new inputs each: 20 minutes.
 test-random: .venv/.dev

@@ -82,8 +82,9 @@ def lines(run: Path) -> list[bytes]:
 
 
 @pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_run_killed_again_and_again_goes_on_and_ends_in_a_plan(tmp_path: Path) -> None:
     small_data(tmp_path / "small.npz")
     run = tmp_path / "run"
