@@ -100,7 +100,7 @@ class EngineTimes:
         )
         key = candidate.compiled, config.max_batch
         if key not in self._speeds:
-            before, after = self._last, self._speed(candidate, f"timed up to {config.max_batch}")
+            before, after = self._last, self.speed_beside(candidate, f"timed up to {config.max_batch}")
             self._speeds[key] = math.sqrt(before * after) if source is None else after
         return times
 
@@ -122,16 +122,13 @@ class EngineTimes:
         self.of(candidate)
         return self._speeds[candidate.compiled, _whole(candidate).engine_config().max_batch]
 
-    def speed_beside(self, candidate: Candidate, load: str) -> float:
-        """The host's speed now, just beside a load test of a candidate; 1 as at the first reading.
+    def speed_beside(self, candidate: Candidate, when: str) -> float:
+        """The host's speed now, just beside a measurement of a candidate; 1 as at the first reading.
 
         Args:
-            candidate: that is put under load.
-            load: which test of it, before or after: a reading of the same name is not repeated.
+            candidate: that is timed or put under load.
+            when: which measurement of it, before or after: a reading of the same name is not repeated.
         """
-        return self._speed(candidate, load)
-
-    def _speed(self, candidate: Candidate, when: str) -> float:
         source = self._source
         found = self._speedometer.read(str(candidate), when) if source is None else source.host_speed(candidate, when)
         self._last = max(1 / _MOST, min(_MOST, found))
