@@ -67,7 +67,9 @@ class AccuracyJudge:
             states: of all candidates.
             time: that it may take, about. The artefact with the best prediction and the reference are measured anyway.
         """
-        alive = sorted((state for state in states if state.fate is None), key=_predicted, reverse=True)
+        alive = sorted(
+            (state for state in states if state.fate is None), key=lambda state: state.predicted_rps, reverse=True
+        )
         known = {self._reference.artefact, *(state.candidate.artefact for state in alive[:1])}
         self._progress.start("Measuring accuracy on the validation part", len(alive))
         for state in alive:
@@ -119,11 +121,13 @@ class AccuracyJudge:
 
         self._progress.start("Confirming accuracy on the test part", len(by_artefact))
         fastest, missed = 0.0, ""
-        best = max((state for state in states if state.fate is None), key=_predicted, default=None)
+        best = max(
+            (state for state in states if state.fate is None), key=lambda state: state.predicted_rps, default=None
+        )
         needed = {self._reference.artefact, *([] if best is None else [best.candidate.artefact])}
         fate: Fate
         for group in sorted(by_artefact.values(), key=upper_drop):
-            candidate, rate = group[0].candidate, max(map(_predicted, group))
+            candidate, rate = group[0].candidate, max(state.predicted_rps for state in group)
             if candidate.artefact not in needed and time.is_spent:
                 self._leave(*group)
                 continue
@@ -187,10 +191,6 @@ class AccuracyJudge:
         if (bundle, config) == (reference, beside):
             return judge(data.task, part, split.targets, expected, None)
         return judge(data.task, part, split.targets, outputs_of(bundle, config, split, trusted=self._trusted), expected)
-
-
-def _predicted(state: CandidateState) -> float:
-    return state.predicted or 0.0
 
 
 def _config(candidate: Candidate) -> EngineConfig:

@@ -36,7 +36,7 @@ class Contestant:
     @property
     def predicted(self) -> float:
         """Its capacity in requests per second, by simulation; 0 where none holds."""
-        return self.state.predicted or 0.0
+        return self.state.predicted_rps
 
     @property
     def accuracy(self) -> Accuracy:

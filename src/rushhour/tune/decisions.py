@@ -160,7 +160,7 @@ class Decisions:
         self._ended += _fates(states)
         if not run:
             return
-        best = max(run, key=lambda state: state.predicted or 0.0)
+        best = max(run, key=lambda state: state.predicted_rps)
         plans = sum(len(state.bounds) for state in run)
         timed = [state for state in states if state.fate != "skipped"]
         late = f"; for {len(states) - len(timed)} no time was left" if len(timed) < len(states) else ""

@@ -186,12 +186,12 @@ def smallest_first(
         best: the one with the highest capacity.
         model_bytes: of the bundle of a role.
     """
-    least = HALF * (best.predicted or 0.0)
+    least = HALF * best.predicted_rps
     of_bundle: dict[str, CandidateState] = {}
-    for state in sorted(states, key=lambda state: -(state.predicted or 0.0)):
+    for state in sorted(states, key=lambda state: -state.predicted_rps):
         role = state.candidate.bundle
         is_smaller = model_bytes(role) < model_bytes(best.candidate.bundle)
-        if is_smaller and state.fate not in _OUTSIDE and (state.predicted or 0.0) >= least:
+        if is_smaller and state.fate not in _OUTSIDE and state.predicted_rps >= least:
             of_bundle.setdefault(role, state)
     return sorted(of_bundle.values(), key=lambda state: model_bytes(state.candidate.bundle))
 

@@ -250,7 +250,7 @@ class _Search:
                 *(way, self._progress, self._trusted),
             )
             is_limited = not math.isinf(self._budget.seconds)
-            return state.predicted or 0.0, len(self._dataset.train) / max(times.throughput) if is_limited else 0.0
+            return state.predicted_rps, len(self._dataset.train) / max(times.throughput) if is_limited else 0.0
         raise EngineError("no engine can run the reference model", why)
 
     def _candidate(self, role: str) -> Candidate:

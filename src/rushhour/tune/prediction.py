@@ -320,10 +320,10 @@ class Predictor:
     def _first_of_a_layout(self, states: Iterable[CandidateState], keep: float) -> CandidateState | None:
         """The best candidate of those in layouts whose overhead is not known; None where none is worth its time."""
         alive = [state for state in states if state.fate is None]
-        best = max((state.predicted or 0.0 for state in alive), default=0.0)
+        best = max((state.predicted_rps for state in alive), default=0.0)
         new = [state for state in alive if state.candidate.layout not in self._overheads.known]
-        first = max(new, key=lambda state: state.predicted or 0.0, default=None)
-        return first if first is not None and (first.predicted or 0.0) >= keep * best else None
+        first = max(new, key=lambda state: state.predicted_rps, default=None)
+        return first if first is not None and first.predicted_rps >= keep * best else None
 
     def _much_slower(self, fast: CandidateState, states: Iterable[CandidateState]) -> CandidateState | None:
         """The slowest candidate of the same layout; None where it is nearly as fast."""
@@ -332,8 +332,8 @@ class Predictor:
             for state in states
             if state.candidate.layout == fast.candidate.layout and state.fate is None and state.predicted
         ]
-        slow = min(rivals, key=lambda state: state.predicted or 0.0, default=fast)
-        return slow if _SLOWER * (slow.predicted or 0.0) <= (fast.predicted or 0.0) else None
+        slow = min(rivals, key=lambda state: state.predicted_rps, default=fast)
+        return slow if _SLOWER * slow.predicted_rps <= fast.predicted_rps else None
 
     def _saturation(self, state: CandidateState) -> Saturation:
         self._times.refine(state.candidate)

@@ -86,7 +86,7 @@ class Racing:
                     continue
                 contest.race(rival, count)
                 self._predictor.correct(rivals)
-                rivals.sort(key=_predicted, reverse=True)
+                rivals.sort(key=lambda state: state.predicted_rps, reverse=True)
             self._force(contest, alive)
             return self._preferred(contest, alive)
 
@@ -131,13 +131,13 @@ class Racing:
     def _rank(self, incumbent: CandidateState, rivals: list[CandidateState]) -> list[CandidateState]:
         """The rivals worth a race, best prediction first; the others are dominated."""
         self._predictor.choose_batches([state for state in rivals if state.throughput is None])
-        for state in sorted(rivals, key=_predicted, reverse=True)[: self._settings.race]:
+        for state in sorted(rivals, key=lambda state: state.predicted_rps, reverse=True)[: self._settings.race]:
             self._predictor.predict(state)
-        rivals = sorted(rivals, key=_predicted, reverse=True)
-        best = max(_predicted(state) for state in (incumbent, *rivals))
+        rivals = sorted(rivals, key=lambda state: state.predicted_rps, reverse=True)
+        best = max(state.predicted_rps for state in (incumbent, *rivals))
         for position, state in enumerate(rivals, 1):
-            if _predicted(state) < self._settings.keep * best or position >= self._settings.race:
-                why = f"predicted {_predicted(state):,.0f}/s, the best prediction is {best:,.0f}/s"
+            if state.predicted_rps < self._settings.keep * best or position >= self._settings.race:
+                why = f"predicted {state.predicted_rps:,.0f}/s, the best prediction is {best:,.0f}/s"
                 state.end("dominated", why)
         self._load_tests.decisions.ranked(incumbent, rivals, self._settings.keep, self._settings.race)
         return [state for state in rivals if state.fate is None]
@@ -183,7 +183,3 @@ class Racing:
             same = [each for each in contest.ranked if each.candidate.bundle == state.candidate.bundle]
             return [state, *(each for each in same if each is not state)]
         return contest.ranked
-
-
-def _predicted(state: CandidateState) -> float:
-    return state.predicted or 0.0

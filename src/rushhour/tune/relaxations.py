@@ -69,7 +69,7 @@ class _Search:
         self._feasible = feasible
         runs = [state for state in states if state.fate != "failed" and state.predicted is not None]
         self._within = [state for state in runs if state.fate != "over budget"] or [winner]
-        self._best = sorted(self._within, key=lambda state: -(state.predicted or 0.0))[:_MOST]
+        self._best = sorted(self._within, key=lambda state: -state.predicted_rps)[:_MOST]
         self._over = [state for state in runs if state.fate == "over budget" and state.accuracy is not None]
         self._now = winner.capacity or 0.0
         self._predicted = max(predictor.capacities_under(self._best, goal.slo))

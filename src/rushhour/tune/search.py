@@ -176,7 +176,7 @@ class _Search:
         self._decisions.judged("test", states, self._goal.budget)
         states += timing.widen(states, self._settings.keep)
         self._leave_less_accurate(states)
-        alive = sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0))
+        alive = sorted((s for s in states if s.fate is None), key=lambda s: -s.predicted_rps)
         if not alive:
             raise EngineError("no candidate can be served", states[0].why, "correct the model, or use another")
         with contextlib.nullcontext(self._source) if self._source is not None else Generator() as load:
@@ -321,11 +321,11 @@ class _Search:
         """What is measured to show what each step bought, while there is time: compiled; then batched, too; and
         quantised, where the winner is that and has a smaller network besides."""
         full = [s for s in states if s.candidate.bundle == "reference" and s.candidate.precision == "f32"]
-        full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -(s.predicted or 0.0))
+        full = sorted((s for s in full if s.fate != "failed"), key=lambda s: -s.predicted_rps)
         wanted = [("batched", full[0])] if full and winner not in full else []
         if is_smaller and winner.candidate.precision == "int8":
             whole = [s for s in states if s.candidate.bundle in _WHOLE and s.fate not in ("failed", "over budget")]
-            quantised = sorted(whole, key=lambda s: -(s.predicted or 0.0))[:1]
+            quantised = sorted(whole, key=lambda s: -s.predicted_rps)[:1]
             wanted = [*(("quantised", state) for state in quantised), *wanted]
         measured = []
         self._announce_rest(races=0, searches=0, steps=1 + len(wanted))

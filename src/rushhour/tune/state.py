@@ -46,8 +46,13 @@ class CandidateState:
 
     def ahead_of(self, measured: CandidateState) -> float:
         """Its predicted capacity over that of one that was under load, or over its throughput where that is less."""
-        known = min(measured.predicted or 0.0, measured.throughput or 0.0)
-        return (self.predicted or 0.0) / known if known else math.inf
+        known = min(measured.predicted_rps, measured.throughput or 0.0)
+        return self.predicted_rps / known if known else math.inf
+
+    @property
+    def predicted_rps(self) -> float:
+        """Its predicted capacity in requests per second; 0 where there is none yet, or none holds."""
+        return self.predicted or 0.0
 
     def end(self, fate: Fate, why: str) -> None:
         """It leaves the search."""

@@ -76,14 +76,14 @@ class Timing:
         if self._budget.left < Budget.FOR_PROOF:
             return []
         best: dict[str, CandidateState] = {}
-        for state in sorted((s for s in states if s.fate is None), key=lambda s: -(s.predicted or 0.0)):
+        for state in sorted((s for s in states if s.fate is None), key=lambda s: -s.predicted_rps):
             best.setdefault(state.candidate.artefact, state)
-        top = max((state.predicted or 0.0 for state in best.values()), default=0.0)
+        top = max((state.predicted_rps for state in best.values()), default=0.0)
         new: list[CandidateState] = []
         for state in best.values():
             layouts = other_layouts(state.candidate, cores())
             engines = {each.compiled for each in layouts} | {each.candidate.compiled for each in new}
-            if (state.predicted or 0.0) >= keep * top and len(engines) <= _MOST_TIMED:
+            if state.predicted_rps >= keep * top and len(engines) <= _MOST_TIMED:
                 new += [CandidateState(each, accuracy=state.accuracy) for each in layouts]
         if new:
             what = "Timing promising engines in other layouts"
@@ -109,7 +109,7 @@ class Timing:
             known.add(compiled)
             self._progress.advance(note=f"{compiled}: {max(times.throughput):,.0f}/s")
         self._predictor.choose_batches([state for state in states if state.fate is None])
-        best = max((state.predicted or 0.0 for state in states), default=0.0)
+        best = max((state.predicted_rps for state in states), default=0.0)
         self._decisions.timed(states)
         skipped = sum(state.fate == "skipped" for state in states)
         left_out = f"; {skipped} not timed: the time is short" if skipped else ""
