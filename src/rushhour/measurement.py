@@ -7,6 +7,7 @@ any HdrHistogram tool can read a line of `measurements.jsonl`.
 from __future__ import annotations
 
 import enum
+import math
 from typing import Annotated
 
 import msgspec
@@ -135,6 +136,25 @@ class Measurement(msgspec.Struct, frozen=True, tag_field="kind", tag="load"):
         return float(np.percentile(self.speeds, 10)) if self.speeds else None
 
 
+class PositionCost(msgspec.Struct, frozen=True):
+    """How the time of a sample depends on its size, of a model with open dimensions.
+
+    A batch of n samples with t positions together (tokens, pixels, padding included) takes `a + b n + c t` seconds.
+    Relative to n samples of the usual size that is `a + s w`, with the work `w = n (1 - share) + share t / usual`.
+
+    Attributes:
+        usual: positions of one sample of those that were timed: the product of its open dimensions.
+        share: of the time of such a sample, beside that of its batch, that grows with its positions.
+    """
+
+    usual: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+    def work(self, sizes: tuple[int, ...]) -> float:
+        """Of one sample of these sizes: as many samples of the usual size take as long, beside their batch."""
+        return 1 - self.share + self.share * math.prod(sizes) / self.usual
+
+
 class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_times"):
     """Duration of a batch on the engine alone, with all streams busy.
 
@@ -144,12 +164,14 @@ class ServiceTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="service_t
         throughput: inferences per second over all streams, same order.
         quantiles: of the seconds of single batches, as factors of the median at 16 equally likely points, ascending,
             same order; an empty row where too few batches ran, and no rows where they were not recorded.
+        positions: how the time depends on the samples' size; unset without open dimensions.
     """
 
     batch_sizes: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**30)], ...], msgspec.Meta(min_length=1)]
     seconds: tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], ...]
     throughput: tuple[Number, ...]
     quantiles: tuple[tuple[_Share, ...], ...] = ()
+    positions: PositionCost | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.quantiles and (

@@ -29,6 +29,7 @@ _Cells = Annotated[int, msgspec.Meta(ge=1, le=256)]
 _Lanes = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 _Batch = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_BATCH)]
 _Bound = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+_Bucket = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Schema = Annotated[int, msgspec.Meta(ge=1)]
 _Ms = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
@@ -66,6 +67,8 @@ class Policy(msgspec.Struct, frozen=True):
         queue_bound: most samples that may wait; further requests are shed.
         deadline_ms: a request that cannot be answered within this is shed on arrival; None sheds only when the queue
             is full. A request's own `timeout` always applies.
+        buckets: of a model with an open dimension, the sizes to which shorter samples are padded, ascending; unset
+            takes the usual ones (`rushhour.capacity.usual_bounds`).
     """
 
     cells: _Cells = 1
@@ -74,6 +77,7 @@ class Policy(msgspec.Struct, frozen=True):
     max_batch: _Batch = 1
     queue_bound: _Bound = 1024
     deadline_ms: _Ms | None = None
+    buckets: Annotated[tuple[_Bucket, ...], msgspec.Meta(max_length=64)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class OperatingPoint(msgspec.Struct, frozen=True):

@@ -40,6 +40,7 @@ FOREIGN_OPTIONS = {  # of torchrun, pytest, curl and the benchmarks
 FILES_OF_USERS = {  # of runs, bundles and examples
     *("plan.json", "plan-so-far.json", "run.json", "report.html", "measurements.jsonl", "curves.jsonl"),
     *("bundle.json", "compression.json", "mynet.py", "nets.py", "trace.csv", "load.html", "load.png", "cat.jpg"),
+    "tokenizer.json",
     *("keys", "cert.pem", "key.pem", "model.onnx", "runs/demo/report.html", "_pb2.py"),
 }
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -167,6 +167,8 @@ def wait_until(true: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 class ABatch:
+    positions = padding = 0
+
     def __init__(self, rows: int, taken: float, ended: float) -> None:
         self.rows, self.taken, self.started, self.ended = rows, taken, taken, ended
 

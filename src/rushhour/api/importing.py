@@ -12,7 +12,7 @@ import msgspec
 
 from rushhour.api.inputs import REFERENCES, load_data
 from rushhour.api.values import StrPath, check_name, read_path, read_size, read_texts
-from rushhour.bundle import Bundle, Preprocessing, Source, check_folder, check_place, is_bundle
+from rushhour.bundle import Bundle, Preprocessing, Signature, Source, TensorSpec, check_folder, check_place, is_bundle
 from rushhour.errors import DataError, GoalError
 from rushhour.progress import Progress, Silent
 from rushhour.system.extras import require
@@ -62,9 +62,8 @@ class ImportResult:
     def lines(self) -> tuple[tuple[str, str], ...]:
         """What was understood, for people: what it is about, and a sentence."""
         found, signature = self.understood, self.bundle.manifest.signature
-        wire = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in signature.inputs)
-        graph = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in found.signature.inputs)
-        answers = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in signature.outputs)
+        wire, graph = _tensors(signature, signature.inputs), _tensors(found.signature, found.signature.inputs)
+        answers = _tensors(signature, signature.outputs)
         by = f", written by {found.producer}" if found.producer else ""
         task = f"{found.task.kind} of {found.task.outputs} {'classes' if found.task.classes else 'values'}"
         network = ", ".join(f"{count} {kind}" for kind, count in list(found.layers.items())[:_NAMED])
@@ -85,6 +84,10 @@ class ImportResult:
             return (*lines, ("training", f"not possible: {found.why_untrainable}"))
         equal = f"answers differ from ONNX Runtime's by {found.difference:.1g} of the largest at most"
         return (*lines, ("training", f"possible: {network}; {equal}"))
+
+
+def _tensors(signature: Signature, specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype}[{signature.described(spec)[5:-1]}]" for spec in specs)
 
 
 def import_model(
@@ -132,7 +135,8 @@ def import_model(
         std: each channel is divided by it: `0.229,0.224,0.225`.
         task: as of `rushhour.train`.
         size: as of `rushhour.train`; the model's own by default.
-        length: tokens of a text, for a network that takes any number.
+        length: tokens of every text, for a network that takes any number; without it the length stays open where it
+            can. Of an ONNX graph with open dimensions, their largest size.
         skip_corrupt: as of `rushhour.train`.
         tensorflow_python: a Python with TensorFlow and tf2onnx, for models that only these can read.
         trust: the model's path, where reading it runs its code.

@@ -99,8 +99,10 @@ class Traffic:
         bundle = None if self.payloads is None else _bundle_of(self.payloads)
         target = discover(url, self.model).shaped(self.shapes)
         if self.payloads is None or bundle is not None:
-            samples = None if bundle is None else bundle.samples()
-            return target, payloads(target, samples, rows=self.rows, seed=self.seed, encoding=self.encoding)
+            samples, signature = (None, None) if bundle is None else (bundle.samples(), bundle.manifest.signature)
+            return target, payloads(
+                target, samples, rows=self.rows, seed=self.seed, encoding=self.encoding, signature=signature
+            )
         return target, folder_payloads(target, self.payloads, encoding=self.encoding)
 
 

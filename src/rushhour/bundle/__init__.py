@@ -5,10 +5,14 @@
         model.onnx            the whole graph, preprocessing included, dynamic batch
         weights.safetensors   the torch module's parameters, where there is one
         samples.safetensors   a few real inputs, for warm-up, load and checks
+        tokenizer.json        makes samples of texts, where the model reads them
         answers.safetensors   the graph's outputs for them, which every engine that opens the bundle has to reproduce
 
 Requests carry raw values (uint8 pixels); scaling, mean and layout are part of the graph, so a client cannot get them
 wrong.
+
+A dimension of a sample may be open (`OpenDimension`): the length of a text, the size of a picture. A request chooses it
+within the manifest's bounds; tensors that share a dimension have the same size in it.
 """
 
 from rushhour.bundle.folder import Bundle, check_folder, check_place, is_bundle, name_of, suggest_bundle
@@ -16,38 +20,45 @@ from rushhour.bundle.manifest import (
     ANSWERS,
     MODEL,
     SAMPLES,
+    TOKENIZER,
     WEIGHTS,
     Decoding,
-    DType,
     FileRecord,
     Manifest,
     Preprocessing,
     Reshape,
-    Signature,
     Source,
     Step,
-    TensorSpec,
+    Text,
 )
+from rushhour.bundle.signature import DType, OpenDimension, Signature, Sizes, TensorSpec, cut, own_sizes, padded_to
 
 __all__ = [
     "ANSWERS",
     "MODEL",
     "SAMPLES",
+    "TOKENIZER",
     "WEIGHTS",
     "Bundle",
     "DType",
     "Decoding",
     "FileRecord",
     "Manifest",
+    "OpenDimension",
     "Preprocessing",
     "Reshape",
     "Signature",
+    "Sizes",
     "Source",
     "Step",
     "TensorSpec",
+    "Text",
     "check_folder",
     "check_place",
+    "cut",
     "is_bundle",
     "name_of",
+    "own_sizes",
+    "padded_to",
     "suggest_bundle",
 ]

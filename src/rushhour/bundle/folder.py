@@ -21,17 +21,20 @@ from rushhour.bundle.manifest import (
     README,
     SAMPLES,
     SCHEMA,
+    TOKENIZER,
     WEIGHTS,
     FileName,
     FileRecord,
     Manifest,
-    Signature,
+    Text,
     encode_manifest,
     hash_as_written,
     hash_of,
+    least_schema,
     schema_of,
 )
 from rushhour.bundle.readme import readme_of
+from rushhour.bundle.signature import Signature, Sizes, own_sizes
 from rushhour.errors import BundleError, StorageError
 from rushhour.measurement import Accuracy
 from rushhour.plan import Precision
@@ -42,6 +45,8 @@ from rushhour.system.storage import building, check_own, explained, write_whole
 _BESIDE: Final = ("-training", "-steps")
 """Name suffixes of the folders beside a bundle that record how it was made."""
 _NAMED: Final = 2
+_NOISE_SIZE = 32
+_LARGEST_TOKENIZER = 64 * 2**20
 _ANSWERED = 16
 """Largest number of samples whose outputs are recorded."""
 
@@ -99,6 +104,10 @@ class Bundle:
                     raise _damaged(path, f"{name} is missing")
             if _record(path / name) != record:
                 raise _damaged(path, f"{name} does not match its hash")
+        if isinstance(manifest.text, Text):
+            if TOKENIZER not in manifest.files:
+                raise _damaged(path, f"{MANIFEST} lists no {TOKENIZER}")
+            _check_tokenizer(path, manifest.files[TOKENIZER].bytes)
         return cls(path, manifest)
 
     @classmethod
@@ -109,6 +118,7 @@ class Bundle:
         model: Callable[[Path], dict[Precision, float] | None],
         weights: Callable[[Path], None] | None = None,
         samples: Mapping[str, NDArray[Any]] | None = None,
+        tokenizer: bytes | None = None,
     ) -> Bundle:
         """Write a bundle to the folder `path` atomically; only an older bundle there is replaced.
 
@@ -121,13 +131,18 @@ class Bundle:
                 outputs by precision, in place of the defaults.
             weights: writes the safetensors file to the path it is given.
             samples: input name -> array of shape `(k, *shape)`.
+            tokenizer: the content of `tokenizer.json`, where the manifest says how texts become samples.
 
         Raises:
+            BundleError: if the tokenizer is larger than 64 MiB.
             StorageError: if there is anything else at `path`, or it cannot be written.
         """
         from safetensors.numpy import save
 
         with building(path, FILES, is_bundle) as folder:
+            if tokenizer is not None:
+                _check_tokenizer(path, len(tokenizer))
+                (folder / TOKENIZER).write_bytes(tokenizer)
             given = model(folder / MODEL)
             if weights is not None:
                 weights(folder / WEIGHTS)
@@ -147,7 +162,7 @@ class Bundle:
                 manifest,
                 files=files,
                 hash="",
-                schema=SCHEMA,
+                schema=least_schema(manifest),
                 tolerance=msgspec.UNSET if answers is None else allowed,
             )
             sealed = msgspec.structs.replace(unsealed, hash=hash_of(unsealed))
@@ -209,19 +224,38 @@ class Bundle:
         return self.path / WEIGHTS if WEIGHTS in self.manifest.files else None
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file, where the manifest has `text`."""
+        return self.path / TOKENIZER
+
+    def read_tokenizer(self) -> bytes | None:
+        """The content of `tokenizer.json`; None where there is none."""
+        if TOKENIZER not in self.manifest.files:
+            return None
+        with explained(f"read {self.tokenizer}"):
+            return self.tokenizer.read_bytes()
+
+    @property
     def model_bytes(self) -> int:
         """Size on disk of the ONNX file, which is what is served."""
         with explained(f"read {self.model}"):
             return self.model.stat().st_size
 
     def samples(self) -> dict[str, NDArray[Any]]:
-        """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle has none."""
+        """A few real inputs: name -> array of shape `(k, *shape)`; seeded noise where the bundle has none.
+
+        In an open dimension all are padded to the size of the longest.
+        """
         if SAMPLES not in self.manifest.files:
             return _noise(self.manifest.signature)
         from safetensors.numpy import load_file
 
         with explained(f"read {self.path / SAMPLES}"):
             return dict(load_file(self.path / SAMPLES))
+
+    def sizes(self) -> list[Sizes]:
+        """The sizes of the open dimensions of each of `samples()`, without padding."""
+        return own_sizes(self.manifest.signature, self.samples())
 
     def answers(self) -> dict[str, NDArray[Any]] | None:
         """The recorded outputs for the first of `samples()`: name -> `(n, *shape)`; None if not recorded."""
@@ -289,12 +323,22 @@ def suggest_bundle(path: Path) -> str:
 
 
 def _noise(signature: Signature) -> dict[str, NDArray[Any]]:
-    """8 seeded random samples."""
+    """8 seeded random samples; where they are padded, each of another size."""
     random = np.random.default_rng(0)
-    return {
-        spec.name: (random.random((8, *spec.shape)) * (255 if spec.dtype == "uint8" else 1)).astype(spec.dtype)
-        for spec in signature.inputs
-    }
+    sizes = tuple(min(each.largest, max(each.smallest, _NOISE_SIZE)) for each in signature.dimensions)
+    found = {}
+    for spec in signature.inputs:
+        values = random.random((8, *signature.shape(spec, sizes))) * (255 if spec.dtype == "uint8" else 1)
+        if spec.name in signature.open_axes and spec.dtype.startswith(("int", "uint")) and spec.dtype != "uint8":
+            paddings = [each.padding.get(spec.name) for each in signature.dimensions]
+            values[:] = 0 if 1 in paddings else 1  # in any vocabulary, counted by any mask, and not the padding
+        found[spec.name] = values.astype(spec.dtype)
+    if signature.padded is not None:
+        dimension, size = signature.dimensions[signature.padded], sizes[signature.padded]
+        for row, length in enumerate(np.linspace(dimension.smallest, size, 8).round().astype(int).tolist()):
+            for name, value in dimension.padding.items():
+                np.moveaxis(found[name], 1 + dimension.axes[name], 1)[row, length:] = value
+    return found
 
 
 def _answered(model: Path, samples: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | None:
@@ -302,6 +346,15 @@ def _answered(model: Path, samples: Mapping[str, NDArray[Any]]) -> dict[str, NDA
         return graph_answers(model, {name: array[:_ANSWERED] for name, array in samples.items()})
     except Exception:  # its exceptions have no common base class; engines decide later whether the graph can be served
         return None
+
+
+def _check_tokenizer(path: Path, size: int) -> None:
+    if size > _LARGEST_TOKENIZER:
+        raise BundleError(
+            f"the tokenizer of {path} has {size / 2**20:.0f} MiB",
+            f"one of up to {_LARGEST_TOKENIZER // 2**20} MiB is read",
+            "use another tokenizer",
+        )
 
 
 def _record(file: Path) -> FileRecord:

@@ -3,81 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-import numpy as np
 
+from rushhour.bundle.signature import Signature
 from rushhour.measurement import Accuracy, Number
 from rushhour.plan import Precision
 from rushhour.task import Task
 
-SCHEMA = 2
+SCHEMA = 3
+_OLDER = 2
+"""The schema of a bundle without open dimensions and without a tokenizer, which earlier versions can open too."""
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 SAMPLES: Final = "samples.safetensors"
 ANSWERS: Final = "answers.safetensors"
+TOKENIZER: Final = "tokenizer.json"
 MANIFEST: Final = "bundle.json"
 
-_LARGEST_ROW = 2**31
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 
-FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors", "answers.safetensors"]
+FileName = Literal["model.onnx", "weights.safetensors", "samples.safetensors", "answers.safetensors", "tokenizer.json"]
 README: Final = "README.md"
-FILES: Final = (MANIFEST, MODEL, WEIGHTS, SAMPLES, ANSWERS, README)
+FILES: Final = (MANIFEST, MODEL, WEIGHTS, SAMPLES, ANSWERS, TOKENIZER, README)
 """All that may be in a bundle. The README is written from the manifest, and is no part of its hash."""
-DType = Literal[
-    "bool",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-]
-
-
-class TensorSpec(msgspec.Struct, frozen=True, dict=True):
-    """A named tensor of a model.
-
-    Attributes:
-        shape: of one sample, without the batch dimension.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[_Size, ...]
-
-    def __post_init__(self) -> None:
-        if self.row_bytes > _LARGEST_ROW:
-            raise ValueError(f"`shape` {list(self.shape)} of {self.dtype} takes more than {_LARGEST_ROW // 2**30} GiB")
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Bytes of one sample."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-class Signature(msgspec.Struct, frozen=True):
-    """Inputs and outputs; every tensor has a batch dimension in front."""
-
-    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
-    outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1)]
-
-    @property
-    def picture(self) -> TensorSpec | None:
-        """The only input, if it is a picture: uint8 `(height, width, channels)`, grey or in colour."""
-        first = self.inputs[0]
-        is_one = first.dtype == "uint8" and len(first.shape) == 3 and first.shape[2] in (1, 3)
-        return first if is_one and len(self.inputs) == 1 else None
 
 
 class Decoding(msgspec.Struct, frozen=True):
@@ -120,6 +71,16 @@ class Preprocessing(msgspec.Struct, frozen=True):
     std: tuple[Annotated[float, msgspec.Meta(gt=0, le=1e30)], ...] = ()
     layout: Literal["NHWC->NCHW", "none"] = "none"
     decoding: Decoding | msgspec.UnsetType = msgspec.UNSET
+
+
+class Text(msgspec.Struct, frozen=True):
+    """How a text becomes a sample, by the `tokenizer.json` in the bundle. Longer texts are cut to the largest length.
+
+    Attributes:
+        inputs: input of the model -> what it holds of each token: its id, 1 for the mask, the number of its segment.
+    """
+
+    inputs: Annotated[dict[str, Literal["ids", "attention_mask", "type_ids"]], msgspec.Meta(min_length=1)]
 
 
 class Reshape(msgspec.Struct, frozen=True):
@@ -169,6 +130,7 @@ class Manifest(msgspec.Struct, frozen=True):
         metrics: split -> accuracy of the compiled artefact.
         tolerance: precision -> the largest deviation from the recorded outputs (`rushhour.records.answers.deviation`).
             Unset where no outputs are recorded.
+        text: how a text becomes a sample; unset where the bundle has no tokenizer.
         hash: SHA-256 over this manifest (with an empty `hash`), and by its file records over all content.
     """
 
@@ -185,10 +147,25 @@ class Manifest(msgspec.Struct, frozen=True):
     hash: str = ""
     schema: Annotated[int, msgspec.Meta(ge=1)] = SCHEMA
     tolerance: dict[Precision, Annotated[float, msgspec.Meta(ge=0, le=1e6)]] | msgspec.UnsetType = msgspec.UNSET
+    text: Text | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, Text):
+            dimensions, names = self.signature.dimensions, {spec.name for spec in self.signature.inputs}
+            of_tokens = all(spec.dtype.startswith("int") and len(spec.shape) == 1 for spec in self.signature.inputs)
+            if len(dimensions) != 1 or not of_tokens or not dimensions[0].axes.keys() >= names:
+                raise ValueError("a bundle with `text` has inputs of whole numbers that share one open dimension")
+            if self.text.inputs.keys() != names:
+                raise ValueError(f"`text` names other inputs than {', '.join(sorted(names))}")
 
 
 class _SchemaOnly(msgspec.Struct):
     schema: Annotated[int, msgspec.Meta(ge=1)]
+
+
+def least_schema(manifest: Manifest) -> int:
+    """The oldest schema whose readers understand a manifest."""
+    return SCHEMA if manifest.signature.dimensions or isinstance(manifest.text, Text) else _OLDER
 
 
 def schema_of(content: bytes) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rushhour.bundle.manifest import ANSWERS, MANIFEST, MODEL, SAMPLES, WEIGHTS, Manifest, TensorSpec
+from rushhour.bundle.manifest import ANSWERS, MANIFEST, MODEL, SAMPLES, TOKENIZER, WEIGHTS, Manifest
+from rushhour.bundle.signature import Signature, TensorSpec
 
 _FEW = 20
 _ABOUT = {
@@ -11,6 +12,7 @@ _ABOUT = {
     WEIGHTS: "the weights by their name in the torch module",
     SAMPLES: "a few real samples",
     ANSWERS: "the graph's answers to them",
+    TOKENIZER: "makes samples of texts: `tokenizers.Tokenizer.from_file`",
 }
 
 
@@ -21,7 +23,7 @@ def readme_of(manifest: Manifest) -> str:
         manifest: with its files.
     """
     signature, task = manifest.signature, manifest.task
-    names = [MODEL, MANIFEST, *(name for name in (WEIGHTS, SAMPLES, ANSWERS) if name in manifest.files)]
+    names = [MODEL, MANIFEST, *(name for name in (WEIGHTS, SAMPLES, ANSWERS, TOKENIZER) if name in manifest.files)]
     files = "\n".join(f"- `{name}`: {_ABOUT[name]}" for name in names)
     inputs = "\n".join(f'    "{each.name}": np.zeros({(1, *each.shape)}, "{each.dtype}"),' for each in signature.inputs)
     means = f"{task.outputs} {'values' if task.kind == 'regression' else 'numbers'}"
@@ -30,8 +32,8 @@ def readme_of(manifest: Manifest) -> str:
         means = f"one number for each class: {shown}"
     return f"""# {manifest.name}
 
-{_tensors("Takes", signature.inputs)}
-{_tensors("Gives", signature.outputs)}
+{_tensors("Takes", signature, signature.inputs)}
+{_tensors("Gives", signature, signature.outputs)}
 
 Any number of samples at once; `{signature.outputs[0].name}` is {means}.
 
@@ -52,6 +54,6 @@ With Rushhour: `rushhour serve` this folder; `rushhour.load_module("this folder"
 """
 
 
-def _tensors(word: str, specs: tuple[TensorSpec, ...]) -> str:
-    listed = ", ".join(f"`{each.name}` {each.dtype} `(n, {', '.join(map(str, each.shape))})`" for each in specs)
+def _tensors(word: str, signature: Signature, specs: tuple[TensorSpec, ...]) -> str:
+    listed = ", ".join(f"`{each.name}` {each.dtype} `(n{signature.described(each)[3:-1]})`" for each in specs)
     return f"{word} {listed}."

@@ -11,8 +11,12 @@ predicted_capacity    that of one
 best_batch            the batch bound to serve with
 smallest_bound        the same, of capacities that are known
 steady_share          what a host of varying speed leaves of a capacity
+usual_bounds          of the sizes of samples that differ: to the next one they are padded
+best_bounds           the same, for known samples
+padding_share         of what is computed then
 """
 
+from rushhour.capacity.bounds import best_bounds, padding_share, usual_bounds
 from rushhour.capacity.lockstep import late_shares
 from rushhour.capacity.overhead import Overhead, Saturation
 from rushhour.capacity.profile import ServiceProfile
@@ -29,10 +33,13 @@ __all__ = [
     "ServiceProfile",
     "Traffic",
     "best_batch",
+    "best_bounds",
     "capacities",
     "late_shares",
+    "padding_share",
     "predicted_capacity",
     "simulate",
     "smallest_bound",
     "steady_share",
+    "usual_bounds",
 ]

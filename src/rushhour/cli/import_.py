@@ -35,7 +35,7 @@ _SCALING = "Preprocessing"
     "--length",
     type=click.IntRange(1, 100_000),
     metavar="N",
-    help="Tokens of a text, for a network that takes any number.",
+    help="Tokens of every text, for a network that takes any number; without it the length stays open where it can.",
 )
 @option(
     "--tensorflow-python",

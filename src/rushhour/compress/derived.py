@@ -97,7 +97,7 @@ def seal(
         return _verify(Bundle(file.parent, manifest), parent, samples, near_parent)
 
     carried = parent.samples() if SAMPLES in parent.manifest.files else None
-    return Bundle.create(out, manifest, model, samples=carried)
+    return Bundle.create(out, manifest, model, samples=carried, tokenizer=parent.read_tokenizer())
 
 
 def _verify(

@@ -168,7 +168,8 @@ def named_inputs(bundle: Bundle, inputs: NDArray[Any]) -> dict[str, NDArray[Any]
         DataError: if names, shapes or types differ from the signature's (a wrong dimension would be broadcast
             silently), or if they hold NaN or infinity.
     """
-    specs = {spec.name: spec for spec in bundle.manifest.signature.inputs}
+    signature = bundle.manifest.signature
+    specs = {spec.name: spec for spec in signature.inputs}
     fields = inputs.dtype.names or ()
     named = {name: inputs[name] for name in fields} or dict.fromkeys(list(specs)[:1], inputs)
     if named.keys() != specs.keys():
@@ -179,10 +180,11 @@ def named_inputs(bundle: Bundle, inputs: NDArray[Any]) -> dict[str, NDArray[Any]
         )
     for name, array in named.items():
         spec, of = specs[name], f" for {name}" if fields else ""
-        if array.shape[1:] != spec.shape or array.dtype != spec.dtype:
+        if not signature.takes(spec, array.shape[1:]) or array.dtype != spec.dtype:
+            shape = signature.described(spec) if signature.dimensions else spec.shape
             raise DataError(
                 f"the data does not fit the model {bundle.manifest.name}",
-                f"it takes samples of {spec.dtype}{spec.shape}{of}, but these are {array.dtype}{array.shape[1:]}",
+                f"it takes samples of {spec.dtype}{shape}{of}, but these are {array.dtype}{array.shape[1:]}",
                 "give the data that the model was made for",
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():

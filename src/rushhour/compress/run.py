@@ -258,6 +258,7 @@ class _StepRun:
             lambda file: _copied(before.model, file),
             None if weights is None else lambda file: _copied(weights, file),
             before.samples() if SAMPLES in before.manifest.files else None,
+            before.read_tokenizer(),
         )
 
     def _open(self, before: Bundle, doing: str) -> tuple[Deployed, Source]:
@@ -283,6 +284,12 @@ class _StepRun:
             raise ModelError(
                 f"cannot {doing} {before.manifest.name}",
                 "it has several inputs, and training takes one",
+                "use int8, f16 or w8, which need no training",
+            )
+        if before.manifest.signature.dimensions:
+            raise ModelError(
+                f"cannot {doing} {before.manifest.name}",
+                f"its {before.manifest.signature.dimensions[0].name} is open, and training takes samples of one size",
                 "use int8, f16 or w8, which need no training",
             )
 

@@ -7,7 +7,7 @@ import importlib.util
 from rushhour.bundle import Bundle
 from rushhour.engines.agreement import check_answers, full_range, saturates_here
 from rushhour.engines.engine import Done, Engine, EngineConfig, Runner, Slot
-from rushhour.engines.service import batch_cost, fill, keep_busy, time_service
+from rushhour.engines.service import batch_cost, fill, keep_busy, time_service, usual_sizes
 from rushhour.plan import EngineName
 from rushhour.system.machine import describe
 
@@ -25,6 +25,7 @@ __all__ = [
     "open_engine",
     "saturates_here",
     "time_service",
+    "usual_sizes",
 ]
 
 

@@ -6,12 +6,16 @@ such a machine that graph is computed correctly only by an engine with slower ke
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
-from rushhour.bundle import Bundle
+import numpy as np
+from numpy.typing import NDArray
+
+from rushhour.bundle import Bundle, cut
 from rushhour.engines.engine import Engine, EngineConfig, Runner
 from rushhour.errors import EngineError
-from rushhour.records.answers import INTEGER_PRODUCTS, TOLERANCES, deviation
+from rushhour.records.answers import INTEGER_PRODUCTS, TOLERANCES, Answers, deviation
 from rushhour.records.graph import Graph, read_graph
 from rushhour.system.machine import describe
 
@@ -55,6 +59,34 @@ def check_answers(bundle: Bundle, engine: Engine) -> None:
             f"range, and {allowed:.1%} is allowed",
             _remedy(config),
         )
+    _check_padding(bundle, runner, recorded, samples, allowed)
+
+
+def _check_padding(
+    bundle: Bundle, runner: Runner, recorded: Answers, samples: Mapping[str, NDArray[Any]], allowed: float
+) -> None:
+    """Raise unless a sample has the same answer with and without the padding behind it.
+
+    Raises:
+        EngineError: if it has not, or a batch fails.
+    """
+    signature = bundle.manifest.signature
+    if signature.padded is None:
+        return
+    whole = signature.sizes_of(samples)
+    for row, own in enumerate(bundle.sizes()[:_ALONE]):
+        alone = {name: array[row : row + 1] for name, array in samples.items()}
+        wanted = {name: array[row : row + 1] for name, array in recorded.items()}
+        off = deviation(cut(signature, wanted, own), runner.infer(cut(signature, alone, own)))
+        if not off <= allowed:
+            dimension = signature.dimensions[signature.padded]
+            raise EngineError(
+                f"the answers of the bundle {bundle.manifest.name} change with padding",
+                f"padded from {dimension.name} {own[signature.padded]} to {whole[signature.padded]}, a sample's answer "
+                f"differs by {off:.1%} of its range, and {allowed:.1%} is allowed",
+                f"make the bundle without `padding` of {dimension.name}, so that only samples of equal size share a "
+                "batch",
+            )
 
 
 def saturates_here(bundle: Bundle) -> bool:

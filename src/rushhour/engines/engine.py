@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from numpy.typing import NDArray
 
-from rushhour.bundle import Signature
+from rushhour.bundle import Signature, Sizes
 from rushhour.plan import EngineName, Precision
 
 Done = Callable[[BaseException | None], None]
@@ -48,6 +48,17 @@ class Slot(Protocol):
     @property
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         """Input name -> C-contiguous array of shape `(max_batch, *shape)`, to be filled in place before `start`."""
+        ...
+
+    def resize(self, sizes: Sizes) -> None:
+        """Set the sizes of the model's open dimensions for the next batches; before the first call they are any.
+
+        `inputs` are other views of the same buffers then. Not while a batch runs, and not for a model without open
+        dimensions.
+
+        Raises:
+            EngineError: if a size is out of its bounds.
+        """
         ...
 
     def start(self, rows: int, done: Done) -> None:
@@ -110,13 +121,14 @@ class Runner:
         """Run one batch; waits only for a free slot, not for the answers.
 
         Args:
-            inputs: name -> array of shape `(n, *shape)` with n in 1..max_batch.
+            inputs: name -> array of shape `(n, *shape)` with n in 1..max_batch; open dimensions have its sizes.
 
         Raises:
             EngineError: as `Slot.start`.
         """
         future: Future[dict[str, NDArray[Any]]] = Future()
         rows = len(next(iter(inputs.values())))
+        sizes = self._engine.signature.sizes_of(inputs)
         slot = self._free.get()
 
         def done(error: BaseException | None) -> None:
@@ -129,6 +141,8 @@ class Runner:
                 future.set_exception(error)
 
         try:
+            if sizes:
+                slot.resize(sizes)
             for name, buffer in slot.inputs.items():
                 buffer[: min(rows, len(buffer))] = inputs[name][: len(buffer)]
             slot.start(rows, done)

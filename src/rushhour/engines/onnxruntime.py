@@ -6,10 +6,10 @@ import atexit
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rushhour.bundle import Bundle, Signature, TensorSpec
+from rushhour.bundle import Bundle, Signature, Sizes, TensorSpec
 from rushhour.engines.agreement import saturates_here
 from rushhour.engines.engine import EngineConfig, Slot
-from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
+from rushhour.engines.stream import INSTALL, BySizes, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
 from rushhour.system.telemetry import disable_telemetry
 
@@ -112,6 +112,10 @@ class _Run(Stream):
         super().__init__(signature, max_batch, name)
         self._session = session
         self._bindings: dict[int, Any] = {}
+        self._sized: BySizes[dict[int, Any]] = BySizes(dict)
+
+    def _resized(self, sizes: Sizes) -> None:
+        self._bindings = self._sized[sizes]
 
     def _finish(self, rows: int) -> None:
         binding = self._bindings.get(rows)
@@ -128,6 +132,7 @@ class _Run(Stream):
 
     def close(self) -> None:
         super().close()
+        self._sized.clear()
         self._bindings, self._session = {}, None
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rushhour.bundle import Bundle, Signature, TensorSpec
+from rushhour.bundle import Bundle, Signature, Sizes, TensorSpec
 from rushhour.engines.agreement import check_range
 from rushhour.engines.engine import EngineConfig, Slot
-from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
+from rushhour.engines.stream import INSTALL, BySizes, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
 from rushhour.system.signal_stack import restored_signal_stack
 from rushhour.system.telemetry import disable_telemetry
@@ -54,7 +54,7 @@ class OpenVINOEngine:
         check_range(bundle, config)
         self._signature = bundle.manifest.signature
         self._config = config
-        sizes = _static_sizes(config.max_batch, bundle.model_bytes)
+        sizes = [] if self._signature.dimensions else _static_sizes(config.max_batch, bundle.model_bytes)
         between = [rows for rows in range(1, config.max_batch + 1) if rows not in sizes]
         try:
             graphs = {size: _compile(ov, bundle, config, ov.Dimension(size)) for size in sizes}
@@ -150,10 +150,14 @@ class _Requests(Stream):
         self._routes = routes
         self._requests = {size: graph.create_infer_request() for size, graph in graphs.items()}
         self._bound: dict[int, list[tuple[Any, Any]]] = {}
+        self._sized: BySizes[dict[int, list[tuple[Any, Any]]]] = BySizes(dict)
         self._dynamic_rows = 0
         for size in self._requests:
             if size:
                 self._bind(self._requests[size], size)
+
+    def _resized(self, sizes: Sizes) -> None:
+        self._bound, self._dynamic_rows = self._sized[sizes], 0
 
     def _launch(self, rows: int) -> None:
         size = self._routes[rows]
@@ -178,6 +182,7 @@ class _Requests(Stream):
 
     def close(self) -> None:
         super().close()
+        self._sized.clear()
         self._bound, self._requests, self._running = {}, {}, None
 
 
@@ -227,11 +232,20 @@ def layer_times(bundle: Bundle, config: EngineConfig, runs: int = 10) -> dict[st
 def _compile(ov: Any, bundle: Bundle, config: EngineConfig, batch: Any, **options: object) -> Any:
     core, signature = ov.Core(), bundle.manifest.signature
     model = core.read_model(bundle.model)
-    model.reshape({spec.name: ov.PartialShape([batch, *spec.shape]) for spec in signature.inputs})
+    model.reshape({spec.name: ov.PartialShape([batch, *_dimensions(ov, signature, spec)]) for spec in signature.inputs})
     with restored_signal_stack():
         compiled = core.compile_model(model, "CPU", {**_options(config), **options})
     _check_tensors(compiled, signature, bundle)
     return compiled
+
+
+def _dimensions(ov: Any, signature: Signature, spec: TensorSpec) -> list[Any]:
+    """The shape of a sample, with the bounds of what is open."""
+    shape: list[Any] = list(spec.shape)
+    for axis, position in signature.open_axes.get(spec.name, ()):
+        dimension = signature.dimensions[position]
+        shape[axis] = ov.Dimension(dimension.smallest, dimension.largest)
+    return shape
 
 
 def _route_padded(slot: _Requests, routes: dict[int, int], sizes: Sequence[int], between: Sequence[int]) -> None:

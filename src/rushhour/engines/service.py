@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
+import msgspec
 import numpy as np
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, Sizes, cut
 from rushhour.engines.engine import Done, Engine, Slot
 from rushhour.errors import EngineError
-from rushhour.measurement import BatchCost, ServiceTimes
+from rushhour.measurement import BatchCost, PositionCost, ServiceTimes
 
 _AT_LEAST = 3
+_COMPARED_ROWS = 4
+"""Samples of a batch, at most, in which samples of different sizes are compared."""
+_FACTORS = (0.5, 2.0)
+"""Sizes that are compared with the usual ones."""
 _POINTS = 16
 """Quantiles of the durations of a size's batches. A batch that a pause of the host delayed for long is one of the worst
 16th, wherever it is."""
@@ -27,6 +33,8 @@ _AFTERMATH_S = 2e-3
 
 def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_size: float = 0.1) -> ServiceTimes:
     """Time batches of 1, 2, 3, 4, 6, 8, 12 ... on all streams at once, up to the engine's batch bound.
+
+    Of a model with open dimensions, samples of the usual sizes; and how the time grows with their positions.
 
     Args:
         engine: compiled.
@@ -51,7 +59,11 @@ def time_service(engine: Engine, bundle: Bundle, limit_s: float, seconds_per_siz
         quantiles.append(relative_quantiles(times))
         if seconds[-1] > limit_s:
             break
-    return ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput), tuple(quantiles))
+    found = ServiceTimes(tuple(sizes), tuple(seconds), tuple(throughput), tuple(quantiles))
+    if not engine.signature.dimensions:
+        return found
+    cost = _position_cost(engine, bundle, found, limit_s, seconds_per_size)
+    return msgspec.structs.replace(found, positions=cost)
 
 
 def relative_quantiles(seconds: Sequence[float]) -> tuple[float, ...]:
@@ -113,12 +125,71 @@ def _sizes(largest: int) -> list[int]:
     return sorted({size for power in powers for size in (power, power + power // 2) if size < largest} | {largest})
 
 
-def fill(engine: Engine, bundle: Bundle) -> None:
-    """Fill the input buffers of all slots with the bundle's samples, repeated."""
-    samples = bundle.samples()
+def fill(engine: Engine, bundle: Bundle, sizes: Sizes | None = None) -> None:
+    """Fill the input buffers of all slots with the bundle's samples, repeated.
+
+    Args:
+        engine: compiled.
+        bundle: for its samples.
+        sizes: of the open dimensions; by default the usual ones.
+
+    Raises:
+        EngineError: if the sizes are out of bounds.
+    """
+    samples, signature = bundle.samples(), bundle.manifest.signature
+    if signature.dimensions:
+        sizes = sizes or usual_sizes(bundle)
+        samples = cut(signature, samples, sizes)
     for slot in engine.slots:
+        if sizes:
+            slot.resize(sizes)
         for name, buffer in slot.inputs.items():
             buffer[:] = np.resize(samples[name], buffer.shape)
+
+
+def usual_sizes(bundle: Bundle) -> Sizes:
+    """The sizes of the median of a bundle's samples by their positions; empty without open dimensions."""
+    sizes = sorted(bundle.sizes(), key=math.prod)
+    return sizes[len(sizes) // 2]
+
+
+def _position_cost(engine: Engine, bundle: Bundle, times: ServiceTimes, limit_s: float, seconds: float) -> PositionCost:
+    """How the time of a sample grows with its positions: from batches of smaller and of larger ones.
+
+    Args:
+        engine: compiled.
+        bundle: for its samples.
+        times: of batches of the usual sizes.
+        limit_s: larger samples are not timed where they are expected to take longer.
+        seconds: that each size is run.
+    """
+    usual = usual_sizes(bundle)
+    rows = max((size for size in times.batch_sizes if size <= _COMPARED_ROWS), default=1)
+    usual_s = times.seconds[times.batch_sizes.index(rows)]
+    points = [(math.prod(usual), usual_s)]
+    for factor in _FACTORS:
+        sizes = tuple(
+            min(each.largest, max(each.smallest, round(size * factor)))
+            for each, size in zip(bundle.manifest.signature.dimensions, usual, strict=True)
+        )
+        positions = math.prod(sizes)
+        if positions in [known for known, _ in points] or usual_s * positions / math.prod(usual) > limit_s:
+            continue
+        fill(engine, bundle, sizes)
+        keep_busy(engine.slots, rows, 0.0)
+        points.append((positions, statistics.median(keep_busy(engine.slots, rows, seconds)[0])))
+    fill(engine, bundle)
+    sample_s = _slope(list(zip(times.batch_sizes, times.seconds, strict=True)))
+    grown_s = _slope(points) * math.prod(usual) / rows
+    share = 1.0 if sample_s <= 0 or len(points) == 1 else min(1.0, max(0.0, grown_s / sample_s))
+    return PositionCost(usual=math.prod(usual), share=share)
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the least-squares line; 0 for a single point."""
+    x, y = np.array(points, dtype=np.float64).T
+    spread = float(((x - x.mean()) ** 2).sum())
+    return float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread else 0.0
 
 
 def keep_busy(slots: Sequence[Slot], rows: int, seconds: float) -> tuple[list[float], float]:

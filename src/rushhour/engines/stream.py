@@ -7,18 +7,51 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle, Signature
+from rushhour.bundle import Bundle, Signature, Sizes, TensorSpec
 from rushhour.engines.engine import Done, EngineConfig, Slot
 from rushhour.errors import EngineError
 
+T = TypeVar("T")
+
+_MOST_SIZES = 64
 INSTALL: Final = "install it with `pip install {}`, or choose another engine"
+
+
+class _Views(dict[int, dict[str, NDArray[Any]]]):
+    """Rows -> the answers of a batch of so many, as views of the buffers; made when they are first needed."""
+
+    def __init__(self, answers: Mapping[str, NDArray[Any]]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def __missing__(self, rows: int) -> dict[str, NDArray[Any]]:
+        found = self[rows] = {name: array[:rows] for name, array in self._answers.items()}
+        return found
+
+
+class BySizes(dict[Sizes, T]):
+    """What an engine prepared for some sizes of open dimensions, a bounded number of them.
+
+    Args:
+        make: prepares it.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, sizes: Sizes) -> T:
+        if len(self) >= _MOST_SIZES:
+            self.clear()
+        found = self[sizes] = self._make()
+        return found
 
 
 class Stream(abc.ABC):
@@ -35,13 +68,14 @@ class Stream(abc.ABC):
 
     def __init__(self, signature: Signature, max_batch: int, name: str) -> None:
         self._max_batch = max_batch
-        self._inputs: dict[str, NDArray[Any]] = {
-            spec.name: np.zeros((max_batch, *spec.shape), spec.dtype) for spec in signature.inputs
+        self._signature = signature
+        self._buffers = {
+            spec.name: np.zeros((max_batch, *spec.shape), spec.dtype)
+            for spec in (*signature.inputs, *signature.outputs)
         }
-        self._answers: dict[str, NDArray[Any]] = {
-            spec.name: np.zeros((max_batch, *spec.shape), spec.dtype) for spec in signature.outputs
-        }
-        self._views = [{key: array[:rows] for key, array in self._answers.items()} for rows in range(max_batch + 1)]
+        self._sizes: Sizes = tuple(dimension.largest for dimension in signature.dimensions)
+        self._inputs, self._answers = self._at(self._sizes)
+        self._views = _Views(self._answers)
         self._rows = 0
         self._closed = False
         self._closing = threading.Lock()  # a batch is either queued before the end of the thread, or refused
@@ -59,6 +93,42 @@ class Stream(abc.ABC):
     def outputs(self) -> Mapping[str, NDArray[Any]]:
         """As `Slot.outputs`."""
         return self._views[self._rows]
+
+    def resize(self, sizes: Sizes) -> None:
+        """As `Slot.resize`.
+
+        Raises:
+            EngineError: if a size is out of its bounds.
+        """
+        if sizes == self._sizes:
+            return
+        dimensions = self._signature.dimensions
+        if len(sizes) != len(dimensions) or not all(
+            each.smallest <= size <= each.largest for each, size in zip(dimensions, sizes, strict=True)
+        ):
+            bounds = ", ".join(f"{each.name} of {each.smallest} to {each.largest}" for each in dimensions)
+            raise EngineError(
+                f"cannot run samples of the sizes {sizes}",
+                f"the model has {bounds}" if bounds else "the model has no open dimension",
+                "use others",
+            )
+        self._inputs, self._answers = self._at(sizes)
+        self._views = _Views(self._answers)
+        self._sizes = sizes
+        self._resized(sizes)
+
+    def _at(self, sizes: Sizes) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """The buffers of inputs and answers for samples of these sizes: the first bytes of the largest ones."""
+        inputs, answers = (
+            {spec.name: self._buffer(spec, sizes) for spec in specs}
+            for specs in (self._signature.inputs, self._signature.outputs)
+        )
+        return inputs, answers
+
+    def _buffer(self, spec: TensorSpec, sizes: Sizes) -> NDArray[Any]:
+        shape = (self._max_batch, *self._signature.shape(spec, sizes))
+        view: NDArray[Any] = self._buffers[spec.name].reshape(-1)[: math.prod(shape)].reshape(shape)
+        return view
 
     def start(self, rows: int, done: Done) -> None:
         """As `Slot.start`.
@@ -109,6 +179,9 @@ class Stream(abc.ABC):
     def _enter(self) -> None:  # noqa: B027 - most engines have nothing to prepare
         """Prepare the thread; called once, on it."""
 
+    def _resized(self, sizes: Sizes) -> None:  # noqa: B027 - most models have no open dimensions
+        """The buffers `_inputs` and `_answers` are others from now on; called by `resize`."""
+
     def _launch(self, rows: int) -> None:  # noqa: B027 - most engines compute on the thread
         """Start to compute the first `rows` samples; called by `start`, and must return at once."""
 
@@ -147,7 +220,10 @@ def warm_up(bundle: Bundle, slots: Sequence[Slot], sizes: Iterable[int], seconds
         EngineError: if a batch fails.
     """
     samples = bundle.samples()
+    longest = bundle.manifest.signature.sizes_of(samples)
     for slot in slots:
+        if longest:
+            slot.resize(longest)
         for name, buffer in slot.inputs.items():
             buffer[:] = np.resize(samples[name], buffer.shape)
     ordered = sorted(sizes)

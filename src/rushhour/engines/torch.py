@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from rushhour.bundle import Bundle, Signature
+from rushhour.bundle import Bundle, Signature, Sizes
 from rushhour.engines.engine import EngineConfig, Slot
 from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
@@ -134,8 +134,11 @@ class _Eager(Stream):
         self._module = module
         self._config = config
         super().__init__(signature, config.max_batch, name)
-        self._tensors = [torch.from_numpy(array) for array in self._inputs.values()]
-        (self._answer,) = (torch.from_numpy(array) for array in self._answers.values())
+        self._resized(())
+
+    def _resized(self, sizes: Sizes) -> None:
+        self._tensors = [self._torch.from_numpy(array) for array in self._inputs.values()]
+        (self._answer,) = (self._torch.from_numpy(array) for array in self._answers.values())
 
     def _enter(self) -> None:
         self._torch.set_num_threads(self._config.threads)

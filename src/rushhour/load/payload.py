@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rushhour.bundle import Signature, cut, own_sizes
 from rushhour.errors import LoadError, WireError
 from rushhour.load.target import DeclaredInput, Endpoint, Target
 from rushhour.wire import HEADER_LENGTH, Content, dtype_of, encode_json_tensors, encode_tensors
@@ -59,6 +60,7 @@ def payloads(
     rows: int = 1,
     seed: int = 0,
     encoding: Encoding = "binary",
+    signature: Signature | None = None,
 ) -> list[Payload]:
     """Whole requests for a model, 32 distinct ones, to be sent in rotation; fewer where they are large.
 
@@ -69,6 +71,8 @@ def payloads(
         rows: samples in one request. A model without a batch axis takes one.
         seed: of the choice of samples, or of the random values.
         encoding: tensors as raw bytes or as JSON; gRPC has raw bytes only.
+        signature: of a model with open dimensions, in which the samples are padded: each request has the size of its
+            longest sample.
 
     Raises:
         LoadError: if the samples do not fit the model, or its server does not declare its inputs.
@@ -102,9 +106,21 @@ def payloads(
     rounds = -(-_DISTINCT * rows // count)
     chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: _DISTINCT * rows]
     return [
-        _infer_request(target, [(declared, array[part]) for declared, array in pool], encoding)
+        _infer_request(target, _cut([(declared, array[part]) for declared, array in pool], signature), encoding)
         for part in chosen.reshape(_DISTINCT, rows)
     ]
+
+
+def _cut(
+    pool: list[tuple[DeclaredInput, NDArray[Any]]], signature: Signature | None
+) -> list[tuple[DeclaredInput, NDArray[Any]]]:
+    """The tensors of one request without the padding behind its longest sample."""
+    if signature is None or not signature.dimensions:
+        return pool
+    arrays = {declared.name: array for declared, array in pool}
+    sizes = tuple(map(max, zip(*own_sizes(signature, arrays), strict=True)))
+    shorter = cut(signature, arrays, sizes)
+    return [(declared, shorter[declared.name]) for declared, _ in pool]
 
 
 def folder_payloads(target: Endpoint, folder: Path, *, encoding: Encoding = "binary") -> list[Payload]:

@@ -77,7 +77,11 @@ class GraphAnswers:
         return answers
 
     def drawn(
-        self, batch: int, limits: Mapping[str, int], samples: Mapping[str, NDArray[Any]] | None = None
+        self,
+        batch: int,
+        limits: Mapping[str, int],
+        samples: Mapping[str, NDArray[Any]] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Iterator[tuple[str, Columns]]:
         """What the values are, in words, and inputs of that kind: seeded random ones, then real samples.
 
@@ -85,12 +89,13 @@ class GraphAnswers:
             batch: how many samples.
             limits: input of whole numbers -> one more than the largest that it may hold, where that is known.
             samples: real inputs by name, `(k, *shape)`; repeated where they are too few.
+            shapes: of one sample of each input; by default the graph's.
         """
         random = np.random.default_rng(batch)
         for values in _RANGES:
             columns: Columns = {}
             for value in self._session.get_inputs():
-                shape = (batch, *value.shape[1:])
+                shape = (batch, *(value.shape[1:] if shapes is None else shapes[value.name]))
                 kind = value.type.removeprefix("tensor(").removesuffix(")")
                 if kind in _FLOATS:
                     drawn = random.normal(size=shape) if values == _RANGES[0] else random.random(shape)

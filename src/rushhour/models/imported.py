@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle, DType, Manifest, Preprocessing, Signature, Step, TensorSpec
+from rushhour.bundle import Bundle, DType, Manifest, OpenDimension, Preprocessing, Signature, Step, TensorSpec, Text
 from rushhour.errors import ModelError
 from rushhour.models.converted import read_onnx
 from rushhour.models.deployed import strip_origin
+from rushhour.models.graph_answers import GraphAnswers
+from rushhour.models.open_dimensions import open_dimensions, padded
 from rushhour.records.answers import INTEGER_PRODUCTS
 from rushhour.system.telemetry import disable_telemetry
 from rushhour.task import Task
@@ -36,8 +40,8 @@ def from_onnx(file: Path, task: Task, out: Path, *, samples: NDArray[Any] | None
             seeded noise is used where there are none.
 
     Raises:
-        ModelError: if it cannot be read, its batch is fixed or another dimension is not, or ONNX Runtime's answer to a
-            sample depends on its batch.
+        ModelError: if it cannot be read, its batch is fixed, an output has an open dimension of its own, or ONNX
+            Runtime's answer to a sample depends on its batch.
         TaskError: if the first output does not fit the task.
         StorageError: if the disk does not take it.
     """
@@ -54,6 +58,9 @@ def from_graph(
     step: Step,
     samples: NDArray[Any] | None = None,
     shown: str = "",
+    dimensions: tuple[OpenDimension, ...] | None = None,
+    limits: Mapping[str, int] | None = None,
+    tokenizer: bytes | None = None,
 ) -> Bundle:
     """The bundle of a graph in memory; see `from_onnx`.
 
@@ -65,11 +72,16 @@ def from_graph(
         step: the first of its lineage.
         samples: as of `from_onnx`.
         shown: names it in messages; `name` by default.
+        dimensions: the open ones; by default all that have no number in the graph.
+        limits: input of whole numbers -> one more than the largest that it may hold.
+        tokenizer: a `tokenizer.json`, which makes texts into the tokens of its first input.
 
     Raises:
         RushhourError: as `from_onnx`.
     """
-    signature = signature_of(graph, shown or name)
+    signature = signature_of(graph, shown or name, dimensions)
+    if signature.dimensions and not any(each.padding for each in signature.dimensions):
+        signature = padded(GraphAnswers(graph, name), signature, limits or {})
     task.check_output(signature.outputs[0].shape, name)
     strip_origin(graph)
     manifest = Manifest(
@@ -80,6 +92,7 @@ def from_graph(
         precision="int8" if any(node.op_type in _INT8 for node in graph.graph.node) else "f32",
         parameters=sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer),
         lineage=(step,),
+        text=msgspec.UNSET if tokenizer is None else Text({signature.inputs[0].name: "ids"}),
     )
     carried = None
     if samples is not None:
@@ -90,23 +103,34 @@ def from_graph(
         given = carried or Bundle(target.parent, manifest).samples()
         _check_batches(target, {name: np.resize(array, (3, *array.shape[1:])) for name, array in given.items()})
 
-    return Bundle.create(out, manifest, model, samples=carried)
+    return Bundle.create(out, manifest, model, samples=carried, tokenizer=tokenizer)
 
 
-def signature_of(graph: onnx.ModelProto, file: Path | str) -> Signature:
+def signature_of(
+    graph: onnx.ModelProto, file: Path | str, dimensions: tuple[OpenDimension, ...] | None = None
+) -> Signature:
     """The inputs and outputs of a graph, without the batch.
 
     Args:
         graph: any.
         file: names it in messages.
+        dimensions: the open ones; by default all that have no number in the graph.
 
     Raises:
-        ModelError: if a batch is fixed, another size is not, or a type is none that the protocol carries.
+        ModelError: if a batch is fixed, an open dimension of an output is none of the inputs', or a type is none that
+            the protocol carries.
     """
     held = {tensor.name for tensor in graph.graph.initializer}
+    inputs = [value for value in graph.graph.input if value.name not in held]
+    for value in (*inputs, *graph.graph.output):
+        _check_batch(value, file)
+    if dimensions is None:
+        dimensions = open_dimensions(graph, str(file))
+    found = dimensions or msgspec.UNSET
     return Signature(
-        inputs=tuple(_spec(value, file) for value in graph.graph.input if value.name not in held),
-        outputs=tuple(_spec(value, file) for value in graph.graph.output),
+        inputs=tuple(_spec(value, file, dimensions) for value in inputs),
+        outputs=tuple(_spec(value, file, dimensions) for value in graph.graph.output),
+        open=found,
     )
 
 
@@ -115,24 +139,31 @@ def name_for(file: Path) -> str:
     return "".join(c if c.isalnum() else "-" for c in file.stem).strip("-").lower()[:64] or "model"
 
 
-def _spec(value: onnx.ValueInfoProto, file: Path | str) -> TensorSpec:
+def _check_batch(value: onnx.ValueInfoProto, file: Path | str) -> None:
+    """Raise unless the first dimension is free."""
+    first = next(iter(value.type.tensor_type.shape.dim), None)
+    if first is None or first.dim_value:
+        fixed = 1 if first is None else first.dim_value
+        raise ModelError(f"cannot serve {file}", f"the first dimension of {value.name} is fixed to {fixed}", _DYNAMIC)
+
+
+def _spec(value: onnx.ValueInfoProto, file: Path | str, dimensions: tuple[OpenDimension, ...]) -> TensorSpec:
     tensor = value.type.tensor_type
-    batch, *shape = tensor.shape.dim or [onnx.TensorShapeProto.Dimension(dim_value=1)]
-    if batch.dim_value:
-        raise ModelError(
-            f"cannot serve {file}", f"the first dimension of {value.name} is fixed to {batch.dim_value}", _DYNAMIC
-        )
-    if not all(dimension.dim_value > 0 for dimension in shape):
-        sizes = ", ".join(str(dimension.dim_value or dimension.dim_param or "?") for dimension in shape)
+    shape = [dimension.dim_value for dimension in tensor.shape.dim[1:]]
+    for each in dimensions:
+        if value.name in each.axes:
+            shape[each.axes[value.name]] = each.largest
+    if not all(size > 0 for size in shape):
+        sizes = ", ".join(str(dimension.dim_value or dimension.dim_param or "?") for dimension in tensor.shape.dim[1:])
         raise ModelError(
             f"cannot serve {file}",
-            f"one sample of {value.name} has the shape ({sizes}), and only the batch may be left open",
+            f"one sample of {value.name} has the shape ({sizes}), and not all of it is known",
             "fix the other dimensions when you export it",
         )
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     if dtype not in get_args(DType):
         raise ModelError(f"cannot serve {file}", f"{value.name} is {dtype}", "use numbers that the protocol carries")
-    return TensorSpec(value.name, dtype, tuple(dimension.dim_value for dimension in shape))
+    return TensorSpec(value.name, dtype, tuple(shape))
 
 
 def _check_batches(file: Path, batch: dict[str, NDArray[Any]]) -> None:

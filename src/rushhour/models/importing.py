@@ -98,7 +98,7 @@ def input_of(arrival: Arrival, name: str) -> TensorSpec:
     Raises:
         ModelError: if it cannot be served.
     """
-    return signature_of(arrival.graph, name).inputs[0]
+    return signature_of(arrival.graph, name, arrival.dimensions).inputs[0]
 
 
 def picture_size(spec: TensorSpec) -> tuple[int, int] | None:
@@ -161,11 +161,11 @@ def import_arrival(
         StorageError: if the disk does not take it.
     """
     model = arrival.graph
-    signature = signature_of(model, shown)
+    signature = signature_of(model, shown, arrival.dimensions)
     asked = preprocessing
     if asked is None and (given is None or given.samples.dtype == np.uint8):
         preprocessing = arrival.preprocessing
-    from_original = verify_arrival(arrival, name, _as_given(given, signature))
+    from_original = verify_arrival(arrival, name, _as_given(given, signature), signature)
     converted, why, difference = _converted(model, signature, name)
     wanted, task_from = _task(model, signature) if arrival.task is None else (arrival.task, arrival.task_from)
     wanted, task_from = (wanted, task_from) if task is None else (task, "given")
@@ -187,8 +187,11 @@ def import_arrival(
             why = f"{error.what}: {error.why}"
             scaled, scaled_from = Preprocessing(), "none"
     if bundle is None:
-        samples = given.samples[:_SAMPLES] if given is not None and _fits(given.samples, signature) else None
-        bundle = from_graph(model, name, wanted, out, step=step, samples=samples, shown=shown)
+        samples = given.samples[:_SAMPLES] if given is not None and _fits(given.samples, signature) else arrival.samples
+        bundle = from_graph(
+            model, name, wanted, out, step=step, samples=samples, shown=shown, dimensions=arrival.dimensions,
+            limits=arrival.limits, tokenizer=arrival.tokenizer,
+        )  # fmt: skip
     if scaled_from == "given" and asked is None:
         scaled_from = arrival.preprocessing_from
     notes = arrival.notes if converted is None else (*arrival.notes, *converted.notes)
@@ -242,6 +245,9 @@ def _converted(model: onnx.ModelProto, signature: Signature, name: str) -> tuple
         several = "inputs" if len(signature.inputs) > 1 else "outputs"
         count = max(len(signature.inputs), len(signature.outputs))
         return None, f"it has {count} {several}, and training takes one", 0.0
+    if signature.dimensions:
+        open_ones = " and ".join(each.name for each in signature.dimensions)
+        return None, f"its {open_ones} is open, and training takes one size: --length or --size fixes it", 0.0
     try:
         found = convert(model, name, logits=True)
         return found, "", verify(model, found, name)

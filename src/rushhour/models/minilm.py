@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rushhour.bundle import Bundle, Preprocessing, Source, Step, TensorSpec
+from rushhour.bundle import Bundle, OpenDimension, Preprocessing, Source, Step, TensorSpec, Text
 from rushhour.errors import ModelError
 from rushhour.models.deployed import export
+from rushhour.system.storage import explained
 from rushhour.task import Task
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -65,13 +66,15 @@ def minilm(
     return _Encoder(vocabulary, hidden, layers, heads, intermediate, positions)
 
 
-def minilm_bundle(path: Path, samples: NDArray[Any]) -> Bundle:
+def minilm_bundle(path: Path, samples: NDArray[Any], *, longest: int | None = None) -> Bundle:
     """The pretrained encoder as a bundle: its three inputs in, `embedding` out.
 
     Args:
         path: the bundle's folder; an older one is replaced.
         samples: a few real inputs, shape `(k,)`, with the fields `INPUTS`, each int64 of shape `(length,)`; see
             `rushhour.data.text`. Their length becomes the model's.
+        longest: leaves the length open instead, up to so many tokens. The bundle has the tokenizer then, and takes
+            texts too.
 
     Raises:
         ModelError: if the weights are not installed, or cannot be exported.
@@ -85,7 +88,15 @@ def minilm_bundle(path: Path, samples: NDArray[Any]) -> Bundle:
         network.load_state_dict(_renamed(load_file(file)))
     except (OSError, RuntimeError, KeyError) as error:
         raise _damaged(str(error)) from error
-    length = samples[INPUTS[0]].shape[1]
+    length = longest or samples[INPUTS[0]].shape[1]
+    dimensions: tuple[OpenDimension, ...] = ()
+    text: tuple[Text, bytes] | None = None
+    if longest is not None:
+        padding: dict[str, int | float] = dict.fromkeys(INPUTS, 0)
+        dimensions = (OpenDimension("length", longest, dict.fromkeys(INPUTS, 0), padding=padding),)
+        kinds = Text(dict(zip(INPUTS, ("ids", "attention_mask", "type_ids"), strict=True)))
+        with explained(f"read {pretrained()}"):
+            text = kinds, (pretrained() / "tokenizer.json").read_bytes()
     return export(
         network,
         name="minilm-l6",
@@ -96,6 +107,8 @@ def minilm_bundle(path: Path, samples: NDArray[Any]) -> Bundle:
         lineage=(Step("pretrained", {"model": "all-MiniLM-L6-v2"}),),
         samples=samples,
         path=path,
+        dimensions=dimensions,
+        text=text,
     )
 
 

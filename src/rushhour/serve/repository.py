@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from rushhour.bundle import Bundle, Decoding, Signature
+from rushhour.bundle import Bundle, Decoding, Signature, Text
 from rushhour.clock import WallClock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
 from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
@@ -34,6 +34,7 @@ from rushhour.serve.observability.statistics import Totals, add_counts, newest_v
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
+from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.target import ServedVariant, Target, open_planned, open_target
 from rushhour.system.machine import cores
 from rushhour.wire import Codec, Regions
@@ -49,7 +50,7 @@ Opener = Callable[[Bundle, EngineConfig], Engine]
 
 
 class Opened(NamedTuple):
-    """An engine with its service times and its picture decoder.
+    """An engine with its service times and its decoder of pictures or texts.
 
     Attributes:
         times: of the engine, before the first request.
@@ -62,7 +63,7 @@ class Opened(NamedTuple):
     times: ServiceTimes
     cost: BatchCost
     was_alone: bool
-    decoder: Decoder | None
+    decoder: Decoder | Tokeniser | None
 
 
 class Loaded:
@@ -241,7 +242,8 @@ class Repository:
             version=str(self._version_of(variant.bundle.manifest.hash)),
             labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
-            pictures=self._most_pictures(engine.signature) if decoder else 0,
+            pictures=self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0,
+            texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
         )
         profile = Profile(opened.times, is_sure=opened.was_alone)
         policy = self._bounded(target.plan.policy, engine.signature)
@@ -355,7 +357,8 @@ class Repository:
         engine = self._opener(variant.bundle, variant.config)
         try:
             times, cost, was_alone = self._timed(engine, variant)
-            spec, decoder = engine.signature.picture, None
+            spec = engine.signature.picture
+            decoder: Decoder | Tokeniser | None = None
             if spec is not None:
                 how = variant.bundle.manifest.preprocessing.decoding
                 decoder = Decoder(
@@ -364,6 +367,8 @@ class Repository:
                     threads=cores(),
                     decoding=how if isinstance(how, Decoding) else None,
                 )
+            elif isinstance(variant.bundle.manifest.text, Text):
+                decoder = Tokeniser(variant.bundle, threads=cores())
             return Opened(variant, engine, times, cost, was_alone, decoder)
         except BaseException:
             engine.close()

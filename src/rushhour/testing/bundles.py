@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle, Manifest, Preprocessing, Signature, TensorSpec
+from rushhour.bundle import Bundle, Manifest, OpenDimension, Preprocessing, Signature, TensorSpec
 from rushhour.task import Task
 
 INPUT, OUTPUT = "image", "probabilities"
@@ -73,6 +73,96 @@ def tiny_answers(images: NDArray[np.uint8], *, classes: int = 3, seed: int = 0) 
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     answers: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
     return answers
+
+
+TEXT_INPUTS: Final = ("tokens", "mask")
+TEXT_OUTPUTS: Final = ("scores", "tags")
+_WORDS, _WIDTH = 50, 4
+
+
+def tiny_text_bundle(path: Path, *, name: str = "tiny-text", longest: int = 32, seed: int = 0) -> Bundle:
+    """Write a bundle of a model whose samples differ in length: int64 `tokens` and `mask`, of 1 to `longest` each.
+
+    `scores` is the softmax of a projection of the mean of the tokens that the mask counts; `tags` is a number for each
+    of them. Both depend on the mask: without it, padding would change the first.
+
+    Args:
+        path: the bundle's folder; replaced if it is there.
+        name: of the model.
+        longest: tokens of a sample.
+        seed: of the weights and of the 8 samples that the bundle carries.
+    """
+    import onnx
+
+    signature = Signature(
+        inputs=tuple(TensorSpec(each, "int64", (longest,)) for each in TEXT_INPUTS),
+        outputs=(TensorSpec("scores", "float32", (3,)), TensorSpec("tags", "float32", (longest,))),
+        open=(
+            OpenDimension(
+                "length", longest, {"tokens": 0, "mask": 0, "tags": 0}, padding=dict.fromkeys(TEXT_INPUTS, 0)
+            ),
+        ),
+    )
+    manifest = Manifest(name=name, signature=signature, task=Task.classification(("a", "b", "c")))
+    random = np.random.default_rng(seed)
+    samples = {each: np.zeros((8, longest * 3 // 4), np.int64) for each in TEXT_INPUTS}
+    for row, length in enumerate([*random.integers(1, longest * 3 // 4, 7).tolist(), longest * 3 // 4]):
+        samples["tokens"][row, :length] = random.integers(1, _WORDS, length)
+        samples["mask"][row, :length] = 1
+    return Bundle.create(path, manifest, lambda file: onnx.save(_text_graph(seed), file), samples=samples)
+
+
+def tiny_text_answers(tokens: NDArray[np.int64], *, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """What the bundle of `tiny_text_bundle` answers, in numpy: `scores` `(n, 3)`, `tags` `(n, length)`.
+
+    Args:
+        tokens: shape `(n, length)`, without padding.
+        seed: as for `tiny_text_bundle`.
+    """
+    words, project, marks = _text_weights(seed)
+    logits = words[tokens].mean(axis=1) @ project
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return {"scores": powers / powers.sum(axis=1, keepdims=True), "tags": marks[tokens]}
+
+
+def _text_weights(seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    random = np.random.default_rng([seed, 2])
+    shapes = ((_WORDS, _WIDTH), (_WIDTH, 3), (_WORDS,))
+    words, project, marks = (random.uniform(-2, 2, shape).astype(np.float32) for shape in shapes)
+    return words, project, marks
+
+
+def _text_graph(seed: int) -> Any:
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    words, project, marks = _text_weights(seed)
+    nodes = [
+        helper.make_node("Cast", ["mask"], ["counted"], to=TensorProto.FLOAT),
+        helper.make_node("Gather", ["words", "tokens"], ["embedded"], axis=0),
+        helper.make_node("Unsqueeze", ["counted", "last"], ["weights"]),
+        helper.make_node("Mul", ["embedded", "weights"], ["weighted"]),
+        helper.make_node("ReduceSum", ["weighted", "second"], ["total"], keepdims=0),
+        helper.make_node("ReduceSum", ["counted", "second"], ["count"], keepdims=1),
+        helper.make_node("Div", ["total", "count"], ["mean"]),
+        helper.make_node("MatMul", ["mean", "project"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["scores"], axis=1),
+        helper.make_node("Gather", ["marks", "tokens"], ["marked"], axis=0),
+        helper.make_node("Mul", ["marked", "counted"], ["tags"]),
+    ]
+    constants = {"words": words, "project": project, "marks": marks, "last": np.array([2]), "second": np.array([1])}
+    graph = helper.make_graph(
+        nodes,
+        "tiny-text",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in TEXT_INPUTS],
+        [
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 3]),
+            helper.make_tensor_value_info("tags", TensorProto.FLOAT, ["batch", "length"]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    checker.check_model(model)
+    return model
 
 
 def _weights(shape: tuple[int, ...], classes: int, seed: int) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour import engines
-from rushhour.bundle import Bundle, Signature
+from rushhour.bundle import Bundle, Signature, Sizes
 from rushhour.clock import Clock, WallClock
 from rushhour.engines import Done, Engine, EngineConfig, Slot
 from rushhour.testing.host_speed import STEP_S, Recorded, SpeedCurve, Steady, TwoState
@@ -183,6 +183,9 @@ class _Slot:
     @property
     def outputs(self) -> Mapping[str, NDArray[Any]]:
         return self._slot.outputs
+
+    def resize(self, sizes: Sizes) -> None:
+        self._slot.resize(sizes)
 
     def start(self, rows: int, done: Done) -> None:
         began = self._timer()

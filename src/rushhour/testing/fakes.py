@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Signature, TensorSpec
+from rushhour.bundle import Signature, Sizes, TensorSpec
 from rushhour.engines.engine import Done, EngineConfig, Slot
 from rushhour.errors import EngineError
 
@@ -127,6 +127,7 @@ class _FakeSlot:
         self._inputs: dict[str, NDArray[Any]] = {
             spec.name: np.zeros((rows, *spec.shape), spec.dtype) for spec in engine.signature.inputs
         }
+        self._sizes: Sizes = ()
         self._outputs: dict[str, NDArray[Any]] = {}
         self._running: list[tuple[int, Done]] = []
         # Held during `done`, so that `close` returns after it; acquired again by a `done` that starts the next batch.
@@ -139,6 +140,12 @@ class _FakeSlot:
     @property
     def outputs(self) -> Mapping[str, NDArray[Any]]:
         return self._outputs
+
+    def resize(self, sizes: Sizes) -> None:
+        rows, signature = self._engine.config.max_batch, self._engine.signature
+        self._sizes = sizes
+        shapes = {spec: (rows, *signature.shape(spec, sizes)) for spec in signature.inputs}
+        self._inputs = {spec.name: np.zeros(shape, spec.dtype) for spec, shape in shapes.items()}
 
     def start(self, rows: int, done: Done) -> None:
         if not 0 < rows <= self._engine.config.max_batch:
@@ -157,9 +164,11 @@ class _FakeSlot:
                 return
             rows, done = self._running.pop()
             first = next(iter(self._inputs.values()))[:rows]
+            signature = self._engine.signature
+            shapes = {spec: signature.shape(spec, self._sizes) for spec in signature.outputs}
             self._outputs = {
-                spec.name: fake_answers(first, int(np.prod(spec.shape))).astype(spec.dtype).reshape(rows, *spec.shape)
-                for spec in self._engine.signature.outputs
+                spec.name: fake_answers(first, int(np.prod(shape))).astype(spec.dtype).reshape(rows, *shape)
+                for spec, shape in shapes.items()
             }
             # As in any engine, an error in the caller's `done` is the caller's: its event loop may be closed by now.
             with contextlib.suppress(Exception):

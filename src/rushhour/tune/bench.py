@@ -78,7 +78,8 @@ class Bench:
                     return stack.enter_context(self._load.serve(candidate, phase))
                 url, pid = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
                 target = discover(url)
-                requests = payloads(target, bundle.samples(), rows=self._goal.workload.rows)
+                rows, signature = self._goal.workload.rows, bundle.manifest.signature
+                requests = payloads(target, bundle.samples(), rows=rows, signature=signature)
                 return _Server(_Metered(self._load, pid), target, requests)
 
             yield ServedCandidate(

@@ -50,10 +50,12 @@ from rushhour.tune.racing import USUAL, Racing
 from rushhour.tune.relaxations import relaxations
 from rushhour.tune.server import plan_of
 from rushhour.tune.settings import Budget, TuneSettings
-from rushhour.tune.space import Candidate, baseline, candidates, plain
+from rushhour.tune.space import Candidate, baseline, candidates, padded_lengths, plain
 from rushhour.tune.state import CandidateState, failure_reason
 from rushhour.tune.timing import Timing
 
+_MEASURED = 10_000
+"""Samples of the data whose lengths decide the buckets, at most."""
 _RUNNERS_UP = 1
 """Runners-up that are tried where the winner cannot be confirmed."""
 _NEARLY = 0.9
@@ -158,7 +160,9 @@ class _Search:
         reference = self._bundles["reference"]
         self._outside = ended
         """Trials of what is not in the search."""
-        self._states = states = [CandidateState(candidate) for candidate in candidates(self._bundles, cores())]
+        lengths = padded_lengths(reference, self._dataset.train.inputs[:_MEASURED])
+        every = candidates(self._bundles, cores(), lengths)
+        self._states = states = [CandidateState(candidate) for candidate in every]
         timing = Timing(self._predictor, self._budget, self._size, self._progress, self._decisions)
         timing.first(states, plain(reference, cores())[0])
         if all(state.fate is not None for state in states):

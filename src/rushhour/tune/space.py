@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Sequence
+from typing import Any
 
-from rushhour.bundle import Bundle
+import msgspec
+from numpy.typing import NDArray
+
+from rushhour.bundle import Bundle, own_sizes
+from rushhour.capacity import best_bounds
 from rushhour.engines import EngineConfig
 from rushhour.models import code_of
 from rushhour.plan import EngineName, Policy, Precision
 
 LARGEST_BATCH = 64
 QUEUE_BOUND = 1024
+_BUCKETS = 8
+"""Of samples that differ in length: with more, batches of one of them grow rare."""
 
 ENGINE_NAMES: dict[EngineName, str] = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "torch"}
 """For people."""
@@ -99,12 +106,14 @@ class Candidate(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, policy=policy)
 
 
-def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
+def candidates(bundles: dict[str, Bundle], cores: int, lengths: Sequence[int] = ()) -> list[Candidate]:
     """Each bundle x engine x precision x basic layout, at the largest batch bound; others follow by simulation.
 
     Args:
         bundles: role -> bundle.
         cores: of the machine; the layouts are `basic_layouts`.
+        lengths: of the data's samples in the dimension in which they are padded, where there is one: they decide the
+            buckets. Those of the bundle's own samples by default.
     """
     return [
         Candidate(
@@ -112,12 +121,40 @@ def candidates(bundles: dict[str, Bundle], cores: int) -> list[Candidate]:
             content=_content(bundle),
             engine=engine,
             precision=precision,
-            policy=Policy(cells, streams, threads, max_batch=LARGEST_BATCH, queue_bound=QUEUE_BOUND),
+            policy=Policy(
+                *(cells, streams, threads),
+                max_batch=LARGEST_BATCH,
+                queue_bound=QUEUE_BOUND,
+                buckets=_buckets(bundle, lengths),
+            ),
         )
         for role, bundle in bundles.items()
         for engine, precision in _RUNS[bundle.manifest.precision]
         for cells, streams, threads in basic_layouts(cores)
     ]
+
+
+def padded_lengths(bundle: Bundle, samples: NDArray[Any]) -> list[int]:
+    """The lengths of samples in the dimension in which they are padded; empty where there is none.
+
+    Args:
+        bundle: that takes them.
+        samples: `(n, *shape)`, or a structured array with a field for each of several inputs.
+    """
+    signature = bundle.manifest.signature
+    if signature.padded is None:
+        return []
+    names = samples.dtype.names
+    columns = {name: samples[name] for name in names} if names else {signature.inputs[0].name: samples}
+    return [sizes[signature.padded] for sizes in own_sizes(signature, columns)]
+
+
+def _buckets(bundle: Bundle, lengths: Sequence[int]) -> tuple[int, ...] | msgspec.UnsetType:
+    signature = bundle.manifest.signature
+    if signature.padded is None:
+        return msgspec.UNSET
+    at = signature.padded
+    return best_bounds(lengths or [sizes[at] for sizes in bundle.sizes()], signature.dimensions[at].largest, _BUCKETS)
 
 
 def other_layouts(candidate: Candidate, cores: int) -> list[Candidate]:

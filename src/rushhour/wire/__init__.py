@@ -8,6 +8,9 @@ A request's body is a JSON header, then the tensors that are not in the header a
 A model of pictures also takes encoded pictures in a BYTES tensor of shape `[n]` or `[n, 1]`. JSON cannot hold bytes:
 there an element is Base64.
 
+A model of texts also takes texts: a BYTES tensor of the name `text` and the same shape, in place of all its inputs. In
+JSON they are written as they are.
+
 Where JSON leaves something open, this follows Triton: a field that is null is absent, and NaN and the infinities are
 the literals `NaN`, `Infinity` and `-Infinity`.
 
@@ -29,8 +32,9 @@ from rushhour.wire.client import (
 )
 from rushhour.wire.codec import Codec, model_metadata
 from rushhour.wire.datatypes import datatype_of, dtype_of
-from rushhour.wire.elements import MAX_PICTURE_BYTES, content_of
+from rushhour.wire.elements import MAX_PICTURE_BYTES, MAX_TEXT_BYTES, content_of, text_of
 from rushhour.wire.header import HEADER_LENGTH, InputHeader, OutputHeader, RequestHeader
+from rushhour.wire.layouts import TEXT
 from rushhour.wire.request import (
     Body,
     Encoded,
@@ -41,12 +45,15 @@ from rushhour.wire.request import (
     Place,
     PlacedRequest,
     Regions,
+    TextRequest,
     Wanted,
 )
 
 __all__ = [
     "HEADER_LENGTH",
     "MAX_PICTURE_BYTES",
+    "MAX_TEXT_BYTES",
+    "TEXT",
     "Body",
     "Codec",
     "Content",
@@ -62,6 +69,7 @@ __all__ = [
     "PlacedRequest",
     "Regions",
     "RequestHeader",
+    "TextRequest",
     "Wanted",
     "array_of_bytes",
     "array_of_values",
@@ -75,4 +83,5 @@ __all__ = [
     "encode_tensors",
     "json_of",
     "model_metadata",
+    "text_of",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from rushhour.bundle import Signature, TensorSpec
+from rushhour.bundle import Signature, Sizes, TensorSpec
 from rushhour.errors import WireError
 from rushhour.wire.datatypes import DTYPES, datatype_of
 from rushhour.wire.elements import bytes_tensor
@@ -55,7 +55,7 @@ class AnswerWriter:
         self.labels = labels
         self._regions = regions
         self._values = tuple(math.prod(spec.shape) for spec in signature.outputs)
-        self._answer_headers: dict[tuple[tuple[int, ...], int], bytes] = {}
+        self._answer_headers: dict[tuple[tuple[int, ...], int, Sizes], bytes] = {}
         self.id_at = len(msgspec.json.encode({"model_name": model, "model_version": version})) - 1
         """Where an id is inserted into the JSON header of an answer that has none."""
 
@@ -64,10 +64,12 @@ class AnswerWriter:
         work = size = 0
         for number, position in enumerate(wanted.outputs):
             values = rows * self._values[position]
+            if wanted.sizes:
+                values = rows * math.prod(self.signature.shape(self.signature.outputs[position], wanted.sizes))
             if wanted.top and wanted.top[number]:
                 work += values // 16 + 16 * rows * wanted.top[number]
             elif wanted.places and wanted.places[number] is not None:
-                size += rows * self.signature.outputs[position].row_bytes
+                size += self.output_bytes(position, rows, wanted.sizes)
             elif not wanted.binary[number]:
                 work += values
         return work > AT_ONCE or size > BYTES_AT_ONCE
@@ -106,12 +108,12 @@ class AnswerWriter:
         return self._binary_header(wanted, rows) if whole and not (wanted.top or wanted.places) else None
 
     def _binary_header(self, wanted: Wanted, rows: int) -> bytes:
-        key = (wanted.outputs, rows)
+        key = (wanted.outputs, rows, wanted.sizes)
         header = self._answer_headers.get(key)
         if header is None:
             described = [
-                dict(zip(("name", "datatype", "shape"), self.describe(position, rows), strict=True))
-                | {"parameters": {"binary_data_size": rows * self.signature.outputs[position].row_bytes}}
+                dict(zip(("name", "datatype", "shape"), self.describe(position, rows, wanted.sizes), strict=True))
+                | {"parameters": {"binary_data_size": self.output_bytes(position, rows, wanted.sizes)}}
                 for position in wanted.outputs
             ]
             header = self._answer("", described)
@@ -140,7 +142,7 @@ class AnswerWriter:
             spec = self.signature.outputs[position]
             top = wanted.top[number] if wanted.top else 0
             place = wanted.places[number] if wanted.places else None
-            described = (spec.name, "BYTES", [rows, top]) if top else self.describe(position, rows)
+            described = (spec.name, "BYTES", [rows, top]) if top else self.describe(position, rows, wanted.sizes)
             texts = self._likeliest(spec, outputs[position], rows, top) if top else None
             if texts is not None and in_json and place is None and not wanted.binary[number]:
                 yield OutputTensor(*described, texts, b"")
@@ -196,7 +198,11 @@ class AnswerWriter:
             answer["id"] = identity
         return msgspec.json.encode(answer | {"outputs": described})
 
-    def describe(self, position: int, rows: int) -> tuple[str, str, list[int]]:
-        """The name, datatype and shape of an output in an answer of so many samples."""
+    def describe(self, position: int, rows: int, sizes: Sizes = ()) -> tuple[str, str, list[int]]:
+        """The name, datatype and shape of an output in an answer of so many samples, of these sizes."""
         spec = self.signature.outputs[position]
-        return spec.name, datatype_of(spec), [rows, *spec.shape]
+        return spec.name, datatype_of(spec), [rows, *self.signature.shape(spec, sizes)]
+
+    def output_bytes(self, position: int, rows: int, sizes: Sizes = ()) -> int:
+        """Bytes of an output in an answer of so many samples, of these sizes."""
+        return rows * self.signature.row_bytes(self.signature.outputs[position], sizes)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from rushhour.bundle import Signature, TensorSpec
+from rushhour.bundle import Signature, Sizes, TensorSpec
 from rushhour.errors import WireError
 from rushhour.wire.answers import MAX_CACHED_HEADERS, AnswerWriter
 from rushhour.wire.datatypes import datatype_of
@@ -27,6 +27,7 @@ from rushhour.wire.request import (
     PictureRequest,
     PlacedRequest,
     Regions,
+    TextRequest,
     Wanted,
     open_regions,
 )
@@ -56,6 +57,7 @@ class Codec(AnswerWriter):
         labels: the classes' names, where the model classifies.
         regions: the shared memory of clients; None where it is not used.
         pictures: encoded pictures in one request, at most; 0 where the model takes none.
+        texts: texts in one request, likewise.
 
     Attributes:
         arrange: checks a header and returns its layout; see `HeaderReader.arrange`.
@@ -70,19 +72,21 @@ class Codec(AnswerWriter):
         labels: tuple[str, ...] = (),
         regions: Regions | None = None,
         pictures: int = 0,
+        texts: int = 0,
     ) -> None:
         super().__init__(model, signature, version, labels, regions)
         self.max_rows = max_rows
         self._pictures = pictures
-        self._reader = HeaderReader(model, signature, max_rows, labels, regions, pictures)
+        self._texts = texts
+        self._reader = HeaderReader(model, signature, max_rows, labels, regions, pictures, texts)
         self.arrange: Callable[[RequestHeader], Layout] = self._reader.arrange
         self._layouts: dict[bytes, Layout] = {}
         self._numbered: dict[bytes, Layout] = {}
 
     @property
-    def pictures(self) -> int:
-        """Encoded pictures in one request, at most; 0 where the model takes none."""
-        return min(self._pictures, self.max_rows)
+    def elements(self) -> int:
+        """Encoded pictures or texts in one request, at most; 0 where the model takes none."""
+        return min(self._pictures or self._texts, self.max_rows)
 
     def known(self, header: bytes) -> Layout | None:
         """The layout of a JSON header, if one that was equal except for the id was read before; else None."""
@@ -182,7 +186,8 @@ class Codec(AnswerWriter):
             for position, place in layout.places.items():
                 tensors[position] = open_regions(self._regions).read(place)
             if layout.encoded:
-                return PictureRequest(layout.pictures or elements_of(tensors[0], layout.rows), layout.wanted)
+                kind = TextRequest if self._texts else PictureRequest
+                return kind(layout.pictures or elements_of(tensors[0], layout.rows), layout.wanted)
             ordered = tuple(tensors[position] for position in range(len(self.signature.inputs)))
             return InferRequest(layout.rows, ordered, layout.wanted)
 
@@ -195,7 +200,10 @@ class Codec(AnswerWriter):
                 f"{HEADER_LENGTH} is 0",
                 "send a JSON header that names the inputs",
             )
-        row_bytes = self.signature.inputs[0].row_bytes
+        sizes: Sizes = ()
+        if self.signature.dimensions:
+            sizes = self._raw_sizes(len(body))
+        row_bytes = self.signature.row_bytes(self.signature.inputs[0], sizes)
         rows, rest = divmod(len(body), row_bytes)
         if rest or rows == 0:
             raise WireError(
@@ -205,13 +213,37 @@ class Codec(AnswerWriter):
             )
         self._reader.check_rows(rows)
         every = tuple(range(len(self.signature.outputs)))
-        return InferRequest(rows, (memoryview(body),), Wanted(id="", outputs=every, binary=(True,) * len(every)))
+        wanted = Wanted(id="", outputs=every, binary=(True,) * len(every), sizes=sizes)
+        return InferRequest(rows, (memoryview(body),), wanted)
+
+    def _raw_sizes(self, size: int) -> Sizes:
+        """The size of the one open dimension of the one sample in a raw body of so many bytes, as Triton reads it.
+
+        Raises:
+            WireError: if it does not follow from the bytes.
+        """
+        (spec,) = self.signature.inputs
+        if len(self.signature.dimensions) > 1:
+            raise WireError(
+                "the shape of a raw body is not clear",
+                f"{self.model} takes {self.signature.described(spec)}",
+                "send a JSON header with the shape",
+            )
+        (dimension,) = self.signature.dimensions
+        found, rest = divmod(size, self.signature.row_bytes(spec, (1,)))
+        if rest or not dimension.smallest <= found <= dimension.largest:
+            raise WireError(
+                f"the raw body has {size} bytes",
+                f"it is one sample of {self.signature.described(spec)} values of {spec.dtype}",
+                "send one complete sample, or several with a JSON header",
+            )
+        return (found,)
 
     def _decode_new(self, header: bytes, body: Body, header_length: int) -> InferRequest:
         tensors: list[JsonTensor] = []
         _check_kind(bytes(memoryview(body)[:16]))
         if header_length > WHOLE_BYTES:
-            header, tensors = cut_json(memoryview(body)[:header_length], self.pictures)
+            header, tensors = cut_json(memoryview(body)[:header_length], self.elements)
         try:
             described = parsed(header, request_decoder)
             described.id.encode()  # it is echoed: half of a surrogate pair could not be
@@ -270,9 +302,10 @@ def _wrong_length(expected: int, found: int) -> WireError:
 
 def model_metadata(codec: Codec, platform: str) -> bytes:
     """The answer to GET v2/models/MODEL."""
+    declared = codec.signature.declared
 
     def describe(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-        return [{"name": spec.name, "datatype": datatype_of(spec), "shape": [-1, *spec.shape]} for spec in specs]
+        return [{"name": spec.name, "datatype": datatype_of(spec), "shape": [-1, *declared(spec)]} for spec in specs]
 
     return msgspec.json.encode(
         {

@@ -1,10 +1,11 @@
-"""BYTES tensors, and the encoded pictures in them."""
+"""BYTES tensors, and the encoded pictures and the texts in them."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from rushhour.errors import WireError
 from rushhour.wire.header import InputHeader
@@ -15,6 +16,8 @@ from rushhour.wire.request import Encoded
 
 MAX_PICTURE_BYTES = 16 * 2**20
 """Of an encoded picture: larger than camera files."""
+MAX_TEXT_BYTES = 2**16
+"""Of a text: many times what the models of the field read."""
 
 
 def bytes_tensor(words: Sequence[str]) -> bytes:
@@ -41,31 +44,53 @@ def elements_of(content: memoryview, number: int) -> list[memoryview]:
     return found
 
 
-def from_elements(entry: InputHeader) -> Sequence[Encoded]:
-    """The pictures in a header: Base64 in JSON, bytes over gRPC."""
-    data = entry.data
+def from_elements(entry: InputHeader, *, of_texts: bool = False) -> Sequence[Encoded]:
+    """The pictures or texts in a header: in JSON pictures as Base64 and texts as they are; over gRPC both as bytes."""
+    data, fix = entry.data, "send texts" if of_texts else "send pictures in Base64"
     if isinstance(data, JsonTensor | Packed | Texts):
         try:
-            data = data.texts()
+            data = _elements(data, of_texts)
         except ValueError as error:
-            raise WireError(
-                f"the data of the input {entry.name!r} cannot be read", str(error), "send pictures in Base64"
-            ) from error
+            raise WireError(f"the data of the input {entry.name!r} cannot be read", str(error), fix) from error
     if len(entry.shape) == 2 and isinstance(data, list) and all(isinstance(row, list) for row in data):
         data = [element for row in data for element in row]
     if not isinstance(data, list) or not all(isinstance(element, str | bytes | memoryview) for element in data):
-        raise WireError(
-            f"the data of the input {entry.name!r} cannot be read",
-            "it is not a list of text",
-            "send pictures in Base64",
-        )
+        raise WireError(f"the data of the input {entry.name!r} cannot be read", "it is not a list of text", fix)
     if len(data) != entry.shape[0]:
         raise WireError(
             f"the data of the input {entry.name!r} has {len(data)} elements",
             f"its shape is {entry.shape}",
-            "send one element for each picture",
+            f"send one element for each {'text' if of_texts else 'picture'}",
         )
     return [memoryview(element) if isinstance(element, bytes) else element for element in data]
+
+
+def _elements(tensor: JsonTensor | Packed | Texts, of_texts: bool) -> Sequence[Any]:
+    if of_texts and isinstance(tensor, JsonTensor):
+        return tensor.strings(6 * MAX_TEXT_BYTES)  # JSON may write a byte in six characters
+    return tensor.texts()
+
+
+def text_of(text: Encoded, number: int) -> str:
+    """A text that was sent as text or as UTF-8.
+
+    Args:
+        text: as it was sent.
+        number: of it in its request, from 1, for errors.
+
+    Raises:
+        WireError: if it is too long, or no UTF-8.
+    """
+    if len(text) > MAX_TEXT_BYTES:
+        limit = f"it has {len(text)} bytes, and the limit is {MAX_TEXT_BYTES}"
+        raise WireError(f"text {number} is too long", limit, "send a shorter one", status=413)
+    try:
+        if isinstance(text, str):
+            text.encode()  # half of a surrogate pair has no bytes
+            return text
+        return str(text, "utf-8")
+    except UnicodeError as error:
+        raise WireError(f"text {number} is not UTF-8", str(error), "send text in UTF-8") from error
 
 
 def content_of(picture: Encoded) -> bytes:

@@ -9,7 +9,7 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -140,6 +140,17 @@ class JsonTensor:
 
     def texts(self) -> Sequence[Any]:
         """Its texts, read as Base64."""
+        return self._elements(lambda inner: memoryview(_from_base64(inner)))
+
+    def strings(self, longest: int) -> Sequence[Any]:
+        """Its texts as they are.
+
+        Args:
+            longest: characters of one, as JSON writes them.
+        """
+        return self._elements(lambda inner: _string(inner, longest))
+
+    def _elements(self, read: Callable[[memoryview], Any]) -> Sequence[Any]:
         plain, at = [], 0
         for start, stop in self._texts:
             plain.append(bytes(self._text[at:start]))
@@ -154,7 +165,7 @@ class JsonTensor:
             order = _decode(b"".join(numbered[:-1]))
         except (msgspec.DecodeError, RecursionError) as error:
             raise ValueError(str(error)) from error
-        found = [memoryview(_from_base64(self._text[start + 1 : stop - 1])) for start, stop in self._texts]
+        found = [read(self._text[start + 1 : stop - 1]) for start, stop in self._texts]
         rows = [[found[each] for each in row] if isinstance(row, list) else found[row] for row in order]
         return rows
 
@@ -288,6 +299,17 @@ class _Nesting:
             expected *= self._lengths[level]
         if total != expected:
             raise ValueError("its lists differ in length")
+
+
+def _string(inner: memoryview, longest: int) -> str:
+    if len(inner) > longest:
+        limit = f"it has {len(inner)} characters, and up to {longest} are read"
+        raise WireError("a text is too long", limit, "send a shorter one", status=413)
+    try:
+        text: str = _decode(b'"' + bytes(inner) + b'"')
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error
+    return text
 
 
 def _from_base64(text: memoryview) -> bytearray:

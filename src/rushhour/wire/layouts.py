@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
 import numpy as np
 
-from rushhour.bundle import Signature
+from rushhour.bundle import Signature, Sizes
 from rushhour.errors import WireError
 from rushhour.wire.datatypes import datatype_of
 from rushhour.wire.elements import from_elements
@@ -19,6 +19,9 @@ from rushhour.wire.pieces import assembled
 from rushhour.wire.protobuf_pieces import Packed, Texts
 from rushhour.wire.request import Layout, Place, Regions, Wanted, open_regions
 from rushhour.wire.values import converted, converted_batch, flat
+
+TEXT: Final = "text"
+"""The name of the input that texts are sent as."""
 
 
 class HeaderReader:
@@ -31,6 +34,7 @@ class HeaderReader:
         labels: the classes' names, where the model classifies.
         regions: the shared memory of clients; None where it is not used.
         pictures: encoded pictures in one request, at most; 0 where the model takes none.
+        texts: texts in one request, likewise.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class HeaderReader:
         labels: tuple[str, ...],
         regions: Regions | None,
         pictures: int,
+        texts: int = 0,
     ) -> None:
         self.model = model
         self.signature = signature
         self.max_rows = max_rows
         self.labels = labels
         self._pictures = pictures
+        self._texts = texts
         self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
@@ -59,10 +65,11 @@ class HeaderReader:
         """
         by_position = self._match_inputs(header.inputs)
         rows = self._rows_of(by_position)
-        layout = Layout(rows, self._wanted(header, rows))
+        sizes = self._sizes_of(by_position)
+        layout = Layout(rows, self._wanted(header, rows, sizes))
         for position, entry in by_position.items():
             layout.encoded = entry.datatype == "BYTES"
-            size = None if layout.encoded else rows * self.signature.inputs[position].row_bytes
+            size = None if layout.encoded else rows * self.signature.row_bytes(self.signature.inputs[position], sizes)
             stated, place = entry.parameters.get("binary_data_size"), self._place(entry, size)
             given = (stated, entry.data, place).count(None)
             if given != 2:
@@ -74,7 +81,7 @@ class HeaderReader:
             if place is not None:
                 layout.places[position] = place
             elif stated is None and size is None:
-                layout.pictures = from_elements(entry)
+                layout.pictures = from_elements(entry, of_texts=bool(self._texts))
             elif stated is None:
                 layout.inline[position] = self._from_values(entry, position)
             elif not is_size(stated) or size not in (None, stated):
@@ -111,29 +118,32 @@ class HeaderReader:
         return Place(region, offset, byte_size)
 
     def _match_inputs(self, inputs: list[InputHeader]) -> dict[int, InputHeader]:
-        """Position -> input; every input of the model exactly once, with its type and shape."""
+        """Position -> input; every input of the model exactly once, with its type and shape; texts stand for all."""
         found: dict[int, InputHeader] = {}
+        if self._texts and len(inputs) == 1 and inputs[0].name == TEXT and inputs[0].datatype == "BYTES":
+            self._check_encoded(inputs[0], "texts", self._texts)
+            return {0: inputs[0]}
         for entry in inputs:
             position = self._inputs.get(entry.name)
             if position is None or position in found:
                 raise WireError(
                     f"the input {shown(entry.name)} is {'unknown' if position is None else 'given twice'}",
-                    f"{self.model} takes {', '.join(self._inputs)}",
+                    f"{self.model} takes {', '.join(self._inputs)}{self._or_text}",
                     f"see GET v2/models/{self.model}",
                 )
             spec = self.signature.inputs[position]
             if entry.datatype == "BYTES" and self._pictures:
-                self._check_pictures(entry)
+                self._check_encoded(entry, "encoded pictures", self._pictures)
             elif entry.datatype != datatype_of(spec):
                 raise WireError(
                     f"the input {entry.name!r} has datatype {shown(entry.datatype)}",
                     f"{self.model} takes {datatype_of(spec)}",
                     "convert it, or send another input",
                 )
-            elif len(entry.shape) != len(spec.shape) + 1 or tuple(entry.shape[1:]) != spec.shape:
+            elif not entry.shape or not self.signature.takes(spec, entry.shape[1:]):
                 raise WireError(
                     f"the input {entry.name!r} has shape {shown(entry.shape)}",
-                    f"{self.model} takes {[-1, *spec.shape]}, where -1 is the number of samples",
+                    f"{self.model} takes {self.signature.described(spec)}, where -1 is the number of samples",
                     "send that shape",
                 )
             found[position] = entry
@@ -141,10 +151,34 @@ class HeaderReader:
             if position not in found:
                 raise WireError(
                     f"the input {name!r} is missing",
-                    f"{self.model} takes {', '.join(self._inputs)}",
+                    f"{self.model} takes {', '.join(self._inputs)}{self._or_text}",
                     f"see GET v2/models/{self.model}",
                 )
         return found
+
+    def _sizes_of(self, inputs: Mapping[int, InputHeader]) -> Sizes:
+        """The sizes of the open dimensions in a request; empty while its texts or pictures are encoded.
+
+        Raises:
+            WireError: if inputs that share one differ in it.
+        """
+        found: list[int] = []
+        for dimension in self.signature.dimensions:
+            sizes = {
+                entry.name: entry.shape[1 + dimension.axes[entry.name]]
+                for entry in inputs.values()
+                if entry.name in dimension.axes and entry.datatype != "BYTES"
+            }
+            if not sizes:
+                return ()
+            if len(set(sizes.values())) > 1:
+                raise WireError(
+                    f"the inputs differ in {dimension.name}",
+                    ", ".join(f"{name!r} has {size}" for name, size in sizes.items()),
+                    f"send all with the same {dimension.name}, padded in a request of several samples",
+                )
+            found.append(next(iter(sizes.values())))
+        return tuple(found)
 
     def _rows_of(self, inputs: Mapping[int, InputHeader]) -> int:
         counts = {entry.shape[0] for entry in inputs.values()}
@@ -165,17 +199,23 @@ class HeaderReader:
                 f"the request has {rows} samples", f"a request has 1 to {self.max_rows}", "split it into several"
             )
 
-    def _check_pictures(self, entry: InputHeader) -> None:
+    @property
+    def _or_text(self) -> str:
+        return f", or {TEXT} (BYTES) alone" if self._texts else ""
+
+    def _check_encoded(self, entry: InputHeader, what: str, most: int) -> None:
+        """Raise a `WireError` unless these are no more pictures or texts than a request may have."""
         if len(entry.shape) not in (1, 2) or entry.shape[1:] not in ([], [1]):
             raise WireError(
                 f"the input {entry.name!r} has shape {shown(entry.shape)}",
-                "encoded pictures have [-1] or [-1, 1], where -1 is their number",
+                f"{what} have [-1] or [-1, 1], where -1 is their number",
                 "send that shape",
             )
-        if entry.shape[0] > self._pictures:
+        if entry.shape[0] > most:
+            what = what.rpartition(" ")[2]
             raise WireError(
-                f"the request has {entry.shape[0]} pictures",
-                f"decoded, {self._pictures} of them have the largest size of a request",
+                f"the request has {entry.shape[0]} {what}",
+                f"decoded, {most} of them have the largest size of a request",
                 "split it into several",
                 status=413,
             )
@@ -199,7 +239,7 @@ class HeaderReader:
             ) from error
         return memoryview(array.tobytes())
 
-    def _wanted(self, header: RequestHeader, rows: int) -> Wanted:
+    def _wanted(self, header: RequestHeader, rows: int, sizes: Sizes) -> Wanted:
         all_binary = _truth(header.parameters, "binary_data_output", default=False)
         asked = header.outputs or [OutputHeader(name) for name in self._outputs]
         positions: list[int] = []
@@ -216,7 +256,7 @@ class HeaderReader:
             positions.append(position)
             binary.append(_truth(output.parameters, "binary_data", default=all_binary))
             top.append(self._top(output, position))
-            size = rows * self.signature.outputs[position].row_bytes
+            size = rows * self.signature.row_bytes(self.signature.outputs[position], sizes)
             place = self._place(output)
             if place is not None and not top[-1] and size > place.byte_size:
                 raise WireError(
@@ -240,6 +280,7 @@ class HeaderReader:
             priority=priority,
             top=tuple(top) if any(top) else (),
             places=tuple(places) if any(places) else (),
+            sizes=sizes,
         )
 
     def _top(self, output: OutputHeader, position: int) -> int:
@@ -251,7 +292,7 @@ class HeaderReader:
                 "it is a number of classes",
                 "send a whole number, 0 for the tensor itself",
             )
-        if asked and math.prod(spec.shape) != len(self.labels):
+        if asked and (math.prod(spec.shape) != len(self.labels) or spec.name in self.signature.open_axes):
             raise WireError(
                 f"the output {output.name!r} asks for classification",
                 f"it has no class labels in {self.model}",

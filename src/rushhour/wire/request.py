@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from rushhour.bundle import Sizes
 from rushhour.errors import WireError
 from rushhour.wire.pieces import BYTES_AT_ONCE
 
@@ -52,6 +53,8 @@ class Wanted(msgspec.Struct, frozen=True):
         top: for each output, how many of the most likely classes are wanted as text, 0 for the numbers; empty if
             all are numbers.
         places: for each output, where in shared memory it is written; empty if none is.
+        sizes: of the model's open dimensions, in its inputs and outputs; empty where it has none, and where texts are
+            not tokenised yet.
     """
 
     id: str
@@ -61,6 +64,7 @@ class Wanted(msgspec.Struct, frozen=True):
     priority: int = 0
     top: tuple[int, ...] = ()
     places: tuple[Place | None, ...] = ()
+    sizes: Sizes = ()
 
 
 class InferRequest:
@@ -68,9 +72,9 @@ class InferRequest:
 
     Attributes:
         rows: samples in it, at least 1.
-        tensors: one view of `rows * row_bytes` bytes for each input, in the signature's order.
+        tensors: one view of the raw rows of each input, in the signature's order.
         wanted: what the answer holds.
-        pictures: encoded pictures that become the tensor; empty except in a `PictureRequest`.
+        pictures: encoded pictures or texts that become the tensors; empty except in a `PictureRequest`.
         unread_bytes: bytes still to be read from shared memory; 0 except in a `PlacedRequest`.
     """
 
@@ -87,7 +91,7 @@ class InferRequest:
 Body = bytes | bytearray | memoryview
 Parts = list[bytes | memoryview]
 Encoded = memoryview | str
-"""A picture as it was sent: its bytes, or Base64."""
+"""A picture as it was sent: its bytes, or Base64. Of a text: UTF-8, or the text itself."""
 
 
 class PictureRequest(InferRequest):
@@ -102,6 +106,16 @@ class PictureRequest(InferRequest):
     def __init__(self, pictures: Sequence[Encoded], wanted: Wanted) -> None:
         super().__init__(len(pictures), (), wanted)
         self.pictures = pictures
+
+
+class TextRequest(PictureRequest):
+    """A request of texts, which the server makes tokens of on threads, as it decodes pictures.
+
+    Attributes:
+        pictures: the texts, one for each sample: as they are, or in UTF-8.
+    """
+
+    __slots__ = ()
 
 
 class PlacedRequest(InferRequest):
@@ -145,7 +159,7 @@ class Layout:
         total: bytes that follow the header.
         inline: position of an input -> its bytes, where the header holds them.
         places: position of an input -> its place in shared memory.
-        encoded: whether the one input is pictures, whose size the header does not determine.
+        encoded: whether the one input is pictures or texts, whose size the header does not determine.
         pictures: these, where the header holds them.
     """
 

@@ -119,7 +119,8 @@ class Interface(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, signature: Signature) -> Interface:
         """Of a bundle's model, as its server declares it."""
-        inputs = (DeclaredInput(spec.name, datatype_of(spec), (-1, *spec.shape)) for spec in signature.inputs)
+        declared = signature.declared
+        inputs = (DeclaredInput(spec.name, datatype_of(spec), (-1, *declared(spec))) for spec in signature.inputs)
         return cls(tuple(inputs), tuple(spec.name for spec in signature.outputs))
 
     @classmethod

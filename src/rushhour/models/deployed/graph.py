@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rushhour.bundle import OpenDimension
 from rushhour.errors import ModelError
 from rushhour.models.batch_dependence import batch_dependence
 from rushhour.models.deployed.module import Deployed, columns_of
@@ -37,7 +38,12 @@ _ON_THE_WIRE = ".wire"
 
 
 def graph_of(
-    deployed: Deployed, name: str, samples: NDArray[Any], input_names: list[str], output_name: str
+    deployed: Deployed,
+    name: str,
+    samples: NDArray[Any],
+    input_names: list[str],
+    output_name: str,
+    dimensions: Sequence[OpenDimension] = (),
 ) -> onnx.ModelProto:
     """Export a network.
 
@@ -47,12 +53,13 @@ def graph_of(
         samples: one or more, as in `export`.
         input_names: on the wire.
         output_name: on the wire.
+        dimensions: that stay free besides the batch.
 
     Raises:
         ModelError: if it cannot be exported.
     """
     example = tuple(torch.from_numpy(column) for column in columns_of(_batch(samples, 2)))  # 0 and 1 become constants
-    return exported_graph(deployed, example, name, input_names, (output_name,))
+    return exported_graph(deployed, example, name, input_names, (output_name,), dimensions=dimensions)
 
 
 def exported_graph(
@@ -63,6 +70,7 @@ def exported_graph(
     output_names: Sequence[str],
     *,
     optimize: bool = True,
+    dimensions: Sequence[OpenDimension] = (),
 ) -> onnx.ModelProto:
     """The ONNX graph of any module, with a free batch.
 
@@ -74,11 +82,18 @@ def exported_graph(
         output_names: in the graph.
         optimize: join operators; a batch normalisation is put into its convolution then. Else constants are computed
             only, with the sequences of tensors that a split becomes.
+        dimensions: the further ones that stay free.
 
     Raises:
         ModelError: if it cannot be exported.
     """
-    shapes = (tuple({0: torch.export.Dim("batch")} for _ in example),)
+    batch, free = torch.export.Dim("batch"), [torch.export.Dim(each.name, max=each.largest) for each in dimensions]
+    shapes = (
+        tuple(
+            {0: batch, **{1 + of.axes[each]: dim for of, dim in zip(dimensions, free, strict=True) if each in of.axes}}
+            for each in input_names
+        ),
+    )
     return _exported(
         _without_parametrizations(module), name, input_names, output_names, args=example, dynamic_shapes=shapes,
         optimize=optimize,

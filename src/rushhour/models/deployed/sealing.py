@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from rushhour.bundle import Bundle, Manifest, Preprocessing, Signature, Source, Step, TensorSpec
+from rushhour.bundle import Bundle, Manifest, OpenDimension, Preprocessing, Signature, Source, Step, TensorSpec, Text
 from rushhour.errors import ModelError
 from rushhour.models.deployed.graph import graph_of, verify
 from rushhour.models.deployed.module import Deployed, columns_of
@@ -33,6 +34,8 @@ def export(
     lineage: tuple[Step, ...],
     samples: NDArray[Any],
     path: Path,
+    dimensions: tuple[OpenDimension, ...] = (),
+    text: tuple[Text, bytes] | None = None,
 ) -> Bundle:
     """Write `network` as a bundle whose ONNX graph answers as the torch module does, at any batch size.
 
@@ -48,6 +51,8 @@ def export(
         samples: a few real inputs, `(k, *shape)` with k of 1 or more; of several inputs a structured array of shape
             `(k,)`, with a field for each in the same order.
         path: the bundle's folder; an older one is replaced.
+        dimensions: of the inputs, that are open besides the batch; samples are padded to one size in them.
+        text: how texts become samples, and the content of `tokenizer.json`.
 
     Raises:
         TaskError: if the network's output does not fit the task; nothing is written then.
@@ -56,7 +61,14 @@ def export(
     """
     specs = sample_spec if isinstance(sample_spec, tuple) else (sample_spec,)
     columns = columns_of(samples)
-    wanted = [(spec.shape, np.dtype(spec.dtype)) for spec in specs]
+    names = [spec.name for spec in specs]
+    signature = Signature(
+        inputs=specs,
+        outputs=(TensorSpec(task.output_name, "float32", (task.outputs,)),),
+        open=dimensions or msgspec.UNSET,
+    )
+    sizes = signature.sizes_of(dict(zip(names, columns, strict=False)))
+    wanted = [(signature.shape(spec, sizes), np.dtype(spec.dtype)) for spec in specs]
     if [(column.shape[1:], column.dtype) for column in columns] != wanted or len(samples) == 0:
         raise ModelError(
             f"cannot export {name} with samples of {samples.dtype}{samples.shape}",
@@ -74,16 +86,16 @@ def export(
     deployed = Deployed(network, task, preprocessing)
     deployed.settle(samples, name)
     task.check_output(deployed.answer_shape(samples, name), name)
-    names = [spec.name for spec in specs]
-    graph = graph_of(deployed, name, samples, names, task.output_name)
+    graph = graph_of(deployed, name, samples, names, task.output_name, dimensions)
     manifest = Manifest(
         name=name,
-        signature=Signature(inputs=specs, outputs=(TensorSpec(task.output_name, "float32", (task.outputs,)),)),
+        signature=signature,
         task=task,
         preprocessing=preprocessing,
         source=source,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         lineage=lineage,
+        text=msgspec.UNSET if text is None else text[0],
     )
 
     def model(file: Path) -> None:
@@ -100,7 +112,8 @@ def export(
         }
         file.write_bytes(save(state))
 
-    bundle = Bundle.create(path, manifest, model, weights, dict(zip(names, columns, strict=True)))
+    inputs = dict(zip(names, columns, strict=True))
+    bundle = Bundle.create(path, manifest, model, weights, inputs, None if text is None else text[1])
     record_factory(bundle)
     return bundle
 

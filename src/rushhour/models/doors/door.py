@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import onnx
 from numpy.typing import NDArray
 
-from rushhour.bundle import Preprocessing
+from rushhour.bundle import OpenDimension, Preprocessing
 from rushhour.errors import ModelError
 from rushhour.task import Task
 
@@ -33,7 +33,7 @@ class Opening:
         example: a few samples as the network takes them, `(k, *shape)`, where the door needs them.
         outputs: length of one answer, where that is known.
         size: height and width, for a network that takes pictures of any.
-        length: tokens of a text, for a network that takes any number.
+        length: tokens of every text, for a network that takes any number; None leaves it open where that is possible.
         python: an interpreter with packages that are not installed here: `--tensorflow-python`.
     """
 
@@ -70,6 +70,9 @@ class Arrival:
         answers: of the original; None where the graph is the original. Called with batches of 1, 3 and 8.
         tolerance: of differences between the two, as a share of the largest answer; see `graph_answers.gap`.
         limits: input of whole numbers -> one more than the largest that it may hold.
+        dimensions: the open ones besides the batch; None takes all that have no number in the graph.
+        samples: a few of its first input, `(k, *shape)`, where the door can make them.
+        tokenizer: a `tokenizer.json`, which makes its first input of texts.
         task: what it is for, where the model says it.
         task_from: how that is known.
         preprocessing: of samples on the wire, where the model says it.
@@ -83,6 +86,9 @@ class Arrival:
     answers: Answers | None = None
     tolerance: float = 1e-3
     limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dimensions: tuple[OpenDimension, ...] | None = None
+    samples: NDArray[Any] | None = None
+    tokenizer: bytes | None = None
     task: Task | None = None
     task_from: str = ""
     preprocessing: Preprocessing | None = None

@@ -1,8 +1,9 @@
-"""Folders of Hugging Face transformers: pictures and texts of one length, classified, valued or embedded."""
+"""Folders of Hugging Face transformers: pictures, and texts of any length, classified, valued or embedded."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rushhour.bundle import Preprocessing
+from rushhour.bundle import OpenDimension, Preprocessing
 from rushhour.errors import ModelError, TaskError
 from rushhour.models.converted import checked_onnx
 from rushhour.models.deployed import exported_graph
@@ -26,10 +27,14 @@ from rushhour.task import Task
 
 _CONFIG: Final = "config.json"
 _PROCESSOR: Final = "preprocessor_config.json"
+_TOKENIZER: Final = "tokenizer.json"
 _WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json")
-_LONGEST: Final = 128
-"""Tokens of a text by default: most are shorter, and time grows with them."""
+_LONGEST: Final = 512
+"""Tokens of a text, at most, where nothing else is said."""
+_SAMPLES: Final = 16
+_SAMPLE_TOKENS: Final = 64
 _LARGEST_JSON: Final = 8_000_000
+_LARGEST_TOKENIZER: Final = 64 * 2**20
 _SIDES: Final = range(1, 10_001)
 
 
@@ -58,7 +63,7 @@ class HuggingFaceDoor:
         if network.main_input_name == "pixel_values":
             return _of_pictures(network, name, processor, opening)
         if network.main_input_name == "input_ids":
-            return _of_texts(network, name, opening)
+            return _of_texts(network, name, opening, model / _TOKENIZER)
         raise ModelError(
             f"cannot import {opening.shown}",
             f"{name} takes {network.main_input_name}, and only pictures and texts are taken",
@@ -150,7 +155,7 @@ def _of_pictures(network: Any, name: str, processor: dict[str, Any], opening: Op
     return _arrived(_Pictures(network), example, "pixel_values", name, opening, config, preprocessing, how, notes, {})
 
 
-def _of_texts(network: Any, name: str, opening: Opening) -> Arrival:
+def _of_texts(network: Any, name: str, opening: Opening, tokenizer: Path) -> Arrival:
     config = network.config
     most = int(getattr(config, "max_position_embeddings", _LONGEST) or _LONGEST)
     padding = getattr(config, "pad_token_id", None)
@@ -162,13 +167,38 @@ def _of_texts(network: Any, name: str, opening: Opening) -> Arrival:
             "take fewer",
         )
     vocabulary = int(config.vocab_size)
-    example = torch.arange(2 * length).reshape(2, length) % vocabulary
+    dimensions: tuple[OpenDimension, ...] = ()
     notes = [f"texts have {length} tokens: shorter ones are filled up, longer ones cut; --length changes it"]
+    if opening.length is None:
+        filling: dict[str, int | float] = {} if padding is None else {"input_ids": int(padding)}
+        dimensions = (OpenDimension("length", length, {"input_ids": 0}, padding=filling),)
+        notes = [f"texts have up to {length} tokens; --length fixes their number, and then it can be trained"]
     if padding is not None:
         notes.append(f"the attention mask is computed: every token but the padding ({padding}) counts")
-    network = _Texts(network, padding)
-    limits = {"input_ids": vocabulary}
-    return _arrived(network, example, "input_ids", name, opening, config, None, "", tuple(notes), limits)
+    tokens = min(length, _SAMPLE_TOKENS) if dimensions else length
+    example = torch.arange(2 * tokens).reshape(2, tokens) % vocabulary
+    arrival = _arrived(
+        _Texts(network, padding), example, "input_ids", name, opening, config, None, "", tuple(notes),
+        {"input_ids": vocabulary}, dimensions,
+    )  # fmt: skip
+    if not dimensions:
+        return arrival
+    held = None
+    if padding is not None and tokenizer.is_file():
+        held = _content(tokenizer, _LARGEST_TOKENIZER)
+        arrival = dataclasses.replace(arrival, notes=(*arrival.notes, f"texts are taken too: {_TOKENIZER} was found"))
+    return dataclasses.replace(arrival, samples=_texts(vocabulary, padding, tokens), tokenizer=held)
+
+
+def _texts(vocabulary: int, padding: int | None, longest: int) -> NDArray[np.int64]:
+    """Random tokens of texts of different lengths, padded; of one length where there is no padding."""
+    random = np.random.default_rng(0)
+    words = np.setdiff1d(np.arange(vocabulary), [-1 if padding is None else padding])
+    samples: NDArray[np.int64] = random.choice(words, (_SAMPLES, longest)).astype(np.int64)
+    if padding is not None:
+        lengths = np.geomspace(min(4, longest), longest, _SAMPLES).round().astype(int)
+        samples[np.arange(longest) >= lengths[:, None]] = padding
+    return samples
 
 
 def _arrived(
@@ -182,6 +212,7 @@ def _arrived(
     how: str,
     notes: tuple[str, ...],
     limits: Mapping[str, int],
+    dimensions: tuple[OpenDimension, ...] = (),
 ) -> Arrival:
     try:
         with _quiet(), torch.no_grad():
@@ -200,7 +231,9 @@ def _arrived(
         )
     task, task_from = _task(config, name, shape[0])
     with _quiet():
-        graph = exported_graph(network, (example,), opening.name, [word], [task.output_name], optimize=False)
+        graph = exported_graph(
+            network, (example,), opening.name, [word], [task.output_name], optimize=False, dimensions=dimensions
+        )
 
     def answers(columns: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], ...]:
         with torch.no_grad():
@@ -214,6 +247,7 @@ def _arrived(
         f"transformers {transformers.__version__}, {name}",
         answers,
         limits=limits,
+        dimensions=dimensions,
         task=task,
         task_from=task_from,
         preprocessing=preprocessing,
@@ -284,14 +318,26 @@ def _read(file: Path) -> dict[str, Any]:
         ModelError: if it is none, or very large.
     """
     try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise ModelError(f"cannot read {file}", "it is too large for a description of a model", "check the folder")
-        found = msgspec.json.decode(file.read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError) as error:
+        found = msgspec.json.decode(_content(file, _LARGEST_JSON))
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ModelError(f"cannot read {file}", str(error) or "it is no JSON", "check the folder") from error
     if not isinstance(found, dict):
         raise ModelError(f"cannot read {file}", "it is no JSON object", "check the folder")
     return found
+
+
+def _content(file: Path, most: int) -> bytes:
+    """A file of up to so many bytes.
+
+    Raises:
+        ModelError: if it cannot be read, or is larger.
+    """
+    try:
+        if file.stat().st_size > most:
+            raise ModelError(f"cannot read {file}", "it is too large for a description of a model", "check the folder")
+        return file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {file}", str(error), "check the folder") from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from rushhour.models.converted import checked_onnx, read_onnx
 from rushhour.models.doors.door import Arrival, Opening
+from rushhour.models.open_dimensions import open_dimensions
 
 _IR_VERSION: Final = 0x08
 """The first byte of a model that any tool writes: the version of the form, a small number."""
@@ -32,7 +33,8 @@ class OnnxDoor:
     def open(self, model: Any, opening: Opening) -> Arrival:
         """Its own graph, checked."""
         graph = read_onnx(model) if isinstance(model, Path) else checked_onnx(model, opening.shown)
-        return Arrival("onnx", graph)
+        dimensions = open_dimensions(graph, opening.shown, longest=opening.length, size=opening.size)
+        return Arrival("onnx", graph, dimensions=dimensions)
 
 
 def _begins_as_one(file: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.bundle import Signature
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.batch_dependence import batch_dependence
 from rushhour.models.doors.door import Answers, Arrival
@@ -15,9 +16,13 @@ from rushhour.models.failure import why_failed
 from rushhour.models.graph_answers import Columns, GraphAnswers, gap, tolerance_of
 
 _BATCHES: Final = (1, 3, 8)
+_SIZES: Final = (7, 16, 40)
+"""Of open dimensions, in these batches."""
 
 
-def verify_arrival(arrival: Arrival, name: str, samples: Mapping[str, NDArray[Any]] | None = None) -> float | None:
+def verify_arrival(
+    arrival: Arrival, name: str, samples: Mapping[str, NDArray[Any]] | None = None, signature: Signature | None = None
+) -> float | None:
     """The largest difference between the graph's answers and the original's, as a share of the largest answer.
 
     Compared at batches of 1, 3 and 8, for normal values, 0 to 1, 0 to 255, and real samples.
@@ -26,6 +31,7 @@ def verify_arrival(arrival: Arrival, name: str, samples: Mapping[str, NDArray[An
         arrival: the graph and its original.
         name: of the model, for messages.
         samples: real inputs by name, `(k, *shape)`.
+        signature: of the graph, where it has open dimensions: then samples of several sizes are compared.
 
     Returns:
         None where the graph is the original.
@@ -39,13 +45,22 @@ def verify_arrival(arrival: Arrival, name: str, samples: Mapping[str, NDArray[An
     if arrival.answers is not None:
         worst = max(
             _compared(arrival, arrival.answers, name, columns, graph(columns), f"at batch {batch}, inputs {values}")
-            for batch in _BATCHES
-            for values, columns in graph.drawn(batch, arrival.limits, samples)
+            for batch, size in zip(_BATCHES, _SIZES, strict=True)
+            for values, columns in graph.drawn(batch, arrival.limits, samples, _shapes(signature, size))
         )
-    drawn = [columns for _, columns in graph.drawn(_BATCHES[-1], arrival.limits, samples)]
+    shapes = _shapes(signature, _SIZES[-1])
+    drawn = [columns for _, columns in graph.drawn(_BATCHES[-1], arrival.limits, samples, shapes)]
     tolerance = max(arrival.tolerance, tolerance_of(arrival.graph))
     _check_independence(graph, drawn[0] if samples is None else drawn[-1], tolerance, name)
     return worst
+
+
+def _shapes(signature: Signature | None, size: int) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of samples whose open dimensions have this size, as far as their bounds allow it."""
+    if signature is None or not signature.dimensions:
+        return None
+    sizes = tuple(min(each.largest, max(each.smallest, size)) for each in signature.dimensions)
+    return {spec.name: signature.shape(spec, sizes) for spec in signature.inputs}
 
 
 def _compared(

@@ -86,6 +86,15 @@ def _counted(report: Report) -> Iterator[Metric]:
     )
     cancelled.add_metric((report.model,), total.cancelled)
     yield cancelled
+    if total.positions:
+        positions = CounterMetricFamily(
+            "rushhour_positions",
+            "Tokens or pixels that were computed, of samples of different sizes and of their padding.",
+            labels=("model", "kind"),
+        )
+        positions.add_metric((report.model, "sample"), total.positions)
+        positions.add_metric((report.model, "padding"), total.padding)
+        yield positions
     for name, what, count in (
         ("rushhour_cell_restarts", "Worker processes (cells) that died and were restarted.", report.restarts),
         ("rushhour_cell_frozen", "Worker processes (cells) that did not respond and were killed.", report.frozen),

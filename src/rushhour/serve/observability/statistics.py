@@ -35,6 +35,10 @@ _VERSIONS = 32
 """Versions of the model that are counted separately, those with the highest numbers; older ones are one."""
 _OLDER = "older"
 
+_ADDED = (
+    *("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled"),
+    *("samples", "batches", "positions", "padding"),
+)
 _REASONS = {
     400: "invalid",
     401: "unauthorized",
@@ -134,6 +138,8 @@ class Totals(msgspec.Struct):
         of_size: of batches, by their samples.
         samples: computed by the engine.
         batches: run by the engine.
+        positions: of samples with open dimensions that the engine computed: tokens, pixels.
+        padding: positions that were computed to make the samples of a batch equal in size.
         last_s: when the last batch left the queue, in seconds since 1970; 0 for never.
         queue_s, request_s: latencies of requests: in the queue, and from arrival to answer.
         inference_s: times that the engine took for batches.
@@ -153,6 +159,8 @@ class Totals(msgspec.Struct):
     of_size: dict[int, Stages] = msgspec.field(default_factory=dict)
     samples: int = 0
     batches: int = 0
+    positions: int = 0
+    padding: int = 0
     last_s: float = 0.0
     queue_s: Histogram = msgspec.field(default_factory=Histogram)
     inference_s: Histogram = msgspec.field(default_factory=Histogram)
@@ -160,7 +168,7 @@ class Totals(msgspec.Struct):
 
     def add(self, other: Totals) -> None:
         """Add another's."""
-        for name in ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled", "samples", "batches"):
+        for name in _ADDED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("success", "fail", "queue"):
             more: Duration = getattr(other, name)
@@ -326,9 +334,13 @@ class Batch(Protocol):
         taken: when it left the queue.
         started: when its inputs were written and the engine began.
         ended: when the engine was done.
+        positions: of samples with open dimensions; 0 for all others.
+        padding: positions that were added to them.
     """
 
     rows: int
+    positions: int
+    padding: int
     taken: float
     started: float
     ended: float
@@ -379,6 +391,8 @@ class Statistics:
         totals = self._totals
         totals.batches += 1
         totals.samples += batch.rows
+        totals.positions += batch.positions
+        totals.padding += batch.padding
         self._last = batch.taken
         totals.queue.add(len(begun), len(begun) * batch.taken - sum(begun))
         totals.success.add(len(answered), len(answered) * now - sum(answered))

@@ -27,6 +27,8 @@ from rushhour.serve.observability.statistics import Report, Totals
 from rushhour.serve.processes.commands import Commands
 from rushhour.serve.processes.messages import Count, Execute, Load, Log, Speed, Unload, Unregister, executed
 from rushhour.serve.repository import Loaded, Repository
+from rushhour.serve.scheduling.decoding import Decoder
+from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.system.machine import describe
 from rushhour.wire import datatype_of, model_metadata
 
@@ -104,6 +106,15 @@ class Control:
         shown: dict[str, Any] = msgspec.json.decode(model_metadata(loaded.cell.codec, _platform(loaded)))
         return shown
 
+    def bounds(self, name: str) -> dict[str, dict[str, list[tuple[int, int]]]]:
+        """The smallest and the largest size of each dimension of one sample, by input, under the key `bounds`."""
+        signature = self._loaded(name).cell.codec.signature
+        smallest = tuple(dimension.smallest for dimension in signature.dimensions)
+        pairs = {
+            spec.name: list(zip(signature.shape(spec, smallest), spec.shape, strict=True)) for spec in signature.inputs
+        }
+        return {"bounds": pairs}
+
     def config(self, name: str, version: str = "") -> dict[str, Any]:
         """The model's configuration, under the names of Triton's `ModelConfig`."""
         loaded = self._loaded(name, version)
@@ -112,7 +123,7 @@ class Control:
 
         def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
             return [
-                {"name": spec.name, "data_type": f"TYPE_{datatype_of(spec)}", "dims": list(spec.shape)}
+                {"name": spec.name, "data_type": f"TYPE_{datatype_of(spec)}", "dims": codec.signature.declared(spec)}
                 for spec in specs
             ]
 
@@ -165,7 +176,7 @@ class Control:
     def effective(self) -> dict[str, Any]:
         """The settings in force, as the engine itself reports them. Not part of the protocol."""
         loaded = self._loaded(self._repository.name)
-        engine, profile = loaded.engine, loaded.cell.profile
+        engine, profile, codec, decoder = loaded.engine, loaded.cell.profile, loaded.cell.codec, loaded.cell.decoder
         target_batch, wait_s = loaded.cell.waits_for
         return {
             "model": self._repository.name,
@@ -174,7 +185,9 @@ class Control:
             "policy": loaded.cell.policy,
             "engine": engine.config,
             "effective": dict(engine.effective),
-            "pictures": None if loaded.cell.decoder is None else loaded.cell.decoder.settings,
+            "open_dimensions": codec.signature.dimensions,
+            "pictures": decoder.settings if isinstance(decoder, Decoder) else None,
+            "texts": decoder.settings if isinstance(decoder, Tokeniser) else None,
             "waits_for_samples": target_batch,
             "waits_ms": round(1e3 * wait_s, 3),
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
@@ -188,6 +201,7 @@ class Control:
         counted = ("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled", "batches")
         return {name: getattr(total, name) for name in counted} | {
             "rows": total.samples,
+            **({"positions": total.positions, "padding": total.padding} if total.positions else {}),
             "waiting": sum(state.waiting for state in report.cells.values()),
             "cells": len(report.cells),
         }

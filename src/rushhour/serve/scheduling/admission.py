@@ -33,6 +33,8 @@ class Profile:
     slower. The times of the start keep a small weight, scaled to the current speed: batches of one size alone do not
     determine the slope.
 
+    Of samples of different sizes n is the work of a batch, in samples of the usual size (`PositionCost`).
+
     Args:
         times: measured before the first request, all streams busy.
         is_sure: whether nothing else computed while they were measured; else the profile is distrusted.
@@ -52,11 +54,11 @@ class Profile:
         self._a, self._b = self._start_a, self._start_b
         self._deviation = 0.0
 
-    def seconds(self, rows: int) -> float:
+    def seconds(self, rows: float) -> float:
         """Seconds that a batch of `rows` samples takes."""
         return self._a + self._b * rows
 
-    def upper_seconds(self, rows: int) -> float:
+    def upper_seconds(self, rows: float) -> float:
         """Upper bound for a batch of `rows` samples: the prediction plus three mean deviations."""
         return self._a + self._b * rows + _CAUTION * self._deviation
 
@@ -70,7 +72,7 @@ class Profile:
         """The profile may be wrong: the next batches get more weight."""
         self._weight = _DISTRUSTED
 
-    def update(self, rows: int, seconds: float) -> None:
+    def update(self, rows: float, seconds: float) -> None:
         """A batch of `rows` samples has taken `seconds`."""
         self._deviation += _NEWEST * (abs(seconds - self.seconds(rows)) - self._deviation)
         # Outliers are capped at 4x the prediction.
@@ -91,7 +93,7 @@ class Profile:
         )
 
 
-def _moments(rows: int, seconds: float) -> tuple[float, float, float, float, float]:
+def _moments(rows: float, seconds: float) -> tuple[float, float, float, float, float]:
     return 1.0, rows, rows * rows, seconds, rows * seconds
 
 
@@ -121,7 +123,7 @@ class Admission:
         self._error = 0.0
         self._deviation = 0.0
 
-    def record(self, rows: int, expected_s: float, took_s: float) -> None:
+    def record(self, rows: float, expected_s: float, took_s: float) -> None:
         """A batch has ended.
 
         Args:
@@ -147,7 +149,7 @@ class Admission:
         """
         return max(0.0, self._error + _CAUTION * self._deviation)
 
-    def finish(self, now: float, rows: int, waiting: int, busy_until: Sequence[float], streams: int) -> float:
+    def finish(self, now: float, rows: float, waiting: float, busy_until: Sequence[float], streams: int) -> float:
         """When the last of `rows` samples that arrive now would be answered, on the clock of `now`.
 
         Args:
@@ -157,7 +159,7 @@ class Admission:
             busy_until: when each batch in flight is expected to end, in any order.
             streams: how many can run at once.
         """
-        batches = -(-(waiting + rows) // self._max_batch)
+        batches = int(-(-(waiting + rows) // self._max_batch))
         size = waiting + rows - (batches - 1) * self._max_batch
         if batches > 1 or len(busy_until) >= streams:
             size = max(size, round(self._mean_batch))  # while it waits, others join its batch
@@ -174,6 +176,6 @@ class Admission:
             heapq.heapreplace(free, free[0] + full)
         return free[0] + last
 
-    def backlog_s(self, waiting: int, streams: int) -> float:
+    def backlog_s(self, waiting: float, streams: int) -> float:
         """Seconds until `waiting` samples are answered: clients should try again after that."""
         return -(-waiting // (self._max_batch * streams)) * self._profile.seconds(self._max_batch)

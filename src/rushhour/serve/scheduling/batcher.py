@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
+from rushhour.bundle import Sizes
 from rushhour.clock import Clock
 from rushhour.measurement import BatchCost
 
@@ -44,11 +45,11 @@ _NEWEST, _DECAY = 0.1, 0.02
 class Times(Protocol):
     """The service times of the engine."""
 
-    def seconds(self, rows: int) -> float:
-        """Seconds that a batch of `rows` samples takes."""
+    def seconds(self, rows: float) -> float:
+        """Seconds that a batch of `rows` samples takes; of samples of different sizes, of so much work."""
         ...
 
-    def upper_seconds(self, rows: int) -> float:
+    def upper_seconds(self, rows: float) -> float:
         """Upper bound of the seconds that a batch of `rows` samples takes."""
         ...
 
@@ -145,7 +146,7 @@ class Batcher(Generic[T]):
         self._last = clock.now()
         self._gap = 1.0
 
-    def waiting_before(self, priority: int) -> int:
+    def waiting_before(self, priority: int) -> float:
         """Samples before a request of this priority: all of its own and of higher priorities."""
         if not self._order or self._order[-1] <= priority:
             return self.waiting
@@ -156,6 +157,10 @@ class Batcher(Generic[T]):
             for ticket in self._queues[level]
             if not ticket.cancelled
         )
+
+    def work(self, rows: int, sizes: Sizes) -> float:
+        """Of samples of these sizes, in samples of the usual size."""
+        return rows
 
     def full(self, rows: int) -> bool:
         """Whether a request of `rows` samples would be shed."""

@@ -20,10 +20,12 @@ from rushhour.plan import Policy
 from rushhour.serve.observability.statistics import Batch, Counters, Statistics, Totals, reason_of
 from rushhour.serve.scheduling.admission import Admission, Profile
 from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
+from rushhour.serve.scheduling.buckets import batcher_of
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, PictureJob, Reply, Shed, ShedError, priority_of
 from rushhour.serve.scheduling.speed import HostSpeed, Speeds
-from rushhour.serve.scheduling.stream import Stream
+from rushhour.serve.scheduling.stream import Stream, stream_of
+from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 
 _SHARE_OF_DEADLINE = 0.9
@@ -45,7 +47,7 @@ class Cell:
         policy: of the plan: the bound of the queue, and the deadline.
         profile: how long the engine's batches take; updated here.
         clock: for arrivals and deadlines.
-        decoder: of encoded pictures; None where the codec takes none.
+        decoder: of encoded pictures, or of texts; None where the codec takes none.
         cost: CPU time of the engine's batches; None where no batch waits for more samples.
     """
 
@@ -56,7 +58,7 @@ class Cell:
         policy: Policy,
         profile: Profile,
         clock: Clock,
-        decoder: Decoder | None = None,
+        decoder: Decoder | Tokeniser | None = None,
         cost: BatchCost | None = None,
     ) -> None:
         self.codec = codec
@@ -71,7 +73,7 @@ class Cell:
         self._host_speed = HostSpeed(profile.times)
         self._deadline_s = math.inf if policy.deadline_ms is None else policy.deadline_ms / 1e3
         self._admission = Admission(profile, engine.config.max_batch)
-        self._batcher: Batcher[Job] = Batcher(
+        self._batcher: Batcher[Job] = batcher_of(engine.signature, policy, profile.times)(
             engine.config.max_batch,
             policy.queue_bound,
             profile,
@@ -80,9 +82,8 @@ class Cell:
             streams=len(engine.slots),
             grace=1 / _SHARE_OF_DEADLINE - 1,
         )
-        self._row_bytes_out = tuple(spec.row_bytes for spec in engine.signature.outputs)
-        self._output_names = tuple(spec.name for spec in engine.signature.outputs)
-        self._free = [Stream(slot, engine.signature, self._loop, clock, self._finished) for slot in engine.slots]
+        stream = stream_of(self._batcher)
+        self._free = [stream(slot, engine.signature, self._loop, clock, self._finished) for slot in engine.slots]
         self._busy: list[Stream] = []
         self._streams = len(self._free)
         self._dispatching = False
@@ -186,9 +187,10 @@ class Cell:
         deadline = now + _SHARE_OF_DEADLINE * within
         waiting = self._batcher.waiting_before(priority)
         busy_until = [stream.until for stream in self._busy]
-        finish = self._admission.finish(now, rows, waiting, busy_until, self._streams)
+        work = self._batcher.work(rows, wanted.sizes) if wanted.sizes else rows
+        finish = self._admission.finish(now, work, waiting, busy_until, self._streams)
         if decoding_s:
-            finish = max(finish, self._admission.finish(now + decoding_s, rows, 0, busy_until, self._streams))
+            finish = max(finish, self._admission.finish(now + decoding_s, work, 0, busy_until, self._streams))
         if finish - now > _LONG_PREDICTION * within:  # errors of short predictions are another matter
             expected_s = finish - now
             finish += self._admission.margin_s
@@ -280,7 +282,7 @@ class Cell:
         if not batcher.reserve(rows):
             return self._no_room()
 
-        def enter(samples: memoryview | WireError) -> None:
+        def enter(samples: tuple[memoryview, ...] | WireError) -> None:
             self._decoded(job)
             request.pictures = ()
             if isinstance(samples, WireError):
@@ -296,7 +298,7 @@ class Cell:
                 why = "decoding took too long to meet the deadline"
                 self._reply_once(job, ShedError(why, self._retry_after_s()))
                 return
-            request.tensors = (samples,)
+            request.tensors = samples
             job.ticket = batcher.offer(job, rows, deadline=math.inf if is_probe else deadline, priority=priority)
             assert job.ticket is not None  # its room was reserved
             job.ticket.arrived = arrived
@@ -337,7 +339,7 @@ class Cell:
                 self.counters.batches += 1
                 self.counters.rows += rows
                 stream.started = self._clock.now()
-                stream.until = stream.started + self.profile.seconds(rows)
+                stream.until = stream.started + self.profile.seconds(stream.work)
                 stream.slot.start(rows, stream.done)
             except Exception as error:
                 self._finished(stream, error)
@@ -390,18 +392,17 @@ class Cell:
     def _hand_out(self, stream: Stream, parts: list[Part[Job]]) -> None:
         """Update the profile from a batch, and give each of its requests its rows."""
         now, last = self._clock.now(), parts[-1].ticket
-        self.profile.update(stream.rows, now - stream.started)
-        self._host_speed.record(stream.rows, stream.ended, stream.ended - stream.started)
-        self._admission.record(stream.rows, last.item.expected_s, now - last.arrived)
-        outputs = stream.slot.outputs
-        views = [outputs[name].data.cast("B") for name in self._output_names]
+        self.profile.update(stream.work, now - stream.started)
+        self._host_speed.record(stream.work, stream.ended, stream.ended - stream.started)
+        self._admission.record(stream.work, last.item.expected_s, now - last.arrived)
+        stream.read()
         begun, answered = [], []
         at = 0
         for part in parts:
             if part.first == 0:
                 begun.append(part.ticket.arrived)
             try:
-                if self._answer(part, views, at):
+                if self._answer(part, stream, at):
                     answered.append(part.ticket.arrived)
             except Exception as wrong:  # in the reply of one request: the others are answered all the same
                 self._report(wrong)
@@ -409,24 +410,18 @@ class Cell:
             at += part.rows
         self.statistics.count(stream, len(parts), begun, answered)
 
-    def _answer(self, part: Part[Job], views: list[memoryview], at: int) -> bool:
+    def _answer(self, part: Part[Job], stream: Stream, at: int) -> bool:
         """Give a request its rows of a batch, or collect them until it has all; returns whether this answered it."""
         job = part.ticket.item
         job.missing -= part.rows
         reply = job.reply
         if reply is None:
             return False
-        rows: Sequence[memoryview]
-        end = at + part.rows
+        rows = stream.answer(part, at)
         if part.rows != job.request.rows:
-            rows = self._collect(part, views, at)
+            rows = self._collect(part, rows)
             if job.missing:
                 return False
-        elif len(views) == 1:
-            size = self._row_bytes_out[0]
-            rows = (views[0][at * size : end * size],)
-        else:
-            rows = [view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)]
         job.reply = None
         if job.probe_until is not None:
             self._probed(job)
@@ -436,14 +431,15 @@ class Cell:
         self.counters.answered += 1
         return True
 
-    def _collect(self, part: Part[Job], views: list[memoryview], at: int) -> OwnedViews:
+    def _collect(self, part: Part[Job], rows: Sequence[memoryview]) -> OwnedViews:
         """Copy the rows of a part of a request; returns all of its rows so far."""
-        job, sizes = part.ticket.item, self._row_bytes_out
+        job = part.ticket.item
         if job.collected is None:
-            job.collected = OwnedViews(np.empty(job.request.rows * size, np.uint8).data for size in sizes)
-        for whole, view, size in zip(job.collected, views, sizes, strict=True):
-            first = part.first * size
-            whole[first : first + part.rows * size] = view[at * size : (at + part.rows) * size]
+            sizes = (len(view) // part.rows * job.request.rows for view in rows)
+            job.collected = OwnedViews(np.empty(size, np.uint8).data for size in sizes)
+        for whole, view in zip(job.collected, rows, strict=True):
+            first = part.first * (len(view) // part.rows)
+            whole[first : first + len(view)] = view
         return job.collected
 
     def _unanswered(self, ticket: Ticket[Job], status: int) -> bool:

@@ -33,8 +33,8 @@ _MAX_SCANS = 64
 _MEMORY = 0.05
 """Weight of the newest request in the speed of decoding."""
 
-Done = Callable[[memoryview | WireError], None]
-"""Called once, on the event loop: the samples' raw rows, or the error in a picture."""
+Done = Callable[[tuple[memoryview, ...] | WireError], None]
+"""Called once, on the event loop: the samples' raw rows of each input, or the error in one of them."""
 
 
 class PictureSettings(msgspec.Struct, frozen=True):
@@ -195,4 +195,4 @@ class Decoding:
             done(self._error)
         else:
             self._decoder._took(self._size, self._seconds)
-            done(self._samples.reshape(-1).data)
+            done((self._samples.reshape(-1).data,))

@@ -8,6 +8,7 @@ from typing import Literal
 from rushhour.errors import WireError
 from rushhour.serve.scheduling.batcher import Ticket
 from rushhour.serve.scheduling.decoding import Decoding
+from rushhour.serve.scheduling.tokenising import Tokenising
 from rushhour.wire import InferRequest, Wanted
 
 _DEFAULT_PRIORITY, _LOWEST_PRIORITY = 4, 8
@@ -47,10 +48,10 @@ class Job:
 
 
 class PictureJob(Job):
-    """A job whose pictures are decoded first; until then it has no ticket, but room in the queue is reserved."""
+    """A job whose pictures or texts are decoded first; it has no ticket until then, but room in the queue."""
 
     __slots__ = ("decoding",)
-    decoding: Decoding | None
+    decoding: Decoding | Tokenising | None
 
 
 class Shed:

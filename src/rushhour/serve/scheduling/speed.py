@@ -6,11 +6,12 @@ Another process on the same core slows computing, and neither steal time nor lat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from rushhour.capacity import ServiceProfile
 from rushhour.measurement import ServiceTimes
@@ -67,19 +68,20 @@ class HostSpeed:
     """
 
     def __init__(self, times: ServiceTimes) -> None:
-        self._profile = ServiceProfile(times)
+        fixed = isinstance(times.positions, msgspec.UnsetType)
+        self._seconds: Callable[[Any], float] = ServiceProfile(times).seconds if fixed else _line(times)
         self._parts: deque[tuple[int, float, float]] = deque(maxlen=_KEPT)
         self._part = 0
         self._expected_s = 0.0
         self._took_s = 0.0
 
-    def record(self, rows: int, ended: float, took_s: float) -> None:
-        """A batch of `rows` samples has ended, at `ended` on the clock, after `took_s`."""
+    def record(self, rows: float, ended: float, took_s: float) -> None:
+        """A batch of `rows` samples, or of so much work, has ended, at `ended` on the clock, after `took_s`."""
         part = int(ended / INTERVAL_S)
         if part > self._part:  # streams may alternate between neighbouring intervals
             self._keep()
             self._part, self._expected_s, self._took_s = part, 0.0, 0.0
-        self._expected_s += self._profile.seconds(rows)
+        self._expected_s += self._seconds(rows)
         self._took_s += took_s
 
     def speeds(self, now: float) -> Speeds:
@@ -100,3 +102,14 @@ class HostSpeed:
             if self._parts and self._parts[-1][0] == self._part:
                 self._parts.pop()
             self._parts.append((self._part, self._expected_s, self._took_s))
+
+
+def _line(times: ServiceTimes) -> Callable[[float], float]:
+    """Seconds of a batch by its work, which is no whole number where samples differ in size."""
+    slope, base = np.polyfit(times.batch_sizes, times.seconds, 1) if len(times.seconds) > 1 else (0.0, times.seconds[0])
+    least = min(times.seconds) / 16  # of a line that crosses zero
+
+    def seconds(work: float) -> float:
+        return max(least, float(base + slope * work))
+
+    return seconds

@@ -159,7 +159,7 @@ class GrpcCodec:
             parts.append(before)
             parts.append(outputs[position])
         if not parts:
-            parts.append(self._answer(request.header.layout, outputs))
+            parts.append(self._answer(request.request, outputs))
         if request.id:
             parts.append(_tagged(_ID_OUT, len(request.id)))
             parts.append(request.id)
@@ -180,10 +180,11 @@ class GrpcCodec:
         layout = self.codec.arrange(_described(parsed, raw, contents))
         wanted = layout.wanted
         answer: list[tuple[bytes, int]] = []
-        if not wanted.top and not wanted.places:
+        has_size = not layout.encoded or not self.codec.signature.dimensions  # else texts have none yet
+        if not wanted.top and not wanted.places and has_size:
             before = self._answer_header(layout)
             for position in wanted.outputs:
-                size = layout.rows * self.codec.signature.outputs[position].row_bytes
+                size = self.codec.output_bytes(position, layout.rows, wanted.sizes)
                 answer.append((before + _tagged(_RAW_OUT, size), position))
                 before = b""
         header = _Header(layout, answer)
@@ -196,13 +197,13 @@ class GrpcCodec:
     def _answer_header(self, layout: Layout) -> bytes:
         response = _Response(model_name=self.codec.model, model_version=self.codec.version)
         for position in layout.wanted.outputs:
-            name, datatype, shape = self.codec.describe(position, layout.rows)
+            name, datatype, shape = self.codec.describe(position, layout.rows, layout.wanted.sizes)
             response.outputs.add(name=name, datatype=datatype, shape=shape)
         return bytes(response.SerializeToString())
 
-    def _answer(self, layout: Layout, outputs: Sequence[memoryview]) -> bytes:
+    def _answer(self, request: InferRequest, outputs: Sequence[memoryview]) -> bytes:
         response = _Response(model_name=self.codec.model, model_version=self.codec.version)
-        for output in self.codec.outputs(layout.wanted, layout.rows, outputs):  # few values, or on a thread
+        for output in self.codec.outputs(request.wanted, request.rows, outputs):  # few values, or on a thread
             response.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
             response.raw_output_contents.append(b"" if output.raw is None else bytes(output.raw))
         return bytes(response.SerializeToString())

@@ -48,7 +48,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
     """
     entry = control.index()[0]
     name = entry["name"]
-    metadata = control.metadata(name) if entry["state"] == "READY" else None
+    metadata = control.metadata(name) | control.bounds(name) if entry["state"] == "READY" else None
     version = entry["version"] or "1"
     keyed = control.keyed
     return {
@@ -223,7 +223,7 @@ def _request(metadata: Schema | None) -> Schema:
     )
     inputs: Schema = {"type": "array"}
     if metadata is not None:
-        each = [_input(tensor) for tensor in metadata["inputs"]]
+        each = [_input(tensor, metadata["bounds"][tensor["name"]]) for tensor in metadata["inputs"]]
         inputs |= {"minItems": len(each), "maxItems": len(each), "items": {"anyOf": each}}
         wanted["properties"]["name"] = {"enum": [tensor["name"] for tensor in metadata["outputs"]]}
     return _object(
@@ -237,8 +237,11 @@ def _request(metadata: Schema | None) -> Schema:
     )
 
 
-def _input(tensor: Schema) -> Schema:
-    shape = [{"type": "integer", "minimum": 1}, *({"const": size} for size in tensor["shape"][1:])]
+def _input(tensor: Schema, bounds: list[tuple[int, int]]) -> Schema:
+    shape: list[Schema] = [{"type": "integer", "minimum": 1}]
+    for smallest, largest in bounds:
+        bounded = {"type": "integer", "minimum": smallest, "maximum": largest}
+        shape.append({"const": largest} if smallest == largest else bounded)
     ranked = {"type": "array", "prefixItems": shape, "items": False, "minItems": len(shape)}
     text = "Flat or nested, as many as the shape says; or the parameter 'binary_data_size', and raw bytes."
     return _object(
@@ -255,10 +258,10 @@ def _tensor(least: int) -> Schema:
 
 
 def _example(metadata: Schema) -> Schema:
-    """A request for one sample of zeros."""
+    """A request for one sample of zeros, the smallest."""
     inputs = []
     for tensor in metadata["inputs"]:
-        shape = [1, *tensor["shape"][1:]]
+        shape = [1, *(smallest for smallest, _ in metadata["bounds"][tensor["name"]])]
         zeros = np.zeros(shape, dtype_of(tensor["datatype"])).ravel().tolist()
         inputs.append({"name": tensor["name"], "datatype": tensor["datatype"], "shape": shape, "data": zeros})
     return {"inputs": inputs}

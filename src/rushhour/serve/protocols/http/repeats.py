@@ -60,7 +60,8 @@ class KnownRequest(PreparedAnswer):
         if described is not None:
             if identity:
                 described = b'%b,"id":"%b"%b' % (described[: codec.id_at], identity, described[codec.id_at :])
-            size = len(described) + self.rows * sum(spec.row_bytes for spec in codec.signature.outputs)
+            outputs = range(len(codec.signature.outputs))
+            size = len(described) + sum(codec.output_bytes(each, self.rows, layout.wanted.sizes) for each in outputs)
             answer = BINARY % (len(described), b"", size)
             at = len(answer) + codec.id_at + len(b',"id":"')
             answer += described
