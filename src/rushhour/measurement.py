@@ -209,6 +209,8 @@ class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
         split: which held-out part of the data.
         drop: reference minus this one on the same samples (0 for the reference itself).
         drop_interval: its paired 95% interval.
+        class_drops: of a classification, the drop among the samples that this one answers with each class; empty where
+            it was not measured, or there is no drop.
     """
 
     metric: str
@@ -218,6 +220,7 @@ class Accuracy(msgspec.Struct, frozen=True, tag_field="kind", tag="accuracy"):
     split: str
     drop: Number = 0.0
     drop_interval: Interval = (0.0, 0.0)
+    class_drops: tuple[Number, ...] = ()
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag_field="kind", tag="closed_loop"):

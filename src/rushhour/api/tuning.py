@@ -88,6 +88,7 @@ def tune(
     trust: str | Sequence[str] = (),
     name: str | None = None,
     cold: bool = False,
+    ladder: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> TuneResult:
@@ -129,6 +130,8 @@ def tune(
         name: the model's name, under which it is served; by default a bundle's own, or that of the folder `out`.
         cold: ignore what earlier runs on this machine measured (the cost of serving, how far predictions were off, the
             time of a training step). It is only a start: a run's own measurements weigh more.
+        ladder: give the plan a ladder of the candidates that were measured, from the most accurate to the fastest: its
+            server moves along it as the load changes, and spends the accuracy budget on average (docs/ladder.md).
         force: replace the plan of a run at `out` that had other arguments; measurements that still hold are used.
         progress: gets the progress, and notes on what was left out or chosen.
 
@@ -140,7 +143,8 @@ def tune(
     from rushhour.tune import TuneSettings, tune_run
 
     goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
-    settings = TuneSettings(budget_s=None if budget is None else read_budget(budget), recipes=recipes, prefer=prefer)
+    seconds = None if budget is None else read_budget(budget)
+    settings = TuneSettings(budget_s=seconds, recipes=recipes, prefer=prefer, ladder=ladder)
     name, progress, run = check_name(name), progress or Silent(), read_path(out)
     training: dict[str, Any] = {
         "epochs": epochs,

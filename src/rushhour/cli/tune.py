@@ -39,12 +39,15 @@ def how_to_continue(params: dict[str, Any]) -> str:
 
 def show(result: TuneResult, json_file: Path | None) -> None:
     """Print the plan beside the baseline. Ends the process with 1 where nothing met the goal."""
+    from rushhour.ladder import in_words
     from rushhour.report import SummaryTable
 
     write_json(json_file, result.plan)
     console = result_console()
     console.print()
     console.print(SummaryTable(result.plan))
+    if result.plan.ladder:
+        console.print(f"\nThe ladder:  {in_words(result.plan.ladder)}", highlight=False)
     console.print(f"\nServe it:    [bold]rushhour serve {result.run}[/]\nThe report:  {result.report}", highlight=False)
     if not result.feasible:
         click.echo("nothing met the whole goal: this is the nearest miss", err=True)
@@ -78,6 +81,12 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     help="What decides within the limits. capacity: the most requests per second. accuracy: the same, among those that "
     "are not measurably less accurate than the most accurate one. memory: the smallest model with at least half of the "
     "best capacity.",
+)
+@option(
+    "--ladder",
+    is_flag=True,
+    help="Give the plan a ladder: variants from the most accurate to the fastest. Its server moves along it as the "
+    "load changes, and spends the accuracy budget on average.",
 )
 @cold_option
 @name_option

@@ -19,6 +19,8 @@ from rushhour.task import Task, Z
 
 _ROUNDING: Final = 1e-4
 """Share of the answers' range that two engines' float32 results may differ by."""
+_CLASSES: Final = 100
+"""Drops by class are measured for so many classes at most: of more, each has too few samples."""
 _UNCHANGED: Final = 2.0
 """Over n: so close to the drop is the upper end of its interval where no answer is right in one of the two only."""
 
@@ -85,6 +87,7 @@ def judge(
         split=split_name,
         drop=drop,
         drop_interval=drop_interval,
+        class_drops=_class_drops(task, outputs, reference_outputs, targets),
     )
 
 
@@ -146,7 +149,27 @@ def _fidelity(task: Task, split_name: str, outputs: NDArray[Any], reference: NDA
         split=split_name,
         drop=1 - value,
         drop_interval=(1 - high, 1 - low),
+        class_drops=()
+        if same or reference is None
+        else _class_drops(task, outputs, reference, reference.argmax(axis=1)),
     )
+
+
+def _class_drops(
+    task: Task, outputs: NDArray[Any], reference: NDArray[Any], targets: NDArray[Any]
+) -> tuple[float, ...]:
+    """The drop among the samples that are answered with each class; the mean drop for a class that is never answered.
+
+    Weighted by how often each class is answered, they add up to the drop.
+    """
+    if task.kind != "classification" or task.outputs > _CLASSES:
+        return ()
+    answers = outputs.argmax(axis=1)
+    lost = (reference.argmax(axis=1) == targets).astype(np.float64) - (answers == targets)
+    counts = np.bincount(answers, minlength=task.outputs)
+    sums = np.bincount(answers, weights=lost, minlength=task.outputs)
+    drops = np.where(counts > 0, sums / np.maximum(counts, 1), lost.mean())
+    return tuple(round(float(drop), 6) for drop in drops)
 
 
 def check_fits(bundle: Bundle, inputs: NDArray[Any]) -> None:

@@ -125,9 +125,10 @@ def lowest_failing(state: CandidateState) -> float | None:
     return min(failing, default=None)
 
 
-def operating_points(windows: list[Measurement]) -> tuple[OperatingPoint, ...]:
-    """The windows as operating points, in the order of their rates."""
+def operating_points(windows: list[Measurement], variant: str) -> tuple[OperatingPoint, ...]:
+    """The windows of a variant as operating points, in the order of their rates."""
     ordered = sorted(windows, key=lambda window: window.rate_rps)
     return tuple(
-        OperatingPoint(window.rate_rps, window.p50_ms, window.p99_ms, window.outcome.value) for window in ordered
+        OperatingPoint(window.rate_rps, window.p50_ms, window.p99_ms, window.outcome.value, variant)
+        for window in ordered
     )

@@ -273,7 +273,10 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 def _but_budget(settings: TuneSettings) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(settings).items() if name != "budget_s"}
+    known = {name: value for name, value in msgspec.structs.asdict(settings).items() if name != "budget_s"}
+    if not settings.ladder:
+        del known["ladder"]  # as in the records of runs before there were ladders
+    return known
 
 
 def _check_same(run: Path, record: _Record, *, force: bool) -> None:

@@ -42,6 +42,7 @@ from rushhour.tune.coverage import certified
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.engine_times import EngineTimes
 from rushhour.tune.front import Rated, choice, front, measurably_worse, rated
+from rushhour.tune.ladder import with_ladder
 from rushhour.tune.load_tests import LoadTests
 from rushhour.tune.measuring import MeasurementSource
 from rushhour.tune.prediction import Predictor
@@ -449,9 +450,26 @@ class _Search:
                 count=self._decisions.load_tests,
             ),
         )
-        return msgspec.structs.replace(
-            self._plan_of(winner),
-            operating_points=operating_points(winner.windows),
+        plan = self._plan_of(winner)
+        plan = msgspec.structs.replace(
+            plan,
+            operating_points=operating_points(winner.windows, plan.variants[0].name),
             evidence=evidence,
             feasible=feasible,
         )
+        return self._laddered(plan, winner, states, rate) if self._settings.ladder and feasible else plan
+
+    def _laddered(
+        self, plan: Plan, winner: CandidateState, states: list[CandidateState], rate: Callable[[CandidateState], Rated]
+    ) -> Plan:
+        """The plan with a ladder of the candidates that were measured."""
+        self._progress.start("Making a ladder of the candidates")
+        made, words = with_ladder(
+            *(plan, winner, states, self._bundles, rate, self._predictor.choose_batch),
+            lambda state: self._accuracy.accuracy(state.candidate, "test"),
+        )
+        self._progress.done(words, good=bool(made.ladder))
+        why = "each carries at least a quarter more; what is over the accuracy budget answers only in a rush"
+        self._decisions.note("ladder", f"{len(states)} candidates", words, why)
+        evidence = msgspec.structs.replace(plan.evidence, decisions=self._decisions.made) if plan.evidence else None
+        return msgspec.structs.replace(made, evidence=evidence)

@@ -33,6 +33,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
         prefer: what decides among candidates within the goal: the most requests per second (`capacity`); the same among
             those that are not measurably less accurate than the most accurate one (`accuracy`); or the smallest served
             model with at least half of the best capacity (`memory`).
+        ladder: whether the plan gets a ladder of the candidates that were measured.
     """
 
     seed: int = 0
@@ -45,6 +46,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
     budget_s: float | None = None
     recipes: Recipes = "auto"
     prefer: Preference = "capacity"
+    ladder: bool = False
 
     def __post_init__(self) -> None:
         if self.recipes not in get_args(Recipes):
