@@ -21,6 +21,7 @@
 # make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
 # make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; the article's Keras service against its Plan, imports against torch; 40 more on a quiet machine; resumes
 # make bench-cluster  size, start and memory of an exported container, 5 minutes
+# make bench-adapt  ladders against the best single variant, 30 minutes on a quiet machine; parts by `--only`
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.
@@ -32,7 +33,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-doors bench-cluster fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-doors bench-cluster bench-adapt fuzz docs
 
 setup: .venv/.ready
 
@@ -141,6 +142,10 @@ bench-doors: .venv/.dev
 
 bench-cluster: setup
 	$(BIN)/python benchmarks/cluster.py
+	$(BIN)/python benchmarks/render.py
+
+bench-adapt: .venv/.dev
+	$(BIN)/python benchmarks/adapt.py
 	$(BIN)/python benchmarks/render.py
 
 picture: setup

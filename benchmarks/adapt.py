@@ -1,0 +1,79 @@
+"""`make bench-adapt`: a server that divides work, and that spends accuracy only in a rush.
+
+1       a day in a minute: a ladder against the best single variant, and against its own simulation (adapt_ladder.py)
+5       random loads in virtual time: the account holds, nothing oscillates
+6       a worker is killed at a switch, the model is reloaded in a spike, a variant cannot be opened
+7       CPU per request with one variant, against a commit before there were ladders
+
+Each part stays in the record with the commit that it was measured at; `--only 1` measures it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from adapt_ladder import cost_part, day_part, traces_part, trouble_part
+from bench.parts import Part, run_parts, scale_of, scale_options
+
+RESULTS = Path(__file__).parent / "results" / "adapt.json"
+BENCH = Path(__file__).resolve().parent.parent / ".bench"
+SEED = 0
+BEFORE = "2786661"
+"""The last commit before a cell had several variants."""
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """The size of each part.
+
+    Attributes:
+        networks: of the day, separated by commas; `day_epochs` of their training.
+        searches: seconds of each search for a capacity.
+        days: of each contestant.
+        window: answers over which the budget of the day is kept.
+        traces: of random load.
+        troubles: of each kind.
+        blocks: rounds of the comparison of CPU per request.
+    """
+
+    networks: str = "article,residual,mlp"
+    day_epochs: int = 6
+    searches: float = 60.0
+    days: int = 4
+    window: int = 20_000
+    traces: int = 1000
+    troubles: int = 5
+    blocks: int = 24
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measure what is missing, and write the record after each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts, measured anew")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
+    parser.add_argument("--work", type=Path, default=BENCH, help="where networks and runs are kept")
+    parser.add_argument("--before", default=BEFORE, help="the commit that part 7 compares with")
+    scale_options(parser, Scale())
+    arguments = parser.parse_args(given)
+    scale, work = scale_of(arguments, Scale), arguments.work
+    parts: dict[str, Callable[[], Part]] = {
+        "1": lambda: day_part(
+            *(scale.networks, scale.day_epochs, scale.searches, scale.days, scale.window, work),
+        ),
+        "5": lambda: traces_part(scale.traces),
+        "6": lambda: trouble_part(scale.troubles, work),
+        "7": lambda: cost_part(arguments.before, scale.blocks),
+    }
+    only = {name for name in arguments.only.split(",") if name}
+    timed = set(parts) - {"5"}
+    return run_parts(parts, arguments.out, kept=True, only=only, timed=timed, seeds={"first": SEED})
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
