@@ -293,7 +293,7 @@ def test_a_plan_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": 2}, "reads schemas up to 1"),
+        ({"schema": 3}, "reads schemas up to 2"),
         ({"schema": None}, "cannot be read"),
         ({"policy": {"streams": 0}}, "cannot be read"),
         ({"variants": []}, "cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +10,12 @@ import msgspec
 
 from rushhour.errors import GoalError, PlanError
 from rushhour.goal import Goal
+from rushhour.ladder import WINDOW, Batch, LadderPoint, Window, check_ladder
 from rushhour.measurement import Interval, Number, Rate, ServiceTimes, Time
 from rushhour.system.machine import Machine
 from rushhour.system.storage import explained, write_whole
 
-SCHEMA = 1
+SCHEMA = 2
 PLAN = "plan.json"
 """The Plan's file in a run's folder."""
 SO_FAR = "plan-so-far.json"
@@ -22,12 +24,8 @@ SO_FAR = "plan-so-far.json"
 EngineName = Literal["openvino", "onnxruntime", "torch"]
 Precision = Literal["f32", "bf16", "int8"]
 
-LARGEST_BATCH = 4096
-"""Bound on the batch size: an engine runs its largest batch once before it serves."""
-
 _Cells = Annotated[int, msgspec.Meta(ge=1, le=256)]
 _Lanes = Annotated[int, msgspec.Meta(ge=1, le=1024)]
-_Batch = Annotated[int, msgspec.Meta(ge=1, le=LARGEST_BATCH)]
 _Bound = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 _Bucket = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 _Schema = Annotated[int, msgspec.Meta(ge=1)]
@@ -74,19 +72,24 @@ class Policy(msgspec.Struct, frozen=True):
     cells: _Cells = 1
     streams: _Lanes = 1
     threads: _Lanes = 1
-    max_batch: _Batch = 1
+    max_batch: Batch = 1
     queue_bound: _Bound = 1024
     deadline_ms: _Ms | None = None
     buckets: Annotated[tuple[_Bucket, ...], msgspec.Meta(max_length=64)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class OperatingPoint(msgspec.Struct, frozen=True):
-    """The latency measured at a rate."""
+    """The latency measured at a rate.
+
+    Attributes:
+        variant: that answered; empty in plans of schema 1, where it is the first.
+    """
 
     rate_rps: Rate
     p50_ms: Time | None
     p99_ms: Time | None
     outcome: str
+    variant: str = ""
 
 
 Fate = Literal["won", "baseline", "beaten", "tied", "dominated", "not preferred", "over budget", "failed", "skipped"]
@@ -348,9 +351,15 @@ class Evidence(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """How to serve a model: variants, policy and operating points that meet the goal, with the evidence.
 
+    The first variant is served. Further ones are for machines that cannot run it; with a ladder they are what the
+    server chooses from as the load changes.
+
     Attributes:
         model: the name of the tuned model, under which every variant is served; empty in plans of older versions, which
             are served under the name of the run's reference.
+        ladder: variants from the most accurate to the fastest; empty where the variant stays.
+        accuracy_window: over any so many answers in a row, the mean accuracy drop of a ladder is within the goal's
+            budget.
     """
 
     goal: Goal
@@ -362,6 +371,31 @@ class Plan(msgspec.Struct, frozen=True):
     """False for the nearest miss: nothing met the goal, and this plan came closest."""
     model: str = ""
     schema: _Schema = SCHEMA
+    ladder: tuple[LadderPoint, ...] = ()
+    accuracy_window: Window = WINDOW
+
+    def check(self) -> None:
+        """Refuse a ladder that could not be served.
+
+        Raises:
+            PlanError: naming the first fault.
+        """
+        if self.ladder:
+            check_ladder(self.ladder, {variant.name for variant in self.variants}, self.goal.budget.max_drop)
+
+    def with_ladder(self, points: Sequence[LadderPoint], *, window: int = WINDOW) -> Plan:
+        """The same with a ladder.
+
+        Args:
+            points: from the most accurate to the fastest; each names one of the plan's variants.
+            window: as `accuracy_window`.
+
+        Raises:
+            PlanError: if it could not be served.
+        """
+        plan = msgspec.structs.replace(self, ladder=tuple(points), accuracy_window=window, schema=SCHEMA)
+        plan.check()
+        return plan
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, whole or not at all.
@@ -376,7 +410,8 @@ class Plan(msgspec.Struct, frozen=True):
         """Read a plan and check every field.
 
         Raises:
-            PlanError: if it is missing, damaged, or of a newer schema than this program knows.
+            PlanError: if it is missing, damaged, of a newer schema than this program knows, or its ladder could not be
+                served.
         """
         with explained(f"read {path}"):
             is_there = path.is_file()
@@ -396,13 +431,15 @@ class Plan(msgspec.Struct, frozen=True):
                     f"this Rushhour reads schemas up to {SCHEMA}",
                     "upgrade Rushhour, or make the plan again with `rushhour tune`",
                 )
-            return msgspec.json.decode(content, type=cls)
+            plan = msgspec.json.decode(content, type=cls)
         except (msgspec.DecodeError, GoalError, RecursionError) as error:
             raise PlanError(
                 f"the plan {path} cannot be read",
                 str(error),
                 "restore it, or make it again with `rushhour tune`",
             ) from error
+        plan.check()
+        return plan
 
 
 class _SchemaOnly(msgspec.Struct):

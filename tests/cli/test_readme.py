@@ -24,6 +24,7 @@ from rushhour.bundle import Bundle
 from rushhour.cli import cli
 from rushhour.goal import SLO, Goal
 from rushhour.plan import Plan, Policy, Variant
+from rushhour.serve import open_target
 from rushhour.testing.bundles import tiny_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -138,9 +139,22 @@ def test_a_file_from_elsewhere_becomes_a_bundle_as_it_stands(
     assert "image" in capsys.readouterr().out
 
 
+def test_a_ladder_by_hand_is_made_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = code_of("docs/ladder.md", "python")
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/photos")
+    variants = []
+    for seed, name in enumerate(("accurate", "fast")):
+        bundle = tiny_bundle(run / "bundles" / name, seed=seed)
+        variants.append(Variant(name, f"bundles/{name}", bundle.manifest.hash, "openvino", "f32"))
+    Plan(Goal(SLO.parse("p99<50ms")), tuple(variants), Policy(), model="tiny").save(run / "plan.json")
+    exec(code, {})
+    assert [point.variant for point in open_target(run).plan.ladder] == ["accurate", "fast"]
+
+
 def test_no_other_page_has_code_that_nothing_runs() -> None:
     pages = {page for page in GUIDES if code_of(page, "python") or code_of(page, "sh")}
-    assert pages == {"README.md", "docs/serving.md", "docs/compression.md"}
+    assert pages == {"README.md", "docs/serving.md", "docs/compression.md", "docs/ladder.md"}
 
 
 # -- commands and options

@@ -32,6 +32,7 @@ from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.batcher import Batcher
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Job, Shed, ShedError
+from rushhour.serve.scheduling.variant import Variant
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, InferRequest, Wanted
 
@@ -76,7 +77,9 @@ def cell_of(
     clock: Clock | None = None,
 ) -> Cell:
     policy = Policy(max_batch=engine.config.max_batch, queue_bound=queue_bound, deadline_ms=deadline_ms)
-    return Cell(engine, Codec("fake", engine.signature), policy, profile or Profile(times()), clock or WallClock())
+    return Cell(
+        [Variant(engine, profile or Profile(times()))], Codec("fake", engine.signature), policy, clock or WallClock()
+    )
 
 
 def put(
@@ -547,13 +550,11 @@ def test_a_reload_beside_a_busy_engine_is_in_doubt_and_one_of_the_same_bundle_is
         await served.load()
         first = served.loaded
         assert first is not None
-        assert first.opened is not None
-        assert first.opened.was_alone
+        assert first.was_alone
         await served.load()
         again = served.loaded
         assert again is not None
-        assert again.opened is not None
-        assert again.opened.times is first.opened.times, "nothing else says how fast it is when it is alone"
+        assert again.opened[0].times is first.opened[0].times, "nothing else says how fast it is when it is alone"
         # Served another way, while the old one computes: what is measured then is in doubt.
         planned(tiny, tmp_path / "other", max_batch=1)
         (tmp_path / "other" / "plan.json").replace(target / "plan.json")
@@ -565,8 +566,7 @@ def test_a_reload_beside_a_busy_engine_is_in_doubt_and_one_of_the_same_bundle_is
         while served.loaded is again:
             await asyncio.sleep(0.005)
         assert served.loaded is not None
-        assert served.loaded.opened is not None
-        assert not served.loaded.opened.was_alone
+        assert not served.loaded.was_alone
         held.pop(0)()
         await loading
         right(waiting, unique(1, 0))
@@ -669,17 +669,16 @@ def test_over_http_who_waited_too_long_is_told_to_come_back(tiny: Bundle, tmp_pa
 def test_pictures_that_waited_too_long_are_left_out() -> None:
     async def scenario() -> None:
         with decoding(held=False) as decoder:
-            clock, held = VirtualClock(), Held()
+            clock = VirtualClock()
             cell = cell_of_pictures(decoder, deadline_ms=1000, clock=clock)
-            cell.engine = FakeEngine(cell.engine.config, signature=cell.engine.signature, schedule=held.schedule)
             answer, _ = submit_pictures(cell, png(0))
             busy = list(cell._free)
             cell._free.clear()  # as if all streams computed
-            while not answer.done() and not cell._batcher._queues:
+            while not answer.done() and not cell.batcher._queues:
                 await asyncio.sleep(0.002)
             clock.advance(2.0)
             cell._free.extend(busy)
-            cell._dispatch_soon()
+            cell.dispatch_soon()
             with pytest.raises(WireError, match="longer than its time limit"):
                 await answer
             assert cell.counters.batches == 0

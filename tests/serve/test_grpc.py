@@ -41,12 +41,14 @@ from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings, open_target
 from rushhour.serve.access.keys import Keys
 from rushhour.serve.memory.shared_memory import SharedMemory
+from rushhour.serve.opening import opener
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.grpc.server import GrpcServer
 from rushhour.serve.protocols.listener import bind_reserved
-from rushhour.serve.repository import Loaded, Repository, opener
+from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.variant import Variant
 from rushhour.serve.target import ServedVariant
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
@@ -902,7 +904,7 @@ async def face_of(tiny: Bundle, engine: FakeEngine, **policy: Any) -> AsyncItera
     repository = Repository(open_target(tiny.path), None, opener(()))
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     settings = Policy(max_batch=engine.config.max_batch, **policy)
-    cell = Cell(engine, Codec("tiny", engine.signature), settings, profile, WallClock())
+    cell = Cell([Variant(engine, profile)], Codec("tiny", engine.signature), settings, WallClock())
     target = open_target(tiny.path)
     repository.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
     face = GrpcServer(repository, Control(repository, lambda: False), Limits(), Keys(()))

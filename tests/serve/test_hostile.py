@@ -40,6 +40,7 @@ from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Shed, ShedError
+from rushhour.serve.scheduling.variant import Variant as CellVariant
 from rushhour.serve.worker import Worker
 from rushhour.testing.bundles import tiny_answers
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
@@ -188,7 +189,7 @@ class Replay:
             ServiceTimes(sizes, tuple(map(self.seconds, sizes)), tuple(n / self.seconds(n) for n in sizes))
         )
         policy = Policy(max_batch=max_batch, queue_bound=queue_bound, deadline_ms=deadline_ms)
-        self.cell = Cell(engine, Codec("fake", engine.signature), policy, profile, self.clock)
+        self.cell = Cell([CellVariant(engine, profile)], Codec("fake", engine.signature), policy, self.clock)
 
     def seconds(self, rows: int) -> float:
         return self._cost[0] + self._cost[1] * rows

@@ -40,6 +40,7 @@ from rushhour.serve.protocols.listener import bind_reserved
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.variant import Variant
 from rushhour.serve.target import ServedVariant
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
@@ -179,7 +180,7 @@ async def served(
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     settings = Policy(max_batch=max_batch, **policy)
     codec = Codec("tiny", engine.signature, labels=("a", "b", "c"), regions=regions)
-    cell = Cell(engine, codec, repository._bounded(settings, engine.signature), profile, WallClock())
+    cell = Cell([Variant(engine, profile)], codec, repository._bounded(settings, engine.signature), WallClock())
     repository.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
     repository._infer_paths = frozenset((PATH.encode(),))
     control = Control(repository, lambda: False, regions=regions)
@@ -356,7 +357,7 @@ def test_a_model_replaced_while_a_large_request_is_read_answers_it(
             asking = asyncio.ensure_future(client.ask(post(in_json(LARGE))))
             await asyncio.to_thread(reading.wait, _WAIT_S)
             codec = Codec("tiny", old.engine.signature, version="2")
-            cell = Cell(old.engine, codec, old.cell.policy, old.cell.profile, WallClock())
+            cell = Cell([Variant(old.engine, old.cell.profile)], codec, old.cell.policy, WallClock())
             repository.loaded = Loaded(old.target, old.variant, old.engine, cell)
             going_on.set()
             answer = await asking
@@ -1010,7 +1011,7 @@ def test_a_known_request_is_read_anew_after_a_reload(tiny: Bundle) -> None:
                 old = repository.loaded
                 assert old is not None
                 codec = Codec("tiny", old.engine.signature, version=version)
-                cell = Cell(old.engine, codec, old.cell.policy, old.cell.profile, WallClock())
+                cell = Cell([Variant(old.engine, old.cell.profile)], codec, old.cell.policy, WallClock())
                 repository.loaded = Loaded(old.target, old.variant, old.engine, cell)
                 for number in range(3):
                     answer = await client.ask(numbered(number, in_head=True, in_json=True))

@@ -28,6 +28,7 @@ from rushhour.serve import ServeSettings
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Shed
+from rushhour.serve.scheduling.variant import Variant as CellVariant
 from rushhour.testing.bundles import tiny_text_answers, tiny_text_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, InferRequest, Wanted
@@ -207,7 +208,7 @@ def post(server: Server, body: bytes) -> tuple[int, Any]:
 def cell_of(engine: FakeEngine, deadline_ms: float | None = None) -> Cell:
     times = ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (1.0, 1.0, 1.0), positions=PositionCost(usual=8, share=1.0))
     policy = Policy(max_batch=engine.config.max_batch, queue_bound=100, deadline_ms=deadline_ms)
-    return Cell(engine, Codec("fake", SIGNATURE), policy, Profile(times), WallClock())
+    return Cell([CellVariant(engine, Profile(times))], Codec("fake", SIGNATURE), policy, WallClock())
 
 
 def put(cell: Cell, samples: np.ndarray, done: Callable[[list[bytes] | Exception], None]) -> None:

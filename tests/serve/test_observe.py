@@ -38,6 +38,7 @@ from tritonclient.utils import shared_memory as shm
 
 from conftest import Server
 from rushhour.bundle import Bundle
+from rushhour.capacity import ServiceProfile
 from rushhour.clock import VirtualClock, WallClock
 from rushhour.engines import EngineConfig
 from rushhour.errors import ServeError
@@ -57,6 +58,7 @@ from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Shed
 from rushhour.serve.scheduling.speed import HostSpeed, Speeds
 from rushhour.serve.scheduling.speed import sum_speeds as summed_speeds
+from rushhour.serve.scheduling.variant import Variant
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine
 from rushhour.wire import Codec, InferRequest, Wanted, encode_request
@@ -168,6 +170,7 @@ def wait_until(true: Callable[[], object], seconds: float = 20.0) -> None:
 
 class ABatch:
     positions = padding = 0
+    variant = ""
 
     def __init__(self, rows: int, taken: float, ended: float) -> None:
         self.rows, self.taken, self.started, self.ended = rows, taken, taken, ended
@@ -213,25 +216,28 @@ def test_sums_of_versions_share_nothing_and_forget_no_request() -> None:
 
 
 def test_the_speed_is_what_batches_were_to_take_over_what_they_took() -> None:
-    speedometer = HostSpeed(ServiceTimes((1, 2, 4), (0.010, 0.012, 0.016), (100.0, 166.0, 250.0)))
+    speedometer, times = (
+        HostSpeed(),
+        ServiceProfile(ServiceTimes((1, 2, 4), (0.010, 0.012, 0.016), (100.0, 166.0, 250.0))),
+    )
     assert speedometer.recent() is None
     assert speedometer.speeds(1.0).parts == {}
     for rows, ended, took in ((1, 5.01, 0.010), (3, 5.02, 0.028), (2, 5.11, 0.024), (1, 5.09, 0.020), (4, 7.0, 0.016)):
-        speedometer.record(rows, ended, took)
+        speedometer.record(times.seconds(rows), ended, took)
     told = speedometer.speeds(7.01)
     assert told.parts == {
         50: pytest.approx((0.024, 0.038)),
         51: pytest.approx((0.022, 0.044)),  # two streams: the older batch is told of last
         70: pytest.approx((0.016, 0.016)),
     }
-    speedometer.record(4, 7.05, 0.032)
+    speedometer.record(0.016, 7.05, 0.032)
     assert speedometer.speeds(8.0).parts[70] == pytest.approx((0.032, 0.048)), "what is asked for is not ended by it"
     assert speedometer.recent() == pytest.approx(0.078 / 0.130)
     shown = told.shown()
     assert shown["age_s"] == pytest.approx([1.96, 1.86, 0.0], abs=1e-9)
     assert (len(shown["expected_s"]), shown["interval_s"]) == (3, 0.1)
     for second in range(10_000):
-        speedometer.record(1, 10.05 + second, 0.010)
+        speedometer.record(0.010, 10.05 + second, 0.010)
     assert len(speedometer.speeds(20_000.0).parts) == 3000
     assert speedometer.recent() == pytest.approx(1.0)
 
@@ -319,7 +325,9 @@ def test_shed_and_cancelled_requests_are_told_apart(tiny: Bundle) -> None:
     async def scenario() -> None:
         engine = FakeEngine(EngineConfig("openvino", max_batch=1), schedule=lambda seconds, finish: None)
         profile = Profile(ServiceTimes((1, 2), (0.011, 0.012), (90.0, 166.0)))
-        cell = Cell(engine, Codec("tiny", engine.signature), Policy(max_batch=1, queue_bound=1), profile, WallClock())
+        cell = Cell(
+            [Variant(engine, profile)], Codec("tiny", engine.signature), Policy(max_batch=1, queue_bound=1), WallClock()
+        )
 
         def submit(timeout_s: float | None = None) -> Any:
             wanted = Wanted("", (0,), (True,), timeout_s=timeout_s)
@@ -643,7 +651,7 @@ def test_a_request_is_a_span_below_its_callers_with_its_queue_and_batch() -> Non
     async def scenario() -> None:
         engine = FakeEngine(EngineConfig("openvino", max_batch=4))
         profile = Profile(ServiceTimes((1, 2), (0.011, 0.012), (90.0, 166.0)))
-        cell = Cell(engine, Codec("tiny", engine.signature), Policy(max_batch=4), profile, WallClock())
+        cell = Cell([Variant(engine, profile)], Codec("tiny", engine.signature), Policy(max_batch=4), WallClock())
         observer = Observer(WallClock(), records=False, spans=Spans(spans, WallClock()))
         server = await asyncio.get_running_loop().create_server(
             lambda: ObservedConnection(DeskOf(cell), observer), "127.0.0.1", 0
@@ -1020,7 +1028,7 @@ def test_an_answer_that_cannot_be_written_is_no_success() -> None:
     async def scenario() -> None:
         engine = FakeEngine(EngineConfig("openvino", max_batch=2))
         profile = Profile(ServiceTimes((1, 2), (0.001, 0.002), (900.0, 900.0)))
-        cell = Cell(engine, Codec("tiny", engine.signature), Policy(max_batch=2), profile, WallClock())
+        cell = Cell([Variant(engine, profile)], Codec("tiny", engine.signature), Policy(max_batch=2), WallClock())
 
         def submit(rows: int, reply: Callable[[Any], int | None]) -> None:
             wanted = Wanted("", (0,), (True,))

@@ -43,6 +43,7 @@ from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.job import Shed
+from rushhour.serve.scheduling.variant import Variant
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, PictureRequest, content_of, decode_answer
@@ -429,7 +430,7 @@ def cell_of(
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     policy = Policy(max_batch=4, queue_bound=queue_bound, deadline_ms=deadline_ms)
     codec = Codec("fake", PICTURE, pictures=100)
-    return Cell(engine, codec, policy, profile, clock or WallClock(), decoder)  # type: ignore[arg-type]
+    return Cell([Variant(engine, profile)], codec, policy, clock or WallClock(), decoder)  # type: ignore[arg-type]
 
 
 def submit(cell: Cell, *pictures: bytes, **parameters: object) -> tuple[asyncio.Future[np.ndarray], Callable[[], None]]:

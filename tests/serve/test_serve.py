@@ -38,6 +38,7 @@ from rushhour.serve.access.certificates import read_identity
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Job, Shed
+from rushhour.serve.scheduling.variant import Variant as CellVariant
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, InferRequest, Wanted, encode_request
@@ -559,7 +560,9 @@ def cell_of(
 ) -> Cell:
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))  # 10 ms + 1 ms a sample
     policy = Policy(max_batch=engine.config.max_batch, queue_bound=queue_bound, deadline_ms=deadline_ms)
-    return Cell(engine, Codec("fake", engine.signature), policy, profile, clock or WallClock(), cost=cost)
+    return Cell(
+        [CellVariant(engine, profile, cost=cost)], Codec("fake", engine.signature), policy, clock or WallClock()
+    )
 
 
 def test_requests_of_one_turn_share_a_batch_and_later_ones_wait_for_a_stream() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MODELS = ("config.json", "saved_model.pb")
 """By which a folder is that of a model: of Hugging Face, of TensorFlow."""
-_ALL_AT_ONCE = "cells", "grpc_port", "host", "http_port", "model_name", "streams", "threads", "trust"
+_ALL_AT_ONCE = "cells", "fixed", "grpc_port", "host", "http_port", "model_name", "streams", "threads", "trust"
 
 Imported = tempfile.TemporaryDirectory[str]
 """The folder of a model that was imported to be served."""
@@ -82,6 +82,7 @@ def serve(
     cells: int | None = None,
     streams: int | None = None,
     threads: int | None = None,
+    fixed: bool = False,
     trust: str | Sequence[str] = (),
     settings: ServeSettings | None = None,
     log_file: StrPath | None = None,
@@ -102,6 +103,7 @@ def serve(
         cells: processes that share the port; the plan's number by default.
         streams: batches that each cell runs at the same time; the plan's number by default.
         threads: CPU threads of each stream; as the plan says by default, as far as they fit.
+        fixed: serve the plan's first variant whatever the load, though the plan has a ladder.
         trust: factories (`module:factory`) that the torch engine may import; or the path of a model from elsewhere,
             where reading it runs its code.
         settings: a `rushhour.serve.ServeSettings` with everything that a server can be told (TLS, keys, limits,
@@ -124,6 +126,7 @@ def serve(
         cells=cells,
         streams=streams,
         threads=threads,
+        fixed=fixed,
         trusted=read_texts(trust),
         exact=False,
     )

@@ -68,6 +68,8 @@ _layout_options = options(
            help="CPU threads of each stream. The plan's number by default, as far as the cores allow."),
     option("--strict", is_flag=True, section=_LAYOUT,
            help="Refuse to serve on a machine that differs from the plan's, instead of scaling the layout to it."),
+    option("--fixed", is_flag=True, section=_LAYOUT,
+           help="Serve the plan's first variant whatever the load, though the plan has a ladder."),
 )  # fmt: skip
 
 _limit_options = options(
@@ -198,7 +200,7 @@ def settings_of(options: dict[str, Any]) -> ServeSettings:
     files = {name: str(file) if (file := options[name]) else None for name in ("api_key_file", "tls_cert", "tls_key")}
     same = (
         "host", "http_port", "known_as", "admin", "admin_port", "admin_host", "shared_memory", "log_format",
-        "log_level", "log_requests", "otel", "otel_sample", "cells", "streams", "threads", "strict",
+        "log_level", "log_requests", "otel", "otel_sample", "cells", "streams", "threads", "strict", "fixed",
     )  # fmt: skip
     return ServeSettings(
         **{name: options[name] for name in same},

@@ -240,4 +240,7 @@ def _compiled(target: Target) -> tuple[Plan, tuple[tuple[Variant, Bundle], ...]]
         )
     kept = tuple(variant for variant in plan.variants if variant.engine != "torch")
     bundles = tuple((variant, target.bundle_of(variant)) for variant in kept)
-    return msgspec.structs.replace(plan, variants=kept, model=target.name), bundles
+    names = {variant.name for variant in kept}
+    ladder = tuple(point for point in plan.ladder if point.variant in names)
+    ladder = ladder if len(ladder) > 1 else ()
+    return msgspec.structs.replace(plan, variants=kept, ladder=ladder, model=target.name), bundles

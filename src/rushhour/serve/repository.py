@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import re
 import threading
@@ -15,66 +16,43 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
-from rushhour.bundle import Bundle, Decoding, Signature, Text
+from rushhour.bundle import Signature
 from rushhour.clock import WallClock
-from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
-from rushhour.errors import EngineError, ModelError, RushhourError, ServeError
-from rushhour.measurement import BatchCost, ServiceTimes
+from rushhour.engines import Engine
+from rushhour.errors import EngineError, ServeError
 from rushhour.plan import Plan, Policy
 from rushhour.serve.limits import Limits
 from rushhour.serve.memory import allocator
 from rushhour.serve.memory.budget import Budget
-from rushhour.serve.node import Fit, seconds_per_size
+from rushhour.serve.node import Fit
 from rushhour.serve.observability import log
 from rushhour.serve.observability.statistics import Totals, add_counts, newest_versions, reason_of, sum_by_version
-from rushhour.serve.scheduling.admission import Profile
-from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.opening import Opened, Opener, Opening, decoder_of, stage_of
 from rushhour.serve.scheduling.decoding import Decoder
+from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.target import ServedVariant, Target, open_planned, open_target
 from rushhour.system.machine import cores
 from rushhour.wire import Codec, Regions
 
-_PROFILE_SECONDS = 0.03
-_LONGEST_BATCH_S = 1.0
 _STUCK_S, _STUCK_BATCHES = 30.0, 10.0
 """A cell that drains is abandoned if it ends no request for so long, or for so many of its largest batches."""
 _POLL_S, _LONGEST_POLL_S = 0.005, 0.05
 
-Opener = Callable[[Bundle, EngineConfig], Engine]
-"""Opens an engine; benchmarks and tests replace it."""
-
-
-class Opened(NamedTuple):
-    """An engine with its service times and its decoder of pictures or texts.
-
-    Attributes:
-        times: of the engine, before the first request.
-        cost: CPU time of its batches.
-        was_alone: whether no other engine of this process computed while they were measured.
-    """
-
-    variant: ServedVariant
-    engine: Engine
-    times: ServiceTimes
-    cost: BatchCost
-    was_alone: bool
-    decoder: Decoder | Tokeniser | None
-
 
 class Loaded:
-    """One version of the model, ready: the target, the variant that is served, its engine and its cell.
+    """One version of the model, ready: the target, the variant that is served, its engine, and the stage that answers.
 
     Attributes:
+        opened: all engines, the most accurate of a ladder first.
         plan_share: its capacity on this machine, as a share of the Plan's; None on the Plan's machine.
     """
 
     def __init__(
-        self, target: Target, variant: ServedVariant, engine: Engine, cell: Cell, opened: Opened | None = None
+        self, target: Target, variant: ServedVariant, engine: Engine, cell: Stage, opened: tuple[Opened, ...] = ()
     ) -> None:
         self.target = target
         self.variant = variant
@@ -87,6 +65,37 @@ class Loaded:
     def version(self) -> str:
         """For clients: the same for the same bundle, a new number for one that was not served before."""
         return self.cell.codec.version
+
+    @property
+    def engines(self) -> list[Engine]:
+        """All of them."""
+        return [each.engine for each in self.opened] or [self.engine]
+
+    @property
+    def was_alone(self) -> bool:
+        """Whether nothing else computed while its engines were timed."""
+        return all(each.was_alone for each in self.opened)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Variants of the ladder that could not be opened."""
+        opened = {each.variant.name for each in self.opened}
+        return tuple(point.variant for point in self.target.plan.ladder if point.variant not in opened)
+
+    @property
+    def way(self) -> str:
+        """What is served and how, in words."""
+        planned, count = len(self.target.plan.ladder), len(self.opened)
+        if not planned:
+            return str(self.variant)
+        left = f"{count} of the ladder's {planned} variants" if self.missing else f"a ladder of {planned} variants"
+        return f"{left}, the most accurate of them {self.variant}"
+
+    def close(self) -> None:
+        """Close all engines, whichever of them fails; waits for their batches."""
+        with contextlib.ExitStack() as stack:
+            for engine in self.engines:
+                stack.callback(engine.close)
 
 
 class Repository:
@@ -102,6 +111,7 @@ class Repository:
         exact: serve the plan's first variant or fail; else the best variant that runs correctly on this machine.
         reopen: opens what is at the path by then, for a reload; as it was opened first by default.
         fit: how this machine differs from that of the target's plan; None where it does not.
+        fixed: a ladder of the plan is not used: its first variant is served, whatever the load.
 
     Attributes:
         loaded: what answers requests now.
@@ -125,7 +135,10 @@ class Repository:
         exact: bool = True,
         reopen: Callable[[], Target] | None = None,
         fit: Fit | None = None,
+        *,
+        fixed: bool = False,
     ) -> None:
+        self._fixed = fixed
         self._fit, self._fitted = fit, target.plan.evidence
         self._exact = exact
         self.name = name or target.name
@@ -145,7 +158,7 @@ class Repository:
         self._limits = limits
         self.budget = Budget(limits.held_bytes)
         self.versions = dict(versions or {})
-        self._retiring: list[Cell] = []
+        self._retiring: list[Stage] = []
         self._past: dict[str, Totals] = {}
         self.errors: dict[str, int] = {}
         self._changing = asyncio.Lock()
@@ -153,7 +166,7 @@ class Repository:
         self._opening = ThreadPoolExecutor(1, thread_name_prefix="models")
         self._infer_paths: frozenset[bytes] = frozenset()
 
-    def cell_of(self, path: bytes) -> Cell | None:
+    def cell_of(self, path: bytes) -> Stage | None:
         """The cell that answers inference requests at this exact path."""
         return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
 
@@ -234,24 +247,29 @@ class Repository:
         loop = asyncio.get_running_loop()
         if target is None:
             target = await loop.run_in_executor(self._opening, self._reopen)
-        opened = await loop.run_in_executor(self._opening, self._open, target)
-        variant, engine, decoder = opened.variant, opened.engine, opened.decoder
+        if self._fixed:
+            target = target.without_ladder()
+        opened, decoder = await loop.run_in_executor(self._opening, self._open, target)
+        first = opened[0]
+        variant, engine = first.variant, first.engine
         codec = Codec(
             self.name,
             engine.signature,
-            version=str(self._version_of(variant.bundle.manifest.hash)),
+            version=str(self._version_of(target.ladder_hash or variant.bundle.manifest.hash)),
             labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
             pictures=self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0,
             texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
         )
-        profile = Profile(opened.times, is_sure=opened.was_alone)
         policy = self._bounded(target.plan.policy, engine.signature)
-        cell = Cell(engine, codec, policy, profile, WallClock(), decoder, opened.cost)
-        loaded = Loaded(target, variant, engine, cell, opened)
+        before = None if self.loaded is None else self.loaded.cell
+        stage = stage_of(target, opened, codec, policy, WallClock(), decoder, before)
+        loaded = Loaded(target, variant, engine, stage, opened)
+        planned = next((each for each in opened if each.variant.name == target.plan.variants[0].name), first)
         if self._fit is not None and target.plan.evidence == self._fitted:
-            used = msgspec.structs.replace(policy, streams=variant.config.streams, threads=variant.config.threads)
-            share = partial(self._fit.share, opened.times, used, cores())
+            config = planned.variant.config
+            used = msgspec.structs.replace(policy, streams=config.streams, threads=config.threads)
+            share = partial(self._fit.share, planned.times, used, cores())
             loaded.plan_share = await loop.run_in_executor(self._opening, share)
         return loaded
 
@@ -271,8 +289,8 @@ class Repository:
         if old is None:
             return
         await self._retire(old)
-        if loaded.opened is not None and not loaded.opened.was_alone:
-            loaded.cell.profile.distrust()  # it was measured while the old engine computed
+        if not loaded.was_alone:
+            loaded.cell.distrust()  # it was measured while the old engine computed
 
     async def unload(self, within_s: float | None = None) -> None:
         """Accept no more requests; finish those in flight.
@@ -307,26 +325,26 @@ class Repository:
         await self._close(old, ended=ended)
 
     async def _close(self, old: Loaded, *, ended: bool = True) -> None:
-        if old.cell.decoder is not None:
-            old.cell.decoder.close()
+        old.cell.close()
         if not ended:
             # Closing waits for the batches: nothing else may wait for that, not even the end of this process.
-            atexit.unregister(old.engine.close)
-            threading.Thread(target=old.engine.close, name="given up", daemon=True).start()
+            for engine in old.engines:
+                atexit.unregister(engine.close)
+            threading.Thread(target=old.close, name="given up", daemon=True).start()
             return
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._opening, old.engine.close)
+            await loop.run_in_executor(self._opening, old.close)
         except Exception as error:  # the new version is served all the same
             log.event(logging.ERROR, "an engine does not close", version=old.version, error=repr(error))
         await loop.run_in_executor(self._opening, allocator.collect_and_trim)
 
-    async def _drained(self, cell: Cell, within_s: float | None) -> bool:
+    async def _drained(self, cell: Stage, within_s: float | None) -> bool:
         """Wait until a cell is idle; False if the time is over, or the cell makes no progress for too long."""
         loop = asyncio.get_running_loop()
         began = last = loop.time()
         progress, still_s = cell.progress, 0.0
-        stuck_s = max(_STUCK_S, _STUCK_BATCHES * cell.profile.seconds(cell.engine.config.max_batch))
+        stuck_s = max(_STUCK_S, _STUCK_BATCHES * cell.longest_batch_s)
         while not cell.idle:
             await asyncio.sleep(_POLL_S)
             now = loop.time()
@@ -338,60 +356,21 @@ class Repository:
                 return False
         return True
 
-    def _open(self, target: Target) -> Opened:
-        refused: RushhourError | None = None
-        exact = [ServedVariant(target.bundle, target.engine_config)]
-        for variant in exact if self._exact else target.variants(cores()):
-            try:
-                opened = self._opened(variant)
-            except (EngineError, ModelError) as error:
-                refused = refused or error
-                continue
-            if refused is not None:
-                log.event(logging.WARNING, "not served as planned", why=str(refused), instead=str(variant))
-            return opened
-        assert refused is not None
-        raise refused
-
-    def _opened(self, variant: ServedVariant) -> Opened:
-        engine = self._opener(variant.bundle, variant.config)
+    def _open(self, target: Target) -> tuple[tuple[Opened, ...], Decoder | Tokeniser | None]:
+        known = () if self.loaded is None else self.loaded.opened
+        opening = Opening(self._opener, exact=self._exact, fit=self._fit, computing=self._computing, known=known)
+        opened = opening.open(target)
         try:
-            times, cost, was_alone = self._timed(engine, variant)
-            spec = engine.signature.picture
-            decoder: Decoder | Tokeniser | None = None
-            if spec is not None:
-                how = variant.bundle.manifest.preprocessing.decoding
-                decoder = Decoder(
-                    spec,
-                    max_pixels=self._limits.picture_pixels,
-                    threads=cores(),
-                    decoding=how if isinstance(how, Decoding) else None,
-                )
-            elif isinstance(variant.bundle.manifest.text, Text):
-                decoder = Tokeniser(variant.bundle, threads=cores())
-            return Opened(variant, engine, times, cost, was_alone, decoder)
+            return opened, decoder_of(opened[0], self._limits)
         except BaseException:
-            engine.close()
+            for each in opened:
+                each.engine.close()
             raise
-
-    def _timed(self, engine: Engine, variant: ServedVariant) -> tuple[ServiceTimes, BatchCost, bool]:
-        """Service times and CPU costs of its batches; and whether no other engine computed meanwhile.
-
-        If the same variant is served already, and was measured alone, its times are used again.
-        """
-        old = None if self.loaded is None else self.loaded.opened
-        if old is not None and old.was_alone and old.variant.is_same(variant):
-            return old.times, old.cost, True
-        running, started = self._computing()
-        seconds = _PROFILE_SECONDS if self._fit is None else seconds_per_size(variant.config.max_batch)
-        times = time_service(engine, variant.bundle, _LONGEST_BATCH_S, seconds)
-        cost = batch_cost(engine, variant.bundle, times.batch_sizes[-1])
-        return times, cost, not running and self._computing() == (0, started)
 
     def _computing(self) -> tuple[int, int]:
         """Batches of other engines in flight, and those started until now."""
         cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
-        return sum(cell.running[0] for cell in cells), sum(cell.counters.batches for cell in cells)
+        return sum(cell.running[0] for cell in cells), sum(cell.batches for cell in cells)
 
     def _bounded(self, policy: Policy, signature: Signature) -> Policy:
         """The policy with a queue that holds no more bytes than the process may."""
@@ -401,12 +380,3 @@ class Repository:
     def _most_pictures(self, signature: Signature) -> int:
         """Pictures in one request: decoded, they may be as large as a request with tensors."""
         return max(1, self._limits.body_bytes // signature.inputs[0].row_bytes)
-
-
-def opener(trusted: tuple[str, ...]) -> Opener:
-    """Opens the engine that the plan names, with the factories that the user trusts."""
-
-    def open_trusted(bundle: Bundle, config: EngineConfig) -> Engine:
-        return open_engine(bundle, config, trusted=trusted)
-
-    return open_trusted

@@ -25,13 +25,14 @@ from rushhour.serve.memory.shared_memory import SharedMemory
 from rushhour.serve.node import Fit, fit_of
 from rushhour.serve.observability import log
 from rushhour.serve.observability.requests import Observer
+from rushhour.serve.opening import Opener, opener
 from rushhour.serve.processes.commands import Commands
 from rushhour.serve.processes.messages import Execute
 from rushhour.serve.processes.signals import SIGNALS
 from rushhour.serve.processes.supervisor import Supervisor, cores_of_each
 from rushhour.serve.processes.watchdog import ParentWatchdog
 from rushhour.serve.protocols.listener import bind_alone, bind_reserved, bind_shared, held, host_and_port
-from rushhour.serve.repository import Opener, Repository, opener
+from rushhour.serve.repository import Repository
 from rushhour.serve.settings import ServeSettings
 from rushhour.serve.target import Target, open_target
 from rushhour.serve.worker import CLOSE_SECONDS, SPANS_SECONDS, Ready, Worker, closing_s
@@ -259,6 +260,7 @@ async def _serve(
             settings.exact,
             partial(_reopened, target.path, settings, 1),
             settings.fit,
+            fixed=settings.fixed,
         )
         commands = Commands(repository, regions)
         for region in settings.regions:

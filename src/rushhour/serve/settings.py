@@ -69,6 +69,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
         exact: serve as the plan's first variant says or fail: a measurement needs exactly that. Else a machine that
             cannot run it takes the best variant that it can run.
         strict: refuse to serve on a machine that differs from the plan's.
+        fixed: serve the plan's first variant whatever the load, though the plan has a ladder.
         one_of_many: this server is a worker process: it shares the port, and changes are made in all.
         versions: of the bundles that were served, by their hashes; a restarted worker process continues with them.
         unloaded: the model has been unloaded; likewise.
@@ -107,6 +108,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     frozen_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 5.0
     exact: bool = True
     strict: bool = False
+    fixed: bool = False
     one_of_many: bool = False
     versions: dict[str, int] = {}
     unloaded: bool = False
@@ -154,6 +156,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
             "exposed": self.exposed,
             "shared_memory": self.shares_memory,
             "limits": self.limits,
+            "fixed": self.fixed,
             "drain_delay_s": self.drain_delay_s,
             "drain_timeout_s": self.drain_timeout_s,
             "log_format": self.log_format,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -18,21 +19,29 @@ from rushhour.bundle import Bundle, suggest_bundle
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
+from rushhour.ladder import LadderPoint
 from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
 from rushhour.system.machine import cores, describe
 from rushhour.system.storage import explained
 
 _ITSELF = "."
 """The folder of the bundle in the plan that is made of a bundle alone."""
+_ENGINE: Final = 3.0
+"""Memory of an engine over the size of its graph, about: as it is read, as it is compiled, and in between."""
 _ENGINES: Final[tuple[EngineName, ...]] = ("openvino", "onnxruntime")
 
 
 @dataclasses.dataclass(frozen=True)
 class ServedVariant:
-    """What answers requests: a bundle, and how its engine runs it."""
+    """What answers requests: a bundle, and how its engine runs it.
+
+    Attributes:
+        name: in the plan, or what it is instead.
+    """
 
     bundle: Bundle
     config: EngineConfig
+    name: str = ""
 
     def is_same(self, other: ServedVariant) -> bool:
         """Whether bundle and engine settings are equal."""
@@ -72,6 +81,38 @@ class Target:
     def engine_config(self) -> EngineConfig:
         """How the plan runs its first variant."""
         return _config(self.plan.variants[0], self.plan.policy)
+
+    @property
+    def first(self) -> ServedVariant:
+        """The plan's first variant, exactly as the plan says."""
+        return ServedVariant(self.bundle, self.engine_config, self.plan.variants[0].name)
+
+    @property
+    def ladder_hash(self) -> str:
+        """Equal for ladders of equal bundles only; empty without a ladder."""
+        if not self.plan.ladder:
+            return ""
+        hashes = {variant.name: variant.bundle_hash for variant in self.plan.variants}
+        return hashlib.sha256(" ".join(hashes[point.variant] for point in self.plan.ladder).encode()).hexdigest()
+
+    def without_ladder(self) -> Target:
+        """The same with its first variant alone, whatever the load."""
+        return dataclasses.replace(self, plan=msgspec.structs.replace(self.plan, ladder=()))
+
+    def rung(self, point: LadderPoint, room: int | None) -> ServedVariant:
+        """The variant of a point of the ladder.
+
+        Args:
+            room: cores that it may use; None for as many as the plan says.
+
+        Raises:
+            PlanError, BundleError: as `open_target`.
+        """
+        plan = self.plan
+        variant = next(each for each in plan.variants if each.name == point.variant)
+        bundle = self.bundle if variant is plan.variants[0] else _opened(self.folder, variant)
+        policy = msgspec.structs.replace(plan.policy, max_batch=point.max_batch)
+        return ServedVariant(bundle, _config(variant, policy if room is None else _fitted(policy, room)), variant.name)
 
     def with_layout(self, streams: int | None, threads: int | None, room: int) -> Target:
         """The same with so many streams and threads of each stream; None is what the plan says.
@@ -122,10 +163,10 @@ class Target:
         another engine and in full precision, and the run's reference in full precision.
         """
         first, policy = self.plan.variants[0], _fitted(self.plan.policy, cores)
-        yield ServedVariant(self.bundle, _config(first, policy))
+        yield ServedVariant(self.bundle, _config(first, policy), first.name)
         for variant in self.plan.variants[1:]:
             with contextlib.suppress(BundleError, PlanError):
-                yield ServedVariant(_opened(self.folder, variant), _config(variant, policy))
+                yield ServedVariant(_opened(self.folder, variant), _config(variant, policy), variant.name)
         own: Precision = "int8" if first.precision == "int8" else "f32"
         others: tuple[tuple[Bundle | None, Precision], ...] = ((self.bundle, own), (self._reference(), "f32"))
         for bundle, precision in others:
@@ -134,7 +175,7 @@ class Target:
             for engine in _ENGINES:
                 config = msgspec.structs.replace(_config(first, policy), engine=engine, precision=precision)
                 if bundle is not self.bundle or config != _config(first, policy):
-                    yield ServedVariant(bundle, config)
+                    yield ServedVariant(bundle, config, f"{bundle.manifest.name}-{engine}-{precision}")
 
     def _reference(self) -> Bundle | None:
         """The run's reference bundle, if there is one."""
@@ -196,7 +237,63 @@ def open_target(path: Path) -> Target:
     plan = Plan.load(file)
     bundle = _opened(file.parent, plan.variants[0])
     _check_room(file, plan.policy, bundle)
-    return Target(path, plan, bundle, file.parent)
+    target = Target(path, plan, bundle, file.parent)
+    if plan.ladder:
+        check_rungs(target)
+    return target
+
+
+def check_rungs(target: Target) -> None:
+    """Refuse a ladder whose variants clients could tell apart by more than their answers, or that memory cannot hold.
+
+    A bundle that cannot be opened is no reason: the ladder goes on without it.
+
+    Raises:
+        PlanError: naming the first fault.
+    """
+    plan, first = target.plan, target.bundle.manifest
+    name, needed = plan.variants[0].name, 0.0
+    for point in plan.ladder:
+        try:
+            bundle = target.rung(point, None).bundle
+        except BundleError:
+            continue
+        manifest = bundle.manifest
+        for what, own, its in (
+            ("signature", manifest.signature, first.signature),
+            ("task", manifest.task, first.task),
+            ("decoding of pictures", manifest.preprocessing.decoding, first.preprocessing.decoding),
+            ("texts", manifest.text, first.text),
+        ):
+            if own != its:
+                raise PlanError(
+                    f"the ladder of {target.path} cannot be served",
+                    f"{point.variant} and {name} differ in their {what}",
+                    "make all variants of one model",
+                )
+        classes = len(manifest.task.classes)
+        if point.class_drops and len(point.class_drops) != classes:
+            raise PlanError(
+                f"the ladder of {target.path} cannot be served",
+                f"{point.variant} has accuracy drops of {len(point.class_drops)} classes, and the task has {classes}",
+                "give one for each class, or none",
+            )
+        needed += _ENGINE * bundle.model_bytes + _batch_bytes(bundle, plan.policy.streams, point.max_batch)
+    needed, memory = plan.policy.cells * needed, describe().memory_gb * 2**30
+    if memory and needed > memory / 2:
+        raise PlanError(
+            f"the ladder of {target.path} cannot be served here",
+            f"its {len(plan.ladder)} variants need about {needed / 2**30:.3g} GiB in {plan.policy.cells} worker "
+            f"processes, and this machine has {memory / 2**30:.3g}",
+            "omit variants, lower `max_batch` of its points, or serve with --fixed",
+        )
+
+
+def _batch_bytes(bundle: Bundle, streams: int, max_batch: int) -> int:
+    """Memory of the buffers of an engine."""
+    signature = bundle.manifest.signature
+    row = sum(spec.row_bytes for spec in (*signature.inputs, *signature.outputs))
+    return min(streams, cores()) * max_batch * row
 
 
 def _check_room(file: Path, policy: Policy, bundle: Bundle) -> None:
@@ -205,9 +302,8 @@ def _check_room(file: Path, policy: Policy, bundle: Bundle) -> None:
     Raises:
         PlanError: if they do not.
     """
-    signature, memory = bundle.manifest.signature, describe().memory_gb * 2**30
-    row = sum(spec.row_bytes for spec in (*signature.inputs, *signature.outputs))
-    needed = min(policy.streams, cores()) * policy.max_batch * row
+    memory = describe().memory_gb * 2**30
+    needed = _batch_bytes(bundle, policy.streams, policy.max_batch)
     if memory and needed > memory / 2:
         raise PlanError(
             f"the plan {file} cannot be served here",

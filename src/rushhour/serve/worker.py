@@ -128,7 +128,7 @@ class Worker:
         admin = _url(self._admin[0], context is not None) if self._admin else None
         log.event(logging.INFO, "ready", url=url, grpc=address, admin=admin, model=self._repository.name)
         loaded = self._repository.loaded
-        ready(url, address, "no model: it is unloaded" if loaded is None else str(loaded.variant))
+        ready(url, address, "no model: it is unloaded" if loaded is None else loaded.way)
         tasks = [asyncio.ensure_future(self._sweep())]
         if self._settings.one_of_many:
             SIGNALS.on_reload(lambda: None)  # the supervisor does it, for all worker processes

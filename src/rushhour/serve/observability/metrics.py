@@ -81,6 +81,7 @@ def _counted(report: Report) -> Iterator[Metric]:
     shed.add_metric((report.model, "queue"), total.shed_queue)
     shed.add_metric((report.model, "deadline"), total.shed_deadline)
     yield shed
+    yield from _of_ladder(report, total)
     cancelled = CounterMetricFamily(
         "rushhour_cancelled", "Requests whose client disconnected before the answer.", labels=("model",)
     )
@@ -101,6 +102,40 @@ def _counted(report: Report) -> Iterator[Metric]:
         ("rushhour_log_lines_dropped", "Log lines dropped because the log was not read in time.", report.dropped),
     ):
         yield CounterMetricFamily(name, what, count)
+
+
+def _of_ladder(report: Report, total: Totals) -> Iterator[Metric]:
+    """By variant: who answered, and what it cost in accuracy."""
+    samples = CounterMetricFamily(
+        "rushhour_variant_samples", "Samples computed, by variant.", labels=("model", "variant")
+    )
+    for variant, count in total.of_variant.items():
+        samples.add_metric((report.model, variant), count)
+    yield samples
+    for name, what, value in (
+        ("rushhour_variant_switches", "Changes of the variant that answers.", float(total.switches)),
+        ("rushhour_accuracy_spent", "Sum of the expected accuracy drops of all samples.", total.spent),
+    ):
+        family = CounterMetricFamily(name, what, labels=("model",))
+        family.add_metric((report.model,), value)
+        yield family
+    drops = {number: state.drop for number, state in report.cells.items() if state.drop is not None}
+    if drops:
+        what = "Mean expected accuracy drop of the newest answers, as many as the plan's accuracy window."
+        mean = GaugeMetricFamily("rushhour_accuracy_drop_ratio", what, labels=("cell",))
+        for number, drop in drops.items():
+            mean.add_metric((str(number),), drop)
+        yield mean
+    active = GaugeMetricFamily("rushhour_variant_active", "1 for the variant that answers.", labels=("cell", "variant"))
+    missing = GaugeMetricFamily(
+        "rushhour_variants_missing", "Variants of the ladder that could not be opened.", labels=("cell",)
+    )
+    for number, state in report.cells.items():
+        if state.variant:
+            active.add_metric((str(number), state.variant), 1.0)
+            missing.add_metric((str(number),), float(len(state.missing)))
+    yield active
+    yield missing
 
 
 def _latencies(model: str, total: Totals) -> Iterator[Metric]:

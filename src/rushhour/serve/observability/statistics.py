@@ -37,7 +37,7 @@ _OLDER = "older"
 
 _ADDED = (
     *("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled"),
-    *("samples", "batches", "positions", "padding"),
+    *("samples", "batches", "positions", "padding", "switches", "spent"),
 )
 _REASONS = {
     400: "invalid",
@@ -143,6 +143,10 @@ class Totals(msgspec.Struct):
         last_s: when the last batch left the queue, in seconds since 1970; 0 for never.
         queue_s, request_s: latencies of requests: in the queue, and from arrival to answer.
         inference_s: times that the engine took for batches.
+        of_variant: samples by the variant that computed them.
+        switches: how often the active variant changed.
+        spent: the sum of the expected accuracy drops of all samples that a ladder computed: over `samples` it is their
+            mean drop.
     """
 
     answered: int = 0
@@ -165,6 +169,9 @@ class Totals(msgspec.Struct):
     queue_s: Histogram = msgspec.field(default_factory=Histogram)
     inference_s: Histogram = msgspec.field(default_factory=Histogram)
     request_s: Histogram = msgspec.field(default_factory=Histogram)
+    of_variant: dict[str, int] = msgspec.field(default_factory=dict)
+    switches: int = 0
+    spent: float = 0.0
 
     def add(self, other: Totals) -> None:
         """Add another's."""
@@ -178,6 +185,7 @@ class Totals(msgspec.Struct):
         for rows, stages in other.of_size.items():
             self.of_size.setdefault(rows, Stages()).add(stages)
         add_counts(self.errors, other.errors)
+        add_counts(self.of_variant, other.of_variant)
         self.last_s = max(self.last_s, other.last_s)
 
     def shown(self, name: str, version: str) -> dict[str, Any]:
@@ -215,6 +223,10 @@ class State(msgspec.Struct):
         speed: of the host in the last ten seconds of work, 1 as at the start; None before the first batch.
         process: Prometheus' standard metrics of a process, by name.
         plan_share: its capacity on this machine, as a share of the Plan's; None on the Plan's machine.
+        variant: that computes the next batch.
+        missing: variants of the ladder that could not be opened.
+        drop: the mean expected accuracy drop of the newest answers, as many as the plan's accuracy window; None without
+            a ladder.
     """
 
     ready: bool = False
@@ -228,6 +240,9 @@ class State(msgspec.Struct):
     speed: float | None = None
     process: dict[str, float] = {}
     plan_share: float | None = None
+    variant: str = ""
+    missing: tuple[str, ...] = ()
+    drop: float | None = None
 
 
 class Report(msgspec.Struct):
@@ -330,6 +345,7 @@ class Batch(Protocol):
     """The times of a batch, in seconds of the statistics' clock.
 
     Attributes:
+        variant: that computes it, by its name in the plan.
         rows: samples in it.
         taken: when it left the queue.
         started: when its inputs were written and the engine began.
@@ -338,6 +354,7 @@ class Batch(Protocol):
         padding: positions that were added to them.
     """
 
+    variant: str
     rows: int
     positions: int
     padding: int

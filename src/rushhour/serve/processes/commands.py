@@ -95,13 +95,9 @@ class Commands:
             process={sample.name: sample.value for family in _PROCESS.collect() for sample in family.samples},
         )
         if loaded is not None:
-            cell = loaded.cell
-            state.waiting = cell.waiting
-            state.batches, state.running = cell.running
-            state.speed = cell.speed
+            loaded.cell.describe(state)
             state.plan_share = loaded.plan_share
-            state.base_s = cell.profile.seconds(0)
-            state.sample_s = cell.profile.seconds(1) - state.base_s
+            state.missing = loaded.missing
         if self.describe is not None:
             self.describe(state)
         return Report(

@@ -188,6 +188,7 @@ class Control:
             "open_dimensions": codec.signature.dimensions,
             "pictures": decoder.settings if isinstance(decoder, Decoder) else None,
             "texts": decoder.settings if isinstance(decoder, Tokeniser) else None,
+            **loaded.cell.shown(),
             "waits_for_samples": target_batch,
             "waits_ms": round(1e3 * wait_s, 3),
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
@@ -210,7 +211,9 @@ class Control:
         """The models, and whether they are loaded."""
         loaded = self._repository.loaded
         if loaded is not None:
-            return [{"name": self._repository.name, "version": loaded.version, "state": "READY", "reason": ""}]
+            missing = ", ".join(loaded.missing)
+            reason = f"not all variants of the ladder could be opened: without {missing}" if missing else ""
+            return [{"name": self._repository.name, "version": loaded.version, "state": "READY", "reason": reason}]
         unloaded = {"name": self._repository.name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
         return [] if ready_only else [unloaded]
 

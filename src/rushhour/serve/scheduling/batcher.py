@@ -128,23 +128,29 @@ class Batcher(Generic[T]):
             raise ValueError(
                 f"max_batch and queue_bound must be at least 1, but got (max_batch={max_batch}, bound={queue_bound})"
             )
-        self.max_batch = max_batch
         self.queue_bound = queue_bound
         self.waiting = 0
         self.late: list[Ticket[T]] = []
-        self._times = times
         self._clock = clock
         self._queues: dict[int, deque[Ticket[T]]] = {}
         self._order: list[int] = []
         self._streams = streams
         self._grace = grace
-        self.target_batch = 1 if cost is None else efficient_batch(max_batch, cost)
-        self._longest_s = _BATCHES * times.seconds(self.target_batch)
+        self.target_batch = 1
         self._wait_ends = math.inf
         self.in_flight = 0
         self._usual_in_flight = 1.0
-        self._last = clock.now()
         self._gap = 1.0
+        self.switch(max_batch, times, cost)
+
+    def switch(self, max_batch: int, times: Times, cost: BatchCost | None) -> None:
+        """Form batches for another engine from now on; what waits keeps its place. Arguments as of the class."""
+        if self.target_batch == 1:
+            self._last = self._clock.now()  # arrivals were not recorded
+        self.max_batch = max_batch
+        self._times = times
+        self.target_batch = 1 if cost is None else efficient_batch(max_batch, cost)
+        self._longest_s = _BATCHES * times.seconds(self.target_batch)
 
     def waiting_before(self, priority: int) -> float:
         """Samples before a request of this priority: all of its own and of higher priorities."""
@@ -277,6 +283,24 @@ class Batcher(Generic[T]):
                 if ticket.taken == ticket.rows:
                     queue.popleft()
         self._wait_ends = math.inf
+        return parts
+
+    def take_begun(self) -> list[Part[T]]:
+        """The rest of requests that are partly in batches, up to the batch bound; no other request joins them."""
+        parts: list[Part[T]] = []
+        room = self.max_batch
+        for level in self._order:
+            queue = self._queues[level]
+            while queue and room and (queue[0].taken or queue[0].cancelled):
+                ticket = queue[0]
+                rows = 0 if ticket.cancelled else min(room, ticket.rows - ticket.taken)
+                if rows:
+                    parts.append(Part(ticket, ticket.taken, rows))
+                    ticket.taken += rows
+                    room -= rows
+                    self.waiting -= rows
+                if ticket.cancelled or ticket.taken == ticket.rows:
+                    queue.popleft()
         return parts
 
     def _is_over(self, ticket: Ticket[T], now: float) -> bool:

@@ -195,17 +195,30 @@ class SizedBatcher(Batcher[Job]):
         for level in sorted(self._levels):
             queue = self._levels[level].get(sizes, deque())
             while room and self._pruned(queue, now):
-                ticket = queue[0]
-                rows = min(room, ticket.rows - ticket.taken)
-                self._work -= self._work_of(ticket)
-                parts.append(Part(ticket, ticket.taken, rows))
-                ticket.taken += rows
-                self._work += self._work_of(ticket)
-                room -= rows
-                self.waiting -= rows
-                if ticket.taken == ticket.rows:
-                    queue.popleft()
+                parts.append(self._part(queue, room))
+                room -= parts[-1].rows
         return parts, room
+
+    def _part(self, queue: deque[Ticket[Job]], room: int) -> Part[Job]:
+        """So many samples of the first request of a queue, or what is left of it."""
+        ticket = queue[0]
+        part = Part(ticket, ticket.taken, min(room, ticket.rows - ticket.taken))
+        self._work -= self._work_of(ticket)
+        ticket.taken += part.rows
+        self._work += self._work_of(ticket)
+        self.waiting -= part.rows
+        if ticket.taken == ticket.rows:
+            queue.popleft()
+        return part
+
+    def take_begun(self) -> list[Part[Job]]:
+        """As of a `Batcher`: of one request, as others may have another size."""
+        now = self._clock.now()
+        for level in sorted(self._levels):
+            for sizes, queue in self._levels[level].items():
+                if self._pruned(queue, now) and queue[0].taken:
+                    return [self._part(queue, self._rows(level, sizes, now))]
+        return []
 
     def _shorter(self, sizes: Sizes) -> list[Sizes]:
         """The buckets whose samples can be padded to these sizes, the longest first."""

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from typing import cast
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from rushhour.clock import Clock
-from rushhour.engines import Engine
-from rushhour.errors import EngineError, WireError
-from rushhour.measurement import BatchCost
+from rushhour.errors import EngineError
 from rushhour.plan import Policy
-from rushhour.serve.observability.statistics import Batch, Counters, Statistics, Totals, reason_of
-from rushhour.serve.scheduling.admission import Admission, Profile
+from rushhour.serve.observability.statistics import Batch, Counters, State, Statistics, Totals, reason_of
 from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
 from rushhour.serve.scheduling.buckets import batcher_of
 from rushhour.serve.scheduling.decoding import Decoder
-from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, PictureJob, Reply, Shed, ShedError, priority_of
+from rushhour.serve.scheduling.job import LATER, Job, Reply, Shed, ShedError, priority_of
+from rushhour.serve.scheduling.pictures import Pictures
 from rushhour.serve.scheduling.speed import HostSpeed, Speeds
 from rushhour.serve.scheduling.stream import Stream, stream_of
 from rushhour.serve.scheduling.tokenising import Tokeniser
+from rushhour.serve.scheduling.variant import Variant
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
+
+if TYPE_CHECKING:
+    from rushhour.serve.scheduling.ladder import Ladder
 
 _SHARE_OF_DEADLINE = 0.9
 """Fraction of the time limit for queue and engine; the rest is for what the cell cannot see: sockets and the client."""
@@ -39,56 +39,67 @@ _PROBE_EVERY_S = 1.0
 
 
 class Cell:
-    """An engine behind a batcher on the running event loop.
+    """Engines behind a batcher on the running event loop. One of them, the active one, computes the next batch.
+
+    All engines together run no more batches at once than one has streams: a change of the variant takes no more cores.
 
     Args:
-        engine: compiled and warm.
+        variants: at least one, of one signature and with equally many streams; the first is active.
         codec: of the model, for its name and signature.
         policy: of the plan: the bound of the queue, and the deadline.
-        profile: how long the engine's batches take; updated here.
         clock: for arrivals and deadlines.
         decoder: of encoded pictures, or of texts; None where the codec takes none.
-        cost: CPU time of the engine's batches; None where no batch waits for more samples.
+
+    Attributes:
+        active: the variant that computes the next batch.
+        batcher: the queue.
+        clock: the same.
+        ladder: chooses it; None where it stays.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        variants: Sequence[Variant],
         codec: Codec,
         policy: Policy,
-        profile: Profile,
         clock: Clock,
         decoder: Decoder | Tokeniser | None = None,
-        cost: BatchCost | None = None,
     ) -> None:
+        self.variants = tuple(variants)
+        self.active = active = self.variants[0]
+        self.ladder: Ladder | None = None
         self.codec = codec
-        self.engine = engine
         self.decoder = decoder
         self.counters = Counters()
         self.statistics = Statistics(clock)
-        self.profile = profile
+        self.profile = active.profile
         self.policy = policy
         self._loop = asyncio.get_running_loop()
-        self._clock = clock
-        self._host_speed = HostSpeed(profile.times)
+        self.clock = clock
+        self._host_speed = HostSpeed()
         self._deadline_s = math.inf if policy.deadline_ms is None else policy.deadline_ms / 1e3
-        self._admission = Admission(profile, engine.config.max_batch)
-        self._batcher: Batcher[Job] = batcher_of(engine.signature, policy, profile.times)(
-            engine.config.max_batch,
+        self._admission = active.admission
+        self._streams = len(active.engine.slots)
+        signature = active.engine.signature
+        self.batcher: Batcher[Job] = batcher_of(signature, policy, active.profile.times)(
+            active.max_batch,
             policy.queue_bound,
-            profile,
+            active.profile,
             clock,
-            cost=cost,
-            streams=len(engine.slots),
+            cost=active.cost,
+            streams=self._streams,
             grace=1 / _SHARE_OF_DEADLINE - 1,
         )
-        stream = stream_of(self._batcher)
-        self._free = [stream(slot, engine.signature, self._loop, clock, self._finished) for slot in engine.slots]
+        stream = stream_of(self.batcher)
+        for each in self.variants:
+            assert len(each.engine.slots) == self._streams
+            each.free = [stream(slot, signature, self._loop, clock, self._finished, each) for slot in each.engine.slots]
+        self._free = active.free
         self._busy: list[Stream] = []
-        self._streams = len(self._free)
         self._dispatching = False
+        self._switched = -math.inf
         self._wakes_at = math.inf
-        self._decoding: set[PictureJob] = set()
+        self._pictures = None if decoder is None else Pictures(self, decoder)
         self._probe_from = -math.inf
         self._writing: dict[InferRequest, float] = {}
         """Requests whose answers are being written, and when they arrived."""
@@ -98,12 +109,12 @@ class Cell:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, nothing runs, and no answer is being written."""
-        return not (self._batcher.waiting or self._busy or self._writing)
+        return not (self.batcher.waiting or self._busy or self._writing)
 
     @property
     def waiting(self) -> int:
         """Samples in the queue."""
-        return self._batcher.waiting
+        return self.batcher.waiting
 
     @property
     def running(self) -> tuple[int, int]:
@@ -111,9 +122,19 @@ class Cell:
         return len(self._busy), sum(stream.rows for stream in self._busy)
 
     @property
+    def batches(self) -> int:
+        """Batches that have begun until now."""
+        return self.counters.batches
+
+    @property
+    def longest_batch_s(self) -> float:
+        """Seconds that the largest batch takes, by the slowest variant."""
+        return max(each.profile.seconds(each.max_batch) for each in self.variants)
+
+    @property
     def waits_for(self) -> tuple[int, float]:
         """Samples that a batch waits for under light load, and seconds, at most, where the plan has a deadline."""
-        return self._batcher.target_batch, self._batcher.max_wait_s(_SHARE_OF_DEADLINE * self._deadline_s)
+        return self.batcher.target_batch, self.batcher.max_wait_s(_SHARE_OF_DEADLINE * self._deadline_s)
 
     @property
     def progress(self) -> tuple[int, ...]:
@@ -128,29 +149,55 @@ class Cell:
 
     def speeds(self) -> Speeds:
         """The expected and the measured times of the batches of the last minutes."""
-        return self._host_speed.speeds(self._clock.now())
+        return self._host_speed.speeds(self.clock.now())
 
     def totals(self) -> Totals:
         """The counters up to now. Not a copy."""
-        return self.counters.into(self.statistics.totals())
+        totals = self.counters.into(self.statistics.totals())
+        totals.of_variant = {each.name: each.samples for each in self.variants if each.name}
+        if self.ladder is not None:
+            self.ladder.count(totals)
+        return totals
+
+    def describe(self, state: State) -> None:
+        """As `Stage.describe`."""
+        state.waiting, state.speed = self.waiting, self.speed
+        state.batches, state.running = self.running
+        state.base_s = self.profile.seconds(0)
+        state.sample_s = self.profile.seconds(1) - state.base_s
+        state.variant = self.active.name
+        if self.ladder is not None:
+            self.ladder.describe(state)
+
+    def shown(self) -> Mapping[str, Any]:
+        """As `Stage.shown`."""
+        return {"variant": self.active.name, "ladder": None if self.ladder is None else self.ladder.shown()}
+
+    def use(self, variant: Variant) -> None:
+        """Make it the active one: it computes all batches from the next on. What waits keeps its place in the queue."""
+        self.active, self.profile = variant, variant.profile
+        self._admission, self._free = variant.admission, variant.free
+        self.batcher.switch(variant.max_batch, variant.profile, variant.cost)
+        self._switched = self.clock.now()
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
         """Queue a request, or shed it. `reply` is called later, never from within this call."""
         if request.pictures:
-            return self._submit_pictures(cast(PictureRequest, request), reply)
+            assert self._pictures is not None
+            return self._pictures.submit(cast(PictureRequest, request), reply)
         wanted = request.wanted
         priority = priority_of(wanted)
-        found = self._deadline_of(request.rows, wanted, priority)
+        found = self.deadline_of(request.rows, wanted, priority)
         if isinstance(found, Shed):
             return found
         job = Job(request, reply)
         deadline, job.expected_s, is_probe = found
         if is_probe:
             job.probe_until, deadline = deadline, math.inf
-        job.ticket = self._batcher.offer(job, request.rows, deadline=deadline, priority=priority)
+        job.ticket = self.batcher.offer(job, request.rows, deadline=deadline, priority=priority)
         if job.ticket is None:
-            return self._no_room()
-        self._dispatch_soon()
+            return self.no_room()
+        self.dispatch_soon()
         return job
 
     def shed_early(self, layout: Layout | InferRequest | None) -> Shed | None:
@@ -161,12 +208,12 @@ class Cell:
         """
         if layout is not None:
             priority = priority_of(layout.wanted)
-            found = self._deadline_of(layout.rows, layout.wanted, priority)
+            found = self.deadline_of(layout.rows, layout.wanted, priority)
             if isinstance(found, Shed):
                 return found
-        return self._no_room() if self._batcher.full(1 if layout is None else layout.rows) else None
+        return self.no_room() if self.batcher.full(1 if layout is None else layout.rows) else None
 
-    def _deadline_of(
+    def deadline_of(
         self, rows: int, wanted: Wanted, priority: int, decoding_s: float = 0.0
     ) -> tuple[float, float, bool] | Shed:
         """The deadline on the cell's clock, the expected latency, and whether it is a probe; or that it is shed.
@@ -183,11 +230,11 @@ class Cell:
         if within == math.inf:
             return math.inf, 0.0, False
         expected_s = 0.0
-        now = self._clock.now()
+        now = self.clock.now()
         deadline = now + _SHARE_OF_DEADLINE * within
-        waiting = self._batcher.waiting_before(priority)
+        waiting = self.batcher.waiting_before(priority)
         busy_until = [stream.until for stream in self._busy]
-        work = self._batcher.work(rows, wanted.sizes) if wanted.sizes else rows
+        work = self.batcher.work(rows, wanted.sizes) if wanted.sizes else rows
         finish = self._admission.finish(now, work, waiting, busy_until, self._streams)
         if decoding_s:
             finish = max(finish, self._admission.finish(now + decoding_s, work, 0, busy_until, self._streams))
@@ -198,18 +245,27 @@ class Cell:
             return deadline, expected_s, False
         if self.idle and now >= self._probe_from:
             return deadline, 0.0, True
-        self.counters.shed_deadline += 1
-        self.statistics.failed("deadline", 0.0)
+        self._count_late(0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
         return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
 
-    def _no_room(self) -> Shed:
+    def no_room(self) -> Shed:
+        """The queue is full: count it, and shed a request."""
         self.counters.shed_queue += 1
         self.statistics.failed("queue", 0.0)
         return Shed("queue", "the queue is full: requests arrive faster than they are answered", self._retry_after_s())
 
+    def too_late(self, waited_s: float, why: str) -> ShedError:
+        """A request in the cell would be late: count it; the error to answer it with."""
+        self._count_late(waited_s)
+        return ShedError(why, self._retry_after_s())
+
+    def _count_late(self, waited_s: float) -> None:
+        self.counters.shed_deadline += 1
+        self.statistics.failed("deadline", waited_s)
+
     def _retry_after_s(self) -> float:
-        return self._admission.backlog_s(self._batcher.waiting, self._streams)
+        return self._admission.backlog_s(self.batcher.waiting, self._streams)
 
     def refuse(self, status: int, seconds: float) -> None:
         """Count a request that was answered with an error outside the cell, `seconds` after its arrival."""
@@ -218,7 +274,7 @@ class Cell:
 
     def written(self, request: InferRequest, status: int | None) -> None:
         """The answer to a request whose reply returned `LATER` is written, or an error of this status instead."""
-        seconds = self._clock.now() - self._writing.pop(request)
+        seconds = self.clock.now() - self._writing.pop(request)
         if status:
             self.refuse(status, seconds)
         else:
@@ -230,21 +286,21 @@ class Cell:
         self.counters.cancelled += 1
         if job.ticket is not None:
             self._drop(job.ticket)
-        elif isinstance(job, PictureJob):
-            self._stop_decoding(job)
+        elif self._pictures is not None:
+            self._pictures.stop(job)
         job.reply = None
 
-    def _stop_decoding(self, job: PictureJob) -> None:
-        """Its pictures are not needed any more, if they are still being decoded."""
-        if job.decoding is not None:
-            job.decoding.cancel()
-            self._decoded(job)
+    def distrust(self) -> None:
+        """As `Stage.distrust`."""
+        for variant in self.variants:
+            variant.profile.distrust()
 
-    def _decoded(self, job: PictureJob) -> None:
-        """Its pictures are decoded, or will not be: release the room reserved for it."""
-        job.decoding = None
-        self._decoding.discard(job)
-        self._batcher.release(job.request.rows)
+    def close(self) -> None:
+        """As `Stage.close`."""
+        if self.ladder is not None:
+            self.ladder.close()
+        if self.decoder is not None:
+            self.decoder.close()
 
     def abandon(self, error: Exception) -> None:
         """Answer all requests in the cell with `error`: the engine does not finish its batches.
@@ -254,65 +310,16 @@ class Cell:
         for stream in self._busy:
             parts, stream.parts = stream.parts, []
             if parts:
-                self._batcher.ended(parts)
+                self.batcher.ended(parts)
             self._fail_all(parts, error)
-        for ticket in self._batcher.drain():
+        for ticket in self.batcher.drain():
             self._fail_all([Part(ticket, ticket.taken, 0)], error)
-        for job in list(self._decoding):
-            self._stop_decoding(job)
-            self._count_failed(0.0)
-            self._reply_once(job, error)
+        if self._pictures is not None:
+            for job in self._pictures.stop_all():
+                self._count_failed(0.0)
+                self.reply_once(job, error)
 
-    def _submit_pictures(self, request: PictureRequest, reply: Reply) -> Job | Shed:
-        """Admit or shed on arrival, with the time that decoding takes; then decode, then queue.
-
-        While its pictures are decoded, a request counts as waiting: its room in the queue is reserved.
-        """
-        assert self.decoder is not None
-        wanted, batcher, rows = request.wanted, self._batcher, request.rows
-        priority = priority_of(wanted)
-        arrived = self._clock.now()
-        found = self._deadline_of(rows, wanted, priority, self.decoder.seconds(request))
-        if isinstance(found, Shed):
-            return found
-        deadline, _, is_probe = found
-        job = PictureJob(request, reply)
-        if is_probe:
-            job.probe_until = deadline
-        if not batcher.reserve(rows):
-            return self._no_room()
-
-        def enter(samples: tuple[memoryview, ...] | WireError) -> None:
-            self._decoded(job)
-            request.pictures = ()
-            if isinstance(samples, WireError):
-                self.refuse(samples.status, self._clock.now() - arrived)
-                self._reply_once(job, samples)
-                return
-            now = self._clock.now()
-            expected_s = 0.0 if is_probe else self.profile.seconds(min(rows, batcher.max_batch))
-            if now + expected_s > deadline:
-                self.counters.shed_deadline += 1
-                self.statistics.failed("deadline", now - arrived)
-                self._probed(job)
-                why = "decoding took too long to meet the deadline"
-                self._reply_once(job, ShedError(why, self._retry_after_s()))
-                return
-            request.tensors = samples
-            job.ticket = batcher.offer(job, rows, deadline=math.inf if is_probe else deadline, priority=priority)
-            assert job.ticket is not None  # its room was reserved
-            job.ticket.arrived = arrived
-            self._dispatch_soon()
-
-        try:
-            job.decoding = self.decoder.start(request, enter)
-        except BaseException:
-            batcher.release(rows)
-            raise
-        self._decoding.add(job)
-        return job
-
-    def _dispatch_soon(self) -> None:
+    def dispatch_soon(self) -> None:
         """At the end of this turn of the event loop: the other requests that it reads join the batch."""
         if self._free and not self._dispatching:
             self._dispatching = True
@@ -320,25 +327,25 @@ class Cell:
 
     def _dispatch(self) -> None:
         self._dispatching = False
-        while self._free:
-            dispatch_at = self._batcher.dispatch_at()
-            if dispatch_at > -math.inf and dispatch_at - self._clock.now() >= _TICK_S:
+        while self._free and len(self._busy) < self._streams:
+            dispatch_at = self.batcher.dispatch_at()
+            if dispatch_at > -math.inf and dispatch_at - self.clock.now() >= _TICK_S:
                 self._wake_at(dispatch_at)
                 return
-            parts = self._batcher.take()
-            if self._batcher.late:
+            parts = self.batcher.take() if self.ladder is None else self.ladder.take()
+            if self.batcher.late:
                 self._shed_late()
             if not parts:
                 return
             stream = self._free.pop()
             self._busy.append(stream)
             stream.parts = parts
-            stream.until = stream.taken = self._clock.now()
+            stream.until = stream.taken = self.clock.now()
             try:
                 stream.rows = rows = stream.fill(parts)
                 self.counters.batches += 1
                 self.counters.rows += rows
-                stream.started = self._clock.now()
+                stream.started = self.clock.now()
                 stream.until = stream.started + self.profile.seconds(stream.work)
                 stream.slot.start(rows, stream.done)
             except Exception as error:
@@ -346,26 +353,24 @@ class Cell:
 
     def _shed_late(self) -> None:
         """Answer requests whose deadline passed before they joined a batch: computing them would be wasted."""
-        now = self._clock.now()
-        while self._batcher.late:
-            ticket = self._batcher.late.pop()
-            self.counters.shed_deadline += 1
-            self.statistics.failed("deadline", now - ticket.arrived)
-            job = ticket.item
+        now = self.clock.now()
+        while self.batcher.late:
+            ticket = self.batcher.late.pop()
+            job, waited_s = ticket.item, now - ticket.arrived
             self._drop(ticket)
-            why = f"the request waited {now - ticket.arrived:.3f} s in the queue, longer than its time limit"
-            self._reply_once(job, ShedError(why, self._retry_after_s()))
+            why = f"the request waited {waited_s:.3f} s in the queue, longer than its time limit"
+            self.reply_once(job, self.too_late(waited_s, why))
 
     def _wake_at(self, time: float) -> None:
         """Dispatch again at that time. An earlier timer that is set already is enough."""
         if time < self._wakes_at:
             self._wakes_at = time
-            self._loop.call_later(time - self._clock.now(), self._wake, time)
+            self._loop.call_later(time - self.clock.now(), self._wake, time)
 
     def _wake(self, time: float) -> None:
         if time == self._wakes_at:
             self._wakes_at = math.inf
-        self._dispatch_soon()
+        self.dispatch_soon()
 
     def _finished(self, stream: Stream, error: BaseException | None) -> None:
         """A batch has ended: answer its requests. The stream is free afterwards, whatever fails."""
@@ -374,7 +379,7 @@ class Cell:
             return  # abandoned
         self.answering = stream
         try:
-            self._batcher.ended(parts)
+            self.batcher.ended(parts)
             if error is None:
                 self._hand_out(stream, parts)
             else:
@@ -385,16 +390,21 @@ class Cell:
         finally:
             self.answering = None
             self._busy.remove(stream)
-            self._free.append(stream)
-            if self._batcher.waiting:
-                self._dispatch_soon()
+            stream.of.free.append(stream)
+            if self.batcher.waiting:
+                self.dispatch_soon()
+            if self.ladder is not None:
+                self.ladder.ended(stream, parts, error)
 
     def _hand_out(self, stream: Stream, parts: list[Part[Job]]) -> None:
         """Update the profile from a batch, and give each of its requests its rows."""
-        now, last = self._clock.now(), parts[-1].ticket
-        self.profile.update(stream.work, now - stream.started)
-        self._host_speed.record(stream.work, stream.ended, stream.ended - stream.started)
-        self._admission.record(stream.work, last.item.expected_s, now - last.arrived)
+        now, last, variant, work = self.clock.now(), parts[-1].ticket, stream.of, stream.work
+        variant.profile.update(work, now - stream.started)
+        variant.samples += stream.rows
+        self._host_speed.record(variant.expected_s(work), stream.ended, stream.ended - stream.started)
+        # What was predicted for another variant says nothing about this one.
+        expected_s = last.item.expected_s if last.arrived >= self._switched else 0.0
+        variant.admission.record(work, expected_s, now - last.arrived)
         stream.read()
         begun, answered = [], []
         at = 0
@@ -419,41 +429,30 @@ class Cell:
             return False
         rows = stream.answer(part, at)
         if part.rows != job.request.rows:
-            rows = self._collect(part, rows)
+            rows = job.collect(part, rows)
             if job.missing:
                 return False
         job.reply = None
         if job.probe_until is not None:
-            self._probed(job)
+            self.probed(job)
         status = reply(rows)
         if status:
             return self._unanswered(part.ticket, status)
         self.counters.answered += 1
         return True
 
-    def _collect(self, part: Part[Job], rows: Sequence[memoryview]) -> OwnedViews:
-        """Copy the rows of a part of a request; returns all of its rows so far."""
-        job = part.ticket.item
-        if job.collected is None:
-            sizes = (len(view) // part.rows * job.request.rows for view in rows)
-            job.collected = OwnedViews(np.empty(size, np.uint8).data for size in sizes)
-        for whole, view in zip(job.collected, rows, strict=True):
-            first = part.first * (len(view) // part.rows)
-            whole[first : first + len(view)] = view
-        return job.collected
-
     def _unanswered(self, ticket: Ticket[Job], status: int) -> bool:
         """The samples were computed, but the answer is an error, or still being written."""
         if status == LATER:
             self._writing[ticket.item.request] = ticket.arrived
             return False
-        self.refuse(status, self._clock.now() - ticket.arrived)
+        self.refuse(status, self.clock.now() - ticket.arrived)
         return False
 
-    def _probed(self, job: Job) -> None:
+    def probed(self, job: Job) -> None:
         """A probe has ended. In time: the profile is wrong, admit the next. Late: trust the profile for a while."""
         if job.probe_until is not None:
-            now = self._clock.now()
+            now = self.clock.now()
             if now <= job.probe_until:
                 self._probe_from = now
                 self.profile.distrust()
@@ -466,15 +465,15 @@ class Cell:
         for part in parts:
             ticket, job = part.ticket, part.ticket.item
             if job.reply is not None:
-                self._count_failed(self._clock.now() - ticket.arrived)
+                self._count_failed(self.clock.now() - ticket.arrived)
                 self._drop(ticket)
-                self._reply_once(job, answer)
+                self.reply_once(job, answer)
 
     def _count_failed(self, took_s: float) -> None:
         self.counters.failed += 1
         self.statistics.failed("engine", took_s)
 
-    def _reply_once(self, job: Job, result: Exception) -> None:
+    def reply_once(self, job: Job, result: Exception) -> None:
         """Answer a request with an error. What the reply raises affects no other request."""
         reply, job.reply = job.reply, None
         if reply is not None:
@@ -489,7 +488,7 @@ class Cell:
 
     def _drop(self, ticket: Ticket[Job]) -> None:
         """Remove the rest of a request from the queue."""
-        self._batcher.cancel(ticket)
+        self.batcher.cancel(ticket)
         job = ticket.item
         job.ticket = None
         job.request.tensors = ()

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from rushhour.serve.observability.requests import FollowedRequest
-from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Job, Reply, Shed, ShedError
+from rushhour.serve.scheduling.stage import Stage
 from rushhour.wire import InferRequest
 
 
-def followed_cell(cell: Cell, followed: FollowedRequest) -> Cell:
+def followed_cell(cell: Stage, followed: FollowedRequest) -> Stage:
     """The cell for this one request, which reports to `followed`."""
     followed.begin(cell.codec.model, cell.codec.version)
-    return cast(Cell, _FollowedCell(cell, followed))
+    return cast(Stage, _FollowedCell(cell, followed))
 
 
 class _FollowedCell:
-    def __init__(self, cell: Cell, followed: FollowedRequest) -> None:
+    def __init__(self, cell: Stage, followed: FollowedRequest) -> None:
         self._cell = cell
         self._followed = followed
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
+
 from rushhour.errors import WireError
-from rushhour.serve.scheduling.batcher import Ticket
+from rushhour.serve.scheduling.batcher import Part, Ticket
 from rushhour.serve.scheduling.decoding import Decoding
 from rushhour.serve.scheduling.tokenising import Tokenising
 from rushhour.wire import InferRequest, Wanted
@@ -17,7 +19,7 @@ Reply = Callable[[Sequence[memoryview] | Exception], int | None]
 """Called once, on the event loop: the raw rows of each output, in the signature's order, or the error.
 
 The views are valid only during the call. It returns the status of the error that it had to answer instead, if any;
-`LATER` where it still writes its answer, and will call `Cell.written`.
+`LATER` where it still writes its answer, and will call `Stage.written`.
 What it raises is reported to the event loop, and affects no other request.
 """
 LATER = -1
@@ -45,6 +47,21 @@ class Job:
         self.missing = request.rows
         self.collected: OwnedViews | None = None
         self.ticket: Ticket[Job] | None = None
+
+    def collect(self, part: Part[Job], rows: Sequence[memoryview]) -> OwnedViews:
+        """Copy the rows of a part of the request; returns all of its rows so far.
+
+        Args:
+            part: of this request.
+            rows: of each output, as bytes.
+        """
+        if self.collected is None:
+            sizes = (len(view) // part.rows * self.request.rows for view in rows)
+            self.collected = OwnedViews(np.empty(size, np.uint8).data for size in sizes)
+        for whole, view in zip(self.collected, rows, strict=True):
+            first = part.first * (len(view) // part.rows)
+            whole[first : first + len(view)] = view
+        return self.collected
 
 
 class PictureJob(Job):

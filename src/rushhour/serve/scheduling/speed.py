@@ -62,26 +62,23 @@ def sum_speeds(each: Iterable[Speeds]) -> Speeds:
 class HostSpeed:
     """Adds up the expected and the measured times of batches.
 
-    Args:
-        times: of the engine before the first request, all streams busy. Unlike admission's profile they are not
-            updated: a reference that follows the host cannot show by how much it changed.
+    What is expected comes from the times before the first request. Unlike admission's profile they are not updated: a
+    reference that follows the host cannot show by how much it changed.
     """
 
-    def __init__(self, times: ServiceTimes) -> None:
-        fixed = isinstance(times.positions, msgspec.UnsetType)
-        self._seconds: Callable[[Any], float] = ServiceProfile(times).seconds if fixed else _line(times)
+    def __init__(self) -> None:
         self._parts: deque[tuple[int, float, float]] = deque(maxlen=_KEPT)
         self._part = 0
         self._expected_s = 0.0
         self._took_s = 0.0
 
-    def record(self, rows: float, ended: float, took_s: float) -> None:
-        """A batch of `rows` samples, or of so much work, has ended, at `ended` on the clock, after `took_s`."""
+    def record(self, expected_s: float, ended: float, took_s: float) -> None:
+        """A batch that was to take `expected_s` has ended, at `ended` on the clock, after `took_s`."""
         part = int(ended / INTERVAL_S)
         if part > self._part:  # streams may alternate between neighbouring intervals
             self._keep()
             self._part, self._expected_s, self._took_s = part, 0.0, 0.0
-        self._expected_s += self._seconds(rows)
+        self._expected_s += expected_s
         self._took_s += took_s
 
     def speeds(self, now: float) -> Speeds:
@@ -104,8 +101,11 @@ class HostSpeed:
             self._parts.append((self._part, self._expected_s, self._took_s))
 
 
-def _line(times: ServiceTimes) -> Callable[[float], float]:
-    """Seconds of a batch by its work, which is no whole number where samples differ in size."""
+def expected_seconds(times: ServiceTimes) -> Callable[[Any], float]:
+    """How long a batch of so many samples, or of so much work, takes by these times."""
+    if isinstance(times.positions, msgspec.UnsetType):
+        return ServiceProfile(times).seconds
+    # Work is no whole number where samples differ in size.
     slope, base = np.polyfit(times.batch_sizes, times.seconds, 1) if len(times.seconds) > 1 else (0.0, times.seconds[0])
     least = min(times.seconds) / 16  # of a line that crosses zero
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from rushhour.serve.scheduling.batcher import Batcher, Part
 from rushhour.serve.scheduling.buckets import Buckets, SizedBatcher
 from rushhour.serve.scheduling.job import Job
 
+if TYPE_CHECKING:
+    from rushhour.serve.scheduling.variant import Variant
+
 
 class Stream:
     """A slot of the engine, its input buffers as bytes, and the batch that runs on it.
@@ -28,8 +31,10 @@ class Stream:
         loop: the event loop of the cell.
         clock: of the cell.
         finished: called on the event loop when a batch has ended, with the error where there was one.
+        of: the variant that the slot belongs to.
 
     Attributes:
+        variant: its name.
         work: of the batch, in samples of the usual size: its rows, where all samples have one size.
         positions: of samples with open dimensions: tokens, pixels; 0 for all others.
         padding: positions that were added to them.
@@ -37,7 +42,7 @@ class Stream:
 
     __slots__ = (
         *("_clock", "_finished", "_loop", "_names_out", "_row_bytes", "_row_bytes_out", "_views"),
-        *("buffers", "ended", "parts", "rows", "slot", "started", "taken", "until", "work"),
+        *("buffers", "ended", "of", "parts", "rows", "slot", "started", "taken", "until", "variant", "work"),
     )
     positions = padding = 0
 
@@ -48,8 +53,11 @@ class Stream:
         loop: asyncio.AbstractEventLoop,
         clock: Clock,
         finished: Callable[[Stream, BaseException | None], None],
+        of: Variant,
     ) -> None:
         self.slot = slot
+        self.of = of
+        self.variant = of.name
         self.buffers = [slot.inputs[spec.name].reshape(-1).view(np.uint8).data for spec in signature.inputs]
         self.parts: list[Part[Job]] = []
         self.rows = 0
@@ -109,7 +117,7 @@ class SizedStream(Stream):
 
     Args:
         buckets: of the sizes.
-        slot, signature, loop, clock, finished: as of `Stream`.
+        slot, signature, loop, clock, finished, of: as of `Stream`.
     """
 
     __slots__ = ("_buckets", "_inputs", "_signature", "padding", "positions")
@@ -122,8 +130,9 @@ class SizedStream(Stream):
         loop: asyncio.AbstractEventLoop,
         clock: Clock,
         finished: Callable[[Stream, BaseException | None], None],
+        of: Variant,
     ) -> None:
-        super().__init__(slot, signature, loop, clock, finished)
+        super().__init__(slot, signature, loop, clock, finished, of)
         self._buckets = buckets
         self._signature = signature
         self._inputs = [

@@ -11,8 +11,8 @@ from rushhour.serve.memory.budget import Budget, Grant
 from rushhour.serve.observability.requests import CANCELLED, FollowedRequest
 from rushhour.serve.protocols.grpc.codec import GrpcCodec, GrpcRequest, stream_answer, stream_error
 from rushhour.serve.protocols.grpc.errors import end, error_text, status_of, without_frames
-from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import LATER, Job, Shed, ShedError, owned
+from rushhour.serve.scheduling.stage import Stage
 
 
 class InferCall:
@@ -22,7 +22,7 @@ class InferCall:
 
     def __init__(
         self,
-        cell: Cell,
+        cell: Stage,
         codec: GrpcCodec,
         request: GrpcRequest,
         within_s: float | None,

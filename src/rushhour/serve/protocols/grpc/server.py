@@ -29,9 +29,9 @@ from rushhour.serve.protocols.grpc.control import ControlMethods
 from rushhour.serve.protocols.grpc.errors import Context, TooLarge, end, error_text, refuse, status_of, stopping
 from rushhour.serve.protocols.grpc.health import Health
 from rushhour.serve.repository import Loaded, Repository
-from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.followed import followed_cell
 from rushhour.serve.scheduling.job import ShedError
+from rushhour.serve.scheduling.stage import Stage
 from rushhour.wire import PlacedRequest
 from rushhour.wire.pieces import WHOLE_BYTES
 
@@ -249,7 +249,7 @@ class GrpcServer:
             within_s -= asyncio.get_running_loop().time() - began
         return InferCall(cell, codec, request, within_s, followed, budget, grant)
 
-    async def _fetch(self, cell: Cell, request: GrpcRequest) -> None:
+    async def _fetch(self, cell: Stage, request: GrpcRequest) -> None:
         """Read tensors from shared memory, if the request is admitted."""
         placed = cast(PlacedRequest, request.request)
         shed = cell.shed_early(placed)

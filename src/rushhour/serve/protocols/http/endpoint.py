@@ -11,7 +11,7 @@ from rushhour.serve.access.origin import Client, OriginCheck
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.http.routes import Answer, Routes
 from rushhour.serve.repository import Repository
-from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.settings import ServeSettings
 
 
@@ -77,7 +77,7 @@ class HttpEndpoint:
         """Call once a second."""
         self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
 
-    def cell_of(self, path: bytes) -> Cell | None:
+    def cell_of(self, path: bytes) -> Stage | None:
         """The cell that answers inference requests at this exact path, if there is one."""
         return self._repository.cell_of(path) if self._infers else None
 

@@ -17,8 +17,8 @@ from rushhour.serve.protocols.http.message import KnownHead, Message
 from rushhour.serve.protocols.http.pipeline import Pipeline
 from rushhour.serve.protocols.http.repeats import KnownRequest, PreparedAnswer
 from rushhour.serve.protocols.http.routes import MAX_BODY_BYTES, Answer, not_allowed
-from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, Shed, ShedError, owned
+from rushhour.serve.scheduling.stage import Stage
 from rushhour.wire import Body, Codec, InferRequest, PlacedRequest
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
@@ -38,7 +38,7 @@ class RequestHandler(Pipeline):
 
     def __init__(self, endpoint: HttpEndpoint) -> None:
         super().__init__(endpoint)
-        self._cell: Cell | None = None
+        self._cell: Stage | None = None
         self._request: InferRequest | None = None
         self._job: Job | None = None
         self._waiting: asyncio.Future[None] | None = None
@@ -112,7 +112,7 @@ class RequestHandler(Pipeline):
         except Exception as error:
             self._fail_unexpectedly(error)
 
-    def _infer(self, cell: Cell, message: Message) -> None:
+    def _infer(self, cell: Stage, message: Message) -> None:
         body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
         message.body.clear()
         if message.encoding in (b"", b"identity"):
@@ -135,7 +135,7 @@ class RequestHandler(Pipeline):
         except Exception as error:
             self._fail_unexpectedly(error)
 
-    def _submit(self, cell: Cell, message: Message, body: Body) -> None:
+    def _submit(self, cell: Stage, message: Message, body: Body) -> None:
         try:
             request: InferRequest
             if message.is_picture and message.header_length is None:
@@ -162,7 +162,7 @@ class RequestHandler(Pipeline):
         if request.wanted.places:
             self._endpoint.check_origin(Client(message.client))
 
-    def _refuse_request(self, cell: Cell, error: WireError) -> None:
+    def _refuse_request(self, cell: Stage, error: WireError) -> None:
         cell.refuse(error.status, self._clock() - self._since)
         self._send_error(error)
 
@@ -175,7 +175,7 @@ class RequestHandler(Pipeline):
             if repeat.exact:
                 self._repeat = repeat
 
-    async def _decode_on_thread(self, cell: Cell, message: Message, body: Body, length: int | None) -> None:
+    async def _decode_on_thread(self, cell: Stage, message: Message, body: Body, length: int | None) -> None:
         """Read a large request on a thread."""
         try:
             request = await self._endpoint.budget.on_thread(cell.codec.decode, body, length)
@@ -187,7 +187,7 @@ class RequestHandler(Pipeline):
         else:
             self._continue(cell, message, body, request)
 
-    def _fetch(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+    def _fetch(self, cell: Stage, message: Message, body: Body, request: PlacedRequest) -> None:
         """Read tensors from shared memory, if the request is admitted."""
         shed = cell.shed_early(request)
         if shed is not None:
@@ -202,7 +202,7 @@ class RequestHandler(Pipeline):
                 return
             self._enqueue(cell, fetched)
 
-    async def _fetch_on_thread(self, cell: Cell, message: Message, body: Body, request: PlacedRequest) -> None:
+    async def _fetch_on_thread(self, cell: Stage, message: Message, body: Body, request: PlacedRequest) -> None:
         try:
             message.grant = self._endpoint.budget.grant(request.unread_bytes)
             fetched = await self._endpoint.budget.on_thread(request.fetch)
@@ -213,7 +213,7 @@ class RequestHandler(Pipeline):
         else:
             self._continue(cell, message, body, fetched)
 
-    def _continue(self, cell: Cell, message: Message, body: Body, request: InferRequest) -> None:
+    def _continue(self, cell: Stage, message: Message, body: Body, request: InferRequest) -> None:
         """A request has been read on a thread."""
         if self._transport is None:
             return
@@ -229,7 +229,7 @@ class RequestHandler(Pipeline):
         except Exception as error:
             self._fail_unexpectedly(error)
 
-    def _enqueue(self, cell: Cell, request: InferRequest) -> None:
+    def _enqueue(self, cell: Stage, request: InferRequest) -> None:
         self._cell, self._request = cell, request
         submitted = cell.submit(request, self._answered)
         if isinstance(submitted, Shed):
@@ -260,7 +260,7 @@ class RequestHandler(Pipeline):
             return self._answer_failed(error)
         return None
 
-    def _reply(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> int | None:
+    def _reply(self, cell: Stage, request: InferRequest, result: Sequence[memoryview]) -> int | None:
         """Write the answer, or an error; returns the error's status, which the cell counts."""
         if cell.codec.is_large_answer(request.wanted, request.rows):
             self._waiting = asyncio.ensure_future(self._write_on_thread(cell, request, owned(result)))
@@ -272,7 +272,7 @@ class RequestHandler(Pipeline):
         self._send_encoded(length, parts, lasts=isinstance(result, OwnedViews))
         return None
 
-    async def _write_on_thread(self, cell: Cell, request: InferRequest, result: Sequence[memoryview]) -> None:
+    async def _write_on_thread(self, cell: Stage, request: InferRequest, result: Sequence[memoryview]) -> None:
         """Write a large answer on a thread."""
         status: int | None = None
         try:

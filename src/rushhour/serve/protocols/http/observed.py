@@ -9,9 +9,9 @@ from rushhour.serve.observability.requests import CANCELLED, FollowedRequest, Ob
 from rushhour.serve.protocols.http.connection import HttpConnection
 from rushhour.serve.protocols.http.endpoint import HttpEndpoint
 from rushhour.serve.protocols.http.message import Message
-from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.followed import followed_cell
 from rushhour.serve.scheduling.job import Shed
+from rushhour.serve.scheduling.stage import Stage
 from rushhour.wire import Body, Parts
 
 _TRACE_FIELDS = frozenset(("x-request-id", "traceparent", "tracestate"))
@@ -78,7 +78,7 @@ class ObservedConnection(HttpConnection):
             self._followed.shed = shed.reason
         super()._send_shed(shed)
 
-    def _submit(self, cell: Cell, message: Message, body: Body) -> None:
+    def _submit(self, cell: Stage, message: Message, body: Body) -> None:
         super()._submit(cell if self._followed is None else followed_cell(cell, self._followed), message, body)
 
     def _send(self, status: int, body: bytes, *more: Any, **named: Any) -> None:

@@ -1,0 +1,54 @@
+"""`Variant`: one thing that can answer the requests of a cell, while requests arrive."""
+
+from __future__ import annotations
+
+from rushhour.engines import Engine
+from rushhour.measurement import BatchCost
+from rushhour.serve.scheduling.admission import Admission, Profile
+from rushhour.serve.scheduling.speed import expected_seconds
+from rushhour.serve.scheduling.stream import Stream
+
+
+class Variant:
+    """An engine, and what is known of its batches. A cell has one, or several of which one is active.
+
+    Args:
+        engine: compiled and warm.
+        profile: how long its batches take; updated by every batch.
+        name: of the variant in the plan.
+        cost: CPU time of its batches; None where no batch waits for more samples.
+        max_batch: samples in one batch, at most; None is the engine's bound.
+        is_sure: whether nothing else computed while its times were measured.
+
+    Attributes:
+        admission: predicts when a request would be answered by it.
+        expected_s: seconds of a batch by its work, as before the first request: the host's speed is measured by that.
+        free: its streams without a batch.
+        samples: that it has computed.
+    """
+
+    __slots__ = (
+        *("admission", "cost", "engine", "free", "is_sure", "max_batch"),
+        *("expected_s", "name", "profile", "samples"),
+    )
+
+    def __init__(
+        self,
+        engine: Engine,
+        profile: Profile,
+        *,
+        name: str = "",
+        cost: BatchCost | None = None,
+        max_batch: int | None = None,
+        is_sure: bool = True,
+    ) -> None:
+        self.name = name
+        self.engine = engine
+        self.is_sure = is_sure
+        self.profile = profile
+        self.cost = cost
+        self.max_batch = min(max_batch or engine.config.max_batch, engine.config.max_batch)
+        self.admission = Admission(profile, self.max_batch)
+        self.expected_s = expected_seconds(profile.times)
+        self.free: list[Stream] = []
+        self.samples = 0
