@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rushhour.bundle import Bundle, OpenDimension
-from rushhour.engines import Engine, EngineConfig, Runner, open_engine, time_service, usual_sizes
+from rushhour.engines import Engine, EngineConfig, Runner, open_engine, run_sizes, time_service, usual_sizes
 from rushhour.errors import EngineError
 from rushhour.plan import EngineName
 from rushhour.system.machine import cores
@@ -93,6 +93,12 @@ def test_many_sizes_do_not_fill_the_memory(engine: Engine) -> None:
         tokens = words(2, length, seed=length)
         found = runner.infer({"tokens": tokens, "mask": np.ones_like(tokens)})
         np.testing.assert_allclose(found["scores"], tiny_text_answers(tokens)["scores"], atol=1e-4)
+
+
+def test_every_bucket_is_run_before_the_first_request(engine: Engine, text: Bundle) -> None:
+    assert run_sizes(engine, text, {(4,): 5, (32,): 1, (9,): 2}) == 3
+    assert run_sizes(engine, text, {(4,): 5, (32,): 1}, seconds=-1.0) == 0
+    assert engine.slots[0].inputs["tokens"].shape == (5, *usual_sizes(text))
 
 
 def test_service_times_say_how_much_longer_samples_take(engine: Engine, text: Bundle) -> None:

@@ -237,6 +237,12 @@ def test_the_plan_decides_the_buckets_and_the_profile_the_work() -> None:
     assert type(fixed) is Batcher
 
 
+def test_all_batches_are_known_before_the_first() -> None:
+    buckets = Buckets(PADDED, (16, 64), BY_LENGTH)
+    assert buckets.batches((20,), 8) == {(16,): 8, (64,): 2, (128,): 1}
+    assert Buckets(EQUAL, (), BY_LENGTH).batches((20,), 8) == {}
+
+
 def test_infinite_deadlines_do_not_bound_a_batch() -> None:
     batcher = make(max_batch=4, times=line(0.0, 10.0))
     for name in "abcd":

@@ -7,7 +7,7 @@ import importlib.util
 from rushhour.bundle import Bundle
 from rushhour.engines.agreement import check_answers, full_range, saturates_here
 from rushhour.engines.engine import Done, Engine, EngineConfig, Runner, Slot
-from rushhour.engines.service import batch_cost, fill, keep_busy, time_service, usual_sizes
+from rushhour.engines.service import batch_cost, fill, keep_busy, run_sizes, time_service, usual_sizes
 from rushhour.plan import EngineName
 from rushhour.system.machine import describe
 
@@ -23,6 +23,7 @@ __all__ = [
     "full_range",
     "keep_busy",
     "open_engine",
+    "run_sizes",
     "saturates_here",
     "time_service",
     "usual_sizes",

@@ -6,7 +6,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
 import msgspec
@@ -22,6 +22,7 @@ _COMPARED_ROWS = 4
 """Samples of a batch, at most, in which samples of different sizes are compared."""
 _FACTORS = (0.5, 2.0)
 """Sizes that are compared with the usual ones."""
+_RUN_S = 3.0
 _POINTS = 16
 """Quantiles of the durations of a size's batches. A batch that a pause of the host delayed for long is one of the worst
 16th, wherever it is."""
@@ -145,6 +146,37 @@ def fill(engine: Engine, bundle: Bundle, sizes: Sizes | None = None) -> None:
             slot.resize(sizes)
         for name, buffer in slot.inputs.items():
             buffer[:] = np.resize(samples[name], buffer.shape)
+
+
+def run_sizes(engine: Engine, bundle: Bundle, batches: Mapping[Sizes, int], seconds: float = _RUN_S) -> int:
+    """Run samples of several sizes on all streams, one alone and in a batch: first runs of a shape are slow, so they
+    must not be a client's. Returns how many sizes were run.
+
+    Args:
+        engine: compiled, of a model with open dimensions.
+        bundle: for its samples.
+        batches: sizes -> samples of the batch, in order.
+        seconds: no further size is begun after these.
+
+    Raises:
+        EngineError: if a batch fails.
+    """
+    end, count = time.perf_counter() + seconds, 0
+    for sizes, most in batches.items():
+        if time.perf_counter() > end:
+            break
+        fill(engine, bundle, sizes)
+        for rows in sorted({1, most}):
+            finished: SimpleQueue[BaseException | None] = SimpleQueue()
+            for slot in engine.slots:
+                slot.start(rows, finished.put)
+            errors = [finished.get() for _ in engine.slots]
+            for error in errors:
+                if error is not None:
+                    raise EngineError(f"a batch of {rows} failed", str(error)) from error
+        count += 1
+    fill(engine, bundle)
+    return count
 
 
 def usual_sizes(bundle: Bundle) -> Sizes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from rushhour.bundle import Bundle, Decoding, TensorSpec, Text
 from rushhour.clock import Clock
-from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, time_service
+from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, run_sizes, time_service, usual_sizes
 from rushhour.errors import BundleError, EngineError, ModelError, RushhourError
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Policy
@@ -16,6 +16,7 @@ from rushhour.serve.limits import Limits
 from rushhour.serve.node import Fit, seconds_per_size
 from rushhour.serve.observability import log
 from rushhour.serve.scheduling.admission import Profile
+from rushhour.serve.scheduling.buckets import buckets_of
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.ladder import Ladder
@@ -112,7 +113,7 @@ class Opening:
         refused: RushhourError | None = None
         for variant in [target.first] if self._exact else target.variants(cores()):
             try:
-                opened = self._open(variant)
+                opened = self._open(variant, target.plan.policy)
             except (EngineError, ModelError) as error:
                 refused = refused or error
                 continue
@@ -128,7 +129,8 @@ class Opening:
         try:
             for point in target.plan.ladder:
                 try:
-                    opened.append(self._open(target.rung(point, None if self._exact else cores())))
+                    rung = target.rung(point, None if self._exact else cores())
+                    opened.append(self._open(rung, target.plan.policy))
                 except (BundleError, EngineError, ModelError) as error:
                     if self._exact:
                         raise
@@ -143,10 +145,14 @@ class Opening:
             raise
         return tuple(opened)
 
-    def _open(self, variant: ServedVariant) -> Opened:
-        engine = self._opener(variant.bundle, variant.config)
+    def _open(self, variant: ServedVariant, policy: Policy) -> Opened:
+        engine, bundle = self._opener(variant.bundle, variant.config), variant.bundle
         try:
-            return Opened(variant, engine, *self._timed(engine, variant))
+            opened = Opened(variant, engine, *self._timed(engine, variant))
+            if engine.signature.dimensions:
+                buckets = buckets_of(engine.signature, policy, opened.times)
+                run_sizes(engine, bundle, buckets.batches(usual_sizes(bundle), variant.config.max_batch))
+            return opened
         except BaseException:
             engine.close()
             raise

@@ -60,6 +60,21 @@ class Buckets:
         """Of one sample padded to these sizes, in samples of the usual size."""
         return self._cost.work(sizes)
 
+    def rows(self, sizes: Sizes, max_batch: int) -> int:
+        """Samples of these sizes in a batch, at most: as much work as the bound, and no more samples."""
+        return max(1, min(max_batch, int(max_batch / self.work(sizes) + 1e-9)))
+
+    def batches(self, usual: Sizes, max_batch: int) -> dict[Sizes, int]:
+        """The sizes of all batches, where samples are padded, and the samples in each, at most.
+
+        Args:
+            usual: sizes in other dimensions.
+            max_batch: samples of the usual size in a batch.
+        """
+        at = self.padded
+        every = () if at is None else ((*usual[:at], bound, *usual[at + 1 :]) for bound in self.bounds)
+        return {sizes: self.rows(sizes, max_batch) for sizes in every}
+
     def holds(self, sizes: Sizes, shorter: Sizes) -> bool:
         """Whether samples in the bucket `shorter` can be padded to these sizes."""
         at = self.padded
@@ -250,8 +265,7 @@ class SizedBatcher(Batcher[Job]):
     def _rows(self, level: int, sizes: Sizes, now: float) -> int:
         """Samples of these sizes in a batch: as much work as the bound, or fewer to meet the deadline of the first; as
         `Batcher` decides it."""
-        work = self.buckets.work(sizes)
-        most = max(1, min(self.max_batch, int(self.max_batch / work + 1e-9)))
+        work, most = self.buckets.work(sizes), self.buckets.rows(sizes, self.max_batch)
         head = self._levels[level][sizes][0]
         if head.deadline == math.inf:
             return most
@@ -270,8 +284,10 @@ class SizedBatcher(Batcher[Job]):
 
 def batcher_of(signature: Signature, policy: Policy, times: ServiceTimes) -> Callable[..., Batcher[Job]]:
     """Makes the batcher of a model, from the arguments of `Batcher`."""
-    if not signature.dimensions:
-        return Batcher
+    return partial(SizedBatcher, buckets_of(signature, policy, times)) if signature.dimensions else Batcher
+
+
+def buckets_of(signature: Signature, policy: Policy, times: ServiceTimes) -> Buckets:
+    """Of a model with open dimensions, as its plan says."""
     bounds = () if isinstance(policy.buckets, msgspec.UnsetType) else policy.buckets
-    cost = None if isinstance(times.positions, msgspec.UnsetType) else times.positions
-    return partial(SizedBatcher, Buckets(signature, bounds, cost))
+    return Buckets(signature, bounds, None if isinstance(times.positions, msgspec.UnsetType) else times.positions)
