@@ -75,6 +75,17 @@ def inspect_picture(source: Path | BinaryIO, *, max_pixels: int) -> PictureInfo:
     return info
 
 
+def picture_size(source: BinaryIO, *, max_pixels: int, formats: tuple[str, ...]) -> tuple[int, int]:
+    """Height and width of a picture by its header alone, with the orientation that the header has.
+
+    Raises:
+        DataError: as `decode`.
+    """
+    with _opened(source, max_pixels, formats) as picture:
+        info = _info_of(picture)
+    return info.height, info.width
+
+
 def decode(
     source: Path | BinaryIO,
     into: NDArray[np.uint8],
@@ -97,13 +108,45 @@ def decode(
         DataError: if it is damaged, too large, of another format, or has invalid values.
     """
     height, width, channels = into.shape
-    mode, reduced = ("L" if channels == 1 else "RGB"), _REDUCING_GAP * max(height, width)
+    pixels, info = _decoded(source, channels, (height, width), max_pixels, formats, decoding)
+    into[:] = pixels.reshape(into.shape)
+    return info
+
+
+def decode_whole(
+    source: Path | BinaryIO,
+    channels: int,
+    *,
+    max_pixels: int,
+    formats: tuple[str, ...] | None = None,
+    decoding: Decoding = _AS_DECODED,
+) -> tuple[NDArray[np.uint8], PictureInfo]:
+    """A picture at its own size, `(height, width, channels)`, and its properties; else as `decode`.
+
+    Raises:
+        DataError: as `decode`.
+    """
+    pixels, info = _decoded(source, channels, None, max_pixels, formats, decoding)
+    return pixels.reshape(*pixels.shape[:2], channels), info
+
+
+def _decoded(
+    source: Path | BinaryIO,
+    channels: int,
+    sides: tuple[int, int] | None,
+    max_pixels: int,
+    formats: tuple[str, ...] | None,
+    decoding: Decoding,
+) -> tuple[NDArray[np.uint8], PictureInfo]:
+    """The pixels of a picture, brought to this height and width; None keeps its own."""
+    mode = "L" if channels == 1 else "RGB"
     with _opened(source, max_pixels, formats) as picture:
         info, wide = _info_of(picture), _has_wide_colours(picture)
-        picture.draft(mode, (reduced, reduced))
+        if sides is not None:
+            reduced = _REDUCING_GAP * max(sides)
+            picture.draft(mode, (reduced, reduced))
         picture.load()
         orientation = _orientation(picture)
-        size = (height, width) if orientation in _ON_ITS_SIDE else (width, height)
         if picture.mode.startswith("I") or picture.mode == "F":
             info = _measured(picture, info)
             real = picture.mode == "F"
@@ -113,12 +156,13 @@ def decode(
             sample = _opaque(picture).convert(mode)
             if wide:
                 info = info._replace(cut=int(np.asarray(sample).max()))
-        if sample.size != size:
-            sample = sample.resize(size, Image.Resampling.BILINEAR)
+        if sides is not None:
+            size = sides if orientation in _ON_ITS_SIDE else sides[::-1]
+            if sample.size != size:
+                sample = sample.resize(size, Image.Resampling.BILINEAR)
         if orientation in _TURNS:
             sample = sample.transpose(_TURNS[orientation])
-    into[:] = np.asarray(sample).reshape(into.shape)
-    return info
+    return np.asarray(sample), info
 
 
 def _info_of(picture: Image.Image) -> PictureInfo:

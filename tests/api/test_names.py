@@ -122,7 +122,7 @@ IN_OBJECTS = {
         "no_grpc", "admin_port", "admin_host", "api_key_file", "tls_cert", "tls_key", "expose", "known_as", "admin",
         "shared_memory", "idle_timeout", "request_timeout", "max_body", "grpc_max_message", "grpc_ping_interval",
         "grpc_keepalive", "grpc_max_age", "grpc_max_age_grace", "drain_delay", "drain_timeout", "frozen_after",
-        "log_format", "log_level", "log_requests", "otel", "otel_sample", "strict",
+        "log_format", "log_level", "log_requests", "server_timing", "otel", "otel_sample", "strict",
     },
 }  # fmt: skip
 """Options that Python takes in one object: a `ParallelSettings`, `ServeSettings`."""

@@ -18,10 +18,11 @@ from test_converted_networks import exported
 
 import rushhour
 from rushhour.api.importing import ImportResult
-from rushhour.bundle import Bundle, Preprocessing
+from rushhour.bundle import Bundle, Preprocessing, Tiling
 from rushhour.compress import Distil, Prune, Recipe, Store, apply
+from rushhour.compress.quantize import quantize
 from rushhour.data.dataset import Dataset, Split
-from rushhour.errors import DataError, GoalError, ModelError, TaskError
+from rushhour.errors import BundleError, DataError, GoalError, ModelError, TaskError
 from rushhour.models import build, import_onnx, is_imported, load_deployed
 from rushhour.models.converted import Program
 from rushhour.models.importing import Given
@@ -103,6 +104,19 @@ def test_a_file_becomes_a_bundle_with_its_network(imported: ImportResult, datase
         answers = load_deployed(imported.bundle)(torch.from_numpy(dataset.test.inputs)).numpy()
     assert (answers.argmax(1) == dataset.test.targets).mean() == 1
     assert is_imported(imported.bundle)
+
+
+def test_an_import_may_cut_larger_pictures_and_what_is_made_of_it_cuts_them_alike(
+    file: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    found = rushhour.import_model(file, out=tmp_path / "tiled", data=dataset, tiles="mean,overlap=2")
+    assert Bundle.open(found.bundle.path).manifest.tiles == Tiling("mean", overlap=2)
+    int8 = quantize(found.bundle, dataset, tmp_path / "int8", calibration=32, seed=0, progress=Silent())
+    assert int8.manifest.tiles == Tiling("mean", overlap=2)
+    for tiles in ("crop,overlap=2", "mean,overlap=8", Tiling("max", overlap=-1)):
+        with pytest.raises(BundleError):
+            rushhour.import_model(file, out=tmp_path / "none", data=dataset, tiles=tiles)
+        assert not (tmp_path / "none").exists()
 
 
 def test_channels_are_moved_first_before_pixels_are_scaled(imported: ImportResult) -> None:

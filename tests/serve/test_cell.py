@@ -286,7 +286,7 @@ def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
         def is_large_answer(self, asked: object) -> bool:
             return False
 
-        def encode(self, asked: object, result: object) -> bytes:
+        def encode(self, asked: object, result: object, variant: str = "") -> bytes:
             return b"the answer"
 
     class Followed_:
@@ -608,9 +608,9 @@ def test_the_late_part_of_a_split_request_is_left_out_and_others_behind_it_are_n
         held, clock = Held(), VirtualClock()
         engine = FakeEngine(EngineConfig("openvino", max_batch=2), schedule=held.schedule)
         cell = cell_of(engine, clock=clock)
-        large, small = put(cell, unique(6, 0), timeout_s=0.2), put(cell, unique(1, 1), timeout_s=5.0)
-        without = put(cell, unique(1, 2))
+        large = put(cell, unique(6, 0), timeout_s=0.2)
         await turns()
+        small, without = put(cell, unique(1, 1), timeout_s=5.0), put(cell, unique(1, 2))
         assert engine.batches == [2]
         clock.advance(0.3)
         await held.release()

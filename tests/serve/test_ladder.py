@@ -193,8 +193,9 @@ def test_a_request_larger_than_a_batch_is_computed_by_one_variant() -> None:
     async def scenario() -> None:
         made = Made()
         ladder = made.climb(1.0)
-        large, small = made.put(unique(10, 0)), made.put(unique(1, 1))
+        large = made.put(unique(10, 0))
         await turns()
+        small = made.put(unique(1, 1))
         ladder._controller.at = 1
         for _ in range(3):
             await made.end(0)

@@ -627,6 +627,7 @@ class DeskOf:
 
     def __init__(self, cell: Cell) -> None:
         self.connections: set[Any] = set()
+        self.explanation = None
         self.draining = False
         self.limits = Limits()
         self.keys = Keys(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +13,19 @@ import msgspec
 
 from rushhour.api.inputs import REFERENCES, load_data
 from rushhour.api.values import StrPath, check_name, read_path, read_size, read_texts
-from rushhour.bundle import Bundle, Preprocessing, Signature, Source, TensorSpec, check_folder, check_place, is_bundle
-from rushhour.errors import DataError, GoalError
+from rushhour.bundle import (
+    Bundle,
+    Preprocessing,
+    Signature,
+    Source,
+    TensorSpec,
+    Tiling,
+    check_folder,
+    check_place,
+    is_bundle,
+)
+from rushhour.bundle.tiling import read_tiling
+from rushhour.errors import DataError, GoalError, RushhourError
 from rushhour.progress import Progress, Silent
 from rushhour.system.extras import require
 from rushhour.system.storage import try_building
@@ -103,6 +115,7 @@ def import_model(
     task: Literal["classification", "regression"] | None = None,
     size: str | tuple[int, int] | None = None,
     length: int | None = None,
+    tiles: str | Tiling | None = None,
     skip_corrupt: bool = False,
     tensorflow_python: StrPath | None = None,
     trust: str | Sequence[str] = (),
@@ -137,6 +150,8 @@ def import_model(
         size: as of `rushhour.train`; the model's own by default.
         length: tokens of every text, for a network that takes any number; without it the length stays open where it
             can. Of an ONNX graph with open dimensions, their largest size.
+        tiles: cut pictures larger than the model's input, and merge the answers of the tiles: `mean,overlap=32`, or a
+            `rushhour.bundle.Tiling`, which explains the settings. Without it pictures are brought to the input's size.
         skip_corrupt: as of `rushhour.train`.
         tensorflow_python: a Python with TensorFlow and tf2onnx, for models that only these can read.
         trust: the model's path, where reading it runs its code.
@@ -151,6 +166,7 @@ def import_model(
     from rushhour.models.doors import refuse
 
     progress, path, name = progress or Silent(), read_path(out), check_name(name)
+    tiling = read_tiling(tiles) if isinstance(tiles, str) else tiles
     brought = brought_of(model)
     if brought is None:
         raise refuse(model)
@@ -164,10 +180,11 @@ def import_model(
         raise GoalError("there is no data", "--task and --skip-corrupt are for data", "give --data")
     given = Known(trust, name, length, None if tensorflow_python is None else read_path(tensorflow_python))
     if data is not None:
-        return imported_for(
+        result, _ = imported_for(
             brought, data, path, progress,
             skip_corrupt=skip_corrupt, size=size, task=task, known=given, preprocessing=scaling,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        return _tiled(result, tiling)
     array = None
     if example is not None:
         from rushhour.data.conversion import to_array
@@ -177,7 +194,23 @@ def import_model(
     meant = _task(classes)
     outputs = None if meant is None else meant.outputs
     arrival = given.opened(brought, size=read_size(size), example=array, outputs=outputs)
-    return _imported(brought, arrival, path, name, progress, task=meant, preprocessing=scaling)
+    result = _imported(brought, arrival, path, name, progress, task=meant, preprocessing=scaling)
+    return _tiled(result, tiling)
+
+
+def _tiled(result: ImportResult, tiling: Tiling | None) -> ImportResult:
+    """The bundle with these tiles; if its answers cannot be merged so, it is not kept.
+
+    Raises:
+        BundleError: in that case.
+    """
+    if tiling is None:
+        return result
+    try:
+        return dataclasses.replace(result, bundle=result.bundle.with_tiles(tiling))
+    except RushhourError:
+        shutil.rmtree(result.bundle.path, ignore_errors=True)
+        raise
 
 
 def brought_of(model: Any) -> Brought | None:

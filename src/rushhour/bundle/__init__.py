@@ -32,6 +32,7 @@ from rushhour.bundle.manifest import (
     Text,
 )
 from rushhour.bundle.signature import DType, OpenDimension, Signature, Sizes, TensorSpec, cut, own_sizes, padded_to
+from rushhour.bundle.tiling import Tiling
 
 __all__ = [
     "ANSWERS",
@@ -53,6 +54,7 @@ __all__ = [
     "Step",
     "TensorSpec",
     "Text",
+    "Tiling",
     "check_folder",
     "check_place",
     "cut",

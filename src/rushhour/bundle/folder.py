@@ -35,6 +35,7 @@ from rushhour.bundle.manifest import (
 )
 from rushhour.bundle.readme import readme_of
 from rushhour.bundle.signature import Signature, Sizes, own_sizes
+from rushhour.bundle.tiling import Tiling, map_axes
 from rushhour.errors import BundleError, StorageError
 from rushhour.measurement import Accuracy
 from rushhour.plan import Precision
@@ -98,6 +99,8 @@ class Bundle:
             raise _damaged(path, f"{MANIFEST} does not match its own hash")
         if MODEL not in manifest.files:
             raise _damaged(path, f"{MANIFEST} lists no {MODEL}")
+        if manifest.tiles is not None:
+            manifest.tiles.check(manifest.signature)
         for name, record in manifest.files.items():
             with explained(f"read {path / name}"):
                 if not (path / name).is_file():
@@ -176,8 +179,47 @@ class Bundle:
         Raises:
             StorageError: if it cannot be written.
         """
-        merged = {**self.manifest.metrics, **metrics}
-        unsealed = msgspec.structs.replace(self.manifest, metrics=merged, hash="")
+        return self._with(metrics={**self.manifest.metrics, **metrics})
+
+    def with_tiles(self, tiles: Tiling | None) -> Bundle:
+        """The same bundle that cuts larger pictures so, on disk too; None brings them to the size of a sample.
+
+        Its hash changes. What is made of it (by `compress`, `tune`) cuts them alike.
+
+        Raises:
+            BundleError: if its answers cannot be merged so, or the tiles need an overlap.
+            StorageError: if it cannot be written.
+        """
+        if tiles is not None:
+            tiles.check(self.manifest.signature)
+            if not tiles.overlap and not tiles.is_fixed and (tiles.merge == "boxes" or self._sees_neighbours()):
+                raise BundleError(
+                    f"tiles without overlap cannot be merged by {tiles.merge!r}",
+                    "each answer depends on the pixels around it, which at the border of a tile are missing",
+                    "give an overlap of twice as many pixels as the network looks aside",
+                )
+        preprocessing = msgspec.structs.replace(self.manifest.preprocessing, tiles=tiles or msgspec.UNSET)
+        changed = msgspec.structs.replace(self.manifest, preprocessing=preprocessing)
+        return self._with(preprocessing=preprocessing, schema=least_schema(changed))
+
+    def _sees_neighbours(self) -> bool:
+        """Whether a place of its first map depends on the pixels of other places: one is changed, and all compared."""
+        (spec,) = self.manifest.signature.inputs
+        found = map_axes(self.manifest.signature.outputs[0].shape, spec.shape[:2])
+        assert found is not None  # checked before
+        axis, stride = found
+        place = tuple(side // stride // 2 for side in spec.shape[:2])
+        samples = np.repeat(self.samples()[spec.name][:1], 2, axis=0)
+        rows, columns = (slice(at * stride, (at + 1) * stride) for at in place)
+        samples[1, rows, columns] = 255 - samples[1, rows, columns]
+        before, after = next(iter(graph_answers(self.model, {spec.name: samples}).values()))
+        differs = np.moveaxis(np.not_equal(before, after), (axis, axis + 1), (0, 1))
+        differs[place] = False
+        return bool(differs.any())
+
+    def _with(self, **changes: Any) -> Bundle:
+        """The same bundle with another manifest, on disk too."""
+        unsealed = msgspec.structs.replace(self.manifest, **changes, hash="")
         sealed = msgspec.structs.replace(unsealed, hash=hash_of(unsealed))
         write_whole(self.path / MANIFEST, encode_manifest(sealed))
         return Bundle(self.path, sealed)

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from rushhour.bundle.signature import Signature
+from rushhour.bundle.tiling import Tiling
 from rushhour.measurement import Accuracy, Number
 from rushhour.plan import Precision
 from rushhour.task import Task
 
 SCHEMA = 3
 _OLDER = 2
-"""The schema of a bundle without open dimensions and without a tokenizer, which earlier versions can open too."""
+"""The schema of a bundle without open dimensions, tokenizer and tiles, which earlier versions can open too."""
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 SAMPLES: Final = "samples.safetensors"
@@ -64,6 +65,8 @@ class Preprocessing(msgspec.Struct, frozen=True):
         std: one value per channel, or empty for none.
         layout: `NHWC->NCHW` for images, `none` otherwise.
         decoding: before that, where the training data was encoded pictures; unset where it was arrays.
+        tiles: how a picture larger than a sample is cut, and how the answers become one; unset where every picture is
+            brought to the size of a sample.
     """
 
     scale: Number = 1.0
@@ -71,6 +74,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
     std: tuple[Annotated[float, msgspec.Meta(gt=0, le=1e30)], ...] = ()
     layout: Literal["NHWC->NCHW", "none"] = "none"
     decoding: Decoding | msgspec.UnsetType = msgspec.UNSET
+    tiles: Tiling | msgspec.UnsetType = msgspec.UNSET
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -158,6 +162,12 @@ class Manifest(msgspec.Struct, frozen=True):
             if self.text.inputs.keys() != names:
                 raise ValueError(f"`text` names other inputs than {', '.join(sorted(names))}")
 
+    @property
+    def tiles(self) -> Tiling | None:
+        """How larger pictures are cut; None where they are not."""
+        tiles = self.preprocessing.tiles
+        return None if isinstance(tiles, msgspec.UnsetType) else tiles
+
 
 class _SchemaOnly(msgspec.Struct):
     schema: Annotated[int, msgspec.Meta(ge=1)]
@@ -165,7 +175,8 @@ class _SchemaOnly(msgspec.Struct):
 
 def least_schema(manifest: Manifest) -> int:
     """The oldest schema whose readers understand a manifest."""
-    return SCHEMA if manifest.signature.dimensions or isinstance(manifest.text, Text) else _OLDER
+    newer = manifest.signature.dimensions or isinstance(manifest.text, Text) or manifest.tiles is not None
+    return SCHEMA if newer else _OLDER
 
 
 def schema_of(content: bytes) -> int:

@@ -38,6 +38,12 @@ _SCALING = "Preprocessing"
     help="Tokens of every text, for a network that takes any number; without it the length stays open where it can.",
 )
 @option(
+    "--tiles",
+    metavar="MERGE[,overlap=N]",
+    help="Cut pictures larger than the input, and merge the answers: mean, max, crop, blend or boxes. "
+    "Pictures are brought to the input's size by default.",
+)
+@option(
     "--tensorflow-python",
     type=Place(),
     metavar="PYTHON",
@@ -65,6 +71,7 @@ def command(model: Path, json_file: Path | None, **options: Any) -> None:
       rushhour import model.onnx --data photos/ --out runs/imported
       rushhour import model.onnx --classes cat,dog --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --out runs/imported
       rushhour import model.keras --data photos/ --out runs/imported
+      rushhour import model.onnx --tiles mean,overlap=32 --out runs/scans
       rushhour import saved/ --tensorflow-python tf/bin/python --trust saved/ --out runs/imported
       rushhour import forest.joblib --trust forest.joblib --out runs/forest
       rushhour train runs/imported --data photos/ --epochs 5 --out runs/finer

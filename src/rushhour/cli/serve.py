@@ -111,6 +111,8 @@ _log_options = options(
     option("--log-level", default="info", show_default=True, section=_LOGS,
            type=click.Choice(["debug", "info", "warning", "error", "critical"]), help="Least severity that is logged."),
     option("--log-requests", is_flag=True, section=_LOGS, help="Log each request: id, status, times, batch size."),
+    option("--server-timing/--no-server-timing", default=True, show_default=True, section=_LOGS,
+           help="Whether each answer gives its times (Server-Timing) and its variant."),
     option("--otel", is_flag=True, section=_LOGS,
            help="Send a span for each request to OTEL_EXPORTER_OTLP_ENDPOINT (extra: otel)."),
     option("--otel-sample", type=click.FloatRange(0, 1), metavar="SHARE", section=_LOGS,
@@ -200,7 +202,8 @@ def settings_of(options: dict[str, Any]) -> ServeSettings:
     files = {name: str(file) if (file := options[name]) else None for name in ("api_key_file", "tls_cert", "tls_key")}
     same = (
         "host", "http_port", "known_as", "admin", "admin_port", "admin_host", "shared_memory", "log_format",
-        "log_level", "log_requests", "otel", "otel_sample", "cells", "streams", "threads", "strict", "fixed",
+        "log_level", "log_requests", "server_timing", "otel", "otel_sample", "cells", "streams", "threads", "strict",
+        "fixed",
     )  # fmt: skip
     return ServeSettings(
         **{name: options[name] for name in same},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from rushhour.bundle import Bundle, Decoding, TensorSpec, Text
 from rushhour.clock import Clock
@@ -13,14 +14,17 @@ from rushhour.errors import BundleError, EngineError, ModelError, RushhourError
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.plan import Policy
 from rushhour.serve.limits import Limits
+from rushhour.serve.memory.budget import Budget
 from rushhour.serve.node import Fit, seconds_per_size
 from rushhour.serve.observability import log
+from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.buckets import buckets_of
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.ladder import Ladder
 from rushhour.serve.scheduling.stage import Stage
+from rushhour.serve.scheduling.tiles import Tiles
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.scheduling.variant import Variant
 from rushhour.serve.target import ServedVariant, Target
@@ -187,7 +191,9 @@ def stage_of(
     policy: Policy,
     clock: Clock,
     decoder: Decoder | Tokeniser | None,
-    before: Stage | None = None,
+    before: Stage | None,
+    explanation: Explanation | None,
+    budget: Budget,
 ) -> Stage:
     """What answers the requests of a target.
 
@@ -199,8 +205,12 @@ def stage_of(
         clock: of requests.
         decoder: of pictures, or of texts; None where the model takes neither.
         before: what is served until now; None where nothing is.
+        explanation: what answers say about themselves; None where they do not.
+        budget: of large requests.
     """
-    cell = Cell([each.served for each in opened], codec, policy, clock, decoder)
+    cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation)
     if target.plan.ladder:
-        cell.ladder = Ladder(cell, target.plan, before.ladder if isinstance(before, Cell) else None)
-    return cell
+        old = before.cell if isinstance(before, Tiles) else before
+        cell.ladder = Ladder(cell, target.plan, old.ladder if isinstance(old, Cell) else None)
+    tiles = opened[0].variant.bundle.manifest.tiles
+    return cell if tiles is None else cast(Stage, Tiles(cell, tiles, clock, budget, explanation))

@@ -29,6 +29,7 @@ from rushhour.serve.memory import allocator
 from rushhour.serve.memory.budget import Budget
 from rushhour.serve.node import Fit
 from rushhour.serve.observability import log
+from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.statistics import Totals, add_counts, newest_versions, reason_of, sum_by_version
 from rushhour.serve.opening import Opened, Opener, Opening, decoder_of, stage_of
 from rushhour.serve.scheduling.decoding import Decoder
@@ -112,6 +113,7 @@ class Repository:
         reopen: opens what is at the path by then, for a reload; as it was opened first by default.
         fit: how this machine differs from that of the target's plan; None where it does not.
         fixed: a ladder of the plan is not used: its first variant is served, whatever the load.
+        explanation: what answers say about themselves; None where they do not.
 
     Attributes:
         loaded: what answers requests now.
@@ -137,9 +139,11 @@ class Repository:
         fit: Fit | None = None,
         *,
         fixed: bool = False,
+        explanation: Explanation | None = None,
     ) -> None:
         self._fixed = fixed
         self._fit, self._fitted = fit, target.plan.evidence
+        self.explanation = explanation
         self._exact = exact
         self.name = name or target.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
@@ -252,18 +256,21 @@ class Repository:
         opened, decoder = await loop.run_in_executor(self._opening, self._open, target)
         first = opened[0]
         variant, engine = first.variant, first.engine
+        tiles = variant.bundle.manifest.tiles
+        pictures = self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0
         codec = Codec(
             self.name,
             engine.signature,
             version=str(self._version_of(target.ladder_hash or variant.bundle.manifest.hash)),
             labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
-            pictures=self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0,
+            pictures=pictures if tiles is None or tiles.is_fixed else min(1, pictures),
             texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
+            declared=None if tiles is None else tiles.declared(engine.signature),
         )
         policy = self._bounded(target.plan.policy, engine.signature)
         before = None if self.loaded is None else self.loaded.cell
-        stage = stage_of(target, opened, codec, policy, WallClock(), decoder, before)
+        stage = stage_of(target, opened, codec, policy, WallClock(), decoder, before, self.explanation, self.budget)
         loaded = Loaded(target, variant, engine, stage, opened)
         planned = next((each for each in opened if each.variant.name == target.plan.variants[0].name), first)
         if self._fit is not None and target.plan.evidence == self._fitted:

@@ -24,6 +24,7 @@ from rushhour.serve.memory import allocator
 from rushhour.serve.memory.shared_memory import SharedMemory
 from rushhour.serve.node import Fit, fit_of
 from rushhour.serve.observability import log
+from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.requests import Observer
 from rushhour.serve.opening import Opener, opener
 from rushhour.serve.processes.commands import Commands
@@ -261,6 +262,7 @@ async def _serve(
             partial(_reopened, target.path, settings, 1),
             settings.fit,
             fixed=settings.fixed,
+            explanation=Explanation() if settings.server_timing else None,
         )
         commands = Commands(repository, regions)
         for region in settings.regions:

@@ -58,6 +58,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
         log_format: None is text on a terminal, else JSON.
         log_level: records of this level and above are logged.
         log_requests: one record for each request.
+        server_timing: whether an answer gives its times and its variant.
         otel: whether spans of requests are sent to OTEL_EXPORTER_OTLP_ENDPOINT.
         otel_sample: the fraction of requests that are traced where the client does not decide; None is all.
         cells: worker processes behind the port, each with its share of the cores; None takes the plan's.
@@ -98,6 +99,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     log_format: LogFormat | None = None
     log_level: LogLevel = "info"
     log_requests: bool = False
+    server_timing: bool = True
     otel: bool = False
     otel_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     cells: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
@@ -161,6 +163,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
             "drain_timeout_s": self.drain_timeout_s,
             "log_format": self.log_format,
             "log_requests": self.log_requests,
+            "server_timing": self.server_timing,
             "otel": self.otel,
             "otel_sample": self.sampled if self.otel else None,
         }

@@ -55,7 +55,7 @@ class AnswerWriter:
         self.labels = labels
         self._regions = regions
         self._values = tuple(math.prod(spec.shape) for spec in signature.outputs)
-        self._answer_headers: dict[tuple[tuple[int, ...], int, Sizes], bytes] = {}
+        self._answer_headers: dict[tuple[tuple[int, ...], int, Sizes, str], bytes] = {}
         self.id_at = len(msgspec.json.encode({"model_name": model, "model_version": version})) - 1
         """Where an id is inserted into the JSON header of an answer that has none."""
 
@@ -64,7 +64,9 @@ class AnswerWriter:
         work = size = 0
         for number, position in enumerate(wanted.outputs):
             values = rows * self._values[position]
-            if wanted.sizes:
+            if wanted.shapes:
+                values = rows * math.prod(wanted.shapes[position])
+            elif wanted.sizes:
                 values = rows * math.prod(self.signature.shape(self.signature.outputs[position], wanted.sizes))
             if wanted.top and wanted.top[number]:
                 work += values // 16 + 16 * rows * wanted.top[number]
@@ -82,33 +84,36 @@ class AnswerWriter:
             if spec.dtype == "float16" and not other and not (wanted.places and wanted.places[number]):
                 raise WireError(f"the output {spec.name!r} is FP16", "JSON cannot hold it", "request binary data")
 
-    def encode(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, Parts]:
+    def encode(
+        self, wanted: Wanted, rows: int, outputs: Sequence[memoryview], variant: str = ""
+    ) -> tuple[int | None, Parts]:
         """Write an answer.
 
         Args:
             wanted: of the request.
             rows: samples in the answer.
             outputs: the raw rows of each of the signature's outputs, in its order.
+            variant: that computed it, for the answer's parameters; empty for none.
 
         Returns:
             The length of the JSON header where raw bytes follow it (for `Inference-Header-Content-Length`), else
             None; and the parts of the body in order, some of them views of `outputs`.
         """
-        if wanted.top or wanted.places or not all(wanted.binary):
-            return self._encode_each(wanted, rows, outputs)
-        header = self._binary_header(wanted, rows)
+        if wanted.top or wanted.places or wanted.shapes or not all(wanted.binary):
+            return self._encode_each(wanted, rows, outputs, variant)
+        header = self._binary_header(wanted, rows, variant)
         return len(header), [header, *[outputs[position] for position in wanted.outputs]]
 
-    def answer_header(self, wanted: Wanted, rows: int) -> bytes | None:
+    def answer_header(self, wanted: Wanted, rows: int, variant: str = "") -> bytes | None:
         """The JSON header of an answer that continues with the outputs' raw rows in the signature's order.
 
         None for any other answer.
         """
         whole = wanted.outputs == tuple(range(len(self.signature.outputs))) and all(wanted.binary)
-        return self._binary_header(wanted, rows) if whole and not (wanted.top or wanted.places) else None
+        return self._binary_header(wanted, rows, variant) if whole and not (wanted.top or wanted.places) else None
 
-    def _binary_header(self, wanted: Wanted, rows: int) -> bytes:
-        key = (wanted.outputs, rows, wanted.sizes)
+    def _binary_header(self, wanted: Wanted, rows: int, variant: str) -> bytes:
+        key = (wanted.outputs, rows, wanted.sizes, variant)
         header = self._answer_headers.get(key)
         if header is None:
             described = [
@@ -116,7 +121,7 @@ class AnswerWriter:
                 | {"parameters": {"binary_data_size": self.output_bytes(position, rows, wanted.sizes)}}
                 for position in wanted.outputs
             ]
-            header = self._answer("", described)
+            header = self._answer("", described, variant)
             if len(self._answer_headers) >= MAX_CACHED_HEADERS:
                 self._answer_headers.clear()
             self._answer_headers[key] = header
@@ -143,6 +148,8 @@ class AnswerWriter:
             top = wanted.top[number] if wanted.top else 0
             place = wanted.places[number] if wanted.places else None
             described = (spec.name, "BYTES", [rows, top]) if top else self.describe(position, rows, wanted.sizes)
+            if wanted.shapes and not top:
+                described = (*described[:2], [rows, *wanted.shapes[position]])
             texts = self._likeliest(spec, outputs[position], rows, top) if top else None
             if texts is not None and in_json and place is None and not wanted.binary[number]:
                 yield OutputTensor(*described, texts, b"")
@@ -168,7 +175,9 @@ class AnswerWriter:
                 for index in each
             ]
 
-    def _encode_each(self, wanted: Wanted, rows: int, outputs: Sequence[memoryview]) -> tuple[int | None, Parts]:
+    def _encode_each(
+        self, wanted: Wanted, rows: int, outputs: Sequence[memoryview], variant: str
+    ) -> tuple[int | None, Parts]:
         described: list[dict[str, Any]] = []
         blobs: list[bytes | memoryview] = []
         lists: list[list[bytes]] = []
@@ -185,17 +194,19 @@ class AnswerWriter:
                 values = np.frombuffer(output.raw, dtype=DTYPES[output.datatype])
                 entry["data"] = json_list(json_batches(values), lists)
             described.append(entry)
-        header = self._answer(wanted.id, described)
+        header = self._answer(wanted.id, described, variant)
         parts = [header]
         for content in lists:
             before, _, after = parts.pop().partition(LIST)
             parts += [before, *content, after]
         return (sum(map(len, parts)) if blobs else None), [*parts, *blobs]
 
-    def _answer(self, identity: str, described: list[dict[str, Any]]) -> bytes:
+    def _answer(self, identity: str, described: list[dict[str, Any]], variant: str) -> bytes:
         answer: dict[str, Any] = {"model_name": self.model, "model_version": self.version}
         if identity:
             answer["id"] = identity
+        if variant:
+            answer["parameters"] = {"variant": variant}
         return msgspec.json.encode(answer | {"outputs": described})
 
     def describe(self, position: int, rows: int, sizes: Sizes = ()) -> tuple[str, str, list[int]]:

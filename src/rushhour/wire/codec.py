@@ -6,7 +6,7 @@ stay views of the body, and the header of an answer is built once per shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -58,6 +58,8 @@ class Codec(AnswerWriter):
         regions: the shared memory of clients; None where it is not used.
         pictures: encoded pictures in one request, at most; 0 where the model takes none.
         texts: texts in one request, likewise.
+        declared: output -> the shape of one sample as the protocol declares it, -1 for a size that depends on the
+            request; None where all are the signature's.
 
     Attributes:
         arrange: checks a header and returns its layout; see `HeaderReader.arrange`.
@@ -73,8 +75,10 @@ class Codec(AnswerWriter):
         regions: Regions | None = None,
         pictures: int = 0,
         texts: int = 0,
+        declared: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(model, signature, version, labels, regions)
+        self._declared = declared or {}
         self.max_rows = max_rows
         self._pictures = pictures
         self._texts = texts
@@ -82,6 +86,11 @@ class Codec(AnswerWriter):
         self.arrange: Callable[[RequestHeader], Layout] = self._reader.arrange
         self._layouts: dict[bytes, Layout] = {}
         self._numbered: dict[bytes, Layout] = {}
+
+    def declared(self, spec: TensorSpec) -> list[int]:
+        """The shape of one sample as the protocol declares it: -1 for a size that depends on the request."""
+        given = self._declared.get(spec.name)
+        return self.signature.declared(spec) if given is None else list(given)
 
     @property
     def elements(self) -> int:
@@ -302,10 +311,11 @@ def _wrong_length(expected: int, found: int) -> WireError:
 
 def model_metadata(codec: Codec, platform: str) -> bytes:
     """The answer to GET v2/models/MODEL."""
-    declared = codec.signature.declared
 
     def describe(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-        return [{"name": spec.name, "datatype": datatype_of(spec), "shape": [-1, *declared(spec)]} for spec in specs]
+        return [
+            {"name": spec.name, "datatype": datatype_of(spec), "shape": [-1, *codec.declared(spec)]} for spec in specs
+        ]
 
     return msgspec.json.encode(
         {

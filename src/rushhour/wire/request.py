@@ -55,6 +55,8 @@ class Wanted(msgspec.Struct, frozen=True):
         places: for each output, where in shared memory it is written; empty if none is.
         sizes: of the model's open dimensions, in its inputs and outputs; empty where it has none, and where texts are
             not tokenised yet.
+        shapes: for each of the signature's outputs, the shape of one sample's answer; empty where it is the
+            signature's.
     """
 
     id: str
@@ -65,6 +67,7 @@ class Wanted(msgspec.Struct, frozen=True):
     top: tuple[int, ...] = ()
     places: tuple[Place | None, ...] = ()
     sizes: Sizes = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 class InferRequest:
@@ -76,16 +79,29 @@ class InferRequest:
         wanted: what the answer holds.
         pictures: encoded pictures or texts that become the tensors; empty except in a `PictureRequest`.
         unread_bytes: bytes still to be read from shared memory; 0 except in a `PlacedRequest`.
+        lazy: it has no tensors: its samples are made when `write` puts them into a batch.
     """
 
     __slots__ = ("rows", "tensors", "wanted")
     pictures: Sequence[Encoded] = ()
     unread_bytes = 0
+    lazy = False
 
     def __init__(self, rows: int, tensors: tuple[memoryview, ...], wanted: Wanted) -> None:
         self.rows = rows
         self.tensors = tensors
         self.wanted = wanted
+
+    def write(self, buffers: Sequence[memoryview], at: int, first: int, rows: int) -> None:
+        """Put some samples of a lazy request into a batch; each is written once.
+
+        Args:
+            buffers: of the batch, one of bytes for each input.
+            at: the row of the batch that they begin at.
+            first: of the request's samples.
+            rows: how many.
+        """
+        raise NotImplementedError
 
 
 Body = bytes | bytearray | memoryview

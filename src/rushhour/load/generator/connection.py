@@ -13,6 +13,7 @@ from rushhour.load.generator.transport import Recorder
 from rushhour.wire import HEADER_LENGTH
 
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
+_TIMING = b"\r\nserver-timing:"
 _PIECE_BYTES = 1 << 16
 """Read in one call."""
 _SMALL_BYTES = 1 << 14
@@ -50,20 +51,48 @@ class Pool(Protocol):
 class KnownHead:
     """The head of an answer that httptools has parsed: status 2xx, a body of known length, the connection kept open.
 
-    An answer whose head has the same bytes is not parsed again. All connections to one server share this object; where
-    a server sends a Date header, the head changes once a second.
+    An answer whose head has the same bytes is not parsed again; only the value of `Server-Timing` may differ. All
+    connections to one server share this object; where a server sends a Date header, the head changes once a second.
 
     Attributes:
+        header_length: the length of the JSON header, if raw bytes follow it.
         held: bytes of answers that are not complete, on all connections.
     """
 
-    __slots__ = ("head", "header_length", "held", "total")
+    __slots__ = ("_after", "_before", "_left", "header_length", "held")
 
     def __init__(self) -> None:
-        self.head = b""
         self.header_length: int | None = None
-        self.total = -1
         self.held = 0
+        self._before = self._after = b""
+        self._left = -1
+
+    def learn(self, head: bytes, body_bytes: int, header_length: int | None) -> None:
+        """Recognise this head from now on.
+
+        Args:
+            head: of a complete answer.
+            body_bytes: after it.
+            header_length: of the JSON header, if raw bytes follow it.
+        """
+        at = head.find(_TIMING) + len(_TIMING)
+        if at < len(_TIMING):
+            self._before, self._after = head, b""
+        else:
+            self._before, self._after = head[:at], head[head.index(b"\r\n", at) :]
+        self.header_length, self._left = header_length, len(self._after) + body_bytes
+
+    def end(self, data: bytes) -> int:
+        """Where the head of a complete answer ends, if it is this one; else -1."""
+        before, after = self._before, self._after
+        if not data.startswith(before):
+            return -1
+        at = len(before)
+        if after:
+            at = data.find(b"\r\n", at)
+            if at < 0 or not data.startswith(after, at):
+                return -1
+        return at + len(after) if len(data) - at == self._left else -1
 
 
 class Connection:
@@ -180,9 +209,9 @@ class Connection:
         if index < 0:  # no request is in flight: these bytes would be taken for the next answer
             self.abort()
             return
-        if self._fresh and len(data) == known.total and data.startswith(known.head) and not self._unsent:
+        if self._fresh and not self._unsent and (end := known.end(data)) > 0:
             self.index = -1
-            recorder.answered(index, data[len(known.head) :], known.header_length, at)
+            recorder.answered(index, data[end:], known.header_length, at)
             self._pool.free(self)
             return
         fresh, self._fresh = self._fresh, False
@@ -219,7 +248,7 @@ class Connection:
         else:
             head = data[: len(data) - len(body)]
             if data and self._keep and length == len(body) and head.endswith(b"\r\n\r\n"):
-                known.head, known.total, known.header_length = head, len(data), header_length
+                known.learn(head, len(body), header_length)
             recorder.answered(index, body, header_length, at)
         if self._keep and not self._unsent:  # an answer before the end of the request: the server reads no more of it
             self._pool.free(self)

@@ -97,6 +97,13 @@ def _counted(report: Report) -> Iterator[Metric]:
         positions.add_metric((report.model, "padding"), total.padding)
         yield positions
     for name, what, count in (
+        ("rushhour_cut_pictures", "Pictures that were cut into tiles.", total.cut),
+        ("rushhour_tiles", "Tiles of pictures that were cut.", total.tiles),
+    ):
+        pictures = CounterMetricFamily(name, what, labels=("model",))
+        pictures.add_metric((report.model,), count)
+        yield pictures
+    for name, what, count in (
         ("rushhour_cell_restarts", "Worker processes (cells) that died and were restarted.", report.restarts),
         ("rushhour_cell_frozen", "Worker processes (cells) that did not respond and were killed.", report.frozen),
         ("rushhour_log_lines_dropped", "Log lines dropped because the log was not read in time.", report.dropped),

@@ -37,7 +37,7 @@ _OLDER = "older"
 
 _ADDED = (
     *("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled"),
-    *("samples", "batches", "positions", "padding", "switches", "spent"),
+    *("samples", "batches", "positions", "padding", "switches", "spent", "cut", "tiles"),
 )
 _REASONS = {
     400: "invalid",
@@ -140,6 +140,7 @@ class Totals(msgspec.Struct):
         batches: run by the engine.
         positions: of samples with open dimensions that the engine computed: tokens, pixels.
         padding: positions that were computed to make the samples of a batch equal in size.
+        cut, tiles: pictures that were cut into tiles, and these tiles.
         last_s: when the last batch left the queue, in seconds since 1970; 0 for never.
         queue_s, request_s: latencies of requests: in the queue, and from arrival to answer.
         inference_s: times that the engine took for batches.
@@ -165,6 +166,8 @@ class Totals(msgspec.Struct):
     batches: int = 0
     positions: int = 0
     padding: int = 0
+    cut: int = 0
+    tiles: int = 0
     last_s: float = 0.0
     queue_s: Histogram = msgspec.field(default_factory=Histogram)
     inference_s: Histogram = msgspec.field(default_factory=Histogram)

@@ -123,7 +123,7 @@ class Control:
 
         def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
             return [
-                {"name": spec.name, "data_type": f"TYPE_{datatype_of(spec)}", "dims": codec.signature.declared(spec)}
+                {"name": spec.name, "data_type": f"TYPE_{datatype_of(spec)}", "dims": codec.declared(spec)}
                 for spec in specs
             ]
 

@@ -5,12 +5,17 @@ while the streams are busy. A batch is bounded by its size, and by the time that
 a batch that would make the head late is cut to what meets its deadline, if the requests behind still meet theirs. A
 request larger than a batch is split over several; its rows stay in order and the caller joins them.
 
+Large requests, of more samples than a batch, have a queue of their own. While both wait, either gets half of the
+samples that are computed, by deficit round robin: the others go first, and what the large ones miss they are owed.
+Batches of large requests are no larger than is efficient, because whoever arrives next waits for one of them. So a
+request of a thousand samples delays a single one by a short batch, not by a thousand samples (docs/decisions/0051).
+
 Under light load a batch of one wastes CPU. There, `dispatch_at` lets a batch wait for more samples: only where a larger
 batch saves much, only requests that have a deadline, only for a small part of it, and only while more are expected
 (docs/decisions/0021).
 
 Sources: the profile and the deadline queue are Clockwork's (Gujarati et al., OSDI 2020), sizing by the head's
-remaining budget Nexus's (Shen et al., SOSP 2019).
+remaining budget Nexus's (Shen et al., SOSP 2019), deficit round robin is Shreedhar and Varghese's (SIGCOMM 1995).
 """
 
 from __future__ import annotations
@@ -38,6 +43,13 @@ _BATCHES = 8.0
 one stream's capacity a batch is filled in about four."""
 _BUSY = 0.5
 """Utilisation of the streams, in large batches, above which no batch waits."""
+_RATIO = 1.0
+"""Samples of large requests for each one of the others, while both wait: neither takes more than twice as long for the
+other."""
+_HARDLY = 1.05
+"""A batch of large requests is large enough if a sample takes at most so many times what it takes in the largest."""
+_FINISHED = 4
+"""Batches of a request that an engine still computes after another was chosen, at most."""
 _NEWEST, _DECAY = 0.1, 0.02
 """Weight of the newest gap between two arrivals, and of the newest count of requests in flight."""
 
@@ -66,18 +78,20 @@ class Ticket(Generic[T]):
         rows: its samples.
         arrived: when, in seconds of the batcher's clock.
         deadline: when it must be answered, on the same clock; infinite where there is none.
+        large: it has more samples than a batch.
         taken: how many of its samples are in batches already.
         cancelled: its answer is not needed any more.
     """
 
-    __slots__ = ("arrived", "cancelled", "deadline", "item", "priority", "rows", "taken")
+    __slots__ = ("arrived", "cancelled", "deadline", "item", "large", "priority", "rows", "taken")
 
-    def __init__(self, item: T, rows: int, arrived: float, deadline: float, priority: int) -> None:
+    def __init__(self, item: T, rows: int, arrived: float, deadline: float, priority: int, large: bool = False) -> None:
         self.item = item
         self.rows = rows
         self.arrived = arrived
         self.deadline = deadline
         self.priority = priority
+        self.large = large
         self.taken = 0
         self.cancelled = False
 
@@ -98,7 +112,8 @@ class Batcher(Generic[T]):
 
     Args:
         max_batch: samples in one batch, at most.
-        queue_bound: samples that may wait, at most.
+        queue_bound: samples that may wait, at most, not counting those of large requests; and, for a further large
+            request, all of them together.
         times: how long batches take.
         clock: for arrival times.
         cost: CPU time of batches; None where no batch waits for more samples.
@@ -128,6 +143,10 @@ class Batcher(Generic[T]):
             raise ValueError(
                 f"max_batch and queue_bound must be at least 1, but got (max_batch={max_batch}, bound={queue_bound})"
             )
+        self._large_from = max_batch + 1
+        self._large: dict[int, deque[Ticket[T]]] = {}
+        self._large_waiting = 0
+        self._owed = 0.0
         self.queue_bound = queue_bound
         self.waiting = 0
         self.late: list[Ticket[T]] = []
@@ -152,30 +171,48 @@ class Batcher(Generic[T]):
         self.target_batch = 1 if cost is None else efficient_batch(max_batch, cost)
         self._longest_s = _BATCHES * times.seconds(self.target_batch)
 
-    def waiting_before(self, priority: int) -> float:
-        """Samples before a request of this priority: all of its own and of higher priorities."""
-        if not self._order or self._order[-1] <= priority:
+    def waiting_before(self, priority: int, rows: int = 1) -> float:
+        """Samples that are computed before the last one of a request of `rows` samples, without its own.
+
+        All of higher priorities; of its own those of its queue, and those of the other that share its batches.
+        """
+        everybody = not self._order or self._order[-1] <= priority
+        if everybody and not self._large_waiting and rows < self._large_from:
             return self.waiting
-        return sum(
-            ticket.rows - ticket.taken
-            for level in self._order
-            if level <= priority
-            for ticket in self._queues[level]
-            if not ticket.cancelled
-        )
+        levels = [level for level in self._order if level <= priority]
+        if everybody:
+            others, large = self.waiting - self._large_waiting, self._large_waiting
+        else:
+            others, large = (
+                sum(_rest(ticket) for level in levels for ticket in queues[level])
+                for queues in (self._queues, self._large)
+            )
+        first = sum(_rest(ticket) for level in levels if level < priority for ticket in self._large[level])
+        large -= first
+        if rows >= self._large_from:
+            return first + large + min(others, large + rows)
+        needed, quantum = others + rows, self._quantum()
+        turns = (needed - 1) // self.max_batch  # of large ones, before the last batch of the others
+        between = turns * self.max_batch + (int(self._owed) if self._owed >= quantum else 0)
+        return first + others + min(large, between + max(0, quantum - (needed - turns * self.max_batch)))
 
     def work(self, rows: int, sizes: Sizes) -> float:
         """Of samples of these sizes, in samples of the usual size."""
         return rows
 
     def full(self, rows: int) -> bool:
-        """Whether a request of `rows` samples would be shed."""
-        return self.waiting > 0 and self.waiting + rows > self.queue_bound
+        """Whether a request of `rows` samples would be shed. A large one fills the queue for large ones only."""
+        others = self.waiting - self._large_waiting
+        if rows >= self._large_from:
+            too_many = self._large_waiting > 0 and self.waiting + rows > self.queue_bound
+            return too_many or others >= self.queue_bound
+        return others > 0 and others + rows > self.queue_bound
 
     def offer(self, item: T, rows: int, *, deadline: float = math.inf, priority: int = 0) -> Ticket[T] | None:
         """Queue a request of `rows` samples; None where the queue is full and the request must be shed.
 
-        A request larger than the whole queue is taken when nothing waits, so that no size is shed for ever.
+        A request larger than the whole queue is taken when no large one waits and the others do not fill the queue, so
+        that no size is shed for ever.
 
         Args:
             item: of the caller; kept in the ticket.
@@ -185,11 +222,16 @@ class Batcher(Generic[T]):
         """
         if self.full(rows):
             return None
-        ticket = Ticket(item, rows, self._clock.now(), deadline, priority)
+        large = rows >= self._large_from
+        ticket = Ticket(item, rows, self._clock.now(), deadline, priority, large)
         queue = self._queues.get(priority)
         if queue is None:
             queue = self._queues[priority] = deque()
+            self._large[priority] = deque()
             self._order = sorted(self._queues)
+        if large:
+            queue = self._large[priority]
+            self._large_waiting += rows
         queue.append(ticket)
         self.waiting += rows
         self.in_flight += 1
@@ -239,28 +281,40 @@ class Batcher(Generic[T]):
         if self.full(rows):
             return False
         self.waiting += rows
+        if rows >= self._large_from:
+            self._large_waiting += rows
         return True
 
     def release(self, rows: int) -> None:
         """Release reserved room: the samples are decoded, and offered next, or not needed any more."""
         self.waiting -= rows
+        if rows >= self._large_from:
+            self._large_waiting -= rows
 
     def cancel(self, ticket: Ticket[T]) -> None:
         """Drop what is not yet in a batch of this request. Further calls have no effect."""
         if not ticket.cancelled:
             ticket.cancelled = True
             self.waiting -= ticket.rows - ticket.taken
+            if ticket.large:
+                self._large_waiting -= ticket.rows - ticket.taken
             self.in_flight -= ticket.taken < ticket.rows
 
     def take(self) -> list[Part[T]]:
         """The next batch, in order of arrival, up to the batch bound and the head's deadline; empty if nothing waits.
 
-        A request whose deadline has passed is not computed: it is moved to `late`.
+        A request whose deadline has passed is not computed: it is moved to `late`. Only the last part of a batch may
+        leave samples of its request in the queue.
         """
         parts: list[Part[T]] = []
         room, now = 0, self._clock.now()
         for level in self._order:
             queue = self._queues[level]
+            if self._large_waiting:
+                room = self._take_both(queue, self._large[level], parts, room, now)
+                if parts and not room and self.waiting:
+                    return parts
+                continue
             while queue:
                 ticket = queue[0]
                 if ticket.cancelled:
@@ -286,22 +340,94 @@ class Batcher(Generic[T]):
         return parts
 
     def take_begun(self) -> list[Part[T]]:
-        """The rest of requests that are partly in batches, up to the batch bound; no other request joins them."""
+        """The rest of requests that are partly in batches, up to the batch bound; no other request joins them.
+
+        Without large requests of which more than a few batches are left: they are not waited for.
+        """
         parts: list[Part[T]] = []
-        room = self.max_batch
+        room, now = self.max_batch, self._clock.now()
         for level in self._order:
-            queue = self._queues[level]
-            while queue and room and (queue[0].taken or queue[0].cancelled):
-                ticket = queue[0]
-                rows = 0 if ticket.cancelled else min(room, ticket.rows - ticket.taken)
-                if rows:
-                    parts.append(Part(ticket, ticket.taken, rows))
-                    ticket.taken += rows
-                    room -= rows
-                    self.waiting -= rows
-                if ticket.cancelled or ticket.taken == ticket.rows:
-                    queue.popleft()
+            for queue in (self._queues[level], self._large[level]):
+                first = self._head(queue, now) if room else None
+                if first is not None and first.taken and _rest(first) <= _FINISHED * self.max_batch:
+                    room -= self._fill(queue, parts, min(room, _rest(first)), now)
         return parts
+
+    def _take_both(
+        self, others: deque[Ticket[T]], large: deque[Ticket[T]], parts: list[Part[T]], room: int, now: float
+    ) -> int:
+        """Add the parts of one priority to a batch, while a large request waits; returns the room that is left."""
+        first, larger = self._head(others, now), self._head(large, now)
+        if first is None and larger is None:
+            return room
+        if not parts:
+            room = self._room(large if first is None else others)
+        quantum = min(self._quantum(), room)
+        if first is None:
+            self._owed = 0.0
+            return self._left(large, room - self._fill(large, parts, quantum, now), now)
+        if larger is None:
+            self._owed = 0.0
+            return room - self._fill(others, parts, room, now)
+        kept = min(int(self._owed), room) if self._owed >= quantum else 0
+        filled = self._fill(others, parts, room - kept, now, whole=kept > 0 or _rest(first) <= room)
+        room -= filled
+        taken = self._fill(large, parts, min(room, max(kept, quantum - filled)), now)
+        self._owed = max(0.0, self._owed + _RATIO * filled - taken)
+        room = self._left(large, room - taken, now)
+        return room - self._fill(others, parts, room, now)
+
+    def _left(self, large: deque[Ticket[T]], room: int, now: float) -> int:
+        """The room of a batch that is left for others: none while large requests of the same priority wait."""
+        return 0 if self._head(large, now) is not None else room
+
+    def _quantum(self) -> int:
+        """Samples of large requests in one batch: the smallest batch in which a sample takes hardly longer than in the
+        largest. A small request that arrives next waits for that long, and no longer."""
+        one, most = self._times.seconds(1), self._times.seconds(self.max_batch)
+        slope = (most - one) / max(1, self.max_batch - 1)
+        base, allowed = one - slope, _HARDLY * most / self.max_batch - slope
+        return min(self.max_batch, max(1, math.ceil(base / allowed))) if base > 0 < allowed else 1
+
+    def _fill(
+        self, queue: deque[Ticket[T]], parts: list[Part[T]], room: int, now: float, *, whole: bool = False
+    ) -> int:
+        """Move samples of a queue into a batch, up to its room; returns how many.
+
+        Args:
+            queue: of one priority.
+            parts: of the batch.
+            room: samples, at most.
+            now: the time.
+            whole: requests that do not fit are left, with all behind them; else the last one is split.
+        """
+        filled = 0
+        while filled < room and (ticket := self._head(queue, now)) is not None:
+            rest = _rest(ticket)
+            rows = min(rest, room - filled)
+            if whole and rows < rest:
+                break
+            parts.append(Part(ticket, ticket.taken, rows))
+            ticket.taken += rows
+            filled += rows
+            if ticket.large:
+                self._large_waiting -= rows
+            if rows == rest:
+                queue.popleft()
+        self.waiting -= filled
+        return filled
+
+    def _head(self, queue: deque[Ticket[T]], now: float) -> Ticket[T] | None:
+        """The first request in a queue that is still to be computed; those before it are removed."""
+        while queue:
+            ticket = queue[0]
+            if not ticket.cancelled:
+                if ticket.deadline >= now or not self._is_over(ticket, now):
+                    return ticket
+                self.cancel(ticket)
+                self.late.append(ticket)
+            queue.popleft()
+        return None
 
     def _is_over(self, ticket: Ticket[T], now: float) -> bool:
         """Whether it is so late that its answer is of no use."""
@@ -309,10 +435,11 @@ class Batcher(Generic[T]):
 
     def drain(self) -> list[Ticket[T]]:
         """Empty the queue; returns the requests that waited."""
-        left = [ticket for level in self._order for ticket in self._queues[level] if not ticket.cancelled]
+        queues = [queue for level in self._order for queue in (self._queues[level], self._large[level])]
+        left = [ticket for queue in queues for ticket in queue if not ticket.cancelled]
         for ticket in left:
             self.cancel(ticket)
-        for queue in self._queues.values():
+        for queue in queues:
             queue.clear()
         return left
 
@@ -338,6 +465,11 @@ class Batcher(Generic[T]):
                 if room < 0:
                     return fits if next_end <= ticket.deadline else self.max_batch
         return fits
+
+
+def _rest(ticket: Ticket[T]) -> int:
+    """Samples of a request that wait."""
+    return 0 if ticket.cancelled else ticket.rows - ticket.taken
 
 
 def efficient_batch(max_batch: int, cost: BatchCost) -> int:

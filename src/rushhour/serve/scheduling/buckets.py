@@ -109,7 +109,11 @@ class SizedBatcher(Batcher[Job]):
         """Of what is not yet in a batch of a request."""
         return self.work(ticket.rows - ticket.taken, ticket.item.request.wanted.sizes)
 
-    def waiting_before(self, priority: int) -> float:
+    def full(self, rows: int) -> bool:
+        """As of a `Batcher`, of all requests together."""
+        return self.waiting > 0 and self.waiting + rows > self.queue_bound
+
+    def waiting_before(self, priority: int, rows: int = 1) -> float:
         """Work before a request of this priority, in samples of the usual size."""
         if all(level <= priority for level in self._levels):
             return self._work if self.waiting else 0.0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rushhour.clock import Clock
 from rushhour.errors import EngineError
 from rushhour.plan import Policy
+from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.statistics import Batch, Counters, State, Statistics, Totals, reason_of
 from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
 from rushhour.serve.scheduling.buckets import batcher_of
@@ -49,6 +50,7 @@ class Cell:
         policy: of the plan: the bound of the queue, and the deadline.
         clock: for arrivals and deadlines.
         decoder: of encoded pictures, or of texts; None where the codec takes none.
+        explanation: what answers say about themselves; None where they do not.
 
     Attributes:
         active: the variant that computes the next batch.
@@ -64,11 +66,13 @@ class Cell:
         policy: Policy,
         clock: Clock,
         decoder: Decoder | Tokeniser | None = None,
+        explanation: Explanation | None = None,
     ) -> None:
         self.variants = tuple(variants)
         self.active = active = self.variants[0]
         self.ladder: Ladder | None = None
         self.codec = codec
+        self._explanation = explanation
         self.decoder = decoder
         self.counters = Counters()
         self.statistics = Statistics(clock)
@@ -101,10 +105,8 @@ class Cell:
         self._wakes_at = math.inf
         self._pictures = None if decoder is None else Pictures(self, decoder)
         self._probe_from = -math.inf
-        self._writing: dict[InferRequest, float] = {}
-        """Requests whose answers are being written, and when they arrived."""
-        self.answering: Batch | None = None
-        """The batch whose requests are being answered, for followed requests."""
+        self._writing: dict[InferRequest, float] = {}  # when requests arrived whose answers are being written
+        self.answering: Batch | None = None  # the batch whose requests are being answered, for followed requests
 
     @property
     def idle(self) -> bool:
@@ -232,7 +234,7 @@ class Cell:
         expected_s = 0.0
         now = self.clock.now()
         deadline = now + _SHARE_OF_DEADLINE * within
-        waiting = self.batcher.waiting_before(priority)
+        waiting = self.batcher.waiting_before(priority, rows)
         busy_until = [stream.until for stream in self._busy]
         work = self.batcher.work(rows, wanted.sizes) if wanted.sizes else rows
         finish = self._admission.finish(now, work, waiting, busy_until, self._streams)
@@ -398,14 +400,12 @@ class Cell:
 
     def _hand_out(self, stream: Stream, parts: list[Part[Job]]) -> None:
         """Update the profile from a batch, and give each of its requests its rows."""
-        now, last, variant, work = self.clock.now(), parts[-1].ticket, stream.of, stream.work
-        variant.profile.update(work, now - stream.started)
-        variant.samples += stream.rows
-        self._host_speed.record(variant.expected_s(work), stream.ended, stream.ended - stream.started)
-        # What was predicted for another variant says nothing about this one.
-        expected_s = last.item.expected_s if last.arrived >= self._switched else 0.0
-        variant.admission.record(work, expected_s, now - last.arrived)
+        now, variant = self.clock.now(), stream.of
+        variant.ended(stream, parts, now, self._switched)
+        self._host_speed.record(variant.expected_s(stream.work), stream.ended, stream.ended - stream.started)
         stream.read()
+        if self._explanation is not None:
+            self._explanation.begin(stream, self.codec.version, now)
         begun, answered = [], []
         at = 0
         for part in parts:
@@ -435,6 +435,8 @@ class Cell:
         job.reply = None
         if job.probe_until is not None:
             self.probed(job)
+        if self._explanation is not None:
+            self._explanation.arrived, self._explanation.decoding_s = part.ticket.arrived, job.decoding_s
         status = reply(rows)
         if status:
             return self._unanswered(part.ticket, status)

@@ -56,9 +56,9 @@ class Decoder:
     """
 
     def __init__(self, spec: TensorSpec, *, max_pixels: int, threads: int, decoding: Decoded | None = None) -> None:
-        from rushhour.picture import decode
+        from rushhour.picture import decode, decode_whole, picture_size
 
-        self._read = decode
+        self._read, self._read_whole, self._read_size = decode, decode_whole, picture_size
         self._decoding = decoding or Decoded()
         self.settings = PictureSettings(FORMATS, threads, max_pixels)
         self._shape = spec.shape
@@ -96,15 +96,48 @@ class Decoder:
         Raises:
             DataError: if it is damaged, too large, or of another format.
         """
+        self._check_scans(content)
+        most = self.settings.max_pixels
+        seen = self._read(io.BytesIO(content), into, max_pixels=most, formats=FORMATS, decoding=self._decoding)
+        self._check_depth(seen.deep)
+
+    def size(self, content: bytes) -> tuple[int, int]:
+        """Height and width of a picture, by its header alone. May be called on any thread.
+
+        Raises:
+            DataError: as `decode`.
+        """
+        self._check_scans(content)
+        return self._read_size(io.BytesIO(content), max_pixels=self.settings.max_pixels, formats=FORMATS)
+
+    def whole(self, content: bytes) -> np.ndarray:
+        """A picture at its own size: uint8 `(height, width, channels)`. May be called on any thread.
+
+        Raises:
+            DataError: as `decode`.
+        """
+        channels, most = self._shape[2], self.settings.max_pixels
+        pixels, seen = self._read_whole(
+            io.BytesIO(content), channels, max_pixels=most, formats=FORMATS, decoding=self._decoding
+        )
+        self._check_depth(seen.deep)
+        return pixels
+
+    def on_thread(self, function: Callable[[], None]) -> None:
+        """Call a function on the next thread that is free."""
+        self._pool.submit(function)
+
+    @staticmethod
+    def _check_scans(content: bytes) -> None:
         if content.startswith(_JPEG_MAGIC) and _scans(content) > _MAX_SCANS:
             raise DataError("the picture cannot be read", f"it has more than {_MAX_SCANS} scans", "use fewer scans")
+
+    def _check_depth(self, deep: int) -> None:
         how = self._decoding
-        most = self.settings.max_pixels
-        seen = self._read(io.BytesIO(content), into, max_pixels=most, formats=FORMATS, decoding=how)
-        if seen.deep > how.deep:
+        if deep > how.deep:
             raise DataError(
                 "the picture cannot be read",
-                f"its grey values go up to {seen.deep}, and the model expects up to {how.deep}",
+                f"its grey values go up to {deep}, and the model expects up to {how.deep}",
                 "send pictures of the depth that it was trained on",
             )
 

@@ -35,11 +35,16 @@ def owned(result: Sequence[memoryview]) -> OwnedViews:
 
 
 class Job:
-    """A request on its way through the cell."""
+    """A request on its way through the cell.
 
-    __slots__ = ("collected", "expected_s", "missing", "probe_until", "reply", "request", "ticket")
+    Attributes:
+        decoding_s: how long its pictures were decoded.
+    """
+
+    __slots__ = ("collected", "decoding_s", "expected_s", "missing", "probe_until", "reply", "request", "ticket")
 
     def __init__(self, request: InferRequest, reply: Reply) -> None:
+        self.decoding_s = 0.0
         self.expected_s = 0.0
         self.probe_until: float | None = None
         self.request = request

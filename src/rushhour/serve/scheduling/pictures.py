@@ -61,6 +61,7 @@ class Pictures:
                 cell.reply_once(job, late)
                 return
             request.tensors = samples
+            job.decoding_s = now - arrived
             job.ticket = batcher.offer(job, rows, deadline=math.inf if is_probe else deadline, priority=priority)
             assert job.ticket is not None  # its room was reserved
             job.ticket.arrived = arrived

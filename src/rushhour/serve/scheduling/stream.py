@@ -82,9 +82,12 @@ class Stream:
             ticket, first = part.ticket, part.first
             job, end = ticket.item, at + part.rows
             whole = part.rows == ticket.rows
-            for buffer, tensor, row_bytes in zip(buffers, job.request.tensors, row_bytes_in, strict=True):
-                rows = tensor if whole else tensor[first * row_bytes : (first + part.rows) * row_bytes]
-                buffer[at * row_bytes : end * row_bytes] = rows
+            if job.request.lazy:
+                job.request.write(buffers, at, first, part.rows)
+            else:
+                for buffer, tensor, row_bytes in zip(buffers, job.request.tensors, row_bytes_in, strict=True):
+                    rows = tensor if whole else tensor[first * row_bytes : (first + part.rows) * row_bytes]
+                    buffer[at * row_bytes : end * row_bytes] = rows
             at = end
             if whole or first + part.rows == ticket.rows:
                 # Ticket and job refer to each other: a body is freed when it was copied, not by the garbage collector.

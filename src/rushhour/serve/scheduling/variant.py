@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rushhour.engines import Engine
 from rushhour.measurement import BatchCost
 from rushhour.serve.scheduling.admission import Admission, Profile
+from rushhour.serve.scheduling.batcher import Part
+from rushhour.serve.scheduling.job import Job
 from rushhour.serve.scheduling.speed import expected_seconds
 from rushhour.serve.scheduling.stream import Stream
 
@@ -52,3 +56,21 @@ class Variant:
         self.expected_s = expected_seconds(profile.times)
         self.free: list[Stream] = []
         self.samples = 0
+
+    def ended(self, stream: Stream, parts: Sequence[Part[Job]], now: float, since: float) -> None:
+        """A batch has been computed: learn from its times.
+
+        Args:
+            stream: that it ran on.
+            parts: of the batch.
+            now: the time.
+            since: requests that arrived earlier were predicted for another variant.
+        """
+        last = parts[-1]
+        if len(parts) > 1 and last.first + last.rows < last.ticket.rows:
+            last = parts[-2]  # the last request whose end is in this batch
+        ticket = last.ticket
+        comparable = ticket.arrived >= since and last.first + last.rows == ticket.rows
+        self.profile.update(stream.work, now - stream.started)
+        self.samples += stream.rows
+        self.admission.record(stream.work, ticket.item.expected_s if comparable else 0.0, now - ticket.arrived)

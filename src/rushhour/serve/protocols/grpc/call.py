@@ -8,17 +8,25 @@ from collections.abc import Sequence
 import msgspec
 
 from rushhour.serve.memory.budget import Budget, Grant
+from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.requests import CANCELLED, FollowedRequest
-from rushhour.serve.protocols.grpc.codec import GrpcCodec, GrpcRequest, stream_answer, stream_error
+from rushhour.serve.protocols.grpc.codec import GrpcCodec, GrpcRequest, parameter_of, stream_answer, stream_error
 from rushhour.serve.protocols.grpc.errors import end, error_text, status_of, without_frames
 from rushhour.serve.scheduling.job import LATER, Job, Shed, ShedError, owned
 from rushhour.serve.scheduling.stage import Stage
 
 
 class InferCall:
-    """An inference request on its way through a cell."""
+    """An inference request on its way through a cell.
 
-    __slots__ = ("_answered", "_budget", "_cell", "_codec", "_followed", "_grant", "_job", "_request", "_writing")
+    Attributes:
+        times: of its answer, as `Server-Timing` gives them; empty before it, and where answers do not give them.
+    """
+
+    __slots__ = (
+        *("_answered", "_budget", "_cell", "_codec", "_explanation", "_followed", "_grant"),
+        *("_job", "_request", "_writing", "times"),
+    )
 
     def __init__(
         self,
@@ -29,7 +37,10 @@ class InferCall:
         followed: FollowedRequest | None,
         budget: Budget,
         grant: Grant | None,
+        explanation: Explanation | None = None,
     ) -> None:
+        self.times = ""
+        self._explanation = explanation
         self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._writing: asyncio.Task[None] | None = None
         self._budget = budget
@@ -59,7 +70,8 @@ class InferCall:
     async def stream_answer(self) -> bytes:
         """The answer as a message of a stream, or the error as one."""
         try:
-            return stream_answer(await self.answer())
+            answer = await self.answer()  # the metadata of a stream ends it: each answer carries its times
+            return stream_answer(answer + parameter_of("server_timing", self.times) if self.times else answer)
         except Exception as error:
             return stream_error(error_text(error), self._request.id)
 
@@ -78,20 +90,23 @@ class InferCall:
         if isinstance(result, Exception):
             self._fail(result)
             return None
+        explanation, variant = self._explanation, ""
+        if explanation is not None:
+            self.times, variant = explanation.times().decode(), explanation.variant
         if self._codec.is_large_answer(self._request):
-            self._writing = asyncio.ensure_future(self._write_on_thread(owned(result)))
+            self._writing = asyncio.ensure_future(self._write_on_thread(owned(result), variant))
             return LATER
         try:
-            self._succeed(self._codec.encode(self._request, result))
+            self._succeed(self._codec.encode(self._request, result, variant))
         except Exception as error:
             self._fail(error)
             return status_of(error)
         return None
 
-    async def _write_on_thread(self, result: Sequence[memoryview]) -> None:
+    async def _write_on_thread(self, result: Sequence[memoryview], variant: str) -> None:
         status: int | None = None
         try:
-            self._succeed(await self._budget.on_thread(self._codec.encode, self._request, result))
+            self._succeed(await self._budget.on_thread(self._codec.encode, self._request, result, variant))
         except Exception as error:
             status = status_of(error)
             self._fail(error)

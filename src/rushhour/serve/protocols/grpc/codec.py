@@ -12,6 +12,7 @@ https://protobuf.dev/programming-guides/encoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,6 +106,7 @@ class GrpcCodec:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self._headers: dict[bytes, _Header] = {}
+        self._variants: dict[str, bytes] = {}
 
     @staticmethod
     def is_large(message: bytes) -> bool:
@@ -117,6 +119,9 @@ class GrpcCodec:
     def is_large_answer(self, request: GrpcRequest) -> bool:
         """Whether writing the answer takes long, likewise."""
         wanted = request.header.layout.wanted
+        given = request.request.wanted
+        if given.shapes:
+            return any(math.prod(shape) > WHOLE_BYTES for shape in given.shapes)
         return bool(wanted.top or wanted.places) and self.codec.is_large_answer(wanted, request.request.rows)
 
     def decode(self, message: bytes) -> GrpcRequest:
@@ -144,26 +149,36 @@ class GrpcCodec:
             return GrpcRequest(InferRequest(layout.rows, tuple(raw), layout.wanted), identity, header)
         return GrpcRequest(self.codec.gather(layout, raw), identity, header)
 
-    def encode(self, request: GrpcRequest, outputs: Sequence[memoryview]) -> bytes:
+    def encode(self, request: GrpcRequest, outputs: Sequence[memoryview], variant: str = "") -> bytes:
         """Write a `ModelInferResponse`.
 
         Args:
             request: that is answered.
             outputs: the raw rows of each of the signature's outputs, in its order.
+            variant: that computed it, for the answer's parameters; empty for none.
 
         Raises:
             WireError: if an output cannot be written to its shared memory.
         """
         parts: list[bytes | memoryview] = []
-        for before, position in request.header.answer:
-            parts.append(before)
-            parts.append(outputs[position])
+        if not request.request.wanted.shapes:
+            for before, position in request.header.answer:
+                parts.append(before)
+                parts.append(outputs[position])
         if not parts:
             parts.append(self._answer(request.request, outputs))
         if request.id:
             parts.append(_tagged(_ID_OUT, len(request.id)))
             parts.append(request.id)
+        if variant:
+            parts.append(self._variants.get(variant) or self._as_parameter(variant))
         return b"".join(parts)
+
+    def _as_parameter(self, variant: str) -> bytes:
+        if len(self._variants) >= _MAX_CACHED_HEADERS:
+            self._variants.clear()
+        parameter = self._variants[variant] = parameter_of("variant", variant)
+        return parameter
 
     def _read(self, head: bytes, contents: Sequence[_Contents | None], raw: list[memoryview]) -> _Header:
         try:
@@ -207,6 +222,13 @@ class GrpcCodec:
             response.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
             response.raw_output_contents.append(b"" if output.raw is None else bytes(output.raw))
         return bytes(response.SerializeToString())
+
+
+def parameter_of(name: str, text: str) -> bytes:
+    """A parameter of an answer: appended to a `ModelInferResponse`, it becomes a part of it."""
+    response = _Response()
+    response.parameters[name].string_param = text
+    return bytes(response.SerializeToString())
 
 
 def stream_answer(response: bytes) -> bytes:

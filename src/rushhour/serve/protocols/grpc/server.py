@@ -21,6 +21,7 @@ from rushhour.serve.access.certificates import Certificates, Identity
 from rushhour.serve.access.keys import Keys
 from rushhour.serve.limits import Limits
 from rushhour.serve.memory.decompression import inflate
+from rushhour.serve.observability.explanation import FIELD
 from rushhour.serve.observability.requests import FollowedRequest, Observer
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.grpc.call import InferCall
@@ -156,8 +157,11 @@ class GrpcServer:
                 sent = await self._read_message(context, self._limit)
                 submitting = self._submit(sent, context.time_remaining(), followed)
                 del sent
-                answering = (await submitting).answer()
-            return await answering
+                call = await submitting
+            answer = await call.answer()
+            if call.times:
+                context.set_trailing_metadata(((FIELD, call.times),))
+            return answer
         except Exception as error:
             end(followed, status_of(error))
             refusing = refuse(context, error)
@@ -247,7 +251,7 @@ class GrpcServer:
             followed.id = request.id.decode() or followed.id
         if within_s is not None:
             within_s -= asyncio.get_running_loop().time() - began
-        return InferCall(cell, codec, request, within_s, followed, budget, grant)
+        return InferCall(cell, codec, request, within_s, followed, budget, grant, self._repository.explanation)
 
     async def _fetch(self, cell: Stage, request: GrpcRequest) -> None:
         """Read tensors from shared memory, if the request is admitted."""

@@ -49,6 +49,7 @@ class HttpEndpoint:
         connections: that are open.
         draining: whether each answer is the last of its connection.
         budget: of large requests.
+        explanation: what the answer that is being written says about itself; None where answers do not.
         date: the header field `date` of answers, with its line end.
     """
 
@@ -66,6 +67,7 @@ class HttpEndpoint:
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys) if keys is None else keys
         self.budget = repository.budget
+        self.explanation = repository.explanation
         self.date = b""
         self._repository = repository
         self._infers = infers

@@ -248,41 +248,51 @@ class RequestHandler(Pipeline):
         try:
             if isinstance(result, Exception):
                 self._send_error(result)
-            elif isinstance(current, PreparedAnswer) and current.answer is not None and not self._endpoint.draining:
-                if self._transport is not None:
-                    self._transport.write(b"".join((OK, self._endpoint.date, current.answer, *result)))
-                    self._next(close=False)
             else:
-                if isinstance(current, PreparedAnswer) and current.id:
-                    request.wanted = msgspec.structs.replace(request.wanted, id=current.id.decode())
-                return self._reply(cell, request, result)
+                explanation = self._endpoint.explanation
+                times, variant = (b"", "") if explanation is None else (explanation.field(), explanation.variant)
+                if isinstance(current, PreparedAnswer):
+                    head = None if self._endpoint.draining else current.head(variant)
+                    if head is not None:
+                        if self._transport is not None:
+                            self._transport.write(b"".join((OK, self._endpoint.date, times, head, *result)))
+                            self._next(close=False)
+                        return None
+                    if current.id:
+                        request.wanted = msgspec.structs.replace(request.wanted, id=current.id.decode())
+                return self._reply(cell, request, result, variant, times)
         except Exception as error:
             return self._answer_failed(error)
         return None
 
-    def _reply(self, cell: Stage, request: InferRequest, result: Sequence[memoryview]) -> int | None:
+    def _reply(
+        self, cell: Stage, request: InferRequest, result: Sequence[memoryview], variant: str, times: bytes
+    ) -> int | None:
         """Write the answer, or an error; returns the error's status, which the cell counts."""
         if cell.codec.is_large_answer(request.wanted, request.rows):
-            self._waiting = asyncio.ensure_future(self._write_on_thread(cell, request, owned(result)))
+            writing = self._write_on_thread(cell, request, owned(result), variant, times)
+            self._waiting = asyncio.ensure_future(writing)
             return LATER
         try:
-            length, parts = cell.codec.encode(request.wanted, request.rows, result)
+            length, parts = cell.codec.encode(request.wanted, request.rows, result, variant)
         except Exception as error:  # raised further it would reach the other requests of the batch
             return self._write_failed(error)
-        self._send_encoded(length, parts, lasts=isinstance(result, OwnedViews))
+        self._send_encoded(length, parts, times, lasts=isinstance(result, OwnedViews))
         return None
 
-    async def _write_on_thread(self, cell: Stage, request: InferRequest, result: Sequence[memoryview]) -> None:
+    async def _write_on_thread(
+        self, cell: Stage, request: InferRequest, result: Sequence[memoryview], variant: str, times: bytes
+    ) -> None:
         """Write a large answer on a thread."""
         status: int | None = None
         try:
             try:
-                encoding = self._endpoint.budget.on_thread(cell.codec.encode, request.wanted, request.rows, result)
-                length, parts = await encoding
+                encode, budget = cell.codec.encode, self._endpoint.budget
+                length, parts = await budget.on_thread(encode, request.wanted, request.rows, result, variant)
             except Exception as error:
                 status = self._write_failed(error)
             else:
-                self._send_encoded(length, parts, lasts=True)
+                self._send_encoded(length, parts, times, lasts=True)
         except Exception as error:
             status = self._answer_failed(error)
         finally:

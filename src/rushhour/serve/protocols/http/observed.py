@@ -85,13 +85,13 @@ class ObservedConnection(HttpConnection):
         self._end(status)
         super()._send(status, body, *more, **named)
 
-    def _send_parts(self, header_length: int, parts: Parts, *, lasts: bool = False) -> None:
+    def _send_parts(self, header_length: int, parts: Parts, extra: bytes, *, lasts: bool = False) -> None:
         self._end(200)
-        super()._send_parts(header_length, parts, lasts=lasts)
+        super()._send_parts(header_length, parts, extra, lasts=lasts)
 
-    def _send_list(self, parts: Parts) -> None:
+    def _send_list(self, parts: Parts, extra: bytes) -> None:
         self._end(200)
-        super()._send_list(parts)
+        super()._send_list(parts, extra)
 
     def _send_final(self, error: WireError, path: bytes) -> None:
         if not self._dropping:  # the request never became complete

@@ -77,6 +77,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
                         "outputs": {"type": "array", "items": _ref("OutputTensor")},
                     },
                     id={"type": "string"},
+                    parameters=_object({}, variant={"type": "string"}),
                 ),
                 "Tensor": _object(_tensor(-1)),
                 "OutputTensor": _object(
@@ -210,7 +211,11 @@ def _inference(metadata: Schema | None) -> Schema:
     ]
     operation["responses"]["200"]["content"]["application/octet-stream"] = {}
     operation["responses"]["200"]["headers"] = {
-        HEADER_LENGTH: {"description": "Bytes of the JSON, if raw tensors follow it.", "schema": {"type": "integer"}}
+        HEADER_LENGTH: {"description": "Bytes of the JSON, if raw tensors follow it.", "schema": {"type": "integer"}},
+        "Server-Timing": {
+            "description": "Times of this answer in milliseconds, its batch size, variant and version; may be off.",
+            "schema": {"type": "string"},
+        },
     }
     return operation
 

@@ -191,37 +191,39 @@ class Pipeline(asyncio.Protocol):
             self._transport.write(answer)
             self._next(close)
 
-    def _send_encoded(self, length: int | None, parts: Parts, *, lasts: bool) -> None:
+    def _send_encoded(self, length: int | None, parts: Parts, extra: bytes, *, lasts: bool) -> None:
         if length is not None:
-            self._send_parts(length, parts, lasts=lasts)
+            self._send_parts(length, parts, extra, lasts=lasts)
         elif len(parts) == 1:
-            self._send(200, bytes(parts[0]))
+            self._send(200, bytes(parts[0]), extra)
         else:
-            self._send_list(parts)
+            self._send_list(parts, extra)
 
-    def _send_parts(self, header_length: int, parts: Parts, *, lasts: bool = False) -> None:
+    def _send_parts(self, header_length: int, parts: Parts, extra: bytes, *, lasts: bool = False) -> None:
         """An answer of a JSON header and raw tensors.
 
         Args:
             header_length: of the JSON header in bytes.
             parts: of the body.
+            extra: fields of the header.
             lasts: whether they stay valid, and need not be copied now.
         """
         close = self._closing()
         if self._transport is not None:
             size = sum(map(len, parts))
-            head = b"".join((OK, self._endpoint.date, BINARY % (header_length, self._persistence(close), size)))
+            fields = BINARY % (header_length, self._persistence(close), size)
+            head = b"".join((OK, self._endpoint.date, extra, fields))
             if lasts and size > MAX_PIPELINED_BYTES:
                 self._write_each([head, *parts])
                 return
             self._transport.write(b"".join([head, *parts]))
             self._next(close)
 
-    def _send_list(self, parts: Parts) -> None:
+    def _send_list(self, parts: Parts, extra: bytes) -> None:
         """An answer in JSON, in several parts."""
         if self._transport is not None:
-            close = self._persistence(self._closing())
-            self._write_each([self._heading(200, sum(map(len, parts)), close), *parts])
+            fields = extra + self._persistence(self._closing())
+            self._write_each([self._heading(200, sum(map(len, parts)), fields), *parts])
 
     def _write_each(self, parts: Parts) -> None:
         """Write a large answer without joining its parts, a piece in each turn of the event loop.

@@ -8,23 +8,44 @@ from rushhour.serve.protocols.http.answers import BINARY
 from rushhour.serve.protocols.http.message import KnownHead, between, match_fixed
 from rushhour.wire import Codec, InferRequest, Layout
 
+_MAX_VARIANTS = 64
+"""Whose answers one known request keeps prepared."""
 _ID = re.compile(rb'[^"\\\x00-\x1f]+')
 
 
 class PreparedAnswer:
-    """The answer to a recognised request, except its date and its tensors.
+    """The answer to a recognised request, except its date, its times and its tensors.
 
     Attributes:
-        answer: the bytes between date and tensors; None unless the raw tensors follow in the signature's order.
         id: as the client sent it.
     """
 
-    __slots__ = ("answer", "id")
+    __slots__ = ("id",)
     keep_alive = True
 
-    def __init__(self, answer: bytes | None, id: bytes = b"") -> None:
-        self.answer = answer
+    def __init__(self, id: bytes) -> None:
         self.id = id
+
+    def head(self, variant: str) -> bytes | None:
+        """The bytes before the tensors of an answer by this variant, without status and date.
+
+        None unless the raw tensors follow in the signature's order.
+        """
+        raise NotImplementedError
+
+
+class _NumberedAnswer(PreparedAnswer):
+    """The same to a request that differs from the known one in its id."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self, known: KnownRequest, id: bytes) -> None:
+        super().__init__(id)
+        self._known = known
+
+    def head(self, variant: str) -> bytes | None:
+        before, after = self._known.around(variant)
+        return before + self.id + after if after else None
 
 
 class KnownRequest(PreparedAnswer):
@@ -35,7 +56,7 @@ class KnownRequest(PreparedAnswer):
     """
 
     __slots__ = (
-        *("_around", "_prefix_of_id", "_fields", "_id_bytes", "_suffix", "codec"),
+        *("_around", "_heads", "_prefix_of_id", "_fields", "_id_bytes", "_suffix", "codec"),
         *("path", "prefix", "rows", "size", "slices", "wanted"),
     )
 
@@ -55,18 +76,41 @@ class KnownRequest(PreparedAnswer):
         self._prefix_of_id, self._suffix = (
             (b"", rest + header) if place is None else between(rest + header, (_moved(place, rest),))
         )
-        described, self._around = codec.answer_header(layout.wanted, layout.rows), (b"", b"")
-        answer = None
-        if described is not None:
-            if identity:
-                described = b'%b,"id":"%b"%b' % (described[: codec.id_at], identity, described[codec.id_at :])
-            outputs = range(len(codec.signature.outputs))
-            size = len(described) + sum(codec.output_bytes(each, self.rows, layout.wanted.sizes) for each in outputs)
-            answer = BINARY % (len(described), b"", size)
-            at = len(answer) + codec.id_at + len(b',"id":"')
-            answer += described
-            self._around = answer[:at], answer[at + len(identity) :]
-        super().__init__(answer, identity)
+        self._around: dict[str, tuple[bytes, bytes]] = {}
+        self._heads: dict[str, bytes] = {}
+        super().__init__(identity)
+
+    def head(self, variant: str) -> bytes | None:
+        """As of `PreparedAnswer`."""
+        head = self._heads.get(variant)
+        if head is None:
+            before, after = self.around(variant)
+            if after:
+                head = self._heads[variant] = before + self.id + after
+        return head
+
+    def around(self, variant: str) -> tuple[bytes, bytes]:
+        """The bytes before the tensors of an answer by this variant, up to the id and after it; empty for none."""
+        around = self._around.get(variant)
+        if around is None:
+            if len(self._around) >= _MAX_VARIANTS:
+                self._around.clear()
+                self._heads.clear()
+            around = self._around[variant] = self._prepared(variant)
+        return around
+
+    def _prepared(self, variant: str) -> tuple[bytes, bytes]:
+        codec, identity = self.codec, self.id
+        described = codec.answer_header(self.wanted, self.rows, variant)
+        if described is None:
+            return b"", b""
+        if identity:
+            described = b'%b,"id":"%b"%b' % (described[: codec.id_at], identity, described[codec.id_at :])
+        outputs = range(len(codec.signature.outputs))
+        size = len(described) + sum(codec.output_bytes(each, self.rows, self.wanted.sizes) for each in outputs)
+        fields = BINARY % (len(described), b"", size)
+        at = codec.id_at + len(b',"id":"') if identity else codec.id_at
+        return fields + described[:at], described[at + len(identity) :]
 
     @property
     def exact(self) -> bool:
@@ -102,8 +146,7 @@ class KnownRequest(PreparedAnswer):
         identity = data[start:stop]
         if not (data.startswith(self._prefix_of_id, at) and identity.isascii() and _ID.fullmatch(identity)):
             return None
-        before, after = self._around
-        return PreparedAnswer(before + identity + after if after else None, identity), request
+        return _NumberedAnswer(self, identity), request
 
 
 def _moved(place: tuple[int, int], before: bytes) -> tuple[int, int]:

@@ -1,0 +1,252 @@
+"""Large requests and the others share batches: neither waits for all of the other, replayed on a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_batcher import TIMES, line, taken
+from test_cell import Held, cell_of, put, turns, unique
+
+from rushhour.clock import VirtualClock
+from rushhour.engines import EngineConfig
+from rushhour.serve.scheduling.admission import Admission
+from rushhour.serve.scheduling.batcher import Batcher, Part
+from rushhour.testing.fakes import FakeEngine, fake_answers
+
+BATCH = 8
+
+
+def make(clock: VirtualClock | None = None, *, queue_bound: int = 10_000) -> Batcher[str]:
+    return Batcher(BATCH, queue_bound, TIMES, clock or VirtualClock())
+
+
+def batches_until(batcher: Batcher[str], item: str) -> int:
+    """How many batches are taken up to the last sample of a request."""
+    for number in range(1, 10_000):
+        for part in batcher.take():
+            if part.ticket.item == item and part.first + part.rows == part.ticket.rows:
+                return number
+    raise AssertionError(f"{item} is never computed")
+
+
+def test_a_small_request_joins_the_next_batch_of_a_large_one() -> None:
+    batcher = make()
+    batcher.offer("large", 1000)
+    assert taken(batcher) == [("large", 0, 8)]
+    batcher.offer("small", 1)
+    assert taken(batcher) == [("small", 0, 1), ("large", 8, 7)]
+    assert taken(batcher) == [("large", 15, 8)]
+
+
+def test_small_requests_that_keep_coming_leave_the_large_one_half_of_each_batch() -> None:
+    batcher = make()
+    batcher.offer("large", 40)
+    for number in range(400):
+        batcher.offer(f"small {number}", 1)
+    shares = [sum(part.rows for part in batcher.take() if part.ticket.item == "large") for _ in range(10)]
+    assert [one + other for one, other in zip(shares[::2], shares[1::2], strict=True)] == [BATCH] * 5
+    assert batcher.waiting == 400 - 40
+
+
+def test_a_batch_of_one_is_taken_in_turns() -> None:
+    batcher: Batcher[str] = Batcher(1, 100, TIMES, VirtualClock())
+    batcher.offer("large", 4)
+    for number in range(4):
+        batcher.offer(f"small {number}", 1)
+    order = [taken(batcher)[0][0][:5] for _ in range(8)]
+    assert order == ["small", "large"] * 4
+
+
+def test_a_request_that_fits_into_a_batch_is_not_split_for_a_large_one() -> None:
+    batcher = make()
+    batcher.offer("large", 100)
+    for number in range(20):
+        batcher.offer(f"six {number}", 6)
+    shares = []
+    for _ in range(16):
+        parts = batcher.take()
+        assert all(part.rows == 6 for part in parts if part.ticket.item != "large")
+        assert sum(part.rows for part in parts) == BATCH
+        shares.append(sum(part.rows for part in parts if part.ticket.item == "large"))
+    assert sum(shares) / len(shares) == pytest.approx(BATCH / 2, rel=0.15)
+
+
+def test_batches_of_a_large_request_are_as_small_as_is_efficient() -> None:
+    """Where a batch costs nothing beside its samples, nobody who arrives should wait for a large one."""
+    for times, rows in ((line(0.0001, 0.01), 1), (line(0.001, 0.001), 6), (line(0.1, 0.0001), 8)):
+        batcher: Batcher[str] = Batcher(BATCH, 1000, times, VirtualClock())
+        batcher.offer("large", 100)
+        assert taken(batcher) == [("large", 0, rows)]
+        batcher.offer("small", 1)
+        assert batcher.waiting_before(0, 1) <= rows - (rows > 1) + 1
+        expected = [("small", 0, 1), *([("large", rows, rows - 1)] if rows > 1 else [])]
+        assert taken(batcher) == expected
+        parts = [part for _ in range(6) for part in batcher.take()]
+        assert sum(part.rows for part in parts) == 6 * rows
+
+
+def test_higher_priorities_come_before_any_large_request_and_large_ones_of_a_higher_before_all_others() -> None:
+    batcher = make()
+    batcher.offer("large", 20, priority=4)
+    batcher.offer("usual", 1, priority=4)
+    batcher.offer("large first", 12, priority=1)
+    batcher.offer("first", 1, priority=1)
+    assert taken(batcher) == [("first", 0, 1), ("large first", 0, 7)]
+    assert taken(batcher) == [("large first", 7, 5), ("usual", 0, 1), ("large", 0, 2)]
+
+
+def test_the_deadline_of_a_small_request_bounds_the_batch_that_it_shares() -> None:
+    clock = VirtualClock()
+    batcher = make(clock)
+    batcher.offer("large", 100)
+    batcher.offer("small", 1, deadline=0.0145)  # a batch of 4 takes 14 ms
+    assert sum(part.rows for part in batcher.take()) == 4
+
+
+def test_a_large_request_that_is_late_is_left_out_and_takes_no_room() -> None:
+    clock = VirtualClock()
+    batcher = make(clock)
+    batcher.offer("large", 100, deadline=0.05)
+    batcher.take()
+    batcher.offer("small", 1)
+    clock.advance(0.1)
+    assert taken(batcher) == [("small", 0, 1)]
+    assert [ticket.item for ticket in batcher.late] == ["large"]
+    assert batcher.waiting == 0
+
+
+def test_large_requests_fill_the_queue_for_each_other_only() -> None:
+    batcher = make(queue_bound=100)
+    assert batcher.offer("large", 500) is not None, "no size is shed for ever"
+    assert batcher.offer("another", 9) is None
+    for _ in range(100):
+        assert batcher.offer("small", 1) is not None
+    assert batcher.offer("one more", 1) is None
+    assert batcher.reserve(9) is False
+    assert batcher.waiting == 600
+
+
+def test_reserved_room_of_a_large_request_does_not_shed_others() -> None:
+    batcher = make(queue_bound=20)
+    assert batcher.reserve(50)
+    assert batcher.offer("small", 8) is not None
+    assert batcher.waiting_before(0, 1) < 3 * BATCH, "it does not wait for all of them"
+    batcher.release(50)
+    assert batcher.waiting == 8
+    assert batcher.waiting_before(0, 1) == 8
+
+
+requests = st.lists(
+    st.tuples(st.sampled_from([1, 1, 1, 2, 5, 8, 9, 30, 100]), st.sampled_from([4, 4, 4, 1])), max_size=40
+)
+
+
+@given(max_batch=st.integers(1, 8), requests=requests, script=st.lists(st.booleans(), max_size=80))
+def test_any_mixture_is_computed_once_in_the_order_of_its_queue(
+    max_batch: int, requests: list[tuple[int, int]], script: list[bool]
+) -> None:
+    batcher: Batcher[int] = Batcher(max_batch, 10_000, TIMES, VirtualClock())
+    left = list(enumerate(requests))
+    seen: list[Part[int]] = []
+
+    def take() -> None:
+        parts = batcher.take()
+        assert sum(part.rows for part in parts) <= max_batch
+        assert all(part.first + part.rows == part.ticket.rows for part in parts[:-1]), "only the last one goes on"
+        assert bool(parts) == bool(parts or batcher.waiting), "nothing waits for nothing"
+        if parts:
+            batcher.ended(parts)
+        seen.extend(parts)
+
+    for offers in script:
+        if offers and left:
+            number, (rows, priority) = left.pop(0)
+            batcher.offer(number, rows, priority=priority)
+        else:
+            take()
+    while batcher.waiting:
+        take()
+    assert batcher.in_flight == 0
+    for number, (rows, _) in list(enumerate(requests))[: len(requests) - len(left)]:
+        covered = [
+            row for part in seen if part.ticket.item == number for row in range(part.first, part.first + part.rows)
+        ]
+        assert covered == list(range(rows))
+    for large in (False, True):
+        for priority in (1, 4):
+            kind = [part.ticket for part in seen if part.ticket.large is large and part.ticket.priority == priority]
+            numbers = [ticket.item for ticket in kind]
+            assert numbers == sorted(numbers), "nobody overtakes its like"
+
+
+@given(large=st.lists(st.integers(9, 400), max_size=4), others=st.lists(st.integers(1, 8), max_size=60))
+def test_neither_waits_longer_than_twice_its_own(large: list[int], others: list[int]) -> None:
+    """Half of each batch is a bound: at worst a queue is emptied half as fast as without the other."""
+    batcher = make()
+    for number, rows in enumerate(large):
+        batcher.offer(f"large {number}", rows)
+    for number, rows in enumerate(others):
+        batcher.offer(f"other {number}", rows)
+    ends: dict[str, int] = {}
+    for number in range(1, 10_000):
+        parts = batcher.take()
+        if not parts:
+            break
+        ends |= {part.ticket.item: number for part in parts}
+    for kind, sizes in (("large", large), ("other", others)):
+        for number in range(len(sizes)):
+            own = sum(sizes[: number + 1])
+            # A request that is not split leaves less than half a batch unused for its queue, and a batch is begun.
+            assert ends[f"{kind} {number}"] <= 2 * -(-own // BATCH) + len(sizes) * (kind == "other") / 2 + 3
+
+
+@given(
+    streams=st.integers(1, 4),
+    large=st.integers(0, 300),
+    waiting=st.integers(0, 100),
+    rows=st.sampled_from([1, 2, 8, 9, 50, 200]),
+)
+def test_admission_predicts_the_shared_order(streams: int, large: int, waiting: int, rows: int) -> None:
+    """Replayed: with nothing else arriving, the prediction is the time of the answer."""
+    batcher = make()
+    if large > BATCH:
+        batcher.offer("large", large)
+    for _ in range(waiting):
+        batcher.offer("before", 1)
+    before = batcher.waiting_before(0, rows)
+    predicted = Admission(TIMES, BATCH).finish(0.0, rows, before, [], streams)
+    batcher.offer("asked", rows)
+    free = [0.0] * streams
+    finish = 0.0
+    while parts := batcher.take():
+        end = heapq.heappop(free) + TIMES.seconds(sum(part.rows for part in parts))
+        heapq.heappush(free, end)
+        if any(part.ticket.item == "asked" for part in parts):
+            finish = max(finish, end)
+    assert abs(predicted - finish) <= 2 * TIMES.seconds(BATCH), (predicted, finish)
+
+
+def test_single_samples_are_answered_while_a_large_request_is_computed() -> None:
+    async def scenario() -> None:
+        engine_batches = Held()
+        cell = cell_of(FakeEngine(EngineConfig("openvino", max_batch=4), schedule=engine_batches.schedule))
+        large = put(cell, unique(40, 0))
+        await turns()
+        small = [put(cell, unique(1, seed)) for seed in (1, 2)]
+        for _ in range(2):
+            await engine_batches.release()
+            await turns()
+        for seed, answer in zip((1, 2), small, strict=True):
+            np.testing.assert_array_equal(answer.result(), fake_answers(unique(1, seed)))
+        assert not large.done()
+        while not large.done():
+            await engine_batches.release()
+            await turns()
+        np.testing.assert_array_equal(large.result(), fake_answers(unique(40, 0)))
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
