@@ -325,7 +325,7 @@ def test_features_are_normalised_and_constants_left_alone(tmp_path: Path) -> Non
     random = np.random.default_rng(0)
     x = np.stack([random.normal(1e6, 10, 40), np.full(40, 7.1), random.normal(0, 1e-3, 40)], axis=1)
     data = load(str(saved(tmp_path / "a.npz", x=x, y=x.sum(axis=1))))
-    assert data.task == Task(kind="regression", outputs=1)
+    assert data.task.unscaled == Task(kind="regression", outputs=1)
     assert data.train.inputs.dtype == data.train.targets.dtype == np.float32
     assert data.train.targets.shape[1:] == (1,)
     normal = (data.train.inputs.astype(np.float64) - data.preprocessing.mean) / data.preprocessing.std

@@ -76,7 +76,6 @@ VALUES: dict[str, tuple[NDArray[Any], int]] = {
     "one fraction among whole numbers": (np.where(np.arange(N) == 3, 0.5, FOUR), 1),
     "prices": (np.arange(N) * 1000.0, 1),
     "ages": (18.0 + np.arange(N) % 50, 1),
-    "several ones in a row": ((np.arange(N)[:, None] % np.array([2, 3]) == 0).astype(np.float32), 2),
     "shares that add up to 1": (np.full((N, 4), 0.25), 4),
     "(n, 1)": (np.linspace(-1, 1, N)[:, None], 1),
 }
@@ -86,12 +85,22 @@ VALUES: dict[str, tuple[NDArray[Any], int]] = {
 def test_what_is_no_label_is_a_value(tmp_path: Path, form: str) -> None:
     y, outputs = VALUES[form]
     data = data_of(tmp_path, y)
-    assert data.task == Task(kind="regression", outputs=outputs)
+    assert data.task.unscaled == Task(kind="regression", outputs=outputs)
     _, targets = whole(data)
     assert targets.dtype == np.float32
     np.testing.assert_allclose(targets, y.reshape(N, -1)[np.argsort(X[:, 0], kind="stable")], rtol=1e-6)
     if form in ("prices", "ages"):
         assert "--task classification" in " ".join(data.notes)
+
+
+def test_rows_with_any_number_of_ones_are_several_labels(tmp_path: Path) -> None:
+    y = (np.arange(N)[:, None] % np.array([2, 3]) == 0).astype(np.float32)
+    data = data_of(tmp_path, y)
+    assert data.task == Task.multilabel(("0", "1"))
+    assert "2 labels of which any number holds" in " ".join(data.notes)
+    _, targets = whole(data)
+    np.testing.assert_array_equal(targets, y[np.argsort(X[:, 0], kind="stable")])
+    assert data_of(tmp_path, y, kind="regression").task.kind == "regression"
 
 
 @pytest.mark.parametrize("form", ["whole floats", "one-hot", "bool", "(n, 1)", "int32", "with gaps", "negative"])
@@ -109,7 +118,7 @@ def test_a_user_who_says_classification_gets_classes_or_is_told_why_not(tmp_path
     many = np.arange(N) * 7
     with pytest.raises(DataError, match="could be labels or values; use --task regression or --task classification"):
         data_of(tmp_path, many)
-    assert data_of(tmp_path, many, kind="regression").task == Task(kind="regression", outputs=1)
+    assert data_of(tmp_path, many, kind="regression").task.unscaled == Task(kind="regression", outputs=1)
     for y in (np.linspace(0, 1, N), np.full((N, 4), 0.25)):
         with pytest.raises(DataError, match="--task regression"):
             data_of(tmp_path, y, kind="classification")
@@ -355,13 +364,12 @@ def test_features_that_float32_cannot_keep_are_refused(tmp_path: Path) -> None:
     assert data_of(tmp_path, FOUR, x + np.array([1e3, 0, -1e4])).sample_shape == (3,)
 
 
-def test_several_labels_for_a_sample_are_values_and_it_is_said(tmp_path: Path) -> None:
+def test_several_labels_for_a_sample_are_said(tmp_path: Path) -> None:
     y = np.random.default_rng(0).integers(0, 2, (N, 4))
     data = data_of(tmp_path, y)
-    assert (data.task.kind, data.task.outputs) == ("regression", 4)
+    assert (data.task.kind, data.task.outputs) == ("multilabel", 4)
     assert data.notes == (
-        "targets are rows of 0 and 1, not with a single 1: taken as 4 values; several labels for one sample are not "
-        "supported",
+        "targets are rows of 0 and 1: taken as 4 labels of which any number holds; --task regression if not",
     )
     assert data_of(tmp_path, y + 0.5).notes == ()
 

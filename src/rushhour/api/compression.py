@@ -76,7 +76,7 @@ def compress(
     epochs: int = 5,
     seed: int = 0,
     engine: Literal["openvino", "onnxruntime"] = "openvino",
-    task: Literal["classification", "regression"] | None = None,
+    task: str | None = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
@@ -156,7 +156,7 @@ def compress(
             )  # fmt: skip
         parent = imported.bundle
     else:
-        dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task)
+        dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task, trusted=trusted)
     chosen: Sequence[Recipe] = recipes or default_recipes(parent, dataset, epochs=epochs, trusted=trusted)
     if target is not None:
         chosen = tuple(each.for_machines(target) for each in chosen)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -112,7 +112,7 @@ def import_model(
     scale: float | None = None,
     mean: str | Sequence[float] | None = None,
     std: str | Sequence[float] | None = None,
-    task: Literal["classification", "regression"] | None = None,
+    task: str | None = None,
     size: str | tuple[int, int] | None = None,
     length: int | None = None,
     tiles: str | Tiling | None = None,
@@ -284,7 +284,7 @@ def imported_for(
     *,
     skip_corrupt: bool,
     size: str | tuple[int, int] | None,
-    task: Literal["classification", "regression"] | None,
+    task: str | None,
     known: Known | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[ImportResult, Dataset]:
@@ -325,8 +325,8 @@ def imported_for(
     understood = result.understood
     if understood.preprocessing != Preprocessing() and preprocessing is None:
         progress.note(f"samples are scaled: {understood.preprocessing_from}")
-    own = result.bundle.manifest.preprocessing
-    return result, dataclasses.replace(dataset, preprocessing=own)
+    own = result.bundle.manifest
+    return result, dataclasses.replace(dataset.with_classes(own.task), preprocessing=own.preprocessing)
 
 
 def _imported(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Model = StrPath | Bundle | Source | Callable[..., Any]
     Data = StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike]
 
-REFERENCES = ("article", "residual", "mlp")
+REFERENCES = ("article", "residual", "signal", "mlp")
 """The networks of `rushhour.models`, by name; a folder of such a name may be a bundle."""
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
@@ -33,8 +33,8 @@ def read_model(model: Model) -> str | Bundle | Source:
     """What a user means: a bundle (opened), a source, or the name of a network.
 
     Args:
-        model: a bundle or its folder; `article`, `residual` or `mlp`; `module:factory`, or the factory itself; or a
-            source.
+        model: a bundle or its folder; `article`, `residual`, `signal` or `mlp`; `module:factory`, or the factory
+            itself; or a source.
 
     Raises:
         BundleError: if the folder is no bundle, or is damaged.
@@ -75,6 +75,7 @@ def load_data(
     skip_corrupt: bool = False,
     size: str | tuple[int, int] | None = None,
     task: Kind | None = None,
+    trusted: tuple[str, ...] = (),
 ) -> Dataset:
     """The data set that a user gave. What was left out or changed is noted on `progress`, a line each.
 
@@ -87,7 +88,9 @@ def load_data(
             before pictures are decoded, which may take long.
         skip_corrupt: leave out pictures that cannot be read, and name them.
         size: of pictures: height and width, or `224x224`.
-        task: what whole numbers as targets are.
+        task: what targets are, where that cannot be seen from them: `classification`, `multilabel`, `ranking`,
+            `regression`, or a class of your own, `module:Class` (`rushhour.task.Kind`).
+        trusted: code that may be imported, where the model's task is a user's own.
 
     Raises:
         RushhourError: as `rushhour.data.load`, and if the network does not fit the data.
@@ -95,11 +98,19 @@ def load_data(
     from rushhour.data import Dataset
     from rushhour.data.lineage import check_scale, training_overlap
     from rushhour.data.objects import read_torch_data
+    from rushhour.data.targets import KINDS
+    from rushhour.task import ensure_kind, load_kind
 
-    if task is not None:
-        check_choice("task", task, ("classification", "regression"))
+    if task is not None and ":" in task:
+        load_kind(task)
+    elif task is not None:
+        check_choice("task", task, KINDS)
     read = model if isinstance(model, str) and model in REFERENCES else read_model(model)
     bundle = read if isinstance(read, Bundle) else None
+    if bundle is not None and ":" in bundle.manifest.task.kind:
+        from rushhour.models.trust import trusted_factories
+
+        ensure_kind(bundle.manifest.task.kind, trusted_factories(bundle, trusted))
     if isinstance(data, Dataset):
         if size is not None or task is not None:
             raise DataError("cannot change a Dataset", "`size` and `task` are for data that is read", "leave them out")
@@ -119,6 +130,8 @@ def load_data(
         dataset = _from_name(os.fspath(data), progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
     if bundle is not None:
         check_scale(bundle, dataset)
+        if bundle.manifest.task.is_binary:
+            dataset = dataset.with_classes(bundle.manifest.task)
     for note in (*dataset.notes, *([training_overlap(bundle, dataset)] if bundle is not None else [])):
         if note:
             progress.note(note)

@@ -95,7 +95,7 @@ def train(
     logs: StrPath | None = None,
     tensorboard: bool = True,
     wandb: str | None = None,
-    task: Literal["classification", "regression"] | None = None,
+    task: str | None = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
@@ -112,7 +112,7 @@ def train(
         rushhour.train(mynet.build, (x, y), out="runs/mine", optimizer="adamw", weight_decay=0.01, patience=5)
 
     Args:
-        model: `article`, `residual` or `mlp` (the reference networks), `module:factory`, or the factory itself: a
+        model: `article`, `residual`, `signal` or `mlp` (reference networks), `module:factory`, or the factory itself: a
             function or class in a module that returns a `torch.nn.Module`. Its parameters `classes` and `input` get the
             number of outputs and the shape of a sample. A model from elsewhere, as of `rushhour.import_model`, or a
             bundle that was imported from one, is trained further from its own weights, at a tenth of the learning rate.
@@ -144,7 +144,9 @@ def train(
         logs: folder of the curves; `OUT-training` by default.
         tensorboard: write TensorBoard files too.
         wandb: the project in Weights & Biases to track to; offline without a key.
-        task: what whole numbers as targets are: labels of classes, or values.
+        task: what targets are, where that cannot be seen from them: `classification` (one label of several),
+            `multilabel` (each label holds or not), `ranking` (0 or 1, judged by AUC), `regression` (values), or a class
+            of your own, `module:Class`: see `rushhour.task.Kind`.
         size: height and width that pictures of a folder are brought to: `224x224` or `(224, 224)`.
         skip_corrupt: leave out pictures that cannot be read instead of raising.
         trust: the path of a model from elsewhere, where reading it runs its code.

@@ -82,7 +82,7 @@ def tune(
     lr: float | None = None,
     seed: int = 0,
     channels_last: bool = True,
-    task: Literal["classification", "regression"] | None = None,
+    task: str | None = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
@@ -167,7 +167,9 @@ def tune(
         read = imported.bundle
     else:
         read = read_model(model)
-        dataset = load_data(data, progress, read, size=size, skip_corrupt=skip_corrupt, task=task)
+        dataset = load_data(
+            data, progress, read, size=size, skip_corrupt=skip_corrupt, task=task, trusted=read_texts(trust)
+        )
     source, trusted = source_of(read, dataset)
     if isinstance(source, Source):
         training = fitted(training, len(dataset.train), progress)

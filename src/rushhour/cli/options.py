@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import click
-
 from rushhour.cli.command import C, option, options
 from rushhour.cli.places import Named
 
@@ -80,8 +78,10 @@ def _of_data(*, required: bool) -> Callable[[C], C]:
         ),
         option(
             "--task",
-            type=click.Choice(["classification", "regression"]),
-            help="What whole numbers as targets in a .npz file are: labels of classes, or values.",
+            metavar="KIND",
+            help="What targets in a .npz file are, where that cannot be seen from them: classification (one label), "
+            "multilabel (each label holds or not), ranking (0 or 1, judged by AUC), regression (values), or a class "
+            "of your own, module:Class.",
             section="Data",
         ),
     )

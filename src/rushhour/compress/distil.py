@@ -195,10 +195,14 @@ def distil(
 def _loss(task: Task, step: Distil, labelled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Of the student's outputs, the teacher's, and the targets: a mean over samples."""
     of_targets, heat = loss_for(task), step.temperature
+    of_values = loss_for(task) if task.loss == "squared error" else functional.mse_loss
 
     def of_teacher(outputs: Tensor, wanted: Tensor) -> Tensor:
-        if task.kind != "classification":
-            return functional.mse_loss(outputs, wanted)
+        if task.head == "sigmoid":
+            chances = (wanted / heat).sigmoid()
+            return functional.binary_cross_entropy_with_logits(outputs / heat, chances) * heat**2
+        if task.head != "softmax":
+            return of_values(outputs, wanted)
         student, teacher = (functional.log_softmax(each / heat, dim=1) for each in (outputs, wanted))
         # its gradient shrinks with the square of the temperature
         return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * heat**2

@@ -73,9 +73,9 @@ class Evaluation:
             self._answers[part] = outputs_of(*self._artefact(self._reference), split)
         expected = self._answers[part]
         if bundle is self._reference:
-            return judge(self._dataset.task, part, split.targets, expected, None)
+            return judge(self._dataset.task, part, split.targets, expected, None, split.groups)
         outputs = outputs_of(*self._artefact(bundle), split)
-        return judge(self._dataset.task, part, split.targets, outputs, expected)
+        return judge(self._dataset.task, part, split.targets, outputs, expected, split.groups)
 
     def confirmation(self, place: tuple[int, int], found: Compression) -> Confirmation:
         """The accuracy of a stage on the test part, which no other decision uses."""

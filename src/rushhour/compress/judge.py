@@ -59,6 +59,7 @@ def judge(
     targets: NDArray[Any],
     outputs: NDArray[Any],
     reference_outputs: NDArray[Any] | None,
+    groups: NDArray[Any] | None = None,
 ) -> Accuracy:
     """The task's metric of `outputs`, and how far it fell below the reference on the same samples.
 
@@ -71,14 +72,15 @@ def judge(
         targets: as in `Split`.
         outputs: of the bundle that is judged, `(n, outputs)`.
         reference_outputs: of the reference on the same samples; None if this is the reference.
+        groups: as in `Split`.
     """
     if not Split(outputs, targets).labelled:
         return _fidelity(task, split_name, outputs, reference_outputs)
-    value, interval = task.evaluate(outputs, targets)
+    value, interval = task.evaluate(outputs, targets, groups)
     accuracy = Accuracy(metric=task.metric, value=value, interval=interval, n=len(targets), split=split_name)
     if reference_outputs is None or _is_rounding(outputs, reference_outputs):
         return accuracy
-    drop, drop_interval = task.compare(reference_outputs, outputs, targets)
+    drop, drop_interval = task.compare(reference_outputs, outputs, targets, groups)
     return Accuracy(
         metric=task.metric,
         value=value,
@@ -123,7 +125,7 @@ def least_samples(budget: AccuracyBudget) -> int:
 def too_few(task: Task, split_name: str, split: Split, budget: AccuracyBudget) -> str:
     """The remedy for a part of the data with too few samples to show the budget; empty where it has enough."""
     n, least = len(split), least_samples(budget)
-    if task.kind != "classification" or n >= least or not budget.max_drop:
+    if not task.is_share or n >= least or not budget.max_drop:
         return ""
     return (
         f"{n:,} samples of the {split_name} part cannot show that accuracy drops by less than {budget}, even if no "

@@ -38,6 +38,10 @@ _RANKED = 500
 """Samples, at most, that accuracy control measures every attempt on."""
 _ATTENTION = {"Attention", "MultiHeadAttention"}
 _WIDE: Final = ("vnni", "amx")
+_MULTIPLYING: Final = frozenset(
+    {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN", "If", "Loop"}
+)
+"""Operators, one of which is in every graph that int8 speeds up, perhaps in a graph inside of a graph."""
 COSTLY: Final = 0.003
 """Accuracy drop of 7-bit weights above which a bundle with all 8 bits is made too."""
 
@@ -183,7 +187,7 @@ def quantize_for_all(
     expected = _answers_of(bundle, split)
 
     def drop(of: Bundle) -> float:
-        return judge(dataset.task, "validation", split.targets, _answers_of(of, split), expected).drop
+        return judge(dataset.task, "validation", split.targets, _answers_of(of, split), expected, split.groups).drop
 
     cost = drop(result["any"])
     progress.done(f"{cost * 100:.2f} points")
@@ -230,9 +234,25 @@ def check_plain(bundle: Bundle, doing: str = "quantise") -> None:
         )
 
 
+def _check_operators(model: onnx.ModelProto, name: str) -> None:
+    """Raise if nothing in the graph is faster in int8: then NNCF fails, in words about opsets.
+
+    Raises:
+        ModelError: if so.
+    """
+    found = dict.fromkeys(node.op_type for node in model.graph.node)
+    if not _MULTIPLYING & found.keys():
+        raise ModelError(
+            f"cannot quantise {name}",
+            f"int8 speeds up convolutions and matrix products, and it has none: its operators are {', '.join(found)}",
+            "serve it in f32",
+        )
+
+
 def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progress, wide: bool) -> onnx.ModelProto:
     """The QDQ graph; `wide`: with weights of all 8 bits."""
     model, count = onnx.load(bundle.model), _count(samples)
+    _check_operators(model, bundle.manifest.name)
 
     def sample(row: int) -> dict[str, NDArray[Any]]:
         progress.advance()

@@ -28,7 +28,7 @@ from rushhour.progress import Progress
 from rushhour.records import identity
 from rushhour.system import machine
 from rushhour.system.storage import write_whole
-from rushhour.task import are_probabilities
+from rushhour.task import Task, are_chances, are_probabilities
 from rushhour.train.memory_format import MemoryFormat
 
 _LARGEST_BYTES: Final = 256_000_000
@@ -41,6 +41,8 @@ _PROBED: Final = 32
 _COARSE: Final = 0.05
 """By which the sum of an int8 graph's probabilities may differ from 1."""
 _TINY: Final = 1e-12
+_EXTREME: Final = 1e-6
+"""Chances are not taken to be nearer to 0 or 1: an int8 graph gives exactly these."""
 
 Teacher = Callable[[Tensor], Tensor]
 """Samples `(n, *shape)` as on the wire (float32 once augmented) -> logits or values `(n, outputs)`, in float32."""
@@ -88,8 +90,8 @@ def kept_answers(
             np.save(content, known, allow_pickle=False)
             write_whole(file, content.getvalue())
     answers = np.full((n, outputs), np.nan, np.float32)
-    answers[order[: len(known)]] = np.log(np.maximum(known, _TINY)) if _are_logs(dataset, known[:_PROBED]) else known
-    return torch.from_numpy(answers)
+    answers[order[: len(known)]] = known
+    return _inverse(dataset.task, known[:_PROBED])(torch.from_numpy(answers))
 
 
 def _key(teacher: Bundle, dataset: Dataset) -> str:
@@ -152,12 +154,20 @@ def _computed(
     return None
 
 
-def _are_logs(dataset: Dataset, outputs: NDArray[Any]) -> bool:
-    """Whether the logarithm of these outputs is to be taken.
+def _inverse(task: Task, outputs: NDArray[Any]) -> Callable[[Tensor], Tensor]:
+    """What turns a graph's answers into logits: the inverse of the task's head, if they passed one.
 
     Log-probabilities are logits up to a constant, which softmax at any temperature ignores.
+
+    Args:
+        task: decides the head.
+        outputs: some of the answers.
     """
-    return dataset.task.kind == "classification" and are_probabilities(outputs, _COARSE)
+    if task.head == "softmax" and are_probabilities(outputs, _COARSE):
+        return lambda answers: answers.clamp_min(_TINY).log()
+    if task.head == "sigmoid" and are_chances(outputs, _COARSE):
+        return lambda answers: torch.logit(answers, eps=_EXTREME)
+    return lambda answers: answers
 
 
 @contextlib.contextmanager
@@ -183,14 +193,14 @@ def teaching(
     try:
         runner = Runner(engine)
         first = np.ascontiguousarray(dataset.train.inputs[:_PROBED])
-        are_logs = _are_logs(dataset, np.asarray(runner.infer({spec.name: first[:batch]})[output]))
+        inverse = _inverse(dataset.task, np.asarray(runner.infer({spec.name: first[:batch]})[output]))
 
         def of_graph(inputs: Tensor) -> Tensor:
             samples = inputs.numpy()
             if samples.dtype != spec.dtype:  # augmented pictures; the graph takes whole pixels
                 samples = np.rint(samples).astype(spec.dtype)
             answers = torch.from_numpy(np.asarray(runner.infer({spec.name: samples})[output], dtype=np.float32))
-            return answers.clamp_min(_TINY).log() if are_logs else answers
+            return inverse(answers)
 
         yield of_graph
     finally:

@@ -54,8 +54,8 @@ def load(
     """
     if bundle is not None:
         task = bundle.manifest.task
-    if kind == "regression" and (spec in ("fashion-mnist", "elpv") or (spec and Path(spec).is_dir())):
-        raise DataError(f"the data {spec} has classes", "there are no values in it to regress", "leave out --task")
+    if kind not in (None, "classification") and (spec in ("fashion-mnist", "elpv") or (spec and Path(spec).is_dir())):
+        raise DataError(f"the data {spec} has classes", "each of its samples has one of them", "leave out --task")
     if size is not None and (spec == "fashion-mnist" or Path(spec).suffix in (".npz", ".txt")):
         raise DataError(
             f"cannot resize {spec} to {size[0]}x{size[1]}",

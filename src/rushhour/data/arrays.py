@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
-from rushhour.data.splits import PART_OF, PARTS, divide, keys_of_rows
+from rushhour.data.splits import PART_OF, PARTS, Part, divide, divide_groups, keys_of_rows
 from rushhour.data.targets import CONSTANT, LOST, Kind, read_targets, strata
 from rushhour.errors import DataError
 from rushhour.system.storage import explained
@@ -39,7 +39,9 @@ def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | No
 
     Keys: `x_train`, `y_train`, and those of test or validation or both, by any of their usual names (`x_val`, ...; what
     is missing is held out of train); or `x` and `y`, split about 80 / 10 / 10. Targets are labels or values as
-    `rushhour.data.targets` says.
+    `rushhour.data.targets` says. With `groups` (`groups_train` ...), one for each sample, such as the person that it is
+    of, a group is in one part only, and intervals are of groups; with `times` beside `x` and `y`, the last tenth is for
+    testing and the tenth before it for validation.
     Pictures are uint8 of shape `(n, height, width, channels)`, or floats; `(n, channels, height, width)` is brought to
     that. Samples of a model with several inputs are a structured array with a field for each. Without any y the data
     has no labels, and only a model can say its task.
@@ -81,22 +83,26 @@ def from_arrays(
     source = source or name
     arrays, unused = _named(given, source)
     if not any(key.startswith("y") for key in arrays):
-        arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items()}
+        arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items() if key.startswith("x")}
     parts_given = [part for part in PARTS if f"x_{part}" in arrays or f"y_{part}" in arrays]
     notes = []
     if "x" in arrays and "y" in arrays:
-        parts = split(arrays["x"], arrays["y"], seed=seed, name=Path(source).name, kind=kind)
-        unused += [key for key in arrays if key not in ("x", "y")]
+        whole = _whole(arrays, source)
+        if "times" in arrays:
+            parts, note = in_time(whole, arrays["times"], name=Path(source).name)
+            notes.append(note)
+        else:
+            parts = split(whole, seed=seed, kind=kind)
+        unused += [key for key in arrays if key not in ("x", "y", "groups", "times")]
     elif "train" in parts_given and len(parts_given) > 1:
         found = {part: _pair(arrays, part, source) for part in parts_given}
-        train = found["train"]
+        notes += _leaks(found, source)
         missing = tuple(part for part in PARTS if part not in parts_given)
-        rows = divide(keys_of_rows(train.inputs, seed=seed), strata(train.targets, kind), held_out=missing)
         if missing:
             notes.append(f"there is no {missing[0]} part: about a tenth of train is held out for it")
-            found |= {part: train.take(chosen) for part, chosen in rows.items()}
+            found |= _divided(found["train"], missing, seed=seed, kind=kind)
         parts = (found["train"], found["validation"], found["test"])
-        unused += [key for key in arrays if key in ("x", "y")]
+        unused += [key for key in arrays if key in ("x", "y", "groups") or key.startswith("times")]
     else:
         raise DataError(
             f"{source} holds {', '.join((*arrays, *unused)) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays"
@@ -107,22 +113,102 @@ def from_arrays(
     return dataclasses.replace(data, notes=(*notes, *data.notes))
 
 
-def split(
-    x: NDArray[Any], y: NDArray[Any], *, seed: int, name: str, kind: Kind | None = None
-) -> tuple[Split, Split, Split]:
-    """About 80 / 10 / 10, by what samples hold: see `rushhour.data.splits`.
+def split(whole: Split, *, seed: int, kind: Kind | None = None) -> tuple[Split, Split, Split]:
+    """About 80 / 10 / 10, by what samples hold, or by their groups: see `rushhour.data.splits`."""
+    parts = _divided(whole, ("validation", "test"), seed=seed, kind=kind)
+    return parts["train"], parts["validation"], parts["test"]
+
+
+def _divided(whole: Split, held_out: tuple[Part, ...], *, seed: int, kind: Kind | None) -> dict[Part, Split]:
+    if whole.groups is None:
+        rows = divide(keys_of_rows(whole.inputs, seed=seed), strata(whole.targets, kind), held_out=held_out)
+    else:
+        rows = divide_groups(whole.groups, seed=seed, held_out=held_out)
+    return {part: whole.take(chosen) for part, chosen in rows.items()}
+
+
+def in_time(whole: Split, times: NDArray[Any], *, name: str) -> tuple[tuple[Split, Split, Split], str]:
+    """The last tenth for testing, the tenth before it for validation, and how it was divided, in words.
+
+    Samples of one time stay together.
+
+    Raises:
+        DataError: if times are missing, or all equal.
+    """
+    if times.shape != whole.inputs.shape[:1] or times.dtype.kind not in "fiuM" or (times != times).any():
+        raise DataError(
+            f"times of {name} are {times.dtype} of shape {times.shape}",
+            f"each of {len(whole)} samples needs one, a number or a date",
+            "correct them",
+        )
+    first, second = np.sort(times)[[int(0.8 * len(times)), int(0.9 * len(times))]]
+    rows = (times < first, (times >= first) & (times < second), times >= second)
+    if not all(part.any() for part in rows):
+        raise DataError(
+            f"{name} cannot be split in time", "too many samples have the same time", "give finer times, or parts"
+        )
+    train, validation, test = (whole.take(np.flatnonzero(part)) for part in rows)
+    note = f"split in time: trained on what is before {first}, validated before {second}, tested on the rest"
+    return (train, validation, test), note
+
+
+def _whole(arrays: Mapping[str, NDArray[Any]], source: str) -> Split:
+    """Samples that are to be split.
 
     Raises:
         DataError: if samples and targets do not match, or there are too few.
     """
+    x, y, name = arrays["x"], arrays["y"], Path(source).name
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) < FEWEST:
         raise DataError(
             f"{name} has samples of shape {x.shape} and targets of shape {y.shape}",
             f"each sample needs one target, and a split needs at least {FEWEST}",
             "correct or add data",
         )
-    rows = divide(keys_of_rows(x, seed=seed), strata(y, kind))
-    return Split(x, y).take(rows["train"]), Split(x, y).take(rows["validation"]), Split(x, y).take(rows["test"])
+    whole = Split(x, y, _groups(arrays.get("groups"), len(x), name))
+    if whole.groups is not None and len(np.unique(whole.groups)) < len(PARTS):
+        raise DataError(
+            f"{name} has {len(np.unique(whole.groups))} groups",
+            "a group is in one part only, and there are three parts",
+            "give data of more groups",
+        )
+    return whole
+
+
+def _groups(groups: NDArray[Any] | None, samples: int, name: str) -> NDArray[Any] | None:
+    if groups is not None and (groups.shape != (samples,) or groups.dtype.kind not in "iubUS"):
+        raise DataError(
+            f"groups of {name} are {groups.dtype} of shape {groups.shape}",
+            f"each of {samples} samples needs one, a whole number or text",
+            "correct them",
+        )
+    return groups
+
+
+def _leaks(parts: Mapping[Part, Split], source: str) -> list[str]:
+    """Notes on samples that are in two parts.
+
+    Raises:
+        DataError: if a group is.
+    """
+    notes = []
+    train = parts["train"]
+    known = np.unique(keys_of_rows(train.inputs, seed=0))
+    for part, held_out in parts.items():
+        if part == "train":
+            continue
+        if train.groups is not None and held_out.groups is not None:
+            both = np.intersect1d(train.groups, held_out.groups)
+            if len(both):
+                raise DataError(
+                    f"{len(both)} groups of {source} are in train and in {part}",
+                    f"{both[0]} is one of them, and what is learnt of a group is no help with others",
+                    "move each group to one part",
+                )
+        equal = int(np.isin(keys_of_rows(held_out.inputs, seed=0), known).sum())
+        if equal:
+            notes.append(f"{equal:,} of {len(held_out):,} {part} samples are in train too: they show nothing new")
+    return notes
 
 
 def from_splits(
@@ -154,6 +240,7 @@ def from_splits(
     if not all(len(part.targets) for part in parts):
         raise DataError(f"a part of {name} is empty", "train, validation and test each need samples", "give more data")
     notes: list[str] = []
+    binary = task if task is not None and task.is_binary else None
     if not any(part.labelled for part in parts):
         if task is None:
             raise DataError(
@@ -163,8 +250,9 @@ def from_splits(
             )
     else:
         given = [part.targets for part in parts]
-        task, targets, notes = read_targets(name, given, classes=classes, kind=kind, known=task)
-        parts = [Split(part.inputs, each) for part, each in zip(parts, targets, strict=True)]
+        known = None if binary is not None else task
+        task, targets, notes = read_targets(name, given, classes=classes, kind=kind, known=known)
+        parts = [dataclasses.replace(part, targets=each) for part, each in zip(parts, targets, strict=True)]
     inputs = [_wire_ready(name, part.inputs) for part in parts]
     forms = [_form(each) for each in inputs]
     _check_rounding(name, parts[0].inputs, inputs[0])
@@ -174,10 +262,10 @@ def from_splits(
             f"samples of {name} are pictures of {_by(train.inputs.shape[1:])} (channels x height x width): they become "
             f"{_by(inputs[0].shape[1:])}, which is what the model takes"
         )
-    parts = [Split(each, part.targets) for each, part in zip(inputs, parts, strict=True)]
+    parts = [dataclasses.replace(part, inputs=each) for each, part in zip(inputs, parts, strict=True)]
     if forms[0] is not None and inputs[0].dtype.kind == "f":
         _check_ranges(name, inputs)
-    return Dataset(
+    data = Dataset(
         name="".join(c if c.isalnum() else "-" for c in name).strip("-").lower()[:64] or "data",
         task=task,
         train=parts[0],
@@ -187,6 +275,7 @@ def from_splits(
         fingerprint=_fingerprint(parts, task),
         notes=tuple(notes),
     )
+    return data if binary is None else data.with_classes(binary)
 
 
 def _named(arrays: Mapping[str, NDArray[Any]], source: str) -> tuple[dict[str, NDArray[Any]], list[str]]:
@@ -196,7 +285,7 @@ def _named(arrays: Mapping[str, NDArray[Any]], source: str) -> tuple[dict[str, N
     for key, array in arrays.items():
         what, _, part = key.lower().partition("_")
         name = what if not part else f"{what}_{PART_OF.get(part, '')}"
-        if what not in ("x", "y") or name.endswith("_"):
+        if what not in ("x", "y", "groups", "times") or name.endswith("_"):
             unused.append(key)
         elif name in named:
             raise DataError(
@@ -220,7 +309,7 @@ def _pair(arrays: dict[str, NDArray[Any]], part: str, source: str) -> Split:
             "each sample needs exactly one target",
             "correct the arrays",
         )
-    return Split(x, y)
+    return Split(x, y, _groups(arrays.get(f"groups_{part}"), len(x), f"{part} of {source}"))
 
 
 def _arrays(file: Path) -> dict[str, NDArray[Any]]:
@@ -347,9 +436,10 @@ def _normal(values: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float
 
 
 def _fingerprint(parts: list[Split], task: Task) -> str:
-    digest = hashlib.sha256(repr(task).encode())
+    named = f"Task(kind={task.kind!r}, classes={task.classes!r}, outputs={task.outputs!r})"
+    digest = hashlib.sha256(named.encode())
     for part in parts:
-        for array in (part.inputs, part.targets):
+        for array in (part.inputs, part.targets, *(() if part.groups is None else (part.groups,))):
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,10 +28,13 @@ class Split:
             model with several inputs, a structured array of shape `(n,)` with a field for each, named as they are.
         targets: labels, int64 of shape `(n,)`; or values, float32 of shape `(n, outputs)`; or, where there are none,
             float32 of shape `(n, 0)`.
+        groups: of shape `(n,)`: whose samples belong together, such as those of one person; intervals are wider then.
+            None where every sample is by itself.
     """
 
     inputs: NDArray[Any]
     targets: NDArray[Any]
+    groups: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -42,11 +46,12 @@ class Split:
 
     def head(self, n: int) -> Split:
         """The first `n` samples."""
-        return Split(self.inputs[:n], self.targets[:n])
+        return Split(self.inputs[:n], self.targets[:n], None if self.groups is None else self.groups[:n])
 
     def take(self, rows: NDArray[np.intp]) -> Split:
         """These samples, in this order."""
-        return Split(self.inputs[rows], self.targets[rows])
+        groups = None if self.groups is None else self.groups[rows]
+        return Split(self.inputs[rows], self.targets[rows], groups)
 
     def sample(self, n: int, *, seed: int = 0) -> Split:
         """`n` samples at random, or all in a random order where there are fewer."""
@@ -99,7 +104,7 @@ class Dataset:
         for part in ("train", "validation", "test"):
             given: Split = getattr(self, part)
             targets = of_task(self.name, self.task, to_array(f"targets of {self.name}", given.targets))
-            split = Split(_readable(self.name, given.inputs), targets)
+            split = Split(_readable(self.name, given.inputs), targets, given.groups)
             object.__setattr__(self, part, split)  # frozen for all others
             if len(split) == 0:
                 raise DataError(
@@ -146,21 +151,32 @@ class Dataset:
         return identity.key(fingerprint=self.fingerprint, parts=parts, task=self.task, scaled=self.preprocessing)
 
     def with_classes(self, task: Task) -> Dataset:
-        """The same data, with labels that are numbers of a model's classes.
+        """The same data for the task of a model: labels become numbers of its classes, values are scaled as it does.
 
         Args:
-            task: of the model. The data stays as it is unless the model knows all of its classes by name.
+            task: of the model. Labels stay as they are unless the model knows all of its classes by name, or says with
+                one number which of two classes it is: that of its label, or else the second.
         """
+        if task.is_binary and self.task.kind == "classification" and self.task.outputs == 2:
+            names = self.task.classes
+            positive = names.index(task.classes[0]) if task.classes and task.classes[0] in names else 1
+            return self._relabelled(task, lambda labels: (labels == positive).astype(np.float32)[:, None])
+        if task.kind == self.task.kind == "regression" and task.outputs == self.task.outputs:
+            return dataclasses.replace(self, task=task)
         if task.kind != "classification" or self.task.kind != "classification" or task == self.task:
             return self
         if not set(self.task.classes) <= set(task.classes):
             return self
         numbers = np.array([task.classes.index(name) for name in self.task.classes], np.int64)
+        return self._relabelled(task, lambda labels: numbers[labels])
 
-        def renumbered(part: Split) -> Split:
-            return Split(part.inputs, numbers[part.targets]) if part.labelled else part
+    def _relabelled(self, task: Task, of_labels: Callable[[NDArray[Any]], NDArray[Any]]) -> Dataset:
+        """The same data with other targets, where it has any."""
 
-        train, validation, test = map(renumbered, (self.train, self.validation, self.test))
+        def changed(part: Split) -> Split:
+            return dataclasses.replace(part, targets=of_labels(part.targets)) if part.labelled else part
+
+        train, validation, test = map(changed, (self.train, self.validation, self.test))
         return dataclasses.replace(self, task=task, train=train, validation=validation, test=test)
 
     @property

@@ -86,6 +86,23 @@ def divide(
     return {name: order[part[order] == number] for number, name in enumerate(("train", *held_out))}
 
 
+def divide_groups(
+    groups: NDArray[Any], *, seed: int, held_out: tuple[Part, ...] = ("validation", "test")
+) -> dict[Part, NDArray[np.intp]]:
+    """The rows of each part, so that all of a group are in one: a tenth of the groups on average for each held out.
+
+    Args:
+        groups: of the rows, whole numbers or text of shape `(n,)`.
+        seed: of the choice.
+        held_out: as of `divide`.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    keys = keys_of((str(name).encode() for name in names.tolist()), seed=seed)
+    random = np.random.default_rng(seed)
+    parts = divide(keys, held_out=held_out)
+    return {part: random.permutation(np.flatnonzero(np.isin(member, chosen))) for part, chosen in parts.items()}
+
+
 def stratified(whole: Split, shares: tuple[float, ...], *, seed: int) -> tuple[Split, ...]:
     """The training part and parts held out of data that never grows, each with its share of every whole-number label.
 

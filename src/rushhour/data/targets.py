@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.errors import DataError, TaskError
-from rushhour.task import Task
+from rushhour.task import Scaling, Task, outputs_of
 
-Kind = Literal["classification", "regression"]
+Kind = str
+"""What a user says that targets are: one of `KINDS`, or a kind of their own, `module:Class`, that is registered."""
+KINDS: Final = ("classification", "multilabel", "ranking", "regression")
 
 _FEW = 20
 """Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
 _NAMED = 5
+_KIND_OF: dict[str, Kind] = {"classification": "classification", "multilabel": "multilabel", "ranking": "ranking"}
 LOST = 0.01
 """Rounding to float32 of more than this share of the standard deviation is an error."""
 CONSTANT = 1e-12
@@ -35,7 +38,7 @@ def read_targets(
     """The task, the targets as a `Split` has them, and notes for the user on how they were read.
 
     Labels are whole numbers of any type, floats among them, booleans, text, or rows with a single 1 (one-hot); each of
-    shape `(n,)` or `(n, 1)`. All else are values.
+    shape `(n,)` or `(n, 1)`. Other rows of 0 and 1 are several labels for one sample. All else are values.
 
     Args:
         name: of the data, for messages.
@@ -48,10 +51,14 @@ def read_targets(
         DataError: if they are neither labels nor values, or not what `kind` says.
         TaskError: if there is only one class, or the model does not know a label.
     """
+    if known is not None and ":" in known.kind:
+        kind = known.kind
+    if kind is not None and ":" in kind:
+        return _own(name, [np.asarray(part) for part in parts], kind, classes, known)
     targets = [_squeezed(name, part) for part in parts]
     if known is not None and known.kind == "embedding":
         known = None
-    kind = kind or (None if known is None else "classification" if known.kind == "classification" else "regression")
+    kind = kind or (None if known is None else _KIND_OF.get(known.kind, "regression"))
     widths = [target.shape[1:] for target in targets]
     if len(set(widths)) > 1:
         raise DataError(
@@ -66,22 +73,64 @@ def read_targets(
         raise _neither(name, parts[0])
     if is_text != {True} and not all(np.isfinite(target).all() for target in targets):
         raise DataError(f"targets of {name} hold NaN or infinity", "nothing can be learned from them", "remove them")
+    if kind is None and len(widths[0]) == 1 and all(map(_are_several, targets)):
+        kind = "multilabel"
+    if kind in ("multilabel", "ranking"):
+        return _even(name, targets, "ranking" if kind == "ranking" else "multilabel", classes, known)
     found, notes = _labels(name, targets, kind)
     if found is None:
         _check_rounding(name, targets[0])
         values = [_float32(name, target.reshape(len(target), -1)) for target in targets]
-        task = Task(kind="regression", outputs=values[0].shape[1])
-        if known is not None and known != task:
+        outputs = values[0].shape[1]
+        if known is not None and known.outputs != outputs:
             raise TaskError(
-                f"a target of {name} has {task.outputs} values",
+                f"a target of {name} has {outputs} values",
                 f"the model gives {known.outputs}",
                 "correct the targets",
             )
-        return task, values, notes
+        return known or Task("regression", outputs=outputs, scaling=Scaling.of(values[0])), values, notes
     if known is not None:
         return known, [_numbered(name, labels, known, one_hot=bool(widths[0])) for labels in found], []
     task, numbered, more = _classes(name, found, classes, len_=widths[0][0] if widths[0] else None, kind=kind)
     return task, numbered, notes + more
+
+
+def _own(
+    name: str, targets: list[NDArray[Any]], kind: Kind, classes: tuple[str, ...] | None, known: Task | None
+) -> tuple[Task, list[NDArray[Any]], list[str]]:
+    """The task of a user's own kind, which says how many outputs its targets ask for."""
+    task = known or Task(kind, classes or (), outputs_of(kind, targets[0]))
+    for target in targets:
+        if why := task.why_wrong(target):
+            raise TaskError(f"targets of {name} do not fit the task {kind}", why, "correct the targets")
+    return task, targets, []
+
+
+def _are_several(target: NDArray[Any]) -> bool:
+    """Whether rows of 0 and 1 are several labels for one sample, and not one of several."""
+    return bool(target.shape[1] > 1 and np.isin(target, (0, 1)).all()) and not _is_one_hot(target)
+
+
+def _even(
+    name: str,
+    targets: list[NDArray[Any]],
+    kind: Literal["multilabel", "ranking"],
+    classes: tuple[str, ...] | None,
+    known: Task | None,
+) -> tuple[Task, list[NDArray[Any]], list[str]]:
+    """The task of targets that are 0 or 1."""
+    values = [target.reshape(len(target), -1).astype(np.float32) for target in targets if target.dtype.kind in "fiub"]
+    width = values[0].shape[1] if values else 0
+    task = known or (
+        Task("ranking") if kind == "ranking" else Task.multilabel(classes or tuple(map(str, range(width))))
+    )
+    for value in values:
+        if why := task.why_wrong(value):
+            raise TaskError(f"targets of {name} do not fit the task", why, "correct the targets, or --task")
+    if len(values) < len(targets):
+        raise _neither(name, targets[0])
+    note = f"targets are rows of 0 and 1: taken as {width} labels of which any number holds; --task regression if not"
+    return task, list(values), [note] if known is None and kind == "multilabel" else []
 
 
 def strata(targets: NDArray[Any], kind: Kind | None = None) -> NDArray[Any] | None:
@@ -111,6 +160,8 @@ def of_task(name: str, task: Task, targets: NDArray[Any]) -> NDArray[Any]:
     target = np.asarray(targets)
     if target.shape[1:] == (0,) or target.ndim == 0:
         return target
+    if ":" in task.kind:  # a user's own: targets of any shape
+        return target.astype(np.float32) if target.dtype.kind == "f" else target
     target = _squeezed(name, target)
     if task.kind != "classification":
         if target.dtype.kind not in "fiub":
@@ -167,18 +218,13 @@ def _labels(name: str, targets: list[NDArray[Any]], kind: Kind | None) -> tuple[
         if kind == "classification":
             raise DataError(
                 f"targets of {name} have the shape {first.shape}",
-                "a label is one number, or a row with a single 1; several labels for one sample are not supported",
-                "give one label for each sample, or --task regression",
+                "a label is one number, or a row with a single 1",
+                "give one label for each sample, or --task regression or multilabel",
             )
         if all((target >= 0).all() and np.allclose(target.sum(axis=1), 1, atol=1e-3) for target in targets):
             return None, [
                 f"targets are rows that sum to 1, as probabilities do: taken as {first.shape[1]} values; to classify, "
                 "give the likeliest class of each: y.argmax(1)"
-            ]
-        if all(np.isin(target, (0, 1)).all() for target in targets):
-            return None, [
-                f"targets are rows of 0 and 1, not with a single 1: taken as {first.shape[1]} values; several labels "
-                "for one sample are not supported"
             ]
         return None, []
     if first.dtype.kind in "iubU":

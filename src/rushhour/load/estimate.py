@@ -3,7 +3,9 @@
 Every window, at any rate and of any length, gives a miss rate. More load makes no server faster, so miss rates rise
 with the rate: isotonic regression (Barlow et al. 1972) fits them, weighted by their requests. The estimate is the rate
 at which the fit crosses the miss rate that the SLO allows. Its interval comes from a block bootstrap of the windows,
-which keeps their autocorrelation.
+which keeps their autocorrelation. Between two rates that were tried the miss rate rises by an unknown power: near its
+capacity a queue hardly misses, then suddenly does. The estimate takes the straight line, which is the cautious end; the
+interval covers powers up to `_STEEPEST`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ _VALID = (Outcome.PASS, Outcome.FAIL, Outcome.UNSTABLE, Outcome.INCONCLUSIVE)
 """Outcomes of windows in which the server was tested at the rate, on an undisturbed machine."""
 _DELAYED_CPU = 0.5
 """Of a core: a generator that uses less was delayed by the machine, and is not near its own limit."""
+_STEEPEST = 10.0
+"""Power by which the miss rate may rise between two rates."""
 _UNSTABLE_MISS_RATE = 0.5
 """At least: the miss rate of a server that falls behind goes to 1, whatever it is in a short window."""
 
@@ -75,7 +79,8 @@ def estimate(windows: Sequence[Measurement], slo: SLO, *, seed: int = 0) -> Esti
     best = _crossing(rates, shares, weights, allowed)
     if not math.isfinite(best[0]):
         return _lowest_held(informative)
-    found = _crossing(rates, _resampled(informative, np.random.default_rng(seed)), weights, allowed)
+    random = np.random.default_rng(seed)
+    found = _crossing(rates, _resampled(informative, random), weights, allowed, _powers(random))
     held = np.where(np.isfinite(found), found, rates[0])
     low, high = (math.exp(float(value)) for value in np.quantile(held, [0.025, 0.975]))
     rate = math.exp(float(best[0]))
@@ -122,8 +127,17 @@ def _resampled(windows: Sequence[Measurement], random: np.random.Generator) -> N
     return np.array(rows)
 
 
+def _powers(random: np.random.Generator) -> NDArray[np.float64]:
+    """By which the miss rate rises, one for each resample: from 1 to the steepest, even in their logarithms."""
+    return np.exp(random.uniform(0.0, math.log(_STEEPEST), _RESAMPLES))
+
+
 def _crossing(
-    rates: NDArray[np.float64], shares: NDArray[np.float64], weights: NDArray[np.float64], allowed: float
+    rates: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    allowed: float,
+    powers: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Log rate at which the fit of each column of `shares` crosses `allowed`; minus infinity where all of it is above.
 
@@ -131,11 +145,12 @@ def _crossing(
         rates: ascending, shape `(windows,)`.
         shares: shape `(windows, columns)`.
         weights: shape `(windows,)`.
+        powers: by which the miss rate rises between two rates, shape `(columns,)`; None for a straight line.
     """
     levels, where = np.unique(rates, return_inverse=True)
     found = []
     total = np.bincount(where, weights).astype(np.float64)
-    for column in shares.T:
+    for column, power in zip(shares.T, np.ones(shares.shape[1]) if powers is None else powers, strict=True):
         fit = _isotonic(np.bincount(where, weights * column) / total, total)
         held = np.nonzero(fit <= allowed)[0]
         if not len(held):
@@ -145,7 +160,7 @@ def _crossing(
         if last == len(levels) - 1:
             found.append(float(levels[last]))
             continue
-        part = (allowed - fit[last]) / (fit[last + 1] - fit[last])
+        part = ((allowed - fit[last]) / (fit[last + 1] - fit[last])) ** (1 / power)
         found.append(float(levels[last] + part * (levels[last + 1] - levels[last])))
     return np.array(found)
 

@@ -15,6 +15,7 @@ from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
 from rushhour.models.reshape import split_dense
 from rushhour.models.residual import residual
+from rushhour.models.signal import signal
 from rushhour.models.source import build, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
 from rushhour.models.trust import trusted_factories
@@ -40,6 +41,7 @@ __all__ = [
     "mlp",
     "residual",
     "resized",
+    "signal",
     "source_for",
     "split_dense",
     "structure_of",

@@ -168,9 +168,11 @@ def import_arrival(
     from_original = verify_arrival(arrival, name, _as_given(given, signature), signature)
     converted, why, difference = _converted(model, signature, name)
     wanted, task_from = _task(model, signature) if arrival.task is None else (arrival.task, arrival.task_from)
-    wanted, task_from = (wanted, task_from) if task is None else (task, "given")
+    if task is not None:
+        binary = wanted.is_binary and task.kind == "classification" and task.outputs == 2
+        wanted, task_from = (Task.multilabel(task.classes[1:]) if binary else task.unscaled), "given"
     wanted.check_output(_flat(signature.outputs[0].shape), name)
-    if converted is not None and converted.gives_logits and wanted.kind != "classification":
+    if converted is not None and converted.gives_logits and wanted.head != "softmax":
         converted = convert(model, name)
     scaled, scaled_from = preprocessing or Preprocessing(), "given" if preprocessing is not None else "none"
     moved = None if converted is None else channels_first(converted)
@@ -265,7 +267,10 @@ def _task(model: onnx.ModelProto, signature: Signature) -> tuple[Task, str]:
         last = producers.get(last.input[0])
     if last is not None and last.op_type in ("Softmax", "LogSoftmax") and width > 1:
         return Task.classification(tuple(map(str, range(width)))), "it ends in a softmax"
-    return Task("regression", outputs=width), "it does not end in a softmax: name its classes if it has some"
+    if last is not None and last.op_type == "Sigmoid":
+        numbers = range(width) if width > 1 else (1,)
+        return Task.multilabel(tuple(map(str, numbers))), "it ends in a sigmoid: each output is the chance of a label"
+    return Task("regression", outputs=width), "it ends in no softmax or sigmoid: name its classes if it has some"
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:

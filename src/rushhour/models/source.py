@@ -23,7 +23,7 @@ from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
-_NAMES = ("article", "residual", "mlp")
+_NAMES = ("article", "residual", "signal", "mlp")
 _BUILT_IN = ("minilm", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
 _CLASSES = ("classes", "num_classes")
@@ -44,7 +44,7 @@ def source_for(
     pictures.
 
     Args:
-        model: `article`, `residual`, `mlp`, or `module:factory`.
+        model: `article`, `residual`, `signal`, `mlp`, or `module:factory`.
         dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
         task: decides the length of the answer.
         preprocessing: of the data, which says whether samples are pictures; by default they are if they have three
@@ -66,6 +66,15 @@ def source_for(
     factory = f"{_ROOM}:{model}"
     if model == "mlp":
         return Source(factory, {"inputs": math.prod(dataset_shape), "outputs": task.outputs})
+    if model == "signal":
+        if is_picture or len(dataset_shape) not in (1, 2):
+            raise ModelError(
+                f"the model signal cannot take samples of shape {dataset_shape}",
+                "it needs signals of shape (length,) or (length, channels)",
+                "use residual for pictures, or mlp",
+            )
+        length, channels = (*dataset_shape, 1)[:2]
+        return Source(factory, {"length": length, "channels": channels, "outputs": task.outputs})
     if not is_picture:
         raise ModelError(
             f"the model {model} cannot take samples of shape {dataset_shape}",

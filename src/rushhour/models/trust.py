@@ -1,8 +1,9 @@
-"""Factories that are trusted without an option: those of bundles that this user trained on this machine.
+"""Code that is trusted without an option: that of bundles that this user trained on this machine.
 
-A bundle names the code that builds its network, and importing that runs it; so a bundle from elsewhere is not trusted
-(`source.py`). But who trained a bundle has run that code already. A line in a file of the user records the hash of the
-weights with the hash of the factory's file: another bundle, or other code of the same name, does not match it.
+A bundle names the code that builds its network, and perhaps that of its task, and importing that runs it; so a bundle
+from elsewhere is not trusted (`source.py`). But who trained a bundle has run that code already. A line in a file of the
+user records the hash of the weights with the hash of the code's file: another bundle, or other code of the same name,
+does not match it.
 """
 
 from __future__ import annotations
@@ -19,37 +20,39 @@ _FILE = "trained-here"
 
 
 def record_factory(bundle: Bundle) -> None:
-    """Record that the factory of this bundle was run here; does nothing where the file cannot be written."""
-    line, file = _line(bundle), _file()
-    if line is None or line in _known(file):
+    """Record that the code of this bundle was run here; does nothing where the file cannot be written."""
+    file = _file()
+    known = _known(file)
+    lines = [line for line in _lines(bundle) if line not in known]
+    if not lines:
         return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(file, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as file_:
-            file_.write(f"{line}\n")
+            file_.writelines(f"{line}\n" for line in lines)
 
 
 def trusted_factories(bundle: Bundle, trusted: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The factories that may be imported for this bundle: those that are given, and its own if it was recorded."""
-    line, source = _line(bundle), bundle.manifest.source
-    if line is None or source is None or line not in _known(_file()):
-        return trusted
-    return (*trusted, source.factory)
+    """What may be imported for this bundle: what is given, and its own factory and task if they were recorded."""
+    lines = _lines(bundle)
+    known = _known(_file()) if lines else frozenset()
+    return (*trusted, *(name for line, name in lines.items() if line in known))
 
 
-def _line(bundle: Bundle) -> str | None:
-    """The line that records a bundle; None where there is nothing to record."""
-    source, files = bundle.manifest.source, bundle.manifest.files
-    if source is None or WEIGHTS not in files or source.factory.startswith("rushhour."):
-        return None
-    file = file_of(source.factory.partition(":")[0])
-    if file is None:
-        return None
-    try:
-        code = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return None
-    return f"{files[WEIGHTS].sha256} {code} {source.factory}"
+def _lines(bundle: Bundle) -> dict[str, str]:
+    """The lines that record a bundle -> the factory, or the task of the user's own, that each of them is about."""
+    source, files, kind = bundle.manifest.source, bundle.manifest.files, bundle.manifest.task.kind
+    if source is None or WEIGHTS not in files:
+        return {}
+    lines = {}
+    for name in (source.factory, *((kind,) if ":" in kind else ())):
+        file = None if name.startswith("rushhour.") else file_of(name.partition(":")[0])
+        if file is None:
+            continue
+        with contextlib.suppress(OSError):
+            code = hashlib.sha256(file.read_bytes()).hexdigest()
+            lines[f"{files[WEIGHTS].sha256} {code} {name}"] = name
+    return lines
 
 
 def _known(file: Path) -> frozenset[str]:

@@ -63,7 +63,9 @@ class ParallelStepper:
             raise ModelError("cannot train this network", "it has no parameters", "give it parameters to learn")
         self._preprocess = deployed.preprocess
         self._task = task
-        self._as_logits = partial(as_logits, outputs=deployed.outputs, meaning=deployed.meaning)
+        self._as_logits = partial(
+            as_logits, outputs=deployed.outputs, meaning=deployed.meaning, scaling=deployed.scaling
+        )
         self._averages: dict[str, Tensor] = {}
         self._has_averages = settings.ema is not None
         self._seed = settings.seed

@@ -125,6 +125,8 @@ def inspect(
         "probabilities": "it ends in a softmax: its outputs are taken as probabilities, and no second softmax is added",
         "chances": "it ends in a sigmoid, which is inverted: a softmax over the classes replaces it",
     }
+    if dataset.task.head == "sigmoid":
+        by_meaning["chances"] = "it ends in a sigmoid: its outputs are taken as chances, and no second one is added"
     first = [by_meaning[deployed.meaning]] if deployed.meaning in by_meaning else []
     return Inspected(deployed.meaning, (*first, *notes))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import TensorSpec
@@ -55,18 +54,6 @@ def check_data(dataset: Dataset, settings: TrainSettings) -> None:
         if part == "test" and not split.labelled:
             continue
         targets: NDArray[Any] = split.targets
-        if task.kind == "regression":
-            if targets.size != len(targets) * task.outputs or not np.isfinite(targets).all():
-                raise TaskError(
-                    f"the {part} targets of {dataset.name} do not fit the task",
-                    f"a sample has {task.outputs} finite values, but the targets have shape {targets.shape}"
-                    + ("" if np.isfinite(targets).all() else " and hold NaN or infinity"),
-                    "correct the data",
-                )
-        elif targets.ndim != 1 or targets.min() < 0 or targets.max() >= task.outputs:
-            raise TaskError(
-                f"the {part} labels of {dataset.name} do not fit the task",
-                f"there are {task.outputs} classes, so a label is one number in 0..{task.outputs - 1}, but the labels "
-                f"have shape {targets.shape} and run from {targets.min()} to {targets.max()}",
-                "correct the data",
-            )
+        if why := task.why_wrong(targets):
+            what = "labels" if task.classes else "targets"
+            raise TaskError(f"the {part} {what} of {dataset.name} do not fit the task", why, "correct the data")

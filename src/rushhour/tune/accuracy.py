@@ -189,8 +189,9 @@ class AccuracyJudge:
             self._reference_outputs[part] = outputs_of(reference, beside, split, trusted=self._trusted)
         expected = self._reference_outputs[part]
         if (bundle, config) == (reference, beside):
-            return judge(data.task, part, split.targets, expected, None)
-        return judge(data.task, part, split.targets, outputs_of(bundle, config, split, trusted=self._trusted), expected)
+            return judge(data.task, part, split.targets, expected, None, split.groups)
+        outputs = outputs_of(bundle, config, split, trusted=self._trusted)
+        return judge(data.task, part, split.targets, outputs, expected, split.groups)
 
 
 def _config(candidate: Candidate) -> EngineConfig:

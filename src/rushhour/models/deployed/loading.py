@@ -17,6 +17,7 @@ from rushhour.models.source import build
 from rushhour.models.trust import trusted_factories
 from rushhour.records.answers import TOLERANCES, deviation
 from rushhour.system.storage import explained
+from rushhour.task import ensure_kind
 
 
 def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
@@ -38,7 +39,9 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
             "run it on openvino or onnxruntime",
         )
     with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced; the caller's generator must not advance
-        network = build(source, trusted_factories(bundle, trusted))
+        known = trusted_factories(bundle, trusted)
+        network = build(source, known)
+    ensure_kind(bundle.manifest.task.kind, known)
     load_weights(network, bundle)
     deployed = Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing)
     samples, name = _structured(bundle), bundle.manifest.name

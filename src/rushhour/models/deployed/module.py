@@ -13,7 +13,7 @@ from rushhour.bundle import Preprocessing
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.deployed.outputs import Meaning, as_logits, main_output
 from rushhour.models.failure import why_failed
-from rushhour.task import Task, are_probabilities
+from rushhour.task import Head, Scaling, Task, are_probabilities
 
 _RESHAPING = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Alias", "Transpose", "Slice")
 """Prefixes of the names of autograd nodes that change no number."""
@@ -66,12 +66,13 @@ class Deployed(nn.Module):
     Args:
         network: gives logits (classification), values (regression) or an embedding, `(n, outputs)`; as its factory
             left it. Where it gives several outputs, `main_output` says which one counts.
-        task: decides the head: softmax for classification, else none.
+        task: decides the head: softmax, sigmoid, or none.
         preprocessing: applied to the samples first; a network of several inputs gets them as they are.
 
     Attributes:
         meaning: of the network's outputs; logits until `settle` finds it.
         outputs: length of one answer.
+        scaling: of the network's numbers, which become values.
 
     Raises:
         ModelError: if the preprocessing cannot be computed.
@@ -81,9 +82,11 @@ class Deployed(nn.Module):
         super().__init__()
         self.preprocess = Preprocess(preprocessing)
         self.network = network
-        self.head: nn.Module = nn.Softmax(dim=-1) if task.kind == "classification" else nn.Identity()
+        heads: dict[Head, nn.Module] = {"softmax": nn.Softmax(dim=-1), "sigmoid": nn.Sigmoid(), "none": nn.Identity()}
+        self.head = heads[task.head]
         self.meaning: Meaning = "logits"
         self.outputs = task.outputs
+        self.scaling = task.scaling if isinstance(task.scaling, Scaling) else None
         self._in_evaluation = [module for module in network.modules() if not module.training]
 
     def train(self, mode: bool = True) -> Deployed:
@@ -99,12 +102,12 @@ class Deployed(nn.Module):
 
     def as_logits(self, raw: Any) -> Tensor:
         """The network's raw output as logits or values; see `as_logits`."""
-        return as_logits(raw, self.outputs, self.meaning)
+        return as_logits(raw, self.outputs, self.meaning, self.scaling)
 
     def forward(self, *samples: Tensor) -> Tensor:
         """Answers `(n, outputs)` to samples `(n, *shape)` as the wire carries them, a tensor for each input."""
         raw = self._raw(*samples)
-        if self.meaning == "probabilities":
+        if self.meaning == "probabilities" or (self.meaning == "chances" and isinstance(self.head, nn.Sigmoid)):
             return main_output(raw, self.outputs)
         out: Tensor = self.head(self.as_logits(raw))
         return out
@@ -126,7 +129,7 @@ class Deployed(nn.Module):
         columns = [torch.from_numpy(column) for column in columns_of(samples[:2])]
         with torch.no_grad():
             out = self.logits(*columns)
-        if are_probabilities(out.float().numpy()):
+        if isinstance(self.head, nn.Softmax) and are_probabilities(out.float().numpy()):
             self.meaning = "probabilities"
         elif bool(((out >= 0) & (out <= 1)).all()) and self._ends_in_sigmoid(columns):
             self.meaning = "chances"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rushhour.errors import ModelError
+from rushhour.task import Scaling
 
 _MAIN = ("logits", "out", "output", "outputs", "main", "prediction", "predictions", "y")
 """Names of the main output, where a network gives several."""
@@ -18,9 +19,11 @@ Meaning = Literal["logits", "probabilities", "chances"]
 1, as after a softmax; or `chances` of each class by itself, as after a sigmoid."""
 
 
-def as_logits(raw: Any, outputs: int, meaning: Meaning) -> Tensor:
+def as_logits(raw: Any, outputs: int, meaning: Meaning, scaling: Scaling | None = None) -> Tensor:
     """A network's raw output as logits or values `(n, outputs)`; softmax of them gives the probabilities."""
     out = main_output(raw, outputs)
+    if scaling is not None:
+        return out.float() * torch.tensor(scaling.std) + torch.tensor(scaling.mean)
     if meaning == "probabilities":
         return out.float().clamp_min(torch.finfo(torch.float32).tiny).log()
     if meaning == "chances":

@@ -24,7 +24,7 @@ from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
 from rushhour.progress import Progress, Silent
 from rushhour.system.storage import explained
-from rushhour.task import Task
+from rushhour.task import Task, ensure_kind
 from rushhour.train.parallel.launch import launch, under_torchrun
 from rushhour.train.parallel.settings import Backend
 
@@ -86,6 +86,7 @@ class _DatasetFiles(msgspec.Struct, frozen=True):
     fingerprint: str
 
     def open(self) -> Dataset:
+        ensure_kind(self.task.kind, (self.task.kind,))  # its user has run that code in the parent process
         return Dataset(
             self.name,
             self.task,

@@ -1,0 +1,26 @@
+"""Tasks: the form of a model's output, its metric (numpy, higher is better), and how an answer is read.
+
+The losses are in `train/`; everything here runs without torch, on the outputs of any engine.
+"""
+
+from rushhour.task.intervals import Z, bootstrap, wilson
+from rushhour.task.kind import Head, Kind, LossName, ensure_kind, load_kind, outputs_of, register
+from rushhour.task.outputs import are_chances, are_probabilities
+from rushhour.task.task import Scaling, Task
+
+__all__ = [
+    "Head",
+    "Kind",
+    "LossName",
+    "Scaling",
+    "Task",
+    "Z",
+    "are_chances",
+    "are_probabilities",
+    "bootstrap",
+    "ensure_kind",
+    "load_kind",
+    "outputs_of",
+    "register",
+    "wilson",
+]
