@@ -154,7 +154,8 @@ def test_a_ladder_by_hand_is_made_as_it_stands(tmp_path: Path, monkeypatch: pyte
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
     pages = {page for page in GUIDES if code_of(page, "python") or code_of(page, "sh")}
-    assert pages == {"README.md", "docs/serving.md", "docs/compression.md", "docs/ladder.md"}
+    read_by_other_tests = {"docs/tasks.md"}
+    assert pages == {"README.md", "docs/serving.md", "docs/compression.md", "docs/ladder.md"} | read_by_other_tests
 
 
 # -- commands and options
