@@ -287,7 +287,7 @@ class Stack:
         if self._full:
             cell = server.cell_of(b"/v2/models/tiny/infer")
             assert cell is not None
-            cell._batcher.queue_bound = 1
+            cell.batcher.queue_bound = 1
             cell._free.clear()
             request = cell.codec.decode(bytes(16), 0)
             cell.submit(request, lambda result: None)
