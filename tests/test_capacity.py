@@ -17,6 +17,7 @@ from rushhour.capacity import (
     ServiceProfile,
     Traffic,
     capacities,
+    cascade_times,
     late_shares,
     predicted_capacity,
     simulate,
@@ -193,3 +194,15 @@ def test_how_times_vary_is_kept_and_older_files_still_open() -> None:
     table = ServiceProfile(times).table(4)
     assert table.shape == (5, 16)
     assert table[2] == pytest.approx(0.012 * np.array(row)), "between neighbours that were measured"
+
+
+def test_the_times_of_a_cascade_lie_between_those_of_its_engines() -> None:
+    small = ServiceTimes((1, 2, 4), (1e-3, 1.5e-3, 2.5e-3), (2000.0, 2667.0, 3200.0))
+    large = ServiceTimes((1, 2, 4), (4e-3, 7e-3, 13e-3), (500.0, 571.0, 615.0))
+    none, all_, some = (cascade_times(small, large, share) for share in (0.0, 1.0, 0.25))
+    assert none.seconds == pytest.approx(small.seconds)
+    assert all_.seconds == pytest.approx([a + b for a, b in zip(small.seconds, large.seconds, strict=True)])
+    assert some.seconds[0] == pytest.approx(1e-3 + 0.25 * 4e-3)
+    two = 1.5e-3 + 2 * 0.25 * 0.75 * 4e-3 + 0.25**2 * 7e-3
+    assert some.seconds[1] == pytest.approx(two)
+    assert some.throughput[0] == pytest.approx(2 / some.seconds[0]), "on as many streams as the small one was timed on"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from rushhour.cascade import CascadeRule
 from rushhour.errors import GoalError, PlanError
 from rushhour.goal import Goal
 from rushhour.ladder import WINDOW, Batch, LadderPoint, Window, check_ladder
@@ -360,6 +361,7 @@ class Plan(msgspec.Struct, frozen=True):
         ladder: variants from the most accurate to the fastest; empty where the variant stays.
         accuracy_window: over any so many answers in a row, the mean accuracy drop of a ladder is within the goal's
             budget.
+        cascade: where requests go through several of the variants; None where the first one answers all.
     """
 
     goal: Goal
@@ -373,15 +375,18 @@ class Plan(msgspec.Struct, frozen=True):
     schema: _Schema = SCHEMA
     ladder: tuple[LadderPoint, ...] = ()
     accuracy_window: Window = WINDOW
+    cascade: CascadeRule | None = None
 
     def check(self) -> None:
-        """Refuse a ladder that could not be served.
+        """Refuse a ladder or a cascade that could not be served.
 
         Raises:
             PlanError: naming the first fault.
         """
         if self.ladder:
             check_ladder(self.ladder, {variant.name for variant in self.variants}, self.goal.budget.max_drop)
+        if self.cascade is not None:
+            self.cascade.check({variant.name for variant in self.variants}, has_ladder=bool(self.ladder))
 
     def with_ladder(self, points: Sequence[LadderPoint], *, window: int = WINDOW) -> Plan:
         """The same with a ladder.

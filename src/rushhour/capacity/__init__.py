@@ -1,6 +1,7 @@
 """The capacity of a server, predicted from service times: one model for the offline tuner and the online controller.
 
 ServiceProfile        seconds of a batch, and how they vary
+cascade_times         those of two engines, the second of which gets a share of each batch
 Overhead              what serving takes from the engine
 Traffic               when requests arrive
 Scenario              a policy on an engine
@@ -17,6 +18,7 @@ padding_share         of what is computed then
 """
 
 from rushhour.capacity.bounds import best_bounds, padding_share, usual_bounds
+from rushhour.capacity.cascade import cascade_times
 from rushhour.capacity.lockstep import late_shares
 from rushhour.capacity.overhead import Overhead, Saturation
 from rushhour.capacity.profile import ServiceProfile
@@ -35,6 +37,7 @@ __all__ = [
     "best_batch",
     "best_bounds",
     "capacities",
+    "cascade_times",
     "late_shares",
     "padding_share",
     "predicted_capacity",

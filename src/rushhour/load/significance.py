@@ -64,6 +64,26 @@ def _binomial_cdf(k: int, n: int, p: float) -> float:
     return math.exp(log_top) * total
 
 
+def upper_share(k: int, n: int, error: float) -> float:
+    """The upper bound of a share of which `k` of `n` were seen: a share above it would give so few in `error` of tests.
+
+    Clopper and Pearson 1934, one-sided: exact, and never below its confidence. The lower bound is
+    `1 - upper_share(n - k, n, error)`.
+
+    Args:
+        k: seen.
+        n: trials, at least one.
+        error: how often the bound may be too low.
+    """
+    low, high = k / n, 1.0
+    if k >= n:
+        return 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _binomial_cdf(k, n, middle) > error else (low, middle)
+    return high
+
+
 def percentile_ranks(n: int, percentile: float, inflation: float = 1.0) -> tuple[int, int]:
     """Ranks (1 the smallest) of the order statistics that bound a percentile with 95% confidence.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from rushhour.bundle import Bundle, Decoding, TensorSpec, Text
+from rushhour.cascade import CascadeRule
 from rushhour.clock import Clock
 from rushhour.engines import Engine, EngineConfig, batch_cost, open_engine, run_sizes, time_service, usual_sizes
 from rushhour.errors import BundleError, EngineError, ModelError, RushhourError
@@ -20,9 +21,11 @@ from rushhour.serve.observability import log
 from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.buckets import buckets_of
+from rushhour.serve.scheduling.cascade import Cascade
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.ladder import Ladder
+from rushhour.serve.scheduling.lanes import Lanes
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.scheduling.tiles import Tiles
 from rushhour.serve.scheduling.tokenising import Tokeniser
@@ -103,13 +106,17 @@ class Opening:
         self._known = known
 
     def open(self, target: Target) -> tuple[Opened, ...]:
-        """The engines that answer requests, in the order of the plan's ladder; without one, the one that is served.
+        """The engines that answer requests, in the order of the plan's ladder or cascade; without, the one that is
+        served.
 
-        A variant of a ladder that cannot be opened is left out.
+        A variant of a ladder that cannot be opened is left out. Where one of a cascade cannot be, its last one is
+        served alone.
 
         Raises:
             RushhourError: if nothing can be opened; where this is exact, also if not all can.
         """
+        if target.plan.cascade is not None:
+            return self._open_cascade(target)
         return self._open_ladder(target) if target.plan.ladder else (self._open_first(target),)
 
     def _open_first(self, target: Target) -> Opened:
@@ -126,6 +133,20 @@ class Opening:
             return opened
         assert refused is not None
         raise refused
+
+    def _open_cascade(self, target: Target) -> tuple[Opened, ...]:
+        opened: list[Opened] = []
+        try:
+            for variant in target.cascaded(None if self._exact else cores()):
+                opened.append(self._open(variant, target.plan.policy))
+        except BaseException as error:
+            for each in opened:
+                each.engine.close()
+            if self._exact or not isinstance(error, BundleError | EngineError | ModelError):
+                raise
+            log.event(logging.WARNING, "the cascade is not served", why=str(error))
+            return (self._open_first(target),)
+        return tuple(opened)
 
     def _open_ladder(self, target: Target) -> tuple[Opened, ...]:
         opened: list[Opened] = []
@@ -208,9 +229,32 @@ def stage_of(
         explanation: what answers say about themselves; None where they do not.
         budget: of large requests.
     """
+    if target.plan.cascade is not None and len(opened) > 1:
+        return _cascade_of(target.plan.cascade, opened, codec, policy, clock, decoder, explanation)
     cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation)
     if target.plan.ladder:
         old = before.cell if isinstance(before, Tiles) else before
         cell.ladder = Ladder(cell, target.plan, old.ladder if isinstance(old, Cell) else None)
     tiles = opened[0].variant.bundle.manifest.tiles
     return cell if tiles is None else cast(Stage, Tiles(cell, tiles, clock, budget, explanation))
+
+
+def _cascade_of(
+    rule: CascadeRule,
+    opened: Sequence[Opened],
+    codec: Codec,
+    policy: Policy,
+    clock: Clock,
+    decoder: Decoder | Tokeniser | None,
+    explanation: Explanation | None,
+) -> Stage:
+    """Cells of one variant each, one behind the other. Pictures are decoded once, for the first."""
+    lanes = Lanes()
+    cells = [
+        Cell([each.served], codec, policy, clock, decoder if at == 0 else None, explanation, lanes)
+        for at, each in enumerate(opened)
+    ]
+    stage: Stage = cells[-1]
+    for step in range(len(cells) - 2, -1, -1):
+        stage = Cascade(cells[step], stage, rule, step, clock, explanation)
+    return stage

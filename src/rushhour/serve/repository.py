@@ -12,7 +12,7 @@ import contextlib
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,8 @@ class Loaded:
     def way(self) -> str:
         """What is served and how, in words."""
         planned, count = len(self.target.plan.ladder), len(self.opened)
+        if self.target.plan.cascade is not None and count > 1:
+            return f"a cascade: {', then '.join(str(each.variant) for each in self.opened)}"
         if not planned:
             return str(self.variant)
         left = f"{count} of the ladder's {planned} variants" if self.missing else f"a ladder of {planned} variants"
@@ -261,7 +263,7 @@ class Repository:
         codec = Codec(
             self.name,
             engine.signature,
-            version=str(self._version_of(target.ladder_hash or variant.bundle.manifest.hash)),
+            version=str(self._version_of(_content_of(target, opened))),
             labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
             pictures=pictures if tiles is None or tiles.is_fixed else min(1, pictures),
@@ -387,3 +389,10 @@ class Repository:
     def _most_pictures(self, signature: Signature) -> int:
         """Pictures in one request: decoded, they may be as large as a request with tensors."""
         return max(1, self._limits.body_bytes // signature.inputs[0].row_bytes)
+
+
+def _content_of(target: Target, opened: Sequence[Opened]) -> str:
+    """The hash of what answers requests: a version belongs to it."""
+    if target.plan.cascade is not None and len(opened) > 1:
+        return target.cascade_hash()
+    return target.ladder_hash or opened[0].variant.bundle.manifest.hash

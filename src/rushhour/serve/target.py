@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from rushhour.bundle import Bundle, suggest_bundle
+from rushhour.cascade import refused, why_no_score
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, PlanError
 from rushhour.goal import SLO, Goal
@@ -114,6 +115,39 @@ class Target:
         policy = msgspec.structs.replace(plan.policy, max_batch=point.max_batch)
         return ServedVariant(bundle, _config(variant, policy if room is None else _fitted(policy, room)), variant.name)
 
+    def cascaded(self, room: int | None) -> list[ServedVariant]:
+        """The variants of the plan's cascade, in the order in which they are asked.
+
+        Args:
+            room: cores that they may use; None for as many as the plan says.
+
+        Raises:
+            PlanError, BundleError: as `open_target`.
+        """
+        plan, rule = self.plan, self.plan.cascade
+        assert rule is not None
+        named = {variant.name: variant for variant in plan.variants}
+        policy = plan.policy if room is None else _fitted(plan.policy, room)
+        bounds = [*(step.max_batch or policy.max_batch for step in rule.steps), policy.max_batch]
+        found = []
+        for name, bound in zip(rule.variants, bounds, strict=True):
+            variant = named[name]
+            bundle = self.bundle if variant is plan.variants[0] else _opened(self.folder, variant)
+            found.append(
+                ServedVariant(bundle, _config(variant, msgspec.structs.replace(policy, max_batch=bound)), name)
+            )
+        return found
+
+    def cascade_hash(self) -> str:
+        """Equal for cascades of equal bundles by the same rule only."""
+        hashes = {variant.name: variant.bundle_hash for variant in self.plan.variants}
+        assert self.plan.cascade is not None
+        parts = [
+            *(hashes[name] for name in self.plan.cascade.variants),
+            msgspec.json.encode(self.plan.cascade).decode(),
+        ]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
     def with_layout(self, streams: int | None, threads: int | None, room: int) -> Target:
         """The same with so many streams and threads of each stream; None is what the plan says.
 
@@ -164,7 +198,9 @@ class Target:
         """
         first, policy = self.plan.variants[0], _fitted(self.plan.policy, cores)
         yield ServedVariant(self.bundle, _config(first, policy), first.name)
-        for variant in self.plan.variants[1:]:
+        # The smaller variants of a cascade may be outside the accuracy budget alone.
+        steps = () if self.plan.cascade is None else self.plan.cascade.variants[:-1]
+        for variant in [each for each in self.plan.variants[1:] if each.name not in steps]:
             with contextlib.suppress(BundleError, PlanError):
                 yield ServedVariant(_opened(self.folder, variant), _config(variant, policy), variant.name)
         own: Precision = "int8" if first.precision == "int8" else "f32"
@@ -240,7 +276,54 @@ def open_target(path: Path) -> Target:
     target = Target(path, plan, bundle, file.parent)
     if plan.ladder:
         check_rungs(target)
+    if plan.cascade is not None:
+        check_cascade(target)
     return target
+
+
+def check_cascade(target: Target) -> None:
+    """Refuse a cascade whose variants differ by more than their answers, whose answers have no score, or that memory
+    cannot hold.
+
+    Raises:
+        PlanError: naming the first fault.
+        BundleError: if one of its bundles is missing, damaged, or not the one that the plan was made for.
+    """
+    plan, rule = target.plan, target.plan.cascade
+    assert rule is not None
+    variants = target.cascaded(None)
+    last = variants[-1].bundle.manifest
+    for variant in variants[:-1]:
+        what = _difference(variant.bundle, variants[-1].bundle)
+        if what:
+            raise refused(f"{variant.name} and {rule.last} differ in their {what}", "make all variants of one model")
+    if last.tiles is not None:
+        raise refused("its model cuts pictures into tiles, whose answers are merged", "serve a plan of one variant")
+    spec = next((spec for spec in last.signature.outputs if spec.name == rule.output), None)
+    if spec is None:
+        raise refused(f"the model has no output {rule.output!r}", "name one of its outputs")
+    if why := why_no_score(last.task.kind, spec.shape):
+        raise refused(why, "serve a plan of one variant")
+    needed = sum(
+        _ENGINE * each.bundle.model_bytes + _batch_bytes(each.bundle, plan.policy.streams, each.config.max_batch)
+        for each in variants
+    )
+    needed, memory = plan.policy.cells * needed, describe().memory_gb * 2**30
+    if memory and needed > memory / 2:
+        why = f"its variants need about {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}"
+        raise refused(why, "serve a plan of one variant")
+
+
+def _difference(one: Bundle, other: Bundle) -> str:
+    """What clients could tell two variants apart by beside their answers; empty where there is nothing."""
+    mine, theirs = one.manifest, other.manifest
+    pairs = (
+        ("signature", mine.signature, theirs.signature),
+        ("task", mine.task, theirs.task),
+        ("decoding of pictures", mine.preprocessing.decoding, theirs.preprocessing.decoding),
+        ("texts", mine.text, theirs.text),
+    )
+    return next((what for what, own, its in pairs if own != its), "")
 
 
 def check_rungs(target: Target) -> None:
@@ -251,27 +334,21 @@ def check_rungs(target: Target) -> None:
     Raises:
         PlanError: naming the first fault.
     """
-    plan, first = target.plan, target.bundle.manifest
+    plan = target.plan
     name, needed = plan.variants[0].name, 0.0
     for point in plan.ladder:
         try:
             bundle = target.rung(point, None).bundle
         except BundleError:
             continue
-        manifest = bundle.manifest
-        for what, own, its in (
-            ("signature", manifest.signature, first.signature),
-            ("task", manifest.task, first.task),
-            ("decoding of pictures", manifest.preprocessing.decoding, first.preprocessing.decoding),
-            ("texts", manifest.text, first.text),
-        ):
-            if own != its:
-                raise PlanError(
-                    f"the ladder of {target.path} cannot be served",
-                    f"{point.variant} and {name} differ in their {what}",
-                    "make all variants of one model",
-                )
-        classes = len(manifest.task.classes)
+        what = _difference(bundle, target.bundle)
+        if what:
+            raise PlanError(
+                f"the ladder of {target.path} cannot be served",
+                f"{point.variant} and {name} differ in their {what}",
+                "make all variants of one model",
+            )
+        classes = len(bundle.manifest.task.classes)
         if point.class_drops and len(point.class_drops) != classes:
             raise PlanError(
                 f"the ladder of {target.path} cannot be served",

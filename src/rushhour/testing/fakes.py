@@ -59,6 +59,7 @@ class FakeEngine:
         signature: of one input or more; answers come from the first.
         service_s: samples of a batch -> the seconds that it takes.
         schedule: waits for that time.
+        answers: samples and the length of an answer -> the answers, shape `(n, length)`.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class FakeEngine:
         signature: Signature = SIGNATURE,
         service_s: Callable[[int], float] = lambda rows: 0.0,
         schedule: Schedule = at_once,
+        answers: Callable[[NDArray[Any], int], NDArray[Any]] = fake_answers,
     ) -> None:
+        self.answers = answers
         self._config = config or EngineConfig(engine="openvino", max_batch=16)
         self._signature = signature
         self._slots = [_FakeSlot(self, service_s, schedule) for _ in range(self._config.streams)]
@@ -167,7 +170,7 @@ class _FakeSlot:
             signature = self._engine.signature
             shapes = {spec: signature.shape(spec, self._sizes) for spec in signature.outputs}
             self._outputs = {
-                spec.name: fake_answers(first, int(np.prod(shape))).astype(spec.dtype).reshape(rows, *shape)
+                spec.name: self._engine.answers(first, int(np.prod(shape))).astype(spec.dtype).reshape(rows, *shape)
                 for spec, shape in shapes.items()
             }
             # As in any engine, an error in the caller's `done` is the caller's: its event loop may be closed by now.

@@ -82,6 +82,7 @@ def _counted(report: Report) -> Iterator[Metric]:
     shed.add_metric((report.model, "deadline"), total.shed_deadline)
     yield shed
     yield from _of_ladder(report, total)
+    yield from _of_cascade(report, total)
     cancelled = CounterMetricFamily(
         "rushhour_cancelled", "Requests whose client disconnected before the answer.", labels=("model",)
     )
@@ -109,6 +110,25 @@ def _counted(report: Report) -> Iterator[Metric]:
         ("rushhour_log_lines_dropped", "Log lines dropped because the log was not read in time.", report.dropped),
     ):
         yield CounterMetricFamily(name, what, count)
+
+
+def _of_cascade(report: Report, total: Totals) -> Iterator[Metric]:
+    """What the first variant of a cascade sent on, and how often its answer stood all the same."""
+    if not total.stood:
+        return
+    escalated = CounterMetricFamily(
+        "rushhour_escalated_samples", "Samples that went on to the next variant of the cascade.", labels=("model",)
+    )
+    escalated.add_metric((report.model,), total.escalated)
+    yield escalated
+    stood = CounterMetricFamily(
+        "rushhour_first_answers",
+        "Requests with samples that should have gone on and were answered by the variant before.",
+        labels=("model", "reason"),
+    )
+    for reason, count in total.stood.items():
+        stood.add_metric((report.model, reason), count)
+    yield stood
 
 
 def _of_ladder(report: Report, total: Totals) -> Iterator[Metric]:

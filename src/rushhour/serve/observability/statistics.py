@@ -37,7 +37,7 @@ _OLDER = "older"
 
 _ADDED = (
     *("answered", "failed", "invalid", "shed_queue", "shed_deadline", "cancelled"),
-    *("samples", "batches", "positions", "padding", "switches", "spent", "cut", "tiles"),
+    *("samples", "batches", "positions", "padding", "switches", "spent", "cut", "tiles", "escalated"),
 )
 _REASONS = {
     400: "invalid",
@@ -148,6 +148,8 @@ class Totals(msgspec.Struct):
         switches: how often the active variant changed.
         spent: the sum of the expected accuracy drops of all samples that a ladder computed: over `samples` it is their
             mean drop.
+        escalated: samples that went on to the next variant of a cascade.
+        stood: requests of which samples should have gone on and were answered by the variant before, by reason.
     """
 
     answered: int = 0
@@ -175,6 +177,8 @@ class Totals(msgspec.Struct):
     of_variant: dict[str, int] = msgspec.field(default_factory=dict)
     switches: int = 0
     spent: float = 0.0
+    escalated: int = 0
+    stood: dict[str, int] = msgspec.field(default_factory=dict)
 
     def add(self, other: Totals) -> None:
         """Add another's."""
@@ -189,6 +193,7 @@ class Totals(msgspec.Struct):
             self.of_size.setdefault(rows, Stages()).add(stages)
         add_counts(self.errors, other.errors)
         add_counts(self.of_variant, other.of_variant)
+        add_counts(self.stood, other.stood)
         self.last_s = max(self.last_s, other.last_s)
 
     def shown(self, name: str, version: str) -> dict[str, Any]:

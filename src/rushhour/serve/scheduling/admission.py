@@ -7,6 +7,7 @@ a profile of the engine and the state of the queue.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 from rushhour.measurement import ServiceTimes
@@ -22,6 +23,8 @@ _NEWEST = 0.1
 _CAUTION = 3.0
 """Mean deviations added to the mean prediction error; of normal errors 1 in 120 is larger. It shortens the queue, but
 does not reduce throughput."""
+_PROBE_EVERY_S = 1.0
+"""After a probe that was late, the next one is admitted after this time."""
 _ANCHOR = 0.1
 """Weight of the times of the start, relative to the recent batches together."""
 
@@ -106,6 +109,25 @@ def _line(sums: Sequence[float]) -> tuple[float, float]:
         return max(y / n, 1e-9), 1e-12
     base = (y - slope * x) / n
     return (base, slope) if base >= 0 else (0.0, max(xy / xx, 1e-12))
+
+
+class Probes:
+    """When a request is admitted although it is predicted to be late: only a batch can correct a wrong profile."""
+
+    def __init__(self) -> None:
+        self._from = -math.inf
+
+    def are_due(self, now: float) -> bool:
+        """Whether one may be admitted, if nothing else is in flight."""
+        return now >= self._from
+
+    def ended(self, until: float, now: float, profile: Profile) -> None:
+        """A probe has ended. In time: the profile is wrong, admit the next. Late: trust the profile for a while."""
+        if now <= until:
+            self._from = now
+            profile.distrust()
+        else:
+            self._from = now + _PROBE_EVERY_S
 
 
 class Admission:

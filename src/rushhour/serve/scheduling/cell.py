@@ -14,11 +14,13 @@ from rushhour.clock import Clock
 from rushhour.errors import EngineError
 from rushhour.plan import Policy
 from rushhour.serve.observability.explanation import Explanation
-from rushhour.serve.observability.statistics import Batch, Counters, State, Statistics, Totals, reason_of
+from rushhour.serve.observability.statistics import Counters, State, Statistics, Totals, reason_of
+from rushhour.serve.scheduling.admission import Probes
 from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
 from rushhour.serve.scheduling.buckets import batcher_of
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.job import LATER, Job, Reply, Shed, ShedError, priority_of
+from rushhour.serve.scheduling.lanes import Lanes
 from rushhour.serve.scheduling.pictures import Pictures
 from rushhour.serve.scheduling.speed import HostSpeed, Speeds
 from rushhour.serve.scheduling.stream import Stream, stream_of
@@ -29,14 +31,12 @@ from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
 if TYPE_CHECKING:
     from rushhour.serve.scheduling.ladder import Ladder
 
-_SHARE_OF_DEADLINE = 0.9
+SHARE_OF_DEADLINE = 0.9
 """Fraction of the time limit for queue and engine; the rest is for what the cell cannot see: sockets and the client."""
 _TICK_S = 1e-3
 """The resolution of the event loop's timers: no batch waits for less."""
 _LONG_PREDICTION = 0.5
 """Predictions of at least this fraction of the time limit are compared with the outcome."""
-_PROBE_EVERY_S = 1.0
-"""After a probe that was late, the next one is admitted after this time."""
 
 
 class Cell:
@@ -51,6 +51,7 @@ class Cell:
         clock: for arrivals and deadlines.
         decoder: of encoded pictures, or of texts; None where the codec takes none.
         explanation: what answers say about themselves; None where they do not.
+        lanes: the cores, where other cells compute on them, too.
 
     Attributes:
         active: the variant that computes the next batch.
@@ -67,6 +68,7 @@ class Cell:
         clock: Clock,
         decoder: Decoder | Tokeniser | None = None,
         explanation: Explanation | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.variants = tuple(variants)
         self.active = active = self.variants[0]
@@ -92,7 +94,7 @@ class Cell:
             clock,
             cost=active.cost,
             streams=self._streams,
-            grace=1 / _SHARE_OF_DEADLINE - 1,
+            grace=1 / SHARE_OF_DEADLINE - 1,
         )
         stream = stream_of(self.batcher)
         for each in self.variants:
@@ -100,13 +102,15 @@ class Cell:
             each.free = [stream(slot, signature, self._loop, clock, self._finished, each) for slot in each.engine.slots]
         self._free = active.free
         self._busy: list[Stream] = []
+        self._lanes = lanes or Lanes()
+        self._lanes.join(self)
         self._dispatching = False
         self._switched = -math.inf
         self._wakes_at = math.inf
         self._pictures = None if decoder is None else Pictures(self, decoder)
-        self._probe_from = -math.inf
+        self._probes = Probes()
         self._writing: dict[InferRequest, float] = {}  # when requests arrived whose answers are being written
-        self.answering: Batch | None = None  # the batch whose requests are being answered, for followed requests
+        self.answering: Stream | None = None  # the batch whose requests are being answered
 
     @property
     def idle(self) -> bool:
@@ -136,7 +140,7 @@ class Cell:
     @property
     def waits_for(self) -> tuple[int, float]:
         """Samples that a batch waits for under light load, and seconds, at most, where the plan has a deadline."""
-        return self.batcher.target_batch, self.batcher.max_wait_s(_SHARE_OF_DEADLINE * self._deadline_s)
+        return self.batcher.target_batch, self.batcher.max_wait_s(SHARE_OF_DEADLINE * self._deadline_s)
 
     @property
     def progress(self) -> tuple[int, ...]:
@@ -233,9 +237,9 @@ class Cell:
             return math.inf, 0.0, False
         expected_s = 0.0
         now = self.clock.now()
-        deadline = now + _SHARE_OF_DEADLINE * within
+        deadline = now + SHARE_OF_DEADLINE * within
         waiting = self.batcher.waiting_before(priority, rows)
-        busy_until = [stream.until for stream in self._busy]
+        busy_until = [stream.until for stream in self._lanes.running]
         work = self.batcher.work(rows, wanted.sizes) if wanted.sizes else rows
         finish = self._admission.finish(now, work, waiting, busy_until, self._streams)
         if decoding_s:
@@ -245,7 +249,7 @@ class Cell:
             finish += self._admission.margin_s
         if finish <= deadline:
             return deadline, expected_s, False
-        if self.idle and now >= self._probe_from:
+        if self.idle and self._probes.are_due(now):
             return deadline, 0.0, True
         self._count_late(0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
@@ -286,6 +290,7 @@ class Cell:
     def cancel(self, job: Job) -> None:
         """The client has disconnected: drop what waits, and the answer to what runs."""
         self.counters.cancelled += 1
+        self._writing.pop(job.request, None)
         if job.ticket is not None:
             self._drop(job.ticket)
         elif self._pictures is not None:
@@ -329,7 +334,7 @@ class Cell:
 
     def _dispatch(self) -> None:
         self._dispatching = False
-        while self._free and len(self._busy) < self._streams:
+        while self._free and len(self._lanes.running) < self._streams:
             dispatch_at = self.batcher.dispatch_at()
             if dispatch_at > -math.inf and dispatch_at - self.clock.now() >= _TICK_S:
                 self._wake_at(dispatch_at)
@@ -341,6 +346,7 @@ class Cell:
                 return
             stream = self._free.pop()
             self._busy.append(stream)
+            self._lanes.running.append(stream)
             stream.parts = parts
             stream.until = stream.taken = self.clock.now()
             try:
@@ -393,8 +399,7 @@ class Cell:
             self.answering = None
             self._busy.remove(stream)
             stream.of.free.append(stream)
-            if self.batcher.waiting:
-                self.dispatch_soon()
+            self._lanes.ended(stream)
             if self.ladder is not None:
                 self.ladder.ended(stream, parts, error)
 
@@ -411,6 +416,7 @@ class Cell:
         for part in parts:
             if part.first == 0:
                 begun.append(part.ticket.arrived)
+            stream.at = at
             try:
                 if self._answer(part, stream, at):
                     answered.append(part.ticket.arrived)
@@ -452,14 +458,9 @@ class Cell:
         return False
 
     def probed(self, job: Job) -> None:
-        """A probe has ended. In time: the profile is wrong, admit the next. Late: trust the profile for a while."""
+        """A request has been answered: if it was a probe, learn from it."""
         if job.probe_until is not None:
-            now = self.clock.now()
-            if now <= job.probe_until:
-                self._probe_from = now
-                self.profile.distrust()
-            else:
-                self._probe_from = now + _PROBE_EVERY_S
+            self._probes.ended(job.probe_until, self.clock.now(), self.profile)
 
     def _fail_all(self, parts: list[Part[Job]], error: BaseException) -> None:
         """Answer the requests of a batch that have no answer yet with an error."""

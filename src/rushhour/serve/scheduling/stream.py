@@ -38,11 +38,14 @@ class Stream:
         work: of the batch, in samples of the usual size: its rows, where all samples have one size.
         positions: of samples with open dimensions: tokens, pixels; 0 for all others.
         padding: positions that were added to them.
+        at: first row of the request that is being answered.
+        judged: what a cascade decided on each row of the batch; None where it has not.
     """
 
     __slots__ = (
         *("_clock", "_finished", "_loop", "_names_out", "_row_bytes", "_row_bytes_out", "_views"),
-        *("buffers", "ended", "of", "parts", "rows", "slot", "started", "taken", "until", "variant", "work"),
+        *("at", "buffers", "ended", "judged", "of", "parts", "rows", "slot", "started", "taken", "until", "variant"),
+        "work",
     )
     positions = padding = 0
 
@@ -62,6 +65,8 @@ class Stream:
         self.parts: list[Part[Job]] = []
         self.rows = 0
         self.work: float = 0
+        self.at = 0
+        self.judged: list[bool] | None = None
         self.taken = 0.0
         self.started = 0.0
         self.until = 0.0
@@ -92,7 +97,8 @@ class Stream:
             if whole or first + part.rows == ticket.rows:
                 # Ticket and job refer to each other: a body is freed when it was copied, not by the garbage collector.
                 job.ticket = None
-                job.request.tensors = ()
+                if not self.of.keeps:
+                    job.request.tensors = ()
         self.work = at
         return at
 
@@ -112,6 +118,7 @@ class Stream:
     def done(self, error: BaseException | None) -> None:
         """A batch has ended. Called by the engine on a thread of its own; hands over to the event loop."""
         self.ended = self._clock.now()
+        self.judged = None
         self._loop.call_soon_threadsafe(self._finished, self, error)
 
 
@@ -169,7 +176,8 @@ class SizedStream(Stream):
             positions += part.rows * math.prod(own)
             if first + part.rows == ticket.rows:
                 job.ticket = None
-                job.request.tensors = ()
+                if not self.of.keeps:
+                    job.request.tensors = ()
         self.work = at * self._buckets.work(sizes)
         self.positions, self.padding = positions, at * math.prod(sizes) - positions
         return at

@@ -29,10 +29,11 @@ class Variant:
         expected_s: seconds of a batch by its work, as before the first request: the host's speed is measured by that.
         free: its streams without a batch.
         samples: that it has computed.
+        keeps: whether requests keep their tensors until they are answered: in a cascade others may need them.
     """
 
     __slots__ = (
-        *("admission", "cost", "engine", "free", "is_sure", "max_batch"),
+        *("admission", "cost", "engine", "free", "is_sure", "keeps", "max_batch"),
         *("expected_s", "name", "profile", "samples"),
     )
 
@@ -56,6 +57,7 @@ class Variant:
         self.expected_s = expected_seconds(profile.times)
         self.free: list[Stream] = []
         self.samples = 0
+        self.keeps = False
 
     def ended(self, stream: Stream, parts: Sequence[Part[Job]], now: float, since: float) -> None:
         """A batch has been computed: learn from its times.
