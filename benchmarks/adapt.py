@@ -1,6 +1,7 @@
 """`make bench-adapt`: a server that divides work, and that spends accuracy only in a rush.
 
 1       a day in a minute: a ladder against the best single variant, and against its own simulation (adapt_ladder.py)
+4       sentences of mixed lengths in buckets, against padding to the largest length (adapt_lengths.py)
 5       random loads in virtual time: the account holds, nothing oscillates
 6       a worker is killed at a switch, the model is reloaded in a spike, a variant cannot be opened
 7       CPU per request with one variant, against a commit before there were ladders
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 from adapt_ladder import cost_part, day_part, traces_part, trouble_part
+from adapt_lengths import lengths_part
 from bench.parts import Part, run_parts, scale_of, scale_options
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
@@ -35,6 +37,8 @@ class Scale(msgspec.Struct, frozen=True):
         searches: seconds of each search for a capacity.
         days: of each contestant.
         window: answers over which the budget of the day is kept.
+        sentences: of part 4; `text_limit_ms` of their 99th percentile, `text_rounds` of both capacities, and
+            `text_window` seconds of a window of load.
         traces: of random load.
         troubles: of each kind.
         blocks: rounds of the comparison of CPU per request.
@@ -45,6 +49,10 @@ class Scale(msgspec.Struct, frozen=True):
     searches: float = 60.0
     days: int = 4
     window: int = 20_000
+    sentences: int = 2000
+    text_limit_ms: float = 150.0
+    text_rounds: int = 8
+    text_window: float = 5.0
     traces: int = 1000
     troubles: int = 5
     blocks: int = 24
@@ -63,6 +71,9 @@ def main(given: list[str] | None = None) -> int:
     parts: dict[str, Callable[[], Part]] = {
         "1": lambda: day_part(
             *(scale.networks, scale.day_epochs, scale.searches, scale.days, scale.window, work),
+        ),
+        "4": lambda: lengths_part(
+            *(scale.sentences, scale.text_limit_ms, scale.text_rounds, scale.text_window, work, SEED),
         ),
         "5": lambda: traces_part(scale.traces),
         "6": lambda: trouble_part(scale.troubles, work),
