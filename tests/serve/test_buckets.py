@@ -123,6 +123,22 @@ def test_a_request_larger_than_a_batch_is_split_in_order() -> None:
     assert taken(batcher) == [("a", 4, 2), ("b", 0, 1)]
 
 
+def test_the_rest_of_a_request_is_finished_alone_before_another_engine_takes_the_queue() -> None:
+    batcher = make()
+    for name, rows in (("a", 6), ("b", 1)):
+        put(batcher, name, 10, rows)
+    assert batcher.take_begun() == [], "nothing was begun"
+    assert taken(batcher) == [("a", 0, 4)]
+    (part,) = batcher.take_begun()
+    assert (part.ticket.item.request.wanted.id, part.first, part.rows) == ("a", 4, 2)
+    assert batcher.take_begun() == []
+    batcher.switch(2, line(1e-6, 0.001), None)
+    put(batcher, "c", 10, 3)
+    assert [taken(batcher), taken(batcher)] == [[("b", 0, 1), ("c", 0, 1)], [("c", 1, 2)]]
+    assert batcher.waiting == 0
+    assert batcher.waiting_before(0) == 0
+
+
 def test_higher_priorities_come_first_and_lower_ones_of_the_same_length_join() -> None:
     clock = VirtualClock()
     batcher = make(max_batch=4, clock=clock)

@@ -115,3 +115,5 @@ def test_drops_by_class_add_up_to_the_drop() -> None:
     answered = np.bincount(changed.argmax(axis=1), minlength=3) / 3000
     assert (answered * found.class_drops).sum() == pytest.approx(found.drop, abs=1e-5)
     assert judge(task, "test", targets, reference, reference).class_drops == ()
+    unlabelled = judge(task, "test", np.empty((3000, 0)), changed, reference)
+    assert unlabelled.class_drops == found.class_drops, "the reference is always right here"

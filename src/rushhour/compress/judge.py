@@ -151,23 +151,25 @@ def _fidelity(task: Task, split_name: str, outputs: NDArray[Any], reference: NDA
         split=split_name,
         drop=1 - value,
         drop_interval=(1 - high, 1 - low),
-        class_drops=()
-        if same or reference is None
-        else _class_drops(task, outputs, reference, reference.argmax(axis=1)),
+        class_drops=() if same or reference is None else _class_drops(task, outputs, reference, None),
     )
 
 
 def _class_drops(
-    task: Task, outputs: NDArray[Any], reference: NDArray[Any], targets: NDArray[Any]
+    task: Task, outputs: NDArray[Any], reference: NDArray[Any], targets: NDArray[Any] | None
 ) -> tuple[float, ...]:
     """The drop among the samples that are answered with each class; the mean drop for a class that is never answered.
 
     Weighted by how often each class is answered, they add up to the drop.
+
+    Args:
+        targets: the labels; None where the reference's answers are.
     """
     if task.kind != "classification" or task.outputs > _CLASSES:
         return ()
-    answers = outputs.argmax(axis=1)
-    lost = (reference.argmax(axis=1) == targets).astype(np.float64) - (answers == targets)
+    answers, before = outputs.argmax(axis=1), reference.argmax(axis=1)
+    right = before if targets is None else targets
+    lost = (before == right).astype(np.float64) - (answers == right)
     counts = np.bincount(answers, minlength=task.outputs)
     sums = np.bincount(answers, weights=lost, minlength=task.outputs)
     drops = np.where(counts > 0, sums / np.maximum(counts, 1), lost.mean())

@@ -322,6 +322,7 @@ def _difference(one: Bundle, other: Bundle) -> str:
         ("task", mine.task, theirs.task),
         ("decoding of pictures", mine.preprocessing.decoding, theirs.preprocessing.decoding),
         ("texts", mine.text, theirs.text),
+        ("tiles", mine.tiles, theirs.tiles),
     )
     return next((what for what, own, its in pairs if own != its), "")
 
