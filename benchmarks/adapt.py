@@ -1,10 +1,12 @@
 """`make bench-adapt`: a server that divides work, and that spends accuracy only in a rush.
 
 1       a day in a minute: a ladder against the best single variant, and against its own simulation (adapt_ladder.py)
+3       a photograph of 12 megapixels through a 224x224 model, alone and many beside single samples (adapt_tiles.py)
 4       sentences of mixed lengths in buckets, against padding to the largest length (adapt_lengths.py)
 5       random loads in virtual time: the account holds, nothing oscillates
 6       a worker is killed at a switch, the model is reloaded in a spike, a variant cannot be opened
 7       CPU per request with one variant, against a commit before there were ladders
+7b      CPU that Server-Timing adds to an answer
 
 Each part stays in the record with the commit that it was measured at; `--only 1` measures it anew.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 import msgspec
 from adapt_ladder import cost_part, day_part, traces_part, trouble_part
 from adapt_lengths import lengths_part
+from adapt_tiles import tiles_part, timing_part
 from bench.parts import Part, run_parts, scale_of, scale_options
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
@@ -37,11 +40,16 @@ class Scale(msgspec.Struct, frozen=True):
         searches: seconds of each search for a capacity.
         days: of each contestant.
         window: answers over which the budget of the day is kept.
+        photo: width and height of the photograph of part 3.
+        photo_rounds: of its comparisons.
+        photos: that are sent together.
+        small: single samples that are sent beside them.
         sentences: of part 4; `text_limit_ms` of their 99th percentile, `text_rounds` of both capacities, and
             `text_window` seconds of a window of load.
         traces: of random load.
         troubles: of each kind.
         blocks: rounds of the comparison of CPU per request.
+        answers: timed in each round of part 7b.
     """
 
     networks: str = "article,residual,mlp"
@@ -49,6 +57,10 @@ class Scale(msgspec.Struct, frozen=True):
     searches: float = 60.0
     days: int = 4
     window: int = 20_000
+    photo: str = "4000x3000"
+    photo_rounds: int = 6
+    photos: int = 20
+    small: int = 1000
     sentences: int = 2000
     text_limit_ms: float = 150.0
     text_rounds: int = 8
@@ -56,6 +68,7 @@ class Scale(msgspec.Struct, frozen=True):
     traces: int = 1000
     troubles: int = 5
     blocks: int = 24
+    answers: int = 80_000
 
 
 def main(given: list[str] | None = None) -> int:
@@ -72,12 +85,14 @@ def main(given: list[str] | None = None) -> int:
         "1": lambda: day_part(
             *(scale.networks, scale.day_epochs, scale.searches, scale.days, scale.window, work),
         ),
+        "3": lambda: tiles_part(*map(int, scale.photo.split("x")), scale.photo_rounds, scale.photos, scale.small, work),
         "4": lambda: lengths_part(
             *(scale.sentences, scale.text_limit_ms, scale.text_rounds, scale.text_window, work, SEED),
         ),
         "5": lambda: traces_part(scale.traces),
         "6": lambda: trouble_part(scale.troubles, work),
         "7": lambda: cost_part(arguments.before, scale.blocks),
+        "7b": lambda: timing_part(scale.blocks, scale.answers),
     }
     only = {name for name in arguments.only.split(",") if name}
     timed = set(parts) - {"5"}

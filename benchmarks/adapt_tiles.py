@@ -102,7 +102,7 @@ def _measured(
     grid = Grid(_TILING, tiled.bundle.manifest.signature, tiled.pixels.shape[:2])
     checks: list[Check] = []
     answer = _send_photo(server, tiled.photo)[1]
-    off = float(np.abs(answer - expected).max() / np.abs(expected).max())
+    off = float(np.abs(answer - expected).max()) / float(np.abs(expected).max())
     what = f"{grid.count} tiles of a photograph: deviation of the answer from the tiles computed one by one"
     checks.append(verdict("3.equal", what, "<= 1e-4", off, None, 1, unit="of the largest"))
 
@@ -116,7 +116,7 @@ def _measured(
     what = f"latency of a photograph of {grid.count} tiles over the ideal: engine alone on all streams, plus decoding"
     checks.append(judged("3.latency", what, _LIMIT, ratios))
 
-    rate_rps = _SHARE * grid.count / statistics.median(ideal_s for _, ideal_s, _ in rows)
+    rate_rps = float(_SHARE * grid.count / statistics.median(ideal_s for _, ideal_s, _ in rows))
     alone, together, growths = [], [], []
     lasts_s = small / rate_rps
     for number in range(max(1, rounds // 2)):
@@ -222,7 +222,7 @@ def _ideal_s(engine: Engine, tiled: Tiled, tiles: int) -> float:
         began = time.perf_counter()
         decoder.whole(tiled.photo)
         decoding_s = time.perf_counter() - began
-    return tiles / max(times.throughput) + decoding_s
+    return float(tiles / max(times.throughput)) + decoding_s
 
 
 def _connection(server: ChildServer) -> http.client.HTTPConnection:
@@ -262,7 +262,7 @@ def _small_ones(server: ChildServer, tiled: Tiled, rate_rps: float, count: int, 
         return time.perf_counter() - began - at if response.status == 200 else math.inf
 
     with ThreadPoolExecutor(32) as pool:
-        return list(pool.map(one, arrivals))
+        return list(pool.map(one, arrivals.tolist()))
 
 
 def _p99_ms(latencies_s: Sequence[float]) -> float:

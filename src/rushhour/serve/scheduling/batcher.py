@@ -48,6 +48,8 @@ _RATIO = 1.0
 other."""
 _HARDLY = 1.05
 """A batch of large requests is large enough if a sample takes at most so many times what it takes in the largest."""
+_PATIENCE, _RECENT_S = 1.5, 10.0
+"""If others arrived in the last 10 s, it takes no longer than 1.5 single samples: who arrives next waits for it."""
 _FINISHED = 4
 """Batches of a request that an engine still computes after another was chosen, at most."""
 _NEWEST, _DECAY = 0.1, 0.02
@@ -147,6 +149,7 @@ class Batcher(Generic[T]):
         self._large: dict[int, deque[Ticket[T]]] = {}
         self._large_waiting = 0
         self._owed = 0.0
+        self._other_arrived = -math.inf
         self.queue_bound = queue_bound
         self.waiting = 0
         self.late: list[Ticket[T]] = []
@@ -189,9 +192,12 @@ class Batcher(Generic[T]):
             )
         first = sum(_rest(ticket) for level in levels if level < priority for ticket in self._large[level])
         large -= first
+        quantum = self._quantum()
         if rows >= self._large_from:
-            return first + large + min(others, large + rows)
-        needed, quantum = others + rows, self._quantum()
+            # Smaller batches take longer: in samples of the largest batch.
+            longer = self._times.seconds(quantum) / quantum * self.max_batch / self._times.seconds(self.max_batch)
+            return first + min(others, large + rows) + longer * (large + rows) - rows
+        needed = others + rows
         turns = (needed - 1) // self.max_batch  # of large ones, before the last batch of the others
         between = turns * self.max_batch + (int(self._owed) if self._owed >= quantum else 0)
         return first + others + min(large, between + max(0, quantum - (needed - turns * self.max_batch)))
@@ -232,6 +238,8 @@ class Batcher(Generic[T]):
         if large:
             queue = self._large[priority]
             self._large_waiting += rows
+        else:
+            self._other_arrived = ticket.arrived
         queue.append(ticket)
         self.waiting += rows
         self.in_flight += 1
@@ -382,12 +390,15 @@ class Batcher(Generic[T]):
         return 0 if self._head(large, now) is not None else room
 
     def _quantum(self) -> int:
-        """Samples of large requests in one batch: the smallest batch in which a sample takes hardly longer than in the
-        largest. A small request that arrives next waits for that long, and no longer."""
+        """Samples of large requests in one batch: the smallest in which a sample takes hardly longer than in the
+        largest, and fewer where others arrive, who would wait for its end."""
         one, most = self._times.seconds(1), self._times.seconds(self.max_batch)
         slope = (most - one) / max(1, self.max_batch - 1)
         base, allowed = one - slope, _HARDLY * most / self.max_batch - slope
-        return min(self.max_batch, max(1, math.ceil(base / allowed))) if base > 0 < allowed else 1
+        efficient = min(self.max_batch, max(1, math.ceil(base / allowed))) if base > 0 < allowed else 1
+        if efficient > 1 and self._clock.now() - self._other_arrived < _RECENT_S:
+            return max(1, min(efficient, self._times.rows_within(_PATIENCE * one)))
+        return efficient
 
     def _fill(
         self, queue: deque[Ticket[T]], parts: list[Part[T]], room: int, now: float, *, whole: bool = False
