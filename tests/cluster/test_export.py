@@ -29,7 +29,7 @@ from rushhour.cli import main
 from rushhour.cluster import Deployment, compose_file, default_name, kserve_file
 from rushhour.cluster.yaml import document
 from rushhour.errors import EngineError, GoalError, PlanError, RushhourError, StorageError
-from rushhour.plan import Plan, Policy
+from rushhour.plan import PLAN, Plan, Policy, Variant
 from rushhour.serve import open_target
 
 GIB = 2**30
@@ -199,6 +199,21 @@ def test_the_requirements_are_those_of_this_server(
         assert pinned[package] == version(package)
     for package in ("torch", "nncf", "matplotlib", "optuna", "tensorboard", "kornia", "rich", *not_there):
         assert package not in pinned
+
+
+def test_a_server_of_texts_gets_the_tokenizers_and_nothing_that_downloads(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="extra text")
+    from test_texts import text_bundle
+
+    run = run_of(tmp_path / "run")
+    served = text_bundle(run / "bundles" / "texts")
+    plan = Plan.load(run / PLAN)
+    variant = Variant("texts", "bundles/texts", served.manifest.hash, "openvino", "f32")
+    msgspec.structs.replace(plan, variants=(variant,)).save(run / PLAN)
+    pinned = dict(line.split("==") for line in exported(run, docker=tmp_path / "image").requirements)
+    assert pinned["tokenizers"] == version("tokenizers")
+    assert not {"huggingface-hub", "pillow", "torch"} & pinned.keys()
+    assert (tmp_path / "image" / "run" / "bundles" / "texts" / "tokenizer.json").is_file()
 
 
 def test_the_wheel_is_this_rushhour(run: Path, tmp_path: Path) -> None:

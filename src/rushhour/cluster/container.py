@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, Text
 from rushhour.cluster.deployment import Deployment
 from rushhour.cluster.requirements import requirements_of
 from rushhour.cluster.wheel import write_wheel
@@ -92,6 +92,7 @@ def packages_of(deployment: Deployment) -> tuple[str, ...]:
     return requirements_of(
         dict.fromkeys(variant.engine for variant, _ in deployment.bundles),
         pictures=any(bundle.manifest.signature.picture is not None for bundle in bundles),
+        texts=any(isinstance(bundle.manifest.text, Text) for bundle in bundles),
         grpc=deployment.grpc_port is not None,
     )
 

@@ -10,11 +10,12 @@ from rushhour.errors import EngineError
 from rushhour.plan import EngineName
 
 _SERVING = ("click", "httptools", "msgspec", "numpy", "prometheus-client", "safetensors", "uvloop")
-_PICTURES = "pillow"
+_PICTURES, _TEXTS = "pillow", "tokenizers"
 _GRPC = ("grpcio", "protobuf")
 _NEVER_IMPORTED = frozenset(
     {
         "openvino-telemetry",  # see rushhour.system.telemetry
+        "huggingface-hub",  # of tokenizers, which download
         *("flatbuffers", "packaging", "protobuf"),  # of ONNX Runtime's tools, which convert models
     }
 )
@@ -23,7 +24,9 @@ _NEVER_IMPORTED = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def requirements_of(engines: Iterable[EngineName], *, pictures: bool = False, grpc: bool = False) -> tuple[str, ...]:
+def requirements_of(
+    engines: Iterable[EngineName], *, pictures: bool = False, texts: bool = False, grpc: bool = False
+) -> tuple[str, ...]:
     """`name==version` of every package that a server needs beside Rushhour, sorted.
 
     They are meant for `pip install --no-deps`: what the packages require for parts that a server does not use is left
@@ -32,12 +35,13 @@ def requirements_of(engines: Iterable[EngineName], *, pictures: bool = False, gr
     Args:
         engines: that run the variants.
         pictures: whether encoded pictures are decoded.
+        texts: whether texts are tokenised.
         grpc: whether it is served over gRPC.
 
     Raises:
         EngineError: if one of them is not installed here.
     """
-    chosen = [*_SERVING, *engines, *[_PICTURES] * pictures, *(_GRPC if grpc else ())]
+    chosen = [*_SERVING, *engines, *[_PICTURES] * pictures, *[_TEXTS] * texts, *(_GRPC if grpc else ())]
     needed = frozenset(chosen)
     found: dict[str, str] = {}
     while chosen:
