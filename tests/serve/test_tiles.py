@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_pictures import bomb, counters, encoded, eventually, post, scene, turned
+from tritonclient.utils import InferenceServerException
 
 from conftest import Server, serving
 from rushhour.bundle import Bundle, Manifest, Signature, TensorSpec, Tiling
@@ -378,6 +379,41 @@ def test_a_tensor_is_one_tile(scores_server: Server) -> None:
     np.testing.assert_allclose(answer, tiny_answers(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("face", ["http", "grpc"])
+@pytest.mark.parametrize("size", [(100, 250), (20, 200), (32, 32)])
+def test_a_tensor_of_another_size_is_cut_too(scores_server: Server, face: str, size: tuple[int, int]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    expected = [tiny_answers(tiles_of(image, SCORES)[0]).mean(axis=0) for image in images]
+    module = triton_grpc if face == "grpc" else triton
+    with module.InferenceServerClient(scores_server.grpc if face == "grpc" else scores_server.url[7:]) as client:
+        tensor = module.InferInput("image", [2, *size, 3], "UINT8")
+        tensor.set_data_from_numpy(images)
+        for _ in range(3):  # its head is known then
+            answer = client.infer("tiny", [tensor]).as_numpy("probabilities")
+            np.testing.assert_allclose(answer, np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("face", ["http", "grpc"])
+def test_the_map_of_a_tensor_has_the_shape_of_its_picture_each_time(
+    maps_server: Server, maps: Bundle, face: str
+) -> None:
+    module = triton_grpc if face == "grpc" else triton
+    with module.InferenceServerClient(maps_server.grpc if face == "grpc" else maps_server.url[7:]) as client:
+        for size in ((97, 150), (97, 150), (97, 150), (60, 40), (32, 32)):
+            image = np.random.default_rng(size[0]).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+            answers = one_by_one(maps, tiles_of(image[0], MAPS)[0])
+            expected = Grid(MAPS, maps.manifest.signature, size).merge([answers])[0]
+            tensor = module.InferInput("image", [1, *size, 3], "UINT8")
+            tensor.set_data_from_numpy(image)
+            for identity in ("", "7", "8", "9"):
+                got = client.infer("tiny", [tensor], request_id=identity)
+                np.testing.assert_allclose(got.as_numpy("answer"), expected[None], atol=1e-5)
+        tensor = module.InferInput("image", [2, 40, 40, 3], "UINT8")
+        tensor.set_data_from_numpy(np.zeros((2, 40, 40, 3), np.uint8))
+        with pytest.raises(InferenceServerException, match="send one in each request"):
+            client.infer("tiny", [tensor])
+
+
 @pytest.mark.parametrize("size", [(32, 32), (20, 50), (97, 150), (200, 133)])
 def test_a_map_equals_that_of_the_whole_picture(maps_server: Server, size: tuple[int, int]) -> None:
     """Two convolutions of 3x3 look two pixels aside, and each tile has four to either side of what it gives."""
@@ -407,6 +443,7 @@ def test_a_map_over_triton_clients(maps_server: Server, maps: Bundle, face: str)
         metadata = client.get_model_metadata("tiny", **({"as_json": True} if face == "grpc" else {}))
     np.testing.assert_allclose(got, expected[None], atol=1e-5)
     assert [int(size) for size in metadata["outputs"][0]["shape"]] == [-1, CLASSES, -1, -1]
+    assert [int(size) for size in metadata["inputs"][0]["shape"]] == [-1, -1, -1, 3]
 
 
 def test_boxes_are_moved_to_their_place_in_the_picture(tmp_path: Path) -> None:
@@ -491,7 +528,7 @@ def test_a_map_takes_one_picture_in_a_request(maps_server: Server) -> None:
     with triton.InferenceServerClient(maps_server.url[7:]) as client:
         tensor = triton.InferInput("image", [2], "BYTES")
         tensor.set_data_from_numpy(np.array([picture, picture], np.object_))
-        with pytest.raises(Exception, match="1 of them"):
+        with pytest.raises(InferenceServerException, match="1 of them"):
             client.infer("tiny", [tensor])
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 
-from rushhour.bundle.signature import Signature, TensorSpec
+from rushhour.bundle.signature import OpenDimension, Signature, TensorSpec
 from rushhour.errors import BundleError
 
 Merge = Literal["mean", "max", "crop", "blend", "boxes"]
@@ -19,6 +19,10 @@ MAPS: Final = ("crop", "blend")
 """Merges of outputs that have a value for each place of the tile."""
 FIXED: Final = ("mean", "max")
 """Merges whose answer has the shape of one tile's."""
+
+
+_LARGEST_SIDE: Final = 16_384
+"""Of a picture that is sent as a tensor."""
 
 
 class Tiling(msgspec.Struct, frozen=True):
@@ -94,6 +98,20 @@ class Tiling(msgspec.Struct, frozen=True):
                 self._check_map(output, (height, width))
         if self.merge == "boxes":
             box_columns(signature)
+
+    def taken(self, signature: Signature) -> Signature:
+        """The signature for clients of a model of this signature: a picture of any size in place of a tile."""
+        (spec,) = signature.inputs
+        height, width, channels = spec.shape
+        sides = tuple(max(_LARGEST_SIDE, side) for side in (height, width))
+        return Signature(
+            inputs=(TensorSpec(spec.name, spec.dtype, (*sides, channels)),),
+            outputs=signature.outputs,
+            open=tuple(
+                OpenDimension(name, side, {spec.name: axis})
+                for axis, (name, side) in enumerate(zip(("height", "width"), sides, strict=True))
+            ),
+        )
 
     def declared(self, signature: Signature) -> dict[str, tuple[int, ...]]:
         """Output -> the shape of an answer, with -1 for sizes that depend on the picture; empty where none does."""

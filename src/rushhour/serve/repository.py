@@ -262,13 +262,14 @@ class Repository:
         pictures = self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0
         codec = Codec(
             self.name,
-            engine.signature,
+            engine.signature if tiles is None else tiles.taken(engine.signature),
             version=str(self._version_of(_content_of(target, opened))),
             labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
             pictures=pictures if tiles is None or tiles.is_fixed else min(1, pictures),
             texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
             declared=None if tiles is None else tiles.declared(engine.signature),
+            usual=() if tiles is None else engine.signature.inputs[0].shape[:2],
         )
         policy = self._bounded(target.plan.policy, engine.signature)
         before = None if self.loaded is None else self.loaded.cell

@@ -60,6 +60,7 @@ class Codec(AnswerWriter):
         texts: texts in one request, likewise.
         declared: output -> the shape of one sample as the protocol declares it, -1 for a size that depends on the
             request; None where all are the signature's.
+        usual: the sizes of the open dimensions in a raw body, where its length does not determine them.
 
     Attributes:
         arrange: checks a header and returns its layout; see `HeaderReader.arrange`.
@@ -76,9 +77,11 @@ class Codec(AnswerWriter):
         pictures: int = 0,
         texts: int = 0,
         declared: Mapping[str, tuple[int, ...]] | None = None,
+        usual: Sizes = (),
     ) -> None:
         super().__init__(model, signature, version, labels, regions)
         self._declared = declared or {}
+        self._usual = usual
         self.max_rows = max_rows
         self._pictures = pictures
         self._texts = texts
@@ -211,7 +214,7 @@ class Codec(AnswerWriter):
             )
         sizes: Sizes = ()
         if self.signature.dimensions:
-            sizes = self._raw_sizes(len(body))
+            sizes = self._usual or self._raw_sizes(len(body))
         row_bytes = self.signature.row_bytes(self.signature.inputs[0], sizes)
         rows, rest = divmod(len(body), row_bytes)
         if rest or rows == 0:

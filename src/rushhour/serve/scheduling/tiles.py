@@ -84,18 +84,20 @@ class TiledJob(Job):
     Attributes:
         arrived: when, in seconds of the clock.
         inner: the job of its tiles, once they are queued.
+        pixels: of its pictures, where they were sent as a tensor; empty once they are queued.
         held: bytes of its pixels, and of its tiles' answers.
         tiles: of its pictures.
         has_room: whether the bytes are counted in the window.
         has_place: whether room for the tiles is reserved in the cell's queue.
     """
 
-    __slots__ = ("arrived", "has_place", "has_room", "held", "inner", "tiles")
+    __slots__ = ("arrived", "has_place", "has_room", "held", "inner", "pixels", "tiles")
 
     def __init__(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         super().__init__(request, reply)
         self.arrived = arrived
         self.inner: Job | None = None
+        self.pixels: list[Pixels] = []
         self.has_room = False
         self.has_place = False
         self.held = 0
@@ -127,7 +129,8 @@ class Tiles:
         self.cell = cell
         self._decoder: Decoder = cell.decoder
         self._tiling = tiling
-        self._signature = cell.codec.signature
+        self._signature = cell.active.engine.signature
+        self._tile = self._signature.inputs[0].shape[:2]
         self._clock = clock
         self._budget = budget
         self._explanation = explanation
@@ -166,8 +169,9 @@ class Tiles:
         return {**self.cell.shown(), "tiles": self._tiling}
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
-        """As of the cell; pictures are cut. A tensor is one tile, and is answered as such."""
-        if not request.pictures:
+        """As of the cell; pictures are cut. A tensor of the size of a tile is answered as such."""
+        sizes = request.wanted.sizes
+        if not request.pictures and sizes in ((), self._tile):
             return self.cell.submit(request, reply)
         if len(self._jobs) >= self.cell.policy.queue_bound:
             return self.cell.no_room()
@@ -181,18 +185,31 @@ class Tiles:
             wrong = WireError(f"the request has {request.rows} pictures", why, "send one in each request")
             self._loop.call_soon(self._fail, job, wrong)
             return job
+        if sizes:
+            channels = self._signature.inputs[0].shape[2]
+            job.pixels = list(np.frombuffer(request.tensors[0], np.uint8).reshape(request.rows, *sizes, channels))
+            request.tensors = ()
+            self._loop.call_soon(self._wait, job, [(sizes[0], sizes[1])] * request.rows)
+            return job
         pictures = request.pictures
 
         def measured() -> list[tuple[int, int]]:
             return [self._decoder.size(content_of(picture)) for picture in pictures]
 
-        def waits(sizes: list[tuple[int, int]]) -> None:
-            self._check(job, sizes)
-            self._waiting.append(job)
-            self._advance()
-
-        self._on_thread(job, measured, waits)
+        self._on_thread(job, measured, lambda sizes: self._wait(job, sizes))
         return job
+
+    def _wait(self, job: TiledJob, sizes: Sequence[tuple[int, int]]) -> None:
+        """The sizes of its pictures are known: it waits for room."""
+        if job.reply is None:
+            return
+        try:
+            self._check(job, sizes)
+        except WireError as wrong:
+            self._fail(job, wrong)
+            return
+        self._waiting.append(job)
+        self._advance()
 
     def written(self, request: InferRequest, status: int | None) -> None:
         """As of the cell."""
@@ -309,6 +326,13 @@ class Tiles:
             self.cell.batcher.release(job.tiles)
 
     def _decode(self, job: TiledJob) -> None:
+        if job.pixels:
+            pixels, job.pixels = job.pixels, []
+            try:
+                self._queue(job, pixels)
+            except Exception as wrong:
+                self._fail(job, wrong)
+            return
         pictures = job.request.pictures
 
         def decoded() -> list[Pixels]:
@@ -343,8 +367,7 @@ class Tiles:
         now, wanted, left_s = self._clock.now(), job.request.wanted, self._left_s(job)
         if left_s <= 0:
             raise self._late(job)
-        if left_s < math.inf:
-            wanted = msgspec.structs.replace(wanted, timeout_s=left_s)
+        wanted = msgspec.structs.replace(wanted, sizes=(), timeout_s=left_s if left_s < math.inf else None)
         grids = [Grid(self._tiling, self._signature, picture.shape[:2]) for picture in pixels]
         request = TileRequest(pixels, grids, self._tiling.fill, wanted)
         self.cut += len(pixels)
@@ -361,7 +384,7 @@ class Tiles:
                 job_reply(ShedError(submitted.why, submitted.retry_after_s))
             return
         job.inner = submitted
-        submitted.decoding_s = now - job.arrived
+        submitted.decoding_s = 0.0 if job.request.wanted.sizes else now - job.arrived
         assert submitted.ticket is not None  # batches begin at the end of this turn of the event loop
         submitted.ticket.arrived = job.arrived
 

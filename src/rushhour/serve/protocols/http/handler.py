@@ -252,7 +252,8 @@ class RequestHandler(Pipeline):
                 explanation = self._endpoint.explanation
                 times, variant = (b"", "") if explanation is None else (explanation.field(), explanation.variant)
                 if isinstance(current, PreparedAnswer):
-                    head = None if self._endpoint.draining else current.head(variant)
+                    alike = not (self._endpoint.draining or request.wanted.shapes)
+                    head = current.head(variant) if alike else None
                     if head is not None:
                         if self._transport is not None:
                             self._transport.write(b"".join((OK, self._endpoint.date, times, head, *result)))
