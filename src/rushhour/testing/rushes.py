@@ -88,7 +88,7 @@ class Answers:
     def highest_mean(self, drops: Sequence[float], window: int) -> float:
         """The highest mean drop of any `window` answers in a row; answers before the first count as accurate ones."""
         sums = np.concatenate([np.zeros(window), [0.0], np.cumsum(np.asarray(drops)[self.rung])])
-        return float((sums[window:] - sums[:-window]).max()) / window
+        return round(float((sums[window:] - sums[:-window]).max()) / window, 12)
 
 
 def arrivals(rates: Sequence[tuple[float, float]], seed: int) -> NDArray[np.float64]:

@@ -48,7 +48,8 @@ _LESS = 0.8
 """Share of the load that a variant was left at, below which it is another load."""
 _SPELL_S = 60.0
 """Once the account was empty, accuracy is not spent again for so long, and only if it lasts for so long then."""
-_FIRST_SPELL_S = 1.0
+_FIRST_SPELL_S = 10.0
+"""Before that, it has to last for so long: who spends the rest of it in moments has to go back further."""
 _REFILLED = 0.1
 """Share of the account that is spent at most where it could not last so long even if it were full."""
 
