@@ -164,6 +164,28 @@ def test_hostile_lengths_are_refused_in_one_line_and_nobody_else_notices(server:
         check(client.infer("tiny-text", inputs(triton_grpc, tokens)), tokens)
 
 
+@pytest.mark.parametrize("word", [50, -1, 2**62])
+def test_words_that_the_model_does_not_have_are_refused_and_do_not_fail_the_batch(server: Server, word: int) -> None:
+    wrong = words(1, 4)
+    wrong[0, 2] = word
+
+    def hostile(_: int) -> None:
+        for kit, url in ((triton, server.url.partition("://")[2]), (triton_grpc, server.grpc)):
+            with kit.InferenceServerClient(url) as client:
+                for _ in range(5):  # the second time the header is known
+                    with pytest.raises(InferenceServerException, match=f"holds the value {word}.*takes 0 to 49"):
+                        client.infer("tiny-text", inputs(kit, wrong))
+
+    def honest(seed: int) -> None:
+        with triton.InferenceServerClient(server.url.partition("://")[2]) as client:
+            for _ in range(20):
+                tokens = words(1, 4, seed)
+                check(client.infer("tiny-text", inputs(triton, tokens)), tokens)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: (hostile if number % 2 else honest)(number), range(4)))
+
+
 def test_inputs_of_two_lengths_are_refused(server: Server) -> None:
     entries = [
         {"name": "tokens", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]},

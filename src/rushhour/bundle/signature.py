@@ -40,11 +40,14 @@ class TensorSpec(msgspec.Struct, frozen=True, dict=True):
 
     Attributes:
         shape: of one sample, without the batch dimension; the largest, where a dimension is open.
+        below: of an input of whole numbers that the model looks up (tokens, categories): they are from 0 on and below
+            this. Unset where any are taken. An engine fails on others, with the whole batch.
     """
 
     name: str
     dtype: DType
     shape: tuple[_Size, ...]
+    below: Annotated[int, msgspec.Meta(ge=1, le=2**62)] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.row_bytes > _LARGEST_ROW:

@@ -79,7 +79,7 @@ def from_graph(
     Raises:
         RushhourError: as `from_onnx`.
     """
-    signature = signature_of(graph, shown or name, dimensions)
+    signature = with_limits(signature_of(graph, shown or name, dimensions), limits or {})
     if signature.dimensions and not any(each.padding for each in signature.dimensions):
         signature = padded(GraphAnswers(graph, name), signature, limits or {})
     task.check_output(signature.outputs[0].shape, name)
@@ -132,6 +132,17 @@ def signature_of(
         outputs=tuple(_spec(value, file, dimensions) for value in graph.graph.output),
         open=found,
     )
+
+
+def with_limits(signature: Signature, limits: Mapping[str, int]) -> Signature:
+    """A signature with bounds on whole numbers: input -> one more than the largest."""
+    inputs = tuple(
+        msgspec.structs.replace(spec, below=limits[spec.name])
+        if spec.name in limits and np.dtype(spec.dtype).kind in "iu"
+        else spec
+        for spec in signature.inputs
+    )
+    return msgspec.structs.replace(signature, inputs=inputs)
 
 
 def name_for(file: Path) -> str:

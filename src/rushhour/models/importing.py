@@ -23,7 +23,7 @@ from rushhour.models.converted import Converted, NotTrainable, channels_first, c
 from rushhour.models.deployed import Deployed, export
 from rushhour.models.doors import Arrival, Brought, verify_arrival
 from rushhour.models.doors.onnx_graph import OnnxDoor
-from rushhour.models.imported import from_graph, signature_of
+from rushhour.models.imported import from_graph, signature_of, with_limits
 from rushhour.task import Task
 
 FACTORY: Final = "rushhour.models:converted"
@@ -161,7 +161,7 @@ def import_arrival(
         StorageError: if the disk does not take it.
     """
     model = arrival.graph
-    signature = signature_of(model, shown, arrival.dimensions)
+    signature = with_limits(signature_of(model, shown, arrival.dimensions), arrival.limits)
     asked = preprocessing
     if asked is None and (given is None or given.samples.dtype == np.uint8):
         preprocessing = arrival.preprocessing

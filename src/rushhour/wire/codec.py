@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from rushhour.bundle import Signature, Sizes, TensorSpec
 from rushhour.errors import WireError
@@ -201,6 +202,8 @@ class Codec(AnswerWriter):
                 kind = TextRequest if self._texts else PictureRequest
                 return kind(layout.pictures or elements_of(tensors[0], layout.rows), layout.wanted)
             ordered = tuple(tensors[position] for position in range(len(self.signature.inputs)))
+            if layout.checked:
+                self._check_values(ordered)
             return InferRequest(layout.rows, ordered, layout.wanted)
 
         return PlacedRequest(layout, fetch) if layout.places else fetch()
@@ -226,7 +229,26 @@ class Codec(AnswerWriter):
         self._reader.check_rows(rows)
         every = tuple(range(len(self.signature.outputs)))
         wanted = Wanted(id="", outputs=every, binary=(True,) * len(every), sizes=sizes)
+        self._check_values((memoryview(body),))
         return InferRequest(rows, (memoryview(body),), wanted)
+
+    def _check_values(self, tensors: Sequence[memoryview]) -> None:
+        """Raise unless whole numbers that the model looks up are within their bounds.
+
+        Raises:
+            WireError: naming the first that is not.
+        """
+        for spec, tensor in zip(self.signature.inputs, tensors, strict=True):
+            if isinstance(spec.below, msgspec.UnsetType):
+                continue
+            values = np.frombuffer(tensor, spec.dtype)
+            if int(values.min()) < 0 or int(values.max()) >= spec.below:
+                wrong = values[(values < 0) | (values >= spec.below)][0]
+                raise WireError(
+                    f"the input {spec.name!r} holds the value {wrong}",
+                    f"{self.model} takes 0 to {spec.below - 1}",
+                    "send values within these bounds",
+                )
 
     def _raw_sizes(self, size: int) -> Sizes:
         """The size of the one open dimension of the one sample in a raw body of so many bytes, as Triton reads it.

@@ -56,6 +56,7 @@ class HeaderReader:
         self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
+        self._bounded = any(isinstance(spec.below, int) for spec in signature.inputs)
 
     def arrange(self, header: RequestHeader) -> Layout:
         """Check a header and return its layout.
@@ -67,6 +68,7 @@ class HeaderReader:
         rows = self._rows_of(by_position)
         sizes = self._sizes_of(by_position)
         layout = Layout(rows, self._wanted(header, rows, sizes))
+        layout.checked = self._bounded
         for position, entry in by_position.items():
             layout.encoded = entry.datatype == "BYTES"
             size = None if layout.encoded else rows * self.signature.row_bytes(self.signature.inputs[position], sizes)

@@ -177,9 +177,10 @@ class Layout:
         places: position of an input -> its place in shared memory.
         encoded: whether the one input is pictures or texts, whose size the header does not determine.
         pictures: these, where the header holds them.
+        checked: whether the values of an input have bounds.
     """
 
-    __slots__ = ("encoded", "inline", "ordered", "pictures", "places", "rows", "slices", "total", "wanted")
+    __slots__ = ("checked", "encoded", "inline", "ordered", "pictures", "places", "rows", "slices", "total", "wanted")
 
     def __init__(self, rows: int, wanted: Wanted) -> None:
         self.rows = rows
@@ -188,14 +189,15 @@ class Layout:
         self.total = 0
         self.inline: dict[int, memoryview] = {}
         self.places: dict[int, Place] = {}
-        self.encoded = False
+        self.encoded = self.checked = False
         self.pictures: Sequence[Encoded] = ()
         self.ordered: tuple[tuple[int, int], ...] = ()
-        """The slices by position, if all inputs are slices."""
+        """The slices by position, if all inputs are slices whose values need no look."""
 
     def finish(self) -> Layout:
         """Call this when all inputs are added."""
-        if not self.inline and not self.places and not self.wanted.places and not self.encoded:
+        aside = self.inline or self.places or self.wanted.places or self.encoded
+        if not aside and not self.checked:
             self.ordered = tuple(self.slices[position] for position in range(len(self.slices)))
         return self
 
