@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_batcher import TIMES, line, taken
+from test_buckets import make as sized
+from test_buckets import put as put_sized
+from test_buckets import taken as taken_sized
 from test_cell import Held, cell_of, put, turns, unique
 
 from rushhour.clock import VirtualClock
@@ -192,24 +195,21 @@ def test_any_mixture_is_computed_once_in_the_order_of_its_queue(
 
 
 @given(large=st.lists(st.integers(9, 400), max_size=4), others=st.lists(st.integers(1, 8), max_size=60))
-def test_neither_waits_longer_than_twice_its_own(large: list[int], others: list[int]) -> None:
-    """Half of each batch is a bound: at worst a queue is emptied half as fast as without the other."""
+def test_neither_waits_for_more_samples_of_the_other_than_of_its_own(large: list[int], others: list[int]) -> None:
+    """Up to three batches: what one of them took last, and what the other is owed."""
     batcher = make()
     for number, rows in enumerate(large):
         batcher.offer(f"large {number}", rows)
     for number, rows in enumerate(others):
         batcher.offer(f"other {number}", rows)
-    ends: dict[str, int] = {}
-    for number in range(1, 10_000):
-        parts = batcher.take()
-        if not parts:
-            break
-        ends |= {part.ticket.item: number for part in parts}
-    for kind, sizes in (("large", large), ("other", others)):
-        for number in range(len(sizes)):
-            own = sum(sizes[: number + 1])
-            # A request that is not split leaves less than half a batch unused for its queue, and a batch is begun.
-            assert ends[f"{kind} {number}"] <= 2 * -(-own // BATCH) + len(sizes) * (kind == "other") / 2 + 3
+    computed = {True: 0, False: 0}
+    while parts := batcher.take():
+        for part in parts:
+            computed[part.ticket.large] += part.rows
+        for part in parts:
+            kind = part.ticket.large
+            assert computed[not kind] <= computed[kind] + 3 * BATCH
+    assert computed == {True: sum(large), False: sum(others)}
 
 
 @given(
@@ -258,3 +258,56 @@ def test_single_samples_are_answered_while_a_large_request_is_computed() -> None
         np.testing.assert_array_equal(large.result(), fake_answers(unique(40, 0)))
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_where_sizes_differ_a_large_request_waits_again_after_each_batch() -> None:
+    clock = VirtualClock()
+    batcher = sized(clock=clock)
+    put_sized(batcher, "large", 16, 100)
+    assert taken_sized(batcher) == [("large", 0, 4)]
+    for name, length in (("same", 16), ("long", 128)):
+        clock.advance(0.001)
+        put_sized(batcher, name, length)
+    assert batcher.waiting_before(0, 1) == pytest.approx(4 + 1 + 8), "of the large one a batch"
+    assert taken_sized(batcher) == [("large", 4, 4)], "its turn began before they came"
+    clock.advance(0.001)
+    assert taken_sized(batcher) == [("same", 0, 1), ("large", 8, 3)]
+    assert taken_sized(batcher) == [("long", 0, 1)]
+    assert taken_sized(batcher) == [("large", 11, 4)]
+    assert batcher.waiting == 85
+
+
+@given(
+    lengths=st.lists(st.sampled_from([8, 16, 64, 128]), max_size=12),
+    rows=st.lists(st.sampled_from([1, 2, 4, 5, 30]), min_size=12, max_size=12),
+    script=st.lists(st.booleans(), max_size=40),
+)
+def test_where_sizes_differ_any_mixture_is_computed_once_and_in_order(
+    lengths: list[int], rows: list[int], script: list[bool]
+) -> None:
+    clock = VirtualClock()
+    batcher = sized(clock=clock)
+    left = list(enumerate(lengths))
+    seen: list[tuple[str, int, int]] = []
+
+    def take() -> None:
+        clock.advance(0.001)
+        parts = batcher.take()
+        assert all(part.first + part.rows == part.ticket.rows for part in parts[:-1])
+        seen.extend((part.ticket.item.request.wanted.id, part.first, part.rows) for part in parts)
+        if parts:
+            batcher.ended(parts)
+
+    for offers in script:
+        if offers and left:
+            number, length = left.pop(0)
+            put_sized(batcher, str(number), length, rows[number])
+        else:
+            take()
+    while batcher.waiting:
+        take()
+    assert batcher.in_flight == 0
+    assert batcher.waiting_before(0, 1) == 0
+    for number in range(len(lengths) - len(left)):
+        covered = [row for name, first, n in seen if name == str(number) for row in range(first, first + n)]
+        assert covered == list(range(rows[number]))

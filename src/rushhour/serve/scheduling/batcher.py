@@ -50,7 +50,7 @@ _HARDLY = 1.05
 """A batch of large requests is large enough if a sample takes at most so many times what it takes in the largest."""
 _PATIENCE, _RECENT_S = 1.5, 10.0
 """If others arrived in the last 10 s, it takes no longer than 1.5 single samples: who arrives next waits for it."""
-_FINISHED = 4
+FINISHED = 4
 """Batches of a request that an engine still computes after another was chosen, at most."""
 _NEWEST, _DECAY = 0.1, 0.02
 """Weight of the newest gap between two arrivals, and of the newest count of requests in flight."""
@@ -81,11 +81,12 @@ class Ticket(Generic[T]):
         arrived: when, in seconds of the batcher's clock.
         deadline: when it must be answered, on the same clock; infinite where there is none.
         large: it has more samples than a batch.
+        since: when it began to wait: on arrival, or, where large requests take turns with others, after its last turn.
         taken: how many of its samples are in batches already.
         cancelled: its answer is not needed any more.
     """
 
-    __slots__ = ("arrived", "cancelled", "deadline", "item", "large", "priority", "rows", "taken")
+    __slots__ = ("arrived", "cancelled", "deadline", "item", "large", "priority", "rows", "since", "taken")
 
     def __init__(self, item: T, rows: int, arrived: float, deadline: float, priority: int, large: bool = False) -> None:
         self.item = item
@@ -94,6 +95,7 @@ class Ticket(Generic[T]):
         self.deadline = deadline
         self.priority = priority
         self.large = large
+        self.since = arrived
         self.taken = 0
         self.cancelled = False
 
@@ -357,7 +359,7 @@ class Batcher(Generic[T]):
         for level in self._order:
             for queue in (self._queues[level], self._large[level]):
                 first = self._head(queue, now) if room else None
-                if first is not None and first.taken and _rest(first) <= _FINISHED * self.max_batch:
+                if first is not None and first.taken and _rest(first) <= FINISHED * self.max_batch:
                     room -= self._fill(queue, parts, min(room, _rest(first)), now)
         return parts
 

@@ -1,7 +1,8 @@
 """Batches of samples of different sizes: the queue of a model with open dimensions.
 
 Requests wait in buckets of like sizes. The next batch begins with the request that has waited longest, whatever its
-size, so that none starves, and takes the others of its bucket in order of arrival. Where room is left, a bucket of
+size, so that none starves, and takes the others of its bucket in order of arrival. A request of more samples than a
+batch waits again after each batch, behind all that came before: it delays them by one. Where room is left, a bucket of
 shorter samples joins whole if that costs less than a batch of its own: padding them takes time, and each batch has a
 part that does not depend on its samples.
 
@@ -25,7 +26,7 @@ from rushhour.bundle import Signature, Sizes
 from rushhour.capacity import usual_bounds
 from rushhour.measurement import PositionCost, ServiceTimes
 from rushhour.plan import Policy
-from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
+from rushhour.serve.scheduling.batcher import FINISHED, Batcher, Part, Ticket
 from rushhour.serve.scheduling.job import Job
 
 
@@ -100,6 +101,7 @@ class SizedBatcher(Batcher[Job]):
         self.buckets = buckets
         self._levels: dict[int, dict[Sizes, deque[Ticket[Job]]]] = {}
         self._work = 0.0
+        self._large_work = 0.0
 
     def work(self, rows: int, sizes: Sizes) -> float:
         """As of a `Batcher`."""
@@ -114,9 +116,10 @@ class SizedBatcher(Batcher[Job]):
         return self.waiting > 0 and self.waiting + rows > self.queue_bound
 
     def waiting_before(self, priority: int, rows: int = 1) -> float:
-        """Work before a request of this priority, in samples of the usual size."""
+        """Work before a request of this priority, in samples of the usual size: of large requests one batch."""
         if all(level <= priority for level in self._levels):
-            return self._work if self.waiting else 0.0
+            turns = self._large_work - self.max_batch if rows < self._large_from and self._large_waiting else 0.0
+            return self._work - max(0.0, turns) if self.waiting else 0.0
         before = (queue for level, queues in self._levels.items() if level <= priority for queue in queues.values())
         return sum(self._work_of(ticket) for ticket in chain.from_iterable(before) if not ticket.cancelled)
 
@@ -124,10 +127,14 @@ class SizedBatcher(Batcher[Job]):
         """As of a `Batcher`."""
         if self.full(rows):
             return None
-        ticket = Ticket(item, rows, self._clock.now(), deadline, priority)
         sizes = self.buckets.of(item.request.wanted.sizes)
+        work = rows * self.buckets.work(sizes)
+        ticket = Ticket(item, rows, self._clock.now(), deadline, priority, work > self.max_batch and rows > 1)
         self._levels.setdefault(priority, {}).setdefault(sizes, deque()).append(ticket)
-        self._work = self._work_of(ticket) + (self._work if self.waiting else 0.0)  # no rounding errors for ever
+        self._work = work + (self._work if self.waiting else 0.0)  # no rounding errors for ever
+        if ticket.large:
+            self._large_work = work + (self._large_work if self._large_waiting else 0.0)
+            self._large_waiting += rows
         self.waiting += rows
         self.in_flight += 1
         if self.target_batch > 1:
@@ -139,17 +146,20 @@ class SizedBatcher(Batcher[Job]):
         if not super().reserve(rows):
             return False
         self._work += rows
+        self._large_work += rows if rows >= self._large_from else 0
         return True
 
     def release(self, rows: int) -> None:
         """As of a `Batcher`."""
         super().release(rows)
         self._work -= rows
+        self._large_work -= rows if rows >= self._large_from else 0
 
     def cancel(self, ticket: Ticket[Job]) -> None:
         """As of a `Batcher`."""
         if not ticket.cancelled:
             self._work -= self._work_of(ticket)
+            self._large_work -= self._work_of(ticket) if ticket.large else 0.0
         super().cancel(ticket)
 
     def drain(self) -> list[Ticket[Job]]:
@@ -190,7 +200,7 @@ class SizedBatcher(Batcher[Job]):
                 if not self._pruned(queues[sizes], now):
                     del queues[sizes]
             if queues:
-                return level, min(queues, key=lambda sizes: queues[sizes][0].arrived)
+                return level, min(queues, key=lambda sizes: queues[sizes][0].since)
             del self._levels[level]
         return None
 
@@ -222,12 +232,19 @@ class SizedBatcher(Batcher[Job]):
         """So many samples of the first request of a queue, or what is left of it."""
         ticket = queue[0]
         part = Part(ticket, ticket.taken, min(room, ticket.rows - ticket.taken))
-        self._work -= self._work_of(ticket)
+        before = self._work_of(ticket)
         ticket.taken += part.rows
-        self._work += self._work_of(ticket)
+        done = before - self._work_of(ticket)
+        self._work -= done
         self.waiting -= part.rows
+        if ticket.large:
+            self._large_work -= done
+            self._large_waiting -= part.rows
         if ticket.taken == ticket.rows:
             queue.popleft()
+        elif ticket.large:
+            ticket.since = self._clock.now()
+            queue.rotate(-1)  # it waits again, behind the others
         return part
 
     def take_begun(self) -> list[Part[Job]]:
@@ -235,7 +252,11 @@ class SizedBatcher(Batcher[Job]):
         now = self._clock.now()
         for level in sorted(self._levels):
             for sizes, queue in self._levels[level].items():
-                if self._pruned(queue, now) and queue[0].taken:
+                begun = (ticket for ticket in queue if ticket.taken and not ticket.cancelled)
+                first = next(begun, None) if self._pruned(queue, now) else None
+                if first is not None and self._work_of(first) <= FINISHED * self.max_batch:
+                    queue.remove(first)
+                    queue.appendleft(first)
                     return [self._part(queue, self._rows(level, sizes, now))]
         return []
 

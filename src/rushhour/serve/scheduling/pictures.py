@@ -64,7 +64,7 @@ class Pictures:
             job.decoding_s = now - arrived
             job.ticket = batcher.offer(job, rows, deadline=math.inf if is_probe else deadline, priority=priority)
             assert job.ticket is not None  # its room was reserved
-            job.ticket.arrived = arrived
+            job.ticket.arrived = job.ticket.since = arrived
             cell.dispatch_soon()
 
         try:
