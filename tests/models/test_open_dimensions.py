@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from test_mixed_lengths import planned
+from tritonclient.http import InferenceServerClient, InferInput
 
 import rushhour
-from rushhour.bundle import Bundle
+from conftest import serving
+from rushhour.bundle import Bundle, OpenDimension, Preprocessing, Source, TensorSpec
 from rushhour.engines import EngineConfig, Runner, open_engine
 from rushhour.errors import ModelError
 from rushhour.models import from_onnx
+from rushhour.models.deployed import export
 from rushhour.models.imported import signature_of
+from rushhour.models.minilm import INPUTS, minilm
 from rushhour.models.open_dimensions import open_dimensions
 from rushhour.task import Task
 from rushhour.testing.bundles import tiny_text_answers, tiny_text_bundle
@@ -133,12 +140,9 @@ def test_texts_of_transformers_stay_open_and_bring_their_tokenizer(tmp_path: Pat
     assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_minilm_of_any_length_runs_on_all_engines_with_equal_answers(tmp_path: Path) -> None:
-    from rushhour.bundle import OpenDimension, Preprocessing, Source, TensorSpec
-    from rushhour.models.deployed import export
-    from rushhour.models.minilm import INPUTS, minilm
-
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """MiniLM with one layer, in torch too."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     sizes = {"vocabulary": 50, "hidden": 16, "layers": 1, "heads": 2, "intermediate": 32, "positions": 40}
@@ -146,27 +150,55 @@ def test_minilm_of_any_length_runs_on_all_engines_with_equal_answers(tmp_path: P
     for row in range(8):
         samples["input_ids"][row, : 3 + 2 * row] = 1 + row
         samples["attention_mask"][row, : 3 + 2 * row] = 1
-    bundle = export(
-        minilm(**sizes),
-        name="small",
-        task=Task("embedding", outputs=16),
-        sample_spec=tuple(TensorSpec(name, "int64", (40,)) for name in INPUTS),
-        preprocessing=Preprocessing(),
-        source=Source("rushhour.models:minilm", sizes),
-        lineage=(),
-        samples=samples,
-        path=tmp_path / "small",
-        dimensions=(OpenDimension("length", 40, dict.fromkeys(INPUTS, 0), padding=dict.fromkeys(INPUTS, 0)),),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return export(
+            minilm(**sizes),
+            name="small",
+            task=Task("embedding", outputs=16),
+            sample_spec=tuple(TensorSpec(name, "int64", (40,)) for name in INPUTS),
+            preprocessing=Preprocessing(),
+            source=Source("rushhour.models:minilm", sizes),
+            lineage=(),
+            samples=samples,
+            path=tmp_path_factory.mktemp("small") / "small",
+            dimensions=(OpenDimension("length", 40, dict.fromkeys(INPUTS, 0), padding=dict.fromkeys(INPUTS, 0)),),
+        )
+
+
+def sentence(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng([seed, length]).integers(1, 50, (rows, length))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def test_minilm_of_any_length_runs_on_all_engines_with_equal_answers(small: Bundle) -> None:
     answers = []
     for name in ("torch", "openvino", "onnxruntime"):
-        engine = open_engine(bundle, EngineConfig(name, streams=2, max_batch=3))  # type: ignore[arg-type]
-        runner, found = Runner(engine), []
-        for rows, length in ((1, 1), (3, 40), (2, 7), (7, 13), (1, 40)):
-            ids = np.random.default_rng(length).integers(1, 50, (rows, length))
-            sample = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-            found.append(runner.infer(sample)["embedding"])
+        engine = open_engine(small, EngineConfig(name, streams=2, max_batch=3))  # type: ignore[arg-type]
+        runner = Runner(engine)
+        shapes = ((1, 1), (3, 40), (2, 7), (7, 13), (1, 40))
+        answers.append(np.concatenate([runner.infer(sentence(*shape))["embedding"] for shape in shapes]))
         engine.close()
-        answers.append(np.concatenate(found))
     np.testing.assert_allclose(answers[1], answers[0], atol=1e-4)
     np.testing.assert_allclose(answers[2], answers[0], atol=1e-4)
+
+
+def test_a_server_on_torch_gives_a_crowd_of_mixed_lengths_the_answers_of_each_alone(
+    small: Bundle, tmp_path: Path
+) -> None:
+    engine = open_engine(small, EngineConfig("onnxruntime"))
+    runner = Runner(engine)
+
+    def call(seed: int) -> None:
+        with InferenceServerClient(server.url.partition("://")[2]) as client:
+            for turn in range(10):
+                sample = sentence(1 + turn % 3, int(np.random.default_rng([seed, turn]).integers(1, 41)), seed)
+                inputs = [InferInput(name, list(array.shape), "INT64") for name, array in sample.items()]
+                for tensor, array in zip(inputs, sample.values(), strict=True):
+                    tensor.set_data_from_numpy(array)
+                found = client.infer("small", inputs).as_numpy("embedding")
+                np.testing.assert_allclose(found, runner.infer(sample)["embedding"], atol=1e-4)
+
+    with serving(planned(small, tmp_path / "run", "torch")) as server, ThreadPoolExecutor(6) as pool:
+        list(pool.map(call, range(6)))
+    engine.close()

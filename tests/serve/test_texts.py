@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import msgspec
 import numpy as np
 import pytest
@@ -190,9 +191,18 @@ def test_tokens_are_still_taken_and_the_settings_are_shown(server: Server) -> No
     connection = http.client.HTTPConnection(*server.address, timeout=60)
     connection.request("GET", "/config")
     shown = json.loads(connection.getresponse().read())
-    connection.close()
     assert shown["texts"]["largest"] == 32
     assert shown["pictures"] is None
+    connection.request("GET", "/openapi.json")
+    inputs = json.loads(connection.getresponse().read())["components"]["schemas"]["InferRequest"]["properties"][
+        "inputs"
+    ]
+    connection.close()
+    tensors, texts = inputs["anyOf"]
+    entry = {"name": "text", "datatype": "BYTES", "shape": [2], "data": ["a", "b"]}
+    assert jsonschema_rs.is_valid(texts, [entry])
+    assert not jsonschema_rs.is_valid(tensors, [entry])
+    assert not jsonschema_rs.is_valid(texts, [entry | {"shape": [2, 2]}])
 
 
 def test_a_model_without_a_tokenizer_takes_no_texts() -> None:

@@ -97,6 +97,11 @@ class Codec(AnswerWriter):
         return self.signature.declared(spec) if given is None else list(given)
 
     @property
+    def takes_texts(self) -> bool:
+        """Whether texts may be sent in place of the inputs."""
+        return self._texts > 0
+
+    @property
     def elements(self) -> int:
         """Encoded pictures or texts in one request, at most; 0 where the model takes none."""
         return min(self._pictures or self._texts, self.max_rows)

@@ -106,14 +106,16 @@ class Control:
         shown: dict[str, Any] = msgspec.json.decode(model_metadata(loaded.cell.codec, _platform(loaded)))
         return shown
 
-    def bounds(self, name: str) -> dict[str, dict[str, list[tuple[int, int]]]]:
-        """The smallest and the largest size of each dimension of one sample, by input, under the key `bounds`."""
-        signature = self._loaded(name).cell.codec.signature
+    def bounds(self, name: str) -> dict[str, Any]:
+        """What metadata does not say: under the key `bounds` the smallest and the largest size of each dimension of one
+        sample, by input; under `texts` whether texts are taken too."""
+        codec = self._loaded(name).cell.codec
+        signature = codec.signature
         smallest = tuple(dimension.smallest for dimension in signature.dimensions)
         pairs = {
             spec.name: list(zip(signature.shape(spec, smallest), spec.shape, strict=True)) for spec in signature.inputs
         }
-        return {"bounds": pairs}
+        return {"bounds": pairs, "texts": codec.takes_texts}
 
     def config(self, name: str, version: str = "") -> dict[str, Any]:
         """The model's configuration, under the names of Triton's `ModelConfig`."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from rushhour.serve.protocols.control import Control
-from rushhour.wire import HEADER_LENGTH, dtype_of
+from rushhour.wire import HEADER_LENGTH, TEXT, dtype_of
 
 Schema = dict[str, Any]
 
@@ -230,6 +230,9 @@ def _request(metadata: Schema | None) -> Schema:
     if metadata is not None:
         each = [_input(tensor, metadata["bounds"][tensor["name"]]) for tensor in metadata["inputs"]]
         inputs |= {"minItems": len(each), "maxItems": len(each), "items": {"anyOf": each}}
+        if metadata["texts"]:
+            alone = {"type": "array", "minItems": 1, "maxItems": 1, "items": _text()}
+            inputs = {"anyOf": [inputs, alone]}
         wanted["properties"]["name"] = {"enum": [tensor["name"] for tensor in metadata["outputs"]]}
     return _object(
         {"inputs": inputs},
@@ -239,6 +242,20 @@ def _request(metadata: Schema | None) -> Schema:
             "type": ["object", "null"],
             "properties": {"binary_data_output": _FLAG, "timeout": count, "priority": count},
         },
+    )
+
+
+def _text() -> Schema:
+    """Texts in place of the model's inputs."""
+    rows = {"type": "integer", "minimum": 1}
+    return _object(
+        {
+            "name": {"const": TEXT},
+            "datatype": {"const": "BYTES"},
+            "shape": {"type": "array", "prefixItems": [rows, {"const": 1}], "items": False, "minItems": 1},
+        },
+        data={"type": "array", "description": "A text for each sample."},
+        parameters=_PARAMETERS,
     )
 
 
