@@ -98,6 +98,47 @@ def test_bounds_of_a_picture_are_its_largest_height_and_width() -> None:
     assert signature_of(graph, "g", (height, width)).declared(spec) == [3, -1, -1]
 
 
+def test_pictures_of_any_size_are_answered_and_only_equal_sizes_share_a_batch(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["image", "weights"], ["maps"], pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["maps"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "pictures",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, "height", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
+    found = rushhour.import_model(tmp_path / "p.onnx", out=tmp_path / "out", size="48x64")
+    signature = found.bundle.manifest.signature
+    assert [(each.name, each.largest) for each in signature.dimensions] == [("height", 48), ("width", 64)]
+    assert signature.padded is None
+    pictures = [
+        np.random.default_rng(side).random((2, 3, side, 64 - side)).astype(np.float32) for side in (5, 48, 20, 5)
+    ]
+    both = []
+    for name in ("openvino", "onnxruntime"):
+        engine = open_engine(found.bundle, EngineConfig(name, max_batch=2))  # type: ignore[arg-type]
+        both.append(np.concatenate([Runner(engine).infer({"image": each})["y"] for each in pictures]))
+        engine.close()
+    np.testing.assert_allclose(both[0], both[1], atol=1e-4)
+    sent: dict[int, np.ndarray] = {}
+
+    def call(number: int) -> None:
+        with InferenceServerClient(server.url.partition("://")[2]) as client:
+            tensor = InferInput("image", list(pictures[number].shape), "FP32")
+            tensor.set_data_from_numpy(pictures[number])
+            sent[number] = client.infer(found.bundle.manifest.name, [tensor]).as_numpy("y")
+
+    with serving(planned(found.bundle, tmp_path / "run")) as server, ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
+    np.testing.assert_allclose(np.concatenate([sent[number] for number in range(4)]), both[0], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("out", "says"),
     [(("n", "other"), "is none of its inputs'"), (("n", "time", "time"), "has the dimension time twice")],
