@@ -81,12 +81,14 @@ class Ticket(Generic[T]):
         arrived: when, in seconds of the batcher's clock.
         deadline: when it must be answered, on the same clock; infinite where there is none.
         large: it has more samples than a batch.
-        since: when it began to wait: on arrival, or, where large requests take turns with others, after its last turn.
+        since: when it began to wait: on arrival, or, where large requests take turns with others, after its last turn;
+            only in a batcher of samples of different sizes.
         taken: how many of its samples are in batches already.
         cancelled: its answer is not needed any more.
     """
 
     __slots__ = ("arrived", "cancelled", "deadline", "item", "large", "priority", "rows", "since", "taken")
+    since: float
 
     def __init__(self, item: T, rows: int, arrived: float, deadline: float, priority: int, large: bool = False) -> None:
         self.item = item
@@ -95,7 +97,6 @@ class Ticket(Generic[T]):
         self.deadline = deadline
         self.priority = priority
         self.large = large
-        self.since = arrived
         self.taken = 0
         self.cancelled = False
 

@@ -130,6 +130,7 @@ class SizedBatcher(Batcher[Job]):
         sizes = self.buckets.of(item.request.wanted.sizes)
         work = rows * self.buckets.work(sizes)
         ticket = Ticket(item, rows, self._clock.now(), deadline, priority, work > self.max_batch and rows > 1)
+        ticket.since = ticket.arrived
         self._levels.setdefault(priority, {}).setdefault(sizes, deque()).append(ticket)
         self._work = work + (self._work if self.waiting else 0.0)  # no rounding errors for ever
         if ticket.large:

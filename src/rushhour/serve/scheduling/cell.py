@@ -441,8 +441,8 @@ class Cell:
         job.reply = None
         if job.probe_until is not None:
             self.probed(job)
-        if self._explanation is not None:
-            self._explanation.arrived, self._explanation.decoding_s = part.ticket.arrived, job.decoding_s
+        if (explanation := self._explanation) is not None:
+            explanation.arrived, explanation.decoding_s = part.ticket.arrived, job.decoding_s
         status = reply(rows)
         if status:
             return self._unanswered(part.ticket, status)

@@ -44,6 +44,7 @@ class RequestHandler(Pipeline):
         self._waiting: asyncio.Future[None] | None = None
         self._repeat: KnownRequest | None = None
         self._repeats: list[KnownRequest] = []
+        self._explanation = endpoint.explanation
 
     def _begin(self, message: Message) -> None:
         self._current = message
@@ -249,12 +250,13 @@ class RequestHandler(Pipeline):
             if isinstance(result, Exception):
                 self._send_error(result)
             else:
-                explanation = self._endpoint.explanation
-                times, variant = (b"", "") if explanation is None else (explanation.field(), explanation.variant)
+                times, variant = b"", ""
+                explanation = self._explanation
+                if explanation is not None:
+                    times, variant = explanation.field(), explanation.variant
                 if isinstance(current, PreparedAnswer):
-                    alike = not (self._endpoint.draining or request.wanted.shapes)
-                    head = current.head(variant) if alike else None
-                    if head is not None:
+                    head = current.ready if current.ready_for is variant else current.head(variant)
+                    if head is not None and not (self._endpoint.draining or request.wanted.shapes):
                         if self._transport is not None:
                             self._transport.write(b"".join((OK, self._endpoint.date, times, head, *result)))
                             self._next(close=False)

@@ -18,10 +18,13 @@ class PreparedAnswer:
 
     Attributes:
         id: as the client sent it.
+        ready: what `head` returned last, for the variant `ready_for`; None for no variant yet.
     """
 
     __slots__ = ("id",)
     keep_alive = True
+    ready: bytes | None = None
+    ready_for: str | None = None
 
     def __init__(self, id: bytes) -> None:
         self.id = id
@@ -57,7 +60,7 @@ class KnownRequest(PreparedAnswer):
 
     __slots__ = (
         *("_around", "_heads", "_prefix_of_id", "_fields", "_id_bytes", "_suffix", "codec"),
-        *("path", "prefix", "rows", "size", "slices", "wanted"),
+        *("path", "prefix", "ready", "ready_for", "rows", "size", "slices", "wanted"),
     )
 
     def __init__(self, known: KnownHead, codec: Codec, path: bytes, header: bytes, layout: Layout) -> None:
@@ -78,6 +81,7 @@ class KnownRequest(PreparedAnswer):
         )
         self._around: dict[str, tuple[bytes, bytes]] = {}
         self._heads: dict[str, bytes] = {}
+        self.ready = self.ready_for = None
         super().__init__(identity)
 
     def head(self, variant: str) -> bytes | None:
@@ -87,6 +91,7 @@ class KnownRequest(PreparedAnswer):
             before, after = self.around(variant)
             if after:
                 head = self._heads[variant] = before + self.id + after
+        self.ready, self.ready_for = head, variant
         return head
 
     def around(self, variant: str) -> tuple[bytes, bytes]:
