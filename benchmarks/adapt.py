@@ -52,7 +52,7 @@ class Scale(msgspec.Struct, frozen=True):
         answers: timed in each round of part 7b.
     """
 
-    networks: str = "article,residual,mlp"
+    networks: str = "residual,article,article-int8,mlp"
     day_epochs: int = 6
     searches: float = 60.0
     days: int = 4

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from bench.networks import trained
+from bench.networks import quantised, trained
 from bench.parts import Part, say
 from bench.record import Check, Table, judged, verdict
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ from rushhour.testing.rushes import Step, arrivals, random_rates, rush
 SEED = 0
 SLO_ = SLO.parse("p99<50ms")
 _MAX_BATCH = 16
+_INT8 = "-int8"
 _WATCHED_S = 0.25
 _SPEND = 0.75
 """The budget of the day, as a share of what the fastest variant costs: a strict one, which it does not keep alone."""
@@ -94,7 +95,7 @@ def day_part(networks: str, epochs: int, seconds: float, rounds: int, window: in
     """Part 1: a day in a minute, on a ladder of networks of Fashion-MNIST, against the best single one.
 
     Args:
-        networks: that are trained, separated by commas.
+        networks: that are trained, separated by commas; with `-int8`, quantised too.
         epochs: of each training.
         seconds: of a search for a capacity.
         rounds: days of each contestant.
@@ -146,12 +147,15 @@ def _worst(id: str, what: str, target: str, values: Sequence[float]) -> Check:
 
 
 def _judged(names: Sequence[str], data: Dataset, epochs: int, seconds: float, run: Path, work: Path) -> list[Judged]:
-    bundles = {name: trained(name, data, epochs, work / "machines") for name in names}
-    config = EngineConfig("openvino", "f32", streams=cores(), threads=1, max_batch=64)
-    validation = {name: outputs_of(bundle, config, data.validation) for name, bundle in bundles.items()}
+    bundles, folder = {}, work / "adapt" / "networks"
+    for name in names:
+        bundles[name] = trained(name.removesuffix(_INT8), data, epochs, folder)
+        if name.endswith(_INT8):
+            bundles[name] = quantised(bundles[name], data, folder)
+    validation = {name: outputs_of(bundle, _config(bundle, 64), data.validation) for name, bundle in bundles.items()}
     scores = {name: data.task.evaluate(outputs, data.validation.targets)[0] for name, outputs in validation.items()}
     reference = max(scores, key=lambda name: scores[name])
-    outputs = {name: outputs_of(bundle, config, data.test) for name, bundle in bundles.items()}
+    outputs = {name: outputs_of(bundle, _config(bundle, 64), data.test) for name, bundle in bundles.items()}
     known = []
     for name, bundle in bundles.items():
         base = None if name == reference else outputs[reference]
@@ -167,6 +171,11 @@ def _judged(names: Sequence[str], data: Dataset, epochs: int, seconds: float, ru
     return known
 
 
+def _config(bundle: Bundle, max_batch: int) -> EngineConfig:
+    """All cores, a stream on each."""
+    return EngineConfig("openvino", bundle.manifest.precision, streams=cores(), threads=1, max_batch=max_batch)
+
+
 def _ascending(known: Sequence[Judged]) -> list[Judged]:
     """From the most accurate to the fastest; what is no faster than a more accurate one is left out."""
     kept: list[Judged] = []
@@ -180,7 +189,8 @@ def _ascending(known: Sequence[Judged]) -> list[Judged]:
 
 def _plan(run: Path, ladder: Sequence[Judged], budget: float, window: int) -> Plan:
     variants = tuple(
-        Variant(one.name, f"bundles/{one.name}", one.bundle.manifest.hash, "openvino", "f32") for one in ladder
+        Variant(one.name, f"bundles/{one.name}", one.bundle.manifest.hash, "openvino", one.bundle.manifest.precision)
+        for one in ladder
     )
     policy = Policy(streams=cores(), threads=1, max_batch=_MAX_BATCH, queue_bound=4096, deadline_ms=SLO_.limit_ms)
     plan = Plan(Goal(SLO_, AccuracyBudget(budget)), variants, policy, model="day")
@@ -274,7 +284,7 @@ def _against_simulation(
     """The same day in virtual time, on the engines' times, longer by what each carries less beside load."""
     steps = []
     for one in ladder:
-        engine = open_engine(one.bundle, EngineConfig("openvino", "f32", cores(), 1, _MAX_BATCH))
+        engine = open_engine(one.bundle, _config(one.bundle, _MAX_BATCH))
         try:
             times = time_service(engine, one.bundle, 1.0)
         finally:

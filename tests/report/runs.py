@@ -185,7 +185,8 @@ def make_plan(**changes: object) -> Plan:
         policy=Policy(streams=2, threads=1, max_batch=32),
         evidence=evidence,
     )
-    fields = {key: value for key, value in changes.items() if key in Plan.__struct_fields__}
+    own = set(Plan.__struct_fields__) - set(Evidence.__struct_fields__)
+    fields = {key: value for key, value in changes.items() if key in own}
     plan = msgspec.structs.replace(plan, **fields)
     inner = {key: value for key, value in changes.items() if key not in fields}
     return msgspec.structs.replace(plan, evidence=msgspec.structs.replace(evidence, **inner)) if inner else plan

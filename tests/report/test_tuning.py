@@ -26,6 +26,7 @@ from runs import (
 
 from rushhour.cli import cli
 from rushhour.errors import PlanError, RushhourError
+from rushhour.ladder import LadderPoint
 from rushhour.measurement import Measurement, Outcome
 from rushhour.plan import SO_FAR, FrontPoint, LadderStep, Plan, Relaxation, Variant
 from rushhour.records.journal import Entry, Journal
@@ -433,6 +434,24 @@ def point(candidate: str, kind: str, rps: float, drop: float, size: int, *, chos
         },
         type=FrontPoint,
     )
+
+
+def test_a_ladder_is_a_table_with_what_each_variant_carries_and_costs(page: Page, tmp_path: Path) -> None:
+    plan = make_plan()
+    first = plan.variants[0]
+    plan = msgspec.structs.replace(plan, variants=(first, msgspec.structs.replace(first, name="fast")))
+    plan = plan.with_ladder(
+        [
+            LadderPoint(first.name, 16, 400.0, 0.9094, 0.0, (0.0, 0.0), measured="test part, 10,000 samples"),
+            LadderPoint("fast", 32, 9120.0, 0.89, 0.0194, (0.015, 0.024)),
+        ],
+        window=50_000,
+    )
+    text = Page(write_report(make_run(tmp_path / "run", plan)).read_text("utf-8")).text
+    table = text.partition("The ladder: variants that follow the load")[2].partition("Latency under load")[0]
+    for said in ("50,000 answers", first.name, "400/s", "test part, 10,000 samples", "fast", "9,120/s", "1.94 points"):
+        assert said in table, said
+    assert "The ladder: variants" not in page.text
 
 
 def test_the_pareto_front_is_a_table_and_a_line_and_the_plan_says_why(page: Page, tmp_path: Path) -> None:
