@@ -177,12 +177,16 @@ def _config(bundle: Bundle, max_batch: int) -> EngineConfig:
 
 
 def _ascending(known: Sequence[Judged]) -> list[Judged]:
-    """From the most accurate to the fastest; what is no faster than a more accurate one is left out."""
+    """From the most accurate to the fastest, without those for which a faster one costs no more."""
+
+    def costs(one: Judged) -> float:
+        return max(0.0, one.accuracy.drop_interval[1])
+
     kept: list[Judged] = []
-    for one in sorted(known, key=lambda each: -each.accuracy.value):
-        if not kept or (
-            one.capacity > kept[-1].capacity and one.accuracy.drop_interval[1] >= kept[-1].accuracy.drop_interval[1]
-        ):
+    for one in sorted(known, key=lambda each: each.capacity):
+        if any(costs(other) <= costs(one) and other.capacity > one.capacity for other in known):
+            continue
+        if not kept or one.accuracy.value < kept[-1].accuracy.value:
             kept.append(one)
     return kept
 
@@ -263,7 +267,9 @@ def _lived(run: Path, name: str, schedule: NDArray[np.float64], bundle: Bundle) 
         finally:
             over.set()
             watcher.join()
-        spent, answers = _metric(server.url, "rushhour_accuracy_spent_total"), sum(seen[-1][1].values())
+        spent, answers = (
+            _metric(server.url, f"rushhour_{name}_total") for name in ("accuracy_spent", "variant_samples")
+        )
         switches = int(_metric(server.url, "rushhour_variant_switches_total"))
     shed, drop = samples.count(Status.SHED), spent / max(1.0, answers)
     return Day(len(samples), _good(samples), shed, _lost(samples), drop, switches, seen)
