@@ -99,7 +99,7 @@ def test_our_models_fit_the_data(model: str, shape: tuple[int, ...]) -> None:
 
 
 def test_models_that_do_not_fit_the_data_are_refused() -> None:
-    with pytest.raises(ModelError, match="article, residual, mlp"):
+    with pytest.raises(ModelError, match="article, residual, signal, mlp"):
         source_for("resnet", (8, 8, 3), TASK)
     with pytest.raises(ModelError, match="needs pictures"):
         source_for("residual", (8,), TASK)

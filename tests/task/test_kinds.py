@@ -76,17 +76,17 @@ def test_intervals_of_groups_are_wider() -> None:
 
 
 def test_the_interval_of_a_paired_drop_covers_it() -> None:
-    """In 200 repetitions the 95% interval of a drop in AUC misses the true drop in about 10."""
+    """In 60 repetitions the 95% interval of a drop in AUC misses the true drop in about 3."""
     missed = 0
-    for seed in range(200):
+    for seed in range(60):
         draw = np.random.default_rng(seed)
-        wanted = draw.integers(0, 2, 150)
-        before = wanted + draw.normal(size=150)
-        after = before + 0.5 * draw.normal(size=150)
+        wanted = draw.integers(0, 2, 100)
+        before = wanted + draw.normal(size=100)
+        after = before + 0.5 * draw.normal(size=100)
         found, (low, high) = Task("ranking").compare(before[:, None], after[:, None], wanted)
         missed += not low <= _DROP <= high
         assert low <= found <= high
-    assert missed <= 24
+    assert missed <= 9
 
 
 _DROP = 0.760250 - 0.736481
@@ -124,6 +124,7 @@ def table(n: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=(n, 6)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_values_of_any_size_are_learnt(tmp_path: Path) -> None:
     """Prices of 300,000 +- 50,000: without scaling a network was at 0 after any usual number of steps."""
     x = table(1200)
@@ -137,6 +138,7 @@ def test_values_of_any_size_are_learnt(tmp_path: Path) -> None:
     assert accuracy(small.bundle, x, prices) > 0.8
 
 
+@pytest.mark.slow
 def test_rows_of_zeros_and_ones_are_several_labels(tmp_path: Path) -> None:
     x = table(1500)
     y = (x[:, :3] + 0.1 * logits(1500, 3) > 0).astype(np.int64)
@@ -261,6 +263,7 @@ def test_an_own_kind_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.isfinite(answer["data"]).all()
 
 
+@pytest.mark.slow
 def test_a_binary_classifier_takes_data_of_two_classes(tmp_path: Path) -> None:
     """One sigmoid at the end, as most Keras examples have it: it was imported as a regression."""
     import torch
