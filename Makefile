@@ -21,7 +21,7 @@
 # make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
 # make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; the article's Keras service against its Plan, imports against torch; 40 more on a quiet machine; resumes
 # make bench-cluster  size, start and memory of an exported container, 5 minutes
-# make bench-adapt  ladders, texts in buckets, tiles: each against the best without it; an hour on a quiet machine; parts by `--only`
+# make bench-adapt  ladders, cascades, texts in buckets, tiles: each against the best without it; two hours on a quiet machine; parts by `--only`
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.

@@ -1,6 +1,9 @@
 """`make bench-adapt`: a server that divides work, and that spends accuracy only in a rush.
 
 1       a day in a minute: a ladder against the best single variant, and against its own simulation (adapt_ladder.py)
+2       cascades: capacity over that of the best single plan, on Fashion-MNIST (adapt_cascade.py)
+2.plain the same of the network as it is, with a linear classifier as the small one
+2.text  why there is none of texts
 3       a photograph of 12 megapixels through a 224x224 model, alone and many beside single samples (adapt_tiles.py)
 4       sentences of mixed lengths in buckets, against padding to the largest length (adapt_lengths.py)
 5       random loads in virtual time: the account holds, nothing oscillates
@@ -20,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from adapt_cascade import fashion_part, plain_part, text_part
 from adapt_ladder import cost_part, day_part, traces_part, trouble_part
 from adapt_lengths import lengths_part
 from adapt_tiles import tiles_part, timing_part
@@ -40,6 +44,10 @@ class Scale(msgspec.Struct, frozen=True):
         searches: seconds of each search for a capacity.
         days: of each contestant.
         window: answers over which the budget of the day is kept.
+        network: of part 2, trained for `epochs` on `data`, which is named as on the command line.
+        budget: of each tuning run of part 2, in seconds.
+        rounds: capacities of each contestant of part 2.
+        resamples: on which thresholds are chosen on one half and tried on the other.
         photo: width and height of the photograph of part 3.
         photo_rounds: of its comparisons.
         photos: that are sent together.
@@ -57,6 +65,12 @@ class Scale(msgspec.Struct, frozen=True):
     searches: float = 60.0
     days: int = 4
     window: int = 20_000
+    network: str = "article"
+    data: str = "fashion-mnist"
+    epochs: int = 2
+    budget: float = 1500.0
+    rounds: int = 6
+    resamples: int = 20
     photo: str = "4000x3000"
     photo_rounds: int = 6
     photos: int = 20
@@ -85,6 +99,13 @@ def main(given: list[str] | None = None) -> int:
         "1": lambda: day_part(
             *(scale.networks, scale.day_epochs, scale.searches, scale.days, scale.window, work),
         ),
+        "2": lambda: fashion_part(
+            *(scale.network, scale.data, scale.epochs, scale.budget, scale.rounds, scale.resamples, work),
+        ),
+        "2.plain": lambda: plain_part(
+            *(scale.network, scale.data, scale.epochs, scale.budget, scale.rounds, scale.resamples, work),
+        ),
+        "2.text": text_part,
         "3": lambda: tiles_part(*map(int, scale.photo.split("x")), scale.photo_rounds, scale.photos, scale.small, work),
         "4": lambda: lengths_part(
             *(scale.sentences, scale.text_limit_ms, scale.text_rounds, scale.text_window, work, SEED),

@@ -53,15 +53,19 @@ Start = Callable[[], contextlib.AbstractContextManager[Aim]]
 
 
 @contextlib.contextmanager
-def served_plan(run: Path) -> Iterator[Aim]:
+def served_plan(run: Path, name: str = PLAN) -> Iterator[Aim]:
     """The server of a run's plan, as a context, on all cores, as a user would start it.
+
+    Args:
+        run: the run's folder.
+        name: of the plan's file in it.
 
     Raises:
         ServeError: if it does not start.
     """
-    plan = Plan.load(run / PLAN)
+    plan = Plan.load(run / name)
     bundle = Bundle.open(run / plan.variants[0].bundle)
-    server = ChildServer(run / PLAN, ServeSettings(http_port=0, trusted=("rushhour.models:build",)))
+    server = ChildServer(run / name, ServeSettings(http_port=0, trusted=("rushhour.models:build",)))
     try:
         target = discover(server.url)
         yield Aim(target, payloads(target, bundle.samples()))

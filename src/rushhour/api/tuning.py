@@ -77,6 +77,7 @@ def tune(
     budget: str | float | None = None,
     recipes: Literal["auto", "none"] = "auto",
     prefer: Preference = "capacity",
+    cascade: bool = False,
     epochs: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
@@ -117,6 +118,9 @@ def tune(
         prefer: what decides within the limits: the most requests per second (`capacity`); the same, among candidates
             that are not measurably less accurate than the most accurate one (`accuracy`); or the smallest model with at
             least half of the best capacity (`memory`).
+        cascade: after the search, try pairs of its candidates as a cascade: the small one answers what it is sure of,
+            the rest goes on to the larger one. The plan is one where it carries more within the same limits. Of a
+            classification only.
         epochs: as of `rushhour.train`; of a network that is trained first, as all up to `channels_last`.
         batch: as of `rushhour.train`.
         lr: as of `rushhour.train`.
@@ -144,7 +148,7 @@ def tune(
 
     goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
     seconds = None if budget is None else read_budget(budget)
-    settings = TuneSettings(budget_s=seconds, recipes=recipes, prefer=prefer, ladder=ladder)
+    settings = TuneSettings(budget_s=seconds, recipes=recipes, prefer=prefer, ladder=ladder, cascade=cascade)
     name, progress, run = check_name(name), progress or Silent(), read_path(out)
     training: dict[str, Any] = {
         "epochs": epochs,

@@ -88,6 +88,12 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     help="Give the plan a ladder: variants from the most accurate to the fastest. Its server moves along it as the "
     "load changes, and spends the accuracy budget on average.",
 )
+@option(
+    "--cascade",
+    is_flag=True,
+    help="After the search, pairs of its candidates are tried as a cascade: the small one answers what it is sure of, "
+    "the rest goes on to the larger one. The plan is one where it carries more within the same limits.",
+)
 @cold_option
 @name_option
 @force_option

@@ -166,10 +166,10 @@ class AccuracyJudge:
             Accuracy,
             self._judge if source is None else lambda **_: source.accuracy(candidate, part),
             bundle=self._bundles[candidate.bundle],
-            config=_config(candidate),
+            config=judging_config(candidate),
             code=torch_code(candidate, self._bundles[candidate.bundle], self._trusted),
             reference=self._bundles[self._reference.bundle],
-            beside=_config(self._reference),
+            beside=judging_config(self._reference),
             data=self._dataset,
             part=part,
         )
@@ -194,6 +194,6 @@ class AccuracyJudge:
         return judge(data.task, part, split.targets, outputs, expected, split.groups)
 
 
-def _config(candidate: Candidate) -> EngineConfig:
+def judging_config(candidate: Candidate) -> EngineConfig:
     """How an artefact is opened to measure its accuracy."""
     return EngineConfig(candidate.engine, candidate.precision, streams=cores(), threads=1, max_batch=64)

@@ -69,6 +69,10 @@ _BESIDE: Final = 0.6
 """Export and judgement of a trained network, as a share of the time that making and timing its shape took."""
 _STORE: Final = ".recipes"
 _NO_TIME: Final = "no time left to train it"
+_FOR_CASCADE: Final = 2
+"""Networks outside the accuracy budget that join a search for cascades, at most."""
+_MUCH_FASTER: Final = 1.5
+"""They are predicted so many times as fast as the fastest inside it, at least."""
 
 
 def smaller_networks(
@@ -101,7 +105,8 @@ def smaller_networks(
         experience: of earlier runs on this machine; only times of training are of use here.
 
     Returns:
-        Role -> trained bundle, in the store, the fastest first; and the trials of all other shapes.
+        Role -> trained bundle, in the store, the fastest first; and the trials of all other shapes. Where cascades are
+        searched, much faster ones outside the budget are among them.
 
     Raises:
         StorageError: if the disk does not take it.
@@ -173,6 +178,8 @@ class _Search:
         """Peak learning rate of distillation; None for the usual one."""
         self._costs = Costs()
         self._trials: list[Trial] = []
+        self._outside: list[Contestant] = []
+        """Those that were trained, and are not inside the accuracy budget."""
 
     def found(self) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
         """The trained bundles by role, and the trials of all that ended."""
@@ -194,7 +201,8 @@ class _Search:
             winners = self._trained_as_time_allows(contestants)
         else:
             winners = self._trained(self._within_time(contestants)) if contestants else []
-        bundles = {winner.shape.role: self._bundles[winner.shape.role] for winner in winners}
+        fast = self._for_cascade(max((one.predicted for one in winners), default=whole))
+        bundles = {one.shape.role: self._bundles[one.shape.role] for one in (*winners, *fast)}
         said = ", ".join(bundles) or "none is inside the budget; the network stays as it is"
         self._decisions.joined(list(bundles), self._trials)
         self._say("Smaller networks for the search", said, good=bool(bundles))
@@ -456,10 +464,25 @@ class _Search:
             self._end_outside(one, "shapes with a smaller drop are trained further")
         return going[:half]
 
+    def _for_cascade(self, best: float) -> list[Contestant]:
+        """Much faster networks outside the budget: in a cascade they answer what is easy.
+
+        Args:
+            best: the predicted capacity of the fastest inside it.
+        """
+        if not self._settings.cascade:
+            return []
+        fast = [one for one in self._outside if one.predicted >= _MUCH_FASTER * best]
+        fast = sorted(fast, key=lambda one: one.accuracy.drop)[:_FOR_CASCADE]
+        joined = {str(one.state.candidate) for one in fast}
+        self._trials = [trial for trial in self._trials if trial.candidate not in joined]
+        return fast
+
     def _end_outside(self, one: Contestant, also: str) -> None:
         """A shape ends that is not inside the accuracy budget as far as it was trained."""
         if one.state.accuracy is None:
             self._end(one, "skipped", _NO_TIME)
             return
+        self._outside.append(one)
         why = f"after {words(one.rungs)} of distillation {why_outside(one.accuracy, self._goal.budget)}"
         self._end(one, "over budget", f"{why}; {also}" if also else why)

@@ -114,6 +114,10 @@ class Predictor:
             found.append((candidate, rates[bound] * self._correction(candidate)))
         return found
 
+    def overhead(self, candidate: Candidate) -> Overhead:
+        """Of serving, as far as it is known of the candidate's layout."""
+        return self._overheads.of(candidate)
+
     def predict(self, state: CandidateState) -> None:
         """Set the predicted capacity of a candidate as it is served; its batch bound stays.
 

@@ -273,10 +273,9 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 def _but_budget(settings: TuneSettings) -> dict[str, Any]:
-    known = {name: value for name, value in msgspec.structs.asdict(settings).items() if name != "budget_s"}
-    if not settings.ladder:
-        del known["ladder"]  # as in the records of runs before there were ladders
-    return known
+    """All settings but the budget. One that is off by default, and is off, is left out: earlier runs do not name it."""
+    named = msgspec.structs.asdict(settings)
+    return {name: value for name, value in named.items() if name != "budget_s" and value is not False}
 
 
 def _check_same(run: Path, record: _Record, *, force: bool) -> None:

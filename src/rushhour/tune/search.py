@@ -7,6 +7,7 @@
     prefer     what is not preferred is left out: --prefer                     -> not preferred
     race       two real servers at a time, interleaved, under real load        -> beaten, tied
     confirm    the winner on fresh seeds                                       -> won
+    cascade    pairs of candidates against the winner: --cascade               -> won, beaten
 
 Then the unchanged baseline is measured, always, and what each step between the two bought. With a budget each step has
 its share, and the most promising comes first. If a candidate fails, the others go on, and its error is in the plan.
@@ -38,6 +39,7 @@ from rushhour.system.machine import cores, describe
 from rushhour.tune.accuracy import AccuracyJudge
 from rushhour.tune.answer import failed_bundle, lowest_failing, operating_points, recipe_words, steps_of, trial_of
 from rushhour.tune.bench import Bench
+from rushhour.tune.cascades import Cascades, Pair, cascade_plan
 from rushhour.tune.coverage import certified
 from rushhour.tune.decisions import Decisions
 from rushhour.tune.engine_times import EngineTimes
@@ -192,12 +194,14 @@ class _Search:
             )
             self._announce_rest(races=self._settings.race, searches=2, steps=3)
             winner, confirmed = self._settled(alive)
+            cascade = self._cascade(winner)
             base = self._measured_base(reference)
             recipe = recipe_words(self._bundles[winner.candidate.bundle], reference)
             self._so_far(self._answer(winner, confirmed, base, [base, *states], steps_of(base, [], winner, recipe)))
             steps = self._steps(compiled, states, winner, bool(recipe))
         measured = [compiled] if compiled.capacity is not None else []
-        return self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner, recipe))
+        plan = self._answer(winner, confirmed, base, [base, *measured, *states], steps_of(base, steps, winner, recipe))
+        return plan if cascade is None else cascade_plan(plan, *cascade, self._bundles, self._load_tests)
 
     def close(self) -> None:
         """Close the engine that is kept open."""
@@ -272,6 +276,16 @@ class _Search:
             self._predictor.forget_overheads()  # they were learnt from servers that failed
             for state in alive:
                 state.fate, state.why = None, ""
+
+    def _cascade(self, winner: CandidateState) -> tuple[Pair, Measurement | None] | None:
+        """A cascade that carries more than the winner; None where there is none, or none is asked for."""
+        if not self._settings.cascade or self._source is not None or winner.fate == "failed":
+            return None
+        cascades = Cascades(
+            *(self._bundles, self._dataset, self._goal, self._plain, self._predictor, self._load_tests),
+            *(self._budget, self._decisions, self._progress, self._trusted),
+        )
+        return cascades.better_than(winner, self._states)
 
     def _size(self, role: str) -> int:
         return self._bundles[role].model_bytes

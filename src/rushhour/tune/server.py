@@ -16,20 +16,33 @@ from rushhour.goal import Goal
 from rushhour.plan import Plan, Variant
 from rushhour.serve import ServeSettings
 from rushhour.serve.child import ChildServer
-from rushhour.tune.space import Candidate
+from rushhour.tune.space import Candidate, CascadeCandidate
 
 
 def plan_of(candidate: Candidate, bundle: Bundle, goal: Goal, model: str = "") -> Plan:
     """The plan, without evidence, that serves `candidate` from a run's folder, under the name `model`."""
-    variant = Variant(
-        name=f"{candidate.bundle}-{candidate.engine}-{candidate.precision}",
+    policy = msgspec.structs.replace(candidate.policy, deadline_ms=goal.slo.limit_ms)
+    variant = _variant(candidate, bundle.manifest.hash)
+    if not isinstance(candidate, CascadeCandidate):
+        return Plan(goal=goal, variants=(variant,), policy=policy, model=model)
+    # The large one first: a machine that cannot run the cascade serves it alone.
+    both = (variant, _variant(candidate.small, candidate.small_hash))
+    return Plan(goal=goal, variants=both, policy=policy, model=model, cascade=candidate.rule)
+
+
+def variant_name(candidate: Candidate) -> str:
+    """The name of a candidate's variant in a plan."""
+    return f"{candidate.bundle}-{candidate.engine}-{candidate.precision}"
+
+
+def _variant(candidate: Candidate, bundle_hash: str) -> Variant:
+    return Variant(
+        name=variant_name(candidate),
         bundle=f"bundles/{candidate.bundle}",
-        bundle_hash=bundle.manifest.hash,
+        bundle_hash=bundle_hash,
         engine=candidate.engine,
         precision=candidate.precision,
     )
-    policy = msgspec.structs.replace(candidate.policy, deadline_ms=goal.slo.limit_ms)
-    return Plan(goal=goal, variants=(variant,), policy=policy, model=model)
 
 
 @contextlib.contextmanager
@@ -45,7 +58,10 @@ def served(
     """
     name = hashlib.sha256(str(candidate).encode()).hexdigest()[:12]
     file, log = run / f".candidate-{name}.json", run / f".candidate-{name}.log"
-    plan_of(candidate, bundle, goal, bundle.manifest.name).save(file)
+    plan = plan_of(candidate, bundle, goal, bundle.manifest.name)
+    if plan.cascade is not None:  # a load test does not see accuracy: what is measured keeps that of the rule
+        plan = msgspec.structs.replace(plan, cascade=msgspec.structs.replace(plan.cascade, stands=False))
+    plan.save(file)
     try:
         try:
             server = ChildServer(file, ServeSettings(http_port=0, trusted=trusted), log)

@@ -34,6 +34,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
             those that are not measurably less accurate than the most accurate one (`accuracy`); or the smallest served
             model with at least half of the best capacity (`memory`).
         ladder: whether the plan gets a ladder of the candidates that were measured.
+        cascade: whether pairs of candidates are tried as a cascade after the search (`rushhour.tune.cascades`).
     """
 
     seed: int = 0
@@ -47,8 +48,15 @@ class TuneSettings(msgspec.Struct, frozen=True):
     recipes: Recipes = "auto"
     prefer: Preference = "capacity"
     ladder: bool = False
+    cascade: bool = False
 
     def __post_init__(self) -> None:
+        if self.ladder and self.cascade:
+            raise GoalError(
+                "a plan cannot be a ladder and a cascade",
+                "each of them decides which variant answers",
+                "ask for one of the two",
+            )
         if self.recipes not in get_args(Recipes):
             raise GoalError(
                 f"recipes={self.recipes!r} is not known",

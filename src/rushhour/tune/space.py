@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, own_sizes
 from rushhour.capacity import best_bounds
+from rushhour.cascade import CascadeRule
 from rushhour.engines import EngineConfig
 from rushhour.models import code_of
 from rushhour.plan import EngineName, Policy, Precision
@@ -65,8 +66,18 @@ class Candidate(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """For people: `int8 on OpenVINO, 2 streams`."""
+        return f"{self.network}, {self.layout_words}"
+
+    @property
+    def network(self) -> str:
+        """For people: what runs on which engine, `int8 on OpenVINO`."""
         network = self.bundle.removesuffix(f"-{self.precision}")
         what = self.precision if network in ("reference", self.precision) else f"{network} in {self.precision}"
+        return f"{what} on {ENGINE_NAMES[self.engine]}"
+
+    @property
+    def layout_words(self) -> str:
+        """For people: how it uses the cores, `2 streams of 4 threads`."""
         cells, streams, threads = self.policy.cells, self.policy.streams, self.policy.threads
         layout = [f"{cells} processes"] if cells > 1 else []
         if streams > 1 or cells == 1:
@@ -74,7 +85,7 @@ class Candidate(msgspec.Struct, frozen=True):
         if threads > 1:
             layout.append(f"{threads} threads")
         batch = ", one sample at a time" if self.policy.max_batch == 1 else ""
-        return f"{what} on {ENGINE_NAMES[self.engine]}, {' of '.join(layout)}{batch}"
+        return f"{' of '.join(layout)}{batch}"
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -104,6 +115,31 @@ class Candidate(msgspec.Struct, frozen=True):
         threads = self.policy.threads if threads is None else threads
         policy = msgspec.structs.replace(self.policy, cells=cells, streams=streams, threads=threads)
         return msgspec.structs.replace(self, policy=policy)
+
+
+class CascadeCandidate(Candidate, frozen=True):
+    """Two artefacts as a cascade. The fields of `Candidate` are those of the large one; the policy is that of both.
+
+    Attributes:
+        small: the other one, in the same layout.
+        small_hash: the content hash of its bundle.
+        rule: which answers of the small one are kept.
+    """
+
+    small: Candidate
+    small_hash: str
+    rule: CascadeRule
+
+    @property
+    def artefact(self) -> str:
+        """Names both artefacts and the rule between them."""
+        step = self.rule.steps[0]
+        return f"{self.small.artefact}>{step.score}{step.threshold:.6g}t{step.temperature:g}>{super().artefact}"
+
+    @property
+    def network(self) -> str:
+        """For people: both, in order."""
+        return f"cascade of {self.small.network} and {super().network}"
 
 
 def candidates(bundles: dict[str, Bundle], cores: int, lengths: Sequence[int] = ()) -> list[Candidate]:
