@@ -109,6 +109,7 @@ def test_the_client_examples_run_as_they_stand(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_the_notebook_example_runs(tmp_path: Path) -> None:
     """As it stands, but for its times; in an interpreter of its own, which begins as a notebook's does."""
