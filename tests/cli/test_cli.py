@@ -165,6 +165,7 @@ def test_a_model_name_that_the_server_does_not_have(server: Server) -> None:
     refused(rushhour("load", server.url, "--model", "other", "--rate", "10"), "other")
 
 
+@pytest.mark.slow
 def test_load_at_a_rate_gives_a_verdict_for_machines(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "load.json"
     done = rushhour("load", server.url, "--slo", "p99<500ms", "--rate", "300", "--duration", "3s", "--json", file)

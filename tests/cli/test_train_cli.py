@@ -153,6 +153,7 @@ def test_a_bundle_is_not_trained_again(tiny: Bundle, tmp_path: Path) -> None:
     refused(answer_to("train", tiny.path, "--data", tmp_path / "x.npz", "--out", tmp_path / "run"), "is a bundle")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_more_workers_than_cores_are_warned_of_and_work(photos: Path, tmp_path: Path) -> None:
     (photos / "dark" / "7.png").unlink()

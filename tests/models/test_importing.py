@@ -106,6 +106,7 @@ def test_a_file_becomes_a_bundle_with_its_network(imported: ImportResult, datase
     assert is_imported(imported.bundle)
 
 
+@pytest.mark.slow
 def test_an_import_may_cut_larger_pictures_and_what_is_made_of_it_cuts_them_alike(
     file: Path, dataset: Dataset, tmp_path: Path
 ) -> None:

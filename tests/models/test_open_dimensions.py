@@ -149,6 +149,7 @@ def test_an_output_of_a_size_of_its_own_is_refused(out: tuple[str, ...], says: s
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_texts_of_transformers_stay_open_and_bring_their_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="extra hf")

@@ -348,6 +348,7 @@ def laddered(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_rush_is_answered_by_the_fast_variant_and_what_follows_by_the_accurate_one(laddered: Path) -> None:
     bundle = Bundle.open(laddered / "bundles" / "whole")
     with serving(laddered) as server:

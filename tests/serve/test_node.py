@@ -230,6 +230,7 @@ def test_on_the_plans_machine_nothing_is_said(tmp_path: Path) -> None:
         assert not said(ended(process))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cores() < 2, reason="each cell needs a core")
 def test_several_cells_are_one_line_and_one_number(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", cores=cores(), policy=Policy(cells=2, max_batch=8))

@@ -83,12 +83,13 @@ def alone(name: str, double: bool = True, clip: float | None = None, shared_memo
     return short_training(name, plan, double=double, clip=clip, shared_memory=shared_memory)
 
 
-FOUR = pytest.param(4, marks=pytest.mark.slow)
+LONG = [pytest.mark.slow, pytest.mark.long]
+FOUR = pytest.param(4, marks=LONG)
 
 
 @pytest.mark.parametrize(
     ("workers", "case"),
-    [(2, case) for case in cases(2)] + [pytest.param(4, case, marks=pytest.mark.slow) for case in cases(4)],
+    [(2, case) for case in cases(2)] + [pytest.param(4, case, marks=LONG) for case in cases(4)],
 )
 def test_every_plan_trains_as_one_process(workers: int, case: str) -> None:
     name, _, how = cases(workers)[case]

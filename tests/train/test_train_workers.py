@@ -297,6 +297,7 @@ def test_every_plan_trains_alike(
     np.testing.assert_allclose(curve, of_replicas, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_worker_s_error_is_said_as_one_worker_would(tmp_path: Path) -> None:
     dataset = with_extremes(table(200), [17, 60], 3e38)
     settings = TrainSettings(epochs=2, batch=40, bf16=False)
@@ -419,6 +420,7 @@ def stepping(folder: Path, number: int, steps: list[int]) -> int:
     return starts
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_faults_at_other_steps_end_a_training_too(tmp_path: Path) -> None:
     """Corrupted memory shows at one step or another."""
@@ -426,6 +428,7 @@ def test_faults_at_other_steps_end_a_training_too(tmp_path: Path) -> None:
         launch(stepping, 2, (tmp_path, int(signal.SIGSEGV), [3, 5, 6, 7]), restarts=5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_worker_that_is_killed_at_other_steps_is_started_again(tmp_path: Path) -> None:
     """As by the kernel when memory is short: that may pass."""
@@ -457,6 +460,7 @@ def test_more_workers_than_samples_in_a_step_are_refused(tmp_path: Path) -> None
         learned(tmp_path, table(), MLP, TrainSettings(batch=4), workers=5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_network_that_cannot_be_seen_through_is_replicated(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     source, notes = Source("test_train_workers:secretive"), Notes()

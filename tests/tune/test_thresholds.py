@@ -45,6 +45,7 @@ def true_drop(chosen: CascadeRule, of: World) -> float:
     return float(right)
 
 
+@pytest.mark.slow
 def test_a_chosen_threshold_breaks_the_budget_no_more_often_than_its_confidence_says() -> None:
     everything = world(100_000, 0)
     draws = 60

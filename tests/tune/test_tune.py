@@ -439,6 +439,7 @@ def test_a_budget_leaves_out_what_decides_least_and_says_so(tmp_path: Path, monk
     assert {answer.model for answer in answers} == {"tiny"}
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_quantised_already_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ended in "nothing can be served": the reference was asked to run in f32."""
     plan = searched(tmp_path, Load(), monkeypatch, roles={"reference": "int8"})
@@ -548,6 +549,7 @@ class Waves(Load):
         return window
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_proven_the_answer_is_an_estimate_and_not_zero(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

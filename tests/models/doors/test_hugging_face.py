@@ -54,6 +54,7 @@ def resnet(folder: Path) -> Path:
     return saved(transformers.ResNetForImageClassification(config).train(), folder, PIXELS)
 
 
+@pytest.mark.slow
 def test_texts_are_classified(tmp_path: Path) -> None:
     folder = bert(tmp_path / "bert")
     brought = bring(str(folder))

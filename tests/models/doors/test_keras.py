@@ -216,6 +216,7 @@ def test_a_model_becomes_a_bundle_that_is_trained(model: Any, tmp_path: Path) ->
     assert [step.what for step in finer.bundle.manifest.lineage] == ["import", "train"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_backend_in_this_process(tmp_path: Path) -> None:
     """The graph is made in another process, and compared with the answers here."""
