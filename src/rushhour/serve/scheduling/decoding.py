@@ -6,14 +6,11 @@ model of pictures.
 
 from __future__ import annotations
 
-import asyncio
 import io
 import math
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -21,6 +18,7 @@ import numpy as np
 from rushhour.bundle import Decoding as Decoded
 from rushhour.bundle import TensorSpec
 from rushhour.errors import DataError, WireError
+from rushhour.serve.scheduling.preparation import Done, Preparation, Preparer
 from rushhour.wire import PictureRequest, content_of
 from rushhour.wire.pieces import pause
 
@@ -30,11 +28,6 @@ _COUNTED_BYTES = 2**20
 """Searched for scans in one go."""
 _MAX_SCANS = 64
 """Of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and next to no bytes."""
-_MEMORY = 0.05
-"""Weight of the newest request in the speed of decoding."""
-
-Done = Callable[[tuple[memoryview, ...] | WireError], None]
-"""Called once, on the event loop: the samples' raw rows of each input, or the error in one of them."""
 
 
 class PictureSettings(msgspec.Struct, frozen=True):
@@ -45,7 +38,7 @@ class PictureSettings(msgspec.Struct, frozen=True):
     max_pixels: int
 
 
-class Decoder:
+class Decoder(Preparer):
     """Decodes pictures for one model. Created and closed on any thread, used on the event loop's.
 
     Args:
@@ -62,33 +55,10 @@ class Decoder:
         self._decoding = decoding or Decoded()
         self.settings = PictureSettings(FORMATS, threads, max_pixels)
         self._shape = spec.shape
-        self._pool = ThreadPoolExecutor(threads, "rushhour-decode")
-        self._backlog = 0
+        super().__init__(threads, "rushhour-decode")
         # Pillow's warnings contain text from the picture, and Python keeps each of them for ever.
         warnings.filterwarnings("ignore", module=r"PIL\b")
-        self._bytes: float
         self._bytes, self._seconds = self._warm_up()
-
-    def seconds(self, request: PictureRequest) -> float:
-        """Seconds until a request that arrives now would be decoded."""
-        at_once = min(self.settings.threads, request.rows)
-        size = sum(map(len, request.pictures))
-        return self._seconds / self._bytes * (self._backlog / self.settings.threads + size / at_once)
-
-    def start(self, request: PictureRequest, done: Done) -> Decoding:
-        """Decode the pictures of a request, each on the next thread that is free; `done` is called later."""
-        decoding = Decoding(self, request, done)
-        try:
-            for index in range(request.rows):
-                self._pool.submit(decoding.decode, index)
-        except BaseException:
-            decoding.cancel()
-            raise
-        return decoding
-
-    def close(self) -> None:
-        """End the threads when they have finished the current pictures."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def decode(self, content: bytes, into: np.ndarray) -> None:
         """Write one picture as a sample. May be called on any thread.
@@ -157,11 +127,8 @@ class Decoder:
                 size, seconds = len(encoded.getvalue()), time.perf_counter() - began
         return size, seconds
 
-    def _took(self, size: int, seconds: float) -> None:
-        # Outliers are capped at 4x the prediction: one very slow picture must not cause all others to be shed.
-        seconds = min(seconds, 4 * size * self._seconds / self._bytes)
-        self._bytes += _MEMORY * (size - self._bytes)
-        self._seconds += _MEMORY * (seconds - self._seconds)
+    def _preparation(self, request: PictureRequest, done: Done) -> Decoding:
+        return Decoding(self, request, done)
 
 
 def _scans(content: bytes) -> int:
@@ -174,58 +141,23 @@ def _scans(content: bytes) -> int:
     return found
 
 
-class Decoding:
+class Decoding(Preparation):
     """The pictures of one request on the threads."""
+
+    FAILED = "a picture cannot be decoded"
 
     def __init__(self, decoder: Decoder, request: PictureRequest, done: Done) -> None:
         self._decoder = decoder
-        self._pictures = request.pictures
-        self._size = sum(map(len, request.pictures))
         self._samples = np.empty((request.rows, *decoder._shape), np.uint8)
-        self._done: Done | None = done
-        self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
-        self._missing = request.rows
-        self._seconds = 0.0
-        self._error: WireError | None = None
-        decoder._backlog += self._size
+        super().__init__(decoder, request, done)
 
-    def cancel(self) -> None:
-        """Skip what has not begun, and do not call `done`. Further calls have no effect."""
-        if self._done is not None:
-            self._done = None
-            self._decoder._backlog -= self._size
-            self._pictures = ()  # a thread that is about to take one finds none, and its error is dropped
+    def _prepare(self, first: int, rows: int) -> None:
+        try:
+            self._decoder.decode(content_of(self._items[first]), self._samples[first])
+        except DataError as wrong:
+            which = f"picture {first + 1} of {self._rows}"
+            fix = f"send complete files in {', '.join(FORMATS)}"
+            raise WireError(f"{which} cannot be read", wrong.why, fix) from wrong
 
-    def decode(self, index: int) -> None:
-        """Decode one picture, unless it is not needed any more; on a thread."""
-        began = time.perf_counter()
-        error = None
-        if self._done is not None and self._error is None:
-            try:
-                self._decoder.decode(content_of(self._pictures[index]), self._samples[index])
-            except DataError as wrong:
-                which = f"picture {index + 1} of {len(self._pictures)}"
-                error = WireError(f"{which} cannot be read", wrong.why, f"send complete files in {', '.join(FORMATS)}")
-            except WireError as wrong:
-                error = wrong
-            except Exception as wrong:
-                error = WireError("a picture cannot be decoded", repr(wrong), "", status=500)
-        with self._lock:
-            self._error = self._error or error
-            self._seconds += time.perf_counter() - began
-            self._missing -= 1
-            if self._missing:
-                return
-        self._loop.call_soon_threadsafe(self._finish)
-
-    def _finish(self) -> None:
-        done = self._done
-        if done is None:
-            return
-        self.cancel()
-        if self._error is not None:
-            done(self._error)
-        else:
-            self._decoder._took(self._size, self._seconds)
-            done((self._samples.reshape(-1).data,))
+    def _prepared(self) -> tuple[memoryview, ...]:
+        return (self._samples.reshape(-1).data,)

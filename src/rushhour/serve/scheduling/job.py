@@ -9,8 +9,7 @@ import numpy as np
 
 from rushhour.errors import WireError
 from rushhour.serve.scheduling.batcher import Part, Ticket
-from rushhour.serve.scheduling.decoding import Decoding
-from rushhour.serve.scheduling.tokenising import Tokenising
+from rushhour.serve.scheduling.preparation import Preparation
 from rushhour.wire import InferRequest, Wanted
 
 _DEFAULT_PRIORITY, _LOWEST_PRIORITY = 4, 8
@@ -73,7 +72,7 @@ class PictureJob(Job):
     """A job whose pictures or texts are decoded first; it has no ticket until then, but room in the queue."""
 
     __slots__ = ("decoding",)
-    decoding: Decoding | Tokenising | None
+    decoding: Preparation | None
 
 
 class Shed:

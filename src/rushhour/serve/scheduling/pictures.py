@@ -6,9 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from rushhour.errors import WireError
-from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.job import Job, PictureJob, Reply, Shed, priority_of
-from rushhour.serve.scheduling.tokenising import Tokeniser
+from rushhour.serve.scheduling.preparation import Preparer
 from rushhour.wire import PictureRequest
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class Pictures:
         decoder: of pictures, or of texts.
     """
 
-    def __init__(self, cell: Cell, decoder: Decoder | Tokeniser) -> None:
+    def __init__(self, cell: Cell, decoder: Preparer) -> None:
         self._cell = cell
         self._decoder = decoder
         self._decoding: set[PictureJob] = set()

@@ -6,26 +6,21 @@ Python's interpreter lock. It is imported only for a bundle that has one.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from rushhour.bundle import Bundle, Sizes, Text
-from rushhour.errors import BundleError, InstallError, WireError
-from rushhour.serve.scheduling.decoding import Done
+from rushhour.errors import BundleError, InstallError
+from rushhour.serve.scheduling.preparation import Done, Preparation, Preparer
 from rushhour.wire import MAX_TEXT_BYTES, PictureRequest, text_of
 
 _AT_ONCE = 64
 """Texts that a thread tokenises before it takes the next task."""
-_MEMORY = 0.05
-"""Weight of the newest request in the speed of tokenising."""
 _WARM_UP = "A text of a dozen words or so, as people send them, to measure the tokenizer's speed."
 
 
@@ -43,7 +38,7 @@ class TextSettings(msgspec.Struct, frozen=True):
     max_bytes: int
 
 
-class Tokeniser:
+class Tokeniser(Preparer):
     """Makes the inputs of one model of texts. Created and closed on any thread, used on the event loop's.
 
     Args:
@@ -79,34 +74,12 @@ class Tokeniser:
         self._tokenizer.enable_truncation(dimension.largest)
         self._tokenizer.no_padding()
         self.settings = TextSettings(threads, dimension.largest, MAX_TEXT_BYTES)
-        self._pool = ThreadPoolExecutor(threads, "rushhour-tokenise")
-        self._backlog = 0
-        self._bytes: float = len(_WARM_UP)
+        super().__init__(threads, "rushhour-tokenise", _AT_ONCE)
+        self._bytes = len(_WARM_UP)
         for _ in range(2):
             began = time.perf_counter()
             self.tensors(self.encoded([_WARM_UP]))
             self._seconds = time.perf_counter() - began
-
-    def seconds(self, request: PictureRequest) -> float:
-        """Seconds until a request that arrives now would be tokenised."""
-        at_once = min(self.settings.threads, -(-request.rows // _AT_ONCE))
-        size = sum(map(len, request.pictures))
-        return self._seconds / self._bytes * (self._backlog / self.settings.threads + size / at_once)
-
-    def start(self, request: PictureRequest, done: Done) -> Tokenising:
-        """Tokenise the texts of a request, some at a time on the next thread that is free; `done` is called later."""
-        tokenising = Tokenising(self, request, done)
-        try:
-            for first in range(0, request.rows, _AT_ONCE):
-                self._pool.submit(tokenising.tokenise, first)
-        except BaseException:
-            tokenising.cancel()
-            raise
-        return tokenising
-
-    def close(self) -> None:
-        """End the threads when they have finished the current texts."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def encoded(self, texts: Sequence[str]) -> list[Any]:
         """The tokens of some texts. May be called on any thread."""
@@ -126,75 +99,31 @@ class Tokeniser:
             found.append(rows.reshape(-1).view(np.uint8).data)
         return tuple(found), (size,)
 
-    def _took(self, size: int, seconds: float) -> None:
-        # Outliers are capped at 4x the prediction: one very slow text must not cause all others to be shed.
-        seconds = min(seconds, 4 * (size + 1) * self._seconds / self._bytes)
-        self._bytes += _MEMORY * (size - self._bytes)
-        self._seconds += _MEMORY * (seconds - self._seconds)
+    def _preparation(self, request: PictureRequest, done: Done) -> Tokenising:
+        return Tokenising(self, request, done)
 
 
-class Tokenising:
+class Tokenising(Preparation):
     """The texts of one request on the threads."""
+
+    FAILED = "a text cannot be tokenised"
 
     def __init__(self, tokeniser: Tokeniser, request: PictureRequest, done: Done) -> None:
         self._tokeniser = tokeniser
         self._request = request
-        self._texts = request.pictures
-        self._size = sum(map(len, request.pictures))
         self._encoded: list[Any] = [None] * request.rows
-        self._done: Done | None = done
-        self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
-        self._missing = request.rows
-        self._seconds = 0.0
-        self._error: WireError | None = None
         self._tensors: tuple[tuple[memoryview, ...], Sizes] = ((), ())
-        tokeniser._backlog += self._size
+        super().__init__(tokeniser, request, done)
 
-    def cancel(self) -> None:
-        """Skip what has not begun, and do not call `done`. Further calls have no effect."""
-        if self._done is not None:
-            self._done = None
-            self._tokeniser._backlog -= self._size
-            self._texts = ()
+    def _prepare(self, first: int, rows: int) -> None:
+        items = self._items[first : first + rows]
+        texts = [text_of(text, number) for number, text in enumerate(items, first + 1)]
+        self._encoded[first : first + len(texts)] = self._tokeniser.encoded(texts)
 
-    def tokenise(self, first: int) -> None:
-        """Tokenise some texts, unless they are not needed any more; on a thread."""
-        began = time.perf_counter()
-        error = None
-        rows = min(_AT_ONCE, self._request.rows - first)
-        if self._done is not None and self._error is None:
-            try:
-                texts = [
-                    text_of(text, first + number + 1) for number, text in enumerate(self._texts[first : first + rows])
-                ]
-                self._encoded[first : first + len(texts)] = self._tokeniser.encoded(texts)
-            except WireError as wrong:
-                error = wrong
-            except Exception as wrong:
-                error = WireError("a text cannot be tokenised", repr(wrong), "", status=500)
-        with self._lock:
-            self._error = self._error or error
-            self._seconds += time.perf_counter() - began
-            self._missing -= rows
-            if self._missing:
-                return
-        if self._done is not None and self._error is None:
-            try:
-                self._tensors = self._tokeniser.tensors(self._encoded)
-            except Exception as wrong:
-                self._error = WireError("a text cannot be tokenised", repr(wrong), "", status=500)
-        self._loop.call_soon_threadsafe(self._finish)
+    def _complete(self) -> None:
+        self._tensors = self._tokeniser.tensors(self._encoded)
 
-    def _finish(self) -> None:
-        done = self._done
-        if done is None:
-            return
-        self.cancel()
-        if self._error is not None:
-            done(self._error)
-            return
-        self._tokeniser._took(self._size, self._seconds)
+    def _prepared(self) -> tuple[memoryview, ...]:
         tensors, sizes = self._tensors
         self._request.wanted = msgspec.structs.replace(self._request.wanted, sizes=sizes)
-        done(tensors)
+        return tensors
