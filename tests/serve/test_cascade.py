@@ -20,6 +20,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 import tritonclient.utils as triton_utils
 from geventhttpclient.response import HTTPParseError
+from test_cell import Held, turns
 from test_supervisor import cells_of
 
 from conftest import Server, serving
@@ -68,25 +69,6 @@ def pictures(sure: Sequence[bool], seed: int = 0) -> np.ndarray:
     found = np.random.default_rng(seed).integers(0, 256, (len(sure), 4, 4, 1), dtype=np.uint8)
     found[:, 0, 0, 0] = np.where(sure, found[:, 0, 0, 0] & 254, found[:, 0, 0, 0] | 1)
     return found
-
-
-class Held:
-    """Batches that end when the test says so."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Callable[[], None]] = []
-
-    def schedule(self, seconds: float, finish: Callable[[], None]) -> None:
-        self.waiting.append(finish)
-
-    async def release(self) -> None:
-        self.waiting.pop(0)()
-        await turns()
-
-
-async def turns(count: int = 6) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def times() -> ServiceTimes:

@@ -58,7 +58,7 @@ class Held:
         await turns()
 
 
-async def turns(count: int = 4) -> None:
+async def turns(count: int = 6) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 from test_lifecycle import get, load, metric, wait_until
-from test_supervisor import cells_of
+from test_supervisor import Clients, cells_of
 
 from conftest import Server, serving
 from rushhour.bundle import Bundle
@@ -284,19 +282,16 @@ def ladder_plan(
     return plan
 
 
-class Crowd:
-    """Clients on connections of their own, which ask at a rate and recognise who answered."""
+class Crowd(Clients):
+    """Clients that ask at a rate, and recognise who answered."""
 
     def __init__(self, address: tuple[str, int], bundle: Bundle, clients: int = 4) -> None:
+        super().__init__(address, clients)
         self.by = dict.fromkeys(NAMES, 0)
-        self.wrong: list[object] = []
         self.pause_s = 0.0
-        self._address = address
-        self._stop = threading.Event()
         self._images = unique(1, 5)
         self._length, self._body = encode_request(bundle.manifest.signature, {"image": self._images})
         self._right = {name: tiny_answers(self._images, seed=SEEDS[name]) for name in NAMES}
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
 
     def _ask(self) -> None:
         headers = {"Inference-Header-Content-Length": str(self._length)}
@@ -322,17 +317,6 @@ class Crowd:
                 self.wrong.append((status, answer))
             self._stop.wait(self.pause_s)
         connection.close()
-
-    @contextlib.contextmanager
-    def asking(self) -> Iterator[None]:
-        for thread in self._threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            for thread in self._threads:
-                thread.join()
 
 
 def active(server: Server) -> set[str]:

@@ -52,30 +52,17 @@ def ask(address: tuple[str, int], body: bytes, length: int) -> tuple[int, bytes]
         connection.close()
 
 
-class Crowd:
+class Clients:
     """Clients on connections of their own that ask until told to stop."""
 
-    def __init__(self, server: Server, bundle: Bundle, clients: int = 6) -> None:
-        self.right = 0
+    def __init__(self, address: tuple[str, int], clients: int) -> None:
         self.wrong: list[object] = []
+        self._address = address
         self._stop = threading.Event()
-        length, body = encode_request(bundle.manifest.signature, {"image": IMAGES})
-        self._threads = [threading.Thread(target=self._ask, args=(server, body, length)) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
 
-    def _ask(self, server: Server, body: bytes, length: int) -> None:
-        expected = tiny_answers(IMAGES)
-        while not self._stop.is_set():
-            try:
-                status, answer = ask(server.address, body, length)
-            except (OSError, http.client.HTTPException) as error:
-                self.wrong.append(error)
-                continue
-            if status == 200 and np.allclose(
-                np.frombuffer(answer[-24:], np.float32).reshape(2, 3), expected, atol=1e-5
-            ):
-                self.right += 1
-            else:
-                self.wrong.append((status, answer))
+    def _ask(self) -> None:
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
@@ -87,6 +74,30 @@ class Crowd:
             self._stop.set()
             for thread in self._threads:
                 thread.join()
+
+
+class Crowd(Clients):
+    """Clients that know the answer."""
+
+    def __init__(self, server: Server, bundle: Bundle, clients: int = 6) -> None:
+        super().__init__(server.address, clients)
+        self.right = 0
+        self._length, self._body = encode_request(bundle.manifest.signature, {"image": IMAGES})
+
+    def _ask(self) -> None:
+        expected = tiny_answers(IMAGES)
+        while not self._stop.is_set():
+            try:
+                status, answer = ask(self._address, self._body, self._length)
+            except (OSError, http.client.HTTPException) as error:
+                self.wrong.append(error)
+                continue
+            if status == 200 and np.allclose(
+                np.frombuffer(answer[-24:], np.float32).reshape(2, 3), expected, atol=1e-5
+            ):
+                self.right += 1
+            else:
+                self.wrong.append((status, answer))
 
 
 def wait_until(true: object, seconds: float = 20.0) -> None:

@@ -225,15 +225,11 @@ def test_samples_in_two_parts_are_said() -> None:
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
 
 
-def own() -> Any:
-    """The class on the page: the 90% quantile of a value."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return names["Quantile"]
-
-
-Quantile = own()
+(CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+"""The class on the page: the 90% quantile of a value."""
+NAMES: dict[str, Any] = {}
+exec(CODE, NAMES)
+Quantile: Any = NAMES["Quantile"]
 
 
 def test_an_own_kind_keeps_the_promises() -> None:
@@ -255,8 +251,7 @@ class Wrong(Quantile):
 @pytest.mark.timeout(600)
 def test_an_own_kind_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained by two workers, compressed, tuned, served: no part of Rushhour knows what it is for."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (tmp_path / "mytasks.py").write_text(code)
+    (tmp_path / "mytasks.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
     name = "mytasks:Quantile"
     x = table(1500)

@@ -19,7 +19,7 @@ from rushhour.data.splits import PART_OF, PARTS, Part, divide, divide_groups, ke
 from rushhour.data.targets import CONSTANT, LOST, Kind, read_targets, strata
 from rushhour.errors import DataError
 from rushhour.system.storage import explained
-from rushhour.task import Task
+from rushhour.task import Scaling, Task
 
 _ENOUGH = 8_000_000
 """Numbers that means and deviations are computed from: a large data set in float64 would not fit into memory."""
@@ -417,22 +417,12 @@ def _preprocessing(inputs: NDArray[Any], *, is_picture: bool) -> Preprocessing:
     if is_picture:
         scale = 1 / 255 if inputs.dtype == np.uint8 else 1.0
         pixels = some.reshape(-1, inputs.shape[-1]).astype(np.float64) * scale
-        return Preprocessing(scale, *_normal(pixels), layout="NHWC->NCHW")
+        normal = Scaling.of(pixels)
+        return Preprocessing(scale, normal.mean, normal.std, layout="NHWC->NCHW")
     if inputs.ndim == 2:
-        return Preprocessing(1.0, *_normal(some.astype(np.float64)))
+        normal = Scaling.of(some)
+        return Preprocessing(1.0, normal.mean, normal.std)
     return Preprocessing(scale=1 / 255 if inputs.dtype == np.uint8 else 1.0)
-
-
-def _normal(values: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means and standard deviations by column, in the digits that float32 has; 1 for what never changes.
-
-    What changes less than float32 can tell counts as never: divided by so little, its rounding would fill the scale.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):  # a `Dataset` refuses what is no number, in words
-        means, spreads = values.mean(axis=0), values.std(axis=0)
-    spreads = np.where(spreads > 1e-7 * np.maximum(np.abs(means), 1e-7), spreads, 1.0)
-    mean, std = (tuple(float(f"{value:.8g}") for value in column) for column in (means, spreads))
-    return mean, std
 
 
 def _fingerprint(parts: list[Split], task: Task) -> str:

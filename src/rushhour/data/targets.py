@@ -18,7 +18,6 @@ KINDS: Final = ("classification", "multilabel", "ranking", "regression")
 _FEW = 20
 """Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
 _NAMED = 5
-_KIND_OF: dict[str, Kind] = {"classification": "classification", "multilabel": "multilabel", "ranking": "ranking"}
 LOST = 0.01
 """Rounding to float32 of more than this share of the standard deviation is an error."""
 CONSTANT = 1e-12
@@ -58,7 +57,7 @@ def read_targets(
     targets = [_squeezed(name, part) for part in parts]
     if known is not None and known.kind == "embedding":
         known = None
-    kind = kind or (None if known is None else _KIND_OF.get(known.kind, "regression"))
+    kind = kind or (None if known is None else known.kind)
     widths = [target.shape[1:] for target in targets]
     if len(set(widths)) > 1:
         raise DataError(
@@ -119,18 +118,18 @@ def _even(
     known: Task | None,
 ) -> tuple[Task, list[NDArray[Any]], list[str]]:
     """The task of targets that are 0 or 1."""
-    values = [target.reshape(len(target), -1).astype(np.float32) for target in targets if target.dtype.kind in "fiub"]
-    width = values[0].shape[1] if values else 0
+    if not all(target.dtype.kind in "fiub" for target in targets):
+        raise _neither(name, targets[0])
+    values: list[NDArray[Any]] = [target.reshape(len(target), -1).astype(np.float32) for target in targets]
+    width = values[0].shape[1]
     task = known or (
         Task("ranking") if kind == "ranking" else Task.multilabel(classes or tuple(map(str, range(width))))
     )
     for value in values:
         if why := task.why_wrong(value):
             raise TaskError(f"targets of {name} do not fit the task", why, "correct the targets, or --task")
-    if len(values) < len(targets):
-        raise _neither(name, targets[0])
     note = f"targets are rows of 0 and 1: taken as {width} labels of which any number holds; --task regression if not"
-    return task, list(values), [note] if known is None and kind == "multilabel" else []
+    return task, values, [note] if known is None and kind == "multilabel" else []
 
 
 def strata(targets: NDArray[Any], kind: Kind | None = None) -> NDArray[Any] | None:

@@ -22,7 +22,7 @@ _OWN: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 
 
 class Scaling(msgspec.Struct, frozen=True):
-    """Means and standard deviations of training targets, one number for each output.
+    """Means and standard deviations by column: of a regression's targets, one number for each output.
 
     A network answers in units of `std` from `mean`, and the served graph gives values: so prices in thousands are
     learnt as well as shares.
@@ -33,9 +33,13 @@ class Scaling(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, targets: NDArray[Any]) -> Scaling:
-        """That of targets `(n, outputs)`, in the digits that float32 has; a target that never varies has a std of 1."""
+        """That of targets `(n, outputs)`, in the digits that float32 has; 1 for the std of what never varies.
+
+        What varies less than float32 can tell counts as never: divided by so little, its rounding would fill the scale.
+        """
         values = np.asarray(targets, np.float64)
-        means, spreads = values.mean(axis=0), values.std(axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):  # whoever takes the values refuses what is no number
+            means, spreads = values.mean(axis=0), values.std(axis=0)
         spreads = np.where(spreads > 1e-7 * np.maximum(np.abs(means), 1e-7), spreads, 1.0)
         mean, std = (tuple(float(f"{value:.8g}") for value in column) for column in (means, spreads))
         return cls(mean, std)
