@@ -293,7 +293,9 @@ def test_a_binary_classifier_takes_data_of_two_classes(tmp_path: Path) -> None:
         optimizer.step()
     alone = rushhour.import_model(network, out=tmp_path / "alone", example=x[:4]).bundle
     assert alone.manifest.task.is_binary
-    found = rushhour.import_model(network, out=tmp_path / "binary", data=(x, names)).bundle
+    brought = rushhour.import_model(network, out=tmp_path / "binary", data=(x, names))
+    assert "one output: the probability of dog" in dict(brought.lines)["task"]
+    found = brought.bundle
     assert found.manifest.task == Task.multilabel(("dog",))
     small = smaller(found, (x, names), tmp_path / "small")
     assert small.manifest.task.metric == "accuracy"

@@ -78,6 +78,8 @@ class ImportResult:
         answers = _tensors(signature, signature.outputs)
         by = f", written by {found.producer}" if found.producer else ""
         task = f"{found.task.kind} of {found.task.outputs} {'classes' if found.task.classes else 'values'}"
+        if found.task.is_binary:
+            task = f"classification by one output: the probability of {''.join(found.task.classes) or 'yes'}"
         network = ", ".join(f"{count} {kind}" for kind, count in list(found.layers.items())[:_NAMED])
         lines = [
             *([("model", found.origin)] if found.origin else []),
