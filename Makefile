@@ -22,6 +22,8 @@
 # make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; the article's Keras service against its Plan, imports against torch; 40 more on a quiet machine; resumes
 # make bench-cluster  size, start and memory of an exported container, 5 minutes
 # make bench-adapt  ladders, cascades, texts in buckets, tiles: each against the best without it; two hours on a quiet machine; parts by `--only`
+# make bench-fields  every example from its data to its report: minutes, accuracy, capacity; parts by `--only`; resumes
+# make example-NAME  one of them, into runs/NAME (examples/README.md lists them)
 # make docs     docs/benchmarks.md, from benchmarks/results
 # make picture  docs/demo.svg, the README's picture, from runs/demo
 # Everything lives in .venv; nothing is installed outside it.
@@ -33,7 +35,7 @@ AVX2_ENGINES := tests/engines/test_engines.py tests/models/test_imported.py $(ad
 AVX2_TRAINING := tests/compress/test_recipe.py tests/models/test_models.py \
 	$(addprefix tests/train/test_,train.py train_loop.py train_workers.py parallel.py)
 
-.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-doors bench-cluster bench-adapt fuzz docs
+.PHONY: setup demo picture test test-slow test-long test-random test-avx2 check clean bench-machines bench-serve bench-load bench-noise bench-regression bench-simulator bench-tune bench-soak bench-hostile bench-compress bench-train bench-train-options bench-zoo bench-doors bench-cluster bench-adapt bench-fields fuzz docs
 
 setup: .venv/.ready
 
@@ -147,6 +149,14 @@ bench-cluster: setup
 bench-adapt: .venv/.dev
 	$(BIN)/python benchmarks/adapt.py
 	$(BIN)/python benchmarks/render.py
+
+bench-fields: .venv/.dev
+	$(BIN)/pip install --quiet --editable '.[text]'
+	$(BIN)/python benchmarks/fields.py
+	$(BIN)/python benchmarks/render.py
+
+example-%: setup
+	$(BIN)/python examples/run.py $*
 
 picture: setup
 	$(BIN)/python benchmarks/picture.py

@@ -37,7 +37,7 @@ from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.target import ServedVariant, Target, open_planned, open_target
 from rushhour.system.machine import cores
-from rushhour.wire import Codec, Regions
+from rushhour.wire import EMBEDDINGS, Codec, Regions, embeds
 
 _STUCK_S, _STUCK_BATCHES = 30.0, 10.0
 """A cell that drains is abandoned if it ends no request for so long, or for so many of its largest batches."""
@@ -287,9 +287,10 @@ class Repository:
         """Send new requests to it; returns what was served until now."""
         old, self.loaded = self.loaded, loaded
         base = f"/v2/models/{self.name}"
-        self._infer_paths = frozenset(
-            path.encode() for path in (f"{base}/infer", f"{base}/versions/{loaded.version}/infer")
-        )
+        paths = [f"{base}/infer", f"{base}/versions/{loaded.version}/infer"]
+        if embeds(loaded.cell.codec, loaded.variant.bundle.manifest.task.kind):
+            paths.append(EMBEDDINGS)
+        self._infer_paths = frozenset(map(str.encode, paths))
         bundle = loaded.variant.bundle.manifest.hash
         log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
         return old

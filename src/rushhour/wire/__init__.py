@@ -33,8 +33,18 @@ from rushhour.wire.client import (
 from rushhour.wire.codec import Codec, model_metadata
 from rushhour.wire.datatypes import datatype_of, dtype_of
 from rushhour.wire.elements import MAX_PICTURE_BYTES, MAX_TEXT_BYTES, content_of, text_of
+from rushhour.wire.embeddings import (
+    EMBEDDINGS,
+    MAX_TEXTS,
+    EmbeddingError,
+    EmbeddingRequest,
+    decode_embeddings,
+    embeds,
+    openai_error,
+)
 from rushhour.wire.header import HEADER_LENGTH, InputHeader, OutputHeader, RequestHeader
 from rushhour.wire.layouts import TEXT
+from rushhour.wire.pieces import WHOLE_BYTES
 from rushhour.wire.request import (
     Body,
     Encoded,
@@ -50,13 +60,18 @@ from rushhour.wire.request import (
 )
 
 __all__ = [
+    "EMBEDDINGS",
     "HEADER_LENGTH",
     "MAX_PICTURE_BYTES",
+    "MAX_TEXTS",
     "MAX_TEXT_BYTES",
     "TEXT",
+    "WHOLE_BYTES",
     "Body",
     "Codec",
     "Content",
+    "EmbeddingError",
+    "EmbeddingRequest",
     "Encoded",
     "InferRequest",
     "InputHeader",
@@ -76,12 +91,15 @@ __all__ = [
     "content_of",
     "datatype_of",
     "decode_answer",
+    "decode_embeddings",
     "dtype_of",
+    "embeds",
     "encode_json_request",
     "encode_json_tensors",
     "encode_request",
     "encode_tensors",
     "json_of",
     "model_metadata",
+    "openai_error",
     "text_of",
 ]

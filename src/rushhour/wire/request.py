@@ -129,9 +129,14 @@ class TextRequest(PictureRequest):
 
     Attributes:
         pictures: the texts, one for each sample: as they are, or in UTF-8.
+        tokens: in all texts together, without padding; 0 until they are tokenised.
     """
 
-    __slots__ = ()
+    __slots__ = ("tokens",)
+
+    def __init__(self, pictures: Sequence[Encoded], wanted: Wanted) -> None:
+        super().__init__(pictures, wanted)
+        self.tokens = 0
 
 
 class PlacedRequest(InferRequest):

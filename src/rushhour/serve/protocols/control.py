@@ -30,7 +30,7 @@ from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.system.machine import describe
-from rushhour.wire import datatype_of, model_metadata
+from rushhour.wire import datatype_of, embeds, model_metadata
 
 _LOG_FIXED = {"log_file": "", "log_format": "default"}
 
@@ -108,14 +108,15 @@ class Control:
 
     def bounds(self, name: str) -> dict[str, Any]:
         """What metadata does not say: under the key `bounds` the smallest and the largest size of each dimension of one
-        sample, by input; under `texts` whether texts are taken too."""
+        sample, by input; under `texts` whether texts are taken too; under `embeds` whether `/v1/embeddings` answers."""
         codec = self._loaded(name).cell.codec
         signature = codec.signature
         smallest = tuple(dimension.smallest for dimension in signature.dimensions)
         pairs = {
             spec.name: list(zip(signature.shape(spec, smallest), spec.shape, strict=True)) for spec in signature.inputs
         }
-        return {"bounds": pairs, "texts": codec.takes_texts}
+        embedding = embeds(codec, self._loaded(name).variant.bundle.manifest.task.kind)
+        return {"bounds": pairs, "texts": codec.takes_texts, "embeds": embedding}
 
     def config(self, name: str, version: str = "") -> dict[str, Any]:
         """The model's configuration, under the names of Triton's `ModelConfig`."""

@@ -17,7 +17,7 @@ import numpy as np
 from rushhour.bundle import Bundle, Sizes, Text
 from rushhour.errors import BundleError, InstallError
 from rushhour.serve.scheduling.preparation import Done, Preparation, Preparer
-from rushhour.wire import MAX_TEXT_BYTES, PictureRequest, text_of
+from rushhour.wire import MAX_TEXT_BYTES, PictureRequest, TextRequest, text_of
 
 _AT_ONCE = 64
 """Texts that a thread tokenises before it takes the next task."""
@@ -125,5 +125,7 @@ class Tokenising(Preparation):
 
     def _prepared(self) -> tuple[memoryview, ...]:
         tensors, sizes = self._tensors
+        if isinstance(self._request, TextRequest):
+            self._request.tokens = sum(len(each.ids) for each in self._encoded)
         self._request.wanted = msgspec.structs.replace(self._request.wanted, sizes=sizes)
         return tensors

@@ -8,6 +8,7 @@ import msgspec
 
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.scheduling.job import ShedError
+from rushhour.wire import EMBEDDINGS, openai_error
 
 CHALLENGE = b"www-authenticate: Bearer\r\n"
 REASONS = {
@@ -58,7 +59,9 @@ def status_of(error: Exception) -> int:
     return error.status if isinstance(error, WireError) else 500
 
 
-def error_body(error: Exception) -> bytes:
-    """The body of an answer with an error."""
+def error_body(error: Exception, path: bytes = b"") -> bytes:
+    """The body of an answer with an error, in the form that clients of this path read."""
+    if path == EMBEDDINGS.encode():
+        return openai_error(error, status_of(error))
     text = str(error) if isinstance(error, RushhourError) else f"internal error: {type(error).__name__}"
     return msgspec.json.encode({"error": text})

@@ -13,6 +13,9 @@ from rushhour.serve.protocols.http.routes import Answer, Routes
 from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.settings import ServeSettings
+from rushhour.wire import EMBEDDINGS
+
+_EMBEDDINGS = EMBEDDINGS.encode()
 
 
 class OpenConnection(Protocol):
@@ -85,7 +88,7 @@ class HttpEndpoint:
 
     def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
         """Count an answer with an error that no cell has counted."""
-        infer = self._infers and path.startswith(b"/v2/models/") and path.endswith(b"/infer")
+        infer = self._infers and ((path.startswith(b"/v2/models/") and path.endswith(b"/infer")) or path == _EMBEDDINGS)
         self._repository.refuse(status, seconds, infer=infer)
 
     def control(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import cast
 
 import msgspec
@@ -19,12 +20,23 @@ from rushhour.serve.protocols.http.repeats import KnownRequest, PreparedAnswer
 from rushhour.serve.protocols.http.routes import MAX_BODY_BYTES, Answer, not_allowed
 from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, Shed, ShedError, owned
 from rushhour.serve.scheduling.stage import Stage
-from rushhour.wire import Body, Codec, InferRequest, PlacedRequest
+from rushhour.wire import (
+    EMBEDDINGS,
+    WHOLE_BYTES,
+    Body,
+    Codec,
+    EmbeddingRequest,
+    InferRequest,
+    Parts,
+    PlacedRequest,
+    decode_embeddings,
+)
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 """Health checks; they need no API key, and answer only yes or no."""
 HELD_BYTES = 64 * 1024
 """Bodies from this size on count in the budget."""
+_EMBEDDINGS = EMBEDDINGS.encode()
 MAX_KNOWN = 8
 """Heads kept per connection: a proxy sends the requests of several clients over one."""
 
@@ -75,8 +87,8 @@ class RequestHandler(Pipeline):
 
     def _challenge(self) -> None:
         self._count(401)
-        why = "this server needs an API key"
-        self._send(401, error_body(WireError(why, "", "send 'Authorization: Bearer KEY'")), CHALLENGE)
+        error = WireError("this server needs an API key", "", "send 'Authorization: Bearer KEY'", status=401)
+        self._send(401, error_body(error, self._path()), CHALLENGE)
 
     def _route(self, message: Message) -> None:
         path, _, _ = message.target.partition(b"?")
@@ -139,12 +151,19 @@ class RequestHandler(Pipeline):
     def _submit(self, cell: Stage, message: Message, body: Body) -> None:
         try:
             request: InferRequest
-            if message.is_picture and message.header_length is None:
+            if message.target.startswith(_EMBEDDINGS):
+                if len(body) > WHOLE_BYTES:
+                    read = partial(decode_embeddings, cell.codec)
+                    self._waiting = asyncio.ensure_future(self._decode_on_thread(cell, message, body, read))
+                    return
+                request = decode_embeddings(cell.codec, body)
+            elif message.is_picture and message.header_length is None:
                 request = cell.codec.decode_picture(body)
             else:
                 length = header_length(message.header_length)
                 if cell.codec.is_large(body, length):
-                    self._waiting = asyncio.ensure_future(self._decode_on_thread(cell, message, body, length))
+                    decode = partial(cell.codec.decode, header_length=length)
+                    self._waiting = asyncio.ensure_future(self._decode_on_thread(cell, message, body, decode))
                     return
                 request = cell.codec.decode(body, length)
             self._check_origin(message, request)
@@ -176,10 +195,12 @@ class RequestHandler(Pipeline):
             if repeat.exact:
                 self._repeat = repeat
 
-    async def _decode_on_thread(self, cell: Stage, message: Message, body: Body, length: int | None) -> None:
+    async def _decode_on_thread(
+        self, cell: Stage, message: Message, body: Body, decode: Callable[[Body], InferRequest]
+    ) -> None:
         """Read a large request on a thread."""
         try:
-            request = await self._endpoint.budget.on_thread(cell.codec.decode, body, length)
+            request = await self._endpoint.budget.on_thread(decode, body)
             self._check_origin(message, request)
         except WireError as error:
             self._refuse_request(cell, error)
@@ -272,12 +293,16 @@ class RequestHandler(Pipeline):
         self, cell: Stage, request: InferRequest, result: Sequence[memoryview], variant: str, times: bytes
     ) -> int | None:
         """Write the answer, or an error; returns the error's status, which the cell counts."""
-        if cell.codec.is_large_answer(request.wanted, request.rows):
+        if isinstance(request, EmbeddingRequest):
+            large = request.is_large
+        else:
+            large = cell.codec.is_large_answer(request.wanted, request.rows)
+        if large:
             writing = self._write_on_thread(cell, request, owned(result), variant, times)
             self._waiting = asyncio.ensure_future(writing)
             return LATER
         try:
-            length, parts = cell.codec.encode(request.wanted, request.rows, result, variant)
+            length, parts = _encoded(cell.codec, request, result, variant)
         except Exception as error:  # raised further it would reach the other requests of the batch
             return self._write_failed(error)
         self._send_encoded(length, parts, times, lasts=isinstance(result, OwnedViews))
@@ -290,8 +315,7 @@ class RequestHandler(Pipeline):
         status: int | None = None
         try:
             try:
-                encode, budget = cell.codec.encode, self._endpoint.budget
-                length, parts = await budget.on_thread(encode, request.wanted, request.rows, result, variant)
+                length, parts = await self._endpoint.budget.on_thread(_encoded, cell.codec, request, result, variant)
             except Exception as error:
                 status = self._write_failed(error)
             else:
@@ -326,7 +350,20 @@ class RequestHandler(Pipeline):
         self._send_error(error, extra)
 
     def _send_error(self, error: Exception, extra: bytes = b"") -> None:
-        self._send(status_of(error), error_body(error), extra + retry_field(error))
+        self._send(status_of(error), error_body(error, self._path()), extra + retry_field(error))
+
+    def _path(self) -> bytes:
+        """The path of the request that is being answered; empty where its head was recognised by its bytes."""
+        return self._current.target.partition(b"?")[0] if isinstance(self._current, Message) else b""
+
+
+def _encoded(
+    codec: Codec, request: InferRequest, result: Sequence[memoryview], variant: str
+) -> tuple[int | None, Parts]:
+    """As `Codec.encode`, in the form that the request came in."""
+    if isinstance(request, EmbeddingRequest):
+        return None, request.encode(result)
+    return codec.encode(request.wanted, request.rows, result, variant)
 
 
 def header_length(value: bytes | None) -> int | None:

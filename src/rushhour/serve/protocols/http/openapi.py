@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from rushhour.serve.protocols.control import Control
-from rushhour.wire import HEADER_LENGTH, TEXT, dtype_of
+from rushhour.wire import EMBEDDINGS, HEADER_LENGTH, MAX_TEXTS, TEXT, dtype_of
 
 Schema = dict[str, Any]
 
@@ -69,6 +69,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
             },
             "schemas": {
                 "Error": _object({"error": {"type": "string"}}),
+                "OpenAIError": _object({"error": _object({"message": {"type": "string"}, "type": {"type": "string"}})}),
                 "InferRequest": _request(metadata),
                 "InferResponse": _object(
                     {
@@ -170,6 +171,8 @@ def _paths(infers: bool, metadata: Schema | None) -> Schema:
         }
         if infers:
             paths[f"{base}/infer"] = {"post": _inference(metadata)} | shared
+    if infers and metadata is not None and metadata["embeds"]:
+        paths[EMBEDDINGS] = {"post": _embeddings(metadata["name"])}
     return paths
 
 
@@ -217,6 +220,32 @@ def _inference(metadata: Schema | None) -> Schema:
             "schema": {"type": "string"},
         },
     }
+    return operation
+
+
+def _embeddings(name: str) -> Schema:
+    """OpenAI's form: other errors than elsewhere."""
+    texts = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_TEXTS}
+    body = _object(
+        {"model": {"const": name}, "input": {"anyOf": [{"type": "string", "minLength": 1}, texts]}},
+        encoding_format={"enum": ["float", "base64", None]},
+        dimensions={"type": ["integer", "null"]},
+    )
+    numbers = {"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}
+    vector = _object({"object": {"const": "embedding"}, "index": _COUNT, "embedding": numbers})
+    usage = _object({"prompt_tokens": _COUNT, "total_tokens": _COUNT})
+    answer = _object(
+        {
+            "object": {"const": "list"},
+            "data": {"type": "array", "items": vector},
+            "model": {"const": name},
+            "usage": usage,
+        }
+    )
+    operation = _operation("Embed texts, as OpenAI's API does.", answer, 404, 413, 415, 429, 500, 501, body=body)
+    for status, refusal in operation["responses"].items():
+        if status != "200":
+            refusal["content"]["application/json"]["schema"] = {"anyOf": [_ref("OpenAIError"), _ref("Error")]}
     return operation
 
 

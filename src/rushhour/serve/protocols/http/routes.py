@@ -13,6 +13,7 @@ from rushhour.serve.access.origin import Client, OriginCheck
 from rushhour.serve.memory.shared_memory import Access
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.http import openapi
+from rushhour.serve.protocols.http.answers import error_body
 
 Answer = tuple[int, bytes] | tuple[int, bytes, bytes] | tuple[int, bytes, bytes, bytes]
 """A status, a body, its content type where that is not JSON, and further fields of the header, with their line ends."""
@@ -91,7 +92,7 @@ class Routes:
 
     def _error(self, path: bytes, error: WireError) -> Answer:
         self._refused(path, error.status)
-        return error.status, msgspec.json.encode({"error": str(error)})
+        return error.status, error_body(error, path)
 
     def _handlers(self, path: list[str], accept: str, client: Client) -> dict[str, Handler] | None:
         """Method -> handler at this path; None if there is no such path."""
@@ -133,6 +134,8 @@ class Routes:
                 return {"GET": lambda body: control.tracing({}), "POST": lambda body: control.tracing(_parsed(body))}
             case ["v2", "logging"]:
                 return {"GET": lambda body: control.logging({}), "POST": lambda body: control.logging(_parsed(body))}
+            case ["v1", "embeddings"]:
+                return {"POST": lambda body: self._not_embedded()}
             case ["config"]:
                 return {"GET": lambda body: control.effective()}
             case ["stats"]:
@@ -182,6 +185,14 @@ class Routes:
             case ["region", _, "register"]:
                 return {"POST": lambda body: self._control.refuse_cuda()}
         return None
+
+    def _not_embedded(self) -> None:
+        """Say why texts are not embedded at this path; where they are, requests are answered before they come here."""
+        name = self._control.index()[0]["name"]
+        if self._infers and self._control.ready():
+            why = "it is no text encoder with a tokenizer"
+            raise WireError(f"{name} does not embed texts", why, f"see GET v2/models/{name}", status=404)
+        self._not_inferred(name, "")
 
     def _model_ready(self, name: str, version: str) -> Any:
         if not self._control.model_ready(name, version):
