@@ -7,6 +7,7 @@ the record, so an interrupted run goes on with the next row. Some 15 minutes on 
 article   the article's script in Keras, and its service with `model.predict` against the Plan of what it saved
 own-size  its network at 224 x 224, by shapes
 speed     networks from Keras against the same in torch, on OpenVINO; these three need a quiet machine, 40 minutes
+bare      `pip install rushhour` alone: size, import, and until a bundle is served; 2 minutes, quiet
 
 Models of TensorFlow are written by the Python that TENSORFLOW_PYTHON names, with TensorFlow and tf2onnx.
 """
@@ -31,6 +32,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from bench.article_example import ExampleScale, example, import_speed, own_size
+from bench.bare_install import bare_install
 from bench.brought import KINDS, Brought, Kind
 from bench.environments import CannotInstall
 from bench.parts import Part, run_parts, say, scale_of, scale_options
@@ -61,10 +63,12 @@ class Scale(ExampleScale, frozen=True):
     Attributes:
         rows: the first ones.
         epochs: of distillation.
+        starts: of a server of the base install, with each engine.
     """
 
     rows: int = len(KINDS)
     epochs: int = 2
+    starts: int = 9
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -273,10 +277,11 @@ def main(given: list[str] | None = None) -> int:
         "article": partial(example, scale, work / "article", BENCH),
         "own-size": partial(own_size, scale, work / "own-size", BENCH),
         "speed": partial(import_speed, scale, work / "speed", BENCH),
+        "bare": partial(bare_install, scale.starts, work / "bare", BENCH),
     }
     try:
         code = run_parts(
-            rows, out, kept=whole or arguments.keep, only=only, timed={"article", "own-size", "speed"},
+            rows, out, kept=whole or arguments.keep, only=only, timed={"article", "own-size", "speed", "bare"},
             seeds={"weights and data": 0},
         )  # fmt: skip
     except CannotInstall as error:

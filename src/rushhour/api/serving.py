@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rushhour.serve import ServeSettings
     from rushhour.serve.child import ChildServer
 
-_MODELS = ("config.json", "saved_model.pb")
-"""By which a folder is that of a model: of Hugging Face, of TensorFlow."""
 _ALL_AT_ONCE = "cells", "fixed", "grpc_port", "host", "http_port", "model_name", "streams", "threads", "trust"
 
 Imported = tempfile.TemporaryDirectory[str]
@@ -115,7 +113,7 @@ def serve(
         BundleError: if the bundle is damaged, or not the one that the plan was made for.
         ServeError: if the server does not start: the port is taken, or no engine runs the bundle here.
     """
-    from rushhour.serve import ServeSettings, open_target
+    from rushhour.serve import ServeSettings, may_be_model, open_target
     from rushhour.serve.child import ChildServer
 
     chosen = ServeSettings(
@@ -152,19 +150,6 @@ def serve(
         if imported is not None:
             imported.cleanup()
         raise
-
-
-def may_be_model(path: Path) -> bool:
-    """Whether there may be a model from elsewhere, and no run, plan or bundle; without importing torch."""
-    if path.is_dir():
-        from rushhour.serve import is_target
-
-        return not is_target(path) and any((path / name).is_file() for name in _MODELS)
-    try:
-        with path.open("rb") as file:
-            return not file.read(64).lstrip().startswith(b"{")  # a plan is JSON
-    except OSError:
-        return False
 
 
 def _imported(target: Any, trust: str | Sequence[str], name: str | None) -> tuple[Imported, Path]:

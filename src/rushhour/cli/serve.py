@@ -170,7 +170,7 @@ def _imported(target: Path, trust: Sequence[str], name: str | None) -> Iterator[
 
     This one would keep the memory of all that imports it: torch.
     """
-    from rushhour.api.serving import may_be_model
+    from rushhour.serve import may_be_model
 
     if not may_be_model(target):
         yield target

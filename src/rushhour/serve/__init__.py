@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from rushhour.serve.limits import Limits
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
-    from rushhour.serve.target import Target, is_target, open_target
+    from rushhour.serve.target import Target, is_target, may_be_model, open_target
 
-__all__ = ["Keys", "Limits", "ServeSettings", "Target", "is_target", "open_target", "serve"]
+__all__ = ["Keys", "Limits", "ServeSettings", "Target", "is_target", "may_be_model", "open_target", "serve"]
 
 _MODULES = {
     "Keys": "access.keys",
@@ -21,6 +21,7 @@ _MODULES = {
     "ServeSettings": "settings",
     "Target": "target",
     "is_target": "target",
+    "may_be_model": "target",
     "open_target": "target",
     "serve": "server",
 }

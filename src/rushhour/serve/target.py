@@ -25,6 +25,8 @@ from rushhour.plan import SO_FAR, EngineName, Plan, Policy, Precision, Variant
 from rushhour.system.machine import cores, describe
 from rushhour.system.storage import explained
 
+_MODELS: Final = "config.json", "saved_model.pb"
+"""By which a folder is that of a model: of Hugging Face, of TensorFlow."""
 _ITSELF = "."
 """The folder of the bundle in the plan that is made of a bundle alone."""
 _ENGINE: Final = 3.0
@@ -243,6 +245,17 @@ def _fitted(policy: Policy, cores: int) -> Policy:
 def is_target(path: Path) -> bool:
     """Whether a folder is that of a run or a bundle, even of a damaged one."""
     return any((path / name).is_file() for name in ("bundle.json", "plan.json", SO_FAR))
+
+
+def may_be_model(path: Path) -> bool:
+    """Whether there may be a model from elsewhere, and no run, plan or bundle; without importing torch."""
+    if path.is_dir():
+        return not is_target(path) and any((path / name).is_file() for name in _MODELS)
+    try:
+        with path.open("rb") as file:
+            return not file.read(64).lstrip().startswith(b"{")  # a plan is JSON
+    except OSError:
+        return False
 
 
 def open_target(path: Path) -> Target:

@@ -162,7 +162,7 @@ def open_files(wanted: int) -> tuple[int, int]:
 @functools.cache
 def describe() -> Machine:
     """The machine of this process. Reads only files and package metadata; imports nothing heavy."""
-    cpu, flags = platform.processor() or platform.machine(), set[str]()
+    cpu, flags = platform.machine(), set[str]()
     memory_kb = 0
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
