@@ -92,7 +92,12 @@ class Bare:
 
     def _said(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(self.python), *words], env=_ENVIRONMENT, capture_output=True, text=True, timeout=_LONGEST_S, check=False
+            [str(self.python), *words],
+            env=_ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=_LONGEST_S,
+            check=False,
         )
 
 

@@ -113,7 +113,8 @@ class Decoder(Preparer):
 
     def _warm_up(self) -> tuple[int, float]:
         """Load the picture codecs before the first request; returns the bytes of a picture and its seconds."""
-        from PIL import Image, WebPImagePlugin  # noqa: F401: for a format it does not know, Pillow loads all it has
+        from PIL import Image
+        from PIL import WebPImagePlugin as _  # where Pillow does not know a format, it loads all forty that it has
 
         side = min(224, math.isqrt(self.settings.max_pixels))
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
