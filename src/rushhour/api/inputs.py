@@ -81,8 +81,8 @@ def load_data(
 
     Args:
         data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`; arrays by the names that they
-            have in a `.npz` file (`rushhour.data.arrays`); or a `Dataset` or `DataLoader` of torch, or a dictionary of
-            them by part (`rushhour.data.objects`).
+            have in a `.npz` file (`rushhour.data.arrays`); or a `Dataset` or `DataLoader` of torch, a
+            `tf.data.Dataset`, a `PyDataset` of Keras, or a dictionary of them by part (`rushhour.data.objects`).
         progress: hears of it.
         model: that it is for: pictures are brought to a bundle's input and labels to its classes; a network is tried
             before pictures are decoded, which may take long.
@@ -97,7 +97,7 @@ def load_data(
     """
     from rushhour.data import Dataset
     from rushhour.data.lineage import check_scale, training_overlap
-    from rushhour.data.objects import read_torch_data
+    from rushhour.data.objects import read_data_object
     from rushhour.data.targets import KINDS
     from rushhour.task import ensure_kind, load_kind
 
@@ -115,15 +115,15 @@ def load_data(
         if size is not None or task is not None:
             raise DataError("cannot change a Dataset", "`size` and `task` are for data that is read", "leave them out")
         dataset = data
-    elif (read_arrays := read_torch_data(data)) is not None:
+    elif (read_arrays := read_data_object(data)) is not None:
         dataset = _from_arrays(read_arrays, bundle, size, task)
     elif isinstance(data, tuple | Mapping):
         dataset = _from_arrays(data, bundle, size, task)
     elif not isinstance(data, str | os.PathLike):
         raise DataError(
             f"cannot read data from a {type(data).__name__}",
-            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), a dictionary of arrays, or a Dataset or "
-            "DataLoader of torch",
+            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), a dictionary of arrays, or a data set of "
+            "torch, TensorFlow or Keras",
             "give for example (x, y), a tuple",
         )
     else:

@@ -6,6 +6,7 @@ model of pictures.
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import time
@@ -114,7 +115,9 @@ class Decoder(Preparer):
     def _warm_up(self) -> tuple[int, float]:
         """Load the picture codecs before the first request; returns the bytes of a picture and its seconds."""
         from PIL import Image
-        from PIL import WebPImagePlugin as _  # where Pillow does not know a format, it loads all forty that it has
+
+        # Where a format is not known yet, Pillow loads all forty that it has; it knows the others from the start.
+        importlib.import_module("PIL.WebPImagePlugin")
 
         side = min(224, math.isqrt(self.settings.max_pixels))
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
