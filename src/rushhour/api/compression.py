@@ -23,6 +23,7 @@ from rushhour.system.storage import check_claim, claimed, try_building, try_fold
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from rushhour.api.inputs import GivenColumns
     from rushhour.compress import Recipe
     from rushhour.data import Dataset
 
@@ -78,6 +79,7 @@ def compress(
     engine: Literal["openvino", "onnxruntime"] = "openvino",
     task: str | None = None,
     size: str | tuple[int, int] | None = None,
+    columns: GivenColumns = None,
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
     name: str | None = None,
@@ -109,6 +111,7 @@ def compress(
         engine: compiles what is judged.
         task: as of `rushhour.train`.
         size: as of `rushhour.train`; a bundle knows its own.
+        columns: as of `rushhour.train`; a bundle knows its own.
         skip_corrupt: as of `rushhour.train`.
         trust: factories (`module:factory`) that may be imported to build the bundle's network; or the path of a model
             from elsewhere, where reading it runs its code.
@@ -152,11 +155,13 @@ def compress(
         with claimed(folder):
             imported, dataset = imported_for(
                 brought, data, folder / "imported", progress,
-                size=size, skip_corrupt=skip_corrupt, task=task, known=known,
+                size=size, skip_corrupt=skip_corrupt, task=task, columns=columns, known=known,
             )  # fmt: skip
         parent = imported.bundle
     else:
-        dataset = load_data(data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task, trusted=trusted)
+        dataset = load_data(
+            data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task, columns=columns, trusted=trusted
+        )
     chosen: Sequence[Recipe] = recipes or default_recipes(parent, dataset, epochs=epochs, trusted=trusted)
     if target is not None:
         chosen = tuple(each.for_machines(target) for each in chosen)

@@ -34,7 +34,7 @@ from rushhour.task import Task
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from rushhour.api.inputs import Data
+    from rushhour.api.inputs import Data, GivenColumns
     from rushhour.data import Dataset
     from rushhour.models.doors import Arrival, Brought
     from rushhour.models.importing import Understood
@@ -118,6 +118,7 @@ def import_model(
     size: str | tuple[int, int] | None = None,
     length: int | None = None,
     tiles: str | Tiling | None = None,
+    columns: GivenColumns = None,
     skip_corrupt: bool = False,
     tensorflow_python: StrPath | None = None,
     trust: str | Sequence[str] = (),
@@ -154,6 +155,7 @@ def import_model(
             can. Of an ONNX graph with open dimensions, their largest size.
         tiles: cut pictures larger than the model's input, and merge the answers of the tiles: `mean,overlap=32`, or a
             `rushhour.bundle.Tiling`, which explains the settings. Without it pictures are brought to the input's size.
+        columns: as of `rushhour.train`; a bundle knows its own.
         skip_corrupt: as of `rushhour.train`.
         tensorflow_python: a Python with TensorFlow and tf2onnx, for models that only these can read.
         trust: the model's path, where reading it runs its code.
@@ -184,7 +186,7 @@ def import_model(
     if data is not None:
         result, _ = imported_for(
             brought, data, path, progress,
-            skip_corrupt=skip_corrupt, size=size, task=task, known=given, preprocessing=scaling,
+            skip_corrupt=skip_corrupt, size=size, task=task, columns=columns, known=given, preprocessing=scaling,
         )  # fmt: skip
         return _tiled(result, tiling)
     array = None
@@ -287,6 +289,7 @@ def imported_for(
     skip_corrupt: bool,
     size: str | tuple[int, int] | None,
     task: str | None,
+    columns: GivenColumns = None,
     known: Known | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[ImportResult, Dataset]:
@@ -300,6 +303,7 @@ def imported_for(
         skip_corrupt: as of `load_data`.
         size: as of `load_data`; by default that of the model's input, where it takes pictures.
         task: as of `load_data`.
+        columns: as of `load_data`.
         known: what the user said.
         preprocessing: how pixels are scaled; by default as the model says, or the usual way that is most accurate on
             the data.
@@ -315,7 +319,7 @@ def imported_for(
         arrival = known.opened(brought, size=sides)
         if size is None and isinstance(data, str | os.PathLike) and read_path(data).is_dir():
             size = picture_size(input_of(arrival, brought.shown))
-    dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size, task=task)
+    dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size, task=task, columns=columns)
     if arrival is not None and arrival.task is not None:
         dataset = dataset.with_classes(arrival.task)
     progress.start(f"Importing {brought.shown}")

@@ -17,13 +17,14 @@ from rushhour.progress import Progress
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from rushhour.data import Dataset, Kind
+    from rushhour.data import Columns, Dataset, Kind
     from rushhour.task import Task
 
     Model = StrPath | Bundle | Source | Callable[..., Any]
     Data = StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike]
+    GivenColumns = Columns | Mapping[str, Any] | str | None
 
-REFERENCES = ("article", "residual", "signal", "mlp")
+REFERENCES = ("article", "residual", "signal", "mlp", "tabular", "deepfm")
 """The networks of `rushhour.models`, by name; a folder of such a name may be a bundle."""
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
@@ -33,7 +34,7 @@ def read_model(model: Model) -> str | Bundle | Source:
     """What a user means: a bundle (opened), a source, or the name of a network.
 
     Args:
-        model: a bundle or its folder; `article`, `residual`, `signal` or `mlp`; `module:factory`, or the factory
+        model: a bundle or its folder; a reference network, such as `article`; `module:factory`, or the factory
             itself; or a source.
 
     Raises:
@@ -75,14 +76,15 @@ def load_data(
     skip_corrupt: bool = False,
     size: str | tuple[int, int] | None = None,
     task: Kind | None = None,
+    columns: GivenColumns = None,
     trusted: tuple[str, ...] = (),
 ) -> Dataset:
     """The data set that a user gave. What was left out or changed is noted on `progress`, a line each.
 
     Args:
         data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`; arrays by the names that they
-            have in a `.npz` file (`rushhour.data.arrays`); or a `Dataset` or `DataLoader` of torch, a
-            `tf.data.Dataset`, a `PyDataset` of Keras, or a dictionary of them by part (`rushhour.data.objects`).
+            have in a `.npz` file (`rushhour.data.arrays`); a `Dataset` or `DataLoader` of torch, a `tf.data.Dataset`, a
+            `PyDataset` of Keras, or a table of pandas, polars, Arrow or Hugging Face; or a dictionary of such by part.
         progress: hears of it.
         model: that it is for: pictures are brought to a bundle's input and labels to its classes; a network is tried
             before pictures are decoded, which may take long.
@@ -90,14 +92,16 @@ def load_data(
         size: of pictures: height and width, or `224x224`.
         task: what targets are, where that cannot be seen from them: `classification`, `multilabel`, `ranking`,
             `regression`, or a class of your own, `module:Class` (`rushhour.task.Kind`).
+        columns: what is what in a table: `Columns`, a dictionary with its attributes, or the target's name.
         trusted: code that may be imported, where the model's task is a user's own.
 
     Raises:
         RushhourError: as `rushhour.data.load`, and if the network does not fit the data.
     """
-    from rushhour.data import Dataset
+    from rushhour.data import Columns, Dataset
     from rushhour.data.lineage import check_scale, training_overlap
     from rushhour.data.objects import read_data_object
+    from rushhour.data.table_files import is_table_object, tables_of
     from rushhour.data.targets import KINDS
     from rushhour.task import ensure_kind, load_kind
 
@@ -111,10 +115,20 @@ def load_data(
         from rushhour.models.trust import trusted_factories
 
         ensure_kind(bundle.manifest.task.kind, trusted_factories(bundle, trusted))
+    said = Columns.read(columns)
+    is_table = is_table_object(data)
+    if said.named and not (is_table or isinstance(data, str | os.PathLike)):
+        raise DataError("cannot name columns of arrays", "`columns` are for tables", "leave them out, or give a table")
     if isinstance(data, Dataset):
         if size is not None or task is not None:
             raise DataError("cannot change a Dataset", "`size` and `task` are for data that is read", "leave them out")
         dataset = data
+    elif is_table:
+        from rushhour.data.tables import from_tables
+
+        if size is not None:
+            raise DataError("cannot resize a table", "`size` is for pictures in files", "leave it out")
+        dataset = from_tables(tables_of(data), name="table", columns=said, kind=task, bundle=bundle)
     elif (read_arrays := read_data_object(data)) is not None:
         dataset = _from_arrays(read_arrays, bundle, size, task)
     elif isinstance(data, tuple | Mapping):
@@ -122,12 +136,13 @@ def load_data(
     elif not isinstance(data, str | os.PathLike):
         raise DataError(
             f"cannot read data from a {type(data).__name__}",
-            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), a dictionary of arrays, or a data set of "
-            "torch, TensorFlow or Keras",
+            "data is a name or path, a rushhour.data.Dataset, arrays (x, y), a dictionary of arrays, a table of "
+            "pandas, or a data set of torch, TensorFlow or Keras",
             "give for example (x, y), a tuple",
         )
     else:
-        dataset = _from_name(os.fspath(data), progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
+        name = os.fspath(data)
+        dataset = _from_name(name, progress, read, skip_corrupt=skip_corrupt, size=size, task=task, columns=said)
     if bundle is not None:
         check_scale(bundle, dataset)
         if bundle.manifest.task.is_binary:
@@ -165,6 +180,7 @@ def _from_name(
     skip_corrupt: bool,
     size: str | tuple[int, int] | None,
     task: Kind | None,
+    columns: Columns,
 ) -> Dataset:
     from rushhour.data import load
 
@@ -189,6 +205,7 @@ def _from_name(
         square=model == "article",
         before_reading=None if isinstance(model, Bundle) or not model else partial(_try_network, model),
         on_decoded=on_decoded,
+        columns=columns,
     )
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
     progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")

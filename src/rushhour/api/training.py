@@ -24,7 +24,7 @@ from rushhour.system.storage import try_building, try_folder
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from rushhour.api.inputs import Data
+    from rushhour.api.inputs import Data, GivenColumns
     from rushhour.data import Dataset
     from rushhour.data.augment import Augmentation
     from rushhour.models.doors import Brought
@@ -96,6 +96,7 @@ def train(
     tensorboard: bool = True,
     wandb: str | None = None,
     task: str | None = None,
+    columns: GivenColumns = None,
     size: str | tuple[int, int] | None = None,
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
@@ -112,13 +113,15 @@ def train(
         rushhour.train(mynet.build, (x, y), out="runs/mine", optimizer="adamw", weight_decay=0.01, patience=5)
 
     Args:
-        model: `article`, `residual`, `signal` or `mlp` (reference networks), `module:factory`, or the factory itself: a
-            function or class in a module that returns a `torch.nn.Module`. Its parameters `classes` and `input` get the
-            number of outputs and the shape of a sample. A model from elsewhere, as of `rushhour.import_model`, or a
-            bundle that was imported from one, is trained further from its own weights, at a tenth of the learning rate.
-        data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, `module:factory`, a
-            `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file: `{"x_train": ..., "y_train": ..., ...}`;
-            or a `Dataset` or `DataLoader` of torch, or a dictionary of them: `{"train": ..., "validation": ...}`.
+        model: `article`, `residual`, `signal`, `mlp`, `tabular` or `deepfm` (reference networks), `module:factory`, or
+            the factory itself: a function or class in a module that returns a `torch.nn.Module`. Its parameters
+            `classes` and `input` get the number of outputs and the shape of a sample. A model from elsewhere, as of
+            `rushhour.import_model`, or a bundle that was imported from one, is trained further from its own weights, at
+            a tenth of the learning rate.
+        data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, a `.csv` or `.parquet`
+            table, `module:factory`, a `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file:
+            `{"x_train": ..., "y_train": ..., ...}`; or a table of pandas, a `Dataset` or `DataLoader` of torch, or a
+            dictionary of them: `{"train": ..., "validation": ...}`.
         out: the bundle's folder.
         epochs: passes over the training data; by default 3, and more of little data: enough for 600 steps.
         batch: samples in an optimizer step; by default 128, and less of little data.
@@ -147,6 +150,8 @@ def train(
         task: what targets are, where that cannot be seen from them: `classification` (one label of several),
             `multilabel` (each label holds or not), `ranking` (0 or 1, judged by AUC), `regression` (values), or a class
             of your own, `module:Class`: see `rushhour.task.Kind`.
+        columns: what is what in a table: `{"target": "sold", "group": "customer", "time": "day"}`, see
+            `rushhour.data.Columns`; or the name of the target alone.
         size: height and width that pictures of a folder are brought to: `224x224` or `(224, 224)`.
         skip_corrupt: leave out pictures that cannot be read instead of raising.
         trust: the path of a model from elsewhere, where reading it runs its code.
@@ -205,10 +210,10 @@ def train(
     source: Source | Bundle | None
     if begin is None:
         read = model if isinstance(model, str) and model in REFERENCES else read_model(model)
-        dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task)
+        dataset = load_data(data, progress, read, skip_corrupt=skip_corrupt, size=size, task=task, columns=columns)
         source, trusted = source_of(read, dataset)
     else:
-        reading: dict[str, Any] = {"skip_corrupt": skip_corrupt, "size": size, "task": task}
+        reading: dict[str, Any] = {"skip_corrupt": skip_corrupt, "size": size, "task": task, "columns": columns}
         begin, dataset = _begun(begin, data, path, progress, Known(trust), **reading)
         source, trusted = begin.manifest.source, ()
         name = name or begin.manifest.name

@@ -29,6 +29,7 @@ from rushhour.system.storage import check_claim, claimed, try_folder
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from rushhour.api.inputs import GivenColumns
     from rushhour.data import Dataset
 
 
@@ -85,6 +86,7 @@ def tune(
     channels_last: bool = True,
     task: str | None = None,
     size: str | tuple[int, int] | None = None,
+    columns: GivenColumns = None,
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
     name: str | None = None,
@@ -128,6 +130,7 @@ def tune(
         channels_last: as of `rushhour.train`.
         task: as of `rushhour.train`.
         size: as of `rushhour.train`.
+        columns: as of `rushhour.train`; a bundle knows its own.
         skip_corrupt: as of `rushhour.train`.
         trust: factories (`module:factory`) that may be imported to build a bundle's network; or the path of a model
             from elsewhere, where reading it runs its code.
@@ -166,13 +169,20 @@ def tune(
         with claimed(run):
             imported, dataset = imported_for(
                 brought, data, run / ".imported", progress,
-                size=size, skip_corrupt=skip_corrupt, task=task, known=known,
+                size=size, skip_corrupt=skip_corrupt, task=task, columns=columns, known=known,
             )  # fmt: skip
         read = imported.bundle
     else:
         read = read_model(model)
         dataset = load_data(
-            data, progress, read, size=size, skip_corrupt=skip_corrupt, task=task, trusted=read_texts(trust)
+            data,
+            progress,
+            read,
+            size=size,
+            skip_corrupt=skip_corrupt,
+            task=task,
+            columns=columns,
+            trusted=read_texts(trust),
         )
     source, trusted = source_of(read, dataset)
     if isinstance(source, Source):

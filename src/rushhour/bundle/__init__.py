@@ -32,6 +32,7 @@ from rushhour.bundle.manifest import (
     Text,
 )
 from rushhour.bundle.signature import DType, OpenDimension, Signature, Sizes, TensorSpec, cut, own_sizes, padded_to
+from rushhour.bundle.table import Column, Table
 from rushhour.bundle.tiling import Tiling
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TOKENIZER",
     "WEIGHTS",
     "Bundle",
+    "Column",
     "DType",
     "Decoding",
     "FileRecord",
@@ -52,6 +54,7 @@ __all__ = [
     "Sizes",
     "Source",
     "Step",
+    "Table",
     "TensorSpec",
     "Text",
     "Tiling",

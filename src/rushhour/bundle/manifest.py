@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from rushhour.bundle.signature import Signature
+from rushhour.bundle.table import Table
 from rushhour.bundle.tiling import Tiling
 from rushhour.measurement import Accuracy, Number
 from rushhour.plan import Precision
@@ -15,7 +16,7 @@ from rushhour.task import Task
 
 SCHEMA = 3
 _OLDER = 2
-"""The schema of a bundle without open dimensions, tokenizer and tiles, which earlier versions can open too."""
+"""The schema of a bundle without open dimensions, tokenizer, tiles and table, which earlier versions can open too."""
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 SAMPLES: Final = "samples.safetensors"
@@ -67,6 +68,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
         decoding: before that, where the training data was encoded pictures; unset where it was arrays.
         tiles: how a picture larger than a sample is cut, and how the answers become one; unset where every picture is
             brought to the size of a sample.
+        table: before all of that, how a row of named values becomes numbers; unset where samples are no rows.
     """
 
     scale: Number = 1.0
@@ -75,6 +77,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
     layout: Literal["NHWC->NCHW", "none"] = "none"
     decoding: Decoding | msgspec.UnsetType = msgspec.UNSET
     tiles: Tiling | msgspec.UnsetType = msgspec.UNSET
+    table: Table | msgspec.UnsetType = msgspec.UNSET
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -161,12 +164,22 @@ class Manifest(msgspec.Struct, frozen=True):
                 raise ValueError("a bundle with `text` has inputs of whole numbers that share one open dimension")
             if self.text.inputs.keys() != names:
                 raise ValueError(f"`text` names other inputs than {', '.join(sorted(names))}")
+        if self.table is not None:
+            taken = [(spec.dtype, spec.shape) for spec in self.signature.inputs]
+            if taken != [("float32", (len(self.table.columns),))]:
+                raise ValueError(f"a bundle with a `table` of {len(self.table.columns)} columns has another input")
 
     @property
     def tiles(self) -> Tiling | None:
         """How larger pictures are cut; None where they are not."""
         tiles = self.preprocessing.tiles
         return None if isinstance(tiles, msgspec.UnsetType) else tiles
+
+    @property
+    def table(self) -> Table | None:
+        """How rows of named values become samples; None where samples are no rows."""
+        table = self.preprocessing.table
+        return None if isinstance(table, msgspec.UnsetType) else table
 
 
 class _SchemaOnly(msgspec.Struct):
@@ -176,6 +189,7 @@ class _SchemaOnly(msgspec.Struct):
 def least_schema(manifest: Manifest) -> int:
     """The oldest schema whose readers understand a manifest."""
     newer = manifest.signature.dimensions or isinstance(manifest.text, Text) or manifest.tiles is not None
+    newer = newer or manifest.table is not None
     return SCHEMA if newer else _OLDER
 
 

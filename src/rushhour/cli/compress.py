@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rushhour.cli.command import Command, option
-from rushhour.cli.options import accuracy_option, data_options, force_option, name_option, trust_option
+from rushhour.cli.options import accuracy_option, data_options, force_option, name_option, trust_option, with_columns
 from rushhour.cli.places import Named, Place
 from rushhour.cli.quantities import size_text
 from rushhour.cli.results import json_option, write_json
@@ -96,7 +96,7 @@ def command(bundle: Path, data: str, out: Path, json_file: Path | None, **option
     from rushhour.api import compress
 
     with TerminalProgress() as progress:
-        result = compress(bundle, data, out=out, progress=progress, **options)
+        result = compress(bundle, data, out=out, progress=progress, **with_columns(options))
     write_json(json_file, result.as_dict())
     print_compression(result_console(), result.record)
     click.echo(f"{out}; what each step cost and gained: {result.report}")

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from rushhour.cli.command import Command, option
-from rushhour.cli.options import force_option, name_option, optional_data_options, trust_option
+from rushhour.cli.options import force_option, name_option, optional_data_options, trust_option, with_columns
 from rushhour.cli.places import Place
 from rushhour.cli.results import json_option, write_json
 from rushhour.cli.terminal import TerminalProgress, result_console
@@ -79,7 +79,7 @@ def command(model: Path, json_file: Path | None, **options: Any) -> None:
     from rushhour.api import import_model
 
     with TerminalProgress() as progress:
-        result = import_model(model, progress=progress, **options)
+        result = import_model(model, progress=progress, **with_columns(options))
     write_json(json_file, result.as_dict())
     table = Table(title=f"{model.name} -> {result.bundle.path}", show_header=False)
     for about, sentence in result.lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from rushhour.cli.command import C, option, options
 from rushhour.cli.places import Named
@@ -61,7 +62,8 @@ def _of_data(*, required: bool) -> Callable[[C], C]:
             required=required,
             type=Named(),
             metavar="DATA",
-            help="fashion-mnist, a folder with one folder of pictures per class, a .npz file, or module:factory.",
+            help="fashion-mnist, a folder with one folder of pictures per class, a .npz file, a table (.csv, .parquet, "
+            "or a folder of them), or module:factory.",
             section="Data",
         ),
         option(
@@ -77,9 +79,44 @@ def _of_data(*, required: bool) -> Callable[[C], C]:
             section="Data",
         ),
         option(
+            "--target",
+            "targets",
+            multiple=True,
+            metavar="COLUMN",
+            help="The column of a table that is to be predicted; several for values that belong together.",
+            section="Data",
+        ),
+        option(
+            "--group",
+            metavar="COLUMN",
+            help="Rows of a table with equal values here, such as a person, stay in one part; intervals are of groups.",
+            section="Data",
+        ),
+        option(
+            "--time",
+            metavar="COLUMN",
+            help="Split a table in time: the last tenth for testing, the tenth before it for validation.",
+            section="Data",
+        ),
+        option(
+            "--category",
+            "categories",
+            multiple=True,
+            metavar="COLUMN",
+            help="A column of numbers that are names, such as a postal code. May be repeated.",
+            section="Data",
+        ),
+        option(
+            "--leave-out",
+            multiple=True,
+            metavar="COLUMN",
+            help="A column that the model does not see. May be repeated.",
+            section="Data",
+        ),
+        option(
             "--task",
             metavar="KIND",
-            help="What targets in a .npz file are, where that cannot be seen from them: classification (one label), "
+            help="What targets in a .npz file or a table are, where that cannot be seen: classification (one label), "
             "multilabel (each label holds or not), ranking (0 or 1, judged by AUC), regression (values), or a class "
             "of your own, module:Class.",
             section="Data",
@@ -89,6 +126,22 @@ def _of_data(*, required: bool) -> Callable[[C], C]:
 
 data_options, optional_data_options = _of_data(required=True), _of_data(required=False)
 """How data is named and read."""
+
+_OF_COLUMNS = {
+    "targets": "target",
+    "group": "group",
+    "time": "time",
+    "categories": "categories",
+    "leave_out": "leave_out",
+}
+
+
+def with_columns(given: dict[str, Any]) -> dict[str, Any]:
+    """The options, with those of a table's columns as one value, as the API takes them."""
+    rest = {name: value for name, value in given.items() if name not in _OF_COLUMNS}
+    columns = {ours: given[name] for name, ours in _OF_COLUMNS.items() if given.get(name)}
+    return {**rest, "columns": columns or None}
+
 
 training_options = options(
     option(

@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rushhour.cli.command import Command, option, options
-from rushhour.cli.options import data_options, force_option, name_option, training_options, trust_option
+from rushhour.cli.options import (
+    data_options,
+    force_option,
+    name_option,
+    training_options,
+    trust_option,
+    with_columns,
+)
 from rushhour.cli.places import Named, Place
 from rushhour.cli.quantities import size_text
 from rushhour.cli.results import json_option, write_json
@@ -107,16 +114,18 @@ _tracking_options = options(
 def command(model: str, data: str, json_file: Path | None, **options: Any) -> None:
     """Train MODEL and write a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
 
-    MODEL is article, residual, signal, mlp, or your own module:factory (a callable that returns a torch.nn.Module); or
-    a model from elsewhere (ONNX, Keras and others: `rushhour import --help`), or a bundle that was imported from one,
-    which is trained further from its own weights. An interrupted training continues at its last checkpoint when the
-    same command is run again, and ends with the same weights. With --workers the network is shared by a parallel plan,
-    which is shown with the predicted cost of the others; the result is that of one worker, up to rounding.
+    MODEL is article, residual, signal, mlp, tabular, deepfm, or your own module:factory (a callable that returns a
+    torch.nn.Module); or a model from elsewhere (ONNX, Keras and others: `rushhour import --help`), or a bundle that was
+    imported from one, which is trained further from its own weights. An interrupted training continues at its last
+    checkpoint when the same command is run again, and ends with the same weights. With --workers the network is shared
+    by a parallel plan, which is shown with the predicted cost of the others; the result is that of one worker, up to
+    rounding.
 
     \b
     Examples:
       rushhour train article --data photos/ --size 224x224 --augment flip,crop --epochs 20 --out runs/photos
       rushhour train mynet:build --data photos/ --optimizer adamw --weight-decay 0.01 --patience 5 --out runs/mine
+      rushhour train deepfm --data ratings.csv --target liked --task ranking --time day --out runs/ratings
       rushhour train article --data photos/ --workers 4 --out runs/photos
       rushhour train article --data photos/ --workers 8 --parallel pipeline --memory 2 --out runs/photos
       torchrun --nnodes 2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m rushhour train ...
@@ -129,7 +138,7 @@ def command(model: str, data: str, json_file: Path | None, **options: Any) -> No
         faulthandler.enable(2)  # with one worker, a signal may end this very process: show at least where
     # Of all the workers that torchrun starts, only the first one's progress is shown.
     with TerminalProgress(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")) as progress:
-        result = train(model, data, progress=progress, **_with_parallel(options))
+        result = train(model, data, progress=progress, **_with_parallel(with_columns(options)))
     write_json(json_file, result.as_dict())
     if result.search is not None:
         print_search(result_console(), result.search)

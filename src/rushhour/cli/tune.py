@@ -18,6 +18,7 @@ from rushhour.cli.options import (
     slo_option,
     training_options,
     trust_option,
+    with_columns,
 )
 from rushhour.cli.places import Named, Place
 from rushhour.cli.results import json_option, write_json
@@ -105,9 +106,9 @@ def command(model: str, data: str, json_file: Path | None, **options: Any) -> No
     """Find how to serve MODEL so that it answers the most requests per second inside both limits.
 
     MODEL is a bundle, a model from elsewhere (ONNX, Keras and others: `rushhour import --help`), the name of a
-    reference network (article, residual, signal, mlp), or your own module:factory; a network is trained first. The
-    answer is RUN/plan.json, the evidence RUN/measurements.jsonl and RUN/report.html. An interrupted run continues when
-    the same command is run again. Exit code 1 if nothing meets the goal.
+    reference network (article, residual, signal, mlp, tabular, deepfm), or your own module:factory; a network is
+    trained first. The answer is RUN/plan.json, the evidence RUN/measurements.jsonl and RUN/report.html. An interrupted
+    run continues when the same command is run again. Exit code 1 if nothing meets the goal.
 
     \b
     Examples:
@@ -117,5 +118,5 @@ def command(model: str, data: str, json_file: Path | None, **options: Any) -> No
     from rushhour.api import tune
 
     with TerminalProgress() as progress:
-        result = tune(model, data, progress=progress, **options)
+        result = tune(model, data, progress=progress, **with_columns(options))
     show(result, json_file)

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rushhour.bundle import Bundle
+from rushhour.data.columns import Columns
 from rushhour.data.dataset import Dataset, Files, Split
+from rushhour.data.table_files import is_table_file, is_table_folder
 from rushhour.data.targets import Kind
 from rushhour.errors import DataError, RushhourError
 from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
-__all__ = ["Dataset", "Files", "Kind", "Split", "load"]
+__all__ = ["Columns", "Dataset", "Files", "Kind", "Split", "load"]
 
 
 def load(
@@ -28,14 +30,15 @@ def load(
     square: bool = False,
     before_reading: Callable[[Task, tuple[int, ...]], None] | None = None,
     on_decoded: Callable[[int, int], None] | None = None,
+    columns: Columns | None = None,
 ) -> Dataset:
     """The data set that `spec` names.
 
     Args:
-        spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class; a `.npz` file; a
-            `.txt` file of sentences, one a line, for MiniLM; or
-            `module:factory`, a callable of the user's own that returns a `Dataset`. It is imported, so it must come
-            from the person at the machine, never from a file.
+        spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class; a `.npz` file; a table
+            (`.csv`, `.tsv`, `.parquet`, `.arrow`, or a folder of them by part, as Hugging Face's `save_to_disk` writes
+            one); a `.txt` file of sentences, one a line, for MiniLM; or `module:factory`, a callable of the user's own
+            that returns a `Dataset`. It is imported, so it must come from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: called with the error of each picture in a folder that cannot be read, which is then left out;
@@ -47,6 +50,7 @@ def load(
         before_reading: called with the task and the sample shape before the pictures of a folder are decoded, which may
             take long; an error that it raises ends the loading.
         on_decoded: called while the pictures of a folder are decoded, with how many are, and of how many.
+        columns: what is what in a table.
 
     Raises:
         DataError: if it does not exist, or cannot be used.
@@ -54,9 +58,16 @@ def load(
     """
     if bundle is not None:
         task = bundle.manifest.task
-    if kind not in (None, "classification") and (spec in ("fashion-mnist", "elpv") or (spec and Path(spec).is_dir())):
+    path = Path(spec)
+    is_table = is_table_file(path) or (bool(spec) and path.is_dir() and is_table_folder(path))
+    if columns is not None and columns.named and not is_table:
+        raise DataError(
+            f"the data {spec} has no columns", "--target and the like are for tables", "leave them out, or name a table"
+        )
+    is_folder = bool(spec) and path.is_dir() and not is_table
+    if kind not in (None, "classification") and (spec in ("fashion-mnist", "elpv") or is_folder):
         raise DataError(f"the data {spec} has classes", "each of its samples has one of them", "leave out --task")
-    if size is not None and (spec == "fashion-mnist" or Path(spec).suffix in (".npz", ".txt")):
+    if size is not None and (spec == "fashion-mnist" or is_table or path.suffix in (".npz", ".txt")):
         raise DataError(
             f"cannot resize {spec} to {size[0]}x{size[1]}",
             "only pictures in files can be resized",
@@ -72,7 +83,10 @@ def load(
         if bundle is not None and (picture := bundle.manifest.signature.picture) is not None:
             size = picture.shape[0], picture.shape[1]
         return elpv(size=size, seed=seed)
-    path = Path(spec)
+    if is_table:
+        from rushhour.data.tables import load_tables
+
+        return load_tables(path, seed=seed, columns=columns, kind=kind, bundle=bundle)
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 
@@ -103,11 +117,12 @@ def load(
         raise DataError(
             f"cannot read the data {spec}",
             f"{path.suffix or 'a file without suffix'} is no kind of data that is read",
-            "give a folder of pictures, or save arrays x and y with numpy.savez('data.npz', x=x, y=y)",
+            "give a folder of pictures, a .csv or .parquet table, or arrays: numpy.savez('data.npz', x=x, y=y)",
         )
     raise DataError(
         f"there is no data at {spec}",
-        "it is neither fashion-mnist, nor elpv, nor a folder of pictures, nor a .npz or .txt file, nor module:factory",
+        "it is neither fashion-mnist, nor elpv, nor a folder of pictures, nor a .npz, .csv, .parquet or .txt file, nor "
+        "module:factory",
         "check the path",
     )
 

@@ -96,7 +96,7 @@ def from_arrays(
         unused += [key for key in arrays if key not in ("x", "y", "groups", "times")]
     elif "train" in parts_given and len(parts_given) > 1:
         found = {part: _pair(arrays, part, source) for part in parts_given}
-        notes += _leaks(found, source)
+        notes += leaks(found, source)
         missing = tuple(part for part in PARTS if part not in parts_given)
         if missing:
             notes.append(f"there is no {missing[0]} part: about a tenth of train is held out for it")
@@ -185,7 +185,7 @@ def _groups(groups: NDArray[Any] | None, samples: int, name: str) -> NDArray[Any
     return groups
 
 
-def _leaks(parts: Mapping[Part, Split], source: str) -> list[str]:
+def leaks(parts: Mapping[Part, Split], source: str) -> list[str]:
     """Notes on samples that are in two parts.
 
     Raises:

@@ -6,6 +6,7 @@ into that and its outputs into the task's answer.
 
 from rushhour.models.article import article
 from rushhour.models.converted import converted
+from rushhour.models.deepfm import deepfm
 from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
 from rushhour.models.doors import bring
 from rushhour.models.fits import check_fits
@@ -18,6 +19,7 @@ from rushhour.models.residual import residual
 from rushhour.models.signal import signal
 from rushhour.models.source import build, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
+from rushhour.models.tabular import tabular
 from rushhour.models.trust import trusted_factories
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "check_fits",
     "code_of",
     "converted",
+    "deepfm",
     "export",
     "from_onnx",
     "import_arrival",
@@ -45,5 +48,6 @@ __all__ = [
     "source_for",
     "split_dense",
     "structure_of",
+    "tabular",
     "trusted_factories",
 ]

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rushhour.bundle import Preprocessing, Reshape, Source
+from rushhour.bundle import Preprocessing, Reshape, Source, Table
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.reshape import reshape, reshape_of
 from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
-_NAMES = ("article", "residual", "signal", "mlp")
+_NAMES = ("article", "residual", "signal", "mlp", "tabular", "deepfm")
+_OF_TABLES = ("tabular", "deepfm")
 _BUILT_IN = ("minilm", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
 _CLASSES = ("classes", "num_classes")
@@ -40,11 +41,11 @@ def source_for(
     """The source of a model that a user named, with arguments that fit the data.
 
     A factory of the user's own gets these arguments, if it has parameters for them: `classes` (or `num_classes`), the
-    length of the answer; and `input`, the shape of one sample as the network gets it, `(channels, height, width)` for
-    pictures.
+    length of the answer; `input`, the shape of one sample as the network gets it, `(channels, height, width)` for
+    pictures; and of a table `sizes`, of each column the rows of an embedding table, 0 for a number.
 
     Args:
-        model: `article`, `residual`, `signal`, `mlp`, or `module:factory`.
+        model: `article`, `residual`, `signal`, `mlp`, `tabular`, `deepfm`, or `module:factory`.
         dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
         task: decides the length of the answer.
         preprocessing: of the data, which says whether samples are pictures; by default they are if they have three
@@ -53,10 +54,12 @@ def source_for(
     Raises:
         ModelError: if the name is unknown, or that network cannot take samples of this shape.
     """
+    table = None if preprocessing is None else preprocessing.table
+    sizes = table.sizes if isinstance(table, Table) else ()
     is_picture = len(dataset_shape) == 3 and (preprocessing is None or preprocessing.layout == "NHWC->NCHW")
     if ":" in model:
         seen = (dataset_shape[2], *dataset_shape[:2]) if is_picture else dataset_shape
-        return Source(model, _arguments(model, seen, task))
+        return Source(model, _arguments(model, seen, task, sizes))
     if model not in _NAMES:
         raise ModelError(
             f"there is no model {model!r}",
@@ -64,6 +67,20 @@ def source_for(
             f"use one of them, or your own as module:factory{_meant(model)}",
         )
     factory = f"{_ROOM}:{model}"
+    if model in _OF_TABLES and len(dataset_shape) == 1:
+        return Source(factory, {"sizes": sizes or (0,) * dataset_shape[0], "outputs": task.outputs})
+    if model == "mlp" and any(sizes):
+        raise ModelError(
+            "the model mlp cannot take categories",
+            f"it takes numbers alone, and {sum(map(bool, sizes))} columns are categories",
+            "use tabular or deepfm",
+        )
+    if model in _OF_TABLES:
+        raise ModelError(
+            f"the model {model} cannot take samples of shape {dataset_shape}",
+            "it needs the columns of a table",
+            "use mlp, or residual for pictures",
+        )
     if model == "mlp":
         return Source(factory, {"inputs": math.prod(dataset_shape), "outputs": task.outputs})
     if model == "signal":
@@ -105,7 +122,7 @@ def _meant(model: str) -> str:
     return f": {module}:{name or 'FACTORY'}" if module else ""
 
 
-def _arguments(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argument]:
+def _arguments(model: str, shape: tuple[int, ...], task: Task, sizes: tuple[int, ...]) -> dict[str, Argument]:
     """The arguments that the data decides and the user's factory takes; none where its signature is not known."""
     module_name, _, name = model.partition(":")
     try:
@@ -121,6 +138,8 @@ def _arguments(model: str, shape: tuple[int, ...], task: Task) -> dict[str, Argu
     arguments: dict[str, Argument] = {
         each: task.outputs for each in _CLASSES if each in takes and takes[each] in (*_ANY, *_NUMBER)
     }
+    if sizes and "sizes" in takes and takes["sizes"] not in (*_NUMBER, *_NO_SHAPE):
+        arguments["sizes"] = sizes
     if "input" in takes and takes["input"] in _NUMBER:
         return arguments | ({"input": shape[0]} if len(shape) == 1 else {})
     if "input" in takes and takes["input"] not in _NO_SHAPE:

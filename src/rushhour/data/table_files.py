@@ -1,0 +1,193 @@
+"""Tables in files and in objects of other libraries, as Arrow tables by part.
+
+Files are read by pyarrow (Apache Arrow). Nothing is unpickled, and no code of a data set is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rushhour.data.splits import PART_OF
+from rushhour.errors import DataError, InstallError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+WHOLE: Final = "whole"
+"""The name of a table that is not divided into parts."""
+SUFFIXES: Final = (".csv", ".tsv", ".parquet", ".arrow")
+_HUGGING_FACE: Final = ("dataset_dict.json", "dataset_info.json", "state.json")
+_MISSING: Final = ["", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None", "?"]
+_DELIMITERS: Final = (",", ";", "\t", "|")
+_HEAD_BYTES: Final = 2**16
+
+
+def is_table_file(path: Path) -> bool:
+    """Whether a file is a table by its name."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def is_table_folder(path: Path) -> bool:
+    """Whether a folder holds tables by part (`train.csv`, `test.parquet`), or a data set that Hugging Face's
+    `save_to_disk` wrote; a folder of pictures with a table beside them is none."""
+    if any((path / name).is_file() for name in _HUGGING_FACE):
+        return True
+    names = [each for each in path.iterdir() if is_table_file(each) and _part_of(each) is not None]
+    folders = {each.name.lower() for each in path.iterdir() if each.is_dir()}
+    return bool(names) and not folders & PART_OF.keys()
+
+
+def read_tables(path: Path) -> dict[str, pyarrow.Table]:
+    """The tables in a file or a folder: part -> table, or `WHOLE` alone.
+
+    Raises:
+        DataError: if it cannot be read.
+        InstallError: if pyarrow is not installed.
+    """
+    if path.is_file():
+        return {WHOLE: _read(path)}
+    if not path.is_dir():
+        raise DataError(f"there is no data at {path}", "the file does not exist", "check the path")
+    parts = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and each.name.lower() in PART_OF}
+    found: dict[str, list[Path]] = {PART_OF[name.lower()]: _files(folder) for name, folder in parts.items()}
+    for file in _files(path):
+        found.setdefault(_part_of(file) or WHOLE, []).append(file)
+    if WHOLE in found and len(found) > 1:
+        raise DataError(
+            f"cannot tell the part of {found[WHOLE][0].name} in {path}",
+            f"other files are of {', '.join(sorted(found.keys() - {WHOLE}))}",
+            "name it train, validation or test, or move it away",
+        )
+    if not any(found.values()):
+        raise DataError(f"{path} holds no table", f"tables are {', '.join(SUFFIXES)} files", "check the path")
+    return {part: joined([_read(file) for file in files], str(path)) for part, files in found.items() if files}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.is_file() and is_table_file(each))
+
+
+def _part_of(file: Path) -> str | None:
+    """The part that a file's name says: `train.csv`, `test-00000-of-00002.parquet`."""
+    return PART_OF.get(file.stem.lower().partition("-")[0])
+
+
+def is_table_object(data: Any) -> bool:
+    """Whether an object is a table of pandas, polars, Arrow or Hugging Face, or a dictionary of such by part."""
+    if isinstance(data, Mapping) and data:
+        return all(is_table_object(each) for each in data.values())
+    return not isinstance(data, type) and any(
+        (each.__module__.partition(".")[0], each.__name__)
+        in (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"), ("datasets", "Dataset"))
+        for each in type(data).__mro__
+    )
+
+
+def tables_of(data: Any) -> dict[str, pyarrow.Table]:
+    """The tables in such objects: part -> table, or `WHOLE` alone.
+
+    Raises:
+        DataError: if one cannot be read.
+        InstallError: if pyarrow is not installed.
+    """
+    if not isinstance(data, Mapping):
+        return {WHOLE: _converted(data)}
+    unknown = [name for name in data if str(name).lower() not in PART_OF]
+    if unknown:
+        raise DataError(f"cannot read the part {unknown[0]!r}", f"parts are {', '.join(PART_OF)}", "rename it")
+    return {PART_OF[str(name).lower()]: _converted(each) for name, each in data.items()}
+
+
+def _converted(data: Any) -> pyarrow.Table:
+    import_arrow()
+    import pyarrow
+
+    kind = type(data).__module__.partition(".")[0]
+    try:
+        if isinstance(data, pyarrow.Table):
+            return data
+        if kind == "datasets":
+            return data.with_format("arrow")[:]
+        if kind == "polars":
+            return data.to_arrow()
+        return pyarrow.Table.from_pandas(data, preserve_index=False)
+    except Exception as error:  # objects of other libraries may fail in any way
+        raise DataError(
+            f"cannot read the {type(data).__name__}",
+            f"{type(error).__name__}: {error}",
+            "give each column values of one kind",
+        ) from error
+
+
+def import_arrow() -> None:
+    """Raise unless pyarrow is installed.
+
+    Raises:
+        InstallError: if it is not.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise InstallError(
+            "cannot read tables", f"the package pyarrow is not installed: {error}", "run `pip install pyarrow`"
+        ) from error
+
+
+def _read(file: Path) -> pyarrow.Table:
+    import_arrow()
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    try:
+        if file.suffix.lower() == ".parquet":
+            return parquet.read_table(file)
+        if file.suffix.lower() == ".arrow":
+            with pyarrow.memory_map(str(file)) as source:
+                try:
+                    return ipc.open_stream(source).read_all()
+                except pyarrow.ArrowInvalid:
+                    return ipc.open_file(source).read_all()
+        return _read_text(file)
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read {file}", " ".join(str(error).split())[:300], "check that it is a whole file of that kind"
+        ) from error
+
+
+def _read_text(file: Path) -> pyarrow.Table:
+    from pyarrow import csv
+
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+    if not head.strip():
+        raise DataError(f"cannot read {file}", "it is empty", "give a table with a line of column names")
+    if b"\0" in head:
+        raise DataError(f"cannot read {file}", "it is no text in UTF-8: it holds zero bytes", "save it as CSV in UTF-8")
+    line = head.lstrip(b"\xef\xbb\xbf").splitlines()[0].decode("utf-8", "replace")
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(_DELIMITERS, key=line.count)
+    table = csv.read_csv(
+        file,
+        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            null_values=_MISSING, strings_can_be_null=True, quoted_strings_can_be_null=True
+        ),
+    )
+    return table.rename_columns([name.strip() for name in table.column_names])
+
+
+def joined(tables: list[pyarrow.Table], where: str) -> pyarrow.Table:
+    """Tables one below the other.
+
+    Raises:
+        DataError: if they differ in their columns.
+    """
+    import pyarrow
+
+    try:
+        return pyarrow.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the files of {where} differ in their columns", str(error), "make them alike") from error

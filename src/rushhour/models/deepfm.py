@@ -1,0 +1,82 @@
+"""DeepFM: what pairs of columns say together, and a perceptron over the same embeddings, for recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rushhour.errors import ModelError
+from rushhour.models.fields import Fields
+
+
+def deepfm(
+    sizes: Sequence[int], outputs: int, dimension: int = 16, hidden: int = 128, depth: int = 2, dropout: float = 0.2
+) -> nn.Module:
+    """A factorisation machine and a deep network that share their embeddings (Guo et al., 2017).
+
+    Takes float32 `(n, columns)`: numbers first, then codes of categories, 0 for an unknown one. Gives logits or values
+    `(n, outputs)`. A number's embedding is a vector times the number, as in factorisation machines (Rendle, 2010).
+
+    Args:
+        sizes: of each column, its categories and one for unknown ones; 0 for a number.
+        outputs: length of the answer.
+        dimension: of an embedding.
+        hidden: units of each hidden layer.
+        depth: hidden layers, 1 or more.
+        dropout: after each hidden layer, in training.
+
+    Raises:
+        ModelError: if a size is below one.
+    """
+    if min(outputs, dimension, hidden, depth) < 1 or not 0 <= dropout < 1:
+        raise ModelError(
+            "cannot build the network deepfm",
+            f"every size is at least 1 and dropout below 1, but got outputs={outputs}, dimension={dimension}, "
+            f"hidden={hidden}, depth={depth}, dropout={dropout}",
+            "use other values",
+        )
+    return _DeepFM(sizes, outputs, dimension, hidden, depth, dropout)
+
+
+class _DeepFM(nn.Module):
+    def __init__(
+        self, sizes: Sequence[int], outputs: int, dimension: int, hidden: int, depth: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.fields = fields = Fields(sizes)
+        self.embedding = nn.Embedding(max(1, fields.rows), dimension)
+        self.single = nn.Embedding(max(1, fields.rows), outputs)
+        self.factors = nn.Parameter(torch.randn(fields.numbers, dimension) * 0.1)
+        self.linear = nn.Linear(fields.numbers, outputs) if fields.numbers else None
+        self.pairs = nn.Linear(dimension, outputs)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        nn.init.zeros_(self.single.weight)
+        layers: list[nn.Module] = []
+        before = len(sizes) * dimension
+        for _ in range(depth):
+            dense = nn.Linear(before, hidden)
+            nn.init.kaiming_normal_(dense.weight, nonlinearity="relu")
+            nn.init.zeros_(dense.bias)
+            layers += [dense, nn.ReLU(), nn.Dropout(dropout)]
+            before = hidden
+        self.deep = nn.Sequential(*layers, nn.Linear(before, outputs))
+
+    def forward(self, samples: Tensor) -> Tensor:
+        numbers, rows = self.fields(samples)
+        vectors = []
+        out: Tensor | None = None
+        if self.linear is not None:
+            vectors.append(numbers.unsqueeze(2) * self.factors)
+            out = self.linear(numbers)
+        if self.fields.categories:
+            vectors.append(self.embedding(rows))
+            single = self.single(rows).sum(dim=1)
+            out = single if out is None else out + single
+        found = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]
+        total = found.sum(dim=1)
+        # the sum over all pairs of columns, in linear time (Rendle, 2010); a weight for each dimension and output
+        pairs = 0.5 * (total * total - (found * found).sum(dim=1))
+        answer: Tensor = out + self.pairs(pairs) + self.deep(found.flatten(1))
+        return answer

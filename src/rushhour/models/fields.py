@@ -1,0 +1,56 @@
+"""The columns of a table in torch: numbers as they are, and places in embedding tables for categories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rushhour.errors import ModelError
+
+HIDDEN_SHARE = 0.02
+"""Of the categories, in training: so many are taken as unknown at random, so that the row for unknown ones is trained
+on rows of all kinds."""
+
+
+class Fields(nn.Module):
+    """Splits samples `(n, columns)` into numbers and the rows of embedding tables that lie one below the other.
+
+    A code that no table has is that of unknown categories, 0.
+
+    Args:
+        sizes: of each column, rows of its table, or 0 for a number; numbers first.
+
+    Raises:
+        ModelError: if there is no column, or a number behind a category.
+    """
+
+    sizes: Tensor
+    offsets: Tensor
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        categories = [size for size in sizes if size]
+        self.numbers = len(sizes) - len(categories)
+        self.categories = len(categories)
+        if not sizes or min(sizes) < 0 or any(sizes[: self.numbers]):
+            raise ModelError(
+                "cannot build a network for these columns",
+                f"sizes are rows of an embedding table, or 0 for a number, numbers first, but got {tuple(sizes)[:20]}",
+                "use other values",
+            )
+        self.rows = sum(categories)
+        self.hiding = nn.Dropout(HIDDEN_SHARE)
+        begins = torch.tensor([0, *categories]).cumsum(0)[:-1]
+        self.register_buffer("sizes", torch.tensor(categories, dtype=torch.float32), persistent=False)
+        self.register_buffer("offsets", begins, persistent=False)
+
+    def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers `(n, numbers)`, and rows of the tables, int64 `(n, categories)`."""
+        codes = samples[:, self.numbers :]
+        known = (codes >= 0) & (codes < self.sizes)
+        if self.training:
+            known = known & (self.hiding(torch.ones_like(codes)) > 0)
+        codes = torch.where(known, codes, torch.zeros_like(codes))
+        return samples[:, : self.numbers], codes.to(torch.int64) + self.offsets
