@@ -131,7 +131,9 @@ def import_arrow() -> None:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise InstallError(
-            "cannot read tables", f"the package pyarrow is not installed: {error}", "run `pip install pyarrow`"
+            "cannot read tables",
+            f"the package pyarrow is not installed: {error}",
+            "run `pip install 'rushhour[tabular]'`",
         ) from error
 
 

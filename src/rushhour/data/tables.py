@@ -87,6 +87,8 @@ def from_tables(
         each: cells_of(each, whole[each], category=True) if is_identifier(each, found) else found
         for each, found in cells.items()
     }
+    if not cells:
+        raise DataError(f"{source} has no column that a model could use", "it has only targets", "add some")
     rows, notes = _rows_of_parts(tables, whole, targets, cells, given, seed, source, kind)
     if known is None:
         left_out = [each for each in names if not each.strip()]
@@ -219,7 +221,7 @@ def _rows_of_parts(
     if missing:
         own = found["train"]
         if groups is None:
-            keys = keys_of_cells({name: _taken(each, own) for name, each in cells.items()} or {}, seed=seed)
+            keys = keys_of_cells({name: _taken(each, own) for name, each in cells.items()}, seed=seed)
             divided = divide(keys, strata(targets[own], kind), held_out=missing)
         else:
             if len(np.unique(groups.values[own])) <= len(missing):

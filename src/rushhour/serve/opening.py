@@ -27,6 +27,7 @@ from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.ladder import Ladder
 from rushhour.serve.scheduling.lanes import Lanes
 from rushhour.serve.scheduling.stage import Stage
+from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tiles import Tiles
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.scheduling.variant import Variant
@@ -194,14 +195,16 @@ class Opening:
         return times, cost, not running and self._computing() == (0, started)
 
 
-def decoder_of(opened: Opened, limits: Limits) -> Decoder | Tokeniser | None:
-    """Decodes the pictures that the model takes, or tokenises its texts; None where it takes neither."""
+def decoder_of(opened: Opened, limits: Limits) -> Decoder | Tabulator | Tokeniser | None:
+    """Decodes the pictures that the model takes, tokenises its texts, or reads its rows; None where it takes none."""
     bundle = opened.variant.bundle
     spec: TensorSpec | None = opened.engine.signature.picture
     if spec is not None:
         how = bundle.manifest.preprocessing.decoding
         decoding = how if isinstance(how, Decoding) else None
         return Decoder(spec, max_pixels=limits.picture_pixels, threads=cores(), decoding=decoding)
+    if bundle.manifest.table is not None:
+        return Tabulator(bundle, threads=cores())
     return Tokeniser(bundle, threads=cores()) if isinstance(bundle.manifest.text, Text) else None
 
 
@@ -211,7 +214,7 @@ def stage_of(
     codec: Codec,
     policy: Policy,
     clock: Clock,
-    decoder: Decoder | Tokeniser | None,
+    decoder: Decoder | Tabulator | Tokeniser | None,
     before: Stage | None,
     explanation: Explanation | None,
     budget: Budget,
@@ -224,7 +227,7 @@ def stage_of(
         codec: of the model.
         policy: of the plan, bounded for this machine.
         clock: of requests.
-        decoder: of pictures, or of texts; None where the model takes neither.
+        decoder: of pictures, of texts, or of rows; None where the model takes none.
         before: what is served until now; None where nothing is.
         explanation: what answers say about themselves; None where they do not.
         budget: of large requests.
@@ -245,7 +248,7 @@ def _cascade_of(
     codec: Codec,
     policy: Policy,
     clock: Clock,
-    decoder: Decoder | Tokeniser | None,
+    decoder: Decoder | Tabulator | Tokeniser | None,
     explanation: Explanation | None,
 ) -> Stage:
     """Cells of one variant each, one behind the other. Pictures are decoded once, for the first."""

@@ -34,10 +34,11 @@ from rushhour.serve.observability.statistics import Totals, add_counts, newest_v
 from rushhour.serve.opening import Opened, Opener, Opening, decoder_of, stage_of
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.stage import Stage
+from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.target import ServedVariant, Target, open_planned, open_target
 from rushhour.system.machine import cores
-from rushhour.wire import EMBEDDINGS, Codec, Regions, embeds
+from rushhour.wire import EMBEDDINGS, ROWS, Codec, Regions, embeds
 
 _STUCK_S, _STUCK_BATCHES = 30.0, 10.0
 """A cell that drains is abandoned if it ends no request for so long, or for so many of its largest batches."""
@@ -269,6 +270,9 @@ class Repository:
             pictures=pictures if tiles is None or tiles.is_fixed else min(1, pictures),
             texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
             declared=None if tiles is None else tiles.declared(engine.signature),
+            rows=self._most_pictures(engine.signature) if isinstance(decoder, Tabulator) else 0,
+            kind=variant.bundle.manifest.task.kind,
+            targets=decoder.reader.table.targets if isinstance(decoder, Tabulator) else (),
             usual=() if tiles is None else engine.signature.inputs[0].shape[:2],
         )
         policy = self._bounded(target.plan.policy, engine.signature)
@@ -290,6 +294,8 @@ class Repository:
         paths = [f"{base}/infer", f"{base}/versions/{loaded.version}/infer"]
         if embeds(loaded.cell.codec, loaded.variant.bundle.manifest.task.kind):
             paths.append(EMBEDDINGS)
+        if loaded.cell.codec.takes_rows:
+            paths += [f"{base}/{ROWS}", f"{base}/versions/{loaded.version}/{ROWS}"]
         self._infer_paths = frozenset(map(str.encode, paths))
         bundle = loaded.variant.bundle.manifest.hash
         log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
@@ -367,7 +373,7 @@ class Repository:
                 return False
         return True
 
-    def _open(self, target: Target) -> tuple[tuple[Opened, ...], Decoder | Tokeniser | None]:
+    def _open(self, target: Target) -> tuple[tuple[Opened, ...], Decoder | Tabulator | Tokeniser | None]:
         known = () if self.loaded is None else self.loaded.opened
         opening = Opening(self._opener, exact=self._exact, fit=self._fit, computing=self._computing, known=known)
         opened = opening.open(target)

@@ -5,7 +5,7 @@ compress   pruning and quantisation, and with them tuning; includes train and re
 report     HTML reports and charts
 keras      models of Keras become bundles; includes train
 hf         folders of Hugging Face transformers become models; includes train
-tabular    estimators of scikit-learn, LightGBM and XGBoost become models; includes train
+tabular    tables are data; estimators of scikit-learn, LightGBM and XGBoost become models; includes train
 all        train, compress and report
 """
 
@@ -23,7 +23,7 @@ EXTRAS: Final = {
     "report": ("jinja2", "matplotlib"),
     "keras": ("keras", "h5py"),
     "hf": ("transformers",),
-    "tabular": ("sklearn", "joblib", "skl2onnx", "onnxmltools"),
+    "tabular": ("sklearn", "joblib", "skl2onnx", "onnxmltools", "pyarrow"),
 }
 """Extra -> the modules of its packages."""
 _INCLUDED: Final = {"compress": ("train", "report"), "keras": ("train",), "hf": ("train",), "tabular": ("train",)}

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle, Manifest, OpenDimension, Preprocessing, Signature, TensorSpec
+from rushhour.bundle import Bundle, Column, Manifest, OpenDimension, Preprocessing, Signature, Table, TensorSpec
 from rushhour.task import Task
 
 INPUT, OUTPUT = "image", "probabilities"
@@ -209,3 +209,47 @@ def _graph(weights: NDArray[np.float32], shape: tuple[int, ...], bits: Literal[7
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     checker.check_model(model)
     return model
+
+
+TABLE: Final = Table(
+    (
+        Column("age", "number", fill=40.0, optional=True),
+        Column("joined", "date", fill=18_000.0),
+        Column("job", "category", ("doctor", "writer"), optional=True),
+        Column("zip", "category", ("1010", "1020", "8010")),
+    ),
+    targets=("first", "second", "third", "fourth"),
+    left_out=("note",),
+)
+"""Of `tiny_table_bundle`."""
+
+
+def tiny_table_bundle(path: Path, *, name: str = "tiny-table") -> Bundle:
+    """Write a bundle that takes rows of named values, and answers each sample with itself, plus zero.
+
+    Args:
+        path: the bundle's folder; replaced if it is there.
+        name: of the model.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    width = len(TABLE.columns)
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["input", "zero"], ["values"])],
+        "table",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", width])],
+        [helper.make_tensor_value_info("values", TensorProto.FLOAT, ["n", width])],
+        [helper.make_tensor("zero", TensorProto.FLOAT, [width], [0.0] * width)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    manifest = Manifest(
+        name=name,
+        signature=Signature(
+            inputs=(TensorSpec("input", "float32", (width,)),), outputs=(TensorSpec("values", "float32", (width,)),)
+        ),
+        task=Task("regression", outputs=width),
+        preprocessing=Preprocessing(table=TABLE),
+    )
+    samples = np.array([[31, 18_262, 1, 3], [40, 18_000, 0, 1], [52.5, 17_000.5, 2, 2]], np.float32)
+    return Bundle.create(path, manifest, model=lambda file: onnx.save(model, file), samples={"input": samples})

@@ -43,7 +43,7 @@ from rushhour.wire.embeddings import (
     openai_error,
 )
 from rushhour.wire.header import HEADER_LENGTH, InputHeader, OutputHeader, RequestHeader
-from rushhour.wire.layouts import TEXT
+from rushhour.wire.layouts import ROW, TEXT
 from rushhour.wire.pieces import WHOLE_BYTES
 from rushhour.wire.request import (
     Body,
@@ -58,6 +58,7 @@ from rushhour.wire.request import (
     TextRequest,
     Wanted,
 )
+from rushhour.wire.rows import ROWS, RowsRequest, decode_rows, row_of_json
 
 __all__ = [
     "EMBEDDINGS",
@@ -65,6 +66,8 @@ __all__ = [
     "MAX_PICTURE_BYTES",
     "MAX_TEXTS",
     "MAX_TEXT_BYTES",
+    "ROW",
+    "ROWS",
     "TEXT",
     "WHOLE_BYTES",
     "Body",
@@ -84,6 +87,7 @@ __all__ = [
     "PlacedRequest",
     "Regions",
     "RequestHeader",
+    "RowsRequest",
     "TextRequest",
     "Wanted",
     "array_of_bytes",
@@ -92,6 +96,7 @@ __all__ = [
     "datatype_of",
     "decode_answer",
     "decode_embeddings",
+    "decode_rows",
     "dtype_of",
     "embeds",
     "encode_json_request",
@@ -101,5 +106,6 @@ __all__ = [
     "json_of",
     "model_metadata",
     "openai_error",
+    "row_of_json",
     "text_of",
 ]

@@ -62,6 +62,9 @@ class Codec(AnswerWriter):
         declared: output -> the shape of one sample as the protocol declares it, -1 for a size that depends on the
             request; None where all are the signature's.
         usual: the sizes of the open dimensions in a raw body, where its length does not determine them.
+        rows: rows of named values in one request, at most; 0 where the model takes none.
+        kind: of the task.
+        targets: names of the values that it answers with, where they have some.
 
     Attributes:
         arrange: checks a header and returns its layout; see `HeaderReader.arrange`.
@@ -79,6 +82,9 @@ class Codec(AnswerWriter):
         texts: int = 0,
         declared: Mapping[str, tuple[int, ...]] | None = None,
         usual: Sizes = (),
+        rows: int = 0,
+        kind: str = "",
+        targets: tuple[str, ...] = (),
     ) -> None:
         super().__init__(model, signature, version, labels, regions)
         self._declared = declared or {}
@@ -86,7 +92,10 @@ class Codec(AnswerWriter):
         self.max_rows = max_rows
         self._pictures = pictures
         self._texts = texts
-        self._reader = HeaderReader(model, signature, max_rows, labels, regions, pictures, texts)
+        self._rows = rows
+        self.kind = kind
+        self.targets = targets
+        self._reader = HeaderReader(model, signature, max_rows, labels, regions, pictures, texts, rows)
         self.arrange: Callable[[RequestHeader], Layout] = self._reader.arrange
         self._layouts: dict[bytes, Layout] = {}
         self._numbered: dict[bytes, Layout] = {}
@@ -102,9 +111,14 @@ class Codec(AnswerWriter):
         return self._texts > 0
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether rows of named values may be sent in place of the input."""
+        return self._rows > 0
+
+    @property
     def elements(self) -> int:
-        """Encoded pictures or texts in one request, at most; 0 where the model takes none."""
-        return min(self._pictures or self._texts, self.max_rows)
+        """Encoded pictures, texts or rows in one request, at most; 0 where the model takes none."""
+        return min(self._pictures or self._texts or self._rows, self.max_rows)
 
     def known(self, header: bytes) -> Layout | None:
         """The layout of a JSON header, if one that was equal except for the id was read before; else None."""
@@ -204,7 +218,7 @@ class Codec(AnswerWriter):
             for position, place in layout.places.items():
                 tensors[position] = open_regions(self._regions).read(place)
             if layout.encoded:
-                kind = TextRequest if self._texts else PictureRequest
+                kind = TextRequest if self._texts or self._rows else PictureRequest
                 return kind(layout.pictures or elements_of(tensors[0], layout.rows), layout.wanted)
             ordered = tuple(tensors[position] for position in range(len(self.signature.inputs)))
             if layout.checked:

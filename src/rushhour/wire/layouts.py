@@ -22,6 +22,8 @@ from rushhour.wire.values import converted, converted_batch, flat
 
 TEXT: Final = "text"
 """The name of the input that texts are sent as."""
+ROW: Final = "row"
+"""The same of rows of named values, each as JSON."""
 
 
 class HeaderReader:
@@ -35,6 +37,7 @@ class HeaderReader:
         regions: the shared memory of clients; None where it is not used.
         pictures: encoded pictures in one request, at most; 0 where the model takes none.
         texts: texts in one request, likewise.
+        rows: rows of named values in one request, likewise.
     """
 
     def __init__(
@@ -46,13 +49,15 @@ class HeaderReader:
         regions: Regions | None,
         pictures: int,
         texts: int = 0,
+        rows: int = 0,
     ) -> None:
         self.model = model
         self.signature = signature
         self.max_rows = max_rows
         self.labels = labels
         self._pictures = pictures
-        self._texts = texts
+        self._texts = texts or rows
+        self._item = TEXT if texts else ROW
         self._regions = regions
         self._inputs = {spec.name: position for position, spec in enumerate(signature.inputs)}
         self._outputs = {spec.name: position for position, spec in enumerate(signature.outputs)}
@@ -122,8 +127,8 @@ class HeaderReader:
     def _match_inputs(self, inputs: list[InputHeader]) -> dict[int, InputHeader]:
         """Position -> input; every input of the model exactly once, with its type and shape; texts stand for all."""
         found: dict[int, InputHeader] = {}
-        if self._texts and len(inputs) == 1 and inputs[0].name == TEXT and inputs[0].datatype == "BYTES":
-            self._check_encoded(inputs[0], "texts", self._texts)
+        if self._texts and len(inputs) == 1 and inputs[0].name == self._item and inputs[0].datatype == "BYTES":
+            self._check_encoded(inputs[0], f"{self._item}s", self._texts)
             return {0: inputs[0]}
         for entry in inputs:
             position = self._inputs.get(entry.name)
@@ -203,7 +208,7 @@ class HeaderReader:
 
     @property
     def _or_text(self) -> str:
-        return f", or {TEXT} (BYTES) alone" if self._texts else ""
+        return f", or {self._item} (BYTES) alone" if self._texts else ""
 
     def _check_encoded(self, entry: InputHeader, what: str, most: int) -> None:
         """Raise a `WireError` unless these are no more pictures or texts than a request may have."""

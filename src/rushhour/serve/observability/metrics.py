@@ -97,6 +97,15 @@ def _counted(report: Report) -> Iterator[Metric]:
         positions.add_metric((report.model, "sample"), total.positions)
         positions.add_metric((report.model, "padding"), total.padding)
         yield positions
+    for name, what, counts in (
+        ("rushhour_unknown_categories", "Categories in rows that the training data did not have.", total.unknown),
+        ("rushhour_imputed_values", "Missing values in rows, whose place was filled.", total.imputed),
+    ):
+        if counts:
+            cells = CounterMetricFamily(name, what, labels=("model", "column"))
+            for column, count in counts.items():
+                cells.add_metric((report.model, column), count)
+            yield cells
     for name, what, count in (
         ("rushhour_cut_pictures", "Pictures that were cut into tiles.", total.cut),
         ("rushhour_tiles", "Tiles of pictures that were cut.", total.tiles),

@@ -149,6 +149,8 @@ class Totals(msgspec.Struct):
         spent: the sum of the expected accuracy drops of all samples that a ladder computed: over `samples` it is their
             mean drop.
         escalated: samples that went on to the next variant of a cascade.
+        unknown: categories of rows that the training data did not have, by column.
+        imputed: missing values of rows, by column.
         stood: requests of which samples should have gone on and were answered by the variant before, by reason.
     """
 
@@ -179,6 +181,8 @@ class Totals(msgspec.Struct):
     spent: float = 0.0
     escalated: int = 0
     stood: dict[str, int] = msgspec.field(default_factory=dict)
+    unknown: dict[str, int] = msgspec.field(default_factory=dict)
+    imputed: dict[str, int] = msgspec.field(default_factory=dict)
 
     def add(self, other: Totals) -> None:
         """Add another's."""
@@ -194,6 +198,8 @@ class Totals(msgspec.Struct):
         add_counts(self.errors, other.errors)
         add_counts(self.of_variant, other.of_variant)
         add_counts(self.stood, other.stood)
+        add_counts(self.unknown, other.unknown)
+        add_counts(self.imputed, other.imputed)
         self.last_s = max(self.last_s, other.last_s)
 
     def shown(self, name: str, version: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from rushhour.serve.processes.commands import Commands
 from rushhour.serve.processes.messages import Count, Execute, Load, Log, Speed, Unload, Unregister, executed
 from rushhour.serve.repository import Loaded, Repository
 from rushhour.serve.scheduling.decoding import Decoder
+from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.system.machine import describe
 from rushhour.wire import datatype_of, embeds, model_metadata
@@ -108,7 +109,8 @@ class Control:
 
     def bounds(self, name: str) -> dict[str, Any]:
         """What metadata does not say: under the key `bounds` the smallest and the largest size of each dimension of one
-        sample, by input; under `texts` whether texts are taken too; under `embeds` whether `/v1/embeddings` answers."""
+        sample, by input; under `texts` and `rows` whether texts, or rows of named values, are taken too; under `embeds`
+        whether `/v1/embeddings` answers."""
         codec = self._loaded(name).cell.codec
         signature = codec.signature
         smallest = tuple(dimension.smallest for dimension in signature.dimensions)
@@ -116,7 +118,25 @@ class Control:
             spec.name: list(zip(signature.shape(spec, smallest), spec.shape, strict=True)) for spec in signature.inputs
         }
         embedding = embeds(codec, self._loaded(name).variant.bundle.manifest.task.kind)
-        return {"bounds": pairs, "texts": codec.takes_texts, "embeds": embedding}
+        return {"bounds": pairs, "texts": codec.takes_texts, "embeds": embedding, "rows": codec.takes_rows}
+
+    def rows(self, name: str, version: str = "") -> dict[str, Any]:
+        """The columns of a row, and a few real rows.
+
+        Raises:
+            WireError: if the model takes no rows.
+        """
+        loaded = self._loaded(name, version)
+        decoder = loaded.cell.decoder
+        if not isinstance(decoder, Tabulator):
+            why = "its bundle has no table"
+            raise WireError(f"{name} takes no rows", why, f"see GET v2/models/{name} for its inputs", status=404)
+        columns = [
+            {"name": column.name, "kind": column.kind, "optional": column.optional}
+            | ({"categories": len(column.categories)} if column.kind == "category" else {})
+            for column in decoder.reader.table.columns
+        ]
+        return {"columns": columns, "rows": decoder.examples}
 
     def config(self, name: str, version: str = "") -> dict[str, Any]:
         """The model's configuration, under the names of Triton's `ModelConfig`."""
@@ -191,6 +211,7 @@ class Control:
             "open_dimensions": codec.signature.dimensions,
             "pictures": decoder.settings if isinstance(decoder, Decoder) else None,
             "texts": decoder.settings if isinstance(decoder, Tokeniser) else None,
+            "rows": decoder.settings if isinstance(decoder, Tabulator) else None,
             **loaded.cell.shown(),
             "waits_for_samples": target_batch,
             "waits_ms": round(1e3 * wait_s, 3),

@@ -24,6 +24,7 @@ from rushhour.serve.scheduling.lanes import Lanes
 from rushhour.serve.scheduling.pictures import Pictures
 from rushhour.serve.scheduling.speed import HostSpeed, Speeds
 from rushhour.serve.scheduling.stream import Stream, stream_of
+from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.serve.scheduling.variant import Variant
 from rushhour.wire import Codec, InferRequest, Layout, PictureRequest, Wanted
@@ -66,7 +67,7 @@ class Cell:
         codec: Codec,
         policy: Policy,
         clock: Clock,
-        decoder: Decoder | Tokeniser | None = None,
+        decoder: Decoder | Tabulator | Tokeniser | None = None,
         explanation: Explanation | None = None,
         lanes: Lanes | None = None,
     ) -> None:
@@ -160,6 +161,8 @@ class Cell:
     def totals(self) -> Totals:
         """The counters up to now. Not a copy."""
         totals = self.counters.into(self.statistics.totals())
+        if isinstance(self.decoder, Tabulator):
+            totals.unknown, totals.imputed = dict(self.decoder.unknown), dict(self.decoder.imputed)
         totals.of_variant = {each.name: each.samples for each in self.variants if each.name}
         if self.ladder is not None:
             self.ladder.count(totals)

@@ -14,6 +14,7 @@ from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.job import Job, Reply, Shed
 from rushhour.serve.scheduling.speed import Speeds
+from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tokenising import Tokeniser
 from rushhour.wire import Codec, InferRequest, Layout
 
@@ -37,8 +38,8 @@ class Stage(Protocol):
         ...
 
     @property
-    def decoder(self) -> Decoder | Tokeniser | None:
-        """Of encoded pictures, or of texts; None where the codec takes none."""
+    def decoder(self) -> Decoder | Tabulator | Tokeniser | None:
+        """Of encoded pictures, of texts, or of rows; None where the codec takes none."""
         ...
 
     @property

@@ -88,7 +88,9 @@ class HttpEndpoint:
 
     def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
         """Count an answer with an error that no cell has counted."""
-        infer = self._infers and ((path.startswith(b"/v2/models/") and path.endswith(b"/infer")) or path == _EMBEDDINGS)
+        infer = self._infers and (
+            (path.startswith(b"/v2/models/") and path.endswith((b"/infer", b"/rows"))) or path == _EMBEDDINGS
+        )
         self._repository.refuse(status, seconds, infer=infer)
 
     def control(

@@ -20,8 +20,10 @@ from rushhour.serve.protocols.http.repeats import KnownRequest, PreparedAnswer
 from rushhour.serve.protocols.http.routes import MAX_BODY_BYTES, Answer, not_allowed
 from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, Shed, ShedError, owned
 from rushhour.serve.scheduling.stage import Stage
+from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.wire import (
     EMBEDDINGS,
+    ROWS,
     WHOLE_BYTES,
     Body,
     Codec,
@@ -29,7 +31,9 @@ from rushhour.wire import (
     InferRequest,
     Parts,
     PlacedRequest,
+    RowsRequest,
     decode_embeddings,
+    decode_rows,
 )
 
 _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
@@ -37,6 +41,7 @@ _OPEN_PATHS = frozenset((b"/v2/health/live", b"/v2/health/ready"))
 HELD_BYTES = 64 * 1024
 """Bodies from this size on count in the budget."""
 _EMBEDDINGS = EMBEDDINGS.encode()
+_ROWS = f"/{ROWS}".encode()
 MAX_KNOWN = 8
 """Heads kept per connection: a proxy sends the requests of several clients over one."""
 
@@ -96,7 +101,8 @@ class RequestHandler(Pipeline):
             self._challenge()
             return
         cell = self._endpoint.cell_of(path)
-        if cell is None or message.method == b"OPTIONS":
+        is_question = message.method in (b"GET", b"HEAD") and path.endswith(_ROWS)
+        if cell is None or message.method == b"OPTIONS" or is_question:
             if message.body and message.encoding not in (b"", b"identity"):
                 why = "this path does not accept compression"
                 self._fail(WireError("the body is compressed", why, "send it uncompressed", status=415))
@@ -157,6 +163,13 @@ class RequestHandler(Pipeline):
                     self._waiting = asyncio.ensure_future(self._decode_on_thread(cell, message, body, read))
                     return
                 request = decode_embeddings(cell.codec, body)
+            elif self._path().endswith(_ROWS):
+                if len(body) > WHOLE_BYTES:
+                    read_rows = partial(decode_rows, cell.codec)
+                    self._waiting = asyncio.ensure_future(self._decode_on_thread(cell, message, body, read_rows))
+                    return
+                rows = request = decode_rows(cell.codec, body)
+                cast(Tabulator, cell.decoder).prepare_few(rows)
             elif message.is_picture and message.header_length is None:
                 request = cell.codec.decode_picture(body)
             else:
@@ -293,7 +306,7 @@ class RequestHandler(Pipeline):
         self, cell: Stage, request: InferRequest, result: Sequence[memoryview], variant: str, times: bytes
     ) -> int | None:
         """Write the answer, or an error; returns the error's status, which the cell counts."""
-        if isinstance(request, EmbeddingRequest):
+        if isinstance(request, EmbeddingRequest | RowsRequest):
             large = request.is_large
         else:
             large = cell.codec.is_large_answer(request.wanted, request.rows)
@@ -361,7 +374,7 @@ def _encoded(
     codec: Codec, request: InferRequest, result: Sequence[memoryview], variant: str
 ) -> tuple[int | None, Parts]:
     """As `Codec.encode`, in the form that the request came in."""
-    if isinstance(request, EmbeddingRequest):
+    if isinstance(request, EmbeddingRequest | RowsRequest):
         return None, request.encode(result)
     return codec.encode(request.wanted, request.rows, result, variant)
 

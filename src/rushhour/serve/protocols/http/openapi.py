@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from rushhour.serve.protocols.control import Control
-from rushhour.wire import EMBEDDINGS, HEADER_LENGTH, MAX_TEXTS, TEXT, dtype_of
+from rushhour.wire import EMBEDDINGS, HEADER_LENGTH, MAX_TEXTS, ROWS, TEXT, dtype_of
 
 Schema = dict[str, Any]
 
@@ -171,6 +171,8 @@ def _paths(infers: bool, metadata: Schema | None) -> Schema:
         }
         if infers:
             paths[f"{base}/infer"] = {"post": _inference(metadata)} | shared
+        if infers and metadata is not None and metadata["rows"]:
+            paths[f"{base}/{ROWS}"] = _rows(metadata["name"]) | shared
     if infers and metadata is not None and metadata["embeds"]:
         paths[EMBEDDINGS] = {"post": _embeddings(metadata["name"])}
     return paths
@@ -221,6 +223,23 @@ def _inference(metadata: Schema | None) -> Schema:
         },
     }
     return operation
+
+
+def _rows(name: str) -> Schema:
+    """Rows of named values; answers in words."""
+    cell = {"type": ["string", "number", "boolean", "null"]}
+    row = {"type": "object", "additionalProperties": cell}
+    body = _object({"rows": {"type": "array", "items": row, "minItems": 1}}, id={"type": ["string", "null"]})
+    body["properties"] |= {"shared": row, "parameters": {"type": ["object", "null"]}}
+    answers = {"type": "array", "items": _OBJECT}
+    answer = _object(
+        {"model_name": {"const": name}, "model_version": {"type": "string"}, "answers": answers},
+        id={"type": "string"},
+    )
+    columns = _object({"columns": {"type": "array", "items": _OBJECT}, "rows": {"type": "array", "items": row}})
+    post = _operation("Answer rows of named values, in words.", answer, 404, 413, 415, 429, 500, body=body)
+    post["requestBody"]["required"] = True
+    return {"get": _operation("The columns of a row, and a few real rows.", columns, 404), "post": post}
 
 
 def _embeddings(name: str) -> Schema:

@@ -166,6 +166,11 @@ class Routes:
                 }
             case ["infer"]:
                 return {"POST": lambda body: self._not_inferred(name, version)}
+            case ["rows"]:
+                return {
+                    "GET": lambda body: control.rows(name, version),
+                    "POST": lambda body: self._no_rows(name, version),
+                }
         return None
 
     def _not_inferred(self, name: str, version: str) -> None:
@@ -174,6 +179,11 @@ class Routes:
         if not self._infers:
             raise WireError("this port is for administration only", "", "send requests to the other port", status=404)
         raise WireError("there is no such path", "", f"use v2/models/{name}/infer", status=404)
+
+    def _no_rows(self, name: str, version: str) -> None:
+        """Say why rows are not answered at this path; where they are, requests are answered before they come here."""
+        self._control.rows(name, version)
+        self._not_inferred(name, version)
 
     def _cuda(self, rest: list[str]) -> dict[str, Handler] | None:
         """CUDA memory cannot be registered; unregistering succeeds, because clients always do it."""

@@ -1,0 +1,226 @@
+"""Tables as data: what each column is taken for, what is left out, and that nothing is guessed in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow")
+import pyarrow
+from pyarrow import ipc, parquet
+
+from rushhour.api.inputs import load_data
+from rushhour.data import Columns, Dataset, load
+from rushhour.errors import DataError
+from rushhour.progress import Silent
+
+JOBS = ("clerk", "doctor", "writer")
+
+
+def people(count: int = 400, seed: int = 0) -> dict[str, list[Any]]:
+    """A careless table: gaps, a text, a constant, identifiers, dates."""
+    random = np.random.default_rng(seed)
+    age = random.integers(18, 80, count)
+    job = random.integers(0, 3, count)
+    return {
+        "row": list(range(count)),
+        "person_id": random.integers(1, 60, count).tolist(),
+        "age": [None if at % 50 == 7 else int(each) for at, each in enumerate(age)],
+        "height": random.normal(170, 10, count).round(4).tolist(),
+        "job": [None if at % 80 == 9 else JOBS[each] for at, each in enumerate(job)],
+        "member": [bool(each) for each in random.integers(0, 2, count)],
+        "joined": [f"20{10 + at * 10 // count}-03-{1 + at % 28:02}" for at in range(count)],
+        "note": [f"text {at}" for at in range(count)],
+        "always": ["x"] * count,
+        "liked": [int(each) for each in (age + 10 * job > 50)],
+    }
+
+
+def write_csv(path: Path, table: dict[str, list[Any]], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    def shown(value: Any) -> str:
+        return "" if value is None else str(value)
+
+    lines = [delimiter.join(table), *(delimiter.join(map(shown, row)) for row in zip(*table.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    return path
+
+
+def columns_of(data: Dataset) -> dict[str, Any]:
+    table: Any = data.preprocessing.table
+    return {column.name: column for column in table.columns}
+
+
+def test_columns_are_recognised(tmp_path: Path) -> None:
+    data = load(str(write_csv(tmp_path / "people.csv", people())), columns=Columns(target="liked"))
+    found = columns_of(data)
+    kinds = {name: column.kind for name, column in found.items()}
+    assert kinds == {
+        "age": "number", "height": "number", "joined": "date",
+        "person_id": "category", "job": "category", "member": "category",
+    }  # fmt: skip
+    assert found["member"].categories == ("false", "true")
+    assert found["job"].categories == JOBS
+    assert found["age"].optional
+    assert found["job"].optional
+    assert not found["height"].optional
+    assert data.task.kind == "classification"
+    notes = "\n".join(data.notes)
+    for said in (
+        "row (it numbers the rows)",
+        "note (",
+        "always (always the same)",
+        "age 8 (the median",
+        "job 5 (taken",
+    ):
+        assert said in notes, notes
+    age = list(found).index("age")
+    assert np.median(data.train.inputs[:, age]) == found["age"].fill
+    assert data.preprocessing.std[3:] == (1.0, 1.0, 1.0)  # codes are not scaled
+    assert data.preprocessing.std[0] > 5
+
+
+@pytest.mark.parametrize("form", ["csv", "semicolons", "tsv", "bom", "parquet", "pandas", "folder", "arrow"])
+def test_all_forms_of_a_table_are_the_same_data(tmp_path: Path, form: str) -> None:
+    table = people()
+    expected = load(str(write_csv(tmp_path / "people.csv", table)), columns=Columns(target="liked"))
+    arrow = pyarrow.table(table)
+    given: Any
+    if form in ("csv", "semicolons", "tsv", "bom"):
+        name, delimiter = ("a.tsv", "\t") if form == "tsv" else ("a.csv", ";" if form == "semicolons" else ",")
+        given = write_csv(tmp_path / name, table, delimiter, "utf-8-sig" if form == "bom" else "utf-8")
+    elif form == "parquet":
+        given = tmp_path / "a.parquet"
+        parquet.write_table(arrow, given)
+    elif form == "pandas":
+        pandas = pytest.importorskip("pandas")
+        given = pandas.DataFrame(table)
+        given["job"] = given["job"].astype("category")
+        given["age"] = given["age"].astype("Int64")
+    elif form == "folder":  # as Hugging Face's `save_to_disk` writes it
+        given = tmp_path / "saved"
+        given.mkdir()
+        (given / "state.json").write_text("{}")
+        with ipc.new_stream(given / "data-00000-of-00001.arrow", arrow.schema) as writer:
+            writer.write_table(arrow)
+    else:
+        given = arrow
+    found = load_data(given, Silent(), columns="liked")
+    assert np.array_equal(found.train.inputs, expected.train.inputs)
+    assert np.array_equal(found.test.targets, expected.test.targets)
+    assert found.preprocessing == expected.preprocessing
+
+
+def test_more_rows_move_no_row_to_another_part(tmp_path: Path) -> None:
+    few, many = people(300), people(300)
+    for name, more in people(200, seed=1).items():
+        many[name] = [*many[name], *more]
+    heights = []
+    for table in (few, many):
+        data = load(
+            str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", leave_out=("row", "note"))
+        )
+        place = list(columns_of(data)).index("height")
+        heights.append({part: set(getattr(data, part).inputs[:, place].tolist()) for part in ("train", "test")})
+    assert not heights[0]["test"] & (heights[1]["train"] - heights[0]["train"])
+    assert heights[0]["test"] <= heights[1]["test"]
+
+
+def test_groups_stay_together_and_time_goes_on(tmp_path: Path) -> None:
+    file = str(write_csv(tmp_path / "a.csv", people()))
+    data = load(file, columns=Columns(target="liked", group="person_id"))
+    groups = [set(getattr(data, part).groups.tolist()) for part in ("train", "validation", "test")]
+    assert len(set.union(*groups)) == sum(map(len, groups))
+    assert "person_id" not in columns_of(data)
+    data = load(file, columns=Columns(target="liked", time="joined", group="person_id", categories=("person_id",)))
+    assert "person_id" in columns_of(data)
+    assert data.test.groups is not None
+    assert any("split in time" in note and "2018-" in note for note in data.notes)
+    assert len(data.test) == pytest.approx(40, abs=15)
+
+
+def test_parts_of_the_users_own(tmp_path: Path) -> None:
+    for part, seed in (("train", 0), ("val", 1), ("test", 2)):
+        write_csv(tmp_path / f"{part}.csv", people(100, seed))
+    data = load(str(tmp_path), columns=Columns(target="liked", leave_out="note"))
+    assert [len(each) for each in (data.train, data.validation, data.test)] == [100, 100, 100]
+    (tmp_path / "val.csv").unlink()
+    data = load(str(tmp_path), columns=Columns(target="liked"))
+    assert len(data.test) == 100
+    assert any("no validation part" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"groups of .* are in train and in test"):
+        load(str(tmp_path), columns=Columns(target="liked", group="person_id"))
+    write_csv(tmp_path / "more.csv", people(100))
+    with pytest.raises(DataError, match=r"cannot tell the part of more.csv"):
+        load(str(tmp_path), columns=Columns(target="liked"))
+
+
+def test_several_targets_are_values_or_labels(tmp_path: Path) -> None:
+    table = people()
+    file = str(write_csv(tmp_path / "a.csv", table))
+    data = load(file, columns=Columns(target=("height", "row")), kind="regression")
+    assert (data.task.kind, data.task.outputs, data.preprocessing.table.targets) == (  # type: ignore[union-attr]
+        "regression", 2, ("height", "row"),
+    )  # fmt: skip
+    data = load(file, columns=Columns(target=("member", "liked")))
+    assert (data.task.kind, data.task.classes) == ("multilabel", ("member", "liked"))
+    data = load(file, columns=Columns(target="job", leave_out="note")) if None not in table["job"] else data
+    names = write_csv(tmp_path / "b.csv", {**table, "job": [each or "none" for each in table["job"]]})
+    assert load(str(names), columns=Columns(target="job")).task.classes == ("clerk", "doctor", "none", "writer")
+
+
+@pytest.mark.parametrize(
+    ("change", "columns", "said"),
+    [
+        ({}, {}, "not clear which column of a.csv is to be predicted"),
+        ({}, {"target": "likd"}, "no column 'likd'.*is it 'liked'"),
+        ({}, {"target": "age"}, "8 of 400 rows of a.csv have no value in the target 'age': row 8 is the first"),
+        ({"height": [1e39] * 400}, {"target": "liked", "leave_out": ("note",)}, ""),
+        ({"height": ["inf"] + [1.0] * 399}, {"target": "liked"}, "'height' holds infinity: row 1"),
+        ({}, {"target": "joined"}, "no number and no label"),
+        ({}, {"target": "liked", "time": "job"}, "no time"),
+        ({}, {"target": "liked", "group": "job"}, "5 rows of a.csv have no group: row 10"),
+        ({}, {"target": "liked", "categories": ("liked",)}, "cannot be a target and something else"),
+        ({}, {"target": "liked", "leave_out": tuple(name for name in people(1) if name != "liked")}, "no column that"),
+    ],
+)
+def test_what_cannot_be_used_is_said(
+    tmp_path: Path, change: dict[str, Any], columns: dict[str, Any], said: str
+) -> None:
+    file = write_csv(tmp_path / "a.csv", people() | change)
+    if not said:  # a constant column is left out, whatever its value
+        assert "height" not in columns_of(load(str(file), columns=Columns(**columns)))
+        return
+    with pytest.raises(DataError, match=said):
+        load(str(file), columns=Columns(**columns))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"", "it is empty"),
+        ("a.csv", b"a,b\n1,2,3\n", "cannot read"),
+        ("a.csv", b"a,liked\n" + b"\xff\xfe1,2\n" * 20, "cannot read|no column"),
+        ("a.csv", b"PK\x03\x04\0\0", "no text in UTF-8"),
+        ("a.csv", b"a,a,liked\n" + b"1,2,0\n" * 20, "two columns 'a'"),
+        ("a.csv", b"a,liked\n1,0\n2,1\n", "2 rows"),
+        ("a.parquet", b"PAR1 no", "cannot read"),
+        ("a.arrow", b"\x80\x04pickle", "cannot read"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as raised:
+        load(str(tmp_path / name), columns=Columns(target="liked"))
+    assert "\n" not in str(raised.value)
+
+
+def test_columns_are_for_tables_alone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no columns"):
+        load("fashion-mnist", columns=Columns(target="liked"))
+    with pytest.raises(DataError, match="cannot name columns of arrays"):
+        load_data((np.zeros((20, 3)), np.zeros(20)), Silent(), columns="liked")
+    with pytest.raises(DataError, match="cannot use"):
+        Columns.read({"goal": "liked"})
