@@ -1,4 +1,4 @@
-"""Pictures larger than the model's input: cut, computed among other requests, and merged exactly."""
+"""Pictures and recordings larger than the model's input: cut, computed among other requests, and merged exactly."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ from rushhour.wire import Codec, PictureRequest, Wanted, decode_answer
 
 TILE, CLASSES = 32, 3
 LIMITS = Limits(picture_pixels=4_000_000, body_bytes=8 * 2**20)
+SETTINGS = ServeSettings(http_port=0, grpc_port=None, limits=LIMITS)
 Arrays = list[np.ndarray]
 
 
@@ -186,7 +187,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_tiles_that_do_not_fit_the_model_are_refused_in_one_line(tmp_path: Path, maps: Bundle) -> None:
     scores = tiny_bundle(tmp_path / "scores", shape=(TILE, TILE, 3))
     coarse = bundle_of(tmp_path / "coarse", convolutional(3, stride=4), (CLASSES, 8, 8))
-    other = tiny_bundle(tmp_path / "other", shape=(8,))
+    other = tiny_bundle(tmp_path / "other", shape=(8, 8))
     for bundle, tiling, what in (
         (scores, Tiling("mean", overlap=TILE), "the overlap of tiles is 32 pixels"),
         (scores, Tiling("crop", overlap=8), "cannot be merged by 'crop'"),
@@ -194,7 +195,7 @@ def test_tiles_that_do_not_fit_the_model_are_refused_in_one_line(tmp_path: Path,
         (coarse, Tiling("crop", overlap=6), "give an overlap of 4 or 8"),
         (maps, Tiling("crop"), "tiles without overlap cannot be merged"),
         (maps, Tiling("blend"), "tiles without overlap cannot be merged"),
-        (other, Tiling("mean"), "tiles are cut from pictures"),
+        (other, Tiling("mean"), "tiles are cut from pictures and recordings"),
     ):
         with pytest.raises(BundleError) as refused:
             bundle.with_tiles(tiling)
@@ -220,6 +221,87 @@ def test_a_bundle_keeps_its_tiles_and_refuses_impossible_ones(tmp_path: Path) ->
     bundle._with(preprocessing=preprocessing)
     with pytest.raises(BundleError, match="overlap"):
         Bundle.open(bundle.path)
+
+
+# Recordings: one side, along time.
+
+
+def recording_bundle(path: Path, *, steps: int, channels: int, first: bool) -> Bundle:
+    """Two convolutions of 3 along time: a value for each class and step."""
+    random = np.random.default_rng(4)
+    constants = {
+        "a": random.normal(0, 0.5, (4, channels, 3)).astype(np.float32),
+        "b": random.normal(0, 0.5, (CLASSES, 4, 3)).astype(np.float32),
+    }
+    turn = [] if first else [helper.make_node("Transpose", ["signal"], ["rows"], perm=[0, 2, 1])]
+    nodes = [
+        *turn,
+        helper.make_node("Conv", ["signal" if first else "rows", "a"], ["hidden"], pads=[1, 1]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("Conv", ["active", "b"], ["answer"], pads=[1, 1]),
+    ]
+    shape = (channels, steps) if first else (steps, channels)
+    graph = helper.make_graph(
+        nodes,
+        "recording",
+        [helper.make_tensor_value_info("signal", TensorProto.FLOAT, ["batch", *shape])],
+        [helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["batch", CLASSES, steps])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    manifest = Manifest(
+        name="tiny",
+        signature=Signature(
+            (TensorSpec("signal", "float32", shape),), (TensorSpec("answer", "float32", (CLASSES, steps)),)
+        ),
+        task=Task.classification(tuple("abc")),
+    )
+    samples = random.normal(size=(4, *shape)).astype(np.float32)
+    return Bundle.create(path, manifest, lambda file: onnx.save(model, file), samples={"signal": samples})
+
+
+def of_whole(bundle: Bundle, recording: np.ndarray, first: bool) -> np.ndarray:
+    """The map of a recording of any length: the same graph, with its length left open."""
+    model = onnx.load(bundle.model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[1 + (value.name == "answer" or first)].dim_param = "long"
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(None, {"signal": recording})[0]
+    return found
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["steps first", "channels first"])
+def test_a_recording_is_cut_along_its_time(tmp_path: Path, first: bool) -> None:
+    bundle = recording_bundle(tmp_path / "tiny", steps=40, channels=2, first=first)
+    with pytest.raises(BundleError, match="without overlap"):
+        bundle.with_tiles(Tiling("crop"))
+    bundle.with_tiles(Tiling("crop", overlap=4))
+    random = np.random.default_rng(1)
+    with serving(bundle.path, SETTINGS) as server, triton.InferenceServerClient(server.url[7:]) as client:
+        assert client.get_model_metadata("tiny")["inputs"][0]["shape"] == [-1, 2, -1] if first else [-1, -1, 2]
+        for steps in (40, 41, 399, 5000):
+            recording = random.normal(size=(1, *((2, steps) if first else (steps, 2)))).astype(np.float32)
+            tensor = triton.InferInput("signal", list(recording.shape), "FP32")
+            tensor.set_data_from_numpy(recording)
+            for _ in range(2):
+                got = client.infer("tiny", [tensor]).as_numpy("answer")
+                np.testing.assert_allclose(got, of_whole(bundle, recording, first), atol=1e-5)
+
+
+def test_scores_of_a_long_recording_are_the_average_of_its_parts(tmp_path: Path) -> None:
+    tiling = Tiling("mean", overlap=8)
+    bundle = tiny_bundle(tmp_path / "tiny", shape=(32,)).with_tiles(tiling)
+    recordings = np.random.default_rng(2).integers(0, 256, (3, 500), dtype=np.uint8)
+    cut = [np.stack([recording[at : at + 32] for at in tiling.offsets(500, 32)]) for recording in recordings]
+    expected = [tiny_answers(tiles).mean(axis=0) for tiles in cut]
+    with serving(bundle.path, SETTINGS) as server, triton.InferenceServerClient(server.url[7:]) as client:
+        tensor = triton.InferInput("image", [3, 500], "UINT8")
+        tensor.set_data_from_numpy(recordings)
+        np.testing.assert_allclose(client.infer("tiny", [tensor]).as_numpy("probabilities"), expected, atol=1e-5)
+        tensor = triton.InferInput("image", [1, 3_000_000], "UINT8")
+        tensor.set_data_from_numpy(np.zeros((1, 3_000_000), np.uint8))
+        with pytest.raises(InferenceServerException, match="recording of 3000000 steps is too large"):
+            client.infer("tiny", [tensor])
 
 
 # Merging, against the plainest way to say it.

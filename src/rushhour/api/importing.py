@@ -153,8 +153,9 @@ def import_model(
         size: as of `rushhour.train`; the model's own by default.
         length: tokens of every text, for a network that takes any number; without it the length stays open where it
             can. Of an ONNX graph with open dimensions, their largest size.
-        tiles: cut pictures larger than the model's input, and merge the answers of the tiles: `mean,overlap=32`, or a
-            `rushhour.bundle.Tiling`, which explains the settings. Without it pictures are brought to the input's size.
+        tiles: cut pictures or recordings larger than the model's input, and merge the answers of the tiles:
+            `mean,overlap=32`, or a `rushhour.bundle.Tiling`, which explains the settings. Without it pictures are
+            brought to the input's size.
         columns: as of `rushhour.train`; a bundle knows its own.
         skip_corrupt: as of `rushhour.train`.
         tensorflow_python: a Python with TensorFlow and tf2onnx, for models that only these can read.

@@ -35,7 +35,7 @@ from rushhour.bundle.manifest import (
 )
 from rushhour.bundle.readme import readme_of
 from rushhour.bundle.signature import Signature, Sizes, own_sizes
-from rushhour.bundle.tiling import Tiling, map_axes
+from rushhour.bundle.tiling import Tiling, map_axes, sides_of, tiled_axes
 from rushhour.errors import BundleError, StorageError
 from rushhour.measurement import Accuracy
 from rushhour.plan import Precision
@@ -182,7 +182,7 @@ class Bundle:
         return self._with(metrics={**self.manifest.metrics, **metrics})
 
     def with_tiles(self, tiles: Tiling | None) -> Bundle:
-        """The same bundle that cuts larger pictures so, on disk too; None brings them to the size of a sample.
+        """The same bundle that cuts larger pictures or recordings so, on disk too; with None it cuts none.
 
         Its hash changes. What is made of it (by `compress`, `tune`) cuts them alike.
 
@@ -195,25 +195,29 @@ class Bundle:
             if not tiles.overlap and not tiles.is_fixed and (tiles.merge == "boxes" or self._sees_neighbours()):
                 raise BundleError(
                     f"tiles without overlap cannot be merged by {tiles.merge!r}",
-                    "each answer depends on the pixels around it, which at the border of a tile are missing",
-                    "give an overlap of twice as many pixels as the network looks aside",
+                    "each answer depends on what is around it, which at the border of a tile is missing",
+                    "give an overlap of twice as many pixels or steps as the network looks aside",
                 )
         preprocessing = msgspec.structs.replace(self.manifest.preprocessing, tiles=tiles or msgspec.UNSET)
         changed = msgspec.structs.replace(self.manifest, preprocessing=preprocessing)
         return self._with(preprocessing=preprocessing, schema=least_schema(changed))
 
     def _sees_neighbours(self) -> bool:
-        """Whether a place of its first map depends on the pixels of other places: one is changed, and all compared."""
+        """Whether a place of its first map depends on the input at other places: one is changed, and all compared."""
         (spec,) = self.manifest.signature.inputs
-        found = map_axes(self.manifest.signature.outputs[0].shape, spec.shape[:2])
+        sides, axes = sides_of(self.manifest.signature), tiled_axes(spec)
+        found = map_axes(self.manifest.signature.outputs[0].shape, sides)
         assert found is not None  # checked before
-        axis, stride = found
-        place = tuple(side // stride // 2 for side in spec.shape[:2])
+        first, stride = found
+        place = tuple(side // stride // 2 for side in sides)
         samples = np.repeat(self.samples()[spec.name][:1], 2, axis=0)
-        rows, columns = (slice(at * stride, (at + 1) * stride) for at in place)
-        samples[1, rows, columns] = 255 - samples[1, rows, columns]
+        window = [slice(None)] * len(spec.shape)
+        for axis, at in zip(axes, place, strict=True):
+            window[axis] = slice(at * stride, (at + 1) * stride)
+        values = samples[1][tuple(window)]
+        samples[1][tuple(window)] = 255 - values if spec.dtype == "uint8" else values + (1 + abs(values))
         before, after = next(iter(graph_answers(self.model, {spec.name: samples}).values()))
-        differs = np.moveaxis(np.not_equal(before, after), (axis, axis + 1), (0, 1))
+        differs = np.moveaxis(np.not_equal(before, after), range(first, first + len(sides)), range(len(sides)))
         differs[place] = False
         return bool(differs.any())
 

@@ -40,7 +40,7 @@ _SCALING = "Preprocessing"
 @option(
     "--tiles",
     metavar="MERGE[,overlap=N]",
-    help="Cut pictures larger than the input, and merge the answers: mean, max, crop, blend or boxes. "
+    help="Cut pictures or recordings larger than the input, and merge the answers: mean, max, crop, blend or boxes. "
     "Pictures are brought to the input's size by default.",
 )
 @option(

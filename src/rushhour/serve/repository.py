@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from rushhour.bundle import Signature
+from rushhour.bundle.tiling import sides_of
 from rushhour.clock import WallClock
 from rushhour.engines import Engine
 from rushhour.errors import EngineError, ServeError
@@ -273,7 +274,7 @@ class Repository:
             rows=self._most_pictures(engine.signature) if isinstance(decoder, Tabulator) else 0,
             kind=variant.bundle.manifest.task.kind,
             targets=decoder.reader.table.targets if isinstance(decoder, Tabulator) else (),
-            usual=() if tiles is None else engine.signature.inputs[0].shape[:2],
+            usual=() if tiles is None else sides_of(engine.signature),
         )
         policy = self._bounded(target.plan.policy, engine.signature)
         before = None if self.loaded is None else self.loaded.cell

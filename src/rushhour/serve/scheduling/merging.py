@@ -1,7 +1,8 @@
-"""The answers of a picture's tiles become one. Pure functions on arrays; the tiles are in rows, from left to right."""
+"""The answers of the tiles of a picture or recording become one. Pure functions on arrays; the tiles are in order."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Signature, Tiling
-from rushhour.bundle.tiling import box_columns, map_axes
+from rushhour.bundle.tiling import box_columns, map_axes, sides_of, tiled_axes
 
 _MAX_BOXES = 4096
 """Of all tiles of a picture, those with the highest scores, that are compared with each other."""
@@ -22,43 +23,55 @@ Array = NDArray[Any]
 
 
 class Grid:
-    """Where the tiles of one picture begin.
+    """Where the tiles of one picture or recording begin; those of a picture in rows, from left to right.
 
     Args:
         tiling: how it is cut.
         signature: of the model.
-        size: height and width of the picture.
-
-    Attributes:
-        rows: where tiles begin, in pixels from the top.
-        columns: the same from the left.
+        size: height and width of the picture, or the steps of the recording.
     """
 
-    def __init__(self, tiling: Tiling, signature: Signature, size: tuple[int, int]) -> None:
-        self.size = size
-        self.tile = signature.inputs[0].shape[:2]
+    def __init__(self, tiling: Tiling, signature: Signature, size: tuple[int, ...]) -> None:
+        self._size = size
+        self._tile = sides_of(signature)
         self._tiling = tiling
         self._signature = signature
+        spec = signature.inputs[0]
+        self._axes, self._dimensions = tiled_axes(spec), len(spec.shape)
         strides = {1}
         if not tiling.is_fixed and tiling.merge != "boxes":
             for output in signature.outputs:
-                found = map_axes(output.shape, self.tile)
+                found = map_axes(output.shape, self._tile)
                 assert found is not None  # `Tiling.check`
                 strides.add(found[1])
         stride = math.lcm(*strides)
-        self.rows, self.columns = (
-            tiling.offsets(length, tile, stride) for length, tile in zip(size, self.tile, strict=True)
-        )
+        self._starts = [
+            tiling.offsets(length, tile, stride) for length, tile in zip(size, self._tile, strict=True)
+        ]  # along each side
 
     @property
     def count(self) -> int:
         """The number of tiles."""
-        return len(self.rows) * len(self.columns)
+        return math.prod(map(len, self._starts))
 
-    def place(self, number: int) -> tuple[int, int]:
-        """Where a tile begins, in pixels from the top and from the left."""
-        row, column = divmod(number, len(self.columns))
-        return self.rows[row], self.columns[column]
+    def place(self, number: int) -> tuple[int, ...]:
+        """Where a tile begins: in pixels from the top and from the left, or in steps."""
+        return tuple(starts[at] for starts, at in zip(self._starts, self._position(number), strict=True))
+
+    def window(self, number: int) -> tuple[slice, ...]:
+        """The part of the picture or recording that a tile shows, in all dimensions; it may reach beyond the end."""
+        found = [slice(None)] * self._dimensions
+        for axis, begin, side in zip(self._axes, self.place(number), self._tile, strict=True):
+            found[axis] = slice(begin, begin + side)
+        return tuple(found)
+
+    def _position(self, number: int) -> list[int]:
+        """Which one of the tiles along each side it is."""
+        found = []
+        for starts in reversed(self._starts):
+            number, at = divmod(number, len(starts))
+            found.append(at)
+        return found[::-1]
 
     def merge(self, outputs: Sequence[Array]) -> list[Array]:
         """The answer to the picture.
@@ -79,34 +92,30 @@ class Grid:
         return [self._map(array, blend=merge == "blend") for array in outputs]
 
     def _map(self, tiles: Array, *, blend: bool) -> Array:
-        """The map of the picture, of the maps of its tiles."""
-        found = map_axes(tiles.shape[1:], self.tile)
+        """The map of the picture or recording, of the maps of its tiles."""
+        found, sides = map_axes(tiles.shape[1:], self._tile), len(self._tile)
         assert found is not None
         axis, stride = found
-        moved = np.moveaxis(tiles, (1 + axis, 2 + axis), (1, 2))
-        sides = moved.shape[1:3]
-        starts = [[at // stride for at in offsets] for offsets in (self.rows, self.columns)]
-        lengths = [-(-length // stride) for length in self.size]
-        whole = np.zeros((*lengths, *moved.shape[3:]), np.float64 if blend else tiles.dtype)
-        spans = [_spans(begins, side, length) for begins, side, length in zip(starts, sides, lengths, strict=True)]
-        if blend:
-            weights = [_weights(side) for side in sides]
-            totals = [np.zeros(length) for length in lengths]
-            for begins, side, length, weight, total in zip(starts, sides, lengths, weights, totals, strict=True):
-                for at in begins:
-                    total[at : at + side] += weight[: min(side, length - at)]
+        moved = np.moveaxis(tiles, range(1 + axis, 1 + axis + sides), range(1, 1 + sides))
+        along = [
+            _Side([begin // stride for begin in starts], places, -(-length // stride))
+            for starts, places, length in zip(self._starts, moved.shape[1:], self._size, strict=False)
+        ]
+        lengths = tuple(side.length for side in along)
+        whole = np.zeros((*lengths, *moved.shape[1 + sides :]), np.float64 if blend else tiles.dtype)
         for number in range(self.count):
-            (row, column), tile = divmod(number, len(self.columns)), moved[number]
+            position, tile = self._position(number), moved[number]
             if not blend:
-                (top, bottom), (left, right) = spans[0][row], spans[1][column]
-                y, x = starts[0][row], starts[1][column]
-                whole[top:bottom, left:right] = tile[top - y : bottom - y, left - x : right - x]
+                into, of = zip(*(side.own(at) for side, at in zip(along, position, strict=True)), strict=True)
+                whole[into] = tile[of]
                 continue
-            y, x = starts[0][row], starts[1][column]
-            high, wide = min(sides[0], lengths[0] - y), min(sides[1], lengths[1] - x)
-            share = np.outer(weights[0][:high] / totals[0][y : y + high], weights[1][:wide] / totals[1][x : x + wide])
-            whole[y : y + high, x : x + wide] += tile[:high, :wide] * share.reshape(high, wide, *[1] * (tile.ndim - 2))
-        return np.ascontiguousarray(np.moveaxis(whole.astype(tiles.dtype, copy=False), (0, 1), (axis, axis + 1)))
+            into, of = zip(*(side.all(at) for side, at in zip(along, position, strict=True)), strict=True)
+            share = functools.reduce(
+                np.multiply.outer, (side.share(at) for side, at in zip(along, position, strict=True))
+            )
+            whole[into] += tile[of] * share.reshape(*share.shape, *[1] * (tile.ndim - sides))
+        merged = np.moveaxis(whole.astype(tiles.dtype, copy=False), range(sides), range(axis, axis + sides))
+        return np.ascontiguousarray(merged)
 
     def _boxes(self, outputs: Sequence[Array]) -> list[Array]:
         """The boxes of the picture, highest scores first, each object once."""
@@ -120,7 +129,7 @@ class Grid:
         tile = np.repeat(np.arange(self.count), len(boxes) // self.count)
         real = np.flatnonzero((scores > 0) & np.isfinite(boxes).all(axis=1))
         order = real[np.argsort(-scores[real], kind="stable")[:_MAX_BOXES]]
-        height, width = self.size
+        height, width = self._size
         limits = np.array([width, height, width, height], np.float64)
         kept = order[_first_of_each(boxes[order].clip(0, limits), classes[order], tile[order], self._tiling.same)]
         placed = boxes[kept].clip(0, limits)
@@ -133,17 +142,43 @@ class Grid:
         return found
 
 
-def _spans(starts: list[int], side: int, length: int) -> list[tuple[int, int]]:
-    """The places of a map that each tile of one side gives: up to the middle of what it shares with the next one."""
-    middles = [(after + before + side) // 2 for before, after in pairwise(starts)]
-    return list(zip([0, *middles], [*middles, length], strict=True))
+class _Side:
+    """The tiles along one side of a map, in its places.
 
+    Args:
+        starts: where they begin.
+        places: of each.
+        length: of the side.
+    """
 
-def _weights(side: int) -> NDArray[np.float64]:
-    """The distance of each place from the nearer border of a tile."""
-    at = np.arange(side)
-    distances: NDArray[np.float64] = np.minimum(at + 0.5, side - at - 0.5)
-    return distances
+    def __init__(self, starts: list[int], places: int, length: int) -> None:
+        self.length = length
+        self._starts, self._places = starts, places
+        middles = [(after + before + places) // 2 for before, after in pairwise(starts)]
+        self._spans = list(zip([0, *middles], [*middles, length], strict=True))
+        at = np.arange(places)
+        self._weights = np.minimum(at + 0.5, places - at - 0.5)
+        """The distance of each place of a tile from its nearer border."""
+        self._totals = np.zeros(length)
+        for begin in starts:
+            self._totals[begin : begin + places] += self._weights[: length - begin]
+
+    def own(self, number: int) -> tuple[slice, slice]:
+        """The places that a tile gives, of the side and of the tile: up to the middle of what it shares with the next
+        one."""
+        (first, last), begin = self._spans[number], self._starts[number]
+        return slice(first, last), slice(first - begin, last - begin)
+
+    def all(self, number: int) -> tuple[slice, slice]:
+        """All places of a tile that are on the side, likewise."""
+        begin = self._starts[number]
+        return slice(begin, min(begin + self._places, self.length)), slice(0, min(self._places, self.length - begin))
+
+    def share(self, number: int) -> NDArray[np.float64]:
+        """Its part in the average at each of these places."""
+        into, of = self.all(number)
+        share: NDArray[np.float64] = self._weights[of] / self._totals[into]
+        return share
 
 
 def _first_of_each(boxes: Array, classes: Array, tile: Array, same: float) -> NDArray[np.intp]:

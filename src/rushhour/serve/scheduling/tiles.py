@@ -1,9 +1,9 @@
-"""`Tiles`: a stage in front of a cell that cuts pictures into tiles, and merges their answers.
+"""`Tiles`: a stage in front of a cell that cuts pictures or recordings into tiles, and merges their answers.
 
 The tiles of a request are the samples of one request to the cell, so they share batches with whatever else waits, and a
 large picture delays nobody for long (`batcher.py`). A picture is decoded on a thread when there is room for its pixels;
 until then it waits as it was sent. Tiles are never copied beside the picture: each is written from its pixels into the
-engine's input when its batch begins.
+engine's input when its batch begins. Recordings are tensors, and like those of pictures cut without a thread.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Tiling
-from rushhour.bundle.tiling import answer_bytes
+from rushhour.bundle import TensorSpec, Tiling
+from rushhour.bundle.tiling import sides_of, tiled_axes, tiles_of
 from rushhour.clock import Clock
 from rushhour.errors import DataError, WireError
 from rushhour.serve.memory.budget import Budget
@@ -37,41 +37,44 @@ _LOOK_S = 0.005
 _INLINE_BYTES = 64 * 2**10
 """Answers of tiles up to this size are merged on the event loop; larger ones on a thread."""
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[Any]
+"""A picture or a recording."""
 
 
 class TileRequest(InferRequest):
-    """The tiles of a request's pictures.
+    """The tiles of a request's pictures, or recordings.
 
     Args:
-        pictures: uint8 `(height, width, channels)`.
+        pictures: each of the type and number of dimensions of `spec`.
+        spec: of a tile.
         grids: of each picture.
-        fill: the value of pixels beyond a picture.
+        fill: the value of what is beyond a picture.
         wanted: of the request.
     """
 
-    __slots__ = ("_fill", "_left", "_pictures", "grids")
+    __slots__ = ("_fill", "_left", "_pictures", "_spec", "grids")
     lazy = True
 
-    def __init__(self, pictures: Sequence[Pixels], grids: Sequence[Grid], fill: int, wanted: Wanted) -> None:
+    def __init__(
+        self, pictures: Sequence[Pixels], spec: TensorSpec, grids: Sequence[Grid], fill: int, wanted: Wanted
+    ) -> None:
         super().__init__(sum(grid.count for grid in grids), (), wanted)
         self.grids = grids
         self._fill = fill
+        self._spec = spec
         self._pictures = list(pictures)
         self._left = self.rows
 
     def write(self, buffers: Sequence[memoryview], at: int, first: int, rows: int) -> None:
         """As `InferRequest.write`. After the last tile the pictures are not kept."""
-        (height, width), channels = self.grids[0].tile, self._pictures[0].shape[2]
-        batch = np.frombuffer(buffers[0], np.uint8).reshape(-1, height, width, channels)
+        batch = np.frombuffer(buffers[0], self._spec.dtype).reshape(-1, *self._spec.shape)
         begins = 0
         for grid, picture in zip(self.grids, self._pictures, strict=True):
             for number in range(max(first, begins), min(first + rows, begins + grid.count)):
-                top, left = grid.place(number - begins)
-                cut, tile = picture[top : top + height, left : left + width], batch[at + number - first]
+                cut, tile = picture[grid.window(number - begins)], batch[at + number - first]
                 if cut.shape != tile.shape:
                     tile[...] = self._fill
-                tile[: cut.shape[0], : cut.shape[1]] = cut
+                tile[tuple(map(slice, cut.shape))] = cut
             begins += grid.count
         self._left -= rows
         if not self._left:
@@ -79,7 +82,7 @@ class TileRequest(InferRequest):
 
 
 class TiledJob(Job):
-    """A request whose pictures are cut into tiles.
+    """A request whose pictures or recordings are cut into tiles.
 
     Attributes:
         arrived: when, in seconds of the clock.
@@ -105,10 +108,10 @@ class TiledJob(Job):
 
 
 class Tiles:
-    """A cell that takes pictures larger than its samples. Everything but `submit` of pictures is the cell's.
+    """A cell that takes pictures or recordings larger than its samples. Everything but their `submit` is the cell's.
 
     Args:
-        cell: computes the tiles; its decoder decodes the pictures.
+        cell: computes the tiles; its decoder decodes the pictures, if it takes any.
         tiling: how they are cut and merged.
         clock: of the cell.
         budget: of all large requests; a share of its size bounds the pictures that are decoded at the same time.
@@ -123,20 +126,22 @@ class Tiles:
     def __init__(
         self, cell: Cell, tiling: Tiling, clock: Clock, budget: Budget, explanation: Explanation | None = None
     ) -> None:
-        assert isinstance(cell.decoder, Decoder)  # `Tiling.check`
         self.cut = 0
         self.tiles = 0
         self.cell = cell
-        self._decoder: Decoder = cell.decoder
+        self._decoder = cell.decoder if isinstance(cell.decoder, Decoder) else None
         self._tiling = tiling
         self._signature = cell.active.engine.signature
-        self._tile = self._signature.inputs[0].shape[:2]
+        self._spec = self._signature.inputs[0]
+        self._axes, self._tile = tiled_axes(self._spec), sides_of(self._signature)
+        self._noun = "picture" if len(self._axes) == 2 else "recording"
         self._clock = clock
         self._budget = budget
         self._explanation = explanation
         self._window = budget.size // _WINDOW
         self._held = 0
-        self._at_once = max(1, cell.decoder.settings.threads // 2)  # the engine needs the cores, too
+        # The engine needs the cores, too.
+        self._at_once = 1 if self._decoder is None else max(1, self._decoder.settings.threads // 2)
         self._decoding = 0
         self._looking = False
         self._waiting: deque[TiledJob] = deque()
@@ -181,25 +186,29 @@ class Tiles:
         job = TiledJob(request, reply, self._clock.now())
         self._jobs.add(job)
         if request.rows > 1 and not self._tiling.is_fixed:
-            why = f"the size of an answer depends on that of its picture: tiles are merged by {self._tiling.merge!r}"
-            wrong = WireError(f"the request has {request.rows} pictures", why, "send one in each request")
+            merge = self._tiling.merge
+            why = f"the size of an answer depends on that of its {self._noun}: tiles are merged by {merge!r}"
+            wrong = WireError(f"the request has {request.rows} {self._noun}s", why, "send one in each request")
             self._loop.call_soon(self._fail, job, wrong)
             return job
         if sizes:
-            channels = self._signature.inputs[0].shape[2]
-            job.pixels = list(np.frombuffer(request.tensors[0], np.uint8).reshape(request.rows, *sizes, channels))
+            shape = list(self._spec.shape)
+            for axis, side in zip(self._axes, sizes, strict=True):
+                shape[axis] = side
+            job.pixels = list(np.frombuffer(request.tensors[0], self._spec.dtype).reshape(request.rows, *shape))
             request.tensors = ()
-            self._loop.call_soon(self._wait, job, [(sizes[0], sizes[1])] * request.rows)
+            self._loop.call_soon(self._wait, job, [sizes] * request.rows)
             return job
-        pictures = request.pictures
+        pictures, decoder = request.pictures, self._decoder
+        assert decoder is not None  # pictures are accepted only with one
 
-        def measured() -> list[tuple[int, int]]:
-            return [self._decoder.size(content_of(picture)) for picture in pictures]
+        def measured() -> list[tuple[int, ...]]:
+            return [decoder.size(content_of(picture)) for picture in pictures]
 
         self._on_thread(job, measured, lambda sizes: self._wait(job, sizes))
         return job
 
-    def _wait(self, job: TiledJob, sizes: Sequence[tuple[int, int]]) -> None:
+    def _wait(self, job: TiledJob, sizes: Sequence[tuple[int, ...]]) -> None:
         """The sizes of its pictures are known: it waits for room."""
         if job.reply is None:
             return
@@ -273,25 +282,30 @@ class Tiles:
             except Exception as wrong:
                 self._fail(job, wrong)
 
+        assert self._decoder is not None
         self._decoder.on_thread(run)
 
-    def _check(self, job: TiledJob, sizes: Sequence[tuple[int, int]]) -> None:
-        """Note the memory for a job's pixels and answers. Raises a `WireError` if it is too much."""
-        tile = self._signature.inputs[0].shape
-        tiles = sum(self._tiling.count(h, tile[0]) * self._tiling.count(w, tile[1]) for h, w in sizes)
-        job.tiles = tiles
-        shown = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        if tiles > self.cell.codec.max_rows:
-            why = f"it makes {tiles} tiles, and a request has up to {self.cell.codec.max_rows}"
-            raise WireError(f"the picture of {shown} pixels is too large", why, "send it in parts", status=413)
-        answers = sum(answer_bytes(self._tiling, self._signature, size) for size in sizes)
-        job.held = answers + sum(math.prod(size) * tile[2] for size in sizes)
+    def _check(self, job: TiledJob, sizes: Sequence[tuple[int, ...]]) -> None:
+        """Note the memory for a job's pictures and answers. Raises a `WireError` if it is too much."""
+        own = [tiles_of(self._tiling, self._signature, size) for size in sizes]
+        job.tiles = sum(own)
+        shown = ", ".join(_size(size) for size in sizes[:3])
+        too_large = f"the {self._noun} of {shown} is too large"
+        if job.tiles > self.cell.codec.max_rows:
+            why = f"it makes {job.tiles} tiles, and a request has up to {self.cell.codec.max_rows}"
+            raise WireError(too_large, why, "send it in parts", status=413)
+        # Of all tiles, and merged.
+        answers = 2 * job.tiles * sum(output.row_bytes for output in self._signature.outputs)
+        place = self._spec.row_bytes // math.prod(self._tile)
+        job.held = answers + sum(math.prod(size) * place for size in sizes)
         if answers > self._window:
-            why = f"the answers of its {tiles} tiles take {answers} bytes, and the limit is {self._window}"
-            raise WireError(f"the picture of {shown} pixels is too large", why, "send it in parts", status=413)
+            why = f"the answers of its {job.tiles} tiles take {answers} bytes, and the limit is {self._window}"
+            raise WireError(too_large, why, "send it in parts", status=413)
         if len(sizes) > 1 and job.held > self._window:
-            why = f"decoded they take {job.held} bytes together, and the limit is {self._window}"
-            raise WireError(f"the request has {len(sizes)} pictures", why, "send them in several requests", status=413)
+            why = f"together they take {job.held} bytes, and the limit is {self._window}"
+            raise WireError(
+                f"the request has {len(sizes)} {self._noun}s", why, "send them in several requests", status=413
+            )
 
     def _advance(self) -> None:
         """Decode the pictures that wait, as far as there is room for their pixels, and in the queue for their tiles."""
@@ -333,10 +347,11 @@ class Tiles:
             except Exception as wrong:
                 self._fail(job, wrong)
             return
-        pictures = job.request.pictures
+        pictures, decoder = job.request.pictures, self._decoder
+        assert decoder is not None
 
         def decoded() -> list[Pixels]:
-            return [self._decoder.whole(content_of(picture)) for picture in pictures]
+            return [decoder.whole(content_of(picture)) for picture in pictures]
 
         def queue(pixels: list[Pixels]) -> None:
             cast(PictureRequest, job.request).pictures = ()
@@ -359,7 +374,8 @@ class Tiles:
         return min(limits) - (self._clock.now() - job.arrived)
 
     def _late(self, job: TiledJob) -> ShedError:
-        why = f"the picture waited {self._clock.now() - job.arrived:.3f} s for its tiles, longer than its time limit"
+        waited_s = self._clock.now() - job.arrived
+        why = f"the {self._noun} waited {waited_s:.3f} s for its tiles, longer than its time limit"
         return ShedError(why, self.cell.profile.seconds(1))
 
     def _queue(self, job: TiledJob, pixels: list[Pixels]) -> None:
@@ -368,8 +384,9 @@ class Tiles:
         if left_s <= 0:
             raise self._late(job)
         wanted = msgspec.structs.replace(wanted, sizes=(), timeout_s=left_s if left_s < math.inf else None)
-        grids = [Grid(self._tiling, self._signature, picture.shape[:2]) for picture in pixels]
-        request = TileRequest(pixels, grids, self._tiling.fill, wanted)
+        sizes = [tuple(picture.shape[axis] for axis in self._axes) for picture in pixels]
+        grids = [Grid(self._tiling, self._signature, size) for size in sizes]
+        request = TileRequest(pixels, self._spec, grids, self._tiling.fill, wanted)
         self.cut += len(pixels)
         self.tiles += request.rows
 
@@ -462,3 +479,8 @@ class Tiles:
             self._held -= job.held
         self._loop.call_soon(self._advance)
         return reply
+
+
+def _size(size: tuple[int, ...]) -> str:
+    """For people: `4000x3000 pixels`, width first, or `90000 steps`."""
+    return f"{size[1]}x{size[0]} pixels" if len(size) == 2 else f"{size[0]} steps"
