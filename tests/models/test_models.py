@@ -55,6 +55,22 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize(("shape", "scales"), [((140, 1), 5), ((140,), 5), ((500, 3), 6), ((9, 1), 1)])
+def test_kernels_take_signals_of_any_length(shape: tuple[int, ...], scales: int) -> None:
+    network = build(source_for("kernels", shape, TASK)).eval()
+    assert len(network.scales) == scales  # up to the largest dilation that fits into the signal
+    assert network(torch.randn(3, *shape)).shape == (3, 4)
+    for scale in network.scales:
+        assert float(scale.kernels.weight.detach().mean(dim=2).abs().max()) < 1e-6, "a constant is no pattern"
+
+
+def test_kernels_need_a_signal() -> None:
+    with pytest.raises(ModelError, match="at least 9 steps"):
+        build(source_for("kernels", (8, 1), TASK))
+    with pytest.raises(ModelError, match="model kernels cannot take"):
+        source_for("kernels", (8, 8, 3), TASK, PICTURES)
+
+
 def test_the_article_network_has_the_article_s_parameters() -> None:
     with torch.device("meta"):
         assert parameters(article()) == 103_339_528
@@ -99,7 +115,7 @@ def test_our_models_fit_the_data(model: str, shape: tuple[int, ...]) -> None:
 
 
 def test_models_that_do_not_fit_the_data_are_refused() -> None:
-    with pytest.raises(ModelError, match="article, residual, signal, mlp"):
+    with pytest.raises(ModelError, match="article, residual, signal, kernels, mlp"):
         source_for("resnet", (8, 8, 3), TASK)
     with pytest.raises(ModelError, match="needs pictures"):
         source_for("residual", (8,), TASK)

@@ -113,11 +113,11 @@ def train(
         rushhour.train(mynet.build, (x, y), out="runs/mine", optimizer="adamw", weight_decay=0.01, patience=5)
 
     Args:
-        model: `article`, `residual`, `signal`, `mlp`, `tabular` or `deepfm` (reference networks), `module:factory`, or
-            the factory itself: a function or class in a module that returns a `torch.nn.Module`. Its parameters
-            `classes` and `input` get the number of outputs and the shape of a sample. A model from elsewhere, as of
-            `rushhour.import_model`, or a bundle that was imported from one, is trained further from its own weights, at
-            a tenth of the learning rate.
+        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular` or `deepfm` (reference networks),
+            `module:factory`, or the factory itself: a function or class in a module that returns a `torch.nn.Module`.
+            Its parameters `classes` and `input` get the number of outputs and the shape of a sample. A model from
+            elsewhere, as of `rushhour.import_model`, or a bundle that was imported from one, is trained further from
+            its own weights, at a tenth of the learning rate.
         data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, a `.csv` or `.parquet`
             table, `module:factory`, a `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file:
             `{"x_train": ..., "y_train": ..., ...}`; or a table of pandas, a `Dataset` or `DataLoader` of torch, or a

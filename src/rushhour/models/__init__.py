@@ -12,6 +12,7 @@ from rushhour.models.doors import bring
 from rushhour.models.fits import check_fits
 from rushhour.models.imported import from_onnx
 from rushhour.models.importing import import_arrival, import_onnx, is_imported
+from rushhour.models.kernels import kernels
 from rushhour.models.minilm import minilm, minilm_bundle
 from rushhour.models.mlp import mlp
 from rushhour.models.reshape import split_dense
@@ -38,6 +39,7 @@ __all__ = [
     "import_arrival",
     "import_onnx",
     "is_imported",
+    "kernels",
     "load_deployed",
     "minilm",
     "minilm_bundle",

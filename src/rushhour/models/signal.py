@@ -32,7 +32,7 @@ def signal(length: int, channels: int, outputs: int, width: int = 64) -> nn.Sequ
             f"every size is at least 1, but got length={length}, channels={channels}, outputs={outputs}, width={width}",
             "use larger values",
         )
-    layers: list[nn.Module] = [_ByChannel()]
+    layers: list[nn.Module] = [ByChannel()]
     before, stride = channels, 1 if length <= _LONG else 2 if length <= 2 * _LONG else 4
     for kernel, after in zip(_KERNELS, (width, 2 * width, width), strict=True):
         layers += [
@@ -44,10 +44,11 @@ def signal(length: int, channels: int, outputs: int, width: int = 64) -> nn.Sequ
     return nn.Sequential(*layers, _Mean(), nn.Linear(before, outputs))
 
 
-class _ByChannel(nn.Module):
+class ByChannel(nn.Module):
     """The wire's `(n, length)` or `(n, length, channels)` as `(n, channels, length)`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Without a copy."""
         return x.unsqueeze(1) if x.dim() == 2 else x.transpose(1, 2)
 
 

@@ -23,7 +23,7 @@ from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
-_NAMES = ("article", "residual", "signal", "mlp", "tabular", "deepfm")
+_NAMES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm")
 _OF_TABLES = ("tabular", "deepfm")
 _BUILT_IN = ("minilm", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
@@ -45,7 +45,7 @@ def source_for(
     pictures; and of a table `sizes`, of each column the rows of an embedding table, 0 for a number.
 
     Args:
-        model: `article`, `residual`, `signal`, `mlp`, `tabular`, `deepfm`, or `module:factory`.
+        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, or `module:factory`.
         dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
         task: decides the length of the answer.
         preprocessing: of the data, which says whether samples are pictures; by default they are if they have three
@@ -83,10 +83,10 @@ def source_for(
         )
     if model == "mlp":
         return Source(factory, {"inputs": math.prod(dataset_shape), "outputs": task.outputs})
-    if model == "signal":
+    if model in ("signal", "kernels"):
         if is_picture or len(dataset_shape) not in (1, 2):
             raise ModelError(
-                f"the model signal cannot take samples of shape {dataset_shape}",
+                f"the model {model} cannot take samples of shape {dataset_shape}",
                 "it needs signals of shape (length,) or (length, channels)",
                 "use residual for pictures, or mlp",
             )
