@@ -6,8 +6,8 @@
     with rushhour.serve(tuned, http_port=0) as server:
         print(rushhour.load(server, slo="p99<50ms").headline)
 
-The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report`, `export` and `import_model`;
-`help(rushhour.tune)` explains one. All but `compare`, `export` and `import_model` are packages as well:
+The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report`, `export`, `size` and `import_model`;
+`help(rushhour.tune)` explains one. All but `compare`, `export`, `size` and `import_model` are packages as well:
 `from rushhour.train import TrainSettings` works beside `rushhour.train(...)`. `load_module` gives a bundle's torch
 module. The vocabulary (`SLO`, `Plan`, `Bundle`, ...) is importable from here.
 
@@ -20,7 +20,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rushhour.api import compare, compress, export, import_model, load, load_module, report, serve, train, tune
+    from rushhour.api import (
+        compare,
+        compress,
+        export,
+        import_model,
+        load,
+        load_module,
+        report,
+        serve,
+        size,
+        train,
+        tune,
+    )
     from rushhour.bundle import Bundle
     from rushhour.clock import Clock, VirtualClock, WallClock
     from rushhour.errors import RushhourError
@@ -53,6 +65,7 @@ __all__ = [
     "load_module",
     "report",
     "serve",
+    "size",
     "train",
     "tune",
 ]
@@ -77,6 +90,7 @@ _HOMES = {
     "export": "api",
     "import_model": "api",
     "load_module": "api",
+    "size": "api",
 }
 _VERB_PACKAGES = ("compress", "load", "report", "serve", "train", "tune")
 

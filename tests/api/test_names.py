@@ -16,8 +16,10 @@ import rushhour
 from rushhour import api
 from rushhour.cli import cli
 
-VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export", "import_model")
-PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export", "import_model"))
+VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export", "size", "import_model")
+PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export", "size", "import_model"))
+COMMANDS = {verb: verb for verb in VERBS} | {"import_model": "import", "size": "plan"}
+"""`rushhour.plan` is the module of the Plan."""
 CLI_ONLY = {"demo", "machine"}
 
 
@@ -110,12 +112,14 @@ def test_help_teaches(verb: str) -> None:
 
 
 def test_the_verbs_of_the_command_line_are_those_of_the_api() -> None:
-    assert set(cli.commands) - CLI_ONLY == {verb.removesuffix("_model") for verb in VERBS}
+    assert set(cli.commands) - CLI_ONLY == set(COMMANDS.values())
 
 
-PYTHON_ONLY = {"progress", "on_window", "on_tick", "stop", "settings", "log_file", "example"}
+PYTHON_ONLY = {"progress", "on_window", "on_tick", "stop", "settings", "log_file", "example", "columns"}
 SHOWN_ONLY = {"json_file", "plot"}
 """Of the command line alone: where a result is shown or written."""
+COLUMNS = {"targets", "group", "time", "categories", "leave_out"}
+"""Options that Python takes as `columns`."""
 IN_OBJECTS = {
     "train": {"backend", "memory", "compress_gradients", "batch_norm", "shared_memory", "local_sgd", "diloco"},
     "serve": {
@@ -131,9 +135,9 @@ IN_OBJECTS = {
 @pytest.mark.parametrize("verb", VERBS)
 def test_command_line_and_api_agree_on_names_and_defaults(verb: str) -> None:
     function = inspect.signature(getattr(api, verb)).parameters
-    command = cli.commands[verb.removesuffix("_model")]
+    command = cli.commands[COMMANDS[verb]]
     params = {param.name: param for param in command.params}
-    assert set(params) - SHOWN_ONLY - IN_OBJECTS.get(verb, set()) == set(function) - PYTHON_ONLY
+    assert set(params) - SHOWN_ONLY - COLUMNS - IN_OBJECTS.get(verb, set()) == set(function) - PYTHON_ONLY
     for name, parameter in function.items():
         if name in PYTHON_ONLY or parameter.default is parameter.empty:
             continue

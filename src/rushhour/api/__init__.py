@@ -9,6 +9,7 @@
     compare    two or more servers on the same arrivals -> ratios with confidence intervals
     report     a run, training or compression -> an HTML file
     export     a run -> a container context, a compose file, manifests for KServe
+    size       a run and a rate -> how many machines, processes, cores and watts it takes (`rushhour plan`)
 
 `load_module` is the way back: a bundle -> its torch module.
 
@@ -24,6 +25,7 @@ from rushhour.api.loading import ClosedLoopResult, LoadResult, load
 from rushhour.api.modules import load_module
 from rushhour.api.reporting import ReportResult, report
 from rushhour.api.serving import Server, serve
+from rushhour.api.sizing import size
 from rushhour.api.stop import Stop
 from rushhour.api.training import TrainResult, train
 from rushhour.api.tuning import TuneResult, tune
@@ -48,6 +50,7 @@ __all__ = [
     "load_module",
     "report",
     "serve",
+    "size",
     "train",
     "tune",
 ]

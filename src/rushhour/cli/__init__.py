@@ -20,7 +20,20 @@ from rushhour.system.faults import cause_chain, report_unexpected
 from rushhour.system.interruption import INTERRUPTION
 from rushhour.system.storage import home
 
-_VERBS = "demo", "tune", "train", "compress", "import", "serve", "load", "compare", "report", "export", "machine"
+_VERBS = (
+    "demo",
+    "tune",
+    "train",
+    "compress",
+    "import",
+    "serve",
+    "load",
+    "compare",
+    "report",
+    "plan",
+    "export",
+    "machine",
+)
 
 
 @click.group(
