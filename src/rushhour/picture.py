@@ -37,6 +37,7 @@ _REDUCING_GAP = 2
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _GREY = ("1", "L", "LA", "La", "F")
 _AS_DECODED = Decoding()
+_LOSSY = ("JPEG", "MPO")
 
 
 class PictureInfo(NamedTuple):
@@ -111,6 +112,27 @@ def decode(
     pixels, info = _decoded(source, channels, (height, width), max_pixels, formats, decoding)
     into[:] = pixels.reshape(into.shape)
     return info
+
+
+def decode_labels(source: Path | BinaryIO, *, max_pixels: int) -> NDArray[np.uint8]:
+    """A picture whose pixels are labels, `(height, width)`: grey values, or the colours of a palette by number.
+
+    Raises:
+        DataError: if it is damaged, too large, in colours, or has labels above 255.
+    """
+    with _opened(source, max_pixels, None) as picture:
+        if picture.format in _LOSSY:
+            raise ValueError(f"a {picture.format} changes labels at their borders: save it as PNG")
+        picture.load()
+        labels = np.asarray(picture)
+        if labels.ndim == 3:
+            channels = labels[..., :3] if labels.shape[2] >= 3 else labels[..., :1]
+            if (channels != channels[..., :1]).any():
+                raise ValueError("it is in colours, and a class map has one label for each pixel: grey, or a palette")
+            labels = channels[..., 0]
+        if labels.dtype.kind == "f" or (labels.size and (labels.min() < 0 or labels.max() > 255)):
+            raise ValueError("its labels are not whole numbers from 0 to 255")
+        return labels.astype(np.uint8)
 
 
 def decode_whole(

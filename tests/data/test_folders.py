@@ -206,7 +206,7 @@ def test_grey_of_more_than_8_bits_is_scaled_by_what_the_whole_folder_fills(tmp_p
 def test_a_bright_picture_that_was_not_looked_at_first_counts_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rushhour.data.folder._PROBED", 2)
+    monkeypatch.setattr("rushhour.data.probing._PROBED", 2)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for index in range(10):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Data = StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike]
     GivenColumns = Columns | Mapping[str, Any] | str | None
 
-REFERENCES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm")
+REFERENCES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector")
 """The networks of `rushhour.models`, by name; a folder of such a name may be a bundle."""
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""
@@ -91,7 +91,7 @@ def load_data(
         skip_corrupt: leave out pictures that cannot be read, and name them.
         size: of pictures: height and width, or `224x224`.
         task: what targets are, where that cannot be seen from them: `classification`, `multilabel`, `ranking`,
-            `regression`, or a class of your own, `module:Class` (`rushhour.task.Kind`).
+            `regression`, `segmentation`, `detection`, or a class of your own, `module:Class` (`rushhour.task.Kind`).
         columns: what is what in a table: `Columns`, a dictionary with its attributes, or the target's name.
         trusted: code that may be imported, where the model's task is a user's own.
 
@@ -162,7 +162,7 @@ def source_of(model: str | Bundle | Source, dataset: Dataset) -> tuple[Source | 
     """
     if isinstance(model, Bundle):
         for spec in model.manifest.signature.outputs[:1]:
-            dataset.task.check_output(spec.shape, str(model.path))
+            dataset.task.check_output(spec.shape, str(model.path), model.manifest.signature.inputs[0].shape)
         return model, ()
     if isinstance(model, Source):
         return model, (model.factory,)

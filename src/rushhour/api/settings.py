@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -44,7 +45,9 @@ def settings_of(training: dict[str, Any]) -> TrainSettings:
     return TrainSettings(**named)
 
 
-def fitted(training: dict[str, Any], samples: int, progress: Progress, *, workers: int = 1) -> dict[str, Any]:
+def fitted(
+    training: dict[str, Any], samples: int, progress: Progress, *, workers: int = 1, largest: int = sys.maxsize
+) -> dict[str, Any]:
     """The settings with batch, learning rate and epochs chosen by the amount of data where they are None.
 
     The number of optimizer steps decides how much is learned, not that of epochs: three passes over little data are
@@ -55,13 +58,14 @@ def fitted(training: dict[str, Any], samples: int, progress: Progress, *, worker
         samples: in the training part.
         progress: gets a note where a value is not the default.
         workers: that share a batch.
+        largest: batch that fits the data; see `Dataset.fitting_batch`.
     """
     default = settings_of({})
     chosen = dict(training)
     if chosen.get("batch") is None:
         least = max(_SMALLEST_BATCH, workers, chosen.get("accumulate") or 1)
         fits = 2 ** int(math.log2(max(1, samples / _BATCHES)))
-        chosen["batch"] = max(least, min(default.batch, fits))
+        chosen["batch"] = max(least, min(default.batch, largest, fits))
     if chosen.get("lr") is None:
         smaller = min(1.0, chosen["batch"] / default.batch)
         chosen["lr"] = float(f"{default.lr * math.sqrt(smaller):.2g}")

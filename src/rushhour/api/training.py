@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -218,7 +219,9 @@ def train(
         source, trusted = begin.manifest.source, ()
         name = name or begin.manifest.name
     assert isinstance(source, Source)
-    settings = fitted(settings, len(dataset.train), progress, workers=workers)
+    settings = fitted(
+        settings, len(dataset.train), progress, workers=workers, largest=dataset.fitting_batch(sys.maxsize)
+    )
     if begin is not None and lr is None:
         settings["lr"] = float(f"{settings['lr'] * _FINE:.2g}")
         progress.note(f"it begins with the weights of {begin.manifest.name}: learning rate {settings['lr']:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -186,7 +187,7 @@ def tune(
         )
     source, trusted = source_of(read, dataset)
     if isinstance(source, Source):
-        training = fitted(training, len(dataset.train), progress)
+        training = fitted(training, len(dataset.train), progress, largest=dataset.fitting_batch(sys.maxsize))
     plan = tune_run(
         source,
         dataset,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from rushhour.bundle.manifest import ANSWERS, MANIFEST, MODEL, SAMPLES, TOKENIZER, WEIGHTS, Manifest
 from rushhour.bundle.signature import Signature, TensorSpec
 
@@ -29,7 +31,12 @@ def readme_of(manifest: Manifest) -> str:
     means = f"{task.outputs} {'values' if task.kind == 'regression' else 'numbers'}"
     if task.classes:
         shown = ", ".join(task.classes[:_FEW]) + (" ..." if len(task.classes) > _FEW else "")
-        means = f"one number for each class: {shown}"
+        places = signature.outputs[0].places
+        of_places = {
+            "map": f"the class of each pixel: {shown}",
+            "boxes": f"x1, y1, x2, y2 in pixels, score and class of each box: {shown}",
+        }
+        means = f"one number for each class: {shown}" if isinstance(places, msgspec.UnsetType) else of_places[places]
     return f"""# {manifest.name}
 
 {_tensors("Takes", signature, signature.inputs)}

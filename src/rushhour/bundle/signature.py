@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.task import Places
+
 _LARGEST_ROW = 2**31
 _MOST_OPEN = 8
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -42,12 +44,16 @@ class TensorSpec(msgspec.Struct, frozen=True, dict=True):
         shape: of one sample, without the batch dimension; the largest, where a dimension is open.
         below: of an input of whole numbers that the model looks up (tokens, categories): they are from 0 on and below
             this. Unset where any are taken. An engine fails on others, with the whole batch.
+        places: of an output about places in the picture: a `map`, `(height, width)` or `(height, width, channels)`; or
+            `boxes`, `(boxes, 6)` of x1, y1, x2, y2 in pixels of the sample, score and class. The server gives both in
+            pixels of the picture as it was sent.
     """
 
     name: str
     dtype: DType
     shape: tuple[_Size, ...]
     below: Annotated[int, msgspec.Meta(ge=1, le=2**62)] | msgspec.UnsetType = msgspec.UNSET
+    places: Places | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.row_bytes > _LARGEST_ROW:
@@ -168,6 +174,11 @@ class Signature(msgspec.Struct, frozen=True, dict=True):
             next(samples[name].shape[1 + dimension.axes[name]] for name in names if name in dimension.axes)
             for dimension in self.dimensions
         )
+
+    @property
+    def boxes(self) -> tuple[str, ...]:
+        """The names of the outputs that are boxes."""
+        return tuple(spec.name for spec in self.outputs if spec.places == "boxes")
 
     @property
     def picture(self) -> TensorSpec | None:

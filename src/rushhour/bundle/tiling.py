@@ -116,7 +116,7 @@ class Tiling(msgspec.Struct, frozen=True):
         if self.merge == "boxes" and len(axes) == 1:
             raise _refusal("tiles cannot be merged by 'boxes'", "its input is a recording", "merge by another way")
         for output in signature.outputs:
-            if output.dtype not in ("float32", "float16", "float64"):
+            if output.dtype not in ("float32", "float16", "float64") and self.merge != "crop":
                 why = f"the output {output.name!r} is {output.dtype}, and the answers of tiles are merged as floats"
                 raise _refusal("the model's answers cannot be merged", why)
             if self.merge in MAPS:

@@ -117,8 +117,8 @@ def _of_data(*, required: bool) -> Callable[[C], C]:
             "--task",
             metavar="KIND",
             help="What targets in a .npz file or a table are, where that cannot be seen: classification (one label), "
-            "multilabel (each label holds or not), ranking (0 or 1, judged by AUC), regression (values), or a class "
-            "of your own, module:Class.",
+            "multilabel (each label holds or not), ranking (0 or 1, judged by AUC), regression (values), "
+            "segmentation (class maps), detection (boxes), or a class of your own, module:Class.",
             section="Data",
         ),
     )

@@ -122,7 +122,7 @@ def _verify(
     largest = _VERIFIED_BATCHES[-1]
     whole = {name: np.resize(array, (largest, *array.shape[1:])) for name, array in samples.items()}
     exact = graph_answers(bundle.model, whole)
-    off = max(deviation(exact, answers[-1]) for answers in found.values())
+    off = max(deviation(exact, answers[-1], bundle.manifest.signature.boxes) for answers in found.values())
     return {precision: max(TOLERANCES[precision], _MARGIN * off)}
 
 

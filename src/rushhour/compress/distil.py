@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rushhour.bundle import Bundle, Source
 from rushhour.compress.teacher import kept_answers, sample_order, teaching
@@ -30,7 +29,7 @@ from rushhour.task import Task
 from rushhour.train import Diverged, TrainSettings
 from rushhour.train.checkpoint import Checkpoint
 from rushhour.train.feed import Feed
-from rushhour.train.loss import loss_for
+from rushhour.train.loss import imitation_for, loss_for
 from rushhour.train.memory_format import NOTE, choose
 from rushhour.train.settings import ScheduleName
 
@@ -43,10 +42,10 @@ class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
     Attributes:
         epochs: passes over the training part.
         student: the network that learns; without one, the network as the steps before have left it.
-        temperature: logits of both are divided by it before they are compared; for classification only.
+        temperature: logits of classes of both are divided by it before they are compared.
         alpha: weight of the teacher's outputs in the loss; the labels have the rest.
         lr: the peak of the learning rate.
-        batch: samples in a step.
+        batch: samples in a step, at most; see `Dataset.fitting_batch`.
         schedule: of the learning rate, as in `TrainSettings`.
         augment: what happens to pictures, for teacher and student alike.
         dropout: whether the student's dropout layers are on. They are off by default: a small network has little
@@ -130,7 +129,8 @@ def distil(
     settings, name = step.settings(seed), teacher.manifest.name
     whole = len(dataset.train)
     used = step.samples(whole)
-    size = min(step.batch, used)
+    batch_size = dataset.fitting_batch(step.batch)
+    size = min(batch_size, used)
     form = choose(
         student,
         dataset.train.inputs[:size],
@@ -148,7 +148,16 @@ def distil(
     with contextlib.ExitStack() as stack:
         stack.enter_context(form.active())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        feed = stack.enter_context(Feed(dataset.train, seed=seed, batch=step.batch, augment=step.augment, rows=rows))
+        feed = stack.enter_context(
+            Feed(
+                dataset.train,
+                seed=seed,
+                batch=batch_size,
+                augment=step.augment,
+                places=dataset.task.places,
+                rows=rows,
+            )
+        )
         torch.manual_seed(seed)
         total = feed.steps * step.epochs
         schedule = settings.make_schedule(optimizer, total)
@@ -194,18 +203,7 @@ def distil(
 
 def _loss(task: Task, step: Distil, labelled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Of the student's outputs, the teacher's, and the targets: a mean over samples."""
-    of_targets, heat = loss_for(task), step.temperature
-    of_values = loss_for(task) if task.loss == "squared error" else functional.mse_loss
-
-    def of_teacher(outputs: Tensor, wanted: Tensor) -> Tensor:
-        if task.head == "sigmoid":
-            chances = (wanted / heat).sigmoid()
-            return functional.binary_cross_entropy_with_logits(outputs / heat, chances) * heat**2
-        if task.head != "softmax":
-            return of_values(outputs, wanted)
-        student, teacher = (functional.log_softmax(each / heat, dim=1) for each in (outputs, wanted))
-        # its gradient shrinks with the square of the temperature
-        return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * heat**2
+    of_targets, of_teacher = loss_for(task), imitation_for(task, step.temperature)
 
     def loss(outputs: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
         if not labelled:

@@ -136,8 +136,9 @@ def _outputs(
     order = np.random.default_rng(seed).permutation(len(dataset.train))[:_SAMPLES]
     try:
         with torch.no_grad():
-            for at in range(0, len(order), _BATCH):
-                deployed.logits(torch.from_numpy(dataset.train.inputs[order[at : at + _BATCH]]))
+            size = dataset.fitting_batch(_BATCH)
+            for at in range(0, len(order), size):
+                deployed.logits(torch.from_numpy(dataset.train.inputs[order[at : at + size]]))
     finally:
         for hook in hooks:
             hook.remove()

@@ -210,8 +210,9 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
     form.apply(deployed)
     deployed.network.zero_grad()
     with form.active():
-        for at in range(0, len(rows), _GRADIENT_BATCH):
-            part = rows[at : at + _GRADIENT_BATCH]
+        size = dataset.fitting_batch(_GRADIENT_BATCH)
+        for at in range(0, len(rows), size):
+            part = rows[at : at + size]
             loss = loss_of(deployed.logits(torch.from_numpy(split.inputs[part])), torch.from_numpy(split.targets[part]))
             (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
     for parameter in deployed.network.parameters():

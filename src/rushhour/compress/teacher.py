@@ -75,6 +75,8 @@ def kept_answers(
         StorageError: if the disk does not take the file.
     """
     n, outputs = len(dataset.train), dataset.task.outputs
+    if dataset.task.spatial is not None:
+        return None  # a head that chooses has no inverse
     if n * outputs * 4 > _LARGEST_BYTES:
         return None
     order, needed = sample_order(n), min(n, -(-samples // _BATCH) * _BATCH)
@@ -186,6 +188,12 @@ def teaching(
 
         yield of_module
         return
+    if dataset.task.spatial is not None:
+        raise ModelError(
+            f"cannot learn from {bundle.manifest.name}",
+            f"its graph gives the answers of {dataset.task.kind}, and a student learns from the numbers before them",
+            "name a bundle that has its torch module, and trust its factory (--trust)",
+        )
     (spec,), output = bundle.manifest.signature.inputs, bundle.manifest.signature.outputs[0].name
     precision = bundle.manifest.precision
     config = EngineConfig("onnxruntime", "int8" if precision == "int8" else "f32", 1, machine.cores(), batch)

@@ -35,10 +35,11 @@ def load(
     """The data set that `spec` names.
 
     Args:
-        spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class; a `.npz` file; a table
-            (`.csv`, `.tsv`, `.parquet`, `.arrow`, or a folder of them by part, as Hugging Face's `save_to_disk` writes
-            one); a `.txt` file of sentences, one a line, for MiniLM; or `module:factory`, a callable of the user's own
-            that returns a `Dataset`. It is imported, so it must come from the person at the machine, never from a file.
+        spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class, or with class maps or boxes
+            (`rushhour.data.annotated`); a `.npz` file; a table (`.csv`, `.tsv`, `.parquet`, `.arrow`, or a folder of
+            them by part, as Hugging Face's `save_to_disk` writes one); a `.txt` file of sentences, one a line, for
+            MiniLM; or `module:factory`, a callable of the user's own that returns a `Dataset`. It is imported, so it
+            must come from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: called with the error of each picture in a folder that cannot be read, which is then left out;
@@ -63,6 +64,24 @@ def load(
     if columns is not None and columns.named and not is_table:
         raise DataError(
             f"the data {spec} has no columns", "--target and the like are for tables", "leave them out, or name a table"
+        )
+    form = None
+    if spec and path.is_dir() and not is_table:
+        from rushhour.data.annotated import form_of, load_annotated
+
+        form = form_of(path)
+    if form is not None:
+        if kind not in (None, "segmentation" if form == "masks" else "detection"):
+            raise DataError(f"the data {spec} has {form}", f"it is not for {kind}", "leave out --task")
+        return load_annotated(
+            path,
+            form,
+            size=size,
+            seed=seed,
+            on_corrupt=on_corrupt,
+            bundle=bundle,
+            before_reading=before_reading,
+            on_decoded=on_decoded,
         )
     is_folder = bool(spec) and path.is_dir() and not is_table
     if kind not in (None, "classification") and (spec in ("fashion-mnist", "elpv") or is_folder):

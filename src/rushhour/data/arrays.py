@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Preprocessing
 from rushhour.data.dataset import Dataset, Split
+from rushhour.data.spatial_targets import check_places
 from rushhour.data.splits import PART_OF, PARTS, Part, divide, divide_groups, keys_of_rows
 from rushhour.data.targets import CONSTANT, LOST, Kind, read_targets, strata
 from rushhour.errors import DataError
@@ -66,6 +67,7 @@ def from_arrays(
     seed: int,
     task: Task | None = None,
     kind: Kind | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> Dataset:
     """The data set in arrays that are named as in a `.npz` file; see `load_npz`.
 
@@ -76,6 +78,7 @@ def from_arrays(
         seed: of the split.
         task: of the model that the data is for; see `from_splits`.
         kind: what targets are; see `from_splits`.
+        classes: the labels' names; see `from_splits`.
 
     Raises:
         DataError: if the arrays do not fit together.
@@ -107,7 +110,7 @@ def from_arrays(
         raise DataError(
             f"{source} holds {', '.join((*arrays, *unused)) or 'nothing'}", f"it needs {_KEYS}", "rename its arrays"
         )
-    data = from_splits(name, *parts, task=task, kind=kind)
+    data = from_splits(name, *parts, classes=classes, task=task, kind=kind)
     if unused:
         notes.append(f"arrays left out: {', '.join(unused)}")
     return dataclasses.replace(data, notes=(*notes, *data.notes))
@@ -265,6 +268,9 @@ def from_splits(
     parts = [dataclasses.replace(part, inputs=each) for each, part in zip(inputs, parts, strict=True)]
     if forms[0] is not None and inputs[0].dtype.kind == "f":
         _check_ranges(name, inputs)
+    if task.places is not None:
+        for part in parts:
+            check_places(name, task, part.inputs.shape[1:], part.targets)
     data = Dataset(
         name="".join(c if c.isalnum() else "-" for c in name).strip("-").lower()[:64] or "data",
         task=task,

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rushhour.errors import DataError
+from rushhour.task import Places
 
 _KEY = 0x617567
 """Keeps these random numbers apart from those that order the samples."""
 _DRAWS = 9
+_LEFT = 0.25
+"""Share of a box that must stay in a moved picture."""
 _EXAMPLE = "write for example flip,crop,rotate=10,scale=0.1,colour=0.2"
 
 
@@ -100,10 +103,15 @@ class Augmenter:
         samples: in the whole training part.
         seed: of the training.
         epoch: from 0.
+        places: what targets say about places in the picture. Beyond the border of a moved picture is its mirror image,
+            with its labels; where targets are boxes, the pixels of the border go on, for mirror images have no boxes.
     """
 
-    def __init__(self, augmentation: Augmentation, samples: int, *, seed: int, epoch: int) -> None:
+    def __init__(
+        self, augmentation: Augmentation, samples: int, *, seed: int, epoch: int, places: Places | None = None
+    ) -> None:
         self._how = augmentation
+        self._border = "border" if places == "boxes" else "reflection"
         random = np.random.default_rng((seed, epoch, _KEY))
         self._draws = random.random((samples, _DRAWS), dtype=np.float32)
 
@@ -119,17 +127,51 @@ class Augmenter:
         """
         draws = torch.from_numpy(self._draws[rows])
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32) / 255
-        if self._how.flip or self._how.crop or self._how.rotate or self._how.scale:
+        if self._moves:
             images = self._moved(images, draws)
         if self._how.colour:
             images = self._tinted(images, draws)
         return images.clamp_(0, 1).mul_(255).permute(0, 2, 3, 1)
 
+    @property
+    def _moves(self) -> bool:
+        return bool(self._how.flip or self._how.crop or self._how.rotate or self._how.scale)
+
+    def moved(self, targets: Tensor, rows: NDArray[np.int64], sides: tuple[int, ...]) -> Tensor:
+        """The targets of pictures, moved as these are.
+
+        Args:
+            targets: class maps `(n, height, width)`, or boxes `(n, boxes, 5)` in pixels. A box of which less than a
+                quarter stays in the picture is none any more.
+            rows: which samples of the training part they are.
+            sides: height and width of the pictures.
+        """
+        if not self._moves:
+            return targets
+        from kornia.geometry.transform import warp_affine
+
+        matrix = self._matrix(torch.from_numpy(self._draws[rows]), *sides)
+        if self._border == "border":
+            return _moved_boxes(targets, matrix, *sides)
+        maps = targets[:, None].to(torch.float32)
+        moved: Tensor = warp_affine(
+            maps, matrix, (sides[0], sides[1]), mode="nearest", padding_mode="reflection", align_corners=True
+        )
+        labels: Tensor = moved[:, 0].round().to(targets.dtype)
+        return labels
+
     def _moved(self, images: Tensor, draws: Tensor) -> Tensor:
         """Flip, shift, rotation and scale are one affine map, so pixels are interpolated once."""
         from kornia.geometry.transform import warp_affine  # the import takes a second, and only this needs it
 
-        how, (height, width) = self._how, images.shape[2:]
+        height, width = images.shape[2:]
+        matrix = self._matrix(draws, height, width)
+        moved: Tensor = warp_affine(images, matrix, (height, width), padding_mode=self._border, align_corners=True)
+        return moved
+
+    def _matrix(self, draws: Tensor, height: int, width: int) -> Tensor:
+        """From places of pixels in the picture to those in the moved one, `(n, 2, 3)`."""
+        how = self._how
         mirror = torch.where(draws[:, 0] < 0.5, -1.0, 1.0) if how.flip else torch.ones(len(draws))
         angle = _either_way(draws[:, 1]) * math.radians(how.rotate)
         zoom = 1 + _either_way(draws[:, 2]) * how.scale
@@ -138,9 +180,7 @@ class Augmenter:
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         turn = torch.stack([torch.stack([cos * mirror, -sin], 1), torch.stack([sin * mirror, cos], 1)], 1)
         offset = centre + shift - torch.einsum("nij,j->ni", turn, centre)
-        matrix = torch.cat([turn, offset.unsqueeze(2)], dim=2)
-        moved: Tensor = warp_affine(images, matrix, (height, width), padding_mode="reflection", align_corners=True)
-        return moved
+        return torch.cat([turn, offset.unsqueeze(2)], dim=2)
 
     def _tinted(self, images: Tensor, draws: Tensor) -> Tensor:
         from kornia.enhance import (
@@ -157,6 +197,19 @@ class Augmenter:
             images = adjust_saturation_with_gray_subtraction(images, 1 + _either_way(draws[:, 7]) * strength)
             images = adjust_hue(images, _either_way(draws[:, 8]) * strength * 0.1 * 2 * math.pi)
         return images
+
+
+def _moved_boxes(boxes: Tensor, matrix: Tensor, height: int, width: int) -> Tensor:
+    """Around the moved corners of each box, inside the picture."""
+    x1, y1, x2, y2, label = boxes.unbind(dim=2)
+    corners = torch.stack([torch.stack([x, y], dim=2) for x in (x1, x2) for y in (y1, y2)], dim=2) - 0.5
+    moved = torch.einsum("nij,nbcj->nbci", matrix[..., :2], corners) + matrix[:, None, None, :, 2] + 0.5
+    low, high = moved.amin(dim=2), moved.amax(dim=2)
+    limits = torch.tensor([width, height], dtype=boxes.dtype)
+    inside_low, inside_high = (torch.minimum(each.clamp_min(0), limits) for each in (low, high))
+    left = (inside_high - inside_low).prod(dim=2) >= _LEFT * (high - low).prod(dim=2)
+    label = torch.where(left & (label >= 0), label, -torch.ones_like(label))
+    return torch.cat([inside_low, inside_high, label.unsqueeze(2)], dim=2)
 
 
 def check_pictures(inputs: NDArray[Any], name: str) -> None:

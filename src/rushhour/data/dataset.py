@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,12 @@ from rushhour.data.targets import of_task
 from rushhour.errors import DataError
 from rushhour.records import identity
 from rushhour.task import Task
+
+_PIXELS: Final = 2**21
+"""Of a batch of pictures whose places are answered, at most."""
+_FEWEST: Final = 8
+_STEPS: Final = 12
+"""In an epoch over pictures whose places are answered, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +185,17 @@ class Dataset:
 
         train, validation, test = map(changed, (self.train, self.validation, self.test))
         return dataclasses.replace(self, task=task, train=train, validation=validation, test=test)
+
+    def fitting_batch(self, wanted: int) -> int:
+        """A size of batches that fits the data, at most `wanted`.
+
+        What a network computes for places in a picture is as large as the picture, so the memory of a step is bounded;
+        and every place teaches, so that batches may be small where there are few pictures. Else it is `wanted`.
+        """
+        if self.task.places is None:
+            return wanted
+        pixels = math.prod(self.sample_shape[:2])
+        return min(wanted, max(_FEWEST, _PIXELS // pixels), max(_FEWEST, len(self.train) // _STEPS))
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-import statistics
 import unicodedata
 import warnings
 from collections import Counter
@@ -20,23 +19,15 @@ import msgspec
 from rushhour.bundle import Bundle, Decoding, is_bundle
 from rushhour.data.arrays import from_splits
 from rushhour.data.dataset import Dataset, Files
-from rushhour.data.decoded import MAX_PIXELS, Listing, OnCorrupt, OnDecoded, Tally, read, real_white_of, shown, white_of
+from rushhour.data.decoded import Listing, OnCorrupt, OnDecoded, Tally, read, shown
+from rushhour.data.probing import SUFFIXES, decoding_of, probed, shape_of
 from rushhour.data.splits import PART_OF, Part
 from rushhour.errors import DataError, TaskError
-from rushhour.picture import PictureInfo, inspect_picture
 from rushhour.system.storage import MARK, explained
 from rushhour.task import Task
 
-SUFFIXES = {
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"),
-}
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 """Files and folders that operating systems create, besides names that begin with a dot."""
-_LARGEST_SIDE, _LARGEST_ALIKE = 224, 512
-"""Of samples, where no size is given: of pictures of different sizes, and of pictures that all have one size."""
-_PROBED = 100
-"""Pictures, about, whose size and colours decide the shape of the samples."""
 _NAMED_KINDS = 3
 
 BeforeReading = Callable[[Task, tuple[int, ...]], None]
@@ -91,11 +82,11 @@ def load_folder(
     with warnings.catch_warnings():
         # here and not around each picture: the filters are global, and threads that set them would undo each other
         warnings.simplefilter("ignore")
-        found = _found(tree.files)
-        shape = _shape(found, size, square=square, bundle=bundle, folder=folder)
+        found = probed(tree.files)
+        shape = shape_of(found, size, square=square, bundle=bundle, folder=folder)
         if before_reading is not None:
             before_reading(task, shape)
-        decoding, is_fixed = _decoding(found, bundle)
+        decoding, is_fixed = decoding_of(found, bundle)
         listing = Listing(folder, tree.parts, classes, shape, seed, decoding, is_fixed)
         parts, tally = read(listing, cached, on_corrupt, on_decoded)
     data = from_splits(shown(folder.resolve().name), *parts, classes=classes)
@@ -311,63 +302,6 @@ def _short(left_out: Counter[str]) -> dict[str, int]:
     rare = endings[_NAMED_KINDS:]
     short = {reason: count for reason, count in left_out.most_common() if count and reason not in rare}
     return short | ({"of other kinds": sum(left_out[reason] for reason in rare)} if rare else {})
-
-
-def _found(files: list[Path]) -> list[tuple[PictureInfo, Path]]:
-    """Size and colours of about a hundred of the pictures; `read` finds all pictures that cannot be read."""
-    found, first = [], ""
-    for file in files[:: max(1, len(files) // _PROBED)]:
-        try:
-            found.append((inspect_picture(file, max_pixels=MAX_PIXELS), file))
-        except DataError as error:
-            first = first or f"{shown(file)}: {error.why}"
-    if not found:
-        raise DataError(f"none of {len(files)} pictures can be read", first, "repair them")
-    return found
-
-
-def _shape(
-    found: list[tuple[PictureInfo, Path]],
-    size: tuple[int, int] | None,
-    *,
-    square: bool,
-    bundle: Bundle | None,
-    folder: Path,
-) -> tuple[int, int, int]:
-    """The shape of the samples: a model's own; else the size, and one channel where all are grey, else three."""
-    if bundle is not None and (spec := bundle.manifest.signature.picture) is not None:
-        height, width, channels = spec.shape
-        if size not in (None, (height, width)):
-            raise DataError(
-                f"cannot resize the pictures of {shown(folder)} to {size[0]}x{size[1]}",
-                f"{bundle.manifest.name} takes {height}x{width}",
-                "leave out --size",
-            )
-        return height, width, channels
-    channels = 3 if any(seen.colour for seen, _ in found) else 1
-    if size is not None:
-        return (*size, channels)
-    sizes = {(seen.height, seen.width) for seen, _ in found}
-    height, width = (
-        int(statistics.median(each)) for each in zip(*((s.height, s.width) for s, _ in found), strict=True)
-    )
-    if max(height, width) > (_LARGEST_SIDE if len(sizes) > 1 else _LARGEST_ALIKE):
-        shrink = _LARGEST_SIDE / max(height, width)
-        height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
-    if square:
-        height = width = max(height, width)
-    return height, width, channels
-
-
-def _decoding(found: list[tuple[PictureInfo, Path]], bundle: Bundle | None) -> tuple[Decoding, bool]:
-    """The value of white in pictures of more than 8 bits, as far as it is known; and whether a model decides it."""
-    if bundle is not None and isinstance(how := bundle.manifest.preprocessing.decoding, Decoding):
-        return how, True
-    deep = max((seen.deep for seen, _ in found), default=0)
-    real, file = max(((seen.real, file) for seen, file in found), key=lambda pair: pair[0])
-    return Decoding(
-        deep=white_of(deep) if deep else Decoding().deep, real=real_white_of(real, file) if real else 1.0
-    ), False
 
 
 def _changes(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked: bool, model: str | None) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.data.spatial_targets import PLACES, as_places, is_class_map, read_places
 from rushhour.errors import DataError, TaskError
 from rushhour.task import Scaling, Task, outputs_of
 
 Kind = str
 """What a user says that targets are: one of `KINDS`, or a kind of their own, `module:Class`, that is registered."""
-KINDS: Final = ("classification", "multilabel", "ranking", "regression")
+KINDS: Final = ("classification", "multilabel", "ranking", "regression", "segmentation", "detection")
 
 _FEW = 20
 """Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
@@ -37,7 +38,8 @@ def read_targets(
     """The task, the targets as a `Split` has them, and notes for the user on how they were read.
 
     Labels are whole numbers of any type, floats among them, booleans, text, or rows with a single 1 (one-hot); each of
-    shape `(n,)` or `(n, 1)`. Other rows of 0 and 1 are several labels for one sample. All else are values.
+    shape `(n,)` or `(n, 1)`. Other rows of 0 and 1 are several labels for one sample. Whole numbers of shape `(n,
+    height, width)` are class maps. All else are values.
 
     Args:
         name: of the data, for messages.
@@ -54,6 +56,9 @@ def read_targets(
         kind = known.kind
     if kind is not None and ":" in kind:
         return _own(name, [np.asarray(part) for part in parts], kind, classes, known)
+    wanted = kind or (None if known is None else known.kind)
+    if wanted in PLACES or (wanted is None and all(map(is_class_map, parts))):
+        return read_places(name, parts, wanted or "segmentation", classes, known)
     targets = [_squeezed(name, part) for part in parts]
     if known is not None and known.kind == "embedding":
         known = None
@@ -135,6 +140,8 @@ def _even(
 def strata(targets: NDArray[Any], kind: Kind | None = None) -> NDArray[Any] | None:
     """The labels of targets of any form, so that a split keeps each class in training; None for values."""
     target = np.asarray(targets)
+    if kind in PLACES:
+        return None
     while target.ndim > 1 and target.shape[-1] == 1:
         target = target[..., 0]
     if target.ndim == 2 and target.size and target.dtype.kind in "fiub" and _is_one_hot(target):
@@ -161,6 +168,8 @@ def of_task(name: str, task: Task, targets: NDArray[Any]) -> NDArray[Any]:
         return target
     if ":" in task.kind:  # a user's own: targets of any shape
         return target.astype(np.float32) if target.dtype.kind == "f" else target
+    if task.kind in PLACES:
+        return as_places(name, target, task.kind)
     target = _squeezed(name, target)
     if task.kind != "classification":
         if target.dtype.kind not in "fiub":

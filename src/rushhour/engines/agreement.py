@@ -46,12 +46,13 @@ def check_answers(bundle: Bundle, engine: Engine) -> None:
     count = len(next(iter(recorded.values())))
     samples = {name: array[:count] for name, array in bundle.samples().items()}
     runner = Runner(engine)
-    off = deviation(recorded, runner.infer(samples))
+    boxes = bundle.manifest.signature.boxes
+    off = deviation(recorded, runner.infer(samples), boxes)
     if config.max_batch > 1:
         rows = range(min(_ALONE, count))
         alone = [runner.infer({name: array[row : row + 1] for name, array in samples.items()}) for row in rows]
         found = {name: np.concatenate([answers[name] for answers in alone]) for name in alone[0]}
-        off = max(off, deviation({name: array[: len(rows)] for name, array in recorded.items()}, found))
+        off = max(off, deviation({name: array[: len(rows)] for name, array in recorded.items()}, found, boxes))
     if not off <= allowed:
         raise EngineError(
             f"{config.engine} in {config.precision} does not answer as the bundle {bundle.manifest.name} should",

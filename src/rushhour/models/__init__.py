@@ -8,6 +8,7 @@ from rushhour.models.article import article
 from rushhour.models.converted import converted
 from rushhour.models.deepfm import deepfm
 from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
+from rushhour.models.detector import detector
 from rushhour.models.doors import bring
 from rushhour.models.fits import check_fits
 from rushhour.models.imported import from_onnx
@@ -22,6 +23,7 @@ from rushhour.models.source import build, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
 from rushhour.models.tabular import tabular
 from rushhour.models.trust import trusted_factories
+from rushhour.models.unet import unet
 
 __all__ = [
     "Deployed",
@@ -34,6 +36,7 @@ __all__ = [
     "code_of",
     "converted",
     "deepfm",
+    "detector",
     "export",
     "from_onnx",
     "import_arrival",
@@ -52,4 +55,5 @@ __all__ = [
     "structure_of",
     "tabular",
     "trusted_factories",
+    "unet",
 ]

@@ -27,4 +27,4 @@ def check_fits(source: Source, task: Task, picture: tuple[int, ...], model: str,
     """
     with torch.random.fork_rng(devices=[]):
         deployed = Deployed(build(source, trusted), task, Preprocessing(1 / 255, layout="NHWC->NCHW"))
-        task.check_output(deployed.answer_shape(np.zeros((2, *picture), np.uint8), model), model)
+        task.check_output(deployed.answer_shape(np.zeros((2, *picture), np.uint8), model), model, picture)

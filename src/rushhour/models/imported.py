@@ -82,7 +82,7 @@ def from_graph(
     signature = with_limits(signature_of(graph, shown or name, dimensions), limits or {})
     if signature.dimensions and not any(each.padding for each in signature.dimensions):
         signature = padded(GraphAnswers(graph, name), signature, limits or {})
-    task.check_output(signature.outputs[0].shape, name)
+    task.check_output(signature.outputs[0].shape, name, signature.inputs[0].shape)
     strip_origin(graph)
     manifest = Manifest(
         name=name,

@@ -23,10 +23,12 @@ from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
-_NAMES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm")
+_NAMES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector")
 _OF_TABLES = ("tabular", "deepfm")
 _BUILT_IN = ("minilm", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
+_SPATIAL = {"unet": "a class for each pixel", "detector": "boxes"}
+"""What the networks give that answer for places in a picture."""
 _CLASSES = ("classes", "num_classes")
 _ANY = (inspect.Parameter.empty, Any, "Any")
 _NUMBER = (int, "int")
@@ -45,7 +47,8 @@ def source_for(
     pictures; and of a table `sizes`, of each column the rows of an embedding table, 0 for a number.
 
     Args:
-        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, or `module:factory`.
+        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, `unet`, `detector`, or
+            `module:factory`.
         dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
         task: decides the length of the answer.
         preprocessing: of the data, which says whether samples are pictures; by default they are if they have three
@@ -67,6 +70,7 @@ def source_for(
             f"use one of them, or your own as module:factory{_meant(model)}",
         )
     factory = f"{_ROOM}:{model}"
+    _check_task(model, task)
     if model in _OF_TABLES and len(dataset_shape) == 1:
         return Source(factory, {"sizes": sizes or (0,) * dataset_shape[0], "outputs": task.outputs})
     if model == "mlp" and any(sizes):
@@ -107,7 +111,21 @@ def source_for(
             "its dense layer needs a square picture",
             "use residual, or make the pictures square with --size",
         )
+    if model == "detector":
+        return Source(factory, {"channels": channels, "classes": task.outputs})
     return Source(factory, {"input_size": max(height, width), "channels": channels, "classes": task.outputs})
+
+
+def _check_task(model: str, task: Task) -> None:
+    """Raise unless the answers of a reference network are of the sort that the task needs."""
+    spatial = task.spatial
+    wanted = None if spatial is None else spatial.network
+    if model != wanted and (wanted is not None or model in _SPATIAL):
+        raise ModelError(
+            f"the model {model} does not answer for the task {task.kind}",
+            f"it gives {_SPATIAL.get(model, 'one answer for the whole picture')}",
+            f"use {wanted or 'residual'}, or your own model as module:factory",
+        )
 
 
 def _meant(model: str) -> str:

@@ -7,7 +7,7 @@ differently, within a tolerance that is recorded too; one that deviates more is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ graph is quantised, and this is the smallest tolerance."""
 INTEGER_PRODUCTS: Final = frozenset({"QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger", "ConvInteger"})
 """Operators whose arithmetic depends on the processor, even without optimisation."""
 
+_HALF: Final = 0.5
 _SPREAD: Final = 1e-3
 """Outputs with a small range are compared by this share of their magnitude instead."""
 
@@ -71,19 +72,74 @@ def _multiplies_integers(model: Path) -> bool:
     return any(node.operator in INTEGER_PRODUCTS for node in read_graph(model).nodes)
 
 
-def deviation(expected: Answers, found: Answers) -> float:
+def deviation(expected: Answers, found: Answers, boxes: Collection[str] = ()) -> float:
     """The deviation of `found` from `expected`: the root mean square of the differences, as a share of the output's
     range over all samples; the largest of all outputs.
 
     Samples whose expected output is not finite are left out. An output that is not finite where a finite one is
-    expected, or that has another shape, counts as infinitely far.
+    expected, or that has another shape, counts as infinitely far. Of labels, which have no distances, it is the share
+    that differ. Boxes may have another order: see `box_deviation`.
+
+    Args:
+        expected: by name.
+        found: by name.
+        boxes: names of outputs that are boxes, `(n, boxes, 6)`.
     """
-    return max((_of_one(expected[name], found[name]) for name in expected if name in found), default=0.0)
+    return max(
+        (
+            (box_deviation if name in boxes else _of_one)(expected[name], found[name])
+            for name in expected
+            if name in found
+        ),
+        default=0.0,
+    )
+
+
+def box_deviation(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """How far boxes are from those expected, whatever their order: the root mean square over all boxes of both.
+
+    Each box is compared with the one of its class that overlaps it most, if that is by half or more: in its score, and
+    in its corners as a share of the range of all. A box without such a one differs by what its score is above the
+    lowest score that there is: a score at the threshold may be a little above it here and a little below it there.
+
+    Args:
+        expected: shape `(n, boxes, 6)`: x1, y1, x2, y2, score, class; a score of 0 is no box.
+        found: the same.
+    """
+    if expected.shape != found.shape or not np.isfinite(found).all():
+        return float("inf")
+    scores = np.concatenate([expected[..., 4].reshape(-1), found[..., 4].reshape(-1)]).astype(np.float64)
+    if not (scores > 0).any():
+        return 0.0
+    least, scale = scores[scores > 0].min(), max(1e-9, float(np.ptp(expected[..., :4])), float(np.ptp(found[..., :4])))
+    squares: list[float] = []
+    for one, other in (*zip(expected, found, strict=True), *zip(found, expected, strict=True)):
+        mine, theirs = (each[each[:, 4] > 0].astype(np.float64) for each in (one, other))
+        shares = _overlaps(mine, theirs) * (mine[:, None, 5] == theirs[None, :, 5])
+        for row, box in enumerate(mine):
+            best = int(shares[row].argmax()) if len(theirs) else -1
+            if best < 0 or shares[row, best] < _HALF:
+                squares.append(float((box[4] - least) ** 2))
+            else:
+                corners = (box[:4] - theirs[best, :4]) / scale
+                squares.append(float((box[4] - theirs[best, 4]) ** 2 + (corners**2).mean()))
+    return float(np.sqrt(np.mean(squares)))
+
+
+def _overlaps(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """The intersection over union of each box with each of the other."""
+    a, b = one[:, None, :4], other[None, :, :4]
+    both = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(axis=2)
+    areas = [(each[..., 2:] - each[..., :2]).prod(axis=2) for each in (a, b)]
+    shares: NDArray[np.float64] = both / np.maximum(areas[0] + areas[1] - both, 1e-12)
+    return shares
 
 
 def _of_one(expected: NDArray[Any], found: NDArray[Any]) -> float:
     if expected.shape != found.shape:
         return float("inf")
+    if expected.dtype.kind in "iub":
+        return float(np.mean(expected != found)) if expected.size else 0.0
     with np.errstate(invalid="ignore"):  # NaN is a deviation, not a warning
         wanted, given = (array.reshape(len(array), -1).astype(np.float64) for array in (expected, found))
     known = np.isfinite(wanted).all(axis=1)

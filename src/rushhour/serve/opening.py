@@ -26,6 +26,7 @@ from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.ladder import Ladder
 from rushhour.serve.scheduling.lanes import Lanes
+from rushhour.serve.scheduling.placing import Placing, places_of
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tiles import Tiles
@@ -236,10 +237,14 @@ def stage_of(
         return _cascade_of(target.plan.cascade, opened, codec, policy, clock, decoder, explanation)
     cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation)
     if target.plan.ladder:
-        old = before.cell if isinstance(before, Tiles) else before
+        old = before.cell if isinstance(before, Tiles | Placing) else before
         cell.ladder = Ladder(cell, target.plan, old.ladder if isinstance(old, Cell) else None)
     tiles = opened[0].variant.bundle.manifest.tiles
-    return cell if tiles is None else cast(Stage, Tiles(cell, tiles, clock, budget, explanation))
+    if tiles is not None:
+        return cast(Stage, Tiles(cell, tiles, clock, budget, explanation))
+    if isinstance(decoder, Decoder) and places_of(opened[0].engine.signature):
+        return cast(Stage, Placing(cell, clock, budget, explanation))
+    return cell
 
 
 def _cascade_of(

@@ -34,6 +34,7 @@ from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.statistics import Totals, add_counts, newest_versions, reason_of, sum_by_version
 from rushhour.serve.opening import Opened, Opener, Opening, decoder_of, stage_of
 from rushhour.serve.scheduling.decoding import Decoder
+from rushhour.serve.scheduling.placing import declared_maps
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tokenising import Tokeniser
@@ -262,15 +263,16 @@ class Repository:
         variant, engine = first.variant, first.engine
         tiles = variant.bundle.manifest.tiles
         pictures = self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0
+        sized = declared_maps(engine.signature) if isinstance(decoder, Decoder) else {}
         codec = Codec(
             self.name,
             engine.signature if tiles is None else tiles.taken(engine.signature),
             version=str(self._version_of(_content_of(target, opened))),
             labels=variant.bundle.manifest.task.classes,
             regions=self._regions,
-            pictures=pictures if tiles is None or tiles.is_fixed else min(1, pictures),
+            pictures=pictures if not sized and (tiles is None or tiles.is_fixed) else min(1, pictures),
             texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
-            declared=None if tiles is None else tiles.declared(engine.signature),
+            declared=sized if tiles is None else tiles.declared(engine.signature),
             rows=self._most_pictures(engine.signature) if isinstance(decoder, Tabulator) else 0,
             kind=variant.bundle.manifest.task.kind,
             targets=decoder.reader.table.targets if isinstance(decoder, Tabulator) else (),

@@ -3,16 +3,25 @@
 The losses are in `train/`; everything here runs without torch, on the outputs of any engine.
 """
 
+from rushhour.task.boxes import MOST, STRIDE, Detection, overlaps
 from rushhour.task.intervals import Z, bootstrap, wilson
-from rushhour.task.kind import Head, Kind, LossName, ensure_kind, load_kind, outputs_of, register
+from rushhour.task.kind import Head, Kind, LossName, Places, Spatial, ensure_kind, load_kind, outputs_of, register
+from rushhour.task.maps import VOID, Segmentation
 from rushhour.task.outputs import are_chances, are_probabilities
 from rushhour.task.task import Scaling, Task
 
 __all__ = [
+    "MOST",
+    "STRIDE",
+    "VOID",
+    "Detection",
     "Head",
     "Kind",
     "LossName",
+    "Places",
     "Scaling",
+    "Segmentation",
+    "Spatial",
     "Task",
     "Z",
     "are_chances",
@@ -21,6 +30,7 @@ __all__ = [
     "ensure_kind",
     "load_kind",
     "outputs_of",
+    "overlaps",
     "register",
     "wilson",
 ]

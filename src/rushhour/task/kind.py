@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 
 from rushhour.errors import TaskError
 
-Head = Literal["softmax", "sigmoid", "none"]
+Head = Literal["softmax", "sigmoid", "none", "class map", "boxes"]
 """What turns a network's numbers into answers."""
-LossName = Literal["cross-entropy", "binary cross-entropy", "squared error"]
+LossName = Literal[
+    "cross-entropy", "binary cross-entropy", "squared error", "cross-entropy per pixel", "focal and distance"
+]
+Places = Literal["map", "boxes"]
+"""What an answer says about places in its picture: a label for each, or boxes."""
 
 
 @runtime_checkable
@@ -72,6 +76,34 @@ class Kind(Protocol):
 
     def as_targets(self, outputs: NDArray[Any]) -> NDArray[Any]:
         """Another model's answers `(n, outputs)` in place of targets, where there are no labels."""
+        ...
+
+
+@runtime_checkable
+class Spatial(Kind, Protocol):
+    """A kind whose answers are about places in the picture: their size depends on its size.
+
+    Attributes:
+        places: what is said about them. Targets and answers are moved with the picture: by augmentation in training,
+            and in serving to the size that a picture had before it was brought to the model's.
+        dtype: of the answers.
+        network: the reference network for it, by name.
+    """
+
+    places: Places
+    network: str
+    dtype: Literal["uint8", "float32"]
+
+    def raw_shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what a network gives for one sample, before the head.
+
+        Args:
+            sample: shape of a picture on the wire, `(height, width, channels)`.
+        """
+        ...
+
+    def answer_shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the answer to one sample; else as `raw_shape`."""
         ...
 
 

@@ -8,7 +8,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.task.boxes import Detection
 from rushhour.task.kind import Head, LossName, Maker
+from rushhour.task.maps import Segmentation
 
 _EVEN: Final = 0.5
 """A label is given where its chance is at least this."""
@@ -204,4 +206,6 @@ BUILT_IN: Final[dict[str, Maker]] = {
     "ranking": Ranking,
     "regression": Regression,
     "embedding": Embedding,
+    "segmentation": Segmentation,
+    "detection": Detection,
 }

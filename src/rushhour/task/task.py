@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rushhour.errors import TaskError
 from rushhour.measurement import Interval, Number
 from rushhour.task.intervals import bootstrap, paired_proportions, wilson
-from rushhour.task.kind import Head, Kind, LossName, Maker, own_maker
+from rushhour.task.kind import Head, Kind, LossName, Maker, Places, Spatial, own_maker
 from rushhour.task.kinds import BUILT_IN
 
 _OWN: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
@@ -51,9 +51,11 @@ class Task(msgspec.Struct, frozen=True):
     Attributes:
         kind: `classification` (one label of `classes`; accuracy), `multilabel` (each of `classes` by itself; accuracy
             of one, F1 of several), `ranking` (a score; AUC), `regression` (`outputs` numbers; R²), `embedding` (a
-            direction in space; cosine), or a user's own, `module:Class`: see `Kind`.
+            direction in space; cosine), `segmentation` (a class for each pixel; mean IoU), `detection` (boxes; AP50),
+            or a user's own, `module:Class`: see `Kind`.
         classes: the labels' names, in the order of the output; else empty.
-        outputs: the length of one answer: the number of classes, of regressed values, or of dimensions.
+        outputs: the length of one answer: the number of classes, of regressed values, or of dimensions. Of pictures
+            whose places are answered, the number of classes.
         scaling: of a regression whose network answers in units of its own; unset where it gives values itself.
     """
 
@@ -129,6 +131,28 @@ class Task(msgspec.Struct, frozen=True):
         return self.behaviour.is_share
 
     @property
+    def spatial(self) -> Spatial | None:
+        """What its kind knows, if answers are about places in the picture."""
+        kind = self.behaviour
+        return kind if isinstance(kind, Spatial) else None
+
+    @property
+    def places(self) -> Places | None:
+        """What its answers say about places in the picture; None where they are about the whole of it."""
+        spatial = self.spatial
+        return None if spatial is None else spatial.places
+
+    def answer_shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the answer to one sample, whose shape on the wire is `sample`."""
+        spatial = self.spatial
+        return (self.outputs,) if spatial is None else spatial.answer_shape(sample)
+
+    def raw_shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what a network gives for one sample, before the head."""
+        spatial = self.spatial
+        return (self.outputs,) if spatial is None else spatial.raw_shape(sample)
+
+    @property
     def unscaled(self) -> Task:
         """The same task, for a network that gives values itself."""
         return msgspec.structs.replace(self, scaling=msgspec.UNSET)
@@ -138,16 +162,27 @@ class Task(msgspec.Struct, frozen=True):
         """Whether one number says which of two classes it is."""
         return self.kind == "multilabel" and self.outputs == 1
 
-    def check_output(self, shape: tuple[int, ...], model: str) -> None:
+    def check_output(self, shape: tuple[int, ...], model: str, sample: tuple[int, ...] = ()) -> None:
         """Raise unless a model whose answer to one sample has `shape` fits this task.
 
         Args:
             shape: without the batch dimension.
             model: its name, for the message.
+            sample: shape of the sample on the wire; needed where answers are about places in it.
 
         Raises:
             TaskError: if it does not fit.
         """
+        spatial = self.spatial
+        if spatial is not None:
+            if len(sample) == 3 and shape == spatial.answer_shape(sample):
+                return
+            raise TaskError(
+                f"the output of {model} does not fit the task",
+                f"{self.kind} of {self.outputs} classes in a sample of shape {sample} needs answers of shape "
+                f"{spatial.answer_shape(sample) if len(sample) == 3 else '(a picture)'}, but they have {shape}",
+                f"use a network for {self.kind}, such as {spatial.network}, or give the data it was made for",
+            )
         if shape != (self.outputs,):
             wanted = f"{self.outputs} {'classes' if self.kind == 'classification' else 'values'}"
             raise TaskError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.task import Kind
+from rushhour.task import Head, Kind, Places, Spatial
 
 
 def check_kind(kind: Kind, outputs: NDArray[Any], targets: NDArray[Any]) -> None:
@@ -15,7 +15,8 @@ def check_kind(kind: Kind, outputs: NDArray[Any], targets: NDArray[Any]) -> None
 
     Args:
         kind: of a user's own.
-        outputs: answers of any network to some samples, `(n, outputs)`, ten samples or more, not all equal.
+        outputs: answers of any network to some samples, `(n, outputs)`, ten samples or more, not all equal. Of a kind
+            that answers for places, `(n, *answer_shape)`; a loss of its own is then not tried.
         targets: real ones for them, `(n, ...)`.
 
     Raises:
@@ -23,7 +24,11 @@ def check_kind(kind: Kind, outputs: NDArray[Any], targets: NDArray[Any]) -> None
     """
     for name in ("metric", "agreement", "output"):
         assert isinstance(getattr(kind, name, None), str), f"`{name}` is no text"
-    assert kind.head in ("softmax", "sigmoid", "none"), f"`head` {kind.head!r} is none of softmax, sigmoid, none"
+    heads = get_args(Head)
+    assert kind.head in heads, f"`head` {kind.head!r} is none of {', '.join(heads)}"
+    if isinstance(kind, Spatial):
+        assert kind.places in get_args(Places), f"`places` {kind.places!r} is none of {', '.join(get_args(Places))}"
+        assert outputs.dtype == kind.dtype, f"answers are {outputs.dtype}, and `dtype` is {kind.dtype}"
     assert isinstance(kind.is_share, bool), "`is_share` is no bool"
     assert len(outputs) == len(targets) >= 10, "give ten samples or more, and as many targets"
     assert kind.why_wrong(targets) == "", f"it does not take these targets: {kind.why_wrong(targets)}"
@@ -51,7 +56,7 @@ def check_kind(kind: Kind, outputs: NDArray[Any], targets: NDArray[Any]) -> None
     assert kind.why_wrong(wanted) == "", "`as_targets` gives no targets of the task"
     own = kind.reduce(kind.statistics(outputs, wanted))
     assert np.isclose(own, 1.0), f"a model agrees with itself by {own:.3f}, and it must be 1"
-    if callable(kind.loss):
+    if callable(kind.loss) and not isinstance(kind, Spatial):
         _check_loss(kind.loss, outputs, targets)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rushhour.data.augment import Augmentation, Augmenter
 from rushhour.data.dataset import Split
+from rushhour.task import Places
 
 _AHEAD = 2
 """Batches that each thread prepares ahead."""
@@ -50,6 +51,7 @@ class Feed:
         seed: of order and augmentation.
         batch: samples in a step, over all workers; limited to the samples of the part.
         augment: of pictures.
+        places: what targets say about places in a picture: they are moved with it. None where they say nothing.
         threads: that prepare batches.
         part: which of how many equal parts of each batch this worker gets; the sizes differ by one where it does not
             divide.
@@ -63,6 +65,7 @@ class Feed:
         seed: int,
         batch: int,
         augment: Augmentation | None = None,
+        places: Places | None = None,
         threads: int = 1,
         part: tuple[int, int] = (0, 1),
         rows: NDArray[np.int64] | None = None,
@@ -74,6 +77,7 @@ class Feed:
         self.batch = min(batch, self._samples)
         self.steps = self._samples // self.batch
         self._augment = augment
+        self._places = places
         self._part = part
         self._ahead = _AHEAD * threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
@@ -92,7 +96,7 @@ class Feed:
         if self._rows is not None:
             order = self._rows[order]
         augmenter = (
-            Augmenter(self._augment, len(self._split), seed=self._seed, epoch=epoch)
+            Augmenter(self._augment, len(self._split), seed=self._seed, epoch=epoch, places=self._places)
             if self._augment is not None
             else None
         )
@@ -101,9 +105,11 @@ class Feed:
             rows = order[step * self.batch : (step + 1) * self.batch]
             index, parts = self._part
             own = np.array_split(rows, parts)[index]
-            inputs = self._split.inputs[own]
+            inputs, targets = self._split.inputs[own], torch.from_numpy(self._split.targets[own])
             augmented: Any = torch.from_numpy(inputs) if augmenter is None else augmenter(inputs, own)
-            return Batch(epoch * self.steps + step, rows, own, augmented, torch.from_numpy(self._split.targets[own]))
+            if augmenter is not None and self._places is not None:
+                targets = augmenter.moved(targets, own, inputs.shape[1:3])
+            return Batch(epoch * self.steps + step, rows, own, augmented, targets)
 
         waiting: deque[Future[Batch]] = deque()
         upcoming = iter(range(first, self.steps))

@@ -122,6 +122,7 @@ class TrainingLoop:
             seed=settings.seed,
             batch=settings.batch,
             augment=settings.augment,
+            places=self._dataset.task.places,
             threads=1 if settings.augment is None else _AUGMENTING_THREADS,
             part=stepper.part,
         ) as feed:

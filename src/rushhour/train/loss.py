@@ -12,9 +12,15 @@ from torch.nn import functional
 
 from rushhour.errors import TaskError
 from rushhour.task import LossName, Scaling, Task
+from rushhour.train.spatial_loss import (
+    cross_entropy_per_pixel,
+    focal_and_distance,
+    imitated_boxes,
+    imitated_map,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Network outputs `(n, outputs)` in any precision and targets -> the loss in float32: a scalar, `(n,)` for `none`."""
+"""Network outputs in any precision and targets -> the loss in float32: a scalar, `(n,)` for `none`."""
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -23,8 +29,8 @@ def loss_for(task: Task, reduction: Reduction = "mean") -> Loss:
     """Of the network's logits or values, before the task's head.
 
     Cross-entropy against int64 labels `(n,)`; the mean of binary cross-entropy over the outputs against 0 and 1; mean
-    squared error against values `(n, outputs)`, in units of their standard deviation where the task has it; or the
-    task's own.
+    squared error against values `(n, outputs)`, in units of their standard deviation where the task has it; of places
+    in a picture as `rushhour.train.spatial_loss` says; or the task's own.
 
     Args:
         task: decides which.
@@ -39,9 +45,40 @@ def loss_for(task: Task, reduction: Reduction = "mean") -> Loss:
         "cross-entropy": _cross_entropy,
         "binary cross-entropy": _binary_cross_entropy,
         "squared error": partial(_squared_error, scaling),
+        "cross-entropy per pixel": partial(_by_sample, cross_entropy_per_pixel),
+        "focal and distance": partial(_by_sample, focal_and_distance),
     }
     by_name = losses[loss]
     return lambda outputs, targets: by_name(outputs, targets, reduction)
+
+
+def imitation_for(task: Task, heat: float) -> Loss:
+    """Of a student's numbers and its teacher's: a mean over samples.
+
+    Args:
+        task: decides what is compared: classes, chances, values, or what is said of each place of a picture.
+        heat: the temperature that logits of both are divided by. Gradients shrink with its square, which is made up.
+    """
+    if task.head == "class map":
+        return lambda student, teacher: imitated_map(student, teacher, heat).mean()
+    if task.head == "boxes":
+        return lambda student, teacher: imitated_boxes(student, teacher).mean()
+    if task.head == "sigmoid":
+        return lambda student, teacher: (
+            functional.binary_cross_entropy_with_logits(student / heat, (teacher / heat).sigmoid()) * heat**2
+        )
+    if task.head != "softmax":
+        return loss_for(task) if task.loss == "squared error" else functional.mse_loss
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = (functional.log_softmax(each / heat, dim=1) for each in (student, teacher))
+        return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * heat**2
+
+    return divergence
+
+
+def _by_sample(loss: Loss, outputs: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+    return _reduced(loss(outputs, targets), reduction)
 
 
 def _checked(losses: object, task: Task, outputs: Tensor) -> Tensor:

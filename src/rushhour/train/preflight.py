@@ -111,7 +111,7 @@ def inspect(
     places = np.linspace(0, len(dataset.train) - 1, min(_SAMPLES, len(dataset.train))).astype(int)
     some: NDArray[Any] = np.ascontiguousarray(dataset.train.inputs[places])
     deployed.settle(some, name)
-    dataset.task.check_output(deployed.answer_shape(some, name), name)
+    dataset.task.check_output(deployed.answer_shape(some, name), name, sample.shape)
     _check_finite(deployed, some, name)
     _check_batch_dependence(lambda columns: _answers(deployed, columns), some, _LOOSE, network, name)
     with (guard(deployed, some) or MemoryFormat(channels_last=False)).active():
@@ -418,11 +418,11 @@ def _try_step(deployed: Deployed, dataset: Dataset, rows: int, *, bf16: bool) ->
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             raw = deployed.network(deployed.preprocess(inputs))
             out = deployed.as_logits(raw)
-        if tuple(out.shape) != (rows, deployed.outputs):
+        wanted = (rows, *dataset.task.raw_shape(dataset.sample_shape))
+        if tuple(out.shape) != wanted:
             raise ModelError(
                 "the network has another output in training",
-                f"for {rows} sample{'' if rows == 1 else 's'} it gives {_described(raw)}, and "
-                f"({rows}, {deployed.outputs}) is needed",
+                f"for {rows} sample{'' if rows == 1 else 's'} it gives {_described(raw)}, and {wanted} is needed",
                 "return that in training too, alone or among other outputs",
             )
         loss_for(dataset.task)(out, targets).backward()  # type: ignore[no-untyped-call]

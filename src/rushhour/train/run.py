@@ -146,7 +146,13 @@ class TrainingRun(msgspec.Struct, frozen=True):
         settings = self.job.settings.resolved
         form, _, stepper = self._single(dataset, Silent())
         optimizer = settings.make_optimizer(stepper.parameters())
-        feed = Feed(dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment)
+        feed = Feed(
+            dataset.train,
+            seed=settings.seed,
+            batch=settings.batch,
+            augment=settings.augment,
+            places=dataset.task.places,
+        )
         taken = []
         with feed, form.active():
             for batch in itertools.islice(feed.epoch(0), _WARM_UP + _TIMED):
@@ -212,7 +218,12 @@ class TrainingRun(msgspec.Struct, frozen=True):
         stepper = ParallelStepper(deployed, dataset.task, plan, settings=settings.resolved, parallel=self.job.parallel)
         optimizer = settings.make_optimizer(stepper.parameters())
         with Feed(
-            dataset.train, seed=settings.seed, batch=settings.batch, augment=settings.augment, part=stepper.part
+            dataset.train,
+            seed=settings.seed,
+            batch=settings.batch,
+            augment=settings.augment,
+            places=dataset.task.places,
+            part=stepper.part,
         ) as feed:
             batch = next(feed.epoch(0))
 

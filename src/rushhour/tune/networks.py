@@ -367,7 +367,7 @@ class _Search:
     def _epoch_seconds(self, role: str) -> float:
         source = self._bundles[role].manifest.source
         assert source is not None  # `why_untrainable`
-        settings = TrainSettings(epochs=1, batch=min(_BATCH, len(self._dataset.train)))
+        settings = TrainSettings(epochs=1, batch=min(self._dataset.fitting_batch(_BATCH), len(self._dataset.train)))
         job = TrainingJob(source, settings, self._store.folder, self._trusted)
         return epoch_seconds(self._journal, self._dataset, job, self._progress, experience=self._experience)
 

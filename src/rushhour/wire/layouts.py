@@ -299,6 +299,8 @@ class HeaderReader:
                 "it is a number of classes",
                 "send a whole number, 0 for the tensor itself",
             )
+        if spec.places == "boxes":
+            return min(asked, spec.shape[0])
         if asked and (math.prod(spec.shape) != len(self.labels) or spec.name in self.signature.open_axes):
             raise WireError(
                 f"the output {output.name!r} asks for classification",

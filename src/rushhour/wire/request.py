@@ -115,13 +115,15 @@ class PictureRequest(InferRequest):
 
     Attributes:
         pictures: one for each sample.
+        sides: height and width of each picture as it was sent, once it is decoded; (0, 0) before that.
     """
 
-    __slots__ = ("pictures",)
+    __slots__ = ("pictures", "sides")
 
     def __init__(self, pictures: Sequence[Encoded], wanted: Wanted) -> None:
         super().__init__(len(pictures), (), wanted)
         self.pictures = pictures
+        self.sides = [(0, 0)] * len(pictures)
 
 
 class TextRequest(PictureRequest):

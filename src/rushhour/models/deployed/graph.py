@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +22,10 @@ from torch.nn.utils import parametrize
 from rushhour.bundle import OpenDimension
 from rushhour.errors import ModelError
 from rushhour.models.batch_dependence import batch_dependence
+from rushhour.models.deployed.heads import Boxes
 from rushhour.models.deployed.module import Deployed, columns_of
 from rushhour.models.failure import why_failed
+from rushhour.records.answers import deviation
 from rushhour.system.machine import cores
 from rushhour.system.telemetry import disable_telemetry
 
@@ -242,17 +245,30 @@ def verify(file: Path | bytes, deployed: Deployed, name: str, names: list[str], 
         with torch.no_grad():
             expected = deployed(*map(torch.from_numpy, batch)).numpy()
         answer = run(batch)
-        tolerance = 1e-3 * max(1e-1, float(np.abs(expected).max()))
-        off = float(np.abs(answer - expected).max()) if answer.shape == expected.shape else float("inf")
+        off, tolerance = _gap(deployed, answer, expected)
         if not off <= tolerance:
             raise ModelError(
                 f"the ONNX graph of {name} does not answer as its torch module does",
                 f"at batch {size} they differ by {off:.2g}, and {tolerance:.2g} is allowed",
                 "check the model for random or batch-dependent operations, and its weights for NaN",
             )
-    dependence = batch_dependence(run, columns_of(samples[:_COMPARED]), _GRAPH_TOLERANCE)
+    gap = None if deployed.outputs is not None else partial(_gap_of_choices, deployed)
+    dependence = batch_dependence(run, columns_of(samples[:_COMPARED]), _GRAPH_TOLERANCE, gap)
     if dependence is not None:
         raise ModelError(f"cannot seal {name}", dependence, "remove operations that mix samples, and train it again")
+
+
+def _gap(deployed: Deployed, answer: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
+    """How far an answer is from what is expected, and how far it may be."""
+    if deployed.outputs is None:
+        return _gap_of_choices(deployed, answer, expected), _GRAPH_TOLERANCE
+    tolerance = _GRAPH_TOLERANCE * max(1e-1, float(np.abs(expected).max()))
+    return (float(np.abs(answer - expected).max()) if answer.shape == expected.shape else float("inf")), tolerance
+
+
+def _gap_of_choices(deployed: Deployed, answer: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The same of a head that chooses, among which rounding decides ties: the share of the answer that is another."""
+    return deviation({"": expected}, {"": answer}, ("",) if isinstance(deployed.head, Boxes) else ())
 
 
 def _batch(samples: NDArray[Any], size: int) -> NDArray[Any]:

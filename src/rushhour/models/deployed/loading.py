@@ -93,7 +93,8 @@ def _check_answers(deployed: Deployed, bundle: Bundle, source: Source) -> None:
     try:
         with torch.no_grad():
             answers = deployed(*(torch.from_numpy(samples[spec.name][:count]) for spec in manifest.signature.inputs))
-        off = deviation(recorded, {manifest.signature.outputs[0].name: answers.float().numpy()})
+        found = answers.numpy() if not answers.is_floating_point() else answers.float().numpy()
+        off = deviation(recorded, {manifest.signature.outputs[0].name: found}, manifest.signature.boxes)
         why = f"its answers differ by {off:.1%} of their range" if not off <= TOLERANCES["f32"] else ""
     except Exception as error:  # changed code may fail in any way
         why = f"it fails with {type(error).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rushhour.bundle import Preprocessing
 from rushhour.errors import ModelError, RushhourError
+from rushhour.models.deployed.heads import Boxes, ClassMap
 from rushhour.models.deployed.outputs import Meaning, as_logits, main_output
 from rushhour.models.failure import why_failed
 from rushhour.task import Head, Scaling, Task, are_probabilities
@@ -64,14 +66,15 @@ class Deployed(nn.Module):
     In training mode, modules that the network's factory left in evaluation mode stay in it.
 
     Args:
-        network: gives logits (classification), values (regression) or an embedding, `(n, outputs)`; as its factory
-            left it. Where it gives several outputs, `main_output` says which one counts.
-        task: decides the head: softmax, sigmoid, or none.
+        network: gives logits (classification), values (regression) or an embedding, `(n, outputs)`, or of each place
+            of a picture what `Spatial.raw_shape` says; as its factory left it. Where it gives several outputs,
+            `main_output` says which one counts.
+        task: decides the head: softmax, sigmoid, class map, boxes, or none.
         preprocessing: applied to the samples first; a network of several inputs gets them as they are.
 
     Attributes:
         meaning: of the network's outputs; logits until `settle` finds it.
-        outputs: length of one answer.
+        outputs: length of one answer; None where answers are about places in a picture.
         scaling: of the network's numbers, which become values.
 
     Raises:
@@ -82,10 +85,16 @@ class Deployed(nn.Module):
         super().__init__()
         self.preprocess = Preprocess(preprocessing)
         self.network = network
-        heads: dict[Head, nn.Module] = {"softmax": nn.Softmax(dim=-1), "sigmoid": nn.Sigmoid(), "none": nn.Identity()}
-        self.head = heads[task.head]
+        heads: dict[Head, Callable[[], nn.Module]] = {
+            "softmax": lambda: nn.Softmax(dim=-1),
+            "sigmoid": nn.Sigmoid,
+            "none": nn.Identity,
+            "class map": ClassMap,
+            "boxes": lambda: Boxes(task.outputs),
+        }
+        self.head = heads[task.head]()
         self.meaning: Meaning = "logits"
-        self.outputs = task.outputs
+        self.outputs = None if task.spatial is not None else task.outputs
         self.scaling = task.scaling if isinstance(task.scaling, Scaling) else None
         self._in_evaluation = [module for module in network.modules() if not module.training]
 
@@ -97,7 +106,7 @@ class Deployed(nn.Module):
         return self
 
     def logits(self, *samples: Tensor) -> Tensor:
-        """Logits or values for the loss, `(n, outputs)`; see `as_logits`."""
+        """Logits or values for the loss, `(n, outputs)`, or of each place; see `as_logits`."""
         return self.as_logits(self._raw(*samples))
 
     def as_logits(self, raw: Any) -> Tensor:
@@ -124,7 +133,7 @@ class Deployed(nn.Module):
         """
         self.meaning = "logits"
         self.answer_shape(samples, model)
-        if isinstance(self.head, nn.Identity):
+        if not isinstance(self.head, nn.Softmax | nn.Sigmoid):
             return
         columns = [torch.from_numpy(column) for column in columns_of(samples[:2])]
         with torch.no_grad():

@@ -19,8 +19,11 @@ Meaning = Literal["logits", "probabilities", "chances"]
 1, as after a softmax; or `chances` of each class by itself, as after a sigmoid."""
 
 
-def as_logits(raw: Any, outputs: int, meaning: Meaning, scaling: Scaling | None = None) -> Tensor:
-    """A network's raw output as logits or values `(n, outputs)`; softmax of them gives the probabilities."""
+def as_logits(raw: Any, outputs: int | None, meaning: Meaning, scaling: Scaling | None = None) -> Tensor:
+    """A network's raw output as logits or values `(n, outputs)`; softmax of them gives the probabilities.
+
+    Where `outputs` is None, what it gives of each place of a picture, as it is.
+    """
     out = main_output(raw, outputs)
     if scaling is not None:
         return out.float() * torch.tensor(scaling.std) + torch.tensor(scaling.mean)

@@ -64,7 +64,7 @@ def export(
     names = [spec.name for spec in specs]
     signature = Signature(
         inputs=specs,
-        outputs=(TensorSpec(task.output_name, "float32", (task.outputs,)),),
+        outputs=(answer_spec(task, specs[0].shape),),
         open=dimensions or msgspec.UNSET,
     )
     sizes = signature.sizes_of(dict(zip(names, columns, strict=False)))
@@ -85,7 +85,7 @@ def export(
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     deployed = Deployed(network, task, preprocessing)
     deployed.settle(samples, name)
-    task.check_output(deployed.answer_shape(samples, name), name)
+    task.check_output(deployed.answer_shape(samples, name), name, specs[0].shape)
     graph = graph_of(deployed, name, samples, names, task.output_name, dimensions)
     manifest = Manifest(
         name=name,
@@ -116,6 +116,14 @@ def export(
     bundle = Bundle.create(path, manifest, model, weights, inputs, None if text is None else text[1])
     record_factory(bundle)
     return bundle
+
+
+def answer_spec(task: Task, sample: tuple[int, ...]) -> TensorSpec:
+    """The answer to one sample, whose shape on the wire is `sample`."""
+    spatial = task.spatial
+    if spatial is None:
+        return TensorSpec(task.output_name, "float32", (task.outputs,))
+    return TensorSpec(task.output_name, spatial.dtype, spatial.answer_shape(sample), places=spatial.places)
 
 
 def try_export(deployed: Deployed, name: str, sample: TensorSpec, samples: NDArray[Any], task: Task) -> None:

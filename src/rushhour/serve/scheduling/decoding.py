@@ -61,8 +61,8 @@ class Decoder(Preparer):
         warnings.filterwarnings("ignore", module=r"PIL\b")
         self._bytes, self._seconds = self._warm_up()
 
-    def decode(self, content: bytes, into: np.ndarray) -> None:
-        """Write one picture as a sample. May be called on any thread.
+    def decode(self, content: bytes, into: np.ndarray) -> tuple[int, int]:
+        """Write one picture as a sample; returns the height and width that it had. May be called on any thread.
 
         Raises:
             DataError: if it is damaged, too large, or of another format.
@@ -71,6 +71,7 @@ class Decoder(Preparer):
         most = self.settings.max_pixels
         seen = self._read(io.BytesIO(content), into, max_pixels=most, formats=FORMATS, decoding=self._decoding)
         self._check_depth(seen.deep)
+        return seen.height, seen.width
 
     def size(self, content: bytes) -> tuple[int, int]:
         """Height and width of a picture, by its header alone. May be called on any thread.
@@ -153,11 +154,12 @@ class Decoding(Preparation):
     def __init__(self, decoder: Decoder, request: PictureRequest, done: Done) -> None:
         self._decoder = decoder
         self._samples = np.empty((request.rows, *decoder._shape), np.uint8)
+        self._sides = request.sides
         super().__init__(decoder, request, done)
 
     def _prepare(self, first: int, rows: int) -> None:
         try:
-            self._decoder.decode(content_of(self._items[first]), self._samples[first])
+            self._sides[first] = self._decoder.decode(content_of(self._items[first]), self._samples[first])
         except DataError as wrong:
             which = f"picture {first + 1} of {self._rows}"
             fix = f"send complete files in {', '.join(FORMATS)}"
