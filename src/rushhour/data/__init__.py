@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, Text
 from rushhour.data.columns import Columns
 from rushhour.data.dataset import Dataset, Files, Split
-from rushhour.data.table_files import is_table_file, is_table_folder
+from rushhour.data.table_files import LINES, is_table_file, is_table_folder
 from rushhour.data.targets import Kind
 from rushhour.errors import DataError, RushhourError
 from rushhour.system.working_folder import same_working_folder
@@ -37,9 +37,10 @@ def load(
     Args:
         spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class, or with class maps or boxes
             (`rushhour.data.annotated`); a `.npz` file; a table (`.csv`, `.tsv`, `.parquet`, `.arrow`, or a folder of
-            them by part, as Hugging Face's `save_to_disk` writes one); a `.txt` file of sentences, one a line, for
-            MiniLM; or `module:factory`, a callable of the user's own that returns a `Dataset`. It is imported, so it
-            must come from the person at the machine, never from a file.
+            them by part, as Hugging Face's `save_to_disk` writes one), or a `.jsonl` file, whose texts become tokens
+            where the bundle has a tokenizer; a `.txt` file of sentences, one a line, for MiniLM; or `module:factory`, a
+            callable of the user's own that returns a `Dataset`. It is imported, so it must come from the person at the
+            machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: called with the error of each picture in a folder that cannot be read, which is then left out;
@@ -61,6 +62,11 @@ def load(
         task = bundle.manifest.task
     path = Path(spec)
     is_table = is_table_file(path) or (bool(spec) and path.is_dir() and is_table_folder(path))
+    texts = bundle is not None and isinstance(bundle.manifest.text, Text)
+    if texts and (is_table or path.suffix.lower() in LINES):
+        from rushhour.data.text_tables import load_text_table
+
+        return load_text_table(path, seed=seed, columns=columns, kind=kind, bundle=bundle)
     if columns is not None and columns.named and not is_table:
         raise DataError(
             f"the data {spec} has no columns", "--target and the like are for tables", "leave them out, or name a table"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 WHOLE: Final = "whole"
 """The name of a table that is not divided into parts."""
 SUFFIXES: Final = (".csv", ".tsv", ".parquet", ".arrow")
+LINES: Final = (".jsonl", ".ndjson")
+"""Of files of texts, with one JSON object a line."""
 _HUGGING_FACE: Final = ("dataset_dict.json", "dataset_info.json", "state.json")
 _MISSING: Final = ["", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None", "?"]
 _DELIMITERS: Final = (",", ";", "\t", "|")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Preprocessing
+from rushhour.bundle import Bundle, Preprocessing, Text
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import divide, keys_of
 from rushhour.errors import DataError
@@ -87,12 +87,7 @@ def tokens(lines: Sequence[str], *, length: int | None = None) -> NDArray[Any]:
     from rushhour.models.minilm import INPUTS, LENGTH, pretrained
 
     length = length or LENGTH
-    folder = pretrained()
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise DataError("the tokenizer is not installed", str(error), "run `pip install 'rushhour[text]'`") from error
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = _tokenizer(pretrained() / "tokenizer.json")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
     samples = np.zeros(len(lines), [(name, np.int64, (length,)) for name in INPUTS])
@@ -100,3 +95,41 @@ def tokens(lines: Sequence[str], *, length: int | None = None) -> NDArray[Any]:
         for name, values in zip(INPUTS, (encoding.ids, encoding.attention_mask, encoding.type_ids), strict=True):
             samples[name][row] = values
     return samples
+
+
+def bundle_tokens(bundle: Bundle, lines: Sequence[str]) -> NDArray[Any]:
+    """Texts as the tokenizer of a bundle splits them: a structured array of shape `(n,)` with a field for each input.
+
+    They are cut at the model's largest length, and padded to the longest of them, as the server does.
+
+    Args:
+        bundle: with a tokenizer.
+        lines: one or more.
+
+    Raises:
+        DataError: if the library is not installed.
+    """
+    signature, text = bundle.manifest.signature, bundle.manifest.text
+    assert isinstance(text, Text)
+    (dimension,) = signature.dimensions
+    tokenizer = _tokenizer(bundle.tokenizer)
+    tokenizer.enable_truncation(dimension.largest)
+    tokenizer.no_padding()
+    encoded = tokenizer.encode_batch(list(lines))
+    length = max(dimension.smallest, *(len(each.ids) for each in encoded))
+    samples = np.zeros(len(lines), [(spec.name, np.dtype(spec.dtype), (length,)) for spec in signature.inputs])
+    for spec in signature.inputs:
+        column = samples[spec.name]
+        column[:] = dimension.padding.get(spec.name, 0)
+        for row, each in zip(column, encoded, strict=True):
+            values = getattr(each, text.inputs[spec.name])
+            row[: len(values)] = values
+    return samples
+
+
+def _tokenizer(file: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError("the tokenizer is not installed", str(error), "run `pip install 'rushhour[text]'`") from error
+    return Tokenizer.from_file(str(file))

@@ -22,6 +22,7 @@ from rushhour.models.signal import signal
 from rushhour.models.source import build, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
 from rushhour.models.tabular import tabular
+from rushhour.models.text_classifier import text_classifier, text_classifier_bundle
 from rushhour.models.trust import trusted_factories
 from rushhour.models.unet import unet
 
@@ -54,6 +55,8 @@ __all__ = [
     "split_dense",
     "structure_of",
     "tabular",
+    "text_classifier",
+    "text_classifier_bundle",
     "trusted_factories",
     "unet",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rushhour.errors import ModelError
-from rushhour.models.signal import ByChannel
+from rushhour.models.signal import ByChannel, stride_of
 
 _SIZE = 9
 _SHARP = 4.0
@@ -24,7 +24,7 @@ def kernels(length: int, channels: int, outputs: int, count: int = 480) -> nn.Mo
     Takes float32 `(n, length)` or `(n, length, channels)`, gives logits or values `(n, outputs)`.
 
     Args:
-        length: steps of a signal; decides the largest dilation.
+        length: steps of a signal; decides the largest dilation, and how many steps the kernels move at a time.
         channels: measured at each step.
         outputs: length of the answer.
         count: of kernels, over all dilations.
@@ -42,14 +42,14 @@ def kernels(length: int, channels: int, outputs: int, count: int = 480) -> nn.Mo
     dilations = [1]
     while 2 * dilations[-1] * (_SIZE - 1) < length:
         dilations.append(2 * dilations[-1])
-    return _Kernels(channels, outputs, max(1, count // len(dilations)), dilations)
+    return _Kernels(channels, outputs, max(1, count // len(dilations)), dilations, stride_of(length))
 
 
 class _Kernels(nn.Module):
-    def __init__(self, channels: int, outputs: int, each: int, dilations: list[int]) -> None:
+    def __init__(self, channels: int, outputs: int, each: int, dilations: list[int], stride: int) -> None:
         super().__init__()
         self.by_channel = ByChannel()
-        self.scales = nn.ModuleList(_Scale(channels, each, dilation) for dilation in dilations)
+        self.scales = nn.ModuleList(_Scale(channels, each, dilation, stride) for dilation in dilations)
         features = 2 * each * len(dilations)
         self.standardise = nn.BatchNorm1d(features)
         self.dropout = nn.Dropout(_DROPOUT)
@@ -66,10 +66,10 @@ class _Kernels(nn.Module):
 class _Scale(nn.Module):
     """The kernels of one dilation: `(n, channels, length)` to `(n, 2 kernels)`."""
 
-    def __init__(self, channels: int, count: int, dilation: int) -> None:
+    def __init__(self, channels: int, count: int, dilation: int, stride: int) -> None:
         super().__init__()
         padding = dilation * (_SIZE // 2)
-        self.kernels = nn.Conv1d(channels, count, _SIZE, dilation=dilation, padding=padding, bias=False)
+        self.kernels = nn.Conv1d(channels, count, _SIZE, stride=stride, dilation=dilation, padding=padding, bias=False)
         self.norm = nn.BatchNorm1d(count)
         with torch.no_grad():
             self.kernels.weight.normal_(std=1 / 3)

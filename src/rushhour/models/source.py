@@ -25,7 +25,7 @@ from rushhour.task import Task
 _ROOM = "rushhour.models"
 _NAMES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector")
 _OF_TABLES = ("tabular", "deepfm")
-_BUILT_IN = ("minilm", "converted")
+_BUILT_IN = ("minilm", "text_classifier", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
 _SPATIAL = {"unet": "a class for each pixel", "detector": "boxes"}
 """What the networks give that answer for places in a picture."""

@@ -1,0 +1,100 @@
+"""Texts with labels: tables become tokens of the bundle's own tokenizer, and what cannot be used is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_texts import WORDS, ids, text_bundle, tokenizers
+
+from rushhour.bundle import Source
+from rushhour.data import Columns, Dataset, load
+from rushhour.data.text_tables import load_text_table
+from rushhour.errors import DataError
+from rushhour.models import build
+
+assert tokenizers
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    chance = np.random.default_rng(0)
+    texts = [" ".join(chance.choice(WORDS, chance.integers(1, 12))) for _ in range(60)]
+    return [{"text": text, "label": "abc"[len(text) % 3], "writer": str(at % 7)} for at, text in enumerate(texts)]
+
+
+def lines(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def everything(data: Dataset) -> list[tuple[bytes, int]]:
+    parts = (data.train, data.validation, data.test)
+    return [(row.tobytes(), int(label)) for part in parts for row, label in zip(part.inputs, part.targets, strict=True)]
+
+
+def test_lines_and_tables_give_the_same_tokens_of_the_bundles_tokenizer(
+    tmp_path: Path, rows: list[dict[str, str]]
+) -> None:
+    bundle = text_bundle(tmp_path / "bundle")
+    data = load(str(lines(tmp_path / "a.jsonl", rows)), bundle=bundle, columns=Columns(leave_out="writer"))
+    assert data.task == bundle.manifest.task
+    text = rows[0]["text"]
+    found = next(
+        row for row in data.train.inputs if row["tokens"][: len(text.split())].tolist() == ids(text)[0].tolist()
+    )
+    assert found["mask"].sum() >= len(text.split())
+    pytest.importorskip("pyarrow", reason="extra tabular")
+    table = tmp_path / "a.csv"
+    table.write_text(
+        "text,label,writer\n" + "".join(f'"{row["text"]}",{row["label"]},{row["writer"]}\n' for row in rows)
+    )
+    same = load(str(table), bundle=bundle, columns=Columns(leave_out="writer"))
+    assert everything(same) == everything(data)
+
+
+def test_a_group_is_in_one_part(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    bundle = text_bundle(tmp_path / "bundle")
+    data = load_text_table(lines(tmp_path / "a.jsonl", rows), columns=Columns(group="writer"), bundle=bundle)
+    seen = [set(part.groups.tolist()) for part in (data.train, data.validation, data.test) if part.groups is not None]
+    assert len(seen) == 3
+    assert sum(map(len, seen)) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text": ""}, "1 rows of a.jsonl have no text"),
+        ({"label": None}, "row 1 is the first, and a target is never guessed"),
+        ({"text": 3}, "columns of text are none"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    tmp_path: Path, rows: list[dict[str, str]], change: dict[str, object], said: str
+) -> None:
+    bad = [{name: row[name] for name in ("text", "label")} for row in rows]
+    bad[0] |= change  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=said):
+        load_text_table(lines(tmp_path / "a.jsonl", bad), bundle=text_bundle(tmp_path / "bundle"))
+
+
+def test_files_that_are_no_lines_of_objects(tmp_path: Path) -> None:
+    for content, said in (("{", "line 1 of .* is no JSON"), ("[1]", "line 1 of .* is no object"), ("\n", "is empty")):
+        (tmp_path / "a.jsonl").write_text(content)
+        with pytest.raises(DataError, match=said):
+            load_text_table(tmp_path / "a.jsonl")
+
+
+def test_a_classifier_adds_meaning_and_words_without_padding() -> None:
+    sizes = {"vocabulary": 20, "hidden": 8, "layers": 1, "heads": 2, "intermediate": 16, "positions": 12}
+    network = build(Source("rushhour.models:text_classifier", {"outputs": 3, **sizes})).eval()
+    tokens = torch.tensor([[3, 5, 5, 0], [7, 2, 9, 4]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    words = network.words.weight
+    expected = network.meaning(network.encoder(tokens, mask, 0 * tokens)) + torch.stack(
+        [words[3] + 2 * words[5], words[[7, 2, 9, 4]].sum(dim=0)]
+    )
+    torch.testing.assert_close(network(tokens, mask, 0 * tokens), expected)
