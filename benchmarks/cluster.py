@@ -1,5 +1,7 @@
-"""`make bench-cluster`: what a Plan costs beyond one machine. So far the container, without Docker.
+"""`make bench-cluster`: what a Plan costs beyond one machine. So far the container, without Docker, and its size.
 
+plan                    part 3: what `rushhour plan` says of one, two and four processes, against their capacity; 8
+                        minutes on a quiet machine
 openvino, onnxruntime   part 5, with that engine alone: the size of what the container installs, the time from the start
                         of its command until it is ready, its memory beyond that of the engine
 
@@ -28,6 +30,7 @@ from bench.models import bundle_of
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
 from bench.servers import DidNotStart, free_port
+from bench.sizing import sizing
 
 import rushhour
 from rushhour.bundle import Bundle
@@ -71,9 +74,10 @@ _READ = "print(next(line for line in open('/proc/self/status') if line.startswit
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """How often the server is started."""
+    """How often the server is started, and the capacities of processes are compared."""
 
     starts: int = 9
+    rounds: int = 3
 
 
 class Container:
@@ -207,20 +211,21 @@ def container(engine: EngineName, scale: Scale) -> Part:
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="A Plan beyond one machine.")
-    parser.add_argument("--only", default="", help=f"of {','.join(_SIZES)}, measured anew")
+    parser.add_argument("--only", default="", help=f"of plan,{','.join(_SIZES)}, measured anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     scale_options(parser, Scale())
     arguments = parser.parse_args()
     scale = scale_of(arguments, Scale)
     return run_parts(
         {
+            "plan": lambda: sizing(scale.rounds, BENCH / "cluster" / "plan", BENCH / "models"),
             "openvino": lambda: container("openvino", scale),
             "onnxruntime": lambda: container("onnxruntime", scale),
         },
         arguments.out,
         kept=True,
         only={name for name in arguments.only.split(",") if name},
-        timed=set(_SIZES),
+        timed={"plan", *_SIZES},
         seeds={},
     )
 
