@@ -61,8 +61,13 @@ def example_part(name: str, work: Path, *, resumes: bool) -> Part:
         raise ExampleError(f"the example {name} ended early", str(error), "") from error
     plan = Plan.load(out / "run" / "plan.json")
     part = judged_example(name, examples.example(name), plan, sum(took.values()) / 60, figures(out))
-    measured = {"steps_s": took, "data": [described(each) for each in examples.example(name).get("data", [])]}
-    return msgspec.structs.replace(part, measured=measured | part.measured)
+    folder = examples.FILES[name].parent.relative_to(ROOT)
+    measured = {
+        "steps_s": {step.replace(str(out), "OUT"): seconds for step, seconds in took.items()},
+        "data": [described(each) for each in examples.example(name).get("data", [])],
+        "readme": str(folder / examples.example(name).get("readme", "README.md")),
+    }
+    return msgspec.structs.replace(part, measured=part.measured | measured)
 
 
 def figures(out: Path) -> list[Check]:
@@ -109,6 +114,14 @@ def judged_example(name: str, said: dict[str, Any], plan: Plan, minutes: float, 
         evidence.baseline_capacity_rps, evidence.capacity_rps, minutes,
     )  # fmt: skip
     measured = {
+        "title": title,
+        "field": said["field"],
+        "metric": evidence.metric,
+        "baseline": accuracy["baseline"],
+        "baseline_is": accuracy["baseline_is"],
+        "slo": str(plan.goal.slo),
+        "torch_rps": evidence.baseline_capacity_rps,
+        "plan_rps": evidence.capacity_rps,
         "accuracy_interval": evidence.accuracy_interval,
         "accuracy_drop": evidence.accuracy_drop,
         "accuracy_drop_interval": evidence.accuracy_drop_interval,

@@ -1,6 +1,6 @@
-"""`make docs`: docs/benchmarks.md from the records in `benchmarks/results`. `--check` fails if it would change.
+"""`make docs`: docs/benchmarks.md from the records in `benchmarks/results`, docs/gallery.md from that of the examples.
 
-All numbers of the page are formatted here.
+`--check` fails if one would change. All numbers of the pages are formatted here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 from bench.record import Check, Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,37 @@ def render(records: list[tuple[str, Record]]) -> str:
     Args:
         records: name and record, in the order of the page.
     """
+    return _environment().get_template("benchmarks.md.j2").render(records=records)
+
+
+def render_gallery(record: Record | None, pictures: Path | None = None) -> str:
+    """The page of the examples.
+
+    Args:
+        record: of `make bench-fields`; None before the first.
+        pictures: a folder with a picture NAME.svg or NAME.png of some of them.
+    """
+    parts = {} if record is None else record.data["parts"]
+    examples = [_shown(name, part, pictures) for name, part in parts.items()]
+    return _environment().get_template("gallery.md.j2").render(examples=examples)
+
+
+def _shown(name: str, part: dict[str, Any], pictures: Path | None) -> dict[str, Any]:
+    """An example as the page shows it."""
+    checks = msgspec.convert(part["checks"], list[Check])
+    (accuracy,) = (check for check in checks if check.id == f"1.{name}.accuracy")
+    found = [] if pictures is None else sorted(pictures.glob(f"{name}.*"))
+    own = {
+        "name": name,
+        "accuracy": accuracy,
+        "checks": checks,
+        "picture": f"{found[0].parent.name}/{found[0].name}" if found else "",
+    }
+    kept = {key: part[key] for key in ("commit", "minutes", "busy_cores")}
+    return {**part["measured"], **kept, **own}
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -32,7 +64,7 @@ def render(records: list[tuple[str, Record]]) -> str:
         autoescape=False,
     )
     environment.filters |= {"number": number, "cell": _cell, "measured": measured, "capitalised": _capitalised}
-    return environment.get_template("benchmarks.md.j2").render(records=records)
+    return environment
 
 
 def number(value: Any) -> str:
@@ -69,13 +101,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     files = [file for file in sorted(arguments.results.glob("*.json")) if file.stem not in _SPACES]
-    page = render([(file.stem, Record.load(file)) for file in files])
-    if arguments.check:
-        if arguments.out.exists() and arguments.out.read_text() == page:
-            return 0
-        print(f"{arguments.out} does not agree with the results: run `make docs`", file=sys.stderr)
-        return 1
-    arguments.out.write_text(page)
+    records = {file.stem: Record.load(file) for file in files}
+    gallery = arguments.out.with_name("gallery.md")
+    pages = {
+        arguments.out: render(list(records.items())),
+        gallery: render_gallery(records.get("fields"), gallery.with_suffix("")),
+    }
+    for file, page in pages.items():
+        if not arguments.check:
+            file.write_text(page)
+        elif not file.exists() or file.read_text() != page:
+            print(f"{file} does not agree with the results: run `make docs`", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -47,7 +47,7 @@ class RData:
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Name -> column -> a list of numbers or texts; factors as texts."""
-        return {name: value for name, value in self._item()}
+        return dict(self._item())
 
     def _integer(self) -> int:
         (value,) = struct.unpack_from(">i", self._content, self._at)
