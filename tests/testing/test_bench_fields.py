@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,8 +18,11 @@ import packages  # noqa: E402
 import render  # noqa: E402
 import run as examples  # noqa: E402
 from bench.record import Check, Record  # noqa: E402
+from test_texts import ids, text_bundle  # noqa: E402
 
+from conftest import serving  # noqa: E402
 from rushhour.errors import RushhourError  # noqa: E402
+from rushhour.testing.bundles import tiny_text_answers  # noqa: E402
 
 
 @pytest.mark.parametrize("name", sorted(examples.FILES))
@@ -92,6 +96,23 @@ def test_an_accuracy_below_its_target_does_not_hold_and_is_shown() -> None:
     assert "**Does not hold**" in page
     assert "1,230" in page
     assert "No example" in render.render_gallery(None)
+
+
+def test_the_client_prints_the_likeliest_classes_of_each_line(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the cat sat\n\nand a dog ran\n")
+    client = [sys.executable, str(ROOT / "examples" / "classify.py")]
+    with serving(text_bundle(tmp_path / "texts").path) as server:
+        command = [*client, server.url, str(lines), "--text", "--top", "3"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        for line, text in zip(said, ("the cat sat", "and a dog ran"), strict=True):
+            scores = tiny_text_answers(ids(text))["scores"][0]
+            order = np.argsort(-scores)
+            shown = ", ".join(f"{'abc'[place]} {scores[place]:.1%}" for place in order)
+            assert line.endswith(text)
+            assert shown in line
+    failed = subprocess.run([*client, server.url, str(lines)], capture_output=True, text=True, check=False)
+    assert "there is no server at" in failed.stderr
 
 
 def test_an_example_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
