@@ -118,6 +118,17 @@ def test_what_is_no_json_and_a_wrong_key(server: Server) -> None:
     assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
 
 
+def test_the_servers_description_has_it(server: Server) -> None:
+    connection = http.client.HTTPConnection(*server.address, timeout=60)
+    connection.request("GET", "/openapi.json", headers={"authorization": "Bearer secret-of-the-test"})
+    described = json.loads(connection.getresponse().read())
+    connection.close()
+    body = described["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["model"] == {"const": "encoder"}
+    assert set(body["required"]) == {"model", "input"}
+    assert "get" in described["paths"]["/v1/models"]
+
+
 def test_many_long_requests_at_once(server: Server) -> None:
     chance = np.random.default_rng(0)
     texts = [" ".join(chance.choice(WORDS, chance.integers(1, 30))) for _ in range(400)]
@@ -139,6 +150,10 @@ def test_openais_own_client(server: Server) -> None:
         answer = client.embeddings.create(model="encoder", input=TEXTS)  # it asks for Base64
         for text, each in zip(TEXTS, answer.data, strict=True):
             np.testing.assert_allclose(each.embedding, expected(text), atol=1e-4)
+        assert [model.id for model in client.models.list()] == ["encoder"]
+        assert client.models.retrieve("encoder").object == "model"
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.models.retrieve("other")
         assert answer.usage.total_tokens == sum(len(text.split()) for text in TEXTS)
         numbers = client.embeddings.create(model="encoder", input="the dog", encoding_format="float")
         np.testing.assert_allclose(numbers.data[0].embedding, expected("the dog"), atol=1e-4)
@@ -157,3 +172,7 @@ def test_a_model_that_embeds_no_text_says_so(tmp_path: Path) -> None:
         status, answer = post(running, {"model": "tiny-text", "input": "the dog"})
         assert status == 404
         assert "does not embed texts" in answer["error"]["message"]
+        connection = http.client.HTTPConnection(*running.address, timeout=60)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().status == 404
+        connection.close()

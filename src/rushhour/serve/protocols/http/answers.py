@@ -8,8 +8,9 @@ import msgspec
 
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.scheduling.job import ShedError
-from rushhour.wire import EMBEDDINGS, openai_error
+from rushhour.wire import openai_error
 
+_OF_OPENAI = b"/v1/"
 CHALLENGE = b"www-authenticate: Bearer\r\n"
 REASONS = {
     200: "OK",
@@ -61,7 +62,7 @@ def status_of(error: Exception) -> int:
 
 def error_body(error: Exception, path: bytes = b"") -> bytes:
     """The body of an answer with an error, in the form that clients of this path read."""
-    if path == EMBEDDINGS.encode():
+    if path.startswith(_OF_OPENAI):
         return openai_error(error, status_of(error))
     text = str(error) if isinstance(error, RushhourError) else f"internal error: {type(error).__name__}"
     return msgspec.json.encode({"error": text})

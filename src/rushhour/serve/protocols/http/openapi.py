@@ -174,7 +174,7 @@ def _paths(infers: bool, metadata: Schema | None) -> Schema:
         if infers and metadata is not None and metadata["rows"]:
             paths[f"{base}/{ROWS}"] = _rows(metadata["name"]) | shared
     if infers and metadata is not None and metadata["embeds"]:
-        paths[EMBEDDINGS] = {"post": _embeddings(metadata["name"])}
+        paths |= _of_openai(metadata["name"])
     return paths
 
 
@@ -242,6 +242,17 @@ def _rows(name: str) -> Schema:
     return {"get": _operation("The columns of a row, and a few real rows.", columns, 404), "post": post}
 
 
+def _of_openai(name: str) -> Schema:
+    model = _object(
+        {"id": {"const": name}, "object": {"const": "model"}, "created": _COUNT}, owned_by={"type": "string"}
+    )
+    models = _object({"object": {"const": "list"}, "data": {"type": "array", "items": model}})
+    return {
+        EMBEDDINGS: {"post": _embeddings(name)},
+        "/v1/models": {"get": _openai_operation("The models, as OpenAI's API lists them.", models, 404)},
+    }
+
+
 def _embeddings(name: str) -> Schema:
     """OpenAI's form: other errors than elsewhere."""
     texts = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_TEXTS}
@@ -261,7 +272,12 @@ def _embeddings(name: str) -> Schema:
             "usage": usage,
         }
     )
-    operation = _operation("Embed texts, as OpenAI's API does.", answer, 404, 413, 415, 429, 500, 501, body=body)
+    return _openai_operation("Embed texts, as OpenAI's API does.", answer, 404, 413, 415, 429, 500, 501, body=body)
+
+
+def _openai_operation(summary: str, answer: Schema, *errors: int, body: Schema | None = None) -> Schema:
+    """As `_operation`, with errors in OpenAI's form."""
+    operation = _operation(summary, answer, *errors, body=body)
     for status, refusal in operation["responses"].items():
         if status != "200":
             refusal["content"]["application/json"]["schema"] = {"anyOf": [_ref("OpenAIError"), _ref("Error")]}

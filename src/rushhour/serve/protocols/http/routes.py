@@ -134,6 +134,10 @@ class Routes:
                 return {"GET": lambda body: control.tracing({}), "POST": lambda body: control.tracing(_parsed(body))}
             case ["v2", "logging"]:
                 return {"GET": lambda body: control.logging({}), "POST": lambda body: control.logging(_parsed(body))}
+            case ["v1", "models"]:
+                return {"GET": lambda body: {"object": "list", "data": [self._embedder("")]}}
+            case ["v1", "models", name]:
+                return {"GET": lambda body: self._embedder(name)}
             case ["v1", "embeddings"]:
                 return {"POST": lambda body: self._not_embedded()}
             case ["config"]:
@@ -195,6 +199,15 @@ class Routes:
             case ["region", _, "register"]:
                 return {"POST": lambda body: self._control.refuse_cuda()}
         return None
+
+    def _embedder(self, name: str) -> dict[str, Any]:
+        """The model as OpenAI's clients list it, if it answers at `/v1/embeddings`; an empty name is any."""
+        served = self._control.index()[0]["name"]
+        if name not in ("", served):
+            raise WireError(f"the model {name[:100]!r} does not exist", f"this server has {served}", "", status=404)
+        if not (self._infers and self._control.ready() and self._control.bounds(served)["embeds"]):
+            self._not_embedded()
+        return {"id": served, "object": "model", "created": 0, "owned_by": "rushhour"}
 
     def _not_embedded(self) -> None:
         """Say why texts are not embedded at this path; where they are, requests are answered before they come here."""
