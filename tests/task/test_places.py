@@ -588,3 +588,66 @@ def test_places_go_all_the_way(tmp_path: Path, kind: str) -> None:
             score, index, label, *corners = named["data"][0].split(":")
             assert (float(score), label) == (pytest.approx(served[0, 4], abs=1e-5), str(int(index)))
             assert np.allclose([float(each) for each in corners], served[0, :4], atol=0.01)
+
+
+# Videos.
+
+
+def film(file: Path, n: int = 40, **changes: Any) -> NDArray[np.float32]:
+    """A video of scenes, and the boxes of every second frame beside it."""
+    av = pytest.importorskip("av", reason="the extra video is not installed")
+    x, _, boxes = scenes(n)
+    with av.open(str(file), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        for picture in x:
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        video.mux(stream.encode())
+    shown_ = range(0, n, 2)
+    content: dict[str, Any] = {
+        "images": [{"id": row, "frame": row, "width": 64, "height": 48} for row in shown_],
+        "categories": [{"id": 0, "name": "disc"}, {"id": 1, "name": "square"}],
+        "annotations": [
+            {"image_id": row, "category_id": int(box[4]),
+             "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]}
+            for row in shown_ for box in boxes[row] if box[4] >= 0
+        ],
+    }  # fmt: skip
+    file.with_suffix(".json").write_text(json.dumps(content | changes))
+    return boxes
+
+
+def test_frames_of_a_video_are_split_in_time(tmp_path: Path) -> None:
+    boxes = film(tmp_path / "street.avi")
+    data = load(str(tmp_path / "street.avi"))
+    assert data.task == DETECTED
+    assert (len(data.train), len(data.validation), len(data.test)) == (16, 2, 2)
+    assert data.test.groups is not None
+    for row, found in zip(range(0, 32, 2), data.train.targets, strict=True):
+        kept, wanted = (each[each[:, 4] >= 0] for each in (found, boxes[row]))
+        assert np.allclose(kept, wanted, atol=1e-3)
+    names = ["train"] * 10 + ["val"] * 4 + ["test"] * 6
+    images = [{"id": 2 * row, "frame": 2 * row, "split": name} for row, name in enumerate(names)]
+    film(tmp_path / "parts.avi", images=images)
+    data = load(str(tmp_path / "parts.avi"))
+    assert (len(data.train), len(data.validation), len(data.test)) == (10, 4, 6)
+
+
+def test_careless_videos_are_refused_in_one_line(tmp_path: Path) -> None:
+    late = [{"id": row, "frame": row + 400} for row in range(0, 40, 2)]
+    twice = [{"id": row, "frame": 3} for row in range(0, 40, 2)]
+    larger = [{"id": row, "frame": row, "width": 640, "height": 480} for row in range(0, 40, 2)]
+    for images, message in (
+        (late, "the frame 400"), (twice, "as another is"), (larger, "of another picture"),
+        ([{"id": row} for row in range(40)], "has no number"),
+    ):  # fmt: skip
+        film(tmp_path / "street.avi", images=images)
+        with pytest.raises(DataError, match=message):
+            load(str(tmp_path / "street.avi"))
+    film(tmp_path / "street.avi")
+    (tmp_path / "street.avi").write_bytes((tmp_path / "street.avi").read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"cannot read the video|ends before it"):
+        load(str(tmp_path / "street.avi"))
+    (tmp_path / "street.json").unlink()
+    with pytest.raises(DataError, match="has no boxes"):
+        load(str(tmp_path / "street.avi"))

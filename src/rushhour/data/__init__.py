@@ -15,6 +15,8 @@ from rushhour.errors import DataError, RushhourError
 from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
+_VIDEO = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".m4v")
+
 __all__ = ["Columns", "Dataset", "Files", "Kind", "Split", "load"]
 
 
@@ -36,11 +38,11 @@ def load(
 
     Args:
         spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class, or with class maps or boxes
-            (`rushhour.data.annotated`); a `.npz` file; a table (`.csv`, `.tsv`, `.parquet`, `.arrow`, or a folder of
-            them by part, as Hugging Face's `save_to_disk` writes one), or a `.jsonl` file, whose texts become tokens
-            where the bundle has a tokenizer; a `.txt` file of sentences, one a line, for MiniLM; or `module:factory`, a
-            callable of the user's own that returns a `Dataset`. It is imported, so it must come from the person at the
-            machine, never from a file.
+            (`rushhour.data.annotated`); a video with boxes (`rushhour.data.frames`); a `.npz` file; a table (`.csv`,
+            `.tsv`, `.parquet`, `.arrow`, or a folder of them by part, as Hugging Face's `save_to_disk` writes one), or a
+            `.jsonl` file, whose texts become tokens where the bundle has a tokenizer; a `.txt` file of sentences, one a
+            line, for MiniLM; or `module:factory`, a callable of the user's own that returns a `Dataset`. It is
+            imported, so it must come from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
         on_corrupt: called with the error of each picture in a folder that cannot be read, which is then left out;
@@ -112,6 +114,12 @@ def load(
         from rushhour.data.tables import load_tables
 
         return load_tables(path, seed=seed, columns=columns, kind=kind, bundle=bundle)
+    if path.suffix.lower() in _VIDEO and path.is_file():
+        from rushhour.data.frames import load_video
+
+        return load_video(
+            path, size=size, seed=seed, bundle=bundle, before_reading=before_reading, on_decoded=on_decoded
+        )
     if path.suffix == ".npz":
         from rushhour.data.arrays import load_npz
 

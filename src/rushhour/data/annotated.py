@@ -40,7 +40,7 @@ from rushhour.task import Task
 
 Form = Literal["masks", "labels", "coco"]
 _BESIDE: Final = {"masks": "segmentation", "labels": "detection", "coco": "detection"}
-_LARGEST_SIDE: Final = 384
+LARGEST_SIDE: Final = 384
 """Of samples, where no size is given: places need more pixels than a class of the whole picture."""
 _GROUPS: Final = "groups.csv"
 _NEVER: Final = 4_000_000_000
@@ -96,7 +96,7 @@ def load_annotated(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         headers = probed([one.picture for one in every])
-        shape = shape_of(headers, size, square=False, bundle=bundle, folder=folder, largest=_LARGEST_SIDE)
+        shape = shape_of(headers, size, square=False, bundle=bundle, folder=folder, largest=LARGEST_SIDE)
         if math.prod(shape) * len(every) > _NEVER:
             raise DataError(
                 f"{shown(folder)} has {len(every):,} pictures",
@@ -115,7 +115,7 @@ def load_annotated(
         rows = [row for row, _ in zip(names, pictures, strict=False) if row not in corrupt]
         end = "" if part == "all" else f"_{part}"
         given[f"x{end}"] = pixels[rows]
-        given[f"y{end}"] = _stacked([targets[row] for row in rows])
+        given[f"y{end}"] = stacked([targets[row] for row in rows])
         if groups is not None:
             given[f"groups{end}"] = groups[rows]
     data = from_arrays(
@@ -125,7 +125,7 @@ def load_annotated(
         seed=seed,
         task=None if bundle is None else bundle.manifest.task,
         kind=_BESIDE[form],
-        classes=_classes(folder, found.classes, bundle),
+        classes=classes_for(folder, found.classes, bundle),
     )
     left_out = {"unreadable": len(corrupt)} if corrupt else {}
     return dataclasses.replace(
@@ -136,12 +136,12 @@ def load_annotated(
     )
 
 
-def _classes(folder: Path, names: tuple[str, ...] | None, bundle: Bundle | None) -> tuple[str, ...] | None:
+def classes_for(source: Path, names: tuple[str, ...] | None, bundle: Bundle | None) -> tuple[str, ...] | None:
     """The names, if the model has the same."""
     known = None if bundle is None else bundle.manifest.task.classes
     if known and names is not None and names != known:
         raise DataError(
-            f"{shown(folder)} has the classes {', '.join(names[:5])}",
+            f"{shown(source)} has the classes {', '.join(names[:5])}",
             f"the model has {', '.join(known[:5])}",
             "give the data that it was made for, with its classes in the same order",
         )
@@ -169,7 +169,7 @@ def _read(
             return np.empty(0), None, DataError(f"cannot read {shown(picture)}", why, "check it")
         except DataError as error:
             return np.empty(0), None, DataError(f"cannot read {shown(picture)}", error.why, "repair or remove it")
-        return _target(every[row], seen, pixels.shape[1:3]), seen, None
+        return target_of(every[row], seen, pixels.shape[1:3]), seen, None
 
     targets: list[NDArray[Any]] = []
     seen: list[PictureInfo | None] = []
@@ -188,7 +188,7 @@ def _read(
     return targets, seen, corrupt
 
 
-def _target(one: Annotated, seen: PictureInfo, sample: tuple[int, ...]) -> NDArray[Any]:
+def target_of(one: Annotated, seen: PictureInfo, sample: tuple[int, ...]) -> NDArray[Any]:
     """The class map or the boxes of a picture, in pixels of its sample."""
     sides = (seen.height, seen.width)
     if one.sides not in ((0, 0), sides):
@@ -225,7 +225,7 @@ def _mask(file: Path, picture: Path, sides: tuple[int, int], sample: tuple[int, 
     return labels[rows][:, columns]
 
 
-def _stacked(targets: list[NDArray[Any]]) -> NDArray[Any]:
+def stacked(targets: list[NDArray[Any]]) -> NDArray[Any]:
     """Class maps `(n, height, width)`; or boxes `(n, most, 5)`, with class -1 behind the last."""
     if targets and targets[0].ndim == 2 and targets[0].dtype == np.uint8:
         return np.stack(targets)

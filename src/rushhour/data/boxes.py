@@ -29,6 +29,7 @@ class _Image(msgspec.Struct):
     width: _NUMBER = 0
     height: _NUMBER = 0
     frame: _NUMBER | None = None
+    split: str | None = None
 
 
 class _Box(msgspec.Struct):

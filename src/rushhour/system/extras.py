@@ -6,6 +6,7 @@ report     HTML reports and charts
 keras      models of Keras become bundles; includes train
 hf         folders of Hugging Face transformers become models; includes train
 tabular    tables are data; estimators of scikit-learn, LightGBM and XGBoost become models; includes train
+video      frames of videos are data
 all        train, compress and report
 """
 
@@ -23,6 +24,7 @@ EXTRAS: Final = {
     "report": ("jinja2", "matplotlib"),
     "keras": ("keras", "h5py"),
     "hf": ("transformers",),
+    "video": ("av",),
     "tabular": ("sklearn", "joblib", "skl2onnx", "onnxmltools", "pyarrow"),
 }
 """Extra -> the modules of its packages."""
