@@ -618,12 +618,12 @@ def film(file: Path, n: int = 40, **changes: Any) -> NDArray[np.float32]:
 
 
 def test_frames_of_a_video_are_split_in_time(tmp_path: Path) -> None:
-    boxes = film(tmp_path / "street.avi")
+    boxes = film(tmp_path / "street.avi", 60)
     data = load(str(tmp_path / "street.avi"))
     assert data.task == DETECTED
-    assert (len(data.train), len(data.validation), len(data.test)) == (16, 2, 2)
+    assert (len(data.train), len(data.validation), len(data.test)) == (24, 3, 3)
     assert data.test.groups is not None
-    for row, found in zip(range(0, 32, 2), data.train.targets, strict=True):
+    for row, found in zip(range(0, 48, 2), data.train.targets, strict=True):
         kept, wanted = (each[each[:, 4] >= 0] for each in (found, boxes[row]))
         assert np.allclose(kept, wanted, atol=1e-3)
     names = ["train"] * 10 + ["val"] * 4 + ["test"] * 6
@@ -651,3 +651,16 @@ def test_careless_videos_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "street.json").unlink()
     with pytest.raises(DataError, match="has no boxes"):
         load(str(tmp_path / "street.avi"))
+
+
+def test_a_tracker_keeps_the_number_of_who_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples" / "driving")
+    from track import PATIENCE, Tracker
+
+    track = Tracker()
+    for frame in range(12):  # two persons who walk through each other, and one who is hidden for two frames
+        boxes = np.array([[10 + 6 * frame, 10, 30 + 6 * frame, 60], [110 - 6 * frame, 30, 130 - 6 * frame, 80]], float)
+        third = np.array([[200.0, 10, 220, 60]])
+        assert track(frame, boxes if frame in (4, 5) else np.concatenate([boxes, third]))[:2] == [1, 2]
+        assert frame in (4, 5) or track(frame, third) == [3]
+    assert track(12 + 2 * PATIENCE, np.array([[200.0, 10, 220, 60]])) == [4], "who was away for long is a new one"

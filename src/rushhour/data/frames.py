@@ -67,7 +67,6 @@ def load_video(
             "write one as COCO has them, with the number of each image's frame as `frame`",
         )
     boxes = read_boxes(beside)
-    rows = _rows(boxes, beside)
     rate, sides = _about(file)
     shape = shape_of(
         [(PictureInfo(*sides, True, False), file)],
@@ -79,11 +78,52 @@ def load_video(
     )
     if before_reading is not None:
         before_reading(Task("detection", boxes.classes, len(boxes.classes)), shape)
+    pixels, targets, numbers = read_frames(file, boxes, shape, on_decoded)
+    split_of = {image.frame: image.split or "" for image in boxes.images}
+    parts = [split_of[number] for number in numbers.tolist()]
+    stretches = numbers // max(1, round(rate * _STRETCH_S))
+    if len(np.unique(stretches)) < len(PARTS):
+        stretches = numbers  # of so few seconds each frame is by itself
+    data = from_arrays(
+        _in_parts(pixels, targets, numbers, stretches, parts, beside),
+        name=file.stem,
+        source=shown(file),
+        seed=seed,
+        task=None if bundle is None else bundle.manifest.task,
+        kind="detection",
+        classes=classes_for(file, boxes.classes, bundle),
+    )
+    empty = int((targets[..., 4] < 0).all(axis=1).sum())
+    notes = [f"frames that follow each other are alike: intervals are of stretches of {_STRETCH_S:g} s"]
+    if empty:
+        notes.append(f"{empty:,} of {len(numbers):,} frames have no boxes: nothing is to be found in them")
+    return dataclasses.replace(
+        data,
+        preprocessing=msgspec.structs.replace(data.preprocessing, decoding=Decoding()),
+        notes=(*boxes.notes, *notes, *data.notes),
+    )
+
+
+def read_frames(
+    file: Path, boxes: Boxes, shape: tuple[int, int, int], on_decoded: OnDecoded | None = None
+) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.int64]]:
+    """The frames of a video that have boxes, as samples `(n, *shape)`; their boxes `(n, most, 5)`; and their numbers.
+
+    Args:
+        file: of the video.
+        boxes: of its frames.
+        shape: of a sample: height, width, channels.
+        on_decoded: see `load_video`.
+
+    Raises:
+        DataError: if the video cannot be read, or boxes do not fit it.
+    """
+    rows = _rows(boxes, file)
     pixels = np.empty((len(rows), *shape), np.uint8)
     targets: list[NDArray[Any]] = [np.empty(0)] * len(rows)
     numbers = np.zeros(len(rows), np.int64)
     done = 0
-    for number, picture in _frames(file):
+    for number, picture in frames_of(file):
         if (row := rows.get(number)) is None:
             continue
         at, info = done, PictureInfo(picture.height, picture.width, True, False)
@@ -101,32 +141,11 @@ def load_video(
     if done < len(rows):
         missing = min(rows.keys() - set(numbers[:done].tolist()))
         raise DataError(
-            f"{shown(beside)} has boxes for the frame {missing}",
-            f"{shown(file)} ends before it, or is damaged there",
+            f"there are boxes for the frame {missing} of {shown(file)}",
+            "the video ends before it, or is damaged there",
             "number frames from 0, and check the video",
         )
-    parts = [boxes.images[rows[number]].split or "" for number in numbers.tolist()]
-    stretches = numbers // max(1, round(rate * _STRETCH_S))
-    if len(np.unique(stretches)) < len(PARTS):
-        stretches = numbers  # of so few seconds each frame is by itself
-    data = from_arrays(
-        _in_parts(pixels, stacked(targets), numbers, stretches, parts, beside),
-        name=file.stem,
-        source=shown(file),
-        seed=seed,
-        task=None if bundle is None else bundle.manifest.task,
-        kind="detection",
-        classes=classes_for(file, boxes.classes, bundle),
-    )
-    empty = sum(1 for each in targets if not len(each))
-    notes = [f"frames that follow each other are alike: intervals are of stretches of {_STRETCH_S:g} s"]
-    if empty:
-        notes.append(f"{empty:,} of {len(rows):,} frames have no boxes: nothing is to be found in them")
-    return dataclasses.replace(
-        data,
-        preprocessing=msgspec.structs.replace(data.preprocessing, decoding=Decoding()),
-        notes=(*boxes.notes, *notes, *data.notes),
-    )
+    return pixels, stacked(targets), numbers
 
 
 def _rows(boxes: Boxes, file: Path) -> dict[int, int]:
@@ -140,7 +159,7 @@ def _rows(boxes: Boxes, file: Path) -> dict[int, int]:
         if image.frame is None or image.frame in rows:
             what = "has no number" if image.frame is None else f"is the frame {image.frame}, as another is"
             raise DataError(
-                f"an image of {shown(file)} {what}",
+                f"an image of the boxes of {shown(file)} {what}",
                 "boxes belong to a frame of the video",
                 "give each image the number of its frame as `frame`, from 0 on",
             )
@@ -191,7 +210,7 @@ def _about(file: Path) -> tuple[float, tuple[int, int]]:
     return rate, sides
 
 
-def _frames(file: Path) -> Iterator[tuple[int, Image.Image]]:
+def frames_of(file: Path) -> Iterator[tuple[int, Image.Image]]:
     """The frames in order, with their numbers."""
     av = _av()
     try:
