@@ -40,8 +40,8 @@ def load(
         spec: `fashion-mnist`; `elpv`; a folder of pictures with one folder for each class, or with class maps or boxes
             (`rushhour.data.annotated`); a video with boxes (`rushhour.data.frames`); a `.npz` file; a table (`.csv`,
             `.tsv`, `.parquet`, `.arrow`, or a folder of them by part, as Hugging Face's `save_to_disk` writes one), or
-            a `.jsonl` file, whose texts become tokens where the bundle has a tokenizer; a `.txt` file of sentences, one a
-            line, for MiniLM; or `module:factory`, a callable of the user's own that returns a `Dataset`. It is
+            a `.jsonl` file, whose texts become tokens where the bundle has a tokenizer; a `.txt` file of sentences, one
+            a line, for MiniLM; or `module:factory`, a callable of the user's own that returns a `Dataset`. It is
             imported, so it must come from the person at the machine, never from a file.
         seed: of the split, where the data is not split already.
         size: height and width of pictures from a folder or of `elpv`.
