@@ -10,6 +10,7 @@ import msgspec
 
 from rushhour.errors import DataError
 from rushhour.measurement import Number
+from rushhour.records.classified import Classified
 from rushhour.system.storage import explained, write_whole
 
 CURVES = "curves.jsonl"
@@ -56,6 +57,8 @@ class TrainingRecord(msgspec.Struct, frozen=True):
         keeps_best: whether that is the best epoch, not the last.
         resumed: optimizer steps at which the training was resumed.
         planned: earlier planned numbers of epochs, each with the step until which it held.
+        classified: what the sealed epoch's network answers on the validation part; None where it is no classifier of
+            one label, or was resumed after that epoch.
     """
 
     model: str
@@ -66,6 +69,7 @@ class TrainingRecord(msgspec.Struct, frozen=True):
     keeps_best: bool
     resumed: tuple[_Count, ...] = ()
     planned: tuple[tuple[_Count, _Count], ...] = ()
+    classified: Classified | None = None
 
 
 def best_of(epochs: Sequence[Epoch]) -> Epoch:

@@ -13,6 +13,10 @@ from rushhour.system.storage import write_own
 _OPEN: Final = 15
 """Epochs that a table shows at once, about; the others are folded."""
 _MOST: Final = 2_000
+_SMALL: Final = 12
+"""Classes whose whole matrix is shown."""
+_CONFUSED: Final = 10
+"""Confusions that are named."""
 
 
 def write_training_report(folder: Path, file: Path | None = None) -> Path:
@@ -39,6 +43,7 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
         words = (("in the bundle", epoch is sealed and record is not None), ("best", epoch is best))
         return ", ".join(word for word, applies in words if applies)
 
+    classified = None if record is None else record.classified
     path = file or folder / "report.html"
     page = render(
         "training.html",
@@ -49,6 +54,12 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
         best=best,
         sealed=sealed,
         record=record,
+        classified=classified,
+        small=classified is not None and 0 < len(classified.confusion) <= _SMALL,
+        confused=[] if classified is None else classified.confusions()[:_CONFUSED],
+        reliability=None
+        if classified is None
+        else charts.wide_and_narrow(lambda narrow: charts.reliability(classified.bins, narrow)),
         marks=marks,
         loss=charts.wide_and_narrow(lambda narrow: charts.training_loss(epochs, narrow)),
         metric=charts.wide_and_narrow(lambda narrow: charts.training_metric(epochs, narrow)),

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError, StorageError
 from rushhour.progress import Progress
+from rushhour.records.classified import Classified
 from rushhour.records.curves import Epoch, TrainingRecord, best_of
 from rushhour.train.checkpoint import Checkpoint, shapes
 from rushhour.train.feed import Batch, Feed
@@ -101,6 +102,8 @@ class TrainingLoop:
         self._epoch_loss = 0.0
         self._planned: list[tuple[int, int]] = []
         self._resumed: list[int] = []
+        self._newest: Classified | None = None
+        self._classified: Classified | None = None
         self._saved = time.monotonic()
         self._saving_s = 0.0
 
@@ -201,6 +204,8 @@ class TrainingLoop:
             judged = msgspec.structs.replace(epoch, validation_loss=loss, metric=self._dataset.task.metric, value=value)
             self._history.append(judged)
             is_best = best_of(self._history) is judged
+            if self._kept() is judged:
+                self._classified = self._newest
             if self._settings.patience is not None and is_best:
                 self._best = self._stepper.weights()
         if self._on_epoch is not None:
@@ -219,7 +224,10 @@ class TrainingLoop:
                 answers.append(self._head(logits.float()).numpy())
         if not answers:
             return 0.0, 0.0
-        value, _ = self._dataset.task.evaluate(np.concatenate(answers), split.targets)
+        outputs, task = np.concatenate(answers), self._dataset.task
+        value, _ = task.evaluate(outputs, split.targets)
+        if task.kind == "classification" and split.labelled and np.isfinite(outputs).all():
+            self._newest = Classified.of(outputs, split.targets, task.classes)
         return total / len(split), value
 
     def _kept(self) -> Epoch:
@@ -302,6 +310,7 @@ class TrainingLoop:
             keeps_best=settings.patience is not None,
             resumed=tuple(self._resumed),
             planned=tuple(self._planned),
+            classified=self._classified,
         )
 
     def _diverged(self, why: str, batch: Batch, epoch: int, at: int) -> Diverged:
