@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from conftest import Server, serving
+from rushhour.api import load
 from rushhour.bundle import Bundle, Signature, TensorSpec
-from rushhour.errors import WireError
+from rushhour.errors import LoadError, WireError
 from rushhour.rows import RowReader
 from rushhour.testing.bundles import TABLE, tiny_table_bundle
 from rushhour.wire import Codec, decode_rows
@@ -165,3 +166,11 @@ def test_a_sample_becomes_a_row_that_gives_it_again(tmp_path: Path) -> None:
     assert (unknown, imputed) == ({}, {"job": 1})
     with pytest.raises(WireError, match="row 7 has no value"):
         reader.read([{}], first=7)
+
+
+@pytest.mark.slow
+def test_load_sends_the_rows_that_the_server_has(server: Server) -> None:
+    result = load(server.url, rate=50, duration="2s", named_rows=True, rows=3, check=True)
+    assert [(window.measurement.errors, window.measurement.n > 0) for window in result.windows] == [(0, True)]
+    with pytest.raises(LoadError, match="plain HTTP"):
+        load(server.url, rate=50, duration="1s", named_rows=True, method="POST")

@@ -71,6 +71,7 @@ def compare(
     rows: int = 1,
     shapes: str | Sequence[str] | Mapping[str, Shape] = (),
     json_tensors: bool = False,
+    named_rows: bool = False,
     payloads: StrPath | None = None,
     body: StrPath | None = None,
     method: str | None = None,
@@ -101,6 +102,7 @@ def compare(
         rows: as of `rushhour.load`.
         shapes: as of `rushhour.load`.
         json_tensors: as of `rushhour.load`.
+        named_rows: as of `rushhour.load`.
         payloads: as of `rushhour.load`.
         body: as of `rushhour.load`.
         method: as of `rushhour.load`.
@@ -125,6 +127,7 @@ def compare(
         rows=rows,
         shapes=shapes,
         json_tensors=json_tensors,
+        named_rows=named_rows,
         payloads=payloads,
         body=body,
         method=method,

@@ -226,6 +226,7 @@ def load(
     rows: int = 1,
     shapes: str | Sequence[str] | Mapping[str, Shape] = (),
     json_tensors: bool = False,
+    named_rows: bool = False,
     payloads: StrPath | None = None,
     body: StrPath | None = None,
     method: str | None = None,
@@ -263,6 +264,7 @@ def load(
         rows: samples in one request.
         shapes: of inputs whose sizes the server's metadata leaves open: `image:3,224,224` or `image:FP32:3,224,224`.
         json_tensors: send tensors as JSON numbers, not as raw bytes.
+        named_rows: send real rows of a table, by their columns' names, that the server has (`GET .../rows`).
         payloads: a bundle or run whose samples are sent, or a folder of .npy, .npz, .json, .bin, .jpg, .png and .txt
             files; random values by default.
         body: a file that is sent as it is, to any HTTP endpoint.
@@ -288,6 +290,7 @@ def load(
         rows=rows,
         shapes=shapes,
         json_tensors=json_tensors,
+        named_rows=named_rows,
         payloads=payloads,
         body=body,
         method=method,

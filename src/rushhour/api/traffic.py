@@ -27,7 +27,7 @@ from rushhour.load import (
     read_bodies,
     read_shapes,
 )
-from rushhour.load.payload import Encoding
+from rushhour.load.payload import Encoding, row_payloads
 from rushhour.plan import SO_FAR
 from rushhour.records.compression import COMPRESSION
 from rushhour.records.curves import CURVES
@@ -47,6 +47,7 @@ class Traffic:
         rows: samples in one request.
         shapes: of inputs whose sizes the server's metadata leaves open.
         encoding: of tensors over HTTP.
+        named_rows: send real rows that the server has, by their columns' names.
         payloads: a folder of files, or a bundle, whose samples are sent; None for random values.
         body: a file that is sent as it is, to any HTTP endpoint; `method`, `path` and `headers` likewise.
         check: compare each answer with the first one to the same request.
@@ -58,6 +59,7 @@ class Traffic:
     rows: int = 1
     shapes: Mapping[str, Shape] = dataclasses.field(default_factory=dict)
     encoding: Encoding = "binary"
+    named_rows: bool = False
     payloads: Path | None = None
     body: Path | None = None
     method: str | None = None
@@ -84,7 +86,7 @@ class Traffic:
         """
         if self.is_plain_http:
             at = endpoint(url)
-            is_model = self.model is not None or bool(self.shapes)
+            is_model = self.model is not None or bool(self.shapes) or self.named_rows
             if at.protocol == "grpc" or is_model or (self.body and self.payloads):
                 raise LoadError(
                     f"cannot load {url} with these options",
@@ -98,6 +100,9 @@ class Traffic:
             return at, body_payloads(at, bodies, method=method, path=self.path or "", headers=self.headers)
         bundle = None if self.payloads is None else _bundle_of(self.payloads)
         target = discover(url, self.model).shaped(self.shapes)
+        if self.named_rows:
+            named = dataclasses.replace(target, named_rows=True)
+            return named, row_payloads(named, rows=self.rows, seed=self.seed)
         if self.payloads is None or bundle is not None:
             samples, signature = (None, None) if bundle is None else (bundle.samples(), bundle.manifest.signature)
             return target, payloads(
@@ -115,6 +120,7 @@ class TrafficOptions(TypedDict, total=False):
     rows: int
     shapes: str | Sequence[str] | Mapping[str, Shape]
     json_tensors: bool
+    named_rows: bool
     payloads: StrPath | None
     body: StrPath | None
     method: str | None

@@ -34,6 +34,8 @@ traffic_options = options(
            help="Shape of an input whose sizes the server's metadata leaves open: of one sample, or of the whole "
            "tensor where it has as many axes. NAME:FP32:3,224,224 gives the type too. May be repeated."),
     option("--json-tensors", is_flag=True, section=_REQUESTS, help="Send tensors as JSON numbers, not as raw bytes."),
+    option("--named-rows", is_flag=True, section=_REQUESTS,
+           help="Send rows of a table by their columns' names, which the server of its model has."),
     option("--check", is_flag=True, section=_REQUESTS,
            help="Compare each answer with the first one to the same request."),
     option("--body", type=Place(), metavar="FILE", section=_HTTP, help="Send this file."),

@@ -264,6 +264,7 @@ def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progre
             nncf.Dataset(range(count), sample),
             subset_size=count,
             model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,
+            ignored_scope=_left_out(nncf, bundle),
             advanced_parameters=_advanced(nncf, wide),
         )
     strip_origin(graph)
@@ -281,6 +282,17 @@ def _advanced(nncf: Any, wide: bool) -> Any:
         per_channel=False
     )
     return nncf.AdvancedQuantizationParameters(overflow_fix=fix, activations_quantization_params=of_tensors)
+
+
+def _left_out(nncf: Any, bundle: Bundle) -> Any:
+    """What stays in f32: of a network for tables all but products with weights and the embeddings.
+
+    A factorisation machine takes the difference of two nearly equal sums, which 8 bits lose; and on so few numbers
+    int8 makes no elementwise operation faster.
+    """
+    if bundle.manifest.table is None:
+        return None
+    return nncf.IgnoredScope(types=["Add", "Mul", "Sub", "Pow", "ReduceSum"], validate=False)
 
 
 class _Control:
@@ -350,6 +362,7 @@ class _Control:
                 drop_type=nncf.DropType.ABSOLUTE,
                 subset_size=count,
                 model_type=nncf.ModelType.TRANSFORMER if _attends(model.graph) else None,
+                ignored_scope=_left_out(nncf, self._bundle),
                 advanced_quantization_parameters=_advanced(nncf, self._wide),
                 advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
                     max_num_iterations=self._iterations, ranking_subset_size=min(100, len(self._ranked))

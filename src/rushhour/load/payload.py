@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -109,6 +110,28 @@ def payloads(
         _infer_request(target, _cut([(declared, array[part]) for declared, array in pool], signature), encoding)
         for part in chosen.reshape(_DISTINCT, rows)
     ]
+
+
+def row_payloads(target: Target, *, rows: int = 1, seed: int = 0) -> list[Payload]:
+    """Requests of the real rows that a server of Rushhour has, by their columns' names, to be sent in rotation.
+
+    Args:
+        target: the model.
+        rows: in one request.
+        seed: of their choice.
+
+    Raises:
+        LoadError: if the model takes no rows.
+    """
+    if target.protocol == "grpc":
+        raise LoadError("cannot send named rows over gRPC", "they are JSON over HTTP", "give an http:// URL")
+    own, random = target.sample_rows(), np.random.default_rng(seed)
+    requests = []
+    for _ in range(_DISTINCT):
+        chosen = [own[place] for place in random.choice(len(own), rows, replace=rows > len(own))]
+        body = msgspec.json.encode({"rows": chosen})
+        requests.append(http_request(target, "POST", target.rows_path, [("Content-Type", "application/json")], body))
+    return requests
 
 
 def _cut(

@@ -46,13 +46,14 @@ class _DeepFM(nn.Module):
     ) -> None:
         super().__init__()
         self.fields = fields = Fields(sizes)
-        self.embedding = nn.Embedding(max(1, fields.rows), dimension)
-        self.single = nn.Embedding(max(1, fields.rows), outputs)
-        self.factors = nn.Parameter(torch.randn(fields.numbers, dimension) * 0.1)
+        self.embedding = nn.Embedding(fields.rows, dimension) if fields.categories else None
+        self.single = nn.Embedding(fields.rows, outputs) if fields.categories else None
+        self.factors = nn.Parameter(torch.randn(fields.numbers, dimension) * 0.1) if fields.numbers else None
         self.linear = nn.Linear(fields.numbers, outputs) if fields.numbers else None
         self.pairs = nn.Linear(dimension, outputs)
-        nn.init.normal_(self.embedding.weight, std=0.1)
-        nn.init.zeros_(self.single.weight)
+        if self.embedding is not None and self.single is not None:
+            nn.init.normal_(self.embedding.weight, std=0.1)
+            nn.init.zeros_(self.single.weight)
         layers: list[nn.Module] = []
         before = len(sizes) * dimension
         for _ in range(depth):
@@ -66,17 +67,16 @@ class _DeepFM(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         numbers, rows = self.fields(samples)
         vectors = []
-        out: Tensor | None = None
-        if self.linear is not None:
+        singles = []
+        if self.linear is not None and self.factors is not None:
             vectors.append(numbers.unsqueeze(2) * self.factors)
-            out = self.linear(numbers)
-        if self.fields.categories:
+            singles.append(self.linear(numbers))
+        if self.embedding is not None and self.single is not None:
             vectors.append(self.embedding(rows))
-            single = self.single(rows).sum(dim=1)
-            out = single if out is None else out + single
+            singles.append(self.single(rows).sum(dim=1))
         found = torch.cat(vectors, dim=1) if len(vectors) > 1 else vectors[0]
         total = found.sum(dim=1)
         # the sum over all pairs of columns, in linear time (Rendle, 2010); a weight for each dimension and output
         pairs = 0.5 * (total * total - (found * found).sum(dim=1))
-        answer: Tensor = out + self.pairs(pairs) + self.deep(found.flatten(1))
+        answer: Tensor = sum(singles) + self.pairs(pairs) + self.deep(found.flatten(1))
         return answer

@@ -17,7 +17,8 @@ on rows of all kinds."""
 class Fields(nn.Module):
     """Splits samples `(n, columns)` into numbers and the rows of embedding tables that lie one below the other.
 
-    A code that no table has is that of unknown categories, 0.
+    A code that no table has is that of unknown categories, 0. A number that is NaN is 0, which is the mean of numbers
+    in units of their deviation.
 
     Args:
         sizes: of each column, rows of its table, or 0 for a number; numbers first.
@@ -53,4 +54,7 @@ class Fields(nn.Module):
         if self.training:
             known = known & (self.hiding(torch.ones_like(codes)) > 0)
         codes = torch.where(known, codes, torch.zeros_like(codes))
-        return samples[:, : self.numbers], codes.to(torch.int64) + self.offsets
+        numbers = samples[:, : self.numbers]
+        # it also keeps int8 from giving numbers and codes one scale, in which numbers would have no digits left
+        numbers = torch.where(torch.isnan(numbers), torch.zeros_like(numbers), numbers)
+        return numbers, codes.to(torch.int64) + self.offsets

@@ -56,12 +56,13 @@ class _Entities(nn.Module):
         super().__init__()
         self.fields = Fields(sizes)
         self.width = self.fields.numbers + self.fields.categories * dimension
-        self.embedding = nn.Embedding(max(1, self.fields.rows), dimension)
-        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.embedding = nn.Embedding(self.fields.rows, dimension) if self.fields.categories else None
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(self, samples: Tensor) -> Tensor:
         numbers, rows = self.fields(samples)
-        if not self.fields.categories:
+        if self.embedding is None:
             plain: Tensor = numbers
             return plain
         found: Tensor = self.embedding(rows).flatten(1)

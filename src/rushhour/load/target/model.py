@@ -6,13 +6,14 @@ import dataclasses
 import time
 import urllib.parse
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
 from rushhour.errors import LoadError
 from rushhour.load.target.endpoint import Endpoint
 from rushhour.load.target.interface import Interface, Shape
-from rushhour.load.target.queries import query
+from rushhour.load.target.queries import error_message, query
 
 _SPEED_TIMEOUT_S = 2.0
 """Short: the host's speed is useful, but not needed."""
@@ -26,16 +27,45 @@ class Target(Endpoint):
         model: the model's name.
         interface: its inputs and outputs, as the server declares them.
         tells_speed: the server reports how long its batches take against their profile, as Rushhour's do.
+        named_rows: requests are rows of named values, and answers are in words.
     """
 
     model: str
     interface: Interface
     tells_speed: bool = False
+    named_rows: bool = False
 
     @property
     def infer_path(self) -> str:
         """The path of inference requests."""
-        return f"{self.prefix}/v2/models/{urllib.parse.quote(self.model, safe='')}/infer"
+        return self.prefix + self._path("infer")
+
+    @property
+    def rows_path(self) -> str:
+        """The path of requests of named rows, at a server of Rushhour."""
+        return self.prefix + self._path("rows")
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """A few real rows that the server has.
+
+        Raises:
+            LoadError: if its model takes no rows.
+        """
+        status, body = query(self, "GET", self._path("rows"))
+        try:
+            found = msgspec.json.decode(body, type=_Rows).rows if status == 200 else []
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found = []
+        if not found:
+            raise LoadError(
+                f"{self.model} at {self.url} gives no rows",
+                f"the status of GET {self._path('rows')} is {status} {error_message(body)}".strip(),
+                "leave out --named-rows",
+            )
+        return found
+
+    def _path(self, last: str) -> str:
+        return f"/v2/models/{urllib.parse.quote(self.model, safe='')}/{last}"
 
     def speeds(self, since: float, until: float) -> tuple[float, ...]:
         """The host's speed in each 100 ms of an interval in which a batch ended; empty where it is not reported.
@@ -45,9 +75,8 @@ class Target(Endpoint):
         """
         if not self.tells_speed:
             return ()
-        path = f"/v2/models/{urllib.parse.quote(self.model, safe='')}/speed"
         try:
-            status, body = query(self, "GET", path, timeout_s=_SPEED_TIMEOUT_S)
+            status, body = query(self, "GET", self._path("speed"), timeout_s=_SPEED_TIMEOUT_S)
             report = msgspec.json.decode(body, type=_SpeedReport) if status == 200 else _SpeedReport()
         except (LoadError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return ()
@@ -59,9 +88,9 @@ class Target(Endpoint):
         )
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs in an answer."""
-        return self.interface.outputs
+    def outputs(self) -> tuple[str, ...] | None:
+        """Names of the outputs in an answer; None where answers are in words."""
+        return None if self.named_rows else self.interface.outputs
 
     def shaped(self, shapes: Mapping[str, Shape]) -> Target:
         """The same with shapes of inputs that the server's metadata leaves open.
@@ -70,6 +99,10 @@ class Target(Endpoint):
             LoadError: if the model has no such input.
         """
         return dataclasses.replace(self, interface=self.interface.shaped(shapes, self.model))
+
+
+class _Rows(msgspec.Struct):
+    rows: list[dict[str, Any]]
 
 
 class _SpeedReport(msgspec.Struct):
