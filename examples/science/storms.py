@@ -2,8 +2,8 @@
 
 python examples/science/storms.py storms/
 
-The positions are the best track data (HURDAT2) of NOAA, every six hours, from the table `storms` of R's dplyr. Trained on
-1975-2009, chosen on 2010-2015, tested from 2016 on; a storm is a group.
+The positions are the best track data (HURDAT2) of NOAA, every six hours, from the table `storms` of R's dplyr. Trained
+on 1975-2009, chosen on 2010-2015, tested from 2016 on; a storm is a group.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pyarrow import csv
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from packages import Package
+
+from rushhour.task import Task
 
 EARTH_KM = 6371.0
 AHEAD, STEP_H = 4, 6
@@ -251,12 +253,15 @@ def main() -> None:
     for part, columns in samples().items():
         csv.write_csv(pyarrow.table(columns), arguments.folder / f"{part}.csv")
         print(f"{part}: {len(columns['storm']):,} positions of {len(set(columns['storm']))} storms")
-    given = baselines(arguments.folder)
+    given, task = baselines(arguments.folder), Task("regression", outputs=len(TARGETS))
     truth, storm = given.pop(""), given.pop("storm")
     for name, plain in given.items():
         found = errors(plain, truth)
         low, high = interval(found[:, 0], storm)
-        print(f"{name}: {found[:, 0].mean():.1f} km ({low:.1f} to {high:.1f} by storm), {found[:, 1].mean():.2f} kt")
+        share = f"R² {task.evaluate(plain, truth)[0]:.3f}"
+        print(
+            f"{name}: {found[:, 0].mean():.1f} km ({low:.1f} to {high:.1f} by storm), {found[:, 1].mean():.2f} kt, {share}"
+        )
 
 
 if __name__ == "__main__":

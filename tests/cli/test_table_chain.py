@@ -53,7 +53,7 @@ def test_a_table_through_every_command(tmp_path: Path) -> None:
     bundle = Bundle.open(tmp_path / "network")
     table = bundle.manifest.table
     assert table is not None
-    assert [column.name for column in table.columns] == ["age", "film", "kind"]
+    assert [column.name for column in table.columns] == ["age", "kind", "film"]
     assert (table.targets, table.group, table.time) == (("liked",), "user_id", "day")
 
     steps = tmp_path / "steps"

@@ -12,7 +12,7 @@ from rushhour.models.fields import Fields
 
 
 def deepfm(
-    sizes: Sequence[int], outputs: int, dimension: int = 16, hidden: int = 128, depth: int = 2, dropout: float = 0.2
+    sizes: Sequence[int], outputs: int, dimension: int = 8, hidden: int = 64, depth: int = 2, dropout: float = 0.3
 ) -> nn.Module:
     """A factorisation machine and a deep network that share their embeddings (Guo et al., 2017).
 
