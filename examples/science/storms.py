@@ -258,10 +258,9 @@ def main() -> None:
     for name, plain in given.items():
         found = errors(plain, truth)
         low, high = interval(found[:, 0], storm)
-        share = f"R² {task.evaluate(plain, truth)[0]:.3f}"
-        print(
-            f"{name}: {found[:, 0].mean():.1f} km ({low:.1f} to {high:.1f} by storm), {found[:, 1].mean():.2f} kt, {share}"
-        )
+        km, kt = found.mean(axis=0)
+        share = task.evaluate(plain, truth)[0]
+        print(f"{name}: {km:.1f} km ({low:.1f} to {high:.1f} by storm), {kt:.2f} kt, R² {share:.3f}")
 
 
 if __name__ == "__main__":
