@@ -14,6 +14,7 @@ from pyarrow import ipc, parquet
 
 from rushhour.api.inputs import load_data
 from rushhour.data import Columns, Dataset, load
+from rushhour.data.table_files import read_tables
 from rushhour.errors import DataError
 from rushhour.progress import Silent
 
@@ -215,6 +216,31 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, name: str, conten
     with pytest.raises(DataError, match=said) as raised:
         load(str(tmp_path / name), columns=Columns(target="liked"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("x;y\n1,5;a\n-2;b\n", [1.5, -2.0]),
+        ("x;y\n1.234,5;a\n12;b\n", [1234.5, 12.0]),
+        ("x;y\n1,234;a\n5,678;b\n", [1.234, 5.678]),
+        ('x,y\n"1,234",a\n"12,345.5",b\n', [1234.0, 12345.5]),
+        ('x,y\n"1,5",a\n"2,25",b\n', [1.5, 2.25]),
+    ],
+    ids=["decimal comma", "with thousands", "three decimals", "thousands", "quoted decimal comma"],
+)
+def test_numbers_as_people_write_them(tmp_path: Path, text: str, numbers: list[float]) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    table = read_tables(tmp_path / "t.csv")["whole"]
+    assert table.column("x").to_pylist() == numbers
+    assert table.column("y").to_pylist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["x;y\n1;a\n2;b\n3;\u00f6\n", "Gr\u00f6\u00dfe;y\n1;2\n"])
+def test_another_encoding_than_utf8_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(DataError, match="no text in UTF-8; convert it: iconv"):
+        read_tables(tmp_path / "t.csv")
 
 
 def test_columns_are_for_tables_alone(tmp_path: Path) -> None:

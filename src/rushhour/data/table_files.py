@@ -24,6 +24,8 @@ _HUGGING_FACE: Final = ("dataset_dict.json", "dataset_info.json", "state.json")
 _MISSING: Final = ["", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None", "?"]
 _DELIMITERS: Final = (",", ";", "\t", "|")
 _HEAD_BYTES: Final = 2**16
+_DECIMAL_COMMA: Final = r"[+-]?(?:\d{1,3}(?:\.\d{3})+|\d+)(?:,\d+)?"
+_DECIMAL_POINT: Final = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 
 
 def is_table_file(path: Path) -> bool:
@@ -156,14 +158,23 @@ def _read(file: Path) -> pyarrow.Table:
         return _read_text(file)
     except DataError:
         raise
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file) from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if "UTF8" in str(error):
+            raise _not_utf8(file) from error
         raise DataError(
             f"cannot read {file}", " ".join(str(error).split())[:300], "check that it is a whole file of that kind"
         ) from error
 
 
+def _not_utf8(file: Path) -> DataError:
+    fix = f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {file.name}, or its own encoding"
+    return DataError(f"cannot read {file}", "it is no text in UTF-8", fix)
+
+
 def _read_text(file: Path) -> pyarrow.Table:
-    from pyarrow import csv
+    from pyarrow import csv, types
 
     with file.open("rb") as opened:
         head = opened.read(_HEAD_BYTES)
@@ -180,7 +191,39 @@ def _read_text(file: Path) -> pyarrow.Table:
             null_values=_MISSING, strings_can_be_null=True, quoted_strings_can_be_null=True
         ),
     )
+    for place, field in enumerate(table.schema):
+        if types.is_binary(field.type):
+            raise _not_utf8(file)
+        numbers = _localised(table.column(place), comma_splits=delimiter == ",")
+        if numbers is not None:
+            table = table.set_column(place, field.name, numbers)
     return table.rename_columns([name.strip() for name in table.column_names])
+
+
+def _localised(column: pyarrow.ChunkedArray, *, comma_splits: bool) -> pyarrow.ChunkedArray | None:
+    """A column of text whose values are all numbers as people write them: `1.234,5` or `1,234.5`; None of any other.
+
+    Where only groups of three digits follow a comma, it is the sign of thousands in files whose columns are separated
+    by commas, and the decimal sign in others: whoever writes `;` between columns needs the comma for that.
+    """
+    import pyarrow
+    from pyarrow import compute, types
+
+    if not (types.is_string(column.type) or types.is_large_string(column.type)) or column.null_count == len(column):
+        return None
+
+    def hold(pattern: str) -> pyarrow.BooleanScalar:
+        return compute.match_substring_regex(column, f"^\\s*(?:{pattern})\\s*$")
+
+    is_decimal = compute.all(hold(_DECIMAL_COMMA)).as_py()
+    is_thousands = compute.all(hold(_DECIMAL_POINT)).as_py()
+    if is_decimal and (not is_thousands or not comma_splits):
+        plain = compute.replace_substring(compute.replace_substring(column, ".", ""), ",", ".")
+    elif is_thousands:
+        plain = compute.replace_substring(column, ",", "")
+    else:
+        return None
+    return compute.utf8_trim_whitespace(plain).cast(pyarrow.float64())
 
 
 def joined(tables: list[pyarrow.Table], where: str) -> pyarrow.Table:
