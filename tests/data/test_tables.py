@@ -73,8 +73,8 @@ def test_columns_are_recognised(tmp_path: Path) -> None:
         "row (it numbers the rows)",
         "note (",
         "always (always the same)",
-        "age 8 (the median",
-        "job 5 (taken",
+        "age 8 (median",
+        "job 5 (unknown",
     ):
         assert said in notes, notes
     age = list(found).index("age")

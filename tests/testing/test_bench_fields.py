@@ -39,8 +39,8 @@ def test_an_example_says_what_it_is_and_its_steps_exist(name: str, tmp_path: Pat
     for command in examples.commands(name, tmp_path):
         assert command[0] in ("python", "rushhour")
         assert command[0] == "rushhour" or (ROOT / command[1]).is_file()
-    last = examples.commands(name, tmp_path)[-1]
-    assert str(tmp_path / "run") in next(each for each in map(list, [last]) if "tune" in each)
+    tuning = [each for each in examples.commands(name, tmp_path) if "tune" in each]
+    assert str(tmp_path / "run") in tuning[-1]
 
 
 def test_a_package_that_cannot_be_fetched_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

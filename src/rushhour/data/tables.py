@@ -356,12 +356,12 @@ def _samples(
             if strange:
                 unknown.append(f"{name} in {strange:,}")
             if gaps:
-                missing.append(f"{name} {gaps:,} (taken as unknown)")
+                missing.append(f"{name} {gaps:,} (unknown)")
         else:
             samples[:, position] = np.where(own.missing, column.fill, own.values)
             if gaps:
-                missing.append(f"{name} {gaps:,} (the median {column.fill:g} takes their place)")
-    notes = [f"missing values of {source}: {_listed(missing)}"] if missing else []
+                missing.append(f"{name} {gaps:,} (median {column.fill:g})")
+    notes = [f"missing values of {source}, and what takes their place: {_listed(missing)}"] if missing else []
     if unknown:
         held = len(rows["validation"]) + len(rows["test"])
         notes.append(f"categories that training does not have, of {held:,} rows held out: {_listed(unknown)}")
