@@ -664,3 +664,33 @@ def test_a_tracker_keeps_the_number_of_who_crosses(monkeypatch: pytest.MonkeyPat
         assert track(frame, boxes if frame in (4, 5) else np.concatenate([boxes, third]))[:2] == [1, 2]
         assert frame in (4, 5) or track(frame, third) == [3]
     assert track(12 + 2 * PATIENCE, np.array([[200.0, 10, 220, 60]])) == [4], "who was away for long is a new one"
+
+
+@pytest.mark.slow
+def test_a_report_draws_examples_without_trusting_names(tmp_path: Path) -> None:
+    from rushhour.bundle import TensorSpec
+    from rushhour.models import export
+    from rushhour.report.examples import examples_of
+
+    x, _, _ = scenes(4)
+    torch.manual_seed(0)
+    network = detector(3, 2, width=8)
+    with torch.no_grad():
+        network.scores[1].bias += 4  # type: ignore[union-attr, operator, index]
+    for name, task, net in (
+        ("boxes", Task("detection", ("<script>1", "<script>2"), 2), network),
+        ("map", Task("segmentation", ("<script>1", "<script>2"), 2), unet(64, 3, 2)),
+    ):
+        export(
+            net, name=name, task=task, sample_spec=TensorSpec("image", "uint8", (*SIDES, 3)), preprocessing=PIXELS,
+            source=None, lineage=(), samples=x, path=tmp_path / name,
+        )  # fmt: skip
+        drawings = examples_of(tmp_path / name)
+        assert len(drawings) == 4
+        page = "".join(drawings)
+        assert "<script>" not in page
+        assert "&lt;script&gt;" in page
+        assert ("<rect" in page) == (name == "boxes")
+        assert page.count("data:image/jpeg") == 4
+        assert len(page) < 200_000
+    assert examples_of(tmp_path / "nothing") == []

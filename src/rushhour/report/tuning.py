@@ -13,6 +13,7 @@ from rushhour.plan import Fate, Plan, Trial
 from rushhour.records.curves import CURVES, read_curves
 from rushhour.report import wording
 from rushhour.report.comparison import served_by, side_by_side
+from rushhour.report.examples import examples_of
 from rushhour.report.findings import Capacity, Findings, baseline_of, winner_of
 from rushhour.report.page import MARKS, is_page, render
 from rushhour.system.storage import write_own
@@ -135,6 +136,7 @@ def _render(found: Findings, run: Path) -> bytes:
         ]
         if epochs
         else None,
+        examples=examples_of(run / plan.variants[0].bundle),
         steps=_steps(found),
         lines=[line for line in lines if line not in folded],
         folded=folded,
