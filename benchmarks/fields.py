@@ -90,8 +90,9 @@ def judged_example(name: str, said: dict[str, Any], plan: Plan, minutes: float, 
     assert evidence is not None
     checks = [verdict(f"1.{name}.minutes", f"{title}: minutes from the data to the report", MINUTES, minutes, None, 1,
                       unit="minutes")]  # fmt: skip
-    plain = f"{accuracy['baseline']:g} ({accuracy['baseline_is']})"
-    what = f"{title}: {evidence.metric} of the served graph on the test part; a plain baseline has {plain}"
+    what = f"{title}: {evidence.metric} of the served graph on the test part"
+    if "baseline" in accuracy:
+        what += f"; a plain baseline has {accuracy['baseline']:g} ({accuracy['baseline_is']})"
     checks.append(
         reached(f"1.{name}.accuracy", what, accuracy["target"], evidence.accuracy, evidence.accuracy_interval, accuracy)
     )
@@ -110,15 +111,15 @@ def judged_example(name: str, said: dict[str, Any], plan: Plan, minutes: float, 
     if not plan.feasible:
         checks[-1] = msgspec.structs.replace(checks[-1], holds=False, why="no plan meets the goal: this is the nearest")
     row = (
-        title, said["field"], evidence.metric, evidence.reference_accuracy, evidence.accuracy, accuracy["baseline"],
+        title, said["field"], evidence.metric, evidence.reference_accuracy, evidence.accuracy, accuracy.get("baseline"),
         evidence.baseline_capacity_rps, evidence.capacity_rps, minutes,
     )  # fmt: skip
     measured = {
         "title": title,
         "field": said["field"],
         "metric": evidence.metric,
-        "baseline": accuracy["baseline"],
-        "baseline_is": accuracy["baseline_is"],
+        "baseline": accuracy.get("baseline"),
+        "baseline_is": accuracy.get("baseline_is", ""),
         "slo": str(plan.goal.slo),
         "torch_rps": evidence.baseline_capacity_rps,
         "plan_rps": evidence.capacity_rps,
