@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rushhour.bundle import Column, Preprocessing, Table
+from rushhour.compress.distil import without_dropout
 from rushhour.errors import ModelError
 from rushhour.models import build, deepfm, source_for, tabular
 from rushhour.models.fields import Fields
@@ -37,6 +38,13 @@ def test_unknown_rows_are_trained_by_hiding_categories() -> None:
     assert set(rows.unique().tolist()) == {0, 5}
     assert (rows == 0).float().mean() == pytest.approx(0.02, abs=0.01)
     assert (fields.eval()(torch.full((100, 1), 5.0))[1] == 5).all()
+
+
+def test_distillation_goes_on_hiding_categories() -> None:
+    network: Any = tabular(SIZES, 1, dropout=0.5).train()
+    without_dropout(network)
+    trained = {layer for layer in network.modules() if isinstance(layer, nn.Dropout) and layer.training}
+    assert trained == {network[0].fields.hiding}
 
 
 @pytest.mark.parametrize("factory", [tabular, deepfm])

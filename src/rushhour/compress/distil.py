@@ -22,7 +22,7 @@ from rushhour.compress.teacher import kept_answers, sample_order, teaching
 from rushhour.data.augment import Augmentation, check_pictures
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
-from rushhour.models import Deployed
+from rushhour.models import HIDES, Deployed
 from rushhour.progress import Progress
 from rushhour.system import machine
 from rushhour.task import Task
@@ -34,6 +34,14 @@ from rushhour.train.memory_format import NOTE, choose
 from rushhour.train.settings import ScheduleName
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def without_dropout(network: nn.Module) -> None:
+    """Put the dropout layers of a network into evaluation mode, but for one that hides categories of a table: a student
+    that never sees an unknown category forgets what to say of it."""
+    for layer in network.modules():
+        dropped = isinstance(layer, _DROPOUT) and not getattr(layer, HIDES, False)
+        layer.train(layer.training and not dropped)
 
 
 class Distil(msgspec.Struct, frozen=True, tag_field="step", tag="distil"):
@@ -172,8 +180,7 @@ def distil(
             progress.advance(done, f"resumed after step {done}")
         student.train()
         if not step.dropout:
-            for layer in student.modules():
-                layer.train(layer.training and not isinstance(layer, _DROPOUT))
+            without_dropout(student)
         while done < total:
             epoch, first = divmod(done, feed.steps)
             for batch in feed.epoch(epoch, first):

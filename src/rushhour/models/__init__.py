@@ -10,6 +10,7 @@ from rushhour.models.deepfm import deepfm
 from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
 from rushhour.models.detector import detector
 from rushhour.models.doors import bring
+from rushhour.models.fields import HIDES
 from rushhour.models.fits import check_fits
 from rushhour.models.imported import from_onnx
 from rushhour.models.importing import import_arrival, import_onnx, is_imported
@@ -27,6 +28,7 @@ from rushhour.models.trust import trusted_factories
 from rushhour.models.unet import unet
 
 __all__ = [
+    "HIDES",
     "Deployed",
     "Preprocess",
     "Structure",

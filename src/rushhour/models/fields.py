@@ -12,6 +12,8 @@ from rushhour.errors import ModelError
 HIDDEN_SHARE = 0.02
 """Of the categories, in training: so many are taken as unknown at random, so that the row for unknown ones is trained
 on rows of all kinds."""
+HIDES = "hides_categories"
+"""The attribute of a dropout layer that hides categories: distillation leaves it on."""
 
 
 class Fields(nn.Module):
@@ -43,6 +45,7 @@ class Fields(nn.Module):
             )
         self.rows = sum(categories)
         self.hiding = nn.Dropout(HIDDEN_SHARE)
+        setattr(self.hiding, HIDES, True)
         begins = torch.tensor([0, *categories]).cumsum(0)[:-1]
         self.register_buffer("sizes", torch.tensor(categories, dtype=torch.float32), persistent=False)
         self.register_buffer("offsets", begins, persistent=False)
