@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("video", type=Path)
     parser.add_argument("--first", type=int, default=600, help="frame to begin with, the first that tests")
     arguments = parser.parse_args()
-    with urllib.request.urlopen(f"{arguments.url}/v2/repository/index") as answer:
+    with urllib.request.urlopen(f"{arguments.url}/v2/repository/index", b"{}") as answer:
         model = json.load(answer)[0]["name"]
     track = Tracker()
     persons: set[int] = set()
