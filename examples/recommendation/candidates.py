@@ -1,7 +1,7 @@
 """Ask the server of the example `movies` which of a thousand films a person would like, in one request.
 
 rushhour serve runs/movies/run &
-python examples/recommendation/candidates.py http://127.0.0.1:8000 runs/movies/ratings.parquet --user 405
+python examples/recommendation/candidates.py http://127.0.0.1:8000 runs/movies/ratings.parquet --user 12
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("ratings", type=Path)
-    parser.add_argument("--user", type=int, default=405)
+    parser.add_argument("--user", type=int, default=12)
     parser.add_argument("--candidates", type=int, default=1000)
     arguments = parser.parse_args()
     asked = question(parquet.read_table(arguments.ratings).to_pylist(), arguments.user, arguments.candidates)
