@@ -48,11 +48,13 @@ def _shown(name: str, part: dict[str, Any], pictures: Path | None) -> dict[str, 
     found = [] if pictures is None else sorted(pictures.glob(f"{name}.*"))
     own = {
         "name": name,
+        "minutes": minutes,
         "accuracy": accuracy,
         "checks": checks,
         "picture": f"{found[0].parent.name}/{found[0].name}" if found else "",
     }
-    kept = {key: part[key] for key in ("commit", "minutes", "busy_cores")}
+    kept = {key: part[key] for key in ("commit", "busy_cores")}
+    (minutes,) = (check.value for check in checks if check.id == f"1.{name}.minutes")
     return {**part["measured"], **kept, **own}
 
 
