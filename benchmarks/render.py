@@ -44,6 +44,7 @@ def render_gallery(record: Record | None, pictures: Path | None = None) -> str:
 def _shown(name: str, part: dict[str, Any], pictures: Path | None) -> dict[str, Any]:
     """An example as the page shows it."""
     checks = msgspec.convert(part["checks"], list[Check])
+    (minutes,) = (check.value for check in checks if check.id == f"1.{name}.minutes")
     (accuracy,) = (check for check in checks if check.id == f"1.{name}.accuracy")
     found = [] if pictures is None else sorted(pictures.glob(f"{name}.*"))
     own = {
@@ -54,7 +55,6 @@ def _shown(name: str, part: dict[str, Any], pictures: Path | None) -> dict[str, 
         "picture": f"{found[0].parent.name}/{found[0].name}" if found else "",
     }
     kept = {key: part[key] for key in ("commit", "busy_cores")}
-    (minutes,) = (check.value for check in checks if check.id == f"1.{name}.minutes")
     return {**part["measured"], **kept, **own}
 
 

@@ -91,7 +91,8 @@ def test_an_accuracy_below_its_target_does_not_hold_and_is_shown() -> None:
     }  # fmt: skip
     slow = Check("1.a.minutes", "minutes", "minutes", "<= 10", 11.0, None, 1, False, "it was slow")
     part = {
-        "checks": msgspec.to_builtins([bad, slow]), "measured": measured, "commit": "c", "minutes": 3.0, "busy_cores": 0.0,
+        "checks": msgspec.to_builtins([bad, slow]),
+        "measured": measured, "commit": "c", "minutes": 3.0, "busy_cores": 0.0,
     }  # fmt: skip
     record = Record({}, {}, "", "", {}, (), {"parts": {"a": part}})
     page = render.render_gallery(record)
