@@ -77,7 +77,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("verb", ORDERS)
+@pytest.mark.parametrize("verb", [pytest.param("load", marks=pytest.mark.slow), "serve", "report", "train"])
 def test_a_verb_is_a_function_and_a_package_whatever_is_imported_first(verb: str) -> None:
     """Each order in a process of its own, forked before anything of Rushhour is imported."""
     names = {"verb": verb, "submodule": SUBMODULES[verb]}

@@ -212,6 +212,7 @@ def softmaxed_student() -> nn.Sequential:
     return plain_student().append(nn.Softmax(dim=1))
 
 
+@pytest.mark.slow
 def test_a_student_that_ends_in_a_softmax_learns_as_the_one_without(parent: Bundle, tmp_path: Path) -> None:
     """Its probabilities were taken for logits, and a second softmax of them learnt to answer as the teacher does."""
     data, answers = pictures(labelled=False), []

@@ -461,6 +461,6 @@ def test_what_rushhour_made_in_the_folder_is_no_class(tmp_path: Path, tiny: Bund
 
 
 def test_a_file_of_another_kind_is_there_but_not_read(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text("1,2")
-    with pytest.raises(DataError, match=r"cannot read the data .*data\.csv: \.csv is no kind of data .*numpy\.savez"):
-        load(str(tmp_path / "data.csv"))
+    (tmp_path / "data.xlsx").write_text("1,2")
+    with pytest.raises(DataError, match=r"cannot read the data .*data\.xlsx: \.xlsx is no kind of data .*numpy\.savez"):
+        load(str(tmp_path / "data.xlsx"))

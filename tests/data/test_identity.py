@@ -201,6 +201,7 @@ def test_any_network_has_a_structure(network: nn.Module, monkeypatch: pytest.Mon
 # Edited code.
 
 
+@pytest.mark.slow
 def test_edited_code_is_not_answered_with_the_old_bundle(edit: Edit, tmp_path: Path) -> None:
     """It was, without a word; and `compress` judged a network of other activations with these weights."""
     before = trained(tmp_path)

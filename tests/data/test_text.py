@@ -146,6 +146,7 @@ def test_targets_of_an_embedding_are_directions() -> None:
     assert task.evaluate(np.zeros((50, 2)), targets)[0] == 0.0, "what has no direction is near to nothing"
 
 
+@pytest.mark.slow
 def test_a_transformer_is_quantised_as_one_for_both_engines(encoder: Bundle, tmp_path: Path) -> None:
     data = unlabelled()
     small = quantize(encoder, data, tmp_path / "int8", calibration=30, max_drop=0.05, progress=Silent())

@@ -92,7 +92,7 @@ def test_the_help_needs_no_extra(base: dict[str, str]) -> None:
     assert "export" in run(base, "--help").stdout
 
 
-@pytest.mark.parametrize("precision", ["f32", "int8"])
+@pytest.mark.parametrize("precision", ["f32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_base_installation_serves_loads_and_exports(base: dict[str, str], tmp_path: Path, precision: str) -> None:
     served = run_of(tmp_path / "run", precision=precision)
     code = (

@@ -81,6 +81,7 @@ def test_intervals_of_groups_are_wider() -> None:
     assert low_ < 0.5 < high_
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_paired_drop_covers_it() -> None:
     """In 60 repetitions the 95% interval of a drop in AUC misses the true drop in about 3."""
     missed = 0

@@ -538,7 +538,8 @@ def asked(server: Any, content: bytes, shape: list[int], **parameters: Any) -> d
 
 def smaller(trained: Bundle, x: NDArray[Any], y: NDArray[Any], folder: Path) -> Bundle:
     """Pruned, distilled, in int8."""
-    recipe = Recipe.parse("prune:0.3,distil:6,int8")
+    # small batches: of 500 pictures, four batches of 128 in an epoch teach nothing
+    recipe = Recipe.parse("prune:0.3,distil:4:batch=16:lr=0.005,int8")
     *_, small = apply(recipe, trained, load_data((x, y), Silent(), trained), Store(folder / "store"), progress=Silent())
     assert small.manifest.precision == "int8"
     assert small.manifest.parameters < 0.8 * trained.manifest.parameters
@@ -548,7 +549,6 @@ def smaller(trained: Bundle, x: NDArray[Any], y: NDArray[Any], folder: Path) -> 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.xfail(reason="in so few steps a pruned U-Net may learn the ground alone again", strict=False)
 def test_class_maps_are_compressed(tmp_path: Path) -> None:
     x, maps, _ = scenes(500)
     held_x, held, _ = scenes(100, seed=1)

@@ -57,6 +57,7 @@ def test_searches_are_replayed_and_compared_and_killed(tmp_path: Path) -> None:
     assert "Searches within 5% of the true optimum, share" in titles
 
 
+@pytest.mark.slow
 def test_other_searches_test_as_many_plans_as_they_may() -> None:
     space = invented_space(cores(), GOAL)
     plans = list(inside(space).values())
@@ -70,6 +71,7 @@ def test_other_searches_test_as_many_plans_as_they_may() -> None:
     assert shares[-1] == max(truth[name] for name in tested)
 
 
+@pytest.mark.slow
 def test_only_plans_inside_the_accuracy_budget_count() -> None:
     strict = invented_space(cores(), Goal(GOAL.slo, AccuracyBudget.parse("0.5%")))
     assert {plan.bundle for plan in inside(strict).values()} == {"reference", "int8"}

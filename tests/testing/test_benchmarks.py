@@ -252,6 +252,7 @@ def test_page_shows_every_check_and_table(tmp_path: Path) -> None:
     assert "### Rates" in page
 
 
+@pytest.mark.slow
 def test_the_load_benchmark_simulates_and_searches_in_virtual_time(tmp_path: Path) -> None:
     """What of it measures no time, from end to end: a record with its checks, which renders."""
     out = tmp_path / "load.json"

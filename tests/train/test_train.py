@@ -161,6 +161,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_batch_norm_and_half_precision_resume_too(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=2, batch=64, bf16=True)
 

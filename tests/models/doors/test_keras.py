@@ -198,6 +198,7 @@ def test_a_class_of_the_user_is_taken_as_an_object_only(tmp_path: Path) -> None:
         opened(tmp_path / "mine.keras")
 
 
+@pytest.mark.slow
 def test_a_model_becomes_a_bundle_that_is_trained(model: Any, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     pictures = random.integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
