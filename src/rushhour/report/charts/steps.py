@@ -42,7 +42,7 @@ def capacity_by_step(run: Findings, narrow: bool = False) -> Markup | None:
                 axes.text(1.0, place, gain, fontsize=10, **aside)
         axes.set_yticks(places, [short(step.step, 30) for step in steps])
         axes.tick_params(axis="y", labelcolor=INK)
-        room = 1.35 if all(found.proven for found in capacities) else 1.75
+        room = 1.35 if all(found.proven for found in capacities) else 2.2
         axes.set_xlim(0, (3.2 if narrow else room) * max(*rates, 1e-9))
         axes.set_ylim(len(steps) - 0.5, -0.95)
         axes.grid(visible=False)
