@@ -11,9 +11,9 @@ import pytest
 from runs import CERTIFICATE, ESTIMATE, SLO_50, TRIALS, WINNER, compressed, judged, make_plan, make_run
 
 from rushhour.measurement import Measurement, Outcome
-from rushhour.plan import Trial
+from rushhour.plan import LadderStep, Trial
 from rushhour.report import charts
-from rushhour.report.charts import accuracy, compression, funnel, latency, percentiles
+from rushhour.report.charts import accuracy, compression, funnel, latency, percentiles, steps
 from rushhour.report.charts.palette import style
 from rushhour.report.findings import Capacity, Findings
 
@@ -218,3 +218,23 @@ def test_the_funnel_is_longest_first_and_nothing_is_cut_off(narrow: bool, monkey
 
 def test_a_search_that_removed_nothing_has_no_funnel() -> None:
     assert charts.plans_left(msgspec.structs.replace(CERTIFICATE, plans=1, cuts=())) is None
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_text_of_the_steps_covers_another(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest step is the longest bar, and its capacity an estimate: it ran into the gain at the right."""
+    ladder = (
+        LadderStep("as it is", TRIALS[0].candidate, 148.0, None, 0.9094),
+        LadderStep("batched, pruned, split and distilled", WINNER, 5908.0, None, 0.9052),
+    )
+    plan = make_plan(ladder=ladder, capacity_rps=5908.0, baseline_capacity_rps=148.0, proven=False, p99_ms=None)
+    drawn: list[Any] = []
+    monkeypatch.setattr(steps, "svg", lambda figure, *_: drawn.append(figure) or "")
+    charts.capacity_by_step(Findings("run", plan, ()), narrow)
+    (axes,) = drawn[0].axes
+    drawn[0].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) > 2 or narrow
+    for index, box in enumerate(boxes):
+        assert drawn[0].bbox.x0 <= box.x0 <= box.x1 <= drawn[0].bbox.x1, "cut at the side"
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])

@@ -40,10 +40,11 @@ def capacity_by_step(run: Findings, narrow: bool = False) -> Markup | None:
             axes.annotate(("\n" if narrow else ", ").join(texts), (found.rps, place), fontweight="bold", **beside)
             if not narrow:
                 axes.text(1.0, place, gain, fontsize=10, **aside)
-        axes.set_yticks(places, [short(step.step, 30) for step in steps])
+        axes.set_yticks(places, [short(step.step, 16 if narrow else 30) for step in steps])
         axes.tick_params(axis="y", labelcolor=INK)
-        room = 1.35 if all(found.proven for found in capacities) else 2.2
-        axes.set_xlim(0, (3.2 if narrow else room) * max(*rates, 1e-9))
+        # Beside the longest bar stands its capacity, and at the right the gains.
+        room = (3.2, 1.35) if all(found.proven for found in capacities) else (8.0, 2.2)
+        axes.set_xlim(0, room[0 if narrow else 1] * max(*rates, 1e-9))
         axes.set_ylim(len(steps) - 0.5, -0.95)
         axes.grid(visible=False)
         axes.xaxis.set_major_locator(NullLocator())
