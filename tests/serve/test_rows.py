@@ -171,6 +171,6 @@ def test_a_sample_becomes_a_row_that_gives_it_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_load_sends_the_rows_that_the_server_has(server: Server) -> None:
     result = load(server.url, rate=50, duration="2s", named_rows=True, rows=3, check=True)
-    assert [(window.measurement.errors, window.measurement.n > 0) for window in result.windows] == [(0, True)]
+    assert [(window.errors, window.n > 0) for window in result.windows] == [(0, True)]
     with pytest.raises(LoadError, match="plain HTTP"):
         load(server.url, rate=50, duration="1s", named_rows=True, method="POST")

@@ -101,7 +101,8 @@ def test_a_whole_search_says_how_good_its_answer_is(tmp_path: Path, monkeypatch:
     found = plan.evidence.certificate
     assert found is not None
     assert found.plans == 5 * len(all_layouts(cores())) * 7, "batches of 1, 2, 4, ... 64"
-    assert 5 * 3 * 7 <= found.simulated <= found.plans, "the basic layouts at least"
+    # one of the five does not run on each processor: bf16, or int8 whose products saturate
+    assert 4 * 3 * 7 <= found.simulated <= found.plans, "the basic layouts at least"
     assert sum(cut.plans for cut in found.cuts) == found.plans - 1
     assert found.networks == 1
     assert found.load_tests == sum(decision.load_tests for decision in plan.evidence.decisions)
