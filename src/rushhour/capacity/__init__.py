@@ -11,6 +11,7 @@ capacities            the capacities of many scenarios at once
 predicted_capacity    that of one
 best_batch            the batch bound to serve with
 smallest_bound        the same, of capacities that are known
+explained_overhead    what a request costs beside the engine, from a capacity that was measured
 steady_share          what a host of varying speed leaves of a capacity
 usual_bounds          of the sizes of samples that differ: to the next one they are padded
 best_bounds           the same, for known samples
@@ -23,7 +24,7 @@ from rushhour.capacity.lockstep import late_shares
 from rushhour.capacity.overhead import Overhead, Saturation
 from rushhour.capacity.profile import ServiceProfile
 from rushhour.capacity.scenario import Scenario
-from rushhour.capacity.search import best_batch, capacities, predicted_capacity, smallest_bound
+from rushhour.capacity.search import best_batch, capacities, explained_overhead, predicted_capacity, smallest_bound
 from rushhour.capacity.simulation import simulate
 from rushhour.capacity.traffic import Traffic
 from rushhour.capacity.waves import steady_share
@@ -38,6 +39,7 @@ __all__ = [
     "best_bounds",
     "capacities",
     "cascade_times",
+    "explained_overhead",
     "late_shares",
     "padding_share",
     "predicted_capacity",

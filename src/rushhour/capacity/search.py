@@ -6,7 +6,7 @@ depend on what else is searched with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ _COLUMNS = 1024
 _POINTS = (15, 3, 1)
 """Rates that are tried at once between the two that are known: more where there are few scenarios."""
 _N = 3000
+_REQUEST_S = (0.0, *np.geomspace(1e-6, 3e-2, 63).tolist())
+"""CPU seconds of a request that are tried."""
 
 
 def capacities(
@@ -88,6 +90,25 @@ def predicted_capacity(
 ) -> float:
     """The highest rate whose simulated percentile meets the SLO, to 2%, in requests per second; 0 if none does."""
     return float(capacities([Scenario(profile, streams, max_batch, overhead)], slo, seed=seed)[0])
+
+
+def explained_overhead(
+    scenario_of: Callable[[float], Scenario], capacity_rps: float, slo: SLO, *, processes: int = 1
+) -> tuple[float, float]:
+    """The CPU seconds of a request beside the engine with which the simulation comes nearest to a measured capacity.
+
+    Args:
+        scenario_of: one process with so many seconds of a request.
+        capacity_rps: that was measured, of all processes.
+        slo: of it.
+        processes: alike, that share nothing.
+
+    Returns:
+        These seconds, and the capacity that the simulation gives with them.
+    """
+    simulated = processes * capacities([scenario_of(each) for each in _REQUEST_S], slo)
+    nearest = int(np.abs(simulated - capacity_rps).argmin())
+    return _REQUEST_S[nearest], float(simulated[nearest])
 
 
 def best_batch(times: ServiceTimes, *, streams: int, slo: SLO, overhead: Overhead = ALONE) -> tuple[int, float]:

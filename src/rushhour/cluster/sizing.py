@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.capacity import Overhead, Scenario, ServiceProfile, capacities
+from rushhour.capacity import Overhead, Scenario, ServiceProfile, capacities, explained_overhead
 from rushhour.errors import GoalError, PlanError
 from rushhour.measurement import Interval
 from rushhour.plan import Evidence, Plan
@@ -24,8 +24,6 @@ from rushhour.system.machine import Machine
 _BIN_ARRIVALS: Final = 50
 """Of a trace in one step of time, on average: below it, chance would look like bursts."""
 _MOST_MACHINES: Final = 10_000_000
-_OVERHEADS: Final = (0.0, *np.geomspace(1e-6, 3e-2, 63).tolist())
-"""CPU seconds of a request that are tried."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -262,9 +260,13 @@ def _share(plan: Plan, evidence: Evidence, node: Node) -> tuple[float, tuple[str
 def _request_s(plan: Plan, evidence: Evidence) -> float:
     """CPU seconds of a request beside the engine with which the simulation gives the Plan's capacity."""
     cores, cells = max(1, evidence.machine.cores), plan.policy.cells
-    tried = [_scenario(plan, evidence, cores, cells, 1.0, each) for each in _OVERHEADS]
-    simulated = cells * capacities(tried, plan.goal.slo)
-    return float(_OVERHEADS[int(np.abs(simulated - evidence.capacity_rps).argmin())])
+    request_s, _ = explained_overhead(
+        lambda each: _scenario(plan, evidence, cores, cells, 1.0, each),
+        evidence.capacity_rps,
+        plan.goal.slo,
+        processes=cells,
+    )
+    return request_s
 
 
 def _scenario(plan: Plan, evidence: Evidence, cores: int, processes: int, speed: float, request_s: float) -> Scenario:

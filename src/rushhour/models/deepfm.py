@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rushhour.errors import ModelError
-from rushhour.models.fields import Fields
+from rushhour.models.fields import Fields, check_sizes
 
 
 def deepfm(
@@ -30,13 +29,7 @@ def deepfm(
     Raises:
         ModelError: if a size is below one.
     """
-    if min(outputs, dimension, hidden, depth) < 1 or not 0 <= dropout < 1:
-        raise ModelError(
-            "cannot build the network deepfm",
-            f"every size is at least 1 and dropout below 1, but got outputs={outputs}, dimension={dimension}, "
-            f"hidden={hidden}, depth={depth}, dropout={dropout}",
-            "use other values",
-        )
+    check_sizes("the network deepfm", outputs=outputs, dimension=dimension, hidden=hidden, depth=depth, dropout=dropout)
     return _DeepFM(sizes, outputs, dimension, hidden, depth, dropout)
 
 

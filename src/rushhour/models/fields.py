@@ -16,6 +16,17 @@ HIDES = "hides_categories"
 """The attribute of a dropout layer that hides categories: distillation leaves it on."""
 
 
+def check_sizes(what: str, *, outputs: int, dimension: int, hidden: int, depth: int, dropout: float) -> None:
+    """Raise a `ModelError` if a network of these sizes cannot be built; `what` names it."""
+    if min(outputs, dimension, hidden, depth) < 1 or not 0 <= dropout < 1:
+        raise ModelError(
+            f"cannot build {what}",
+            f"every size is at least 1 and dropout below 1, but got outputs={outputs}, dimension={dimension}, "
+            f"hidden={hidden}, depth={depth}, dropout={dropout}",
+            "use other values",
+        )
+
+
 class Fields(nn.Module):
     """Splits samples `(n, columns)` into numbers and the rows of embedding tables that lie one below the other.
 

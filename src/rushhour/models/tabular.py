@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rushhour.errors import ModelError
-from rushhour.models.fields import Fields
+from rushhour.models.fields import Fields, check_sizes
 
 
 def tabular(
@@ -30,13 +29,9 @@ def tabular(
     Raises:
         ModelError: if a size is below one.
     """
-    if min(outputs, dimension, hidden, depth) < 1 or not 0 <= dropout < 1:
-        raise ModelError(
-            "cannot build the tabular network",
-            f"every size is at least 1 and dropout below 1, but got outputs={outputs}, dimension={dimension}, "
-            f"hidden={hidden}, depth={depth}, dropout={dropout}",
-            "use other values",
-        )
+    check_sizes(
+        "the tabular network", outputs=outputs, dimension=dimension, hidden=hidden, depth=depth, dropout=dropout
+    )
     entities = _Entities(sizes, dimension)
     layers: list[nn.Module] = [entities]
     before = entities.width

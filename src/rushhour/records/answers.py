@@ -18,6 +18,7 @@ from rushhour.errors import EngineError
 from rushhour.records.graph import read_graph
 from rushhour.system.machine import describe
 from rushhour.system.telemetry import disable_telemetry
+from rushhour.task import overlaps
 
 Answers = Mapping[str, NDArray[Any]]
 """Output name -> array of shape `(n, *shape)`."""
@@ -115,7 +116,7 @@ def box_deviation(expected: NDArray[Any], found: NDArray[Any]) -> float:
     squares: list[float] = []
     for one, other in (*zip(expected, found, strict=True), *zip(found, expected, strict=True)):
         mine, theirs = (each[each[:, 4] > 0].astype(np.float64) for each in (one, other))
-        shares = _overlaps(mine, theirs) * (mine[:, None, 5] == theirs[None, :, 5])
+        shares = overlaps(mine, theirs) * (mine[:, None, 5] == theirs[None, :, 5])
         for row, box in enumerate(mine):
             best = int(shares[row].argmax()) if len(theirs) else -1
             if best < 0 or shares[row, best] < _HALF:
@@ -124,15 +125,6 @@ def box_deviation(expected: NDArray[Any], found: NDArray[Any]) -> float:
                 corners = (box[:4] - theirs[best, :4]) / scale
                 squares.append(float((box[4] - theirs[best, 4]) ** 2 + (corners**2).mean()))
     return float(np.sqrt(np.mean(squares)))
-
-
-def _overlaps(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
-    """The intersection over union of each box with each of the other."""
-    a, b = one[:, None, :4], other[None, :, :4]
-    both = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(axis=2)
-    areas = [(each[..., 2:] - each[..., :2]).prod(axis=2) for each in (a, b)]
-    shares: NDArray[np.float64] = both / np.maximum(areas[0] + areas[1] - both, 1e-12)
-    return shares
 
 
 def _of_one(expected: NDArray[Any], found: NDArray[Any]) -> float:

@@ -9,14 +9,11 @@ that was found there.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Final
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from rushhour.capacity import Overhead, Scenario, ServiceProfile, capacities
+from rushhour.capacity import Overhead, Scenario, ServiceProfile, capacities, explained_overhead
 from rushhour.goal import SLO
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy
@@ -24,8 +21,6 @@ from rushhour.system.machine import Machine, describe, limits
 
 _TIMED_S: Final = 2.0
 _ENOUGH_MEMORY: Final = 0.9
-_OVERHEADS: Final = (0.0, *np.geomspace(1e-6, 3e-2, 63).tolist())
-"""CPU seconds of a request that are tried."""
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -53,7 +48,7 @@ class Fit(msgspec.Struct, frozen=True):
         """
         if not self.plan_rps:
             return None
-        return float(_simulated(times, policy, cores, self.slo, [self.request_s])[0]) / self.plan_rps
+        return float(capacities([_scenario(times, policy, cores, self.request_s)], self.slo)[0]) / self.plan_rps
 
     def line(self, share: float | None) -> str:
         """One line for people.
@@ -89,9 +84,9 @@ def fit_of(plan: Plan) -> Fit | None:
     if times is None or not known:
         return Fit(found, slo, known)
     whole = msgspec.structs.replace(policy, streams=policy.cells * policy.streams)
-    simulated = _simulated(times, whole, evidence.machine.cores, slo, _OVERHEADS)
-    nearest = int(np.abs(simulated - known).argmin())
-    return Fit(found, slo, float(simulated[nearest]), _OVERHEADS[nearest])
+    cores = evidence.machine.cores
+    request_s, plan_rps = explained_overhead(lambda each: _scenario(times, whole, cores, each), known, slo)
+    return Fit(found, slo, plan_rps, request_s)
 
 
 def differences(there: Machine, here: Machine, granted: tuple[int, float | None]) -> tuple[str, ...]:
@@ -127,18 +122,14 @@ def _cause(granted: tuple[int, float | None]) -> str:
     return " (CPU affinity)" if allowed < (os.cpu_count() or allowed) else ""
 
 
-def _simulated(
-    times: ServiceTimes, policy: Policy, cores: int, slo: SLO, request_s: Sequence[float]
-) -> NDArray[np.float64]:
-    """Capacities in requests per second, one for each overhead of a request.
+def _scenario(times: ServiceTimes, policy: Policy, cores: int, request_s: float) -> Scenario:
+    """All cells as one process.
 
     Args:
         times: of the engine.
         policy: its streams are those of all cells.
         cores: of all cells.
-        slo: the SLO.
         request_s: CPU seconds of a request beside the engine.
     """
     profile, spare = ServiceProfile(times), max(0, cores - policy.streams * policy.threads)
-    bound = min(policy.max_batch, profile.largest)
-    return capacities([Scenario(profile, policy.streams, bound, Overhead(each, spare)) for each in request_s], slo)
+    return Scenario(profile, policy.streams, min(policy.max_batch, profile.largest), Overhead(request_s, spare))
