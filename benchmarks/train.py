@@ -6,7 +6,7 @@ broken off, and `--only 5,7` measures anew just what needs a quiet machine (some
 1  every plan trains as one process does        4  the article's two case studies
 2  bytes on the wire, as predicted              5  the planner's choice against all others (timed)
 3  the state of the 103M network, on 8 workers  6  kill -9, and other numbers of workers
-                                                7  steps a second against DDP and Lightning Fabric (timed)
+8  tables divided over workers (timed)          7  steps a second against DDP and Lightning Fabric (timed)
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from unittest import mock
 import msgspec
 import numpy as np
 import torch
+from bench.clicks import Clicked, clicked
+from bench.clicks import table_for as table_of_clicks
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, judged, mean_ratio, verdict
 from bench.training import CLASSES, KILLS, NETWORKS, OWN_ROWS, Stepped, deep, one_epoch, stepped, timed
@@ -51,8 +53,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
 BENCH = ROOT / ".bench"
 SEED = 0
-_MODES: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
-_TIMED = {"5", "7"}
+_MODES: tuple[Mode, ...] = ("data", "sharded", "tables", "model", "pipeline", "hybrid")
+_TIMED = {"5", "7", "8"}
 _ROOM = 0.85
 """Share of the free memory that the case study may take."""
 _GB = 1e9
@@ -72,6 +74,8 @@ class Scale(msgspec.Struct, frozen=True):
         rounds: of everything that is timed.
         steps: in each round.
         kills: under each of three plans.
+        ids: rows of all embedding tables of the recommender.
+        clicks: in each of its steps.
     """
 
     most: int = 8
@@ -84,6 +88,8 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 8
     steps: int = 3
     kills: int = 2
+    ids: int = 1_000_000
+    clicks: int = 1024
 
 
 # 1
@@ -542,8 +548,60 @@ def _fabric() -> tuple[str, dict[str, str]]:
     return str(site), {"lightning-fabric": found[-1].rpartition("-")[2]}
 
 
+# 8
+
+
+def tables(scale: Scale) -> Part:
+    """DeepFM with many ids of a Zipf distribution: tables divided over two workers, replicas, and one worker."""
+    workers, steps = 2, 5
+    table = table_of_clicks(scale.ids, scale.clicks)
+    constants = calibrate(workers, shared_memory=False)
+    planned = partial(plan_layers, table, workers=workers, batch=scale.clicks, constants=constants)
+    chosen, replicas = planned(), planned(mode="data")
+    plans = {"divided": planned(mode="tables"), "replicas": replicas, "replicas, shared memory": replicas}
+    one = plan_layers(table, workers=1, batch=scale.clicks, constants=ANY)
+    BENCH.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=BENCH, suffix=".pt") as file:
+        given = (steps, scale.rounds, file.name, ("replicas, shared memory",))
+        alone: Clicked = launch(clicked, 1, (scale.ids, {"one worker": one}, *given))[0]["one worker"]
+        found: list[dict[str, Clicked]] = launch(clicked, workers, (scale.ids, plans, *given))
+    sent = {name: max(float(np.median(worker[name].sent_bytes[1:])) for worker in found) for name in plans}
+    kept = {name: max(worker[name].state_bytes for worker in found) for name in plans}
+    divided = found[0]["divided"]
+    losses = max(abs(mine / theirs - 1) for mine, theirs in zip(divided.losses, alone.losses, strict=True))
+    which = f"DeepFM, {scale.ids:,} ids, {scale.clicks:,} clicks in a step, {workers} workers"
+    why = chosen.explain().split("\n")[0]
+    checks = (
+        verdict("8.chosen", f"embedding tables are divided where the plan is chosen: {which}", ">= 1",
+                float(chosen.mode == "tables"), None, 1, unit="", why=why),
+        verdict("8.equal", "the largest relative difference of a loss or a merged tensor from one worker's after "
+                f"{steps} steps of AdamW in single precision: {which}", "<= 1e-4", max(losses, divided.error), None,
+                steps, unit=""),
+        verdict("8.wire", f"bytes sent by the busiest worker in a step, by what the plan predicts: {which}", "<= 1.05",
+                sent["divided"] / plans["divided"].predicted.sent_bytes, None, steps - 1),
+        verdict("8.fewer", f"bytes that replicas send, by those of divided tables: {which}", ">= 40",
+                sent["replicas"] / sent["divided"], None, steps - 1),
+        verdict("8.state", f"parameters, gradients and moments on the fullest worker, by 1/{workers} of one worker's: "
+                f"{which}", "<= 1.1", kept["divided"] / (alone.state_bytes / workers), None, workers),
+        judged("8.time", f"step of replicas in shared memory, by that of divided tables: {which}", ">= 1",
+               [theirs / mine for mine, theirs in zip(divided.step_s, found[0]["replicas, shared memory"].step_s,
+                                                      strict=True)]),
+    )  # fmt: skip
+    rows: list[tuple[str | float | None, ...]] = [
+        ("one worker", alone.state_bytes / 1e6, 0.0, None, 1e3 * float(np.median(alone.step_s)))
+    ]
+    for name, plan in plans.items():
+        predicted = None if name in given[-1] else plan.predicted.sent_bytes / 1e6
+        rows.append(
+            (name, kept[name] / 1e6, sent[name] / 1e6, predicted, 1e3 * float(np.median(found[0][name].step_s)))
+        )
+    columns = ("plan", "MB of state, fullest", "MB sent, busiest", "predicted", "ms a step")
+    note = f"{which}. AdamW, which moves all rows, in single precision.\n\n```\n{chosen.explain()}\n```"
+    return Part(checks, (Table("Embedding tables divided over workers", columns, tuple(rows), note),), found)
+
+
 PARTS: dict[str, Callable[[Scale], Part]] = {
-    "1": equality, "2": wire, "3": state, "4": cases, "5": regret, "6": deaths, "7": throughput,
+    "1": equality, "2": wire, "3": state, "4": cases, "5": regret, "6": deaths, "7": throughput, "8": tables,
 }  # fmt: skip
 
 

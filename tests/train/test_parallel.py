@@ -44,17 +44,24 @@ def by_hand(
 def cases(workers: int) -> dict[str, tuple[str, ParallelPlan, dict[str, object]]]:
     found: dict[str, tuple[str, ParallelPlan, dict[str, object]]] = {}
     for name in SMALL:
-        modes: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline")
+        modes: tuple[Mode, ...] = ("data", "sharded", "tables", "model", "pipeline")
         for mode in modes:
             try:
                 found[f"{name} {mode}"] = name, planned(name, workers, mode), {}
             except PlanError:
-                assert mode in ("model", "pipeline"), "data and sharded are always possible"
+                assert mode in ("tables", "model", "pipeline"), "data and sharded are always possible"
         if workers == 4:
             m = 1 if name == "residual" else 2
             found[f"{name} 2x1x2"] = name, by_hand(name, Mesh(2, 1, 2), microbatches=m), {}
             found[f"{name} 1x2x2 column"] = name, by_hand(name, Mesh(1, 2, 2), "column", "sharded", m), {}
             found[f"{name} 2x2x1 row"] = name, by_hand(name, Mesh(2, 2, 1), "row", "sharded"), {}
+    if workers == 4:
+        found["recommender 2x1x2 tables"] = (
+            "recommender",
+            by_hand("recommender", Mesh(2, 1, 2), "data", "tables", 2),
+            {},
+        )
+    found["recommender row, tables"] = "recommender", by_hand("recommender", Mesh(1, workers, 1), "row", "tables"), {}
     found["article row"] = "article", by_hand("article", Mesh(1, workers, 1), "row"), {}
     found["mlp column"] = "mlp", by_hand("mlp", Mesh(1, workers, 1), "column"), {}
     for name in ("article", "mlp"):
@@ -174,7 +181,7 @@ WIRE_BATCH = 16
 def sending_cases(workers: int) -> dict[tuple[str, Mode], tuple[str, ParallelPlan, dict[str, object]]]:
     """Network and mode -> what to train, by messages alone."""
     found: dict[tuple[str, Mode], tuple[str, ParallelPlan, dict[str, object]]] = {}
-    modes: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
+    modes: tuple[Mode, ...] = ("data", "sharded", "tables", "model", "pipeline", "hybrid")
     how = {"double": False, "steps": 3, "wide": True, "shared_memory": False}
     for name in WIDE:
         for mode in modes:
@@ -191,7 +198,7 @@ def sending(workers: int) -> dict[tuple[str, Mode], tuple[ParallelPlan, list[Tra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, FOUR])
-@pytest.mark.parametrize("mode", ["data", "sharded", "model", "pipeline", "hybrid"])
+@pytest.mark.parametrize("mode", ["data", "sharded", "tables", "model", "pipeline", "hybrid"])
 def test_workers_send_and_keep_what_was_predicted(mode: Mode, workers: int) -> None:
     """Bytes from the kernel's count for each socket; state as it lies in memory."""
     seen = 0

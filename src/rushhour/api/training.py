@@ -90,7 +90,7 @@ def train(
     bf16: bool | None = None,
     channels_last: bool = True,
     workers: int = 1,
-    parallel: Literal["auto", "data", "model", "pipeline", "hybrid", "sharded"] | ParallelSettings = "auto",
+    parallel: Literal["auto", "data", "model", "pipeline", "hybrid", "sharded", "tables"] | ParallelSettings = "auto",
     search: int | None = None,
     pruner: Literal["median", "hyperband"] = "median",
     logs: StrPath | None = None,
@@ -180,7 +180,7 @@ def train(
     try_folder(folder)
     check_choice("pruner", pruner, ("median", "hyperband"))
     if isinstance(parallel, str) or parallel is None:
-        check_choice("parallel", parallel, ("auto", "data", "model", "pipeline", "hybrid", "sharded"))
+        check_choice("parallel", parallel, ("auto", "data", "model", "pipeline", "hybrid", "sharded", "tables"))
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise GoalError(f"cannot train on {workers!r} workers", "their number is a whole number above 0", "change it")
     if search is not None and workers > 1:

@@ -60,7 +60,7 @@ _worker_options = options(
     option("--workers", default=1, show_default=True, type=click.IntRange(1, 1024), metavar="K", section=_WORKERS,
            help="Processes that share every batch. Any number continues a training that another number began."),
     option("--parallel", default="auto", show_default=True, section=_WORKERS,
-           type=click.Choice(["auto", "data", "model", "pipeline", "hybrid", "sharded"]),
+           type=click.Choice(["auto", "data", "model", "pipeline", "hybrid", "sharded", "tables"]),
            help="How the workers share the network. auto takes the fastest plan for this machine."),
     option("--backend", default="gloo", show_default=True, type=click.Choice(["gloo", "nccl", "mpi"]),
            section=_WORKERS, help="The torch.distributed backend."),

@@ -15,9 +15,9 @@ from torch.nn import functional
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import sent_bytes
 from rushhour.train.parallel import BatchNorm, Constants, GradientCompression, ParallelPlan, parallelise
+from rushhour.train.parallel.candidate import Place
 from rushhour.train.parallel.cost import Layer, Layout, Link, Mesh
-from rushhour.train.parallel.layer_table import table_of
-from rushhour.train.parallel.plan import LayerPlan
+from rushhour.train.parallel.layer_table import table_of, with_lookups
 from rushhour.train.parallel.planner import plan_layers
 
 CLASSES = 5
@@ -69,11 +69,37 @@ def transformer(
     return nn.Sequential(nn.Linear(inputs, width), *layers, nn.LayerNorm(width), _Mean(), nn.Linear(width, outputs))
 
 
+class _Clicks(nn.Module):
+    """Random numbers become ids, few of them often, and are looked up: `(n, inputs)` to `(n, 4 * width + 2)`."""
+
+    def __init__(self, people: int, goods: int, width: int) -> None:
+        super().__init__()
+        self._people, self._goods = people, goods
+        self.people, self.more = nn.Embedding(people, width), nn.Embedding(people, 2 * width)
+        self.goods, self.days = nn.Embedding(goods, width, padding_idx=0), nn.Embedding(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # log-normal, so that frequencies are as different as those of clicks
+        ids = (2 * x).exp().mul(10).long()
+        half = ids.shape[1] // 2
+        people, goods = ids[:, :half] % self._people, ids[:, half:] % self._goods
+        found = [self.people(people), self.more(people), self.goods(goods)]
+        return torch.cat([*(one.mean(1) for one in found), self.days(goods[:, 0] % 7)], 1)
+
+
+def recommender(people: int, goods: int, width: int) -> nn.Sequential:
+    """Embedding tables and a perceptron: float `(n, inputs)` of which ids are made, to logits `(n, CLASSES)`."""
+    return nn.Sequential(
+        _Clicks(people, goods, width), nn.Linear(4 * width + 2, 12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, CLASSES)
+    )
+
+
 SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "article": (lambda: article(input_size=8, channels=1, classes=CLASSES, width=0.25, dense=13), (1, 8, 8)),
     "residual": (lambda: residual(input_size=8, channels=1, classes=CLASSES, width=4, blocks=1), (1, 8, 8)),
     "mlp": (lambda: mlp(inputs=10, outputs=CLASSES, hidden=12, depth=7), (10,)),
     "transformer": (transformer, (6, 8)),
+    "recommender": (lambda: recommender(83, 59, 3), (6,)),
 }
 """Name -> a factory, and the shape of a sample as the network takes it. Few sizes divide evenly."""
 
@@ -83,6 +109,7 @@ WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (lambda: residual(input_size=16, channels=1, classes=CLASSES, width=64, blocks=1), (1, 16, 16)),
     "mlp": (lambda: mlp(inputs=512, outputs=CLASSES, hidden=512, depth=7), (512,)),
     "transformer": (lambda: transformer(inputs=64, width=128, blocks=2), (16, 64)),
+    "recommender": (lambda: recommender(1_500, 900, 64), (64,)),
 }
 """The same, large enough that the payload of messages outweighs their overhead."""
 
@@ -92,7 +119,10 @@ def table_for(name: str, wide: bool = False) -> tuple[Layer, ...]:
     """The layer table of one of `SMALL` or `WIDE`."""
     factory, shape = (WIDE if wide else SMALL)[name]
     with torch.device("meta"):
-        return table_of(factory(), shape, CLASSES)
+        table = table_of(factory(), shape, CLASSES)
+    if not any(layer.tables for layer in table):
+        return table
+    return with_lookups(table, factory(), torch.randn(64, *shape, generator=torch.Generator().manual_seed(2)))
 
 
 def arranged(
@@ -111,7 +141,10 @@ def arranged(
     for index, layer in enumerate(layers):
         cut = layer.kind == "dense" and min(layer.in_width, layer.out_width) >= mesh.tensor
         layout: Layout = (dense if cut else rest) if layer.parameters else "local"
-        plans.append(LayerPlan(layer.name, layout, index // each))
+        if layout == "tables" and not layer.tables:
+            layout = "data"
+        divided = tuple(table.name for table in layer.tables if layout == "tables")
+        plans.append(Place(layout, divided).of(layer, index // each, mesh, batch, microbatches))
     return msgspec.structs.replace(
         plan_layers(layers, workers=1, batch=batch, constants=constants),
         workers=mesh.inner * mesh.pipeline,

@@ -30,7 +30,15 @@ from rushhour.train.fingerprint import Fingerprint
 from rushhour.train.job import TrainingJob
 from rushhour.train.loop import TrainingLoop
 from rushhour.train.memory_format import NOTE, MemoryFormat, choose
-from rushhour.train.parallel import ParallelPlan, choose_plan, record_layers, record_step, run_on_leader
+from rushhour.train.parallel import (
+    Layer,
+    ParallelPlan,
+    choose_plan,
+    record_layers,
+    record_step,
+    run_on_leader,
+    with_lookups,
+)
 from rushhour.train.parallel_stepper import ParallelStepper
 from rushhour.train.preflight import Steps, inspect
 from rushhour.train.samples import check_data, sample_spec
@@ -146,15 +154,8 @@ class TrainingRun(msgspec.Struct, frozen=True):
         settings = self.job.settings.resolved
         form, _, stepper = self._single(dataset, Silent())
         optimizer = settings.make_optimizer(stepper.parameters())
-        feed = Feed(
-            dataset.train,
-            seed=settings.seed,
-            batch=settings.batch,
-            augment=settings.augment,
-            places=dataset.task.places,
-        )
         taken = []
-        with feed, form.active():
+        with self._feed(dataset, (0, 1)) as feed, form.active():
             for batch in itertools.islice(feed.epoch(0), _WARM_UP + _TIMED):
                 began = time.perf_counter()
                 stepper.step(batch)
@@ -197,6 +198,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
             trusted=job.trusted,
             path=self.folder() / PARALLEL_PLAN,
             progress=progress,
+            looked_up=lambda layers: self._looked_up(dataset, layers),
             prepare=lambda plan: self._trial_step(dataset, plan, form),
             steps=job.settings.epochs * (len(dataset.train) // size),
         )
@@ -210,6 +212,24 @@ class TrainingRun(msgspec.Struct, frozen=True):
             write_whole(job.tracking.folder / PARALLEL_PLAN, msgspec.json.format(msgspec.json.encode(plan)))
         self._loop(dataset, stepper, head, expected, form, progress, None).run(job.tracking)
 
+    def _looked_up(self, dataset: Dataset, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        """A layer table with the rows that the first batch looks up in embedding tables."""
+        deployed = self._prepared(dataset)
+        with self._feed(dataset, (0, 1)) as feed:
+            batch = next(feed.epoch(0))
+        return with_lookups(layers, deployed.network, deployed.preprocess(batch.inputs))
+
+    def _feed(self, dataset: Dataset, part: tuple[int, int]) -> Feed:
+        settings = self.job.settings
+        return Feed(
+            dataset.train,
+            seed=settings.seed,
+            batch=settings.batch,
+            augment=settings.augment,
+            places=dataset.task.places,
+            part=part,
+        )
+
     def _trial_step(self, dataset: Dataset, plan: ParallelPlan, form: MemoryFormat) -> Callable[[], object]:
         """The training's first step by a plan, which may be repeated, with a network of its own."""
         settings = self.job.settings
@@ -217,14 +237,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         form.apply(deployed)
         stepper = ParallelStepper(deployed, dataset.task, plan, settings=settings.resolved, parallel=self.job.parallel)
         optimizer = settings.make_optimizer(stepper.parameters())
-        with Feed(
-            dataset.train,
-            seed=settings.seed,
-            batch=settings.batch,
-            augment=settings.augment,
-            places=dataset.task.places,
-            part=stepper.part,
-        ) as feed:
+        with self._feed(dataset, stepper.part) as feed:
             batch = next(feed.epoch(0))
 
         def step() -> None:

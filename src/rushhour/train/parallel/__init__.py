@@ -5,8 +5,9 @@ Nothing here knows of the training loop, its checkpoints or its data feed: `rush
 
 from rushhour.train.parallel.broadcast import run_on_leader
 from rushhour.train.parallel.choice import choose_plan
-from rushhour.train.parallel.cost import Constants
+from rushhour.train.parallel.cost import Constants, Layer
 from rushhour.train.parallel.launch import launch, under_torchrun
+from rushhour.train.parallel.layer_table import with_lookups
 from rushhour.train.parallel.network import ParallelNetwork, parallelise
 from rushhour.train.parallel.plan import ParallelPlan
 from rushhour.train.parallel.planner import plan_for
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNorm",
     "Constants",
     "GradientCompression",
+    "Layer",
     "Mode",
     "ParallelNetwork",
     "ParallelPlan",
@@ -40,4 +42,5 @@ __all__ = [
     "run_on_leader",
     "run_on_workers",
     "under_torchrun",
+    "with_lookups",
 ]

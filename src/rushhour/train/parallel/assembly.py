@@ -25,6 +25,7 @@ from rushhour.train.parallel.layers import (
     ToRows,
 )
 from rushhour.train.parallel.plan import LayerPlan, ParallelPlan
+from rushhour.train.parallel.tables import divide_tables
 
 
 class Assembly(NamedTuple):
@@ -155,6 +156,8 @@ def _divided(planned: LayerPlan, unit: nn.Module, groups: WorkerGroups, context:
         return kind(unit, context, groups.tensor_group)
     if planned.layout == "sharded" and groups.stage_group is not None:
         return Sharded(unit, groups.stage_group)
+    if planned.layout == "tables" and groups.stage_group is not None:
+        return divide_tables(unit, [table.name for table in planned.tables if table.divided], groups.stage_group)
     return unit
 
 

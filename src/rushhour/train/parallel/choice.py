@@ -16,7 +16,7 @@ from rushhour.system.storage import write_whole
 from rushhour.train.parallel.autotune import Step, fastest
 from rushhour.train.parallel.broadcast import from_leader, run_on_leader
 from rushhour.train.parallel.calibration import calibrate_group
-from rushhour.train.parallel.cost import Mesh
+from rushhour.train.parallel.cost import Layer, Mesh
 from rushhour.train.parallel.layer_table import chain, layer_table
 from rushhour.train.parallel.plan import LayerPlan, ParallelPlan, Prediction
 from rushhour.train.parallel.planner import ranked_plans, worker_memory
@@ -46,6 +46,7 @@ def choose_plan(
     trusted: tuple[str, ...],
     path: Path,
     progress: Progress,
+    looked_up: Callable[[tuple[Layer, ...]], tuple[Layer, ...]] | None = None,
     prepare: Callable[[ParallelPlan], Step] | None = None,
     steps: int = 0,
 ) -> ParallelPlan:
@@ -60,6 +61,8 @@ def choose_plan(
         trusted: factories that may be imported besides those of `rushhour.models`.
         path: where the plan is kept; a plan that was kept for the same settings, workers and batch is taken again.
         progress: receives the reason for the plan.
+        looked_up: adds to a layer table which rows of embedding tables the data looks up; see `with_lookups`. Called
+            on worker 0, where the network has tables.
         prepare: gives a function that runs one training step by a plan. With it, and without given constants, the plans
             that could be fastest run trial steps.
         steps: of the whole training: the trial steps take a small share of its time.
@@ -87,6 +90,8 @@ def choose_plan(
             if settings.mode not in ("auto", "data"):
                 raise
             return [_replicas(source, trusted, workers, batch, str(error))]
+        if looked_up is not None and any(layer.tables for layer in layers):
+            layers = looked_up(layers)
         if settings.batch_norm == "local":
             layers = tuple(msgspec.structs.replace(layer, norms=0) for layer in layers)  # nothing is exchanged for them
         return ranked_plans(

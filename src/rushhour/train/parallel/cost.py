@@ -5,15 +5,18 @@ Time is predicted by a roofline (Williams et al. 2009) for computing and by alph
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import msgspec
 
-Layout = Literal["local", "data", "sharded", "column", "row"]
+Layout = Literal["local", "data", "sharded", "column", "row", "tables"]
 """How a layer lies on the workers of its stage.
 
 local: it has no parameters. data: each worker has them all. sharded: each keeps an equal part, and all of them only
-while it computes the layer (ZeRO-3). column, row: a dense layer, cut along its outputs or its inputs.
+while it computes the layer (ZeRO-3). column, row: a dense layer, cut along its outputs or its inputs. tables: as data,
+but the rows of some of its embedding tables are divided over the workers.
 """
 
 Kind = Literal["dense", "convolution", "elementwise", "other"]
@@ -21,6 +24,10 @@ Kind = Literal["dense", "convolution", "elementwise", "other"]
 FLOAT = 4
 STATE = 4
 """Numbers kept for each parameter: itself, its gradient, and Adam's two moments."""
+_ID = 4
+"""Bytes of an id that is sent."""
+_SORTED = 400
+"""Bytes of memory that could be moved in the time in which one id is sorted among thousands."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients that are reduced together; the same as DDP's (Li et al., VLDB 2020)."""
 
@@ -58,6 +65,45 @@ class Constants(msgspec.Struct, frozen=True):
     send: Link
 
 
+class EmbeddingTable(msgspec.Struct, frozen=True):
+    """An embedding table whose rows could be divided.
+
+    Attributes:
+        name: of its module in the layer; empty for the layer itself.
+        rows: how many it has.
+        width: numbers in a row.
+        lookups: of one sample.
+        follows: whether it is asked for the same ids as the table before.
+        touched: rows that the first 1, 2, 4, ... samples of the data look up; empty where that was not measured.
+    """
+
+    name: str
+    rows: int
+    width: int
+    lookups: float
+    follows: bool = False
+    touched: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it learns."""
+        return self.rows * self.width
+
+    def touched_by(self, samples: float) -> float:
+        """Rows that so many samples look up: as measured, else as many as if all rows were equally frequent.
+
+        Other frequencies have fewer different rows in as many lookups.
+        """
+        if len(self.touched) > 1:
+            at = max(0.0, math.log2(max(samples, 1e-9)))
+            low = min(int(at), len(self.touched) - 2)
+            few, many = max(self.touched[low], 1), max(self.touched[low + 1], 1)
+            return min(float(self.rows), few * math.pow(many / few, at - low))
+        if self.rows < 2:
+            return float(self.rows)
+        return -self.rows * math.expm1(self.lookups * samples * math.log1p(-1 / self.rows))
+
+
 class Layer(msgspec.Struct, frozen=True):
     """One row of the layer table; all sizes are for one sample.
 
@@ -73,6 +119,7 @@ class Layer(msgspec.Struct, frozen=True):
         saved: numbers kept for the backward pass, without parameters.
         operations: in it.
         norms: batch normalisations in it, which couple the samples of a batch.
+        tables: embedding tables in it.
     """
 
     name: str
@@ -86,6 +133,7 @@ class Layer(msgspec.Struct, frozen=True):
     saved: int
     operations: int
     norms: int
+    tables: tuple[EmbeddingTable, ...] = ()
 
 
 class Mesh(msgspec.Struct, frozen=True):
@@ -144,18 +192,29 @@ class Cost(msgspec.Struct, frozen=True):
         return self.compute_s + self.send_s
 
 
-def layer_cost(layer: Layer, layout: Layout, mesh: Mesh, batch: int, microbatches: int, constants: Constants) -> Cost:
+def layer_cost(
+    layer: Layer,
+    layout: Layout,
+    mesh: Mesh,
+    batch: int,
+    microbatches: int,
+    constants: Constants,
+    divided: Collection[str] = (),
+) -> Cost:
     """What one worker spends on a layer in a step; moves between rows and features come on top (`move_cost`).
 
     Args:
         batch: samples in the step, over all workers.
         microbatches: into which each worker's samples are divided.
+        divided: names of the embedding tables whose rows are divided, where the layout is `tables`.
     """
     n, t, d = mesh.inner, mesh.tensor, mesh.data
     rows = batch / n
     cut = layout in ("column", "row")
-    parameters = layer.parameters / t if cut else float(layer.parameters)
-    kept = layer.parameters / n if layout == "sharded" else parameters
+    parted = [table for table in layer.tables if layout == "tables" and table.name in divided]
+    in_tables = sum(table.parameters for table in parted)
+    parameters = layer.parameters / t if cut else float(layer.parameters - in_tables)
+    kept = layer.parameters / n if layout == "sharded" else parameters + in_tables / n
     rate = constants.convolution_flops if layer.kind == "convolution" else constants.dense_flops
     flops = 3 * layer.flops * rows  # a cut layer computes t times the rows with a t-th of the weights
     traffic = FLOAT * (3 * rows * (layer.inputs + layer.outputs) + 3 * microbatches * parameters)
@@ -168,11 +227,22 @@ def layer_cost(layer: Layer, layout: Layout, mesh: Mesh, batch: int, microbatche
     )
     reduced = exchanged = messages = 0.0
     working = FLOAT * layer.saved * rows / microbatches
-    if layout == "data" and n > 1:
+    for table in parted:
+        touched = microbatches * table.touched_by(rows / microbatches)
+        asked = 0 if table.follows else _ID
+        exchanged += (n - 1) / n * touched * (asked + 2 * FLOAT * table.width)
+        messages += (2 if table.follows else 4) * (n - 1) * microbatches
+        working += (FLOAT * table.width * touched + 8 * table.lookups * rows) / microbatches
+        compute += 16 * FLOAT * table.width * touched / constants.bandwidth
+        compute += 0.0 if table.follows else _SORTED * table.lookups * rows / constants.bandwidth
+        compute += 8 * microbatches * constants.operation_s
+    if layout in ("data", "tables") and n > 1:
         reduced = 2 * (n - 1) / n * FLOAT * parameters
     elif layout == "sharded" and n > 1:
-        exchanged = 3 * (n - 1) / n * FLOAT * parameters * microbatches
-        messages += 3 * (n - 1) * microbatches
+        # the backward pass of a lookup needs no weights: they are not gathered a second time where there is nothing else
+        times = 2 if sum(table.parameters for table in layer.tables) == layer.parameters else 3
+        exchanged = times * (n - 1) / n * FLOAT * parameters * microbatches
+        messages += times * (n - 1) * microbatches
         working += FLOAT * parameters
         compute += 6 * FLOAT * parameters * microbatches / constants.bandwidth  # packed and unpacked
     elif cut:
@@ -185,7 +255,7 @@ def layer_cost(layer: Layer, layout: Layout, mesh: Mesh, batch: int, microbatche
     if layer.norms and n > 1:
         exchanged += 4 * layer.norms * (layer.out_width + 1) * FLOAT * (n - 1) * microbatches
         messages += 2 * (n - 1) * layer.norms * microbatches
-    group = n if layout == "data" else d
+    group = n if layout in ("data", "tables") else d
     send = (
         exchanged * constants.exchange.byte_s
         + messages * constants.exchange.latency_s
@@ -193,6 +263,28 @@ def layer_cost(layer: Layer, layout: Layout, mesh: Mesh, batch: int, microbatche
         + reduced / BUCKET_BYTES * 2 * (group - 1) * constants.reduce.latency_s
     )
     return Cost(compute, send, exchanged + reduced, STATE * FLOAT * kept, working)
+
+
+def worth_dividing(
+    layer: Layer, mesh: Mesh, batch: int, microbatches: int, constants: Constants, weight: Callable[[Cost], float]
+) -> tuple[str, ...]:
+    """Names of the embedding tables whose division over the workers of a stage makes a step cheaper.
+
+    Args:
+        weight: what a cost is worth.
+    """
+    args = (mesh, batch, microbatches, constants)
+    whole = weight(layer_cost(layer, "tables", *args))
+    return tuple(
+        table.name
+        for table in dividable(layer, mesh)
+        if weight(layer_cost(layer, "tables", *args, (table.name,))) < whole
+    )
+
+
+def dividable(layer: Layer, mesh: Mesh) -> tuple[EmbeddingTable, ...]:
+    """The embedding tables that have a row for each worker of a stage."""
+    return tuple(table for table in layer.tables if table.rows >= mesh.inner > 1)
 
 
 def move_cost(width: int, mesh: Mesh, batch: int, microbatches: int, constants: Constants) -> Cost:

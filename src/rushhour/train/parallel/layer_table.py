@@ -5,16 +5,23 @@ It comes from the network on the meta device, where nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rushhour.bundle import Source, TensorSpec
 from rushhour.errors import ModelError
 from rushhour.models import build
-from rushhour.train.parallel.cost import Kind, Layer
+from rushhour.train.parallel.cost import EmbeddingTable, Kind, Layer
 
 ELEMENTWISE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish,
@@ -98,8 +105,8 @@ def table_of(
             entry = x.detach()
             if entry.is_floating_point():
                 entry.requires_grad_()
-            counter = FlopCounterMode(display=False)
-            with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            counter, lookups = FlopCounterMode(display=False), _Lookups(module)
+            with counter, lookups.watched(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 y: Tensor = module(entry)
             leaves = [leaf for leaf in module.modules() if not list(leaf.children())]
             table.append(
@@ -117,6 +124,7 @@ def table_of(
                     ),
                     operations=len(leaves),
                     norms=_norms(leaves),
+                    tables=lookups.tables(rows),
                 )
             )
             x = y
@@ -135,6 +143,53 @@ def table_of(
     return tuple(table)
 
 
+def with_lookups(layers: tuple[Layer, ...], network: nn.Module, samples: Tensor) -> tuple[Layer, ...]:
+    """The layer table with the rows of embedding tables that these samples look up.
+
+    Args:
+        layers: of the network.
+        network: with weights; one pass in training mode goes through it.
+        samples: `(n, ...)`, as the network takes them.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for layer in layers:
+        for table in layer.tables:
+            name = ".".join(filter(None, (layer.name, table.name)))
+
+            def before(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                ids = inputs[0]
+                # ids that are not of samples, such as positions, are the same for any number of them
+                of_samples = ids.dim() > 0 and len(ids) == len(samples)
+                seen.setdefault(name, []).append(ids.reshape(len(samples), -1) if of_samples else ids.reshape(1, -1))
+
+            handles.append(network.get_submodule(name).register_forward_pre_hook(before))
+    if not handles:
+        return layers
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            network.train()(samples)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def touched(name: str) -> tuple[int, ...]:
+        counts = (2**power for power in range(len(samples).bit_length()))
+        return tuple(len(torch.unique(torch.cat([ids[:count].reshape(-1) for ids in seen[name]]))) for count in counts)
+
+    return tuple(
+        msgspec.structs.replace(
+            layer,
+            tables=tuple(
+                msgspec.structs.replace(table, touched=touched(name)) if name in seen else table
+                for table in layer.tables
+                for name in (".".join(filter(None, (layer.name, table.name))),)
+            ),
+        )
+        for layer in layers
+    )
+
+
 def _norms(leaves: list[nn.Module]) -> int:
     return sum(isinstance(leaf, _NORM) for leaf in leaves)
 
@@ -146,3 +201,82 @@ def _kind(module: nn.Module, leaves: list[nn.Module]) -> Kind:
         return "elementwise"
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return "convolution" if any(isinstance(leaf, convolutions) for leaf in leaves) else "other"
+
+
+class _Lookups(TorchFunctionMode):
+    """Finds the embedding tables of a layer, and how often each is looked up in, while the layer computes.
+
+    A table counts if its rows can be divided without any difference but in rounding: it learns, it is an `nn.Embedding`
+    without options that need all rows or all ids at once, and nothing else uses its weight.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        uses = Counter(id(tensor) for _, tensor in layer.named_parameters(remove_duplicate=False))
+        self._found = {
+            name: module
+            for name, module in layer.named_modules()
+            if type(module) is nn.Embedding
+            and module.weight.requires_grad
+            and uses[id(module.weight)] == 1
+            and module.max_norm is None
+            and not (module.sparse or module.scale_grad_by_freq)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+        }
+        self._weights = {id(module.weight) for module in self._found.values()}
+        self._used_apart: set[int] = set()
+        self._inside = 0
+        self._ids: dict[str, list[Tensor]] = {}
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the block runs, what uses the tables is noted."""
+        if not self._found:
+            yield
+            return
+        handles = []
+        for name, module in self._found.items():
+
+            def before(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                self._inside = id(module.weight)
+                if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+                    self._ids.setdefault(name, []).append(inputs[0])
+
+            def after(module: nn.Module, inputs: Any, output: Any) -> None:
+                self._inside = 0
+
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        used = {id(one) for one in tree_leaves((args, given)) if isinstance(one, Tensor)} & self._weights
+        if used and func not in _ABOUT:
+            self._used_apart |= used - ({self._inside} if func is functional.embedding else set())
+        return func(*args, **given)
+
+    def tables(self, samples: int) -> tuple[EmbeddingTable, ...]:
+        """The tables that were looked up in, in the order of their first lookups, by so many samples."""
+        tables = []
+        before: list[Tensor] = []
+        for name, ids in self._ids.items():
+            weight = self._found[name].weight
+            if id(weight) in self._used_apart:
+                continue
+            follows = len(ids) == len(before) == 1 and ids[0] is before[0]
+            lookups = sum(one.numel() for one in ids) / samples
+            rows, width = weight.shape
+            tables.append(EmbeddingTable(name, rows, width, lookups, follows))
+            before = ids
+        return tuple(tables)
+
+
+_ABOUT = (torch.Tensor.dtype.__get__, torch.Tensor.device.__get__)  # type: ignore[attr-defined]
+"""What may be asked of a table besides its rows: the answer is that of any part."""

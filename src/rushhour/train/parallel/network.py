@@ -256,7 +256,7 @@ class ParallelNetwork:
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down so that their norm over the whole network is at most `max_norm`; the norm before."""
         mesh = self.plan.mesh
-        holders: dict[object, int] = {None: mesh.inner, 0: mesh.data, 1: mesh.data, "flat": 1}
+        holders: dict[object, int] = {None: mesh.inner, 0: mesh.data, 1: mesh.data, "flat": 1, "table": 1}
         cuts = {entry.held: entry.cut for entry in self._state.entries}
         squares = torch.zeros(1, dtype=torch.float64)
         for name, parameter in self._learned.items():

@@ -11,12 +11,40 @@ from rushhour.train.parallel.cost import Layout, Mesh
 from rushhour.train.parallel.settings import Backend, Mode
 
 
+class TablePlan(msgspec.Struct, frozen=True):
+    """Where one embedding table of a layer lies.
+
+    Attributes:
+        name: of its module in the layer; empty for the layer itself.
+        rows: of the whole table.
+        width: numbers in a row.
+        touched: rows that one worker looks up in a step, by prediction.
+        divided: whether each worker has a part of the rows; else it is replicated.
+        measured: whether `touched` is of the data; else it is the most that is likely, from the number of lookups.
+    """
+
+    name: str
+    rows: int
+    width: int
+    touched: float
+    divided: bool
+    measured: bool = False
+
+
 class LayerPlan(msgspec.Struct, frozen=True):
-    """Where one layer lies: its module's name, its layout inside its stage, and the stage, from 0."""
+    """Where one layer lies.
+
+    Attributes:
+        name: of its module.
+        layout: inside its stage.
+        stage: from 0.
+        tables: its embedding tables, where the layout is `tables`.
+    """
 
     name: str
     layout: Layout
     stage: int = 0
+    tables: tuple[TablePlan, ...] = ()
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -78,7 +106,7 @@ class ParallelPlan(msgspec.Struct, frozen=True):
         lines = [
             f"{self.workers} workers, {self.mode}: {_arranged(self.mesh)}"
             + (f", {self.microbatches} microbatches" if self.microbatches > 1 else ""),
-            *_runs(self.layers),
+            *_runs(self.layers, self.mesh.inner),
         ]
         word = "simulated" if self.simulated else "predicted"
         others = sorted(
@@ -119,11 +147,14 @@ _WORDS: dict[Layout, str] = {
     "sharded": "sharded, gathered when used",
     "column": "cut along its outputs",
     "row": "cut along its inputs",
+    "tables": "replicated, but for the rows of embedding tables",
 }
+_SHOWN = 8
+"""Tables of a layer that the explanation names, at most."""
 
 
-def _runs(layers: tuple[LayerPlan, ...]) -> list[str]:
-    """One line for each run of layers of the same layout and stage."""
+def _runs(layers: tuple[LayerPlan, ...], workers: int) -> list[str]:
+    """One line for each run of layers of the same layout and stage, and for their tables; `workers` of a stage."""
     lines: list[str] = []
     before: tuple[Any, ...] = ()
     for layer in (one for one in layers if one.layout != "local"):
@@ -133,4 +164,18 @@ def _runs(layers: tuple[LayerPlan, ...]) -> list[str]:
             stage = f"stage {layer.stage + 1}, " if layers[-1].stage else ""
             lines.append(f"  {stage}layer {layer.name or 'network'}: {_WORDS[layer.layout]}")
         before = (layer.layout, layer.stage)
+        if layer.tables:
+            before = ()
+            lines += [f"    {_said(table, workers)}" for table in layer.tables[:_SHOWN]]
+            if len(layer.tables) > _SHOWN:
+                divided = sum(table.divided for table in layer.tables[_SHOWN:])
+                lines.append(f"    and {len(layer.tables) - _SHOWN} tables more, {divided} of them divided")
     return lines
+
+
+def _said(table: TablePlan, workers: int) -> str:
+    size = f"table {table.name or 'itself'}, {table.rows:,} rows of {table.width}"
+    asks = f"{'about' if table.measured else 'at most'} {table.touched:,.0f} rows in a step"
+    if table.divided:
+        return f"{size}: 1/{workers} of them on each worker, which looks up and sends {asks}"
+    return f"{size}: replicated: a worker looks up {asks}, and summing the whole gradient takes no longer"

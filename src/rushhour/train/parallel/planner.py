@@ -9,16 +9,27 @@ stage is as fast as possible. Where a plan does not fit in memory, memory gets a
 from __future__ import annotations
 
 import itertools
-
-import msgspec
+from collections.abc import Callable
 
 from rushhour.bundle import Source, TensorSpec
 from rushhour.errors import PlanError
 from rushhour.system import machine
 from rushhour.train.parallel.calibration import calibrate
-from rushhour.train.parallel.cost import Constants, Cost, Layer, Layout, Mesh, boundary_cost, layer_cost, move_cost
+from rushhour.train.parallel.candidate import Candidate, Place
+from rushhour.train.parallel.cost import (
+    Constants,
+    Cost,
+    Layer,
+    Layout,
+    Mesh,
+    boundary_cost,
+    dividable,
+    layer_cost,
+    move_cost,
+    worth_dividing,
+)
 from rushhour.train.parallel.layer_table import layer_table
-from rushhour.train.parallel.plan import Alternative, LayerPlan, ParallelPlan, Prediction
+from rushhour.train.parallel.plan import Alternative, LayerPlan, ParallelPlan
 from rushhour.train.parallel.settings import Backend, Mode
 
 _MEMORY_SHARE = 0.85
@@ -47,8 +58,9 @@ def plan_for(
         outputs: length of one answer.
         workers: how many there are.
         batch: samples in a step, over all workers.
-        mode: data: replicas. sharded: replicas that share the state (ZeRO-3). model: dense layers are cut, the rest is
-            replicated. pipeline: stages. hybrid: at least two kinds at once. auto: whichever is fastest.
+        mode: data: replicas. sharded: replicas that share the state (ZeRO-3). tables: replicas, but the rows of large
+            embedding tables are divided. model: dense layers are cut, the rest is replicated. pipeline: stages.
+            hybrid: at least two kinds at once. auto: whichever is fastest.
         memory_bytes: that each worker may use; by default its share of this machine's.
         constants: of the machine; measured with so many workers where not given, which takes some seconds.
         microbatches: of a pipeline; found where not given.
@@ -124,11 +136,11 @@ def ranked_plans(
             "network does not fit in the memory of fewer workers"
         )
     if workers == 1:
-        only = _Candidate("data", Mesh(1, 1, 1), microbatches or 1, _whole(layers), 0.0, Cost())
-        candidates: dict[Mode, _Candidate | str] = {"data": only.priced(layers, batch, constants)}
+        only = Candidate("data", Mesh(1, 1, 1), microbatches or 1, _whole(layers), 0.0, Cost())
+        candidates: dict[Mode, Candidate | str] = {"data": only.priced(layers, batch, constants)}
     else:
         search = _Search(layers, workers, batch, limit, constants, microbatches)
-        modes: tuple[Mode, ...] = ("data", "sharded", "model", "pipeline", "hybrid")
+        modes: tuple[Mode, ...] = ("data", "sharded", "tables", "model", "pipeline", "hybrid")
         candidates = {one: search.best(one) for one in modes}
     possible = [
         one
@@ -181,55 +193,6 @@ def worker_memory(workers: int) -> int:
     return int(_MEMORY_SHARE * machine.describe().memory_gb * 2**30 / workers)
 
 
-class _Candidate(msgspec.Struct, frozen=True):
-    mode: Mode
-    mesh: Mesh
-    microbatches: int
-    layers: tuple[LayerPlan, ...]
-    step_s: float
-    busiest: Cost
-    memory_bytes: float = 0.0
-
-    def prediction(self) -> Prediction:
-        return Prediction(self.step_s, self.busiest.sent_bytes, self.busiest.state_bytes, self.memory_bytes)
-
-    def priced(self, table: tuple[Layer, ...], batch: int, constants: Constants) -> _Candidate:
-        """The same with its predicted time, bytes and memory."""
-        stages = [Cost() for _ in range(self.mesh.pipeline)]
-        args = (self.mesh, batch, self.microbatches, constants)
-        features = False
-        for index, (layer, planned) in enumerate(zip(table, self.layers, strict=True)):
-            stage = planned.stage
-            cost = layer_cost(layer, planned.layout, *args)
-            wants = planned.layout == "row"
-            if features != wants and layer.kind != "elementwise":
-                cost += move_cost(layer.inputs, *args)
-            features = planned.layout == "column" or (features and layer.kind == "elementwise")
-            last = index + 1 == len(table) or self.layers[index + 1].stage != stage
-            if last and features:
-                cost += move_cost(layer.outputs, *args)
-                features = False
-            stages[stage] += cost
-            if last and index + 1 < len(table):
-                boundary = boundary_cost(layer.outputs, *args)
-                stages[stage] += boundary
-                stages[stage + 1] += boundary
-        p, m = self.mesh.pipeline, self.microbatches
-        slowest = max(cost.seconds for cost in stages)
-        # a pipeline fills and drains; where workers share cores, the others' waiting time goes to the one that computes
-        path = slowest * (m + p - 1) / m / (constants.solo if p > 1 else 1.0)
-        all_work = sum(cost.seconds for cost in stages) / p
-        memory = max(cost.state_bytes + cost.working_bytes * min(m, p - stage) for stage, cost in enumerate(stages))
-        busiest = Cost(
-            max(cost.compute_s for cost in stages),
-            max(cost.send_s for cost in stages),
-            max(cost.sent_bytes for cost in stages),
-            max(cost.state_bytes for cost in stages),
-            max(cost.working_bytes for cost in stages),
-        )
-        return msgspec.structs.replace(self, step_s=max(path, all_work), busiest=busiest, memory_bytes=memory)
-
-
 def _whole(layers: tuple[Layer, ...]) -> tuple[LayerPlan, ...]:
     return tuple(LayerPlan(layer.name, "data" if layer.parameters else "local") for layer in layers)
 
@@ -253,7 +216,7 @@ class _Search:
         self._constants = constants
         self._microbatches = microbatches
 
-    def best(self, mode: Mode) -> _Candidate | str:
+    def best(self, mode: Mode) -> Candidate | str:
         """The fastest plan that fits, else the smallest; or why there is none."""
         if self._batch < self._workers and mode != "pipeline":
             return f"a batch of {self._batch} does not give each of {self._workers} workers a sample"
@@ -264,6 +227,10 @@ class _Search:
             if not any(layer.parameters for layer in self._layers):
                 return "there are no parameters"
             allowed = ("sharded",)
+        elif mode == "tables":
+            if not any(dividable(layer, meshes[0]) for layer in self._layers):
+                return f"no nn.Embedding that is looked up in, and used in no other way, has {n} or more rows"
+            allowed = ("data", "tables")
         elif mode == "model":
             if not any(self._cuttable(layer, n) for layer in self._layers):
                 return f"no dense layer has {n} or more inputs and outputs, each a layer of its own in a Sequential"
@@ -277,8 +244,8 @@ class _Search:
             meshes = [Mesh(1, 1, n)]
         elif mode == "hybrid":
             meshes = [mesh for mesh in _meshes(n) if mesh.data != n and mesh.pipeline != n]
-            allowed = ("data", "sharded", "column", "row")
-        found: list[_Candidate] = []
+            allowed = ("data", "sharded", "column", "row", "tables")
+        found: list[Candidate] = []
         for mesh in meshes:
             if mesh.pipeline > len(self._layers) or self._batch < mesh.inner:
                 continue
@@ -307,19 +274,19 @@ class _Search:
             return [1]  # the statistics of a batch need all of it
         return sorted({min(most, mesh.pipeline * times) for times in (1, 2, 4, 8)})
 
-    def _with_price(self, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...]) -> list[_Candidate]:
+    def _with_price(self, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...]) -> list[Candidate]:
         """The fastest plan; where it does not fit, also the smaller plans that a price on memory gives."""
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         price = 0.0
         for _ in range(24):
             stages = self._stages(mode, mesh, m, allowed, price)
             if stages is None:
                 return found
             layers = tuple(
-                LayerPlan(layer.name, layout, stage)
-                for layer, (layout, stage) in zip(self._layers, stages, strict=True)
+                place.of(layer, stage, mesh, self._batch, m)
+                for layer, (place, stage) in zip(self._layers, stages, strict=True)
             )
-            one = _Candidate(mode, mesh, m, layers, 0.0, Cost()).priced(self._layers, self._batch, self._constants)
+            one = Candidate(mode, mesh, m, layers, 0.0, Cost()).priced(self._layers, self._batch, self._constants)
             if not found or one.layers != found[-1].layers:
                 found.append(one)
             if one.memory_bytes <= self._limit or len(allowed) == 1:
@@ -329,14 +296,14 @@ class _Search:
 
     def _stages(
         self, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...], price: float
-    ) -> list[tuple[Layout, int]] | None:
-        """Layout and stage of each layer, so that the slowest stage is fastest; each stage has something to learn."""
+    ) -> list[tuple[Place, int]] | None:
+        """Place and stage of each layer, so that the slowest stage is fastest; each stage has something to learn."""
         count, p = len(self._layers), mesh.pipeline
         if p == 1:
             paths = self._paths(0, mode, mesh, m, allowed, price)
             end = paths.get(count)
-            return None if end is None else [(layout, 0) for layout in end[1]]
-        costs: dict[tuple[int, int], tuple[float, list[Layout]]] = {}
+            return None if end is None else [(place, 0) for place in end[1]]
+        costs: dict[tuple[int, int], tuple[float, list[Place]]] = {}
         for start in range(count):
             for end_at, path in self._paths(start, mode, mesh, m, allowed, price).items():
                 costs[start, end_at] = path
@@ -363,32 +330,34 @@ class _Search:
                     best[stage, end_at] = min(options)
         if (p, count) not in best:
             return None
-        parts: list[tuple[Layout, int]] = []
+        parts: list[tuple[Place, int]] = []
         at = count
         for stage in range(p, 0, -1):
             start = best[stage, at][1]
-            parts = [(layout, stage - 1) for layout in costs[start, at][1]] + parts
+            parts = [(place, stage - 1) for place in costs[start, at][1]] + parts
             at = start
         return parts
 
     def _paths(
         self, start: int, mode: Mode, mesh: Mesh, m: int, allowed: tuple[Layout, ...], price: float
-    ) -> dict[int, tuple[float, list[Layout]]]:
-        """The cheapest layouts of the layers from `start` up to each end, with rows at both ends."""
+    ) -> dict[int, tuple[float, list[Place]]]:
+        """The cheapest places of the layers from `start` up to each end, with rows at both ends."""
         args = (mesh, self._batch, m, self._constants)
 
         def weight(cost: Cost) -> float:
             return cost.seconds + price * (cost.state_bytes + cost.working_bytes)
 
-        ends: dict[int, tuple[float, list[Layout]]] = {}
+        ends: dict[int, tuple[float, list[Place]]] = {}
         # state: activations are divided by features
-        states: dict[bool, tuple[float, list[Layout]]] = {False: (0.0, [])}
+        states: dict[bool, tuple[float, list[Place]]] = {False: (0.0, [])}
         for index in range(start, len(self._layers)):
             layer = self._layers[index]
-            after: dict[bool, tuple[float, list[Layout]]] = {}
+            after: dict[bool, tuple[float, list[Place]]] = {}
+            places = self._places(layer, mode, mesh, m, allowed, weight)
             for features, (spent, path) in states.items():
-                for layout in self._choices(layer, mode, mesh, allowed):
-                    cost = layer_cost(layer, layout, *args)
+                for place in places:
+                    layout = place.layout
+                    cost = layer_cost(layer, layout, *args, place.divided)
                     if layer.kind == "elementwise":
                         then = features
                     else:
@@ -397,7 +366,7 @@ class _Search:
                         then = layout == "column"
                     total = spent + weight(cost)
                     if then not in after or total < after[then][0]:
-                        after[then] = total, [*path, layout]
+                        after[then] = total, [*path, place]
             states = after
             closed = [
                 (spent + (weight(move_cost(layer.outputs, *args)) if features else 0.0), path)
@@ -406,17 +375,41 @@ class _Search:
             ends[index + 1] = min(closed, key=lambda one: one[0])
         return ends
 
-    def _choices(self, layer: Layer, mode: Mode, mesh: Mesh, allowed: tuple[Layout, ...]) -> list[Layout]:
+    def _places(
+        self,
+        layer: Layer,
+        mode: Mode,
+        mesh: Mesh,
+        m: int,
+        allowed: tuple[Layout, ...],
+        weight: Callable[[Cost], float],
+    ) -> list[Place]:
+        """What may become of a layer."""
         if not layer.parameters:
-            return ["local"]
+            return [Place("local")]
         cut = mesh.tensor > 1 and self._cuttable(layer, mesh.tensor)
         if mode == "model" and cut:
-            return ["column", "row"]
+            return [Place("column"), Place("row")]
+        divided: tuple[str, ...] = ()
+        if "tables" in allowed:
+            divided = worth_dividing(layer, mesh, self._batch, m, self._constants, weight)
+            if mode == "tables":
+                return [
+                    Place("tables", divided or self._largest(layer, mesh)) if dividable(layer, mesh) else Place("data")
+                ]
         return [
-            layout
+            Place(layout, divided if layout == "tables" else ())
             for layout in allowed
-            if (layout in ("column", "row") and cut) or layout == "data" or (layout == "sharded" and mesh.inner > 1)
+            if (layout in ("column", "row") and cut)
+            or layout == "data"
+            or (layout == "sharded" and mesh.inner > 1)
+            or (layout == "tables" and divided)
         ]
+
+    def _largest(self, layer: Layer, mesh: Mesh) -> tuple[str, ...]:
+        """The layer's largest table, if it is that of the network: where a plan must divide one, it is this."""
+        sizes = [table.parameters for one in self._layers for table in dividable(one, mesh)]
+        return tuple(table.name for table in dividable(layer, mesh) if table.parameters == max(sizes))[:1]
 
     @staticmethod
     def _cuttable(layer: Layer, parts: int) -> bool:
@@ -433,12 +426,12 @@ def _meshes(workers: int) -> list[Mesh]:
     ]
 
 
-def _kinds(one: _Candidate) -> int:
+def _kinds(one: Candidate) -> int:
     """How many kinds of parallelism a plan mixes: replicas, shared state, cut layers, stages."""
     layouts = {layer.layout for layer in one.layers}
     return (
         (one.mesh.pipeline > 1)
         + ("sharded" in layouts)
         + bool({"column", "row"} & layouts)
-        + ("data" in layouts and one.mesh.inner > 1)
+        + (bool({"data", "tables"} & layouts) and one.mesh.inner > 1)
     )

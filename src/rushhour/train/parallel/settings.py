@@ -9,7 +9,7 @@ import msgspec
 from rushhour.errors import PlanError
 from rushhour.train.parallel.cost import Constants
 
-Mode = Literal["auto", "data", "model", "pipeline", "hybrid", "sharded"]
+Mode = Literal["auto", "data", "model", "pipeline", "hybrid", "sharded", "tables"]
 """The family of a parallel plan; see `plan_for`."""
 
 Backend = Literal["gloo", "nccl", "mpi"]

@@ -15,9 +15,11 @@ from rushhour.errors import ModelError
 from rushhour.train.parallel.collectives import shares
 from rushhour.train.parallel.groups import WorkerGroups
 from rushhour.train.parallel.plan import ParallelPlan
+from rushhour.train.parallel.tables import joined_rows, own_rows
 
-Cut = Literal[0, 1, "flat"] | None
-"""Along which dimension a tensor is divided; `flat`: as a vector over the whole stage; None: it is replicated."""
+Cut = Literal[0, 1, "flat", "table"] | None
+"""Along which dimension a tensor is divided over a replica; `flat`: as a vector over the whole stage; `table`: by rows
+over the whole stage, as `DividedEmbedding` has them; None: it is replicated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +93,7 @@ class DividedState:
                 elif rank == holder:
                     dist.send(tensors[entry.held].detach().contiguous(), group=world, group_dst=0)
             if rank == 0:
-                axis = 0 if entry.cut in (None, "flat") else entry.cut
-                assert isinstance(axis, int)
-                joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
-                whole[entry.name] = joined.view(entry.shape) if entry.cut == "flat" else joined
+                whole[entry.name] = _joined(pieces, entry)
         return whole if rank == 0 else None
 
     def parts(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,6 +116,8 @@ class DividedState:
             if entry.cut == "flat":
                 sizes = shares(tensor.numel(), self._mesh.inner)
                 own[entry.name] = torch.split(tensor.reshape(-1), list(sizes))[self._groups.inner]
+            elif entry.cut == "table":
+                own[entry.name] = own_rows(tensor, self._groups.inner, self._mesh.inner)
             elif entry.cut is None:
                 own[entry.name] = tensor
             else:
@@ -137,17 +138,36 @@ class DividedState:
         """Ranks of the workers whose parts make the whole, in order, and the shapes of the parts."""
         mesh = self._mesh
         first = entry.stage * mesh.inner
-        if entry.cut is None or (entry.cut == "flat" and mesh.inner == 1):
+        if entry.cut is None or (entry.cut in ("flat", "table") and mesh.inner == 1):
             return [(first, entry.shape)]
         if entry.cut == "flat":
             return [(first + index, (size,)) for index, size in enumerate(shares(math.prod(entry.shape), mesh.inner))]
+        if entry.cut == "table":
+            sizes = shares(entry.shape[0], mesh.inner)
+            return [(first + index, (size, *entry.shape[1:])) for index, size in enumerate(sizes)]
         return [
             (first + index, (*entry.shape[: entry.cut], size, *entry.shape[entry.cut + 1 :]))
             for index, size in enumerate(shares(entry.shape[entry.cut], mesh.tensor))
         ]
 
 
+def _joined(pieces: list[Tensor], entry: Entry) -> Tensor:
+    if entry.cut is None:
+        return pieces[0]
+    if entry.cut == "flat":
+        return torch.cat(pieces).view(entry.shape)
+    if entry.cut == "table":
+        return joined_rows(pieces)
+    return torch.cat(pieces, entry.cut)
+
+
 def _entries(network: nn.Module, units: list[tuple[str, nn.Module]], plan: ParallelPlan) -> tuple[Entry, ...]:
+    divided = {
+        ".".join(filter(None, (layer.name, table.name, "weight")))
+        for layer in plan.layers
+        for table in layer.tables
+        if table.divided
+    }
     of_unit = {
         (f"{name}.{key}" if name else key): layer
         for layer, (name, unit) in zip(plan.layers, units, strict=True)
@@ -166,6 +186,8 @@ def _entries(network: nn.Module, units: list[tuple[str, nn.Module]], plan: Paral
             cut = 1
         elif layer.layout == "sharded" and learned and plan.mesh.inner > 1:
             cut = "flat"
+        elif name in divided and plan.mesh.inner > 1:
+            cut = "table"
         held = first.setdefault(id(tensor), name)
         entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, layer.stage, cut, held, learned))
     return tuple(entries)
