@@ -109,7 +109,7 @@ WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": (lambda: residual(input_size=16, channels=1, classes=CLASSES, width=64, blocks=1), (1, 16, 16)),
     "mlp": (lambda: mlp(inputs=512, outputs=CLASSES, hidden=512, depth=7), (512,)),
     "transformer": (lambda: transformer(inputs=64, width=128, blocks=2), (16, 64)),
-    "recommender": (lambda: recommender(1_500, 900, 64), (64,)),
+    "recommender": (lambda: recommender(800, 500, 128), (64,)),
 }
 """The same, large enough that the payload of messages outweighs their overhead."""
 

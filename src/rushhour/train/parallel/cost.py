@@ -239,7 +239,7 @@ def layer_cost(
     if layout in ("data", "tables") and n > 1:
         reduced = 2 * (n - 1) / n * FLOAT * parameters
     elif layout == "sharded" and n > 1:
-        # the backward pass of a lookup needs no weights: they are not gathered a second time where there is nothing else
+        # a lookup needs no weights in the backward pass: they are not gathered again where there is nothing else
         times = 2 if sum(table.parameters for table in layer.tables) == layer.parameters else 3
         exchanged = times * (n - 1) / n * FLOAT * parameters * microbatches
         messages += times * (n - 1) * microbatches
