@@ -44,6 +44,7 @@ SLO_ = SLO.parse("p99<50ms")
 _MAX_BATCH = 16
 _INT8 = "-int8"
 _WATCHED_S = 0.25
+_SWITCHES = "rushhour_variant_switches_total"
 _SPEND = 0.75
 """The budget of the day, as a share of what the fastest variant costs: a strict one, which it does not keep alone."""
 _DAY = ((12.0, 0.25), (8.0, 0.8), (6.0, 0.8), (2.0, 3.2), (12.0, 3.2), (5.0, 0.25), (15.0, 0.25))
@@ -51,6 +52,8 @@ _DAY = ((12.0, 0.25), (8.0, 0.8), (6.0, 0.8), (2.0, 3.2), (12.0, 3.2), (5.0, 0.2
 times in two seconds, a plateau, fall, quiet."""
 _QUIET = ((0.0, 12.0), (48.0, 60.0))
 """Quiet times of it: the last begins three seconds after the fall."""
+_CONSTANT = (_QUIET[0], (22.0, 26.0), (30.0, 40.0), _QUIET[1])
+"""Times of constant load, from two seconds after the rate has changed."""
 _STEPS = (Step(0.010, 0.004, 150.0, 0.0), Step(0.006, 0.002, 300.0, 0.008), Step(0.003, 0.001, 600.0, 0.03))
 """The ladder of random traces: one stream, batches of 8."""
 
@@ -70,6 +73,7 @@ class Day(NamedTuple):
     Attributes:
         good: answers within the limit; `lost` were neither answered nor shed.
         samples: by variant, as counted at times since the beginning.
+        moves: switches, as counted at the same times.
     """
 
     sent: int
@@ -79,6 +83,14 @@ class Day(NamedTuple):
     drop: float
     switches: int
     samples: list[tuple[float, dict[str, float]]]
+    moves: list[tuple[float, float]]
+
+    @property
+    def constant_switches(self) -> float:
+        """Switches a minute in the times of constant load."""
+        seen = [[count for at, count in self.moves if begin <= at <= end] for begin, end in _CONSTANT]
+        minutes = sum(end - begin for begin, end in _CONSTANT) / 60
+        return sum(counts[-1] - counts[0] for counts in seen if counts) / minutes
 
     def share(self, variant: str, spans: Sequence[tuple[float, float]]) -> float:
         """Its share of the samples in these times."""
@@ -129,6 +141,8 @@ def day_part(networks: str, epochs: int, seconds: float, rounds: int, window: in
         _worst("1.quiet", f"share of {top}, the most accurate, in quiet times", ">= 0.95",
                [-day.share(top, _QUIET) for day in days]),
         _worst("1.switches", "switches in a day with one rush, a minute", "<= 4", [float(d.switches) for d in days]),
+        _worst("1.constant", "switches a minute in the times of constant load", "<= 2",
+               [d.constant_switches for d in days]),
         _worst("1.lost", "requests that were neither answered nor shed", "<= 0", [float(d.lost) for d in days]),
         _against_simulation(days, ladder, budget, window, schedule),
     ]  # fmt: skip
@@ -247,6 +261,7 @@ def _job(url: str, bundle: Bundle, schedule: NDArray[np.float64]) -> OpenJob:
 def _lived(run: Path, name: str, schedule: NDArray[np.float64], bundle: Bundle) -> Day:
     """A day of one contestant, on a server of its own."""
     seen: list[tuple[float, dict[str, float]]] = []
+    moves: list[tuple[float, float]] = []
     over = threading.Event()
     with _served(run / f"{name}.json") as server, Generator() as generator:
 
@@ -254,11 +269,14 @@ def _lived(run: Path, name: str, schedule: NDArray[np.float64], bundle: Bundle) 
             began = time.monotonic()
             while not over.wait(_WATCHED_S):
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    found = [
-                        pair for pair in _metrics(server.url) if pair[0].startswith("rushhour_variant_samples_total")
-                    ]
-                    counts = {key.partition('variant="')[2].partition('"')[0]: value for key, value in found}
-                    seen.append((time.monotonic() - began, counts))
+                    found, at = _metrics(server.url), time.monotonic() - began
+                    counts = {
+                        key.partition('variant="')[2].partition('"')[0]: value
+                        for key, value in found
+                        if key.startswith("rushhour_variant_samples_total")
+                    }
+                    seen.append((at, counts))
+                    moves.append((at, sum(value for key, value in found if key.startswith(_SWITCHES))))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -270,9 +288,9 @@ def _lived(run: Path, name: str, schedule: NDArray[np.float64], bundle: Bundle) 
         spent, answers = (
             _metric(server.url, f"rushhour_{name}_total") for name in ("accuracy_spent", "variant_samples")
         )
-        switches = int(_metric(server.url, "rushhour_variant_switches_total"))
+        switches = int(_metric(server.url, _SWITCHES))
     shed, drop = samples.count(Status.SHED), spent / max(1.0, answers)
-    return Day(len(samples), _good(samples), shed, _lost(samples), drop, switches, seen)
+    return Day(len(samples), _good(samples), shed, _lost(samples), drop, switches, seen, moves)
 
 
 def _lost(samples: Samples) -> int:
@@ -389,7 +407,7 @@ def _kill_at_switch(server: ChildServer) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            if _metric(server.url, "rushhour_variant_switches_total") > 0:
+            if _metric(server.url, _SWITCHES) > 0:
                 break
         time.sleep(0.02)
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()

@@ -52,6 +52,19 @@ def test_a_batch_is_bounded_and_the_rest_waits() -> None:
     assert taken(batcher) == [("c", 0, 1)]
 
 
+def test_a_large_request_alone_is_cut_into_the_batches_that_are_measured_to_be_cheapest() -> None:
+    sizes, each_ms = (1, 4, 8, 12, 16, 32), (4.0, 2.5, 2.2, 2.0, 2.3, 2.4)
+    seconds = tuple(1e-3 * n * ms for n, ms in zip(sizes, each_ms, strict=True))
+    profile = Profile(ServiceTimes(sizes, seconds, tuple(1e3 / ms for ms in each_ms)))
+    clock = VirtualClock()
+    batcher: Batcher[str] = Batcher(32, 100, profile, clock)
+    batcher.offer("photograph", 100)
+    assert taken(batcher) == [("photograph", 0, 12)]
+    batcher.offer("small", 1)
+    assert taken(batcher)[0] == ("small", 0, 1)
+    assert taken(batcher)[0][2] < 12, "who arrives next waits for the end of a batch"
+
+
 def test_a_request_larger_than_a_batch_is_split_in_order() -> None:
     batcher = make(max_batch=4)
     batcher.offer("small", 1)

@@ -25,6 +25,8 @@ _CAUTION = 3.0
 does not reduce throughput."""
 _PROBE_EVERY_S = 1.0
 """After a probe that was late, the next one is admitted after this time."""
+_HARDLY = 1.02
+"""Times of a sample in two batches that differ by less count as the same."""
 _ANCHOR = 0.1
 """Weight of the times of the start, relative to the recent batches together."""
 
@@ -44,10 +46,16 @@ class Profile:
 
     Attributes:
         times: the same.
+        cheapest: the smallest batch in which a sample takes hardly longer than in the best, as measured: caches make
+            some batches cheaper than larger ones, which no line shows.
     """
 
     def __init__(self, times: ServiceTimes, *, is_sure: bool = True) -> None:
         self.times = times
+        each = [seconds / rows for rows, seconds in zip(times.batch_sizes, times.seconds, strict=True)]
+        self.cheapest = next(
+            rows for rows, took in zip(times.batch_sizes, each, strict=True) if took <= _HARDLY * min(each)
+        )
         self._weight = _MEMORY if is_sure else _DISTRUSTED
         points = list(zip(times.batch_sizes, times.seconds, strict=True))
         self._start = [sum(column) / len(points) for column in zip(*(_moments(n, s) for n, s in points), strict=True)]

@@ -59,6 +59,11 @@ _NEWEST, _DECAY = 0.1, 0.02
 class Times(Protocol):
     """The service times of the engine."""
 
+    @property
+    def cheapest(self) -> int:
+        """The smallest batch in which a sample takes hardly longer than in the best."""
+        ...
+
     def seconds(self, rows: float) -> float:
         """Seconds that a batch of `rows` samples takes; of samples of different sizes, of so much work."""
         ...
@@ -393,15 +398,15 @@ class Batcher(Generic[T]):
         return 0 if self._head(large, now) is not None else room
 
     def _quantum(self) -> int:
-        """Samples of large requests in one batch: the smallest in which a sample takes hardly longer than in the
-        largest, and fewer where others arrive, who would wait for its end."""
+        """Samples of large requests in one batch: the best; where others arrive, who would wait for its end, the
+        smallest in which a sample takes hardly longer than in the largest, or fewer."""
+        if self._clock.now() - self._other_arrived >= _RECENT_S:
+            return min(self.max_batch, self._times.cheapest)
         one, most = self._times.seconds(1), self._times.seconds(self.max_batch)
         slope = (most - one) / max(1, self.max_batch - 1)
         base, allowed = one - slope, _HARDLY * most / self.max_batch - slope
         efficient = min(self.max_batch, max(1, math.ceil(base / allowed))) if base > 0 < allowed else 1
-        if efficient > 1 and self._clock.now() - self._other_arrived < _RECENT_S:
-            return max(1, min(efficient, self._times.rows_within(_PATIENCE * one)))
-        return efficient
+        return max(1, min(efficient, self._times.rows_within(_PATIENCE * one))) if efficient > 1 else efficient
 
     def _fill(
         self, queue: deque[Ticket[T]], parts: list[Part[T]], room: int, now: float, *, whole: bool = False
