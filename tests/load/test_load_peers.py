@@ -381,7 +381,8 @@ def test_a_nan_among_numbers_has_to_stay_one(first: Any, then: Any, passes: bool
     with http_peer(serving_model(METADATA, infer)) as url:
         target = discover(url)
         found = run(generator, target, payloads(target)[:1], n=20, check=True)
-    assert found.count(Status.OK) == (20 if passes else 1), found.first_error
+    # On a busy machine the server's first answer is not always the first to arrive, with which the others are compared.
+    assert (found.count(Status.OK) == 20) == passes, found.first_error
 
 
 # -- what a model takes
