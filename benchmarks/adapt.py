@@ -43,7 +43,6 @@ class Scale(msgspec.Struct, frozen=True):
         networks: of the day, separated by commas; `day_epochs` of their training.
         searches: seconds of each search for a capacity.
         days: of each contestant.
-        window: answers over which the budget of the day is kept.
         network: of part 2, trained for `epochs` on `data`, which is named as on the command line.
         budget: of each tuning run of part 2, in seconds.
         rounds: capacities of each contestant of part 2.
@@ -64,7 +63,6 @@ class Scale(msgspec.Struct, frozen=True):
     day_epochs: int = 6
     searches: float = 60.0
     days: int = 4
-    window: int = 20_000
     network: str = "article"
     data: str = "fashion-mnist"
     epochs: int = 2
@@ -97,7 +95,7 @@ def main(given: list[str] | None = None) -> int:
     scale, work = scale_of(arguments, Scale), arguments.work
     parts: dict[str, Callable[[], Part]] = {
         "1": lambda: day_part(
-            *(scale.networks, scale.day_epochs, scale.searches, scale.days, scale.window, work),
+            *(scale.networks, scale.day_epochs, scale.searches, scale.days, work),
         ),
         "2": lambda: fashion_part(
             *(scale.network, scale.data, scale.epochs, scale.budget, scale.rounds, scale.resamples, work),

@@ -28,7 +28,7 @@ from rushhour.compress import judge, outputs_of
 from rushhour.data import Dataset, load
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.errors import PlanError
-from rushhour.goal import SLO, AccuracyBudget, Goal
+from rushhour.goal import SLO, AccuracyBudget, Goal, Workload
 from rushhour.ladder import LadderPoint
 from rushhour.load import Generator, OpenJob, Samples, Status, discover, payloads, search_capacity
 from rushhour.measurement import Accuracy
@@ -41,15 +41,21 @@ from rushhour.testing.rushes import Step, arrivals, random_rates, rush
 
 SEED = 0
 SLO_ = SLO.parse("p99<50ms")
-_MAX_BATCH = 16
+_MAX_BATCH = 32
+_ROWS = 8
+"""Samples in a request of the day: with one, the fastest variant would be bounded by what requests cost, and not by what
+it computes."""
 _INT8 = "-int8"
 _WATCHED_S = 0.25
 _SWITCHES = "rushhour_variant_switches_total"
 _SPEND = 0.75
 """The budget of the day, as a share of what the fastest variant costs: a strict one, which it does not keep alone."""
-_DAY = ((12.0, 0.25), (8.0, 0.8), (6.0, 0.8), (2.0, 3.2), (12.0, 3.2), (5.0, 0.25), (15.0, 0.25))
+_DAY = ((12.0, 0.0), (8.0, 0.8), (6.0, 0.8), (2.0, 3.2), (12.0, 3.2), (5.0, 0.0), (15.0, 0.0))
 """Seconds, and the rate at their end over the capacity of the best single variant: quiet, ramp, plateau, a spike of 4
-times in two seconds, a plateau, fall, quiet."""
+times in two seconds, a plateau, fall, quiet. It is never quieter than `_CALM`."""
+_CALM, _CALM_TOP = 0.25, 0.6
+"""In quiet times: of the capacity of the best single variant, and at most of that of the most accurate one."""
+_DAY_S = sum(length for length, _ in _DAY)
 _QUIET = ((0.0, 12.0), (48.0, 60.0))
 """Quiet times of it: the last begins three seconds after the fall."""
 _CONSTANT = (_QUIET[0], (22.0, 26.0), (30.0, 40.0), _QUIET[1])
@@ -103,7 +109,7 @@ class Day(NamedTuple):
         return inside.get(variant, 0.0) / total if total else 0.0
 
 
-def day_part(networks: str, epochs: int, seconds: float, rounds: int, window: int, work: Path) -> Part:
+def day_part(networks: str, epochs: int, seconds: float, rounds: int, work: Path) -> Part:
     """Part 1: a day in a minute, on a ladder of networks of Fashion-MNIST, against the best single one.
 
     Args:
@@ -111,7 +117,6 @@ def day_part(networks: str, epochs: int, seconds: float, rounds: int, window: in
         epochs: of each training.
         seconds: of a search for a capacity.
         rounds: days of each contestant.
-        window: answers over which the budget is kept.
         work: where networks and plans are kept.
     """
     data, run = load("fashion-mnist"), work / "adapt" / "ladder"
@@ -121,11 +126,13 @@ def day_part(networks: str, epochs: int, seconds: float, rounds: int, window: in
     if len(ladder) < 2:
         raise PlanError("there is no ladder", "no network is both faster and less accurate than another", "take others")
     budget = round(_SPEND * ladder[-1].accuracy.drop_interval[1], 4)
-    _plan(run, ladder, budget, window).save(run / "ladder.json")
     inside = [each for each in ladder if each.accuracy.drop_interval[1] <= budget]
     best = max(inside, key=lambda each: each.capacity)
+    window = round(_DAY_S * best.capacity * _ROWS)  # a day of the best single one
+    _plan(run, ladder, budget, window).save(run / "ladder.json")
     _plan(run, [best], budget, window).save(run / "single.json")
-    schedule = arrivals([(length, rate * best.capacity) for length, rate in _DAY], SEED)
+    calm = min(_CALM * best.capacity, _CALM_TOP * ladder[0].capacity)
+    schedule = arrivals([(length, max(calm, rate * best.capacity)) for length, rate in _DAY], SEED)
     found: dict[str, list[Day]] = {"ladder": [], "single": []}
     for number in range(rounds):
         for name in found if number % 2 else reversed(found):
@@ -149,7 +156,7 @@ def day_part(networks: str, epochs: int, seconds: float, rounds: int, window: in
     rows = tuple(
         (one.name, one.capacity, one.accuracy.value, one.accuracy.drop, one.accuracy.drop_interval[1]) for one in ladder
     )
-    columns = ("variant", "requests/s", "accuracy", "drop", "at most")
+    columns = ("variant", f"requests of {_ROWS} samples/s", "accuracy", "drop", "at most")
     note = f"Budget {budget:.2%} over {window:,} answers; {len(data.test):,} test samples; capacity at {SLO_}."
     return Part(tuple(checks), (Table("The ladder of the day", columns, rows, note),), [d._asdict() for d in days])
 
@@ -179,7 +186,8 @@ def _judged(names: Sequence[str], data: Dataset, epochs: int, seconds: float, ru
         _plan(run, [one], 1.0, 1000).save(run / "one.json")
         with _served(run / "one.json") as server, Generator() as generator:
             target = discover(server.url)
-            search = search_capacity(generator, target, payloads(target, bundle.samples()), SLO_, budget_s=seconds)
+            requests = payloads(target, bundle.samples(), rows=_ROWS)
+            search = search_capacity(generator, target, requests, SLO_, budget_s=seconds)
         known.append(one._replace(capacity=search.capacity_rps or 0.0))
         say(f"{name}: {known[-1].capacity:,.0f} requests/s, accuracy {accuracy.value:.4f}, drop {accuracy.drop:.4f}")
     return known
@@ -211,7 +219,7 @@ def _plan(run: Path, ladder: Sequence[Judged], budget: float, window: int) -> Pl
         for one in ladder
     )
     policy = Policy(streams=cores(), threads=1, max_batch=_MAX_BATCH, queue_bound=4096, deadline_ms=SLO_.limit_ms)
-    plan = Plan(Goal(SLO_, AccuracyBudget(budget)), variants, policy, model="day")
+    plan = Plan(Goal(SLO_, AccuracyBudget(budget), Workload(rows=_ROWS)), variants, policy, model="day")
     if len(ladder) < 2:
         return plan
     points = [
@@ -245,12 +253,12 @@ def _metric(url: str, name: str) -> float:
     return sum(value for key, value in _metrics(url) if key == name or key.startswith(f"{name}{{"))
 
 
-def _job(url: str, bundle: Bundle, schedule: NDArray[np.float64]) -> OpenJob:
+def _job(url: str, bundle: Bundle, schedule: NDArray[np.float64], rows: int = 1) -> OpenJob:
     target = discover(url)
     return OpenJob(
         host=target.host,
         port=target.port,
-        requests=tuple(payloads(target, bundle.samples())),
+        requests=tuple(payloads(target, bundle.samples(), rows=rows)),
         limit_s=SLO_.limit_s,
         timeout_s=5.0,
         outputs=target.outputs,
@@ -281,7 +289,7 @@ def _lived(run: Path, name: str, schedule: NDArray[np.float64], bundle: Bundle) 
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            samples = generator.run(_job(server.url, bundle, schedule))
+            samples = generator.run(_job(server.url, bundle, schedule, _ROWS))
         finally:
             over.set()
             watcher.join()
@@ -305,8 +313,9 @@ def _good(samples: Samples) -> int:
 def _against_simulation(
     days: Sequence[Day], ladder: Sequence[Judged], budget: float, window: int, schedule: NDArray[np.float64]
 ) -> Check:
-    """The same day in virtual time, on the engines' times, longer by what each carries less beside load."""
-    steps = []
+    """The same day in virtual time, on the engines' times, longer by what each carries less beside load. There a sample
+    stands for a request."""
+    steps, most = [], _MAX_BATCH // _ROWS
     for one in ladder:
         engine = open_engine(one.bundle, _config(one.bundle, _MAX_BATCH))
         try:
@@ -314,11 +323,11 @@ def _against_simulation(
         finally:
             engine.close()
         slope, base = np.polyfit(times.batch_sizes, times.seconds, 1)
-        alone = cores() * _MAX_BATCH / (base + slope * _MAX_BATCH)
+        alone = cores() * most / (base + slope * _MAX_BATCH)
         factor = max(1.0, 0.95 * alone / one.capacity)
-        steps.append(Step(max(1e-6, float(base)) * factor, max(1e-9, float(slope)) * factor, one.capacity,
-                          max(0.0, one.accuracy.drop_interval[1]), _MAX_BATCH))  # fmt: skip
-    found = rush(schedule, steps, limit_s=SLO_.limit_s, budget=budget, window=window, streams=cores())
+        steps.append(Step(max(1e-6, float(base)) * factor, max(1e-9, float(_ROWS * slope)) * factor, one.capacity,
+                          max(0.0, one.accuracy.drop_interval[1]), most))  # fmt: skip
+    found = rush(schedule, steps, limit_s=SLO_.limit_s, budget=budget, window=window // _ROWS, streams=cores())
     ratios = [day.good / max(1, found.good) for day in days]
     return judged("5.goodput", "goodput of the day over that of its simulation", ">= 0.9", ratios)
 

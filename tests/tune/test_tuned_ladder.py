@@ -11,11 +11,13 @@ from test_front import state
 from test_tune import Load, answering, searched
 
 from rushhour.compress import judge
+from rushhour.ladder import WINDOW, LadderPoint
 from rushhour.measurement import Accuracy
 from rushhour.plan import Plan
+from rushhour.serve.scheduling.account import Account
 from rushhour.task import Task
 from rushhour.tune import TuneSettings
-from rushhour.tune.ladder import Rung, chosen_rungs, in_layout
+from rushhour.tune.ladder import Rung, chosen_rungs, in_layout, window_of
 
 
 def rung(name: str, accuracy: float, upper: float, rps: float) -> Rung:
@@ -54,6 +56,19 @@ def test_of_many_points_those_stay_that_are_far_from_their_neighbours() -> None:
     found = chosen_rungs([rung(str(n), 0.93 - 0.001 * n, 0.002 * n, rps) for n, rps in enumerate(rates)], 0.01)
     assert len(found) == 4
     assert (found[0].rps, found[-1].rps) == (1000, 64_000)
+
+
+def test_the_account_of_a_fast_server_lasts_for_a_rush() -> None:
+    def points(rps: float) -> list[LadderPoint]:
+        return [
+            LadderPoint("whole", 16, rps / 8, 0.93, 0.0, (0.0, 0.0)),
+            LadderPoint("small", 16, rps, 0.90, 0.03, (0.02, 0.04)),
+        ]
+
+    assert window_of(points(1000.0), 1) == WINDOW, "a slow one keeps the usual window"
+    rush = 10 * 8 * 13_530  # ten seconds of requests of eight samples
+    assert not Account(0.03, WINDOW).allows(rush, 0.04), "all of a short window would be over the budget"
+    assert Account(0.03, window_of(points(13_530.0), 8)).allows(rush, 0.04)
 
 
 def test_what_is_not_in_the_winners_layout_is_put_into_it() -> None:

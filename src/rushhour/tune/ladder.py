@@ -6,13 +6,14 @@ as accurate answers make up for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
 from rushhour.bundle import Bundle
-from rushhour.ladder import LadderPoint, in_words
+from rushhour.ladder import WINDOW, LadderPoint, in_words
 from rushhour.measurement import Accuracy
 from rushhour.plan import Plan
 from rushhour.tune.front import Rated
@@ -24,6 +25,9 @@ _FASTER: Final = 1.25
 """A point carries at least so many times what the one before it carries: less is not worth the memory of an engine."""
 _MOST: Final = 10.0
 """The largest drop of a point over the budget: it could give a tenth of the answers."""
+_RUSH_S: Final = 60.0
+"""The window of the account holds the answers of so many seconds of a rush, at least: in a shorter one, a fast server
+soon forgets the accurate answers of quiet times, and a variant over the budget would never last."""
 
 
 class Rung(NamedTuple):
@@ -144,4 +148,15 @@ def with_ladder(
                 f"{accuracy.split} part, {accuracy.n:,} samples",
             )
         )
-    return msgspec.structs.replace(plan, variants=tuple(variants.values())).with_ladder(points), in_words(points)
+    plan = msgspec.structs.replace(plan, variants=tuple(variants.values()))
+    return plan.with_ladder(points, window=window_of(points, plan.goal.workload.rows)), in_words(points)
+
+
+def window_of(points: Sequence[LadderPoint], rows: int) -> int:
+    """Answers over which the accuracy budget is kept: a minute of a rush on the fastest point, and 100,000 at least.
+
+    Args:
+        points: of the ladder.
+        rows: samples in a request.
+    """
+    return max(WINDOW, math.ceil(_RUSH_S * rows * points[-1].rate_rps / 1000) * 1000)
