@@ -43,8 +43,8 @@ SEED = 0
 SLO_ = SLO.parse("p99<50ms")
 _MAX_BATCH = 32
 _ROWS = 8
-"""Samples in a request of the day: with one, the fastest variant would be bounded by what requests cost, and not by what
-it computes."""
+"""Samples in a request of the day: with one, the fastest variant would be bounded by what requests cost, and not by
+what it computes."""
 _INT8 = "-int8"
 _WATCHED_S = 0.25
 _SWITCHES = "rushhour_variant_switches_total"
