@@ -97,7 +97,7 @@ def stepped(
         targets = torch.randint(classes, (plan.batch,), generator=generator)[own]
         dist.barrier()
         began, sent, carried = time.perf_counter(), sent_bytes(), loopback_bytes()
-        found.losses.append(parallel.step(inputs, targets, sum_of_losses, plan.batch))
+        found.losses.append(parallel.step((inputs,), targets, sum_of_losses, plan.batch))
         found.sent_bytes.append(sent_bytes() - sent)
         dist.barrier()
         found.loopback_bytes.append(loopback_bytes() - carried)
@@ -132,7 +132,7 @@ def one_epoch(folder: str, plan: ParallelPlan, hidden: int, classes: int) -> lis
     for first in range(0, len(inputs), plan.batch):
         rows = slice(first + own.start, first + own.stop)
         x, y = torch.from_numpy(inputs[rows].copy()), torch.from_numpy(targets[rows].copy())
-        losses.append(parallel.step(x, y, sum_of_losses, plan.batch))
+        losses.append(parallel.step((x,), y, sum_of_losses, plan.batch))
         optimizer.step()
     return losses
 
@@ -224,7 +224,7 @@ def _ours(name: str, plan: ParallelPlan, batch_norm: BatchNorm = "whole") -> Ste
     inputs, targets = inputs[own], targets[own]
 
     def step() -> float:
-        loss = parallel.step(inputs, targets, sum_of_losses, plan.batch)
+        loss = parallel.step((inputs,), targets, sum_of_losses, plan.batch)
         optimizer.step()
         return loss
 

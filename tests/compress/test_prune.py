@@ -495,7 +495,7 @@ def test_the_default_recipes_of_a_mobile_network_end_well(tmp_path: Path) -> Non
     made = compress(
         parent,
         data,
-        default_recipes(parent, data, epochs=1, trusted=TRUSTED)[:2],
+        default_recipes(parent, epochs=1, trusted=TRUSTED)[:2],
         budget=AccuracyBudget(1.0),
         out=tmp_path / "out",
         steps=tmp_path / "steps",

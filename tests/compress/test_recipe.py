@@ -520,13 +520,13 @@ def test_a_recipe_that_cannot_be_done_does_not_stop_the_others(parent: Bundle, t
 
 
 def test_default_recipes_fit_the_bundle(parent: Bundle, stages: list[Bundle]) -> None:
-    recipes = [str(one) for one in default_recipes(parent, pictures(), epochs=2)]
+    recipes = [str(one) for one in default_recipes(parent, epochs=2)]
     assert recipes[0] == "int8"
     assert all("prune" in one and "lowrank" in one and "distil:2" in one for one in recipes[1:])
     graph_alone = Bundle(parent.path, msgspec.structs.replace(parent.manifest, source=None))
-    assert [str(one) for one in default_recipes(graph_alone, pictures())] == ["int8", "w8", "f16"]
+    assert [str(one) for one in default_recipes(graph_alone)] == ["int8", "w8", "f16"]
     with pytest.raises(ModelError, match=r"cannot compress quarters: it is quantised already; name the bundle that"):
-        default_recipes(stages[-1], pictures())
+        default_recipes(stages[-1])
 
 
 def test_whatever_goes_wrong_in_one_recipe_ends_that_recipe_only(

@@ -31,7 +31,7 @@ FAR = msgspec.structs.replace(
 )
 """A machine whose wire is slow beside its processors."""
 ARTICLE = Source("rushhour.models:article", {})
-PICTURE = TensorSpec("image", "uint8", (224, 224, 3))
+PICTURE = (TensorSpec("image", "uint8", (224, 224, 3)),)
 GB = 10**9
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from rushhour.bundle import Bundle, Source, TensorSpec
 from rushhour.compress.teacher import teaching
 from rushhour.data.dataset import Dataset
-from rushhour.errors import DataError, ModelError
+from rushhour.errors import ModelError
 from rushhour.models import Deployed, build, export, from_onnx, load_deployed
 from rushhour.models.source import make_contiguous
 from rushhour.progress import Silent
@@ -30,6 +30,7 @@ from rushhour.testing.gallery import GALLERY, Specimen, data, specimen
 from rushhour.testing.matrix import WORKS, cells
 from rushhour.train import TrainingJob, TrainSettings, train, trained_weights
 from rushhour.train.preflight import Inspected, Steps, inspect
+from rushhour.train.samples import sample_spec
 
 PLAIN = TrainSettings(epochs=2, batch=24, lr=0.02, bf16=False)
 HERE = __name__
@@ -64,8 +65,7 @@ def looked_at(
         make_contiguous(built)
         return Deployed(built, dataset.task, dataset.preprocessing)
 
-    inputs = dataset.train.inputs
-    sample = msgspec.convert({"name": "x", "dtype": inputs.dtype.name, "shape": inputs.shape[1:]}, TensorSpec)
+    sample = sample_spec(dataset)
     return inspect(make, dataset, sample, settings, steps or Steps(24), name="net", export=exported)
 
 
@@ -99,9 +99,7 @@ def factory_of(name: str) -> Callable[[], nn.Module]:
 # What must not be trained
 
 
-@pytest.mark.parametrize(
-    "one", [one for one in GALLERY if one.refused and one.data != "pairs"], ids=lambda one: one.name
-)
+@pytest.mark.parametrize("one", [one for one in GALLERY if one.refused], ids=lambda one: one.name)
 def test_what_cannot_be_trained_or_served_is_refused_in_one_line(one: Specimen) -> None:
     with pytest.raises(ModelError, match=one.refused) as refused:
         looked_at(factory_of(one.name), data(one.data), exported=one.name == "branching")
@@ -312,11 +310,6 @@ def test_its_own_train_may_fail() -> None:
 
     with pytest.raises(ModelError, match="only evaluation"):
         looked_at(lambda: Stubborn(10, 4), data("rows"))
-
-
-def test_two_inputs_are_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot train on samples of 2 inputs: training takes one array"):
-        trained("pair", tmp_path)
 
 
 # Batches of one
@@ -636,6 +629,12 @@ def test_a_slice_of_the_matrix(tmp_path: Path) -> None:
     refused = cells(specimen("squeezed"), tmp_path / "two", ("export",))
     assert refused["train"] == refused["export"]
     assert "one sample alone" in refused["train"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_whole_row_of_two_inputs(tmp_path: Path) -> None:
+    assert set(cells(specimen("pair"), tmp_path).values()) == {WORKS}
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def test_the_order_of_the_data_is_the_same_in_any_number_of_parts() -> None:
     dataset = table(200)
     with Feed(dataset.train, seed=3, batch=25) as whole:
         expected = [batch.rows.tolist() for batch in whole.epoch(2)]
-        inputs = [batch.inputs for batch in whole.epoch(2)]
+        inputs = [batch.inputs[0] for batch in whole.epoch(2)]
     assert len(expected) == 4
     assert sorted(itertools.chain(*expected)) != list(itertools.chain(*expected))
     assert len(set(itertools.chain(*expected))) == 100
@@ -208,7 +208,7 @@ def test_the_order_of_the_data_is_the_same_in_any_number_of_parts() -> None:
             parts.append(list(feed.epoch(2, 1)))
     for step, together in enumerate(zip(*parts, strict=True), start=1):
         assert all(batch.rows.tolist() == expected[step] for batch in together)
-        assert torch.equal(torch.cat([batch.inputs for batch in together]), inputs[step])
+        assert torch.equal(torch.cat([batch.inputs[0] for batch in together]), inputs[step])
 
 
 def with_extremes(dataset: Dataset, rows: list[int], value: float) -> Dataset:

@@ -67,7 +67,7 @@ class CompressResult:
 
 def compress(
     bundle: StrPath,
-    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    data: StrPath | Dataset | tuple[ArrayLike | Mapping[str, ArrayLike], ArrayLike] | Mapping[str, ArrayLike],
     *,
     out: StrPath,
     max_accuracy_drop: str | AccuracyBudget = "1%",
@@ -162,7 +162,7 @@ def compress(
         dataset = load_data(
             data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task, columns=columns, trusted=trusted
         )
-    chosen: Sequence[Recipe] = recipes or default_recipes(parent, dataset, epochs=epochs, trusted=trusted)
+    chosen: Sequence[Recipe] = recipes or default_recipes(parent, epochs=epochs, trusted=trusted)
     if target is not None:
         chosen = tuple(each.for_machines(target) for each in chosen)
     record = compress_bundle(

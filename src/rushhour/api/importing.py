@@ -23,9 +23,10 @@ from rushhour.bundle import (
     check_folder,
     check_place,
     is_bundle,
+    joined,
 )
 from rushhour.bundle.tiling import read_tiling
-from rushhour.errors import DataError, GoalError, RushhourError
+from rushhour.errors import GoalError, RushhourError
 from rushhour.progress import Progress, Silent
 from rushhour.system.extras import require
 from rushhour.system.storage import try_building
@@ -108,8 +109,12 @@ def import_model(
     model: Any,
     *,
     out: StrPath,
-    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike] | None = None,
-    example: ArrayLike | None = None,
+    data: StrPath
+    | Dataset
+    | tuple[ArrayLike | Mapping[str, ArrayLike], ArrayLike]
+    | Mapping[str, ArrayLike]
+    | None = None,
+    example: ArrayLike | Mapping[str, ArrayLike] | None = None,
     classes: str | int | Sequence[str] | None = None,
     scale: float | None = None,
     mean: str | Sequence[float] | None = None,
@@ -144,7 +149,7 @@ def import_model(
         data: as of `rushhour.train`, that the model is for: gives the names of the classes, real samples, and by its
             labels how pixels have to be scaled.
         example: a few samples as the network takes them, `(k, *shape)`, for a network that does not say what it takes;
-            not needed with data.
+            of several inputs a dictionary with an array for each. Not needed with data.
         classes: their names, `cat,dog`, or their number. Not needed with data, or where the graph ends in a softmax.
         scale: factor of all values of a sample, before the mean is subtracted: `0.00392157` for pixels.
         mean: subtracted from each channel: `0.485,0.456,0.406`.
@@ -194,7 +199,10 @@ def import_model(
     if example is not None:
         from rushhour.data.conversion import to_array
 
-        array = to_array("example", example)
+        if isinstance(example, Mapping):
+            array = joined({each: to_array(each, column) for each, column in example.items()})
+        else:
+            array = to_array("example", example)
     progress.start(f"Importing {brought.shown}")
     meant = _task(classes)
     outputs = None if meant is None else meant.outputs
@@ -312,20 +320,21 @@ def imported_for(
     Raises:
         RushhourError: as `import_model`.
     """
-    from rushhour.models.importing import input_of, picture_size
+    from rushhour.models.importing import picture_size, signature_of_arrival
 
     known, arrival, sides = known or Known(), None, read_size(size)
     if not brought.door.needs_example:
         progress.start(f"Reading {brought.shown}")
         arrival = known.opened(brought, size=sides)
         if size is None and isinstance(data, str | os.PathLike) and read_path(data).is_dir():
-            size = picture_size(input_of(arrival, brought.shown))
+            size = picture_size(signature_of_arrival(arrival, brought.shown).inputs[0])
     dataset = load_data(data, progress, skip_corrupt=skip_corrupt, size=size, task=task, columns=columns)
     if arrival is not None and arrival.task is not None:
         dataset = dataset.with_classes(arrival.task)
     progress.start(f"Importing {brought.shown}")
     if arrival is None:
         arrival = known.opened(brought, size=sides, example=_as_network_takes(dataset), outputs=dataset.task.outputs)
+    dataset = dataset.fitted_to(signature_of_arrival(arrival, brought.shown), brought.name)
     result = _imported(
         brought, arrival, out, known.name, progress, task=dataset.task, preprocessing=preprocessing, dataset=dataset
     )
@@ -368,11 +377,7 @@ def _as_network_takes(dataset: Dataset) -> NDArray[Any]:
 
     samples = dataset.train.inputs[:_EXAMPLES]
     if samples.dtype.names:
-        raise DataError(
-            "cannot import a network with several inputs from an object",
-            "its samples are columns by name, and a module takes them by place",
-            "export it to ONNX, and import that file",
-        )
+        return samples  # several inputs are taken as they are
     taken: NDArray[Any] = Preprocess(dataset.preprocessing)(torch.from_numpy(samples)).contiguous().numpy()
     return taken
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rushhour.api.values import StrPath, check_choice, read_path, read_size
-from rushhour.bundle import Bundle, Source, is_bundle
+from rushhour.bundle import Bundle, Source, described, is_bundle, joined
 from rushhour.errors import DataError, ModelError
 from rushhour.progress import Progress
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rushhour.task import Task
 
     Model = StrPath | Bundle | Source | Callable[..., Any]
-    Data = StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike]
+    Data = StrPath | Dataset | tuple[ArrayLike | Mapping[str, ArrayLike], ArrayLike] | Mapping[str, ArrayLike]
     GivenColumns = Columns | Mapping[str, Any] | str | None
 
 REFERENCES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector")
@@ -82,9 +82,10 @@ def load_data(
     """The data set that a user gave. What was left out or changed is noted on `progress`, a line each.
 
     Args:
-        data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`; arrays by the names that they
-            have in a `.npz` file (`rushhour.data.arrays`); a `Dataset` or `DataLoader` of torch, a `tf.data.Dataset`, a
-            `PyDataset` of Keras, or a table of pandas, polars, Arrow or Hugging Face; or a dictionary of such by part.
+        data: a name or path as of `rushhour.data.load`; a data set; arrays `(x, y)`, where x may be a dictionary with
+            an array for each of several inputs; arrays by the names that they have in a `.npz` file
+            (`rushhour.data.arrays`); a `Dataset` or `DataLoader` of torch, a `tf.data.Dataset`, a `PyDataset` of Keras,
+            or a table of pandas, polars, Arrow or Hugging Face; or a dictionary of such by part.
         progress: hears of it.
         model: that it is for: pictures are brought to a bundle's input and labels to its classes; a network is tried
             before pictures are decoded, which may take long.
@@ -143,13 +144,16 @@ def load_data(
     else:
         name = os.fspath(data)
         dataset = _from_name(name, progress, read, skip_corrupt=skip_corrupt, size=size, task=task, columns=said)
-    if bundle is not None:
-        check_scale(bundle, dataset)
-        if bundle.manifest.task.is_binary:
-            dataset = dataset.with_classes(bundle.manifest.task)
-    for note in (*dataset.notes, *([training_overlap(bundle, dataset)] if bundle is not None else [])):
-        if note:
-            progress.note(note)
+    for note in filter(None, dataset.notes):
+        progress.note(note)
+    if bundle is None:
+        return dataset
+    dataset = dataset.fitted_to(bundle.manifest.signature, bundle.manifest.name)
+    check_scale(bundle, dataset)
+    if bundle.manifest.task.is_binary:
+        dataset = dataset.with_classes(bundle.manifest.task)
+    if note := training_overlap(bundle, dataset):
+        progress.note(note)
     return dataset
 
 
@@ -168,7 +172,7 @@ def source_of(model: str | Bundle | Source, dataset: Dataset) -> tuple[Source | 
         return model, (model.factory,)
     from rushhour.models import source_for
 
-    source = source_for(model, dataset.sample_shape, dataset.task, dataset.preprocessing)
+    source = source_for(model, dataset.sample_shape, dataset.task, dataset.preprocessing, inputs=dataset.input_shapes)
     return source, ((model,) if ":" in model else ())
 
 
@@ -208,14 +212,14 @@ def _from_name(
         columns=columns,
     )
     sizes = f"{len(dataset.train):,} + {len(dataset.validation):,} + {len(dataset.test):,} samples"
-    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or 'several inputs'}")
+    progress.done(f"{sizes} of {'x'.join(map(str, dataset.sample_shape)) or described(dataset.train.inputs)}")
     for line in corrupt[:_MOST_CORRUPT]:
         progress.note(f"left out: {line}")
     return dataset
 
 
 def _from_arrays(
-    data: tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    data: tuple[Any, ...] | Mapping[str, Any],
     bundle: Bundle | None,
     size: str | tuple[int, int] | None,
     task: Kind | None,
@@ -229,7 +233,12 @@ def _from_arrays(
         if len(data) != 2:
             raise DataError(f"cannot read {len(data)} arrays", "samples and their targets are two", "give (x, y)")
         data = {"x": data[0], "y": data[1]}
-    arrays = {name: to_array(name, array) for name, array in data.items()}
+    arrays = {
+        name: joined({each: to_array(each, column) for each, column in array.items()})
+        if isinstance(array, Mapping) and array
+        else to_array(name, array)
+        for name, array in data.items()
+    }
     known = None if bundle is None else bundle.manifest.task
     return from_arrays(arrays, name="arrays", seed=0, task=known, kind=task)
 

@@ -70,7 +70,7 @@ class TrainResult:
 
 def train(
     model: StrPath | Source | Callable[..., Any],
-    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    data: StrPath | Dataset | tuple[ArrayLike | Mapping[str, ArrayLike], ArrayLike] | Mapping[str, ArrayLike],
     *,
     out: StrPath,
     epochs: int | None = None,

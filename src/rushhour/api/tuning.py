@@ -71,7 +71,7 @@ class TuneResult:
 
 def tune(
     model: StrPath | Source | Callable[..., Any],
-    data: StrPath | Dataset | tuple[ArrayLike, ArrayLike] | Mapping[str, ArrayLike],
+    data: StrPath | Dataset | tuple[ArrayLike | Mapping[str, ArrayLike], ArrayLike] | Mapping[str, ArrayLike],
     *,
     out: StrPath,
     slo: str | SLO = "p99<50ms",

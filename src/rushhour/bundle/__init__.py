@@ -31,6 +31,7 @@ from rushhour.bundle.manifest import (
     Step,
     Text,
 )
+from rushhour.bundle.samples import columns_of, described, joined
 from rushhour.bundle.signature import DType, OpenDimension, Signature, Sizes, TensorSpec, cut, own_sizes, padded_to
 from rushhour.bundle.table import Column, Table
 from rushhour.bundle.tiling import Tiling
@@ -60,8 +61,11 @@ __all__ = [
     "Tiling",
     "check_folder",
     "check_place",
+    "columns_of",
     "cut",
+    "described",
     "is_bundle",
+    "joined",
     "name_of",
     "own_sizes",
     "padded_to",

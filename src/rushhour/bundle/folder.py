@@ -34,6 +34,7 @@ from rushhour.bundle.manifest import (
     schema_of,
 )
 from rushhour.bundle.readme import readme_of
+from rushhour.bundle.samples import joined
 from rushhour.bundle.signature import Signature, Sizes, own_sizes
 from rushhour.bundle.tiling import Tiling, map_axes, sides_of, tiled_axes
 from rushhour.errors import BundleError, StorageError
@@ -298,6 +299,11 @@ class Bundle:
 
         with explained(f"read {self.path / SAMPLES}"):
             return dict(load_file(self.path / SAMPLES))
+
+    def sample_rows(self) -> NDArray[Any]:
+        """`samples()` as a data set has them: of several inputs a structured array, its fields in their order."""
+        found = self.samples()
+        return joined({spec.name: found[spec.name] for spec in self.manifest.signature.inputs})
 
     def sizes(self) -> list[Sizes]:
         """The sizes of the open dimensions of each of `samples()`, without padding."""

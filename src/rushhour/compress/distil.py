@@ -184,10 +184,10 @@ def distil(
         while done < total:
             epoch, first = divmod(done, feed.steps)
             for batch in feed.epoch(epoch, first):
-                wanted = kept[batch.own] if kept is not None else taught(batch.inputs)
+                wanted = kept[batch.own] if kept is not None else taught(*batch.inputs)
                 student.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=bool(settings.bf16)):
-                    logits = student.logits(batch.inputs)
+                    logits = student.logits(*batch.inputs)
                 loss = loss_of(logits.float(), wanted, batch.targets)
                 if not math.isfinite(value := loss.item()):
                     raise Diverged(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rushhour.compress.prune import fast_multiple
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
-from rushhour.models import Deployed, split_dense
+from rushhour.models import Deployed, split_dense, tensors_of
 
 _SAMPLES, _BATCH = 2_048, 128
 _QUAD = 4
@@ -138,7 +138,7 @@ def _outputs(
         with torch.no_grad():
             size = dataset.fitting_batch(_BATCH)
             for at in range(0, len(order), size):
-                deployed.logits(torch.from_numpy(dataset.train.inputs[order[at : at + size]]))
+                deployed.logits(*tensors_of(dataset.train.inputs[order[at : at + size]]))
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError
-from rushhour.models import Deployed
+from rushhour.models import Deployed, Inputs, tensors_of
 from rushhour.system import machine
 from rushhour.system.faults import summary_of
 from rushhour.train.loss import loss_for
@@ -121,7 +121,7 @@ def prune(deployed: Deployed, dataset: Dataset, step: Prune, iteration: int, *, 
     _check_names(network, step, name)
     deployed.eval()
     with torch.no_grad():
-        example = deployed.preprocess(torch.from_numpy(dataset.train.inputs[:2].copy()))
+        example = deployed.prepared(*tensors_of(dataset.train.inputs[:2]))
     with _trainable(network) as frozen, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Torch-Pruning, on parameters that are in no layer
         before = _answers(network, example)
@@ -164,10 +164,10 @@ def _trainable(network: nn.Module) -> Iterator[set[str]]:
         thaw(False)
 
 
-def _answers(network: nn.Module, example: Tensor) -> list[Tensor]:
+def _answers(network: nn.Module, example: Inputs) -> list[Tensor]:
     """All output tensors of the network."""
     with torch.no_grad():
-        return [leaf for leaf in torch.utils._pytree.tree_leaves(network(example)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(network(*example)) if isinstance(leaf, Tensor)]
 
 
 def _tried(what: Callable[[], R]) -> R | None:
@@ -178,7 +178,7 @@ def _tried(what: Callable[[], R]) -> R | None:
         return None
 
 
-def _copied(network: nn.Module, example: Tensor, name: str) -> nn.Module:
+def _copied(network: nn.Module, example: Inputs, name: str) -> nn.Module:
     try:
         _answers(network, example)  # without gradients, so that computed weights can be copied
         return copy.deepcopy(network)
@@ -213,14 +213,14 @@ def _accumulate_gradients(deployed: Deployed, dataset: Dataset, seed: int) -> No
         size = dataset.fitting_batch(_GRADIENT_BATCH)
         for at in range(0, len(rows), size):
             part = rows[at : at + size]
-            loss = loss_of(deployed.logits(torch.from_numpy(split.inputs[part])), torch.from_numpy(split.targets[part]))
+            loss = loss_of(deployed.logits(*tensors_of(split.inputs[part])), torch.from_numpy(split.targets[part]))
             (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
     for parameter in deployed.network.parameters():
         if parameter.grad is None and parameter.requires_grad:  # nothing of the loss reaches it
             parameter.grad = torch.zeros_like(parameter)
 
 
-def _graph(network: nn.Module, example: Tensor, name: str) -> Any:
+def _graph(network: nn.Module, example: Inputs, name: str) -> Any:
     """Which channels depend on each other."""
     try:
         return torch_pruning.DependencyGraph().build_dependency(network, example, forward_fn=_forward)
@@ -232,12 +232,12 @@ def _graph(network: nn.Module, example: Tensor, name: str) -> Any:
         ) from error
 
 
-def _forward(network: nn.Module, example: Tensor) -> Any:
-    """A call with one argument: Torch-Pruning would pass each sample of the batch as an argument."""
-    return network(example)
+def _forward(network: nn.Module, example: Inputs) -> Any:
+    """A call with a tensor for each input."""
+    return network(*example)
 
 
-def _kept(network: nn.Module, example: Tensor, frozen: set[str], name: str) -> dict[str, str]:
+def _kept(network: nn.Module, example: Inputs, frozen: set[str], name: str) -> dict[str, str]:
     """Layer -> why its channels cannot be removed.
 
     A channel can be removed if the network without it computes the same as the network whose later layers ignore it.
@@ -329,7 +329,7 @@ def _spread(within: list[int], width: int, blocks: int) -> list[int]:
 
 
 def _why_fixed(
-    network: nn.Module, example: Tensor, graph: Any, group: Any, names: dict[nn.Module, str], name: str
+    network: nn.Module, example: Inputs, graph: Any, group: Any, names: dict[nn.Module, str], name: str
 ) -> str:
     """Why no channels of a group can be removed; empty where some can."""
     root, handler = group[0].dep.target.module, group[0].dep.handler
@@ -414,7 +414,7 @@ def _near(answer: Tensor, expected: Tensor) -> bool:
     return bool(((answer - expected).abs() <= tolerance).all())
 
 
-def _cut(network: nn.Module, example: Tensor, ratio: float, step: Prune, kept: Mapping[str, str], taylor: bool) -> None:
+def _cut(network: nn.Module, example: Inputs, ratio: float, step: Prune, kept: Mapping[str, str], taylor: bool) -> None:
     """Remove about `ratio` of the channels, by rank, in whole multiples, within the limits."""
     granule, names = step.round_to or fast_multiple(), {module: name for name, module in network.named_modules()}
     pruner = torch_pruning.BasePruner(
@@ -476,7 +476,7 @@ def _rounded(wanted: int, width: int, limit: float, granule: int, blocks: int = 
 
 
 def _ratio_for(
-    network: nn.Module, example: Tensor, step: Prune, kept: Mapping[str, str], taylor: bool, target: float, name: str
+    network: nn.Module, example: Inputs, step: Prune, kept: Mapping[str, str], taylor: bool, target: float, name: str
 ) -> float:
     """The smallest ratio, found on copies, that leaves `target` parameters or fewer."""
     low, high = 0.0, step.limit

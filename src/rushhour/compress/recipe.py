@@ -15,7 +15,6 @@ from rushhour.compress.prune import Prune
 from rushhour.compress.quantize import Quantize, Target, check_plain
 from rushhour.compress.weights import ReducedPrecision
 from rushhour.data.augment import Augmentation
-from rushhour.data.dataset import Dataset
 from rushhour.errors import GoalError
 from rushhour.models import load_deployed
 
@@ -109,9 +108,7 @@ class Recipe(msgspec.Struct, frozen=True):
         return Recipe(tuple(steps))
 
 
-def default_recipes(
-    bundle: Bundle, dataset: Dataset, *, epochs: int = 5, trusted: tuple[str, ...] = ()
-) -> tuple[Recipe, ...]:
+def default_recipes(bundle: Bundle, *, epochs: int = 5, trusted: tuple[str, ...] = ()) -> tuple[Recipe, ...]:
     """The recipes that are worth trying on this bundle, from gentle to strong.
 
     int8 alone; then with 25% to 70% of the channels pruned, and dominating dense layers split. A bundle that cannot be
@@ -119,7 +116,6 @@ def default_recipes(
 
     Args:
         bundle: to be compressed.
-        dataset: to train on.
         epochs: of distillation at the end of every training.
         trusted: as for `apply`.
 
@@ -130,7 +126,7 @@ def default_recipes(
     graph_alone = tuple(Recipe((step,)) for step in (Quantize(), ReducedPrecision("w8"), ReducedPrecision("f16")))
     manifest = bundle.manifest
     trains = manifest.source is not None and bundle.weights is not None and manifest.precision == "f32"
-    if not trains or dataset.train.inputs.dtype.names:
+    if not trains or manifest.signature.dimensions:
         return graph_alone
     dense = dominant(load_deployed(bundle, trusted).network)
     recipes: list[Recipe] = [graph_alone[0]]

@@ -28,7 +28,16 @@ from rushhour.compress.store import ANSWERS, Store, key_of
 from rushhour.compress.weights import ReducedPrecision, compress_weights, halve_weights
 from rushhour.data.dataset import Dataset
 from rushhour.errors import DataError, ModelError, RushhourError
-from rushhour.models import Deployed, build, export, load_deployed, resized, trusted_factories
+from rushhour.models import (
+    Deployed,
+    build,
+    export,
+    forward_names,
+    load_deployed,
+    resized,
+    tensors_of,
+    trusted_factories,
+)
 from rushhour.progress import Progress
 from rushhour.system.faults import summary_of
 from rushhour.train.checkpoint import Checkpoint
@@ -75,6 +84,7 @@ def apply(
         ModelError: if a step cannot be applied to this network. The bundles before it stay in the store.
         StorageError: if the disk does not take it.
     """
+    dataset = dataset.fitted_to(bundle.manifest.signature, bundle.manifest.name)
     check_data(bundle, dataset)
     before, trusted = bundle, trusted_factories(bundle, trusted)
     for step in recipe.steps:
@@ -227,12 +237,13 @@ class _StepRun:
             deployed, source = self._open(before, "train")
         else:
             check_plain(before)
-            self._check_single_input(before, "distil")
+            _check_sizes(before, "distil")
             source, manifest = step.student, before.manifest
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
                 deployed = Deployed(build(source, self._trusted), manifest.task, manifest.preprocessing)
-            deployed.settle(before.samples()[manifest.signature.inputs[0].name], manifest.name)
+            _check_order(deployed.network, before)
+            deployed.settle(before.sample_rows(), manifest.name)
             self._check_export(step, before, deployed, source)
         # a second distillation of the same network gets the samples in another order
         self._teach(self._first, deployed, step, sum(done.what == "distil" for done in before.manifest.lineage))
@@ -263,7 +274,7 @@ class _StepRun:
 
     def _open(self, before: Bundle, doing: str) -> tuple[Deployed, Source]:
         """The torch module of a bundle, to be changed."""
-        self._check_single_input(before, doing)
+        _check_sizes(before, doing)
         manifest = before.manifest
         if manifest.precision == "bf16":
             raise ModelError(
@@ -278,20 +289,6 @@ class _StepRun:
                 "use int8, f16 or w8, or distil it into a student of your own",
             )
         return load_deployed(before, self._trusted), manifest.source
-
-    def _check_single_input(self, before: Bundle, doing: str) -> None:
-        if len(before.manifest.signature.inputs) > 1:
-            raise ModelError(
-                f"cannot {doing} {before.manifest.name}",
-                "it has several inputs, and training takes one",
-                "use int8, f16 or w8, which need no training",
-            )
-        if before.manifest.signature.dimensions:
-            raise ModelError(
-                f"cannot {doing} {before.manifest.name}",
-                f"its {before.manifest.signature.dimensions[0].name} is open, and training takes samples of one size",
-                "use int8, f16 or w8, which need no training",
-            )
 
     def _check_export(self, step: Distil, before: Bundle, deployed: Deployed, source: Source) -> None:
         """Raise before training if the student could not be sealed."""
@@ -333,16 +330,16 @@ class _StepRun:
         out: Path,
         notes: Mapping[str, str] | None = None,
     ) -> Bundle:
-        manifest, (spec,) = before.manifest, before.manifest.signature.inputs
+        manifest = before.manifest
         return export(
             deployed.network,
             name=manifest.name,
             task=manifest.task,
-            sample_spec=spec,
+            sample_spec=manifest.signature.inputs,
             preprocessing=manifest.preprocessing,
             source=source,
             lineage=(*manifest.lineage, self._lineage(step, notes)),
-            samples=before.samples()[spec.name],
+            samples=before.sample_rows(),
             path=out,
         )
 
@@ -372,14 +369,13 @@ def _listed(kept: Mapping[str, str]) -> str:
 
 def _check_rebuilt(deployed: Deployed, source: Source, before: Bundle, trusted: tuple[str, ...]) -> None:
     """Raise before training unless building from the recorded sizes gives the network that was changed."""
-    name, (spec,) = before.manifest.name, before.manifest.signature.inputs
-    samples = torch.from_numpy(before.samples()[spec.name][:2])
+    name, samples = before.manifest.name, tensors_of(before.sample_rows()[:2])
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             again = Deployed(build(source, trusted), before.manifest.task, before.manifest.preprocessing).eval()
             again.meaning = deployed.meaning
             again.network.load_state_dict(deployed.network.state_dict(), strict=True)
-            same = torch.allclose(again(samples), deployed.eval()(samples), atol=1e-4, equal_nan=True)
+            same = torch.allclose(again(*samples), deployed.eval()(*samples), atol=1e-4, equal_nan=True)
     except RushhourError:
         raise
     except Exception:  # a layer may keep sizes of its own
@@ -389,6 +385,28 @@ def _check_rebuilt(deployed: Deployed, source: Source, before: Bundle, trusted: 
             f"cannot record how {name} was changed",
             "the network that its factory builds, brought to the new sizes, answers differently",
             "leave prune and lowrank out of the recipe, or name the layers to keep: prune:0.5:ignored=a+b",
+        )
+
+
+def _check_sizes(before: Bundle, doing: str) -> None:
+    """Raise if samples of a bundle differ in size."""
+    if before.manifest.signature.dimensions:
+        raise ModelError(
+            f"cannot {doing} {before.manifest.name}",
+            f"its {before.manifest.signature.dimensions[0].name} is open, and training takes samples of one size",
+            "use int8, f16 or w8, which need no training",
+        )
+
+
+def _check_order(student: nn.Module, teacher: Bundle) -> None:
+    """Raise if a student takes the inputs of its teacher in another order: they are given by their place."""
+    wanted = [spec.name for spec in teacher.manifest.signature.inputs]
+    taken = list(forward_names(student))[: len(wanted)]
+    if len(wanted) > 1 and taken != wanted and sorted(taken) == sorted(wanted):
+        raise ModelError(
+            f"cannot distil {teacher.manifest.name} into this student",
+            f"its forward takes {', '.join(taken)}, and the bundle {', '.join(wanted)}",
+            "give its forward the same order",
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, columns_of
 from rushhour.data.dataset import Dataset
 from rushhour.engines import EngineConfig, Runner, open_engine
 from rushhour.errors import ModelError
@@ -44,8 +44,9 @@ _TINY: Final = 1e-12
 _EXTREME: Final = 1e-6
 """Chances are not taken to be nearer to 0 or 1: an int8 graph gives exactly these."""
 
-Teacher = Callable[[Tensor], Tensor]
-"""Samples `(n, *shape)` as on the wire (float32 once augmented) -> logits or values `(n, outputs)`, in float32."""
+Teacher = Callable[..., Tensor]
+"""Samples, a tensor `(n, *shape)` for each input, as on the wire (a single one is float32 once augmented) -> logits or
+values `(n, outputs)`, in float32."""
 
 
 def sample_order(samples: int) -> NDArray[np.int64]:
@@ -61,8 +62,8 @@ def kept_answers(
     The file grows: answers that are in it are not computed again.
 
     Args:
-        teacher: a bundle of one input.
-        dataset: whose training part is answered.
+        teacher: the bundle.
+        dataset: with samples as it takes them (`Dataset.fitted_to`), whose training part is answered.
         samples: of `sample_order` that are needed, at least.
         folder: of the file; None to keep nothing.
         progress: receives what is computed.
@@ -127,7 +128,8 @@ def _computed(
     teacher: Bundle, dataset: Dataset, rows: NDArray[np.int64], progress: Progress
 ) -> NDArray[np.float32] | None:
     """What the graph gives for these samples of the training part; None where no engine gives it."""
-    (spec,), output = teacher.manifest.signature.inputs, teacher.manifest.signature.outputs[0].name
+    signature = teacher.manifest.signature
+    names, output = [spec.name for spec in signature.inputs], signature.outputs[0].name
     for engine in _ENGINES:
         precision = _precision(teacher)
         if engine == "onnxruntime" and precision == "bf16":
@@ -140,7 +142,8 @@ def _computed(
                 runner, parts = Runner(opened), []
                 for at in range(0, len(rows), _CHUNK):
                     samples = np.ascontiguousarray(dataset.train.inputs[rows[at : at + _CHUNK]])
-                    parts.append(np.asarray(runner.infer({spec.name: samples})[output], np.float32))
+                    given = dict(zip(names, columns_of(samples), strict=True))
+                    parts.append(np.asarray(runner.infer(given)[output], np.float32))
                     progress.advance(len(samples))
             finally:
                 opened.close()
@@ -182,9 +185,9 @@ def teaching(
         # oneDNN's fault is in gradients only, and `load_deployed` has tried channels-last pictures
         MemoryFormat(channels_last=not module.preprocess.contiguous).apply(module)
 
-        def of_module(inputs: Tensor) -> Tensor:
+        def of_module(*inputs: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                return module.logits(inputs).float()
+                return module.logits(*inputs).float()
 
         yield of_module
         return
@@ -194,21 +197,26 @@ def teaching(
             f"its graph gives the answers of {dataset.task.kind}, and a student learns from the numbers before them",
             "name a bundle that has its torch module, and trust its factory (--trust)",
         )
-    (spec,), output = bundle.manifest.signature.inputs, bundle.manifest.signature.outputs[0].name
+    specs, output = bundle.manifest.signature.inputs, bundle.manifest.signature.outputs[0].name
     precision = bundle.manifest.precision
     config = EngineConfig("onnxruntime", "int8" if precision == "int8" else "f32", 1, machine.cores(), batch)
     engine = open_engine(bundle, config)
     try:
         runner = Runner(engine)
-        first = np.ascontiguousarray(dataset.train.inputs[:_PROBED])
-        inverse = _inverse(dataset.task, np.asarray(runner.infer({spec.name: first[:batch]})[output]))
 
-        def of_graph(inputs: Tensor) -> Tensor:
-            samples = inputs.numpy()
-            if samples.dtype != spec.dtype:  # augmented pictures; the graph takes whole pixels
-                samples = np.rint(samples).astype(spec.dtype)
-            answers = torch.from_numpy(np.asarray(runner.infer({spec.name: samples})[output], dtype=np.float32))
-            return inverse(answers)
+        def infer(columns: Iterable[NDArray[Any]]) -> NDArray[Any]:
+            given = {}
+            for spec, samples in zip(specs, columns, strict=True):
+                # augmented pictures: the graph takes whole pixels
+                is_plain = samples.dtype == spec.dtype
+                given[spec.name] = samples if is_plain else np.rint(samples).astype(spec.dtype)
+            return np.asarray(runner.infer(given)[output], dtype=np.float32)
+
+        first = columns_of(np.ascontiguousarray(dataset.train.inputs[: min(_PROBED, batch)]))
+        inverse = _inverse(dataset.task, infer(first))
+
+        def of_graph(*inputs: Tensor) -> Tensor:
+            return inverse(torch.from_numpy(infer(each.numpy() for each in inputs)))
 
         yield of_graph
     finally:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Preprocessing
+from rushhour.bundle import Preprocessing, described, joined
 from rushhour.data.dataset import Dataset, Split
+from rushhour.data.naming import named_arrays
 from rushhour.data.spatial_targets import check_places
-from rushhour.data.splits import PART_OF, PARTS, Part, divide, divide_groups, keys_of_rows
+from rushhour.data.splits import PARTS, Part, divide, divide_groups, keys_of_rows
 from rushhour.data.targets import CONSTANT, LOST, Kind, read_targets, strata
 from rushhour.errors import DataError
 from rushhour.system.storage import explained
@@ -44,8 +45,9 @@ def load_npz(file: Path, *, seed: int, task: Task | None = None, kind: Kind | No
     of, a group is in one part only, and intervals are of groups; with `times` beside `x` and `y`, the last tenth is for
     testing and the tenth before it for validation.
     Pictures are uint8 of shape `(n, height, width, channels)`, or floats; `(n, channels, height, width)` is brought to
-    that. Samples of a model with several inputs are a structured array with a field for each. Without any y the data
-    has no labels, and only a model can say its task.
+    that. Samples of a model with several inputs are an array for each by its name in place of x (`user`, `item`, or
+    `user_train`, `item_train`, ...), or a structured array with a field for each. Without any y the data has no labels,
+    and only a model can say its task.
 
     Args:
         file: the file. It is never unpickled.
@@ -84,11 +86,11 @@ def from_arrays(
         DataError: if the arrays do not fit together.
     """
     source = source or name
-    arrays, unused = _named(given, source)
+    arrays, unused, note = named_arrays(given, source, unlabelled=task is not None)
     if not any(key.startswith("y") for key in arrays):
         arrays |= {f"y{key[1:]}": _none(x) for key, x in arrays.items() if key.startswith("x")}
     parts_given = [part for part in PARTS if f"x_{part}" in arrays or f"y_{part}" in arrays]
-    notes = []
+    notes = [note] if note else []
     if "x" in arrays and "y" in arrays:
         whole = _whole(arrays, source)
         if "times" in arrays:
@@ -268,6 +270,12 @@ def from_splits(
     parts = [dataclasses.replace(part, inputs=each) for each, part in zip(inputs, parts, strict=True)]
     if forms[0] is not None and inputs[0].dtype.kind == "f":
         _check_ranges(name, inputs)
+    if task.places is not None and inputs[0].dtype.names:
+        raise DataError(
+            f"samples of {name} have {described(inputs[0])}",
+            f"the answers of {task.kind} are about places in one picture",
+            "give the pictures alone, as x",
+        )
     if task.places is not None:
         for part in parts:
             check_places(name, task, part.inputs.shape[1:], part.targets)
@@ -282,24 +290,6 @@ def from_splits(
         notes=tuple(notes),
     )
     return data if binary is None else data.with_classes(binary)
-
-
-def _named(arrays: Mapping[str, NDArray[Any]], source: str) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """The arrays by the names that `load_npz` has for them, and the names of those that are none of them."""
-    named: dict[str, NDArray[Any]] = {}
-    unused = []
-    for key, array in arrays.items():
-        what, _, part = key.lower().partition("_")
-        name = what if not part else f"{what}_{PART_OF.get(part, '')}"
-        if what not in ("x", "y", "groups", "times") or name.endswith("_"):
-            unused.append(key)
-        elif name in named:
-            raise DataError(
-                f"{source} has two arrays for {name}: {', '.join(arrays)}", "only one can be meant", "rename one"
-            )
-        else:
-            named[name] = array
-    return named, unused
 
 
 def _pair(arrays: dict[str, NDArray[Any]], part: str, source: str) -> Split:
@@ -339,7 +329,15 @@ def _none(x: NDArray[Any]) -> NDArray[Any]:
 def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
     """Inputs in a type that the protocols carry and torch reads: floats become float32, others stay."""
     if inputs.dtype.names:
-        return np.ascontiguousarray(inputs)
+        columns = {field: inputs[field] for field in inputs.dtype.names}
+        if not any(column.dtype.kind == "f" and column.dtype != np.float32 for column in columns.values()):
+            return np.ascontiguousarray(inputs)
+        for field, column in columns.items():
+            if column.dtype.kind == "f":
+                with np.errstate(over="ignore"):
+                    columns[field] = column.astype(np.float32, copy=False)
+                _check_rounding(f"{field} of {name}", column, columns[field])
+        return joined(columns)
     if inputs.dtype.kind == "f":
         with np.errstate(over="ignore"):  # too large values become infinite, which a `Dataset` refuses
             inputs = inputs.astype(np.float32, copy=False)

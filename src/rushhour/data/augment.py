@@ -7,6 +7,7 @@ what was prepared before. kornia resamples the pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rushhour.bundle import described
 from rushhour.errors import DataError
 from rushhour.task import Places
 
@@ -133,6 +135,21 @@ class Augmenter:
             images = self._tinted(images, draws)
         return images.clamp_(0, 1).mul_(255).permute(0, 2, 3, 1)
 
+    def batch(self, columns: Sequence[NDArray[Any]], rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Each input of the samples, with its pictures augmented, all of a sample alike; others are left as they are.
+
+        Args:
+            columns: an array `(n, *shape)` for each input. A network of several inputs gets them as they are, so that
+                its pictures stay whole pixels.
+            rows: which samples of the training part they are.
+        """
+        if len(columns) == 1:
+            return (self(columns[0], rows),)
+        return tuple(
+            self(column, rows).round_().to(torch.uint8) if is_picture(column) else torch.from_numpy(column)
+            for column in columns
+        )
+
     @property
     def _moves(self) -> bool:
         return bool(self._how.flip or self._how.crop or self._how.rotate or self._how.scale)
@@ -212,17 +229,26 @@ def _moved_boxes(boxes: Tensor, matrix: Tensor, height: int, width: int) -> Tens
     return torch.cat([inside_low, inside_high, label.unsqueeze(2)], dim=2)
 
 
+def is_picture(inputs: NDArray[Any]) -> bool:
+    """Whether these are uint8 pictures `(n, height, width, channels)` with 1 or 3 channels."""
+    return inputs.dtype == np.uint8 and inputs.ndim == 4 and inputs.shape[-1] in (1, 3)
+
+
 def check_pictures(inputs: NDArray[Any], name: str) -> None:
     """Raise unless samples can be augmented.
 
     Raises:
-        DataError: if they are not uint8 pictures `(n, height, width, channels)` with 1 or 3 channels.
+        DataError: if they are no pictures, or have several inputs and no picture among them.
     """
-    if inputs.dtype != np.uint8 or inputs.ndim != 4 or inputs.shape[-1] not in (1, 3):
+    if names := inputs.dtype.names:
+        held = f"they are {described(inputs)}"
+        fits = any(is_picture(inputs[each][:1]) for each in names)
+    else:
+        held, fits = f"they are {inputs.dtype} of shape {inputs.shape[1:]}", is_picture(inputs)
+    if not fits:
         raise DataError(
             f"cannot augment the samples of {name}",
-            f"they are {inputs.dtype} of shape {inputs.shape[1:]}, and only pictures (uint8, height x width x 1 or 3) "
-            "can be augmented",
+            f"{held}, and only pictures (uint8, height x width x 1 or 3) can be augmented",
             "leave out --augment",
         )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.bundle import Preprocessing
+from rushhour.bundle import Preprocessing, Signature
 from rushhour.data.conversion import to_array
+from rushhour.data.inputs import as_taken, ordered
 from rushhour.data.marks import MARKS, marks_of
 from rushhour.data.targets import of_task
 from rushhour.errors import DataError
@@ -32,7 +33,8 @@ class Split:
 
     Attributes:
         inputs: shape `(n, *shape)` as the wire carries them: images are uint8 `(n, height, width, channels)`. Of a
-            model with several inputs, a structured array of shape `(n,)` with a field for each, named as they are.
+            model with several inputs, a structured array of shape `(n,)` with a field for each, named as they are, in
+            the order in which the network takes them.
         targets: labels, int64 of shape `(n,)`; or values, float32 of shape `(n, outputs)`; or, where there are none,
             float32 of shape `(n, 0)`.
         groups: of shape `(n,)`: whose samples belong together, such as those of one person; intervals are wider then.
@@ -177,6 +179,31 @@ class Dataset:
         numbers = np.array([task.classes.index(name) for name in self.task.classes], np.int64)
         return self._relabelled(task, lambda labels: numbers[labels])
 
+    def with_inputs(self, names: Sequence[str]) -> Dataset:
+        """The same data, with the fields of its samples in this order."""
+        return self._changed(lambda samples: ordered(samples, names))
+
+    def fitted_to(self, signature: Signature, model: str) -> Dataset:
+        """The same data, with samples of several inputs as a model takes them: their order, and types of numbers.
+
+        Args:
+            signature: of the model.
+            model: its name, for messages.
+
+        Raises:
+            DataError: if an input is missing or unknown, or does not fit.
+        """
+        return self._changed(lambda samples: as_taken(samples, signature, model=model, data=self.name))
+
+    def _changed(self, of_samples: Callable[[NDArray[Any]], NDArray[Any]]) -> Dataset:
+        """The same data with other samples; itself where none has changed."""
+        parts = (self.train, self.validation, self.test)
+        changed = [dataclasses.replace(part, inputs=of_samples(part.inputs)) for part in parts]
+        if all(new.inputs is old.inputs for new, old in zip(changed, parts, strict=True)):
+            return self
+        train, validation, test = changed
+        return dataclasses.replace(self, train=train, validation=validation, test=test)
+
     def _relabelled(self, task: Task, of_labels: Callable[[NDArray[Any]], NDArray[Any]]) -> Dataset:
         """The same data with other targets, where it has any."""
 
@@ -199,8 +226,14 @@ class Dataset:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample on the wire."""
+        """The shape of one sample on the wire; empty where it has several inputs."""
         return tuple(self.train.inputs.shape[1:])
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of several inputs on the wire, by name; empty where a sample is one array."""
+        kind = self.train.inputs.dtype
+        return {name: kind[name].shape for name in kind.names or ()}
 
 
 def _readable(name: str, inputs: NDArray[Any]) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.bundle import described, joined
 from rushhour.data.splits import PARTS
 from rushhour.errors import DataError
 
@@ -30,8 +31,8 @@ def read_data_object(data: Any) -> dict[str, NDArray[Any]] | None:
     """The arrays in an object that gives data, or in a dictionary of them by part; None of anything else.
 
     Args:
-        data: gives pairs of a sample and its target, or batches of them; a dictionary has such objects for `train`,
-            `validation` and `test`, or some of them.
+        data: gives pairs of a sample and its target, or batches of them; a sample of several inputs is a dictionary. Or
+            a dictionary that has such objects for `train`, `validation` and `test`, or some of them.
 
     Returns:
         `x` and `y`, or `x_train`, `y_train` ..., as `rushhour.data.arrays` takes them.
@@ -70,9 +71,9 @@ def _read(data: Any, what: str) -> tuple[NDArray[Any], NDArray[Any]]:
         ys.append(y)
     if not xs:
         raise DataError(f"{what} is empty", "it gives no sample", "give data")
-    shapes = sorted({x.shape[1:] for x in xs})
+    shapes = sorted({described(x) if x.dtype.names else str(x.shape[1:]) for x in xs})
     if len(shapes) > 1:
-        shown = " and ".join(str(shape) for shape in shapes[:2])
+        shown = " and ".join(shapes[:2])
         raise DataError(f"samples of {what} differ in shape", f"there are {shown}", "bring them to one shape")
     return np.concatenate(xs), np.concatenate(ys)
 
@@ -95,10 +96,13 @@ def _pairs(data: Any, what: str) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
                     "a sample comes with its target: two values",
                     "give (x, y)" if package == "tensorflow." else "return (x, y) in its __getitem__",
                 )
-            x, y = map(_array, pair)
+            inputs, y = pair[0] if isinstance(pair[0], Mapping) else {"x": pair[0]}, _array(pair[1])
+            columns = {name: _array(value) for name, value in inputs.items()}
             if is_batched is None:
-                is_batched = bool(x.ndim and y.ndim and len(x) == len(y))
-            yield (x, y) if is_batched else (x[None], y[None])
+                is_batched = bool(y.ndim) and all(x.ndim and len(x) == len(y) for x in columns.values())
+            if not is_batched:
+                columns, y = {name: x[None] for name, x in columns.items()}, y[None]
+            yield joined(columns), y
     except DataError:
         raise
     except Exception as error:  # the user's code may fail in any way

@@ -7,7 +7,7 @@ into that and its outputs into the task's answer.
 from rushhour.models.article import article
 from rushhour.models.converted import converted
 from rushhour.models.deepfm import deepfm
-from rushhour.models.deployed import Deployed, Preprocess, export, load_deployed
+from rushhour.models.deployed import Deployed, Inputs, Preprocess, export, load_deployed, tensors_of
 from rushhour.models.detector import detector
 from rushhour.models.doors import bring
 from rushhour.models.fields import HIDES
@@ -20,7 +20,7 @@ from rushhour.models.mlp import mlp
 from rushhour.models.reshape import split_dense
 from rushhour.models.residual import residual
 from rushhour.models.signal import signal
-from rushhour.models.source import build, resized, source_for
+from rushhour.models.source import build, forward_names, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
 from rushhour.models.tabular import tabular
 from rushhour.models.text_classifier import text_classifier, text_classifier_bundle
@@ -30,6 +30,7 @@ from rushhour.models.unet import unet
 __all__ = [
     "HIDES",
     "Deployed",
+    "Inputs",
     "Preprocess",
     "Structure",
     "article",
@@ -41,6 +42,7 @@ __all__ = [
     "deepfm",
     "detector",
     "export",
+    "forward_names",
     "from_onnx",
     "import_arrival",
     "import_onnx",
@@ -57,6 +59,7 @@ __all__ = [
     "split_dense",
     "structure_of",
     "tabular",
+    "tensors_of",
     "text_classifier",
     "text_classifier_bundle",
     "trusted_factories",

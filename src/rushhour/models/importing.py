@@ -17,7 +17,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec
+from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec, joined
 from rushhour.errors import DataError, ModelError, TaskError
 from rushhour.models.converted import Converted, NotTrainable, channels_first, convert, verify
 from rushhour.models.deployed import Deployed, export
@@ -82,7 +82,8 @@ class Given(msgspec.Struct, frozen=True):
     """Data that a model is imported for.
 
     Attributes:
-        samples: as on the wire, `(k, *shape)`; the first few are looked at.
+        samples: as on the wire, `(k, *shape)`, of several inputs as the model takes them (`Dataset.fitted_to`); the
+            first few are looked at.
         targets: of these, as of the task; empty where there are none.
         preprocessing: as the data has it: for a network that is trained from scratch.
     """
@@ -92,13 +93,13 @@ class Given(msgspec.Struct, frozen=True):
     preprocessing: Preprocessing
 
 
-def input_of(arrival: Arrival, name: str) -> TensorSpec:
-    """The first input of a model.
+def signature_of_arrival(arrival: Arrival, name: str) -> Signature:
+    """What a model takes and gives.
 
     Raises:
         ModelError: if it cannot be served.
     """
-    return signature_of(arrival.graph, name, arrival.dimensions).inputs[0]
+    return with_limits(signature_of(arrival.graph, name, arrival.dimensions), arrival.limits)
 
 
 def picture_size(spec: TensorSpec) -> tuple[int, int] | None:
@@ -161,7 +162,7 @@ def import_arrival(
         StorageError: if the disk does not take it.
     """
     model = arrival.graph
-    signature = with_limits(signature_of(model, shown, arrival.dimensions), arrival.limits)
+    signature = signature_of_arrival(arrival, shown)
     asked = preprocessing
     if asked is None and (given is None or given.samples.dtype == np.uint8):
         preprocessing = arrival.preprocessing
@@ -181,10 +182,10 @@ def import_arrival(
     step = _step(arrival)
     if converted is not None:
         try:
-            spec, scaled, scaled_from = _on_the_wire(
+            specs, scaled, scaled_from = _on_the_wire(
                 converted, signature, wanted, preprocessing, given, name, moved=moved is not None
             )
-            bundle = _sealed(converted, name, step, wanted, spec, scaled, given, out)
+            bundle = _sealed(converted, name, step, wanted, specs, scaled, given, out)
         except (ModelError, TaskError) as error:
             why = f"{error.what}: {error.why}"
             scaled, scaled_from = Preprocessing(), "none"
@@ -223,9 +224,10 @@ def import_arrival(
 
 def _as_given(given: Given | None, signature: Signature) -> dict[str, NDArray[Any]] | None:
     """Real samples as the graph takes them; None where they are scaled or laid out otherwise on the wire."""
-    if given is None or given.samples.dtype.names or not _fits(given.samples, signature):
+    if given is None or not _fits(given.samples, signature):
         return None
-    return {signature.inputs[0].name: given.samples[:_SAMPLES]}
+    some = given.samples[:_SAMPLES]
+    return {name: some[name] for name in some.dtype.names or ()} or {signature.inputs[0].name: some}
 
 
 def _producer(model: onnx.ModelProto) -> str:
@@ -243,10 +245,9 @@ def _step(arrival: Arrival) -> Step:
 
 def _converted(model: onnx.ModelProto, signature: Signature, name: str) -> tuple[Converted | None, str, float]:
     """The network, or why there is none, and how far its answers differ from the graph's."""
-    if len(signature.inputs) > 1 or len(signature.outputs) > 1:
-        several = "inputs" if len(signature.inputs) > 1 else "outputs"
-        count = max(len(signature.inputs), len(signature.outputs))
-        return None, f"it has {count} {several}, and training takes one", 0.0
+    if len(signature.outputs) > 1:
+        names = ", ".join(spec.name for spec in signature.outputs)
+        return None, f"it has {len(signature.outputs)} outputs ({names}), and training takes one: export it alone", 0.0
     if signature.dimensions:
         open_ones = " and ".join(each.name for each in signature.dimensions)
         return None, f"its {open_ones} is open, and training takes one size: --length or --size fixes it", 0.0
@@ -280,8 +281,10 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fits(samples: NDArray[Any], signature: Signature) -> bool:
-    first = signature.inputs[0]
-    return samples.dtype.name == first.dtype and samples.shape[1:] == first.shape
+    first, names = signature.inputs[0], samples.dtype.names
+    if names:
+        return names == tuple(spec.name for spec in signature.inputs)
+    return len(signature.inputs) == 1 and samples.dtype.name == first.dtype and samples.shape[1:] == first.shape
 
 
 def _on_the_wire(
@@ -293,12 +296,20 @@ def _on_the_wire(
     name: str,
     *,
     moved: bool,
-) -> tuple[TensorSpec, Preprocessing, str]:
-    """One sample as requests carry it, and what is done to it before the network.
+) -> tuple[tuple[TensorSpec, ...], Preprocessing, str]:
+    """One sample as requests carry it, each input, and what is done to it before the network.
 
     Args:
         moved: whether the network takes channels first where the graph has them last.
     """
+    if len(signature.inputs) > 1:
+        if preprocessing not in (None, Preprocessing()):
+            raise DataError(
+                f"cannot scale the samples of {name}",
+                f"it has {len(signature.inputs)} inputs, which it gets as they are",
+                "leave out --scale, --mean and --std, and give samples as the network takes them",
+            )
+        return signature.inputs, Preprocessing(), "none: several inputs are taken as they are"
     (spec,) = signature.inputs
     if given is None:
         if preprocessing is not None and preprocessing.layout == "NHWC->NCHW":
@@ -306,18 +317,18 @@ def _on_the_wire(
             spec = TensorSpec(spec.name, "uint8", (*sides, channels))
         said = "none" if preprocessing is None else "given"
         scaled = preprocessing or Preprocessing()
-        return spec, msgspec.structs.replace(scaled, layout="NHWC->NCHW") if moved else scaled, said
+        return (spec,), msgspec.structs.replace(scaled, layout="NHWC->NCHW") if moved else scaled, said
     shape, dtype = given.samples.shape[1:], given.samples.dtype.name
     layout: Any = "NHWC->NCHW" if moved and shape == spec.shape else _layout(spec, shape, name)
     wire = msgspec.convert({"name": spec.name, "dtype": dtype, "shape": shape}, type=TensorSpec)
     decoding = given.preprocessing.decoding
     if preprocessing is not None:
-        return wire, msgspec.structs.replace(preprocessing, layout=layout, decoding=decoding), "given"
+        return (wire,), msgspec.structs.replace(preprocessing, layout=layout, decoding=decoding), "given"
     plain = Preprocessing(layout=layout, decoding=decoding)
     if dtype == spec.dtype or not spec.dtype.startswith("float"):
-        return wire, plain, "none: samples are as its input"
+        return (wire,), plain, "none: samples are as its input"
     found, why = _usual(converted, task, given, plain)
-    return wire, found, why
+    return (wire,), found, why
 
 
 def _layout(spec: TensorSpec, shape: tuple[int, ...], name: str) -> Any:
@@ -369,17 +380,20 @@ def _sealed(
     name: str,
     step: Step,
     task: Task,
-    spec: TensorSpec,
+    specs: tuple[TensorSpec, ...],
     preprocessing: Preprocessing,
     given: Given | None,
     out: Path,
 ) -> Bundle:
-    samples = _noise(spec, converted) if given is None else np.ascontiguousarray(given.samples[:_SAMPLES])
+    if given is None:
+        samples = joined({spec.name: _noise(spec, converted) for spec in specs})
+    else:
+        samples = np.ascontiguousarray(given.samples[:_SAMPLES])
     return export(
         converted.network(),
         name=name,
         task=task,
-        sample_spec=spec,
+        sample_spec=specs,
         preprocessing=preprocessing,
         source=Source(FACTORY, {"program": converted.program.to_text()}),
         lineage=(step,),

@@ -38,13 +38,18 @@ Argument = int | float | str | bool | tuple[int, ...]
 
 
 def source_for(
-    model: str, dataset_shape: tuple[int, ...], task: Task, preprocessing: Preprocessing | None = None
+    model: str,
+    dataset_shape: tuple[int, ...],
+    task: Task,
+    preprocessing: Preprocessing | None = None,
+    inputs: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Source:
     """The source of a model that a user named, with arguments that fit the data.
 
     A factory of the user's own gets these arguments, if it has parameters for them: `classes` (or `num_classes`), the
     length of the answer; `input`, the shape of one sample as the network gets it, `(channels, height, width)` for
-    pictures; and of a table `sizes`, of each column the rows of an embedding table, 0 for a number.
+    pictures; of several inputs the shape of each by its name; and of a table `sizes`, of each column the rows of an
+    embedding table, 0 for a number.
 
     Args:
         model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, `unet`, `detector`, or
@@ -53,6 +58,7 @@ def source_for(
         task: decides the length of the answer.
         preprocessing: of the data, which says whether samples are pictures; by default they are if they have three
             dimensions.
+        inputs: the shape of each of several inputs on the wire, as the network gets it; empty where there is one.
 
     Raises:
         ModelError: if the name is unknown, or that network cannot take samples of this shape.
@@ -62,7 +68,7 @@ def source_for(
     is_picture = len(dataset_shape) == 3 and (preprocessing is None or preprocessing.layout == "NHWC->NCHW")
     if ":" in model:
         seen = (dataset_shape[2], *dataset_shape[:2]) if is_picture else dataset_shape
-        return Source(model, _arguments(model, seen, task, sizes))
+        return Source(model, _arguments(model, inputs or {"input": seen}, task, sizes))
     if model not in _NAMES:
         raise ModelError(
             f"there is no model {model!r}",
@@ -70,6 +76,12 @@ def source_for(
             f"use one of them, or your own as module:factory{_meant(model)}",
         )
     factory = f"{_ROOM}:{model}"
+    if inputs:
+        raise ModelError(
+            f"the model {model} takes one input",
+            f"a sample has {len(inputs)}: {', '.join(inputs)}",
+            "name a network of your own, module:factory, whose forward takes a tensor for each; or join them into x",
+        )
     _check_task(model, task)
     if model in _OF_TABLES and len(dataset_shape) == 1:
         return Source(factory, {"sizes": sizes or (0,) * dataset_shape[0], "outputs": task.outputs})
@@ -140,8 +152,14 @@ def _meant(model: str) -> str:
     return f": {module}:{name or 'FACTORY'}" if module else ""
 
 
-def _arguments(model: str, shape: tuple[int, ...], task: Task, sizes: tuple[int, ...]) -> dict[str, Argument]:
-    """The arguments that the data decides and the user's factory takes; none where its signature is not known."""
+def _arguments(
+    model: str, shapes: Mapping[str, tuple[int, ...]], task: Task, sizes: tuple[int, ...]
+) -> dict[str, Argument]:
+    """The arguments that the data decides and the user's factory takes; none where its signature is not known.
+
+    Args:
+        shapes: `input`, or each of several inputs by name -> its shape.
+    """
     module_name, _, name = model.partition(":")
     try:
         with _undisturbed():
@@ -158,10 +176,11 @@ def _arguments(model: str, shape: tuple[int, ...], task: Task, sizes: tuple[int,
     }
     if sizes and "sizes" in takes and takes["sizes"] not in (*_NUMBER, *_NO_SHAPE):
         arguments["sizes"] = sizes
-    if "input" in takes and takes["input"] in _NUMBER:
-        return arguments | ({"input": shape[0]} if len(shape) == 1 else {})
-    if "input" in takes and takes["input"] not in _NO_SHAPE:
-        arguments["input"] = shape
+    for name, shape in shapes.items():
+        if name in takes and takes[name] in _NUMBER:
+            arguments |= {name: shape[0]} if len(shape) == 1 else {}
+        elif name in takes and takes[name] not in _NO_SHAPE:
+            arguments[name] = shape
     return arguments
 
 
@@ -241,6 +260,15 @@ def plain_network(network: nn.Module) -> nn.Module:
             if _wrapped(child) is not None:
                 setattr(module, name, plain_network(child))
     return network
+
+
+def forward_names(network: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a network takes by their place; none where they are not known."""
+    try:
+        parameters = inspect.signature(network.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD))
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

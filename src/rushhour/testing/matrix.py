@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from rushhour.bundle import Bundle
+from rushhour.bundle import Bundle, columns_of
 from rushhour.compress import Prune, Recipe, Store, apply, quantize
 from rushhour.data.dataset import Dataset
 from rushhour.errors import RushhourError
-from rushhour.models import load_deployed
+from rushhour.models import load_deployed, tensors_of
 from rushhour.progress import Progress, Silent
 from rushhour.serve import ServeSettings
 from rushhour.testing.gallery import Specimen, data, specimen
@@ -159,13 +159,13 @@ def _export(bundle: Bundle, dataset: Dataset) -> str | None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(bundle.model, options, providers=["CPUExecutionProvider"])
-    (spec,) = bundle.manifest.signature.inputs
+    names = [spec.name for spec in bundle.manifest.signature.inputs]
     deployed = load_deployed(bundle, () if bundle.manifest.source is None else (bundle.manifest.source.factory,))
     for size in (1, 5, len(dataset.test)):
-        samples = np.array(dataset.test.inputs[:size])
-        (answer,) = session.run(None, {spec.name: samples})
+        samples = dataset.test.inputs[:size]
+        (answer,) = session.run(None, dict(zip(names, columns_of(samples), strict=True)))
         with torch.no_grad():
-            expected = deployed(torch.from_numpy(samples)).numpy()
+            expected = deployed(*tensors_of(samples)).numpy()
         if not np.allclose(answer, expected, atol=1e-3):
             return f"the graph's answers differ from torch's at batch {size}"
     return None
@@ -194,17 +194,17 @@ def _serve(bundle: Bundle) -> str | None:
                 return f"the server does not start: {started['error']}"
             host = started["url"].partition("://")[2]
             connection = stack.enter_context(closing(http.client.HTTPConnection(host, timeout=_ANSWER_S)))
-            (name, samples), *_ = bundle.samples().items()
-            (spec,) = bundle.manifest.signature.inputs
-            datatype = {"uint8": "UINT8", "float32": "FP32"}[spec.dtype]
-            tensor = {
-                "name": name,
-                "shape": [1, *spec.shape],
-                "datatype": datatype,
-                "data": samples[:1].ravel().tolist(),
-            }
-            model = bundle.manifest.name
-            connection.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": [tensor]}))
+            samples, model = bundle.samples(), bundle.manifest.name
+            tensors = [
+                {
+                    "name": spec.name,
+                    "shape": [1, *spec.shape],
+                    "datatype": {"uint8": "UINT8", "float32": "FP32"}[spec.dtype],
+                    "data": samples[spec.name][:1].ravel().tolist(),
+                }
+                for spec in bundle.manifest.signature.inputs
+            ]
+            connection.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": tensors}))
             answer = connection.getresponse()
             body = json.loads(answer.read())
             if answer.status != 200:

@@ -210,7 +210,7 @@ def short_training(
         targets = torch.randint(CLASSES, (plan.batch,), generator=generator)
         own = parallel.rows(plan.batch)
         before = sent_bytes()
-        losses.append(parallel.step(inputs[own], targets[own], sum_of_losses, plan.batch))
+        losses.append(parallel.step((inputs[own],), targets[own], sum_of_losses, plan.batch))
         sent = sent_bytes() - before
         if clip is not None:
             parallel.clip(clip)

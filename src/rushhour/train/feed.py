@@ -10,15 +10,17 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rushhour.bundle import columns_of
 from rushhour.data.augment import Augmentation, Augmenter
 from rushhour.data.dataset import Split
+from rushhour.models import Inputs
 from rushhour.task import Places
 
 _AHEAD = 2
@@ -32,14 +34,15 @@ class Batch(NamedTuple):
         step: optimizer steps before this one, over all epochs.
         rows: which samples of the training part the whole step has.
         own: those of them that this worker has.
-        inputs: of this worker, `(n, *shape)`: as on the wire, or float32 if augmented.
+        inputs: of this worker, a tensor `(n, *shape)` for each input: as on the wire; a single one is float32 if
+            augmented.
         targets: of this worker.
     """
 
     step: int
     rows: NDArray[np.int64]
     own: NDArray[np.int64]
-    inputs: Tensor
+    inputs: Inputs
     targets: Tensor
 
 
@@ -105,11 +108,11 @@ class Feed:
             rows = order[step * self.batch : (step + 1) * self.batch]
             index, parts = self._part
             own = np.array_split(rows, parts)[index]
-            inputs, targets = self._split.inputs[own], torch.from_numpy(self._split.targets[own])
-            augmented: Any = torch.from_numpy(inputs) if augmenter is None else augmenter(inputs, own)
+            columns, targets = columns_of(self._split.inputs[own]), torch.from_numpy(self._split.targets[own])
+            inputs = tuple(map(torch.from_numpy, columns)) if augmenter is None else augmenter.batch(columns, own)
             if augmenter is not None and self._places is not None:
-                targets = augmenter.moved(targets, own, inputs.shape[1:3])
-            return Batch(epoch * self.steps + step, rows, own, augmented, targets)
+                targets = augmenter.moved(targets, own, columns[0].shape[1:3])
+            return Batch(epoch * self.steps + step, rows, own, inputs, targets)
 
         waiting: deque[Future[Batch]] = deque()
         upcoming = iter(range(first, self.steps))

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError, StorageError
+from rushhour.models import tensors_of
 from rushhour.progress import Progress
 from rushhour.records.classified import Classified
 from rushhour.records.curves import Epoch, TrainingRecord, best_of
@@ -216,7 +217,7 @@ class TrainingLoop:
         split, loss_of, total = self._dataset.validation, loss_for(self._dataset.task, "sum"), 0.0
         answers: list[NDArray[Any]] = []
         for at in range(0, len(split), batch):
-            logits = self._stepper.predict(torch.from_numpy(np.array(split.inputs[at : at + batch])))
+            logits = self._stepper.predict(tensors_of(split.inputs[at : at + batch]))
             if logits is None:
                 continue
             with torch.no_grad():

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rushhour.models import Deployed
+from rushhour.models import Deployed, Inputs, tensors_of
 from rushhour.system.faults import user_code_line
 
 _BLOCK = 16
@@ -97,7 +96,7 @@ def choose(
     changes the network or torch's generator.
 
     Args:
-        deployed: with the network, which takes one input.
+        deployed: with the network.
         samples: a batch as it passes through the network, `(n, *shape)`, as on the wire.
         bf16: whether it computes in bfloat16.
         steps: of the training.
@@ -139,7 +138,7 @@ def _fails_channels_last(deployed: Deployed, samples: NDArray[Any], *, bf16: boo
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return "it cannot be copied to try channels-last"  # weights that are computed (weight_norm), caches of them
     MemoryFormat(channels_last=True).apply(own)
-    step = _stepping(own, torch.from_numpy(np.array(samples[:3])), bf16=bf16)
+    step = _stepping(own, tensors_of(samples[:3]), bf16=bf16)
     try:
         with torch.random.fork_rng(devices=[]):
             step()
@@ -154,7 +153,7 @@ def guard(deployed: Deployed, samples: NDArray[Any]) -> MemoryFormat | None:
     It checks every convolution that the network has as a layer, or calls for two samples in evaluation mode.
 
     Args:
-        deployed: with the network, which takes one input, in any memory format, which stays.
+        deployed: with the network, in any memory format, which stays.
         samples: two or more, as on the wire.
     """
     names = {module.weight.data_ptr(): name for name, module in deployed.network.named_modules() if _at_fault(module)}
@@ -219,7 +218,7 @@ def _called(deployed: Deployed, samples: NDArray[Any]) -> list[_Call]:
     deployed.eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _Recorder(calls):
-            deployed.logits(torch.from_numpy(np.array(samples[:2])))
+            deployed.logits(*tensors_of(samples[:2]))
     finally:
         preprocess.contiguous = before
         for module, mode in modes.items():
@@ -264,7 +263,7 @@ def _bytes(deployed: Deployed) -> int:
 
 def _gain(deployed: Deployed, samples: NDArray[Any], *, bf16: bool) -> float | None:
     """How many times faster steps are channels-last than contiguous; None if they cannot be taken on copies."""
-    inputs = torch.from_numpy(np.array(samples))
+    inputs = tensors_of(samples)
     taken: dict[bool, list[float]] = {True: [], False: []}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -284,13 +283,13 @@ def _gain(deployed: Deployed, samples: NDArray[Any], *, bf16: bool) -> float | N
     return min(taken[False]) / min(taken[True])
 
 
-def _stepping(deployed: Deployed, inputs: Tensor, *, bf16: bool) -> Callable[[], None]:
+def _stepping(deployed: Deployed, inputs: Inputs, *, bf16: bool) -> Callable[[], None]:
     """Forward and backward, with any loss."""
 
     def step() -> None:
         deployed.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            outputs = deployed.logits(inputs)
+            outputs = deployed.logits(*inputs)
         outputs.float().square().mean().backward()  # type: ignore[no-untyped-call]
 
     return step

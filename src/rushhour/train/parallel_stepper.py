@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rushhour.errors import ModelError
-from rushhour.models import Deployed
+from rushhour.models import Deployed, Inputs
 from rushhour.models.deployed import as_logits
 from rushhour.task import Task
 from rushhour.train.checkpoint import (
@@ -61,7 +61,7 @@ class ParallelStepper:
     ) -> None:
         if not any(parameter.requires_grad for parameter in deployed.network.parameters()):
             raise ModelError("cannot train this network", "it has no parameters", "give it parameters to learn")
-        self._preprocess = deployed.preprocess
+        self._prepared = deployed.prepared
         self._task = task
         self._as_logits = partial(
             as_logits, outputs=deployed.outputs, meaning=deployed.meaning, scaling=deployed.scaling
@@ -95,7 +95,7 @@ class ParallelStepper:
         # for modules that draw random numbers themselves; a step that is repeated draws the same
         torch.manual_seed(int(np.random.SeedSequence((self._seed, batch.step, self._rank)).generate_state(1)[0]))
         return self._parallel.step(
-            self._preprocess(batch.inputs),
+            self._prepared(*batch.inputs),
             batch.targets,
             self._loss,
             len(batch.rows),
@@ -128,7 +128,7 @@ class ParallelStepper:
 
     def nonfinite_rows(self, batch: Batch) -> list[int]:
         """Each worker of the last stage computes the losses of its own samples."""
-        outputs = self._parallel.predict(self._preprocess(batch.inputs), len(batch.rows))
+        outputs = self._parallel.predict(self._prepared(*batch.inputs), len(batch.rows))
         found: list[int] = []
         if outputs is not None:
             losses = loss_for(self._task, "none")(self._as_logits(outputs), batch.targets)
@@ -137,13 +137,14 @@ class ParallelStepper:
         dist.all_gather_object(every, found)
         return [row for rows in every for row in rows]
 
-    def predict(self, inputs: Tensor) -> Tensor | None:
+    def predict(self, inputs: Inputs) -> Tensor | None:
         """Outputs `(n, outputs)` for n samples, which the workers share, on worker 0; None on the others."""
-        rows = len(inputs)
+        rows, fewest = len(inputs[0]), self.part[1]
         # each worker needs a row: too few are repeated, and the copies cut off again
-        full = inputs if rows >= self.part[1] else inputs[torch.arange(self.part[1]) % rows]
-        rows_here = self._parallel.rows(len(full))
-        outputs = self._parallel.predict(self._preprocess(full[rows_here]), len(full))
+        full = inputs if rows >= fewest else tuple(each[torch.arange(fewest) % rows] for each in inputs)
+        given = max(rows, fewest)
+        rows_here = self._parallel.rows(given)
+        outputs = self._parallel.predict(self._prepared(*(each[rows_here] for each in full)), given)
         every: list[Any] | None = [None] * self._world if self.is_leader else None
         own = None if outputs is None else self._as_logits(outputs).float().numpy()
         dist.gather_object(None if own is None else (rows_here.start, own), every)

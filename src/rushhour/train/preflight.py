@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rushhour.bundle import TensorSpec
+from rushhour.bundle import TensorSpec, columns_of
 from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError, RushhourError
-from rushhour.models import Deployed
+from rushhour.models import Deployed, tensors_of
 from rushhour.models.batch_dependence import batch_dependence, largest_gap
 from rushhour.models.deployed import Meaning, main_output, named_outputs, try_export
 from rushhour.models.failure import why_failed
@@ -82,7 +82,7 @@ class Steps(msgspec.Struct, frozen=True):
 def inspect(
     make: Callable[[bool], Deployed],
     dataset: Dataset,
-    sample: TensorSpec,
+    sample: tuple[TensorSpec, ...],
     settings: TrainSettings,
     steps: Steps,
     *,
@@ -94,7 +94,7 @@ def inspect(
     Args:
         make: builds the network again, as its factory leaves it; called with true, by other random numbers.
         dataset: some samples of its training part pass through the network.
-        sample: one of them, on the wire.
+        sample: one of them, on the wire: each input.
         settings: of the training, resolved.
         steps: how it divides its batches.
         name: of the network, for messages.
@@ -111,7 +111,7 @@ def inspect(
     places = np.linspace(0, len(dataset.train) - 1, min(_SAMPLES, len(dataset.train))).astype(int)
     some: NDArray[Any] = np.ascontiguousarray(dataset.train.inputs[places])
     deployed.settle(some, name)
-    dataset.task.check_output(deployed.answer_shape(some, name), name, sample.shape)
+    dataset.task.check_output(deployed.answer_shape(some, name), name, sample[0].shape)
     _check_finite(deployed, some, name)
     _check_batch_dependence(lambda columns: _answers(deployed, columns), some, _LOOSE, network, name)
     with (guard(deployed, some) or MemoryFormat(channels_last=False)).active():
@@ -158,7 +158,7 @@ def _check_state(network: nn.Module, name: str) -> None:
 
 def _check_finite(deployed: Deployed, some: NDArray[Any], name: str) -> None:
     """Raise if the network's answers are not numbers before it is trained. -inf can be the logit of a class."""
-    answers = _answers(deployed, [some])
+    answers = _answers(deployed, columns_of(some))
     allowed = answers == -np.inf if isinstance(deployed.head, nn.Softmax) else False
     if (np.isfinite(answers) | allowed).all():
         return
@@ -186,7 +186,7 @@ def _first_nonfinite(deployed: Deployed, some: NDArray[Any]) -> str:
 
     handles = [module.register_forward_hook(watch(path)) for path, module in network.named_modules()]
     try:
-        _answers(deployed, [some])
+        _answers(deployed, columns_of(some))
     finally:
         for handle in handles:
             handle.remove()
@@ -205,7 +205,7 @@ def _check_built_again(deployed: Deployed, make: Callable[[bool], Deployed], som
         raise ModelError(
             f"cannot train {name}", f"its factory returns networks of different parameters: {why_failed(error)}", fix
         ) from error
-    expected, answers = _answers(deployed, [some]), _answers(again, [some])
+    expected, answers = (_answers(each, columns_of(some)) for each in (deployed, again))
     scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0))
     if expected.shape == answers.shape and largest_gap(expected, answers) <= _SAME * scale:
         return
@@ -246,7 +246,7 @@ def _check_batch_dependence(
     name: str,
 ) -> None:
     try:
-        dependence = batch_dependence(predict, [some], tolerance)
+        dependence = batch_dependence(predict, columns_of(some), tolerance)
     except RushhourError:
         raise
     except Exception as error:  # a user's network may fail in any way
@@ -296,7 +296,7 @@ def _check_in_float64(deployed: Deployed, some: NDArray[Any], name: str) -> None
     for dtype, tolerance in ((torch.float64, _STRICT), (torch.float32, _LOOSE)):
         try:
             network.to(dtype)
-            answers = _answers(deployed, [some], dtype)
+            answers = _answers(deployed, columns_of(some), dtype)
         except Exception:  # its code works in one precision only
             continue
         if np.isfinite(answers).all():
@@ -310,7 +310,8 @@ def _answers(
     """The network's main output in evaluation mode."""
     deployed.eval()
     with torch.no_grad():
-        raw = deployed.network(deployed.preprocess(torch.from_numpy(np.array(columns[0]))).to(dtype))
+        inputs = deployed.prepared(*(torch.from_numpy(np.array(column)) for column in columns))
+        raw = deployed.network(*(each.to(dtype) if each.is_floating_point() else each for each in inputs))
         return np.asarray(main_output(raw, deployed.outputs).double().numpy())
 
 
@@ -356,17 +357,17 @@ def _on_sharing(deployed: Deployed, dataset: Dataset, changed: list[str], rows: 
             f"training changes {_listed(own)}: after each step the mean over {steps.workers} workers is taken, "
             "which is exact for means over samples, but not for counts or maxima"
         )
-    inputs = torch.from_numpy(np.array(dataset.train.inputs[:rows]))
+    inputs = tensors_of(dataset.train.inputs[:rows])
     with _plain(deployed), torch.no_grad():
         state = torch.get_rng_state()
-        whole = deployed.logits(inputs)
+        whole = deployed.logits(*inputs)
         draws = not torch.equal(state, torch.get_rng_state())
         if draws:
             if steps.workers > 1:
                 notes.append("it draws random numbers outside nn.Dropout: each worker draws its own")
             return notes
         try:
-            cut = torch.cat([deployed.logits(inputs[row : row + 1]) for row in range(rows)])
+            cut = torch.cat([deployed.logits(*(each[row : row + 1] for each in inputs)) for row in range(rows)])
         except Exception:  # it takes no single sample in training: whether it must is checked elsewhere
             return notes
         scale = float(whole.abs().max())
@@ -411,12 +412,12 @@ def _step(
 
 
 def _try_step(deployed: Deployed, dataset: Dataset, rows: int, *, bf16: bool) -> tuple[str, tuple[str, ...]]:
-    inputs = torch.from_numpy(np.array(dataset.train.inputs[:rows]))
+    inputs = tensors_of(dataset.train.inputs[:rows])
     targets = torch.from_numpy(np.array(dataset.train.targets[:rows]))
     deployed.zero_grad()
     with torch.enable_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            raw = deployed.network(deployed.preprocess(inputs))
+            raw = deployed.network(*deployed.prepared(*inputs))
             out = deployed.as_logits(raw)
         wanted = (rows, *dataset.task.raw_shape(dataset.sample_shape))
         if tuple(out.shape) != wanted:

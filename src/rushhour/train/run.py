@@ -51,7 +51,7 @@ _WARM_UP, _TIMED = 2, 7
 """Steps before and in the measurement of the time of a step."""
 
 _OURS = "rushhour.models:"
-_EXPORTABLE: list[tuple[Source, TensorSpec, Task]] = []
+_EXPORTABLE: list[tuple[Source, tuple[TensorSpec, ...], Task]] = []
 """Networks that this process has exported on trial: a search trains the same one many times."""
 
 
@@ -112,20 +112,21 @@ class TrainingRun(msgspec.Struct, frozen=True):
             progress.done("; ".join(found.notes) or "it can be trained, exported and served")
         return msgspec.structs.replace(self, meaning=found.meaning)
 
-    def sample(self, dataset: Dataset) -> TensorSpec:
-        """One sample on the wire: as of the data, or of the bundle that the training begins with.
+    def sample(self, dataset: Dataset) -> tuple[TensorSpec, ...]:
+        """One sample on the wire, each input: as of the data, or of the bundle that the training begins with.
 
         Raises:
             DataError: if the data is not as that bundle takes it.
         """
-        spec = sample_spec(dataset)
+        specs = sample_spec(dataset)
         if self.job.initial is None:
-            return spec
-        (own,) = Bundle.open(self.job.initial).manifest.signature.inputs
-        if (own.dtype, own.shape) != (spec.dtype, spec.shape):
+            return specs
+        own = Bundle.open(self.job.initial).manifest.signature.inputs
+        if [(each.dtype, each.shape) for each in own] != [(each.dtype, each.shape) for each in specs]:
+            sample, taken = (" and ".join(f"{each.dtype}{each.shape}" for each in some) for some in (specs, own))
             raise DataError(
                 f"{dataset.name} does not fit {self.job.initial}",
-                f"a sample is {spec.dtype}{spec.shape}, and the model takes {own.dtype}{own.shape}",
+                f"a sample is {sample}, and the model takes {taken}",
                 "give data that it was made for",
             )
         return own

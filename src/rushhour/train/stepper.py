@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from rushhour.models import Deployed
+from rushhour.models import Deployed, Inputs
 from rushhour.task import Task
 from rushhour.train.checkpoint import Snapshot, restore_snapshot, snapshot
 from rushhour.train.feed import Batch
@@ -89,7 +89,7 @@ class Stepper(Protocol):
         """Within the block, average weights replace the network's, where they are kept."""
         ...
 
-    def predict(self, inputs: Tensor) -> Tensor | None:
+    def predict(self, inputs: Inputs) -> Tensor | None:
         """The network's outputs in evaluation mode for samples that all workers are given; None but on the leader."""
         ...
 
@@ -128,11 +128,11 @@ class SingleStepper:
         self._deployed.train()
         self._deployed.zero_grad()
         total = 0.0
-        for inputs, targets in zip(
-            batch.inputs.tensor_split(self._accumulate), batch.targets.tensor_split(self._accumulate), strict=True
+        for *inputs, targets in zip(
+            *(each.tensor_split(self._accumulate) for each in (*batch.inputs, batch.targets)), strict=True
         ):
             with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-                outputs = self._deployed.logits(inputs)
+                outputs = self._deployed.logits(*inputs)
             loss = self._loss(outputs, targets) / len(batch.rows)
             total += loss.item()
             if not math.isfinite(total):
@@ -159,7 +159,7 @@ class SingleStepper:
         """Found from the loss of each sample."""
         self._deployed.eval()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            losses = loss_for(self._task, "none")(self._deployed.logits(batch.inputs), batch.targets)
+            losses = loss_for(self._task, "none")(self._deployed.logits(*batch.inputs), batch.targets)
         return [int(row) for row in batch.own[(~losses.isfinite()).numpy()]]
 
     def average(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -206,11 +206,11 @@ class SingleStepper:
         kept = network.state_dict(keep_vars=True)
         return {name: one for name, one in network.named_buffers() if name in kept and one.is_floating_point()}
 
-    def predict(self, inputs: Tensor) -> Tensor | None:
+    def predict(self, inputs: Inputs) -> Tensor | None:
         """All outputs."""
         self._deployed.eval()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            return self._deployed.logits(inputs)
+            return self._deployed.logits(*inputs)
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all."""

@@ -29,7 +29,7 @@ from rushhour.train.job import TrainingJob
 from rushhour.train.loop import PLANNED
 from rushhour.train.parallel import run_on_workers, under_torchrun
 from rushhour.train.run import TrainingRun
-from rushhour.train.samples import sample_spec
+from rushhour.train.samples import in_order, sample_spec
 from rushhour.train.settings import TrainSettings
 
 _SAMPLES = 16
@@ -74,7 +74,7 @@ def train(
         StorageError: if there is something else at `out`, or the checkpoint of another training for it; before any
             work. Also if the disk does not take a checkpoint or the bundle.
     """
-    run = _run_of(dataset, job)
+    run, dataset = _run_of(dataset, job)
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") == "0":
             stack.enter_context(alone_at(out))
@@ -88,7 +88,7 @@ def train_for_search(
 ) -> Bundle:
     """`train` for a search that holds the lock of `out` already; the lineage names the search."""
     job = msgspec.structs.replace(job, checkpoint_every_s=math.inf, tracking=None)
-    run = _run_of(dataset, job)
+    run, dataset = _run_of(dataset, job)
     return _sealed(run, dataset, out=out, progress=progress, on_epoch=None, name=name, force=True, search=search)
 
 
@@ -99,7 +99,8 @@ def trained_weights(
 
     Arguments and errors are those of `train`. Under torchrun, rank 0 returns; the other processes exit with status 0.
     """
-    return _weights(_run_of(dataset, job), dataset, progress, on_epoch)
+    run, dataset = _run_of(dataset, job)
+    return _weights(run, dataset, progress, on_epoch)
 
 
 def step_seconds(dataset: Dataset, job: TrainingJob) -> float:
@@ -107,6 +108,7 @@ def step_seconds(dataset: Dataset, job: TrainingJob) -> float:
 
     Their result is thrown away. Errors are those of `train`.
     """
+    dataset = in_order(dataset, job)
     run = TrainingRun(msgspec.structs.replace(job, workers=1), Fingerprint(Step("train"), {}))
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(machine.cores())
@@ -121,11 +123,13 @@ def bundle_at(folder: Path) -> Bundle | None:
         return None
 
 
-def _run_of(dataset: Dataset, job: TrainingJob) -> TrainingRun:
+def _run_of(dataset: Dataset, job: TrainingJob) -> tuple[TrainingRun, Dataset]:
+    """The training, and the data in the order of the network's inputs."""
     workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else job.workers
     job = msgspec.structs.replace(job, workers=workers)
+    dataset = in_order(dataset, job)
     sample_spec(dataset)
-    return TrainingRun(job, fingerprint_of(dataset, job))
+    return TrainingRun(job, fingerprint_of(dataset, job)), dataset
 
 
 def _weights(

@@ -183,7 +183,7 @@ class _Search:
 
     def found(self) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
         """The trained bundles by role, and the trials of all that ended."""
-        if why := why_untrainable(self._reference, self._dataset, self._trusted):
+        if why := why_untrainable(self._reference, self._trusted):
             return self._none(f"recipes that train are left out: {why}")
         time = self._seconds
         if time < max(_LEAST * self._budget.seconds, _LEAST_S if math.isfinite(time) else 0.0):

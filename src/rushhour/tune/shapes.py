@@ -9,7 +9,6 @@ import msgspec
 from rushhour.bundle import Bundle
 from rushhour.compress import Distil, LowRank, Prune, Recipe, is_plain
 from rushhour.compress.lowrank import dominant
-from rushhour.data import Dataset
 from rushhour.models import load_deployed
 from rushhour.tune.state import failure_reason
 
@@ -65,15 +64,15 @@ def shapes_of(reference: Bundle, trusted: tuple[str, ...]) -> tuple[Shape, ...]:
     return tuple(Shape(ratio, keep) for ratio, keep in (_PRUNED_AND_SPLIT if splits else _PRUNED))
 
 
-def why_untrainable(reference: Bundle, dataset: Dataset, trusted: tuple[str, ...]) -> str:
+def why_untrainable(reference: Bundle, trusted: tuple[str, ...]) -> str:
     """Why the network of a bundle cannot be trained; empty where it can."""
     manifest = reference.manifest
     if manifest.precision != "f32" or not is_plain(reference):
         return "the bundle is of reduced precision already"
     if manifest.source is None or reference.weights is None:
         return "the bundle has only its graph, and no torch module that could be trained"
-    if len(manifest.signature.inputs) > 1 or dataset.train.inputs.dtype.names:
-        return "the network has several inputs, and training takes one"
+    if manifest.signature.dimensions:
+        return f"its {manifest.signature.dimensions[0].name} is open, and training takes samples of one size"
     try:
         load_deployed(reference, trusted)
     except Exception as error:  # a user's factory may fail in any way

@@ -164,10 +164,10 @@ class Builder:
         self._origin = origin
 
     def input(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Value:
-        """An input `(batch, *shape)`; training gives float32, so other types are converted first."""
+        """An input `(batch, *shape)`, of the type that training gives: float32 of a single one, its own of several."""
         own = self._free(_INPUT if not self._inputs else name)
         self._inputs.append(own)
-        metas = tuple(torch.empty((batch, *shape), device="meta") for batch in PROBES)
+        metas = tuple(torch.empty((batch, *shape), dtype=dtype, device="meta") for batch in PROBES)
         return Value(ref=Ref(own), metas=metas, input=name)
 
     def call(self, function: str, *arguments: Any) -> Value:

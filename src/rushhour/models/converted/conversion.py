@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import onnx
+import torch
 from torch import Tensor, fx
 
 from rushhour.errors import ModelError, RushhourError
@@ -157,6 +158,7 @@ class _Conversion:
         self._raw: dict[str, Value] = {}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._fixed = _fixed(graph)
+        self._is_single = sum(value.name not in self._initializers for value in graph.input) == 1
         self._nodes = _needed(graph)
         self._producers = {name: node for node in self._nodes for name in node.output if name}
         self._uses = Counter(name for node in self._nodes for name in node.input)
@@ -198,7 +200,7 @@ class _Conversion:
             raise Unsupported(f"its input {value.name} has open sizes beside the batch")
         if not is_used:
             raise Unsupported(f"its output does not depend on its input {value.name}")
-        made = self._builder.input(value.name, dtype, shape)
+        made = self._builder.input(value.name, torch.float32 if self._is_single else dtype, shape)
         self._raw[value.name] = made
         if dtype != made.dtype:
             self._builder.begin(f"input {value.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -41,7 +41,7 @@ def verify(
             (expected,) = graph(columns)
             try:
                 with torch.no_grad():
-                    answer = network(*(_given(columns[each]) for each in graph.inputs))
+                    answer = network(*_given([columns[each] for each in graph.inputs]))
             except Exception as error:  # torch has an error of its own for every operator
                 raise _differs(name, f"at batch {batch} it fails: {why_failed(error)}") from error
             off = gap(answer.numpy(), expected)
@@ -60,9 +60,11 @@ def _differs(name: str, why: str) -> NotTrainable:
     )
 
 
-def _given(array: NDArray[Any]) -> Tensor:
-    """As training gives samples: float32."""
-    return torch.from_numpy(array.astype(np.float32))
+def _given(arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
+    """As training gives samples: a single input as float32, several as they are."""
+    if len(arrays) == 1:
+        return [torch.from_numpy(arrays[0].astype(np.float32))]
+    return [torch.from_numpy(array) for array in arrays]
 
 
 class _Recorded(fx.Interpreter):
@@ -87,7 +89,7 @@ def _first_difference(
     wanted = {result: tensor for result, tensor in converted.tensors.items() if result in origins}
     try:
         with torch.no_grad():
-            recorded.run(*(_given(array) for array in columns.values()))
+            recorded.run(*_given(list(columns.values())))
         expected = dict(zip(wanted, GraphAnswers(model, name, list(wanted.values()))(columns), strict=True))
     except Exception:  # only the place stays unknown
         return ""

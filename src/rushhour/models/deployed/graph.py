@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rushhour.bundle import OpenDimension
+from rushhour.bundle import OpenDimension, columns_of
 from rushhour.errors import ModelError
 from rushhour.models.batch_dependence import batch_dependence
 from rushhour.models.deployed.heads import Boxes
-from rushhour.models.deployed.module import Deployed, columns_of
+from rushhour.models.deployed.module import Deployed, tensors_of
 from rushhour.models.failure import why_failed
 from rushhour.records.answers import deviation
 from rushhour.system.machine import cores
@@ -61,7 +61,7 @@ def graph_of(
     Raises:
         ModelError: if it cannot be exported.
     """
-    example = tuple(torch.from_numpy(column) for column in columns_of(_batch(samples, 2)))  # 0 and 1 become constants
+    example = tensors_of(_batch(samples, 2))  # 0 and 1 become constants
     return exported_graph(deployed, example, name, input_names, (output_name,), dimensions=dimensions)
 
 

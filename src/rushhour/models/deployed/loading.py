@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from rushhour.bundle import Bundle, Source
 from rushhour.errors import ModelError
-from rushhour.models.deployed.module import Deployed
+from rushhour.models.deployed.module import Deployed, tensors_of
 from rushhour.models.source import build
 from rushhour.models.trust import trusted_factories
 from rushhour.records.answers import TOLERANCES, deviation
@@ -44,7 +41,7 @@ def load_deployed(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Deployed:
     ensure_kind(bundle.manifest.task.kind, known)
     load_weights(network, bundle)
     deployed = Deployed(network, bundle.manifest.task, bundle.manifest.preprocessing)
-    samples, name = _structured(bundle), bundle.manifest.name
+    samples, name = bundle.sample_rows()[:2], bundle.manifest.name
     with suppress(ModelError) if bundle.answers() is not None else nullcontext():  # then `_check_answers` raises
         deployed.settle(samples, name)
     if deployed.preprocess.pictures:  # channels-last is faster, where the network can take it
@@ -89,10 +86,10 @@ def _check_answers(deployed: Deployed, bundle: Bundle, source: Source) -> None:
     if recorded is None:
         return
     count = len(next(iter(recorded.values())))
-    samples = bundle.samples()
+    samples = bundle.sample_rows()[:count]
     try:
         with torch.no_grad():
-            answers = deployed(*(torch.from_numpy(samples[spec.name][:count]) for spec in manifest.signature.inputs))
+            answers = deployed(*tensors_of(samples))
         found = answers.numpy() if not answers.is_floating_point() else answers.float().numpy()
         off = deviation(recorded, {manifest.signature.outputs[0].name: found}, manifest.signature.boxes)
         why = f"its answers differ by {off:.1%} of their range" if not off <= TOLERANCES["f32"] else ""
@@ -104,15 +101,3 @@ def _check_answers(deployed: Deployed, bundle: Bundle, source: Source) -> None:
             f"with the bundle's weights {why}: its code has changed since",
             "restore the code, or train again",
         )
-
-
-def _structured(bundle: Bundle) -> NDArray[Any]:
-    """Two of a bundle's samples; of several inputs as a structured array."""
-    columns = {name: array[:2] for name, array in bundle.samples().items()}
-    if len(columns) == 1:
-        return next(iter(columns.values()))
-    kind = np.dtype([(name, array.dtype, array.shape[1:]) for name, array in columns.items()])
-    whole: NDArray[Any] = np.zeros(min(map(len, columns.values())), kind)
-    for name, array in columns.items():
-        whole[name] = array[: len(whole)]
-    return whole

@@ -10,12 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rushhour.bundle import Preprocessing
+from rushhour.bundle import Preprocessing, columns_of, described
 from rushhour.errors import ModelError, RushhourError
 from rushhour.models.deployed.heads import Boxes, ClassMap
 from rushhour.models.deployed.outputs import Meaning, as_logits, main_output
 from rushhour.models.failure import why_failed
 from rushhour.task import Head, Scaling, Task, are_probabilities
+
+Inputs = tuple[Tensor, ...]
+"""A batch: a tensor `(n, *shape)` for each input, in the network's order."""
 
 _RESHAPING = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Alias", "Transpose", "Slice")
 """Prefixes of the names of autograd nodes that change no number."""
@@ -70,7 +73,7 @@ class Deployed(nn.Module):
             of a picture what `Spatial.raw_shape` says; as its factory left it. Where it gives several outputs,
             `main_output` says which one counts.
         task: decides the head: softmax, sigmoid, class map, boxes, or none.
-        preprocessing: applied to the samples first; a network of several inputs gets them as they are.
+        preprocessing: applied to the samples first; a network of several inputs gets them as the wire carries them.
 
     Attributes:
         meaning: of the network's outputs; logits until `settle` finds it.
@@ -135,7 +138,7 @@ class Deployed(nn.Module):
         self.answer_shape(samples, model)
         if not isinstance(self.head, nn.Softmax | nn.Sigmoid):
             return
-        columns = [torch.from_numpy(column) for column in columns_of(samples[:2])]
+        columns = tensors_of(samples[:2])
         with torch.no_grad():
             out = self.logits(*columns)
         if isinstance(self.head, nn.Softmax) and are_probabilities(out.float().numpy()):
@@ -143,11 +146,12 @@ class Deployed(nn.Module):
         elif bool(((out >= 0) & (out <= 1)).all()) and self._ends_in_sigmoid(columns):
             self.meaning = "chances"
 
-    def _ends_in_sigmoid(self, columns: list[Tensor]) -> bool:
+    def _ends_in_sigmoid(self, columns: Inputs) -> bool:
         """Whether the last operation of the network is a sigmoid."""
         with torch.enable_grad():
-            inputs = [self.preprocess(columns[0])] if len(columns) == 1 else columns
-            inputs = [column.requires_grad_() if column.is_floating_point() else column for column in inputs]
+            inputs = [
+                column.requires_grad_() if column.is_floating_point() else column for column in self.prepared(*columns)
+            ]
             node: Any = main_output(self.network(*inputs), self.outputs).grad_fn
         while node is not None and node.name().startswith(_RESHAPING) and node.next_functions:
             node = node.next_functions[0][0]
@@ -166,23 +170,29 @@ class Deployed(nn.Module):
         try:
             self.eval()
             with torch.no_grad():
-                out = self(*(torch.from_numpy(column) for column in columns_of(sample[:2])))
+                out = self(*tensors_of(sample[:2]))
         except RushhourError:
             raise
         except Exception as error:  # a user's network may fail in any way
             raise ModelError(
-                f"the model {model} cannot take samples of shape {tuple(sample.shape[1:])}",
+                f"the model {model} cannot take samples of {described(sample)}",
                 why_failed(error),
                 _remedy(error, sample),
             ) from error
         return tuple(out.shape[1:])
 
+    def prepared(self, *samples: Tensor) -> Inputs:
+        """What the network is given: a single input preprocessed, several as they are."""
+        return samples if len(samples) > 1 else (self.preprocess(samples[0]),)
+
     def _raw(self, *samples: Tensor) -> Any:
-        return self.network(*samples) if len(samples) > 1 else self.network(self.preprocess(samples[0]))
+        return self.network(*self.prepared(*samples))
 
 
 def _remedy(error: Exception, sample: NDArray[Any]) -> str:
     text = str(error)
+    if names := sample.dtype.names:
+        return f"let its forward take a tensor for each input, as they are: {', '.join(names)}"
     if "indices" in text and "scalar types: Long" in text:
         return "samples arrive as float32: use .long() on them in its forward"
     if "missing" in text and "required positional argument" in text:
@@ -194,6 +204,6 @@ def _remedy(error: Exception, sample: NDArray[Any]) -> str:
     return "give the model arguments that fit the data, or data that fits the model"
 
 
-def columns_of(samples: NDArray[Any]) -> list[NDArray[Any]]:
-    """An array for each input: the samples themselves, or the fields of a structured array."""
-    return [np.ascontiguousarray(samples[name]) for name in samples.dtype.names or ()] or [np.array(samples)]
+def tensors_of(samples: NDArray[Any]) -> Inputs:
+    """A tensor for each input, copied: a network may write to it, and the data may be mapped from a file."""
+    return tuple(torch.from_numpy(np.array(column, order="C")) for column in columns_of(samples))

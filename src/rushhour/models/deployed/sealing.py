@@ -12,10 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from rushhour.bundle import Bundle, Manifest, OpenDimension, Preprocessing, Signature, Source, Step, TensorSpec, Text
+from rushhour.bundle import (
+    Bundle,
+    Manifest,
+    OpenDimension,
+    Preprocessing,
+    Signature,
+    Source,
+    Step,
+    TensorSpec,
+    Text,
+    columns_of,
+)
 from rushhour.errors import ModelError
 from rushhour.models.deployed.graph import graph_of, verify
-from rushhour.models.deployed.module import Deployed, columns_of
+from rushhour.models.deployed.module import Deployed
 from rushhour.models.trust import record_factory
 from rushhour.task import Task
 
@@ -126,13 +137,15 @@ def answer_spec(task: Task, sample: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(task.output_name, spatial.dtype, spatial.answer_shape(sample), places=spatial.places)
 
 
-def try_export(deployed: Deployed, name: str, sample: TensorSpec, samples: NDArray[Any], task: Task) -> None:
+def try_export(
+    deployed: Deployed, name: str, sample: tuple[TensorSpec, ...], samples: NDArray[Any], task: Task
+) -> None:
     """Raise unless the network can be exported; nothing is kept.
 
     Args:
         deployed: as `export` makes it.
         name: of the network, for the message.
-        sample: one sample on the wire.
+        sample: one sample on the wire: each input.
         samples: a few.
         task: names the output.
 
@@ -140,5 +153,6 @@ def try_export(deployed: Deployed, name: str, sample: TensorSpec, samples: NDArr
         ModelError: if it cannot be exported, or the graph answers differently.
     """
     deployed.settle(samples, name)
-    graph = graph_of(deployed, name, samples, [sample.name], task.output_name)
-    verify(graph.SerializeToString(), deployed, name, [sample.name], samples)
+    names = [spec.name for spec in sample]
+    graph = graph_of(deployed, name, samples, names, task.output_name)
+    verify(graph.SerializeToString(), deployed, name, names, samples)

@@ -30,7 +30,8 @@ class Opening:
         name: of the model.
         shown: names it in messages: its path, or what kind of object it is.
         trusted: whether the user allows its own code to run; always of an object, whose code runs already.
-        example: a few samples as the network takes them, `(k, *shape)`, where the door needs them.
+        example: a few samples as the network takes them, `(k, *shape)`, where the door needs them; of several inputs a
+            structured array with a field for each.
         outputs: length of one answer, where that is known.
         size: height and width, for a network that takes pictures of any.
         length: tokens of every text, for a network that takes any number; None leaves it open where that is possible.

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rushhour.bundle import described, joined
 from rushhour.errors import ModelError
 from rushhour.models.converted import checked_onnx
-from rushhour.models.deployed import exported_graph, main_output, named_outputs
+from rushhour.models.deployed import Inputs, exported_graph, main_output, named_outputs, tensors_of
 from rushhour.models.doors.door import Arrival, Opening
 from rushhour.models.failure import why_failed
-from rushhour.models.source import plain_network
+from rushhour.models.source import forward_names, plain_network
 
 _INPUT, _OUTPUT = "input", "output"
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -43,15 +44,16 @@ class TorchModuleDoor:
                 "give data, or example=x, a few samples as it takes them, (k, *shape)",
             )
         with _prepared(model, opening.shown) as network:
-            example = _taken(network, opening)
+            names = _names(network, opening.example)
+            example = _taken(network, names, opening)
             notes = _notes(model, network, example, opening)
             main = _Main(network, opening.outputs).eval()
-            graph = exported_graph(main, (example,), opening.name, [_INPUT], [_OUTPUT], optimize=False)
+            graph = exported_graph(main, example, opening.name, names, [_OUTPUT], optimize=False)
 
         def answers(columns: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], ...]:
             with _prepared(model, opening.shown) as original, torch.no_grad():
-                given = torch.from_numpy(np.ascontiguousarray(columns[_INPUT]))
-                return (main_output(original(given), opening.outputs).numpy(),)
+                given = (torch.from_numpy(np.ascontiguousarray(columns[name])) for name in names)
+                return (main_output(original(*given), opening.outputs).numpy(),)
 
         origin = f"torch {torch.__version__.partition('+')[0]}, {type(model).__qualname__}"
         return Arrival("torch", checked_onnx(graph, opening.shown), origin, answers, notes=notes)
@@ -97,45 +99,52 @@ def _prepared(model: nn.Module, shown: str) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def _taken(network: nn.Module, opening: Opening) -> Tensor:
-    """Two samples or more that the network takes: as they are, or whole numbers as indices.
+def _names(network: nn.Module, example: NDArray[Any]) -> list[str]:
+    """The inputs by name, in the network's order: that of its arguments, where these have the names of the samples'."""
+    given = example.dtype.names or (_INPUT,)
+    taken = forward_names(network)[: len(given)]
+    return list(taken if set(taken) == set(given) else given)
+
+
+def _taken(network: nn.Module, names: list[str], opening: Opening) -> Inputs:
+    """Two samples or more that the network takes: as they are, or whole numbers of a single input as indices.
 
     Raises:
         ModelError: if it takes neither.
     """
     assert opening.example is not None
-    given = opening.example
-    example = torch.from_numpy(np.ascontiguousarray(given[np.arange(max(2, len(given))) % len(given)]))
+    given = opening.example[np.arange(max(2, len(opening.example))) % len(opening.example)]
+    example = tensors_of(given if given.dtype.names is None else joined({name: given[name] for name in names}))
     candidates = [example]
-    if example.is_floating_point() and bool((example == example.round()).all()):
-        candidates.append(example.long())
+    if len(names) == 1 and example[0].is_floating_point() and bool((example[0] == example[0].round()).all()):
+        candidates.append((example[0].long(),))
     first: Exception | None = None
     for candidate in candidates:
         try:
             with torch.no_grad():
-                network(candidate)
+                network(*candidate)
         except Exception as error:  # a user's module may fail in any way
             first = first or error
         else:
             return candidate
     assert first is not None
     raise ModelError(
-        f"{opening.shown} cannot take samples of shape {tuple(example.shape[1:])}",
+        f"{opening.shown} cannot take samples of {described(given)}",
         why_failed(first),
         "give data or an example that it was made for",
     ) from first
 
 
-def _notes(model: nn.Module, network: nn.Module, example: Tensor, opening: Opening) -> tuple[str, ...]:
+def _notes(model: nn.Module, network: nn.Module, example: Inputs, opening: Opening) -> tuple[str, ...]:
     """What a graph does not keep of a module."""
     notes = []
     with torch.no_grad():
-        main, names = named_outputs(network(example), opening.outputs)
+        main, names = named_outputs(network(*example), opening.outputs)
     if len(names) > 1:
         notes.append(f"of its outputs {', '.join(names)} the answer is {main}; the others are left out")
     dropouts = sum(isinstance(module, _DROPOUTS) for module in model.modules())
     if dropouts:
         notes.append(f"{dropouts} dropout layers are left out: a graph has none")
-    if example.dtype == torch.int64 and opening.example is not None and opening.example.dtype.kind == "f":
+    if opening.example is not None and opening.example.dtype.kind == "f" and example[0].dtype == torch.int64:
         notes.append("its samples are whole numbers, taken as indices")
     return tuple(notes)

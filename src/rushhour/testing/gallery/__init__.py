@@ -63,12 +63,11 @@ from rushhour.testing.gallery.refused import (
     no_running_statistics,
     noisy,
     other_in_training,
-    pair,
     softmax_over_batch,
     squeezed,
 )
 from rushhour.testing.gallery.sequences import gru, lstm, one_dimensional, over_time, three_dimensional
-from rushhour.testing.gallery.tabular import experts, normed_rows, one_value, viewed
+from rushhour.testing.gallery.tabular import experts, normed_rows, one_value, pair, viewed
 
 __all__ = [
     "CLASSES",
@@ -180,6 +179,7 @@ GALLERY: tuple[Specimen, ...] = (
     Specimen("normed_rows", "rows", random=True),
     Specimen("experts", "rows"),
     Specimen("one_value", "values"),
+    Specimen("pair", "pairs"),
     Specimen("mixing_encoder", "series", refused="batch_first"),
     Specimen("softmax_over_batch", refused="depends on the others"),
     Specimen("no_running_statistics", refused="running statistics"),
@@ -189,7 +189,6 @@ GALLERY: tuple[Specimen, ...] = (
     Specimen("all_frozen", refused="frozen"),
     Specimen("noisy", refused="call to call"),
     Specimen("other_in_training", refused="another output in training"),
-    Specimen("pair", "pairs", refused="inputs"),
 )  # fmt: skip
 """All of them."""
 

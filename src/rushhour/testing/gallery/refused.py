@@ -119,18 +119,3 @@ class _Pixels(nn.Module):
 def other_in_training() -> nn.Module:
     """One answer per pixel in training, one per picture in serving."""
     return _Pixels()
-
-
-class _Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(3, CLASSES), nn.Linear(3, CLASSES)
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        out: Tensor = self.left(left) + self.right(right)
-        return out
-
-
-def pair() -> nn.Module:
-    """Two inputs."""
-    return _Pair()

@@ -57,3 +57,18 @@ class _Value(nn.Module):
 def one_value() -> nn.Module:
     """A value for each sample, `(n,)`."""
     return _Value()
+
+
+class _Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(3, 32), nn.Linear(3, 32), nn.Linear(32, CLASSES)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        out: Tensor = self.out(torch.relu(self.left(left) + self.right(right)))
+        return out
+
+
+def pair() -> nn.Module:
+    """Two inputs."""
+    return _Pair()

@@ -38,7 +38,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
 def choose_plan(
     source: Source,
-    sample: TensorSpec,
+    sample: tuple[TensorSpec, ...],
     outputs: int,
     *,
     settings: ParallelSettings,
@@ -54,7 +54,7 @@ def choose_plan(
 
     Args:
         source: the network.
-        sample: one sample.
+        sample: one sample: each input.
         outputs: length of one answer.
         settings: what is asked for.
         batch: samples in a step.

@@ -29,6 +29,8 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 """Layers that work on any part of the features alone."""
 _NORM = nn.modules.batchnorm._BatchNorm
+_ROWS = 2
+"""Samples that pass through a layer: batch normalisation takes no single one."""
 
 
 def chain(network: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -65,8 +67,16 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def layer_table(source: Source, sample: TensorSpec, outputs: int, trusted: tuple[str, ...] = ()) -> tuple[Layer, ...]:
+def layer_table(
+    source: Source, sample: tuple[TensorSpec, ...], outputs: int, trusted: tuple[str, ...] = ()
+) -> tuple[Layer, ...]:
     """The layer table of the network that `source` names.
+
+    Args:
+        source: the network.
+        sample: one sample: each input.
+        outputs: length of one answer.
+        trusted: factories that may be imported besides those of `rushhour.models`.
 
     Raises:
         ModelError: if it cannot be built, cannot take such samples, or does not answer with `outputs` numbers.
@@ -77,10 +87,14 @@ def layer_table(source: Source, sample: TensorSpec, outputs: int, trusted: tuple
     except ModelError:
         # a factory may need the values of tensors, for example to scale its weights
         network = build(source, trusted).to("meta")
-    shape = sample.shape
-    if sample.name == "image" and len(shape) == 3:
+    if len(sample) > 1:  # the network gets them as they are
+        inputs = tuple(_empty(spec.shape, getattr(torch, spec.dtype)) for spec in sample)
+        return _table(network, inputs, outputs)
+    (spec,) = sample
+    shape = spec.shape
+    if spec.name == "image" and len(shape) == 3:
         shape = (shape[2], shape[0], shape[1])
-    whole = sample.dtype in ("int64", "int32") and sample.name != "image"
+    whole = spec.dtype in ("int64", "int32") and spec.name != "image"
     return table_of(network, shape, outputs, torch.int64 if whole else torch.float32)
 
 
@@ -88,8 +102,17 @@ def table_of(
     network: nn.Module, shape: tuple[int, ...], outputs: int | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Layer, ...]:
     """The layer table of a network on the meta device, for samples of `shape` as the network takes them."""
-    rows = 2  # batch normalisation takes no single sample
-    x = torch.empty((rows, *shape), device="meta", dtype=dtype)
+    return _table(network, (_empty(shape, dtype),), outputs)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty((_ROWS, *shape), device="meta", dtype=dtype)
+
+
+def _table(network: nn.Module, inputs: tuple[Tensor, ...], outputs: int | None) -> tuple[Layer, ...]:
+    """Of several inputs, the first layer takes all: it is the whole network then."""
+    rows = _ROWS
+    x, *others = inputs
     table = []
     name = ""
     try:
@@ -102,12 +125,12 @@ def table_of(
                     saved[id(tensor)] = tensor.numel()
                 return tensor
 
-            entry = x.detach()
-            if entry.is_floating_point():
-                entry.requires_grad_()
+            entries = [each.detach() for each in (x, *others)]
+            for each in entries:
+                each.requires_grad_(each.is_floating_point())
             counter, lookups = FlopCounterMode(display=False), _Lookups(module)
             with counter, lookups.watched(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                y: Tensor = module(entry)
+                y: Tensor = module(*entries)
             leaves = [leaf for leaf in module.modules() if not list(leaf.children())]
             table.append(
                 Layer(
@@ -115,7 +138,7 @@ def table_of(
                     kind=_kind(module, leaves),
                     flops=counter.get_total_flops() / rows,
                     parameters=sum(tensor.numel() for tensor in module.parameters()),
-                    inputs=x.numel() // rows,
+                    inputs=sum(each.numel() for each in entries) // rows,
                     outputs=y.numel() // rows,
                     in_width=x.shape[-1],
                     out_width=y.shape[-1] if y.dim() == 2 or not _norms(leaves) else y.shape[1],
@@ -127,7 +150,7 @@ def table_of(
                     tables=lookups.tables(rows),
                 )
             )
-            x = y
+            x, others = y, []
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError) as error:
         raise ModelError(
             f"cannot trace the network{f' in its layer {name}' if name else ''}",

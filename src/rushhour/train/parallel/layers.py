@@ -139,7 +139,7 @@ class Sharded(nn.Module):
         self.__dict__["module"].train(mode)
         return super().train(mode)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """As the layer, with parameters that are gathered for this pass."""
         whole: tuple[Tensor, ...] = _Gather.apply(self, *self.parts)  # type: ignore[no-untyped-call]
         where = {tensor.untyped_storage().data_ptr(): index for index, tensor in enumerate(whole) if tensor.numel()}
@@ -160,7 +160,7 @@ class Sharded(nn.Module):
             return whole
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            out: Tensor = functional_call(self.__dict__["module"], dict(zip(self.names, whole, strict=True)), (x,))
+            out: Tensor = functional_call(self.__dict__["module"], dict(zip(self.names, whole, strict=True)), inputs)
         return out
 
     def _gather(self) -> list[Tensor]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rushhour.errors import ModelError, PlanError
+from rushhour.models import Inputs
 from rushhour.train.parallel.assembly import assemble, whole_layer
 from rushhour.train.parallel.buffers import Buffers
 from rushhour.train.parallel.collectives import Group, shares
@@ -153,7 +154,7 @@ class ParallelNetwork:
 
     def step(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         targets: Tensor,
         loss_sum: LossSum,
         global_batch: int,
@@ -165,7 +166,8 @@ class ParallelNetwork:
         Gradients of an earlier step are removed; the optimizer's `zero_grad` is not needed.
 
         Args:
-            inputs: own rows (`rows`), as the network takes them; read by workers of the first stage only.
+            inputs: own rows (`rows`), a tensor for each input, as the network takes them; read by workers of the first
+                stage only.
             targets: own rows; read by workers of the last stage only.
             loss_sum: gives the sum of the losses of some rows.
             global_batch: rows that all workers have together.
@@ -179,7 +181,7 @@ class ParallelNetwork:
         """
         parts = self._shares(global_batch)
         own = parts[self._groups.inner]
-        given = inputs if self._groups.stage == 0 else targets
+        given = inputs[0] if self._groups.stage == 0 else targets
         if len(given) != own and (self._groups.stage == 0 or self._is_last):
             raise ModelError(
                 f"worker {self._groups.rank} was given {len(given)} rows of a batch of {global_batch}",
@@ -228,18 +230,15 @@ class ParallelNetwork:
         entries = [entry for entry in self._state.entries if not entry.learned and entry.dtype.is_floating_point]
         self._outer.step([self._tensors[entry.held] for entry in entries], self._groups.world)
 
-    def predict(self, inputs: Tensor, global_batch: int) -> Tensor | None:
+    def predict(self, inputs: Inputs, global_batch: int) -> Tensor | None:
         """Outputs for own rows, in evaluation mode; None on workers that are not of the last stage."""
         parts = self._shares(global_batch)
         self._layers.eval()
         self._enter(parts, [(size,) for size in parts], 0)
         with torch.no_grad(), self._cast():
-            if self._groups.stage == 0:
-                x = inputs
-            else:
-                x = self._neighbours.receive("activation", parts[self._groups.inner], -1)
-            for layer in self._layers:
-                x = layer(x)
+            if self._groups.stage:
+                inputs = (self._neighbours.receive("activation", parts[self._groups.inner], -1),)
+            x = self._through(inputs)
         if self._is_last:
             return x
         self._neighbours.send("activation", x.to(self._sent_dtype(x)), +1).wait()
@@ -388,7 +387,7 @@ class ParallelNetwork:
 
     def _passes(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         targets: Tensor,
         loss_sum: LossSum,
         parts: tuple[int, ...],
@@ -399,9 +398,9 @@ class ParallelNetwork:
         pieces = [shares(part, count) for part in parts]
         own = list(pieces[self._groups.inner])
         is_first = self._groups.stage == 0
-        own_inputs = torch.split(inputs, own) if is_first else [inputs] * count
+        own_inputs = list(zip(*(torch.split(each, own) for each in inputs), strict=True)) if is_first else []
         own_targets = torch.split(targets, own) if self._is_last else [targets] * count
-        in_flight: dict[int, tuple[Tensor, Tensor]] = {}
+        in_flight: dict[int, tuple[Inputs, Tensor]] = {}
         sent: list[dist.Work] = []
         total = 0.0
 
@@ -411,11 +410,9 @@ class ParallelNetwork:
             if is_first:
                 entry = own_inputs[index]
             else:
-                entry = self._neighbours.receive("activation", own[index], -1).requires_grad_()
+                entry = (self._neighbours.receive("activation", own[index], -1).requires_grad_(),)
             with self._cast():
-                x = entry
-                for layer in self._layers:
-                    x = layer(x)
+                x = self._through(entry)
                 if self._is_last:
                     x = loss_sum(x, own_targets[index]) * scale
             if self._is_last:
@@ -436,13 +433,21 @@ class ParallelNetwork:
                 grad = self._neighbours.receive("gradient", own[index], +1)
                 torch.autograd.backward(out, grad)
             if not is_first:
-                assert entry.grad is not None
-                sent.append(self._neighbours.send("gradient", entry.grad, -1))
+                assert entry[0].grad is not None
+                sent.append(self._neighbours.send("gradient", entry[0].grad, -1))
 
         one_forward_one_backward(self._groups.stage, self.plan.mesh.pipeline, count, forward, backward)
         for work in sent:
             work.wait()
         return total
+
+    def _through(self, inputs: Inputs) -> Tensor:
+        """The outputs of this stage; a network of several inputs is one layer, which takes them all."""
+        first, *others = self._layers
+        x: Tensor = first(*inputs)
+        for layer in others:
+            x = layer(x)
+        return x
 
     def _to_average(self, changed: list[bool]) -> list[str]:
         """Names of the buffers whose mean over the workers of this stage is taken after a step.

@@ -38,7 +38,7 @@ _MEMORY_SHARE = 0.85
 
 def plan_for(
     source: Source,
-    sample: TensorSpec,
+    sample: tuple[TensorSpec, ...],
     outputs: int,
     *,
     workers: int,
@@ -54,7 +54,8 @@ def plan_for(
 
     Args:
         source: the network.
-        sample: one sample; a tensor named `image` of `(height, width, channels)` reaches the network as channels first.
+        sample: one sample, each input; a single tensor named `image` of `(height, width, channels)` reaches the network
+            as channels first.
         outputs: length of one answer.
         workers: how many there are.
         batch: samples in a step, over all workers.

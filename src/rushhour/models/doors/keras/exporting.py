@@ -113,6 +113,12 @@ def _structured(tree: Any, model: Any, given: list[Any]) -> Any:
 
 
 def _build(keras: Any, model: Any, opening: Opening) -> None:
+    if opening.example is not None and opening.example.dtype.names:
+        raise ModelError(
+            f"cannot import {opening.shown}",
+            f"it does not say that it takes {len(opening.example.dtype.names)} inputs",
+            "build it of keras.Input(shape=..., name=...) for each: keras.Model(inputs=[...], outputs=...)",
+        )
     if opening.example is None or len(opening.example) == 0:
         raise ModelError(
             f"cannot import {opening.shown}",
