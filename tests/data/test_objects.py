@@ -57,6 +57,26 @@ def test_data_sets_and_loaders_are_read_in_their_order() -> None:
     assert (arrays["y"] == Y.numpy()).all()
 
 
+class Pairs(Dataset[Any]):
+    """Gives samples of two inputs."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], int]:
+        return {"user": X[index, :2], "item": X[index, 2:]}, int(Y[index])
+
+
+def test_samples_of_several_inputs_are_dictionaries() -> None:
+    for data in (Pairs(), DataLoader(Pairs(), batch_size=7), {"train": Pairs(), "test": Pairs()}):
+        arrays = read_data_object(data)
+        assert arrays is not None
+        x, y = (next(array for name, array in arrays.items() if name.startswith(what)) for what in "xy")
+        assert x.dtype.names == ("user", "item")
+        assert (np.concatenate([x["user"], x["item"]], axis=1) == X.numpy()).all()
+        assert (y == Y.numpy()).all()
+
+
 def test_pictures_and_parts() -> None:
     found = load_data({"train": Pictures(), "test": Pictures(count=20)}, Silent())  # type: ignore[dict-item]
     assert found.train.inputs.dtype == np.uint8

@@ -176,7 +176,7 @@ def test_what_training_refuses(imported: ImportResult, dataset: Dataset, tmp_pat
 
 
 def test_a_recipe_and_the_tuner_take_it(imported: ImportResult, dataset: Dataset, tmp_path: Path) -> None:
-    assert why_untrainable(imported.bundle, dataset, ()) == ""
+    assert why_untrainable(imported.bundle, ()) == ""
     assert len(shapes_of(imported.bundle, ())) > 3
     recipe = Recipe((Prune(ratio=0.3, round_to=1, epochs=0), Distil(1)))
     *_, last = apply(recipe, imported.bundle, dataset, Store(tmp_path / "store"), progress=Silent())

@@ -14,7 +14,7 @@ from test_train_loop import learned
 from torch import Tensor, nn
 
 import rushhour
-from rushhour.bundle import Bundle, Source, joined
+from rushhour.bundle import Bundle, OpenDimension, Source, joined
 from rushhour.compress import Distil, Recipe, Store, apply, default_recipes, outputs_of
 from rushhour.data import Dataset, Split
 from rushhour.data.arrays import from_arrays
@@ -33,6 +33,7 @@ from rushhour.tune.shapes import shapes_of, why_untrainable
 
 HERE = __name__
 USER, ITEM = 6, 4
+TOKENS = ("input_ids", "attention_mask")
 TOWERS = Source(f"{HERE}:two_towers", {"user": (USER,), "item": ITEM, "classes": 2})
 TRUSTED = (TOWERS.factory, f"{HERE}:swapped")
 SETTINGS = TrainSettings(epochs=2, batch=40, lr=0.02, bf16=False)
@@ -109,6 +110,12 @@ def towers_graph() -> onnx.ModelProto:
     torch.manual_seed(0)
     network, example = Starred(TwoTowers(USER, ITEM, 2)).eval(), (torch.randn(2, USER), torch.randn(2, ITEM))
     return exported_graph(network, example, "towers", ["user", "item"], ["y"], optimize=False)
+
+
+def reader_graph(dimensions: tuple[OpenDimension, ...] = ()) -> onnx.ModelProto:
+    example = tuple(torch.from_numpy(tokens(2)[name]) for name in TOKENS)
+    network = Starred(Reader()).eval()
+    return exported_graph(network, example, "reader", TOKENS, ["y"], optimize=False, dimensions=dimensions)
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +238,7 @@ def test_a_graph_of_several_inputs_becomes_a_network_of_them() -> None:
     network = convert(graph, "towers")
     assert verify(graph, network, "towers") < 1e-4
     assert forward_names(network.network()) == ("x", "item")
-    texts = exported_graph(
-        Starred(Reader()).eval(), tuple(torch.from_numpy(tokens(2)[name]) for name in ("input_ids", "attention_mask")),
-        "reader", ["input_ids", "attention_mask"], ["y"], optimize=False,
-    )  # fmt: skip
+    texts = reader_graph()
     read = convert(texts, "reader")
     assert read.limits == {"input_ids": 30}
     assert verify(texts, read, "reader") < 1e-4
@@ -254,6 +258,9 @@ def test_a_module_in_memory_and_its_tokens(tmp_path: Path) -> None:
     trained = rushhour.train(found.bundle, (x, y), out=tmp_path / "trained", epochs=20, lr=0.02).bundle
     data = from_arrays({**x, "y": y}, name="texts", seed=0).fitted_to(trained.manifest.signature, "reader")
     assert (outputs_of(trained, EngineConfig("openvino"), data.test).argmax(1) == data.test.targets).mean() > 0.8
+    onnx.save(reader_graph((OpenDimension("length", 64, dict.fromkeys(TOKENS, 0)),)), tmp_path / "open.onnx")
+    fixed = rushhour.train(tmp_path / "open.onnx", (x, y), out=tmp_path / "fixed", epochs=1).bundle
+    assert [spec.shape for spec in fixed.manifest.signature.inputs] == [(9,), (9,)]
     sample = rushhour.import_model(Reader(), example={n: a[:4] for n, a in x.items()}, classes=2, out=tmp_path / "few")
     assert sample.bundle.sample_rows().dtype.names == ("input_ids", "attention_mask")
 

@@ -301,6 +301,7 @@ def imported_for(
     columns: GivenColumns = None,
     known: Known | None = None,
     preprocessing: Preprocessing | None = None,
+    one_size: bool = False,
 ) -> tuple[ImportResult, Dataset]:
     """The bundle of a model from elsewhere, for data, and the data scaled as the model needs it.
 
@@ -316,11 +317,12 @@ def imported_for(
         known: what the user said.
         preprocessing: how pixels are scaled; by default as the model says, or the usual way that is most accurate on
             the data.
+        one_size: whether open dimensions get the sizes of the data, so that it can be trained.
 
     Raises:
         RushhourError: as `import_model`.
     """
-    from rushhour.models.importing import picture_size, signature_of_arrival
+    from rushhour.models.importing import at_one_size, picture_size, signature_of_arrival
 
     known, arrival, sides = known or Known(), None, read_size(size)
     if not brought.door.needs_example:
@@ -335,6 +337,10 @@ def imported_for(
     if arrival is None:
         arrival = known.opened(brought, size=sides, example=_as_network_takes(dataset), outputs=dataset.task.outputs)
     dataset = dataset.fitted_to(signature_of_arrival(arrival, brought.shown), brought.name)
+    if one_size:
+        arrival, note = at_one_size(arrival, dataset.train.inputs, brought.shown)
+        if note:
+            progress.note(note)
     result = _imported(
         brought, arrival, out, known.name, progress, task=dataset.task, preprocessing=preprocessing, dataset=dataset
     )

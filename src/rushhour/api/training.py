@@ -121,8 +121,9 @@ def train(
             its own weights, at a tenth of the learning rate.
         data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, a `.csv` or `.parquet`
             table, `module:factory`, a `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file:
-            `{"x_train": ..., "y_train": ..., ...}`; or a table of pandas, a `Dataset` or `DataLoader` of torch, or a
-            dictionary of them: `{"train": ..., "validation": ...}`.
+            `{"x_train": ..., "y_train": ..., ...}`, of several inputs `{"user": ..., "item": ..., "y": ...}`;
+            or a table of pandas, a `Dataset` or `DataLoader` of torch, or a dictionary of them: `{"train": ...,
+            "validation": ...}`.
         out: the bundle's folder.
         epochs: passes over the training data; by default 3, and more of little data: enough for 600 steps.
         batch: samples in an optimizer step; by default 128, and less of little data.
@@ -291,7 +292,7 @@ def _begun(
     if isinstance(begin, Bundle):
         dataset = load_data(data, progress, begin, **reading)
         return begin, dataclasses.replace(dataset, preprocessing=begin.manifest.preprocessing)
-    result, dataset = imported_for(begin, data, _place(path), progress, known=known, **reading)
+    result, dataset = imported_for(begin, data, _place(path), progress, known=known, one_size=True, **reading)
     if result.understood.why_untrainable:
         raise ModelError(
             f"cannot train {begin.shown}",

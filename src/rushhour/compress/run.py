@@ -394,7 +394,7 @@ def _check_sizes(before: Bundle, doing: str) -> None:
         raise ModelError(
             f"cannot {doing} {before.manifest.name}",
             f"its {before.manifest.signature.dimensions[0].name} is open, and training takes samples of one size",
-            "use int8, f16 or w8, which need no training",
+            "use int8, f16 or w8, which need no training; or `rushhour train` first, which fixes the size of its data",
         )
 
 

@@ -6,6 +6,7 @@ graph as it is, and `Understood.why_untrainable` says what stands in the way.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec, joined
+from rushhour.bundle import Bundle, Preprocessing, Signature, Source, Step, TensorSpec, columns_of, joined
 from rushhour.errors import DataError, ModelError, TaskError
 from rushhour.models.converted import Converted, NotTrainable, channels_first, convert, verify
 from rushhour.models.deployed import Deployed, export
 from rushhour.models.doors import Arrival, Brought, verify_arrival
 from rushhour.models.doors.onnx_graph import OnnxDoor
 from rushhour.models.imported import from_graph, signature_of, with_limits
+from rushhour.models.open_dimensions import fix_sizes
 from rushhour.task import Task
 
 FACTORY: Final = "rushhour.models:converted"
@@ -100,6 +102,30 @@ def signature_of_arrival(arrival: Arrival, name: str) -> Signature:
         ModelError: if it cannot be served.
     """
     return with_limits(signature_of(arrival.graph, name, arrival.dimensions), arrival.limits)
+
+
+def at_one_size(arrival: Arrival, samples: NDArray[Any], name: str) -> tuple[Arrival, str]:
+    """A model whose open dimensions get the sizes of samples, so that it can be trained, and a note.
+
+    Args:
+        arrival: its graph is changed.
+        samples: as the model takes them.
+        name: of the model.
+
+    Returns:
+        The model as it is where it has no open dimension, or samples do not fit it.
+    """
+    signature = signature_of_arrival(arrival, name)
+    columns = dict(zip((spec.name for spec in signature.inputs), columns_of(samples[:1]), strict=False))
+    if not signature.dimensions or len(columns) != len(signature.inputs):
+        return arrival, ""
+    sizes = signature.sizes_of(columns)
+    if any(signature.shape(spec, sizes) != columns[spec.name].shape[1:] for spec in signature.inputs):
+        return arrival, ""
+    fix_sizes(arrival.graph, signature.dimensions, sizes)
+    pairs = zip(signature.dimensions, sizes, strict=True)
+    note = " and ".join(f"its {each.name} is open: it is trained at {size}, as the data" for each, size in pairs)
+    return dataclasses.replace(arrival, dimensions=(), tokenizer=None), f"{note}, and takes no other from then on"
 
 
 def picture_size(spec: TensorSpec) -> tuple[int, int] | None:
@@ -250,7 +276,11 @@ def _converted(model: onnx.ModelProto, signature: Signature, name: str) -> tuple
         return None, f"it has {len(signature.outputs)} outputs ({names}), and training takes one: export it alone", 0.0
     if signature.dimensions:
         open_ones = " and ".join(each.name for each in signature.dimensions)
-        return None, f"its {open_ones} is open, and training takes one size: --length or --size fixes it", 0.0
+        return (
+            None,
+            f"its {open_ones} is open, and training takes one size: `rushhour train` fixes that of its data",
+            0.0,
+        )
     try:
         found = convert(model, name, logits=True)
         return found, "", verify(model, found, name)
@@ -309,7 +339,8 @@ def _on_the_wire(
                 f"it has {len(signature.inputs)} inputs, which it gets as they are",
                 "leave out --scale, --mean and --std, and give samples as the network takes them",
             )
-        return signature.inputs, Preprocessing(), "none: several inputs are taken as they are"
+        specs = with_limits(signature, converted.limits).inputs
+        return specs, Preprocessing(), "none: several inputs are taken as they are"
     (spec,) = signature.inputs
     if given is None:
         if preprocessing is not None and preprocessing.layout == "NHWC->NCHW":

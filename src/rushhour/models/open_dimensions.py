@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -63,6 +63,14 @@ def open_dimensions(
     return tuple(
         OpenDimension(name[:64], most, tensors) for (name, tensors), most in zip(axes.items(), largest, strict=True)
     )
+
+
+def fix_sizes(graph: onnx.ModelProto, dimensions: Sequence[OpenDimension], sizes: Sizes) -> None:
+    """Give the open dimensions of a graph's inputs and outputs these sizes, in place."""
+    for value in (*graph.graph.input, *graph.graph.output):
+        for dimension, size in zip(dimensions, sizes, strict=True):
+            if value.name in dimension.axes:
+                value.type.tensor_type.shape.dim[1 + dimension.axes[value.name]].dim_value = size
 
 
 def padded(graph: GraphAnswers, signature: Signature, limits: Mapping[str, int]) -> Signature:

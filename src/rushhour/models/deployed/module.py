@@ -196,7 +196,7 @@ def _remedy(error: Exception, sample: NDArray[Any]) -> str:
     if "indices" in text and "scalar types: Long" in text:
         return "samples arrive as float32: use .long() on them in its forward"
     if "missing" in text and "required positional argument" in text:
-        return "let its forward take one tensor: training gives it no other arguments"
+        return "let its forward take one tensor, or give data with an array for each input, by its name"
     if sample.ndim == 3 and any(size in text for size in ("channels", "conv", "Conv", "expected 4D", "3D or 4D")):
         return (
             "pictures have a dimension of channels: give arrays (n, height, width, channels), for example x[..., None]"
