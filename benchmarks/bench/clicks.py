@@ -61,7 +61,7 @@ def table_for(ids: int, batch: int) -> tuple[Layer, ...]:
     """Its layer table, with the rows that a batch looks up."""
     with torch.device("meta"):
         table = table_of(deepfm(sizes(ids), 1, dimension=_DIMENSION), (len(sizes(ids)),), 1)
-    return with_lookups(table, network_of(ids), Clicks(ids, batch)(0)[0])
+    return with_lookups(table, network_of(ids), (Clicks(ids, batch)(0)[0],))
 
 
 class Clicks:
@@ -146,7 +146,7 @@ def clicked(
 def _stepped(parallel: ParallelNetwork, given: tuple[Tensor, Tensor]) -> float:
     samples, wanted = given
     own = parallel.rows(len(samples))
-    return parallel.step(samples[own], wanted[own], _loss, len(samples))
+    return parallel.step((samples[own],), wanted[own], _loss, len(samples))
 
 
 def _loss(outputs: Tensor, wanted: Tensor) -> Tensor:

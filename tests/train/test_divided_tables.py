@@ -76,7 +76,7 @@ def test_rows_that_data_looks_up_are_counted() -> None:
     samples = torch.from_numpy(np.concatenate([np.zeros((256, 2), np.float32), ids, ids % 40], 1))
     network = deepfm([0, 0, 5_000, 40], 1)
     network.fields.hiding.p = 0.0
-    (layer,) = with_lookups(recommender(5_000), network, samples)
+    (layer,) = with_lookups(recommender(5_000), network, (samples,))
     codes = np.stack([ids[:, 0], 5_000 + ids[:, 0] % 40], 1)
     assert [table.name for table in layer.tables] == ["embedding", "single"]
     assert layer.tables[0].touched == tuple(len(np.unique(codes[: 2**power])) for power in range(9))

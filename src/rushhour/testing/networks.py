@@ -122,7 +122,7 @@ def table_for(name: str, wide: bool = False) -> tuple[Layer, ...]:
         table = table_of(factory(), shape, CLASSES)
     if not any(layer.tables for layer in table):
         return table
-    return with_lookups(table, factory(), torch.randn(64, *shape, generator=torch.Generator().manual_seed(2)))
+    return with_lookups(table, factory(), (torch.randn(64, *shape, generator=torch.Generator().manual_seed(2)),))
 
 
 def arranged(

@@ -218,7 +218,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         deployed = self._prepared(dataset)
         with self._feed(dataset, (0, 1)) as feed:
             batch = next(feed.epoch(0))
-        return with_lookups(layers, deployed.network, deployed.preprocess(batch.inputs))
+        return with_lookups(layers, deployed.network, deployed.prepared(*batch.inputs))
 
     def _feed(self, dataset: Dataset, part: tuple[int, int]) -> Feed:
         settings = self.job.settings

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rushhour.bundle import Source, TensorSpec
 from rushhour.errors import ModelError
-from rushhour.models import build
+from rushhour.models import Inputs, build
 from rushhour.train.parallel.cost import EmbeddingTable, Kind, Layer
 
 ELEMENTWISE: tuple[type[nn.Module], ...] = (
@@ -109,7 +109,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty((_ROWS, *shape), device="meta", dtype=dtype)
 
 
-def _table(network: nn.Module, inputs: tuple[Tensor, ...], outputs: int | None) -> tuple[Layer, ...]:
+def _table(network: nn.Module, inputs: Inputs, outputs: int | None) -> tuple[Layer, ...]:
     """Of several inputs, the first layer takes all: it is the whole network then."""
     rows = _ROWS
     x, *others = inputs
@@ -166,16 +166,16 @@ def _table(network: nn.Module, inputs: tuple[Tensor, ...], outputs: int | None) 
     return tuple(table)
 
 
-def with_lookups(layers: tuple[Layer, ...], network: nn.Module, samples: Tensor) -> tuple[Layer, ...]:
+def with_lookups(layers: tuple[Layer, ...], network: nn.Module, samples: Inputs) -> tuple[Layer, ...]:
     """The layer table with the rows of embedding tables that these samples look up.
 
     Args:
         layers: of the network.
         network: with weights; one pass in training mode goes through it.
-        samples: `(n, ...)`, as the network takes them.
+        samples: a tensor `(n, ...)` for each input, as the network takes them.
     """
     seen: dict[str, list[Tensor]] = {}
-    handles = []
+    handles, rows = [], len(samples[0])
     for layer in layers:
         for table in layer.tables:
             name = ".".join(filter(None, (layer.name, table.name)))
@@ -183,21 +183,21 @@ def with_lookups(layers: tuple[Layer, ...], network: nn.Module, samples: Tensor)
             def before(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
                 ids = inputs[0]
                 # ids that are not of samples, such as positions, are the same for any number of them
-                of_samples = ids.dim() > 0 and len(ids) == len(samples)
-                seen.setdefault(name, []).append(ids.reshape(len(samples), -1) if of_samples else ids.reshape(1, -1))
+                of_samples = ids.dim() > 0 and len(ids) == rows
+                seen.setdefault(name, []).append(ids.reshape(rows, -1) if of_samples else ids.reshape(1, -1))
 
             handles.append(network.get_submodule(name).register_forward_pre_hook(before))
     if not handles:
         return layers
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            network.train()(samples)
+            network.train()(*samples)
     finally:
         for handle in handles:
             handle.remove()
 
     def touched(name: str) -> tuple[int, ...]:
-        counts = (2**power for power in range(len(samples).bit_length()))
+        counts = (2**power for power in range(rows.bit_length()))
         return tuple(len(torch.unique(torch.cat([ids[:count].reshape(-1) for ids in seen[name]]))) for count in counts)
 
     return tuple(
