@@ -14,13 +14,14 @@ from test_train_loop import learned
 from torch import Tensor, nn
 
 import rushhour
+from rushhour.api.inputs import load_data
 from rushhour.bundle import Bundle, OpenDimension, Source, joined
 from rushhour.compress import Distil, Recipe, Store, apply, default_recipes, outputs_of
 from rushhour.data import Dataset, Split
 from rushhour.data.arrays import from_arrays
 from rushhour.data.augment import Augmentation
 from rushhour.engines import EngineConfig
-from rushhour.errors import ModelError, RushhourError
+from rushhour.errors import DataError, ModelError, RushhourError
 from rushhour.models import forward_names, load_deployed
 from rushhour.models.converted import convert, verify
 from rushhour.models.deployed import exported_graph
@@ -208,6 +209,11 @@ def test_parts_and_dictionaries_are_read_alike() -> None:
     whole = from_arrays(PARTS, name="parts", seed=0)
     assert [len(part) for part in (whole.train, whole.validation, whole.test)] == [60, 60, 60]
     assert np.array_equal(whole.test.inputs["user"], PARTS["user_test"].astype(np.float32))
+    x = {name: arrays()[name] for name in ("item", "user")}
+    pair = load_data((x, arrays()["y"]), Silent())  # type: ignore[arg-type]
+    assert np.array_equal(pair.test.inputs, load_data(arrays(), Silent()).test.inputs)
+    with pytest.raises(DataError, match="x is 2 arrays: several inputs are told apart by their names; give a dict"):
+        load_data((list(x.values()), arrays()["y"]), Silent())  # type: ignore[arg-type]
     single = from_arrays({"features": arrays()["user"], "y": arrays()["y"]}, name="one", seed=0)
     assert single.sample_shape == (USER,)
     assert single.notes[0] == "there is no x: a sample is features"

@@ -232,6 +232,13 @@ def _from_arrays(
     if isinstance(data, tuple):
         if len(data) != 2:
             raise DataError(f"cannot read {len(data)} arrays", "samples and their targets are two", "give (x, y)")
+        x, y = data
+        if isinstance(x, list | tuple) and x and all(getattr(each, "shape", ())[:1] == (len(y),) for each in x):
+            raise DataError(
+                f"x is {len(x)} arrays",
+                "several inputs are told apart by their names",
+                'give a dictionary: ({"user": users, "item": items}, y)',
+            )
         data = {"x": data[0], "y": data[1]}
     arrays = {
         name: joined({each: to_array(each, column) for each, column in array.items()})

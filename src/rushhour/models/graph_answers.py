@@ -19,6 +19,9 @@ TOLERANCE: Final = 1e-3
 HALF_TOLERANCE: Final = 3e-2
 """Of differences, as a share of the largest answer; of a graph that computes in half precision."""
 FREE_BATCH: Final = "export it with a dynamic first dimension (torch: dynamic_shapes or dynamic_axes)"
+_BEYOND: Final = "out of data bounds"
+"""In ONNX Runtime's message for a whole number that a table does not have."""
+_VOCABULARY: Final = "give whole numbers that the model's tables have"
 _HALF: Final = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _FLOATS: Final = {"float": "float32", "double": "float64", "float16": "float16"}
 _RANGES: Final = ("of normal distribution", "from 0 to 1", "from 0 to 255")
@@ -73,7 +76,9 @@ class GraphAnswers:
         try:
             answers: list[NDArray[Any]] = self._session.run(None, dict(columns))
         except Exception as error:  # its exceptions have no common base class
-            raise ModelError(f"ONNX Runtime cannot run {self._name}", why_failed(error), FREE_BATCH) from error
+            why = why_failed(error)
+            fix = _VOCABULARY if _BEYOND in why else FREE_BATCH
+            raise ModelError(f"ONNX Runtime cannot run {self._name}", why, fix) from error
         return answers
 
     def drawn(
