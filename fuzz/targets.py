@@ -31,6 +31,7 @@ from rushhour.serve.protocols.http import handler, reader
 from rushhour.serve.protocols.http.connection import HttpConnection
 from rushhour.serve.protocols.http.endpoint import HttpEndpoint
 from rushhour.serve.repository import Repository
+from rushhour.serve.service import Service
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine
 from rushhour.wire import Codec, InferRequest, content_of, pieces
@@ -280,8 +281,9 @@ class Stack:
     async def _open(self, keys: tuple[str, ...]) -> HttpEndpoint:
         with tempfile.TemporaryDirectory() as folder:
             bundle = tiny_bundle(Path(folder) / "tiny")
-            repository = Repository(open_target(bundle.path), None, lambda _, config: FakeEngine(config))
-            await repository.load()
+            service = Service(open_target(bundle.path), None, lambda _, config: FakeEngine(config))
+            repository = Repository([service], service.shared)
+            await service.load()
         settings = ServeSettings(limits=LIMITS, api_keys=keys, admin=False, shared_memory=False)
         server = HttpEndpoint(repository, Control(repository, lambda: False, admin=settings.admin), settings)
         if self._full:

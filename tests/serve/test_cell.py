@@ -24,15 +24,15 @@ from rushhour.engines import EngineConfig
 from rushhour.errors import EngineError, WireError
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Policy
-from rushhour.serve import ServeSettings, open_target, repository
+from rushhour.serve import ServeSettings, open_target, service
 from rushhour.serve.memory.budget import Budget
 from rushhour.serve.protocols.http.connection import HttpConnection
-from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.batcher import Batcher
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Job, Shed, ShedError
 from rushhour.serve.scheduling.variant import Variant
+from rushhour.serve.service import Service
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
 from rushhour.wire import Codec, InferRequest, Wanted
 
@@ -313,13 +313,13 @@ def test_over_grpc_what_fails_behind_the_answer_does_not_undo_it() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repository, "_STUCK_S", 0.05)
-    monkeypatch.setattr(repository, "_STUCK_BATCHES", 0.0)
+    monkeypatch.setattr(service, "_STUCK_S", 0.05)
+    monkeypatch.setattr(service, "_STUCK_BATCHES", 0.0)
 
 
-def opened(target: Path, engines: list[FakeEngine]) -> Repository:
+def opened(target: Path, engines: list[FakeEngine]) -> Service:
     """Each load opens the next engine."""
-    return Repository(open_target(target), None, lambda bundle, config: engines.pop(0))
+    return Service(open_target(target), None, lambda bundle, config: engines.pop(0))
 
 
 class Stuck:
@@ -374,8 +374,8 @@ def test_an_engine_that_hangs_keeps_no_reload_and_no_end_waiting(
 def test_an_old_version_that_still_moves_is_not_given_up(
     tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repository, "_STUCK_S", 1.5)
-    monkeypatch.setattr(repository, "_STUCK_BATCHES", 0.0)
+    monkeypatch.setattr(service, "_STUCK_S", 1.5)
+    monkeypatch.setattr(service, "_STUCK_BATCHES", 0.0)
     target = planned(tiny, tmp_path / "run", max_batch=1)
 
     async def scenario() -> None:

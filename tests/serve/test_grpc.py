@@ -45,10 +45,11 @@ from rushhour.serve.opening import opener
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.grpc.server import GrpcServer
 from rushhour.serve.protocols.listener import bind_reserved
-from rushhour.serve.repository import Loaded, Repository
+from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.variant import Variant
+from rushhour.serve.service import Loaded, Service
 from rushhour.serve.target import ServedVariant
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
@@ -901,12 +902,13 @@ class Held:
 @contextlib.asynccontextmanager
 async def face_of(tiny: Bundle, engine: FakeEngine, **policy: Any) -> AsyncIterator[tuple[GrpcServer, Cell, Any]]:
     """A face on this loop: it, its cell, and a stub."""
-    repository = Repository(open_target(tiny.path), None, opener(()))
+    service = Service(open_target(tiny.path), None, opener(()))
+    repository = Repository([service], service.shared)
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     settings = Policy(max_batch=engine.config.max_batch, **policy)
     cell = Cell([Variant(engine, profile)], Codec("tiny", engine.signature), settings, WallClock())
     target = open_target(tiny.path)
-    repository.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
+    service.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
     face = GrpcServer(repository, Control(repository, lambda: False), Limits(), Keys(()))
     with bind_reserved("127.0.0.1", 0) as held:
         await face.start(f"127.0.0.1:{held.getsockname()[1]}", None, None)
@@ -1054,7 +1056,8 @@ def test_draining_finishes_what_is_under_way_and_takes_nothing_new(tiny: Bundle)
 
 def test_an_address_that_cannot_be_had_is_an_error(tiny: Bundle) -> None:
     async def scenario() -> None:
-        repository = Repository(open_target(tiny.path), None, opener(()))
+        service = Service(open_target(tiny.path), None, opener(()))
+        repository = Repository([service], service.shared)
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()

@@ -41,6 +41,7 @@ from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Shed, ShedError
 from rushhour.serve.scheduling.variant import Variant as CellVariant
+from rushhour.serve.service import Service
 from rushhour.serve.worker import Worker
 from rushhour.testing.bundles import tiny_answers
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
@@ -128,8 +129,9 @@ async def in_process(
     engine: FakeEngine, target: Path, limits: Limits | None = None
 ) -> AsyncIterator[tuple[tuple[str, int], Cell]]:
     """A server with this engine on a port of its own, in this process and loop."""
-    repository = Repository(open_target(target), None, lambda bundle, config: engine)
-    await repository.load()
+    service = Service(open_target(target), None, lambda bundle, config: engine)
+    repository = Repository([service], service.shared)
+    await service.load()
     commands = Commands(repository, None)
     server = Worker(repository, ServeSettings(limits=limits or Limits()), commands, None, commands.execute, None, None)
     desk = server._endpoint
@@ -145,7 +147,7 @@ async def in_process(
             connection.close_if_idle()
         while desk.connections:
             await asyncio.sleep(0.001)
-        await repository.unload()
+        await service.unload()
 
 
 @pytest.mark.parametrize("max_batch", BATCHES)

@@ -30,12 +30,12 @@ from rushhour.plan import Plan, Policy
 from rushhour.plan import Variant as PlanVariant
 from rushhour.serve import ServeSettings, open_target
 from rushhour.serve.opening import opener
-from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.job import Shed
 from rushhour.serve.scheduling.ladder import Ladder
 from rushhour.serve.scheduling.variant import Variant
+from rushhour.serve.service import Service
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
 from rushhour.wire import Codec, InferRequest, Wanted, encode_request
@@ -423,18 +423,18 @@ def test_a_variant_that_fails_to_load_is_left_out_and_readiness_says_so(
         return real(bundle, config)
 
     async def scenario() -> None:
-        repository = Repository(target, None, stumbling, exact=False)
+        service = Service(target, None, stumbling, exact=False)
         with caplog.at_level(logging.WARNING):
-            await repository.load()
-        loaded = repository.loaded
+            await service.load()
+        loaded = service.loaded
         assert loaded is not None
         assert loaded.missing == ("half",)
         assert "2 of the ladder's 3 variants" in loaded.way
         cell = loaded.cell
         assert isinstance(cell, Cell)
         assert [variant.name for variant in cell.variants] == ["whole", "small"]
-        await repository.unload()
-        exact = Repository(target, None, stumbling, exact=True)
+        await service.unload()
+        exact = Service(target, None, stumbling, exact=True)
         with pytest.raises(EngineError, match="does not run here"):
             await exact.load()
 

@@ -35,8 +35,9 @@ from rushhour.bundle import Bundle
 from rushhour.errors import ServeError
 from rushhour.goal import SLO, Goal
 from rushhour.plan import Plan, Policy, Variant
-from rushhour.serve import Limits, ServeSettings, open_target
+from rushhour.serve import Limits, Served, ServeSettings, open_target
 from rushhour.serve.access.certificates import read_identity
+from rushhour.serve.hosting import with_plan
 from rushhour.serve.observability import log
 from rushhour.serve.processes.messages import Beat, Renew, Result
 from rushhour.serve.processes.renewal import Renewal
@@ -303,12 +304,14 @@ class Supervised:
 
 @contextlib.asynccontextmanager
 async def supervised(path: Path, kind: type[Supervisor] = Supervisor, **settings: Any) -> Any:
-    def reopen() -> Target:
-        return open_target(path)
+    def reopen(served: Served) -> Target:
+        return open_target(Path(served.path))
 
     with bind_reserved("127.0.0.1", 0) as held:
-        asked = ServeSettings(http_port=held.getsockname()[1], one_of_many=True, **settings)
-        supervisor = kind(reopen(), asked, [frozenset(os.sched_getaffinity(0))] * 2, reopen, 20.0)
+        target = open_target(path)
+        models = (with_plan(Served(str(path), target.name), target),)
+        asked = ServeSettings(http_port=held.getsockname()[1], one_of_many=True, models=models, **settings)
+        supervisor = kind(asked, [frozenset(os.sched_getaffinity(0))] * 2, reopen, None, 20.0)
         urls: list[str] = []
         running = asyncio.create_task(supervisor.run(lambda url, way: urls.append(url)))
         try:

@@ -37,10 +37,11 @@ from rushhour.serve.protocols.http.connection import HttpConnection
 from rushhour.serve.protocols.http.endpoint import HttpEndpoint
 from rushhour.serve.protocols.http.upload import Upload
 from rushhour.serve.protocols.listener import bind_reserved
-from rushhour.serve.repository import Loaded, Repository
+from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.variant import Variant
+from rushhour.serve.service import Loaded, Service, Shared
 from rushhour.serve.target import ServedVariant
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.fakes import FakeEngine, fake_answers
@@ -176,13 +177,14 @@ async def served(
     held = Held()
     engine = FakeEngine(EngineConfig("openvino", max_batch=max_batch), schedule=held.schedule)
     target = open_target(tiny.path)
-    repository = Repository(target, None, lambda bundle, config: engine, limits=limits, regions=regions)
+    shared = Shared(limits)
+    service = Service(target, None, lambda bundle, config: engine, limits=limits, regions=regions, shared=shared)
+    repository = Repository([service], shared)
     profile = Profile(ServiceTimes((1, 2, 4), (0.011, 0.012, 0.014), (90.0, 166.0, 285.0)))
     settings = Policy(max_batch=max_batch, **policy)
     codec = Codec("tiny", engine.signature, labels=("a", "b", "c"), regions=regions)
-    cell = Cell([Variant(engine, profile)], codec, repository._bounded(settings, engine.signature), WallClock())
-    repository.loaded = Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell)
-    repository._infer_paths = frozenset((PATH.encode(),))
+    cell = Cell([Variant(engine, profile)], codec, service._bounded(settings, engine.signature), WallClock())
+    service.serve(Loaded(target, ServedVariant(target.bundle, target.engine_config), engine, cell))
     control = Control(repository, lambda: False, regions=regions)
     desk = HttpEndpoint(repository, control, ServeSettings(limits=limits))
     face = GrpcServer(repository, control, limits, Keys(()))
@@ -347,18 +349,18 @@ def test_a_model_replaced_while_a_large_request_is_read_answers_it(
 ) -> None:
     async def scenario() -> None:
         async with served(tiny, queue_bound=4096) as server:
-            repository = server.desk._repository
-            assert repository is not None
-            assert repository.loaded is not None
+            service = server.desk._repository.only
+            assert service is not None
+            assert service.loaded is not None
             client = await Client.to(server.address)
-            reading, old = threading.Event(), repository.loaded
+            reading, old = threading.Event(), service.loaded
             monkeypatch.setattr(pieces.time, "sleep", lambda seconds: reading.set() or going_on.wait(_WAIT_S))
             going_on = threading.Event()
             asking = asyncio.ensure_future(client.ask(post(in_json(LARGE))))
             await asyncio.to_thread(reading.wait, _WAIT_S)
             codec = Codec("tiny", old.engine.signature, version="2")
             cell = Cell([Variant(old.engine, old.cell.profile)], codec, old.cell.policy, WallClock())
-            repository.loaded = Loaded(old.target, old.variant, old.engine, cell)
+            service.serve(Loaded(old.target, old.variant, old.engine, cell))
             going_on.set()
             answer = await asking
             assert answer.json["model_version"] == "2"
@@ -733,15 +735,16 @@ def test_shared_memory_is_read_when_the_request_is_let_in_and_large_tensors_on_a
 def test_the_queue_is_bounded_in_bytes_too(tiny: Bundle) -> None:
     target = open_target(tiny.path)
     limits = Limits(held_bytes=16 * 40)
-    repository = Repository(target, None, lambda bundle, config: FakeEngine(config), limits=limits)
+    service = Service(target, None, lambda bundle, config: FakeEngine(config), limits=limits)
 
     async def scenario() -> None:
-        await repository.load()
-        assert repository.loaded is not None
+        await service.load()
+        assert service.loaded is not None
         policy = target.plan.policy
-        assert repository.loaded.cell.policy.queue_bound == 40 < policy.queue_bound
+        assert service.loaded.cell.policy.queue_bound == 40 < policy.queue_bound
+        repository = Repository([service], service.shared)
         assert Control(repository, lambda: False).effective()["policy"].queue_bound == 40
-        await repository.unload()
+        await service.unload()
 
     run(scenario)
 
@@ -1002,17 +1005,17 @@ def test_the_last_answer_of_a_known_request_has_its_id(tiny: Bundle) -> None:
 def test_a_known_request_is_read_anew_after_a_reload(tiny: Bundle) -> None:
     async def scenario() -> None:
         async with served(tiny) as server:
-            repository = server.desk._repository
-            assert repository is not None
+            service = server.desk._repository.only
+            assert service is not None
             client = await Client.to(server.address)
             for version in ("2", "3"):
                 for number in range(3):
                     await client.ask(numbered(number, in_head=True, in_json=True))
-                old = repository.loaded
+                old = service.loaded
                 assert old is not None
                 codec = Codec("tiny", old.engine.signature, version=version)
                 cell = Cell([Variant(old.engine, old.cell.profile)], codec, old.cell.policy, WallClock())
-                repository.loaded = Loaded(old.target, old.variant, old.engine, cell)
+                service.serve(Loaded(old.target, old.variant, old.engine, cell))
                 for number in range(3):
                     answer = await client.ask(numbered(number, in_head=True, in_json=True))
                     assert (answer.json["model_version"], answer.json["id"]) == (version, f"r-{number:06}")

@@ -189,7 +189,7 @@ def get(url: str) -> str:
 
 
 def ratio(metrics: str) -> float | None:
-    found = re.search(r"^rushhour_plan_capacity_ratio (\S+)$", metrics, re.MULTILINE)
+    found = re.search(r"^rushhour_plan_capacity_ratio\{[^}]*\} (\S+)$", metrics, re.MULTILINE)
     return None if found is None else float(found[1])
 
 

@@ -49,7 +49,7 @@ from rushhour.serve.access.keys import Keys
 from rushhour.serve.observability import log
 from rushhour.serve.observability.metrics import render
 from rushhour.serve.observability.requests import Observer
-from rushhour.serve.observability.statistics import BOUNDS, Report, Statistics, Totals, sum_by_version
+from rushhour.serve.observability.statistics import BOUNDS, Counted, Report, Statistics, Totals, sum_by_version
 from rushhour.serve.observability.tracing import Spans, provider
 from rushhour.serve.processes.messages import Result
 from rushhour.serve.protocols.http.observed import ObservedConnection
@@ -252,7 +252,7 @@ def test_a_report_survives_the_way_between_processes() -> None:
     assert msgspec.json.decode(msgspec.json.encode(done), type=Result) == done
     totals = Totals(answered=3)
     totals.of_size[2] = msgspec.convert({}, type(totals.stages))
-    report = Report("tiny", {"1": totals})
+    report = Report({"tiny": Counted({"1": totals})})
     assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
 
 
@@ -341,7 +341,7 @@ def test_shed_and_cancelled_requests_are_told_apart(tiny: Bundle) -> None:
         assert isinstance(full, Shed)
         assert cell.running == (1, 1)
         cell.cancel(waiting)
-        samples = samples_of(render(Report("tiny", {"1": cell.totals()}), "")[1].decode())
+        samples = samples_of(render(Report({"tiny": Counted({"1": cell.totals()})}), "")[1].decode())
         assert summed(samples, "rushhour_shed_total", reason="queue") == 1
         assert summed(samples, "rushhour_shed_total", reason="deadline") == 1
         assert summed(samples, "rushhour_requests_total", outcome="shed") == 2

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi import checks
 
 from conftest import Server, serving
 from rushhour.bundle import Bundle
-from rushhour.serve import ServeSettings
+from rushhour.serve import Served, ServeSettings
 from rushhour.serve.protocols.http import openapi
 from rushhour.serve.protocols.http.routes import Routes
 from rushhour.testing.bundles import tiny_answers
@@ -118,7 +118,9 @@ def test_the_example_is_answered(server: Server) -> None:
 
 def test_the_description_follows_the_server(tiny: Bundle) -> None:
     key = "a-key-of-some-length"
-    settings = ServeSettings(http_port=0, model="other", api_keys=(key,), admin_port=0, unloaded=True)
+    settings = ServeSettings(
+        http_port=0, api_keys=(key,), admin_port=0, models=(Served(str(tiny.path), "other", unloaded=True),)
+    )
     with serving(tiny.path, settings) as server:
         assert requests.get(f"{server.url}/openapi.json", timeout=10).status_code == 401
         headers = {"authorization": f"Bearer {key}"}

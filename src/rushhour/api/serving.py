@@ -1,13 +1,15 @@
-"""The verb `serve`: a run, a plan, a bundle or a model from elsewhere becomes a running server."""
+"""The verb `serve`: runs, plans, bundles or a model from elsewhere become a running server."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
 
 from rushhour.api.importing import import_model
 from rushhour.api.values import StrPath, read_path, read_texts
@@ -15,7 +17,7 @@ from rushhour.errors import ServeError
 from rushhour.system.storage import try_file
 
 if TYPE_CHECKING:
-    from rushhour.serve import ServeSettings
+    from rushhour.serve import Served, ServeSettings
     from rushhour.serve.child import ChildServer
 
 _ALL_AT_ONCE = "cells", "fixed", "grpc_port", "host", "http_port", "model_name", "streams", "threads", "trust"
@@ -32,16 +34,18 @@ class Server:
     Attributes:
         url: where it answers over HTTP: `http://127.0.0.1:8000`.
         grpc_url: the same over gRPC: `grpc://127.0.0.1:8001`; None without.
-        model: the model's name in requests.
+        model: the model's name in requests; of several the first one's.
+        models: the names of all of them.
         way: what it serves and how: bundle, engine, precision, streams, threads, largest batch.
     """
 
-    def __init__(self, child: ChildServer, model: str, imported: Imported | None = None) -> None:
+    def __init__(self, child: ChildServer, models: Sequence[str], imported: Imported | None = None) -> None:
         self._child = child
         self._imported = imported
         self.url = child.url
         self.grpc_url = f"grpc://{child.grpc}" if child.grpc else None
-        self.model = model
+        self.models = tuple(models)
+        self.model = self.models[0]
         self.way = child.way
 
     def close(self, timeout_s: float = 30.0) -> None:
@@ -67,16 +71,19 @@ class Server:
         return self.url
 
     def __repr__(self) -> str:
-        return f"<rushhour.api.Server {self.url}, {self.model}: {self.way}>"
+        return f"<rushhour.api.Server {self.url}, {', '.join(self.models)}: {self.way}>"
 
 
 def serve(
-    target: StrPath | Any,
+    target: StrPath | Any | Sequence[StrPath] = None,
     *,
+    repository: StrPath | None = None,
+    load_model: str | Sequence[str] = (),
     host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int | None = 8001,
-    model_name: str | None = None,
+    model_name: str | Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
     cells: int | None = None,
     streams: int | None = None,
     threads: int | None = None,
@@ -90,14 +97,21 @@ def serve(
         with rushhour.serve("runs/photos", http_port=0, grpc_port=None) as server:
             print(server.url, server.model)
         server = rushhour.serve(tuned, settings=ServeSettings(http_port=8080, log_requests=True))
+        both = rushhour.serve(["runs/photos", "runs/texts"], weights={"texts": 2})
+        many = rushhour.serve(repository="models")
 
     Args:
         target: a run's folder, a plan's file, a bundle, or the result of `tune`, `compress` or `train`; or a model from
-            elsewhere, as of `rushhour.import_model`, which is imported first, for as long as it is served.
+            elsewhere, as of `rushhour.import_model`, which is imported first, for as long as it is served. A list of
+            runs, plans and bundles is served behind one port.
+        repository: a folder of runs and bundles, all of which are served under the names of their folders, in place of
+            `target`; clients may load those that are added later.
+        load_model: load only these of the repository at the start.
         host: where it listens. Beyond loopback it needs keys or `exposed`, which are in `settings`.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None serves over HTTP only.
-        model_name: the model's name in requests; that of the tuned model by default.
+        model_name: the model's name in requests; that of the tuned model by default. Of several models one for each.
+        weights: shares of the cores that several models have while all have requests, by their names; 1 by default.
         cells: processes that share the port; the plan's number by default.
         streams: batches that each cell runs at the same time; the plan's number by default.
         threads: CPU threads of each stream; as the plan says by default, as far as they fit.
@@ -116,11 +130,12 @@ def serve(
     from rushhour.serve import ServeSettings, may_be_model, open_target
     from rushhour.serve.child import ChildServer
 
+    name = model_name if isinstance(model_name, str) else None
     chosen = ServeSettings(
         host=host,
         http_port=http_port,
         grpc_port=grpc_port,
-        model=model_name,
+        model=name,
         cells=cells,
         streams=streams,
         threads=threads,
@@ -129,7 +144,7 @@ def serve(
         exact=False,
     )
     if settings is not None:
-        if chosen != ServeSettings(grpc_port=8001, exact=False):
+        if chosen != ServeSettings(grpc_port=8001, exact=False) or model_name is not None:
             raise ServeError(
                 "the settings of the server are given in two ways",
                 f"`settings` is in place of {', '.join(_ALL_AT_ONCE)}",
@@ -139,17 +154,62 @@ def serve(
     log = None if log_file is None else read_path(log_file)
     if log is not None:
         try_file(log)
+    models = _several(target, repository, load_model, model_name, weights)
+    if models:
+        chosen = msgspec.structs.replace(
+            chosen,
+            model=None if settings is None else chosen.model,
+            models=models,
+            repository=None if repository is None else str(read_path(repository)),
+        )
+        return Server(ChildServer(Path(models[0].path), chosen, log), [each.name for each in models])
     imported = None
     try:
         path = read_path(target) if isinstance(target, str | os.PathLike) else None
         if path is None or may_be_model(path):
-            imported, path = _imported(target, trust, model_name)
+            imported, path = _imported(target, trust, name)
         opened = open_target(path)  # errors in the target are raised here, with their own types
-        return Server(ChildServer(path, chosen, log), chosen.model or opened.name, imported)
+        return Server(ChildServer(path, chosen, log), [chosen.model or opened.name], imported)
     except BaseException:
         if imported is not None:
             imported.cleanup()
         raise
+
+
+def _several(
+    target: Any,
+    repository: StrPath | None,
+    load_model: str | Sequence[str],
+    model_name: str | Sequence[str] | None,
+    weights: Mapping[str, float] | None,
+) -> tuple[Served, ...]:
+    """The models of a server that has several, or a repository; none where there is one model.
+
+    Raises:
+        ServeError: if the arguments do not fit each other; and as `serve`.
+    """
+    from rushhour.serve import Folder, hosted, open_target
+
+    if (target is None) == (repository is None):
+        raise ServeError("cannot tell what to serve", "it is either `target` or `repository`", "give one of them")
+    many = isinstance(target, list | tuple)
+    if repository is None and load_model:
+        raise ServeError("`load_model` has no effect", "it names models of a repository", "omit it")
+    if not (many or repository is not None) and (weights or not isinstance(model_name, str | None)):
+        what = "weights" if weights else "several names"
+        raise ServeError(f"{what} are given for one model", "they are for a list of models", "omit them")
+    if repository is not None:
+        if model_name is not None:
+            raise ServeError(
+                "`model_name` has no effect", "models of a repository have their folders' names", "omit it"
+            )
+        return Folder(read_path(repository), weights).all(read_texts(load_model))
+    if not many:
+        return ()
+    models = hosted([read_path(each) for each in target], read_texts(model_name or ()), weights)
+    for each in models:
+        open_target(Path(each.path))  # errors in the targets are raised here, with their own types
+    return models
 
 
 def _imported(target: Any, trust: str | Sequence[str], name: str | None) -> tuple[Imported, Path]:

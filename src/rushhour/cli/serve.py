@@ -1,8 +1,9 @@
-"""`rushhour serve`: a run, a plan or a bundle is served by this process, or a model from elsewhere."""
+"""`rushhour serve`: runs, plans and bundles are served by this process, or a model from elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rushhour.serve import ServeSettings
 
 _PORT = click.IntRange(0, 65535)
-_NETWORK, _ACCESS, _LAYOUT, _LIMITS = "Network", "Access", "CPU layout", "Limits"
+_MODELS, _NETWORK, _ACCESS, _LAYOUT, _LIMITS = "Models", "Network", "Access", "CPU layout", "Limits"
 _GRPC, _STOP, _LOGS = "gRPC connections", "Shutdown and supervision", "Logs and traces"
 
 _network_options = options(
@@ -120,9 +121,24 @@ _log_options = options(
 )  # fmt: skip
 
 
-@click.command("serve", cls=Command, short_help="Serve a run, a plan, a bundle or a model from elsewhere.")
-@click.argument("target", type=Place(), metavar="RUN|PLAN|BUNDLE|MODEL")
-@option("--model-name", metavar="NAME", help="The model's name in requests. That of the tuned model by default.")
+_models_options = options(
+    option("--repository", type=Place(), metavar="DIR", section=_MODELS,
+           help="Serve all models of a folder: each folder in it is a run or a bundle, under the folder's name. "
+           "Clients load and unload them, and those that are added later."),
+    option("--load-model", multiple=True, metavar="NAME", section=_MODELS,
+           help="Load only this model of the repository at the start. May be repeated."),
+    option("--model-name", multiple=True, metavar="NAME", section=_MODELS,
+           help="The model's name in requests; of several models once for each, in their order. That of the tuned "
+           "model by default."),
+    option("--weight", "weights", multiple=True, metavar="NAME=N", section=_MODELS,
+           help="A model's share of the cores, relative to the others', while all have requests. 1 by default. May be "
+           "repeated."),
+)  # fmt: skip
+
+
+@click.command("serve", cls=Command, short_help="Serve runs, plans, bundles or a model from elsewhere.")
+@click.argument("target", type=Place(), nargs=-1, metavar="[RUN|PLAN|BUNDLE|MODEL]...")
+@_models_options
 @json_option
 @_network_options
 @_access_options
@@ -131,8 +147,11 @@ _log_options = options(
 @_grpc_options
 @_stop_options
 @_log_options
-def command(target: Path, json_file: Path | None, **options: Any) -> None:
-    """Serve a run, a plan or a bundle (Open Inference Protocol v2, HTTP and gRPC).
+def command(target: tuple[Path, ...], json_file: Path | None, **options: Any) -> None:
+    """Serve a run, a plan or a bundle (Open Inference Protocol v2, HTTP and gRPC), or several behind one port.
+
+    Several models share the cores by weight: none takes from another what that one needs. They are named one by one, or
+    are the folders of a --repository.
 
     A MODEL from elsewhere (ONNX and others: `rushhour import --help`) is imported first, for as long as it is served.
 
@@ -144,12 +163,25 @@ def command(target: Path, json_file: Path | None, **options: Any) -> None:
     Examples:
       rushhour serve runs/demo
       curl http://127.0.0.1:8000/v2/models/article-fashion-mnist
+      rushhour serve runs/photos runs/texts --weight texts=2
     """
     from rushhour.serve import open_target, serve
 
-    with _imported(target, options["trust"], options["model_name"]) as path:
+    settings, names, weights = settings_of(options), options["model_name"], _weights(options["weights"])
+    folder: Path | None = options["repository"]
+    if folder is not None or len(target) > 1:
+        _serve_several(target, folder, json_file, options, weights)
+        return
+    if not target:
+        raise click.UsageError("name what to serve: a run, a plan, a bundle or a model, or a --repository")
+    if weights or options["load_model"]:
+        option_name, several = ("--weight", "several models") if weights else ("--load-model", "a --repository")
+        raise click.UsageError(f"{option_name} is for {several}")
+    if len(names) > 1:
+        raise click.UsageError("--model-name is given more than once, and there is one model")
+    with _imported(target[0], options["trust"], names[0] if names else None) as path:
         opened = open_target(path)
-        settings = settings_of(options)
+        settings = msgspec.structs.replace(settings, model=names[0] if names else None)
         policy = opened.plan.policy
         policy = msgspec.structs.replace(
             policy, streams=settings.streams or policy.streams, threads=settings.threads or policy.threads
@@ -157,11 +189,66 @@ def command(target: Path, json_file: Path | None, **options: Any) -> None:
 
         def ready(url: str, grpc: str | None, way: str) -> None:
             name = settings.model or opened.name
-            where = f"{url} and, over gRPC, at {grpc}" if grpc else url
-            click.echo(f"{name} is served at {where}: {way}. Ctrl-C drains and stops.")
+            click.echo(f"{name} is served at {_where(url, grpc)}: {way}. Ctrl-C drains and stops.")
             write_json(json_file, {"url": url, "grpc": grpc, "model": name, "policy": policy, "served": way})
 
         serve(opened, settings, ready)
+
+
+def _serve_several(
+    targets: Sequence[Path],
+    folder: Path | None,
+    json_file: Path | None,
+    options: dict[str, Any],
+    weights: dict[str, float],
+) -> None:
+    """Serve several models, or the folders of a repository."""
+    from rushhour.serve import Folder, hosted, may_be_model, serve
+
+    if folder is not None and (targets or options["model_name"]):
+        other = "models that are named one by one" if targets else "--model-name"
+        raise click.UsageError(f"--repository goes without {other}: its folders are the models, under their names")
+    if folder is None and options["load_model"]:
+        raise click.UsageError("--load-model is for a --repository")
+    for each in targets:
+        if may_be_model(each):
+            raise click.UsageError(f"{each} is neither a run, a plan nor a bundle: `rushhour import` it first")
+    if folder is None:
+        models = hosted(targets, options["model_name"], weights)
+    else:
+        models = Folder(folder, weights).all(options["load_model"])
+    settings = msgspec.structs.replace(
+        settings_of(options), models=models, repository=None if folder is None else str(folder)
+    )
+
+    def ready(url: str, grpc: str | None, way: str) -> None:
+        lines = way.splitlines()
+        count = "1 model is" if len(lines) == 1 else f"{len(lines)} models are"
+        click.echo(f"{count} served at {_where(url, grpc)}. Ctrl-C drains and stops.")
+        for line in lines:
+            click.echo(f"  {line}")
+        described = [{"name": model.name, "path": model.path, "weight": model.weight} for model in models]
+        write_json(json_file, {"url": url, "grpc": grpc, "models": described, "served": lines})
+
+    serve(models, settings, ready)
+
+
+def _where(url: str, grpc: str | None) -> str:
+    return f"{url} and, over gRPC, at {grpc}" if grpc else url
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    """Weights by the names of models, from `NAME=N`."""
+    found: dict[str, float] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        weight = float(number) if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", number) else 0.0
+        if not name or not 0.001 <= weight <= 1000:
+            raise click.BadParameter(
+                f"{text!r} is not NAME=N with a number N from 0.001 to 1000", param_hint="'--weight'"
+            )
+        found[name] = weight
+    return found
 
 
 @contextlib.contextmanager
@@ -208,7 +295,6 @@ def settings_of(options: dict[str, Any]) -> ServeSettings:
     return ServeSettings(
         **{name: options[name] for name in same},
         grpc_port=None if options["no_grpc"] else options["grpc_port"],
-        model=options["model_name"],
         trusted=options["trust"],
         limits=msgspec.convert(limits, Limits),
         api_key_file=files["api_key_file"],

@@ -8,18 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rushhour.serve.access.keys import Keys
+    from rushhour.serve.hosting import Folder, hosted
     from rushhour.serve.limits import Limits
     from rushhour.serve.server import serve
-    from rushhour.serve.settings import ServeSettings
+    from rushhour.serve.settings import Served, ServeSettings
     from rushhour.serve.target import Target, is_target, may_be_model, open_target
 
-__all__ = ["Keys", "Limits", "ServeSettings", "Target", "is_target", "may_be_model", "open_target", "serve"]
+__all__ = [
+    "Folder",
+    "Keys",
+    "Limits",
+    "ServeSettings",
+    "Served",
+    "Target",
+    "hosted",
+    "is_target",
+    "may_be_model",
+    "open_target",
+    "serve",
+]
 
 _MODULES = {
+    "Folder": "hosting",
     "Keys": "access.keys",
     "Limits": "limits",
     "ServeSettings": "settings",
+    "Served": "settings",
     "Target": "target",
+    "hosted": "hosting",
     "is_target": "target",
     "may_be_model": "target",
     "open_target": "target",

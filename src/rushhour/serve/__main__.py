@@ -1,5 +1,6 @@
 """`python -m rushhour.serve TARGET [SETTINGS|-]`: a server for another program: a supervisor, the tuner, a test.
 
+Where the settings name models, these are served, and TARGET only shows in the list of processes.
 Settings are JSON, on the command line or, with `-`, on the first line of standard input (other users can read a command
 line). When requests are accepted it writes `{"url": ..., "grpc": ...}` on one line, or `{"error": ...}` and exits with
 2. It runs as long as its standard input is open: when the parent process ends, in whatever way, the server stops too.
@@ -32,7 +33,7 @@ def _main(arguments: list[str]) -> int:
     from rushhour.serve.processes.watchdog import ParentWatchdog
     from rushhour.serve.server import serve
     from rushhour.serve.settings import ServeSettings
-    from rushhour.serve.target import open_planned, open_target
+    from rushhour.serve.target import open_target
 
     def send(message: FromWorker) -> None:
         _write(msgspec.json.encode(message) + b"\n")
@@ -45,9 +46,7 @@ def _main(arguments: list[str]) -> int:
         path, text = Path(arguments[0]), arguments[1] if len(arguments) > 1 else "{}"
         settings = msgspec.json.decode(messages.readline() if text == "-" else text, type=ServeSettings)
         watchdog = ParentWatchdog(messages, _write)
-        served = settings.served
-        target = open_target(path) if served is None else open_planned(path, served.plan, Path(served.folder))
-        serve(target, settings, ready=ready, watchdog=watchdog)
+        serve(settings.models or open_target(path), settings, ready=ready, watchdog=watchdog)
     except RushhourError as error:
         send(FromWorker(error=str(error)))
         return 2

@@ -219,6 +219,7 @@ def stage_of(
     before: Stage | None,
     explanation: Explanation | None,
     budget: Budget,
+    lanes: Lanes,
 ) -> Stage:
     """What answers the requests of a target.
 
@@ -232,10 +233,11 @@ def stage_of(
         before: what is served until now; None where nothing is.
         explanation: what answers say about themselves; None where they do not.
         budget: of large requests.
+        lanes: the batches of this model.
     """
     if target.plan.cascade is not None and len(opened) > 1:
-        return _cascade_of(target.plan.cascade, opened, codec, policy, clock, decoder, explanation)
-    cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation)
+        return _cascade_of(target.plan.cascade, opened, codec, policy, clock, decoder, explanation, lanes)
+    cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation, lanes)
     if target.plan.ladder:
         old = before.cell if isinstance(before, Tiles | Placing) else before
         cell.ladder = Ladder(cell, target.plan, old.ladder if isinstance(old, Cell) else None)
@@ -255,9 +257,9 @@ def _cascade_of(
     clock: Clock,
     decoder: Decoder | Tabulator | Tokeniser | None,
     explanation: Explanation | None,
+    lanes: Lanes,
 ) -> Stage:
     """Cells of one variant each, one behind the other. Pictures are decoded once, for the first."""
-    lanes = Lanes()
     cells = [
         Cell([each.served], codec, policy, clock, decoder if at == 0 else None, explanation, lanes)
         for at, each in enumerate(opened)

@@ -1,409 +1,178 @@
-"""`Repository`: the model that is served, and its replacement while requests arrive.
-
-A reload opens the new version beside the old one, sends new requests to it in one step, lets the old one finish its
-requests, and closes it. A request belongs to one cell, so every answer comes from exactly one version.
-"""
+"""`Repository`: the models of a server by their names, and which of them answers a request."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
-import logging
-import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import msgspec
-
-from rushhour.bundle import Signature
-from rushhour.bundle.tiling import sides_of
-from rushhour.clock import WallClock
-from rushhour.engines import Engine
-from rushhour.errors import EngineError, ServeError
-from rushhour.plan import Plan, Policy
-from rushhour.serve.limits import Limits
-from rushhour.serve.memory import allocator
-from rushhour.serve.memory.budget import Budget
-from rushhour.serve.node import Fit
-from rushhour.serve.observability import log
-from rushhour.serve.observability.explanation import Explanation
-from rushhour.serve.observability.statistics import Totals, add_counts, newest_versions, reason_of, sum_by_version
-from rushhour.serve.opening import Opened, Opener, Opening, decoder_of, stage_of
-from rushhour.serve.scheduling.decoding import Decoder
-from rushhour.serve.scheduling.placing import declared_maps
+from rushhour.errors import WireError
+from rushhour.serve.hosting import Folder
+from rushhour.serve.observability.statistics import add_counts, reason_of
 from rushhour.serve.scheduling.stage import Stage
-from rushhour.serve.scheduling.tabulating import Tabulator
-from rushhour.serve.scheduling.tokenising import Tokeniser
-from rushhour.serve.target import ServedVariant, Target, open_planned, open_target
-from rushhour.system.machine import cores
-from rushhour.wire import EMBEDDINGS, ROWS, Codec, Regions, embeds
+from rushhour.serve.service import Service, Shared
+from rushhour.serve.settings import Served
+from rushhour.wire import EMBEDDINGS, Body, embeds, wanted_embedder
 
-_STUCK_S, _STUCK_BATCHES = 30.0, 10.0
-"""A cell that drains is abandoned if it ends no request for so long, or for so many of its largest batches."""
-_POLL_S, _LONGEST_POLL_S = 0.005, 0.05
-
-
-class Loaded:
-    """One version of the model, ready: the target, the variant that is served, its engine, and the stage that answers.
-
-    Attributes:
-        opened: all engines, the most accurate of a ladder first.
-        plan_share: its capacity on this machine, as a share of the Plan's; None on the Plan's machine.
-    """
-
-    def __init__(
-        self, target: Target, variant: ServedVariant, engine: Engine, cell: Stage, opened: tuple[Opened, ...] = ()
-    ) -> None:
-        self.target = target
-        self.variant = variant
-        self.engine = engine
-        self.cell = cell
-        self.opened = opened
-        self.plan_share: float | None = None
-
-    @property
-    def version(self) -> str:
-        """For clients: the same for the same bundle, a new number for one that was not served before."""
-        return self.cell.codec.version
-
-    @property
-    def engines(self) -> list[Engine]:
-        """All of them."""
-        return [each.engine for each in self.opened] or [self.engine]
-
-    @property
-    def was_alone(self) -> bool:
-        """Whether nothing else computed while its engines were timed."""
-        return all(each.was_alone for each in self.opened)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Variants of the ladder that could not be opened."""
-        opened = {each.variant.name for each in self.opened}
-        return tuple(point.variant for point in self.target.plan.ladder if point.variant not in opened)
-
-    @property
-    def way(self) -> str:
-        """What is served and how, in words."""
-        planned, count = len(self.target.plan.ladder), len(self.opened)
-        if self.target.plan.cascade is not None and count > 1:
-            return f"a cascade: {', then '.join(str(each.variant) for each in self.opened)}"
-        if not planned:
-            return str(self.variant)
-        left = f"{count} of the ladder's {planned} variants" if self.missing else f"a ladder of {planned} variants"
-        return f"{left}, the most accurate of them {self.variant}"
-
-    def close(self) -> None:
-        """Close all engines, whichever of them fails; waits for their batches."""
-        with contextlib.ExitStack() as stack:
-            for engine in self.engines:
-                stack.callback(engine.close)
+_EMBEDDINGS = EMBEDDINGS.encode()
+_SHOWN = 20
 
 
 class Repository:
-    """One model under one name; loads, reloads and unloads it.
+    """The models of a server. Used on the event loop's thread.
 
     Args:
-        target: what is served first; a reload opens the same path again.
-        name: for clients; None takes the target's.
-        opener: opens engines.
-        versions: of bundles that were served before, by their hashes.
-        regions: the shared memory that requests may use; None where it is switched off.
-        limits: what one request may use.
-        exact: serve the plan's first variant or fail; else the best variant that runs correctly on this machine.
-        reopen: opens what is at the path by then, for a reload; as it was opened first by default.
-        fit: how this machine differs from that of the target's plan; None where it does not.
-        fixed: a ladder of the plan is not used: its first variant is served, whatever the load.
-        explanation: what answers say about themselves; None where they do not.
+        services: of the models.
+        shared: what they share.
+        folder: where models are found that the server does not have yet; None where its models are fixed.
+        join: makes the service of such a model.
 
     Attributes:
-        loaded: what answers requests now.
-        versions: of the bundles that were served, by their hashes. A version belongs to a bundle: reloading the same
-            bundle keeps the version, and a bundle that is loaded again gets its old version.
-        errors: answers with an error that belong to no version, by reason.
+        services: by their names.
+        errors: answers with an error that belong to no version of a model, by reason.
         budget: of all large requests in this process.
-
-    Raises:
-        ServeError: if the name cannot be a part of a URL.
+        explanation: what answers say about themselves; None where they do not.
     """
 
     def __init__(
         self,
-        target: Target,
-        name: str | None,
-        opener: Opener,
-        versions: Mapping[str, int] | None = None,
-        regions: Regions | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
-        exact: bool = True,
-        reopen: Callable[[], Target] | None = None,
-        fit: Fit | None = None,
-        *,
-        fixed: bool = False,
-        explanation: Explanation | None = None,
+        services: Iterable[Service],
+        shared: Shared,
+        folder: Folder | None = None,
+        join: Callable[[Served], Service] | None = None,
     ) -> None:
-        self._fixed = fixed
-        self._fit, self._fitted = fit, target.plan.evidence
-        self.explanation = explanation
-        self._exact = exact
-        self.name = name or target.name
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
-            raise ServeError(
-                f"cannot serve a model under the name {self.name!r}",
-                "a name consists of letters, digits, '.', '_' and '-'",
-                "give another with --model-name",
-            )
-        self.loaded: Loaded | None = None
-        self._path = target.path
-        self._first: Target | None = target
-        self._reopen = reopen or partial(open_target, target.path)
-        self._prepared: tuple[Loaded, dict[str, int]] | None = None
-        self._opener = opener
-        self._regions = regions
-        self._limits = limits
-        self.budget = Budget(limits.held_bytes)
-        self.versions = dict(versions or {})
-        self._retiring: list[Stage] = []
-        self._past: dict[str, Totals] = {}
+        self.services = {service.name: service for service in services}
         self.errors: dict[str, int] = {}
-        self._changing = asyncio.Lock()
-        # One thread opens all models, one after another: several would each keep their stack and their heap.
-        self._opening = ThreadPoolExecutor(1, thread_name_prefix="models")
-        self._infer_paths: frozenset[bytes] = frozenset()
+        self.budget = shared.budget
+        self.explanation = shared.explanation
+        self._shared = shared
+        self._folder = folder
+        self._join = join
+        self._stages: dict[bytes, Stage] = {}
+        self._embedders: dict[str, Stage] = {}
+        for service in self.services.values():
+            service.changed = self._sort
+        self._sort()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any model is loaded."""
+        return any(service.loaded is not None for service in self.services.values())
+
+    @property
+    def only(self) -> Service | None:
+        """The one model of the server; None where there are several, or may be."""
+        return next(iter(self.services.values())) if len(self.services) == 1 and self._folder is None else None
+
+    def names(self) -> list[str]:
+        """Of the models, loaded or not, also of those in the folder that were never loaded."""
+        found = [] if self._folder is None else self._folder.names()
+        return [*self.services, *(name for name in found if name not in self.services)]
 
     def cell_of(self, path: bytes) -> Stage | None:
         """The cell that answers inference requests at this exact path."""
-        return self.loaded.cell if self.loaded is not None and path in self._infer_paths else None
+        return self._stages.get(path)
 
-    def refuse(self, status: int, seconds: float, *, infer: bool) -> None:
+    def embedder(self, body: Body, cell: Stage) -> Stage:
+        """The cell that answers a request for embeddings: several models have one path.
+
+        Args:
+            body: of the request, which names the model.
+            cell: of one of them; where no other is named.
+        """
+        return cell if len(self._embedders) < 2 else self._embedders.get(wanted_embedder(body), cell)
+
+    def named(self, name: str) -> Service:
+        """The service of a model.
+
+        Raises:
+            WireError: if there is none of this name.
+        """
+        service = self.services.get(name)
+        if service is None:
+            raise WireError(f"there is no model {name[:100]!r}", "", self.said, status=404)
+        return service
+
+    @property
+    def said(self) -> str:
+        """The names of the models, in words."""
+        names = self.names()
+        if len(names) == 1:
+            return f"the model is {names[0]}"
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return f"the models are {', '.join(names[:_SHOWN])}{more}" if names else "this server has no model"
+
+    async def load(self, name: str) -> None:
+        """Open what is at the path of a model now, and serve it; of a repository also one that it did not have.
+
+        Raises:
+            RushhourError: if there is none of this name, or it cannot be opened; then the old version is served on.
+        """
+        if name not in self.services and self._folder is not None and name in self._folder.names():
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._shared.opening, self._folder.find, name)
+            if name not in self.services:  # another client may have loaded it meanwhile
+                self._add(found)
+        service = self.named(name)
+        try:
+            await service.load()
+        finally:
+            self._forget(service)
+
+    async def prepare(self, served: Served) -> None:
+        """Open what a plan names, beside what is served; the model may be new.
+
+        Raises:
+            RushhourError: if it cannot be opened, or is not what the plan was made for.
+        """
+        if served.name not in self.services and self._folder is not None:
+            self._add(served)
+        assert served.plan is not None
+        await self.named(served.name).prepare(served.versions, served.plan, Path(served.folder))
+
+    async def abandon(self, name: str) -> None:
+        """Close what was prepared of a model, if anything was."""
+        if name in self.services:
+            service = self.services[name]
+            await service.abandon()
+            self._forget(service)
+
+    def _add(self, served: Served) -> None:
+        assert self._join is not None
+        service = self.services[served.name] = self._join(served)
+        service.changed = self._sort
+
+    def _forget(self, service: Service) -> None:
+        """A new model that could not be loaded is none of this server's."""
+        is_new = service.loaded is None and not service.versions and self._folder is not None
+        if is_new and self.services.get(service.name) is service:
+            del self.services[service.name]
+            self._shared.services.remove(service)
+
+    def refuse(self, status: int, seconds: float, *, infer: bool, model: str = "") -> None:
         """Count an answer with an error that no cell has counted.
 
         Args:
             status: of HTTP.
             seconds: from the request to this answer.
-            infer: whether it was an inference request, of any model: counted with the version that is served.
+            infer: whether it was an inference request: counted with the version of its model that is served; where
+                there is only one model, with that, whatever it names.
+            model: that it names.
         """
-        if infer and self.loaded is not None:
-            self.loaded.cell.refuse(status, seconds)
+        service = (self.only or self.services.get(model)) if infer else None
+        if service is not None and service.loaded is not None:
+            service.loaded.cell.refuse(status, seconds)
         else:
             add_counts(self.errors, {reason_of(status): 1})
 
-    def totals(self) -> dict[str, Totals]:
-        """The counters of each version up to now, also of retired ones. Copies."""
-        cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
-        return sum_by_version([self._past, *({cell.codec.version: cell.totals()} for cell in cells)])
-
-    async def load(self) -> None:
-        """Open what is at the path now, and serve it from the next request on. The old version drains and ends.
-
-        Raises:
-            RushhourError: if it cannot be opened; then the old version is served on.
-        """
-        async with self._changing:
-            target, self._first = self._first, None
-            loaded = await self._create(target)
-            old = self._serve(loaded)
-        await self._retire_replaced(loaded, old)
-
-    async def prepare(self, versions: Mapping[str, int], plan: Plan, folder: Path) -> None:
-        """Open what a plan names, beside what is served. What was prepared before is closed.
-
-        Args:
-            versions: of bundles that other worker processes have served, by their hashes.
-            plan: that the supervisor has read: all worker processes open the same.
-            folder: that the plan's bundles are in.
-
-        Raises:
-            RushhourError: if it cannot be opened, or is not what the plan was made for.
-        """
-        await self.abandon()
-        async with self._changing:
-            self.versions |= versions
-            known = dict(self.versions)
-            loop = asyncio.get_running_loop()
-            target = await loop.run_in_executor(self._opening, open_planned, self._path, plan, folder)
-            self._prepared = await self._create(target), known
-
-    async def commit(self) -> None:
-        """Serve what was prepared, from the next request on.
-
-        Raises:
-            ServeError: if nothing was prepared.
-        """
-        async with self._changing:
-            prepared, self._prepared = self._prepared, None
-            if prepared is None:
-                raise ServeError("cannot serve another version", "none was prepared", "load the model again")
-            self._first = None
-            loaded, _ = prepared
-            old = self._serve(loaded)
-        await self._retire_replaced(loaded, old)
-
-    async def abandon(self) -> None:
-        """Close what was prepared, if anything was; its version number becomes free."""
-        async with self._changing:
-            prepared, self._prepared = self._prepared, None
-            if prepared is not None:
-                loaded, self.versions = prepared
-                await self._close(loaded)
-
-    async def _create(self, target: Target | None) -> Loaded:
-        """A new version, not served yet; of what is at the path now if there is no target."""
-        loop = asyncio.get_running_loop()
-        if target is None:
-            target = await loop.run_in_executor(self._opening, self._reopen)
-        if self._fixed:
-            target = target.without_ladder()
-        opened, decoder = await loop.run_in_executor(self._opening, self._open, target)
-        first = opened[0]
-        variant, engine = first.variant, first.engine
-        tiles = variant.bundle.manifest.tiles
-        pictures = self._most_pictures(engine.signature) if isinstance(decoder, Decoder) else 0
-        sized = declared_maps(engine.signature) if isinstance(decoder, Decoder) else {}
-        codec = Codec(
-            self.name,
-            engine.signature if tiles is None else tiles.taken(engine.signature),
-            version=str(self._version_of(_content_of(target, opened))),
-            labels=variant.bundle.manifest.task.classes,
-            regions=self._regions,
-            pictures=pictures if not sized and (tiles is None or tiles.is_fixed) else min(1, pictures),
-            texts=self._most_pictures(engine.signature) if isinstance(decoder, Tokeniser) else 0,
-            declared=sized if tiles is None else tiles.declared(engine.signature),
-            rows=self._most_pictures(engine.signature) if isinstance(decoder, Tabulator) else 0,
-            kind=variant.bundle.manifest.task.kind,
-            targets=decoder.reader.table.targets if isinstance(decoder, Tabulator) else (),
-            usual=() if tiles is None else sides_of(engine.signature),
-        )
-        policy = self._bounded(target.plan.policy, engine.signature)
-        before = None if self.loaded is None else self.loaded.cell
-        stage = stage_of(target, opened, codec, policy, WallClock(), decoder, before, self.explanation, self.budget)
-        loaded = Loaded(target, variant, engine, stage, opened)
-        planned = next((each for each in opened if each.variant.name == target.plan.variants[0].name), first)
-        if self._fit is not None and target.plan.evidence == self._fitted:
-            config = planned.variant.config
-            used = msgspec.structs.replace(policy, streams=config.streams, threads=config.threads)
-            share = partial(self._fit.share, planned.times, used, cores())
-            loaded.plan_share = await loop.run_in_executor(self._opening, share)
-        return loaded
-
-    def _serve(self, loaded: Loaded) -> Loaded | None:
-        """Send new requests to it; returns what was served until now."""
-        old, self.loaded = self.loaded, loaded
-        base = f"/v2/models/{self.name}"
-        paths = [f"{base}/infer", f"{base}/versions/{loaded.version}/infer"]
-        if embeds(loaded.cell.codec, loaded.variant.bundle.manifest.task.kind):
-            paths.append(EMBEDDINGS)
-        if loaded.cell.codec.takes_rows:
-            paths += [f"{base}/{ROWS}", f"{base}/versions/{loaded.version}/{ROWS}"]
-        self._infer_paths = frozenset(map(str.encode, paths))
-        bundle = loaded.variant.bundle.manifest.hash
-        log.event(logging.INFO, "loaded", model=self.name, version=loaded.version, bundle=bundle)
-        return old
-
-    async def _retire_replaced(self, loaded: Loaded, old: Loaded | None) -> None:
-        """Retire what was served before."""
-        if old is None:
-            return
-        await self._retire(old)
-        if not loaded.was_alone:
-            loaded.cell.distrust()  # it was measured while the old engine computed
-
-    async def unload(self, within_s: float | None = None) -> None:
-        """Accept no more requests; finish those in flight.
-
-        Args:
-            within_s: how long that may take; None has no limit while there is progress.
-        """
-        async with self._changing:
-            old, self.loaded, self._infer_paths = self.loaded, None, frozenset()
-            self._first = None
-        if old is not None:
-            log.event(logging.INFO, "unloaded", model=self.name, version=old.version)
-            await self._retire(old, within_s)
-
-    def _version_of(self, content_hash: str) -> int:
-        """The version of a bundle: the one that it had, or the next."""
-        if content_hash not in self.versions:
-            self.versions[content_hash] = max(self.versions.values(), default=0) + 1
-            self.versions = newest_versions(self.versions)
-        return self.versions[content_hash]
-
-    async def _retire(self, old: Loaded, within_s: float | None = None) -> None:
-        """Let it finish its requests, close it, and keep its counters."""
-        self._retiring.append(old.cell)
-        ended = await self._drained(old.cell, within_s)
-        if not ended:
-            left, (batches, _) = old.cell.waiting, old.cell.running
-            log.event(logging.ERROR, "given up", model=self.name, version=old.version, waiting=left, batches=batches)
-            old.cell.abandon(EngineError("the engine does not finish its batches", "", "load the model again"))
-        self._retiring.remove(old.cell)
-        self._past = sum_by_version([self._past, {old.version: old.cell.totals()}])
-        await self._close(old, ended=ended)
-
-    async def _close(self, old: Loaded, *, ended: bool = True) -> None:
-        old.cell.close()
-        if not ended:
-            # Closing waits for the batches: nothing else may wait for that, not even the end of this process.
-            for engine in old.engines:
-                atexit.unregister(engine.close)
-            threading.Thread(target=old.close, name="given up", daemon=True).start()
-            return
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._opening, old.close)
-        except Exception as error:  # the new version is served all the same
-            log.event(logging.ERROR, "an engine does not close", version=old.version, error=repr(error))
-        await loop.run_in_executor(self._opening, allocator.collect_and_trim)
-
-    async def _drained(self, cell: Stage, within_s: float | None) -> bool:
-        """Wait until a cell is idle; False if the time is over, or the cell makes no progress for too long."""
-        loop = asyncio.get_running_loop()
-        began = last = loop.time()
-        progress, still_s = cell.progress, 0.0
-        stuck_s = max(_STUCK_S, _STUCK_BATCHES * cell.longest_batch_s)
-        while not cell.idle:
-            await asyncio.sleep(_POLL_S)
-            now = loop.time()
-            still_s += min(now - last, _LONGEST_POLL_S)  # a pause of the whole machine is not the engine's fault
-            last = now
-            if cell.progress != progress:
-                progress, still_s = cell.progress, 0.0
-            if still_s > stuck_s or (within_s is not None and now - began > within_s):
-                return False
-        return True
-
-    def _open(self, target: Target) -> tuple[tuple[Opened, ...], Decoder | Tabulator | Tokeniser | None]:
-        known = () if self.loaded is None else self.loaded.opened
-        opening = Opening(self._opener, exact=self._exact, fit=self._fit, computing=self._computing, known=known)
-        opened = opening.open(target)
-        try:
-            return opened, decoder_of(opened[0], self._limits)
-        except BaseException:
-            for each in opened:
-                each.engine.close()
-            raise
-
-    def _computing(self) -> tuple[int, int]:
-        """Batches of other engines in flight, and those started until now."""
-        cells = [*self._retiring, *([self.loaded.cell] if self.loaded is not None else [])]
-        return sum(cell.running[0] for cell in cells), sum(cell.batches for cell in cells)
-
-    def _bounded(self, policy: Policy, signature: Signature) -> Policy:
-        """The policy with a queue that holds no more bytes than the process may."""
-        samples = max(1, self._limits.held_bytes // sum(spec.row_bytes for spec in signature.inputs))
-        return msgspec.structs.replace(policy, queue_bound=min(policy.queue_bound, samples))
-
-    def _most_pictures(self, signature: Signature) -> int:
-        """Pictures in one request: decoded, they may be as large as a request with tensors."""
-        return max(1, self._limits.body_bytes // signature.inputs[0].row_bytes)
-
-
-def _content_of(target: Target, opened: Sequence[Opened]) -> str:
-    """The hash of what answers requests: a version belongs to it."""
-    if target.plan.cascade is not None and len(opened) > 1:
-        return target.cascade_hash()
-    return target.ladder_hash or opened[0].variant.bundle.manifest.hash
+    def _sort(self) -> None:
+        """A model answers from now on, or not any more."""
+        loaded = {name: service.loaded for name, service in self.services.items() if service.loaded is not None}
+        self._stages = {path: each.cell for name, each in loaded.items() for path in self.services[name].paths()}
+        self._embedders = {
+            name: each.cell
+            for name, each in loaded.items()
+            if embeds(each.cell.codec, each.variant.bundle.manifest.task.kind)
+        }
+        if self._embedders:
+            self._stages[_EMBEDDINGS] = next(iter(self._embedders.values()))

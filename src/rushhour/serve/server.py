@@ -1,14 +1,15 @@
-"""`serve`: opens what a plan names, and serves it with one worker process or several."""
+"""`serve`: opens what plans name, and serves it with one worker process or several."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rushhour.errors import ServeError
 from rushhour.serve.access.certificates import read_identity
 from rushhour.serve.access.exposure import check_exposure
 from rushhour.serve.access.keys import Keys
+from rushhour.serve.hosting import Folder, check_memory, open_served, with_plan
 from rushhour.serve.memory import allocator
 from rushhour.serve.memory.shared_memory import SharedMemory
 from rushhour.serve.node import Fit, fit_of
@@ -34,7 +36,9 @@ from rushhour.serve.processes.supervisor import Supervisor, cores_of_each
 from rushhour.serve.processes.watchdog import ParentWatchdog
 from rushhour.serve.protocols.listener import bind_alone, bind_reserved, bind_shared, held, host_and_port
 from rushhour.serve.repository import Repository
-from rushhour.serve.settings import ServeSettings
+from rushhour.serve.scheduling.cores import Cores
+from rushhour.serve.service import Service, Shared
+from rushhour.serve.settings import Served, ServeSettings
 from rushhour.serve.target import Target, open_target
 from rushhour.serve.worker import CLOSE_SECONDS, SPANS_SECONDS, Ready, Worker, closing_s
 from rushhour.system.machine import cores, open_files
@@ -47,8 +51,16 @@ _FEWEST_CONNECTIONS = 16
 _GRPC_AGE_SECONDS = 60.0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """One of the models, with its target as it is served here."""
+
+    served: Served
+    target: Target
+
+
 def serve(
-    target: Target,
+    target: Target | Sequence[Served],
     settings: ServeSettings,
     ready: Ready,
     *,
@@ -61,15 +73,16 @@ def serve(
     and certificates again.
 
     Args:
-        target: what to serve.
+        target: what to serve: one model, or several behind one port.
         settings: where and how.
         ready: called once when requests are accepted.
         open_with: opens engines; the plan's own by default. Not used with several worker processes.
         watchdog: the connection to the parent process.
 
     Raises:
-        ServeError: if a port cannot be bound.
-        EngineError: if the plan's engine cannot run as the plan says.
+        ServeError: if a port cannot be bound, or memory cannot hold the models.
+        PlanError, BundleError: as `open_target`.
+        EngineError: if a plan's engine cannot run as the plan says.
     """
     with SIGNALS.installed():
         settings.check()
@@ -80,11 +93,18 @@ def serve(
         allocator.fix_thresholds()
         if settings.admin_port is not None:
             check_exposure(settings.administration_host, settings.api_keys, exposed=settings.exposed)
-        settings = msgspec.structs.replace(settings, fit=_fit(target, settings))
-        planned = target.plan.policy.cells
+        models = [_fitting(model, settings) for model in _models(target, settings)]
+        planned = max(model.target.plan.policy.cells for model in models)
         cells = settings.cells or (planned if settings.exact else min(planned, cores()))
         several = cells > 1 and not settings.one_of_many
-        target = _with_layout(target, settings, cells if several else 1)
+        cells = cells if several else 1
+        models = [
+            dataclasses.replace(model, target=_with_layout(model.target, settings, cells, model.served.fit))
+            for model in models
+        ]
+        settings = msgspec.structs.replace(settings, models=tuple(model.served for model in models), model=None)
+        if settings.shares_cores and not settings.one_of_many:
+            check_memory({each.served.name: each.target for each in models if not each.served.unloaded}, cells)
         limits = settings.limits
         if limits.grpc_age_s is None and (several or settings.one_of_many):
             limits = msgspec.structs.replace(limits, grpc_age_s=_GRPC_AGE_SECONDS)
@@ -98,13 +118,20 @@ def serve(
                     logging.WARNING, "fewer connections", connections=limits.connections, asked=requested, why=why
                 )
             if several:
-                started = runner.run(_supervise(target, settings, cells, ready))
+                started = runner.run(_supervise(models, settings, cells, ready))
             else:
-                runner.run(_serve(target, settings, open_with or opener(settings.trusted), ready, watchdog))
+                runner.run(_serve(models, settings, open_with or opener(settings.trusted), ready, watchdog))
                 started = True
         interrupted = SIGNALS.interrupted
     if interrupted and not started:
         sys.exit(130)
+
+
+def _models(target: Target | Sequence[Served], settings: ServeSettings) -> list[_Model]:
+    """The models with their targets, as these were made."""
+    if isinstance(target, Target):
+        return [_Model(Served(str(target.path), settings.model or target.name), target)]
+    return [_Model(served, open_served(served)) for served in target]
 
 
 def _with_secrets(settings: ServeSettings) -> ServeSettings:
@@ -120,7 +147,7 @@ def _with_secrets(settings: ServeSettings) -> ServeSettings:
     return msgspec.structs.replace(settings, api_keys=keys, identity=read_identity(*pair))
 
 
-def _with_layout(target: Target, settings: ServeSettings, cells: int) -> Target:
+def _with_layout(target: Target, settings: ServeSettings, cells: int, fit: Fit | None) -> Target:
     """The target with the streams and threads of the settings, or with those that fit this number of worker processes.
 
     Raises:
@@ -129,7 +156,7 @@ def _with_layout(target: Target, settings: ServeSettings, cells: int) -> Target:
     room = min(map(len, cores_of_each(cells, sorted(os.sched_getaffinity(0))))) if cells > 1 else cores()
     given = bool(settings.streams or settings.threads)
     target = target.with_layout(settings.streams, settings.threads, room)
-    if not given and settings.fit is not None and not settings.one_of_many:
+    if not given and fit is not None and not settings.one_of_many:
         target = target.scaled_to(room)
     policy = target.plan.policy
     if not given and cells not in (1, policy.cells):
@@ -143,14 +170,15 @@ def _with_layout(target: Target, settings: ServeSettings, cells: int) -> Target:
     return target
 
 
-def _fit(target: Target, settings: ServeSettings) -> Fit | None:
-    """How this machine differs from the plan's, where that changes how it is served.
+def _fitting(model: _Model, settings: ServeSettings) -> _Model:
+    """The model with how this machine differs from its plan's, where that changes how it is served.
 
     Raises:
         ServeError: if it differs, and the settings are strict.
     """
     if settings.one_of_many:
-        return settings.fit
+        return model  # the supervisor has found that out
+    target = model.target
     fit = fit_of(target.plan) if settings.strict or not settings.exact else None
     if fit is not None and settings.strict:
         raise ServeError(
@@ -158,7 +186,7 @@ def _fit(target: Target, settings: ServeSettings) -> Fit | None:
             f"this is not the Plan's machine: {', '.join(fit.differences)}",
             "tune on this machine, or omit --strict",
         )
-    return fit
+    return dataclasses.replace(model, served=msgspec.structs.replace(model.served, fit=fit))
 
 
 def _with_room(settings: ServeSettings) -> ServeSettings:
@@ -190,35 +218,48 @@ def _before_exit() -> None:
     log.flush(_LAST_RECORDS_SECONDS)
 
 
-def _reopened(path: Path, settings: ServeSettings, cells: int) -> Target:
-    return _with_layout(open_target(path), settings, cells)
+def _reopened(path: str, settings: ServeSettings, cells: int, fit: Fit | None = None) -> Target:
+    return _with_layout(open_target(Path(path)), settings, cells, fit)
 
 
-async def _supervise(target: Target, settings: ServeSettings, cells: int, ready: Ready) -> bool:
+async def _supervise(models: Sequence[_Model], settings: ServeSettings, cells: int, ready: Ready) -> bool:
     """Serve with several worker processes; returns whether they were ready before the end."""
     with contextlib.ExitStack() as stack:
         ports = {
             name: None if port is None else held(stack, name, host, port, bind_reserved)[0].getsockname()[1]
             for name, (host, port) in _addresses(settings).items()
         }
-        shared = msgspec.structs.replace(settings, **ports, cells=None, one_of_many=True)
+        served = tuple(with_plan(model.served, model.target) for model in models)
+        shared = msgspec.structs.replace(settings, **ports, cells=None, one_of_many=True, models=served)
         grpc = None if shared.grpc_port is None else host_and_port(settings.host, shared.grpc_port)
-        log.event(logging.INFO, "start", target=str(target.path), cells=cells)
+        log.event(logging.INFO, "start", target=_said(models), cells=cells)
         supervisor = Supervisor(
-            target,
             shared,
             cores_of_each(cells, sorted(os.sched_getaffinity(0))),
-            partial(_reopened, target.path, settings, cells),
+            lambda model: _reopened(model.path, settings, cells, model.fit),
+            _folder(settings),
             closing_s(settings),
         )
 
         def all_ready(url: str, way: str) -> None:
             log.event(logging.INFO, "all cells ready", url=url, grpc=grpc)
-            ready(url, grpc, f"{cells} cells, each {way}")
+            each = f"{cells} cells, each "
+            ready(url, grpc, "\n".join(each + line for line in way.splitlines()))
 
         started = await supervisor.run(all_ready)
         log.event(logging.INFO, "all cells stopped")
         return started
+
+
+def _said(models: Sequence[_Model]) -> str:
+    return ", ".join(model.served.path for model in models)
+
+
+def _folder(settings: ServeSettings) -> Folder | None:
+    """Where further models are found."""
+    if settings.repository is None:
+        return None
+    return Folder(Path(settings.repository), {model.name: model.weight for model in settings.models})
 
 
 def _addresses(settings: ServeSettings) -> dict[str, tuple[str, int | None]]:
@@ -231,9 +272,13 @@ def _addresses(settings: ServeSettings) -> dict[str, tuple[str, int | None]]:
 
 
 async def _serve(
-    target: Target, settings: ServeSettings, open_with: Opener, ready: Ready, watchdog: ParentWatchdog | None
+    models: Sequence[_Model],
+    settings: ServeSettings,
+    open_with: Opener,
+    ready: Ready,
+    watchdog: ParentWatchdog | None,
 ) -> None:
-    # Ports are bound before the model is loaded, to report at once that one is in use; they listen only when ready.
+    # Ports are bound before models are loaded, to report at once that one is in use; they listen only when ready.
     with contextlib.ExitStack() as stack:
         bind = bind_shared if settings.one_of_many else bind_alone
         addresses = _addresses(settings)
@@ -248,22 +293,10 @@ async def _serve(
             kept = bind_shared if settings.one_of_many else bind_reserved
             grpc = held(stack, "grpc_port", settings.host, settings.grpc_port, kept)
         if not settings.one_of_many:
-            log.event(logging.INFO, "start", target=str(target.path), cells=1)
+            log.event(logging.INFO, "start", target=_said(models), cells=1)
         observer = stack.enter_context(_observing(settings))
         regions = SharedMemory(settings.limits.body_bytes) if settings.shares_memory else None
-        repository = Repository(
-            target,
-            settings.model,
-            open_with,
-            settings.versions,
-            regions,
-            settings.limits,
-            settings.exact,
-            partial(_reopened, target.path, settings, 1),
-            settings.fit,
-            fixed=settings.fixed,
-            explanation=Explanation() if settings.server_timing else None,
-        )
+        repository = _repository(models, settings, open_with, regions)
         commands = Commands(repository, regions)
         for region in settings.regions:
             lost = await commands.execute(region)
@@ -274,18 +307,63 @@ async def _serve(
             watchdog.attach(commands.execute)
             execute = watchdog.in_all_processes if settings.one_of_many else execute
         try:
-            await (repository.unload() if settings.unloaded else repository.load())
-            if settings.fit is not None and repository.loaded is not None and not settings.one_of_many:
-                share = repository.loaded.plan_share
-                log.event(logging.WARNING, settings.fit.line(share), share=share)
+            for model in settings.models:
+                service = repository.named(model.name)
+                await (service.unload() if model.unloaded else service.load())
+                if model.fit is not None and service.loaded is not None and not settings.one_of_many:
+                    share = service.loaded.plan_share
+                    log.event(logging.WARNING, model.fit.line(share), model=model.name, share=share)
+            _report_shares(repository)
             first = listeners["http_port"][0].getsockname()
             port = grpc[0].getsockname()[1] if grpc else None
             bound = msgspec.structs.replace(settings, http_port=first[1], grpc_port=port)
             worker = Worker(repository, bound, commands, regions, execute, observer, listeners.get("admin_port"))
             await worker.run(listeners["http_port"], [host_and_port(*sock.getsockname()[:2]) for sock in grpc], ready)
         finally:
-            await repository.unload(CLOSE_SECONDS)
+            await asyncio.gather(*(service.unload(CLOSE_SECONDS) for service in repository.services.values()))
         log.event(logging.INFO, "stopped")
+
+
+def _report_shares(repository: Repository) -> None:
+    """Log what each of several models can count on."""
+    for service in repository.services.values():
+        if service.shared.cores is not None and service.loaded is not None:
+            least, of = service.shared.cores.least(service.weight), service.shared.cores.size
+            how = str(service.loaded.variant)
+            log.event(
+                logging.INFO, "share", model=service.name, weight=service.weight, cores=round(least, 2), of=of, runs=how
+            )
+
+
+def _repository(
+    models: Sequence[_Model], settings: ServeSettings, open_with: Opener, regions: SharedMemory | None
+) -> Repository:
+    """The models, not loaded yet."""
+    cores_shared = Cores(cores(), WallClock()) if settings.shares_cores else None
+    explanation = Explanation() if settings.server_timing else None
+    shared = Shared(settings.limits, explanation, cores_shared, len(models))
+
+    def service(served: Served, target: Target) -> Service:
+        return Service(
+            target,
+            served.name,
+            open_with,
+            served.versions,
+            regions,
+            settings.limits,
+            settings.exact,
+            partial(_reopened, served.path, settings, 1, served.fit),
+            served.fit,
+            fixed=settings.fixed,
+            shared=shared,
+            weight=served.weight,
+        )
+
+    def joining(served: Served) -> Service:
+        return service(served, _with_layout(open_served(served), settings, 1, served.fit))
+
+    services = [service(model.served, model.target) for model in models]
+    return Repository(services, shared, _folder(settings), joining)
 
 
 @contextlib.contextmanager

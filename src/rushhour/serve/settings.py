@@ -22,15 +22,27 @@ _EVERY_ADDRESS = frozenset(("", "0.0.0.0", "::"))
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What is served, whatever is at the target's path by now: the plan holds the bundle's hash.
+    """One of the models of a server.
 
     Attributes:
-        plan: as it was read.
-        folder: that its bundles are in.
+        path: of the target: a run, a plan or a bundle. A reload opens it again.
+        name: for clients.
+        weight: its share of the cores, relative to those of the other models, while all have work.
+        unloaded: it is not loaded at the start.
+        plan: what is served, whatever is at the path by now: it holds the bundle's hash. None is what is there.
+        folder: that the plan's bundles are in.
+        fit: how this machine differs from the plan's; None where it does not, and where that is not known yet.
+        versions: of the bundles that were served, by their hashes; a restarted worker process continues with them.
     """
 
-    plan: Plan
-    folder: str
+    path: str
+    name: str
+    weight: float = 1.0
+    unloaded: bool = False
+    plan: Plan | None = None
+    folder: str = ""
+    fit: Fit | None = None
+    versions: dict[str, int] = {}
 
 
 class ServeSettings(msgspec.Struct, frozen=True):
@@ -40,7 +52,9 @@ class ServeSettings(msgspec.Struct, frozen=True):
         host: loopback by default: other machines can connect only if the user decides so.
         http_port: 0 takes a free one.
         grpc_port: 0 takes a free one; None serves over HTTP only.
-        model: the model's name for clients; None takes that of the model that was tuned, or the bundle's.
+        model: the name of a single model for clients; None takes that of the model that was tuned, or the bundle's.
+        models: what is served, where that is not a single target; and in worker processes.
+        repository: a folder of further models that clients may load; None where there are no others.
         trusted: factories (`module:factory`) that the torch engine may import beside Rushhour's own networks.
         limits: what one client may use.
         api_keys: clients must send one of these; empty accepts every request.
@@ -72,18 +86,16 @@ class ServeSettings(msgspec.Struct, frozen=True):
         strict: refuse to serve on a machine that differs from the plan's.
         fixed: serve the plan's first variant whatever the load, though the plan has a ladder.
         one_of_many: this server is a worker process: it shares the port, and changes are made in all.
-        versions: of the bundles that were served, by their hashes; a restarted worker process continues with them.
-        unloaded: the model has been unloaded; likewise.
-        regions: of shared memory that clients have registered; likewise.
+        regions: of shared memory that clients have registered; a restarted worker process continues with them.
         identity: the certificate and key in use; likewise.
-        served: what the other worker processes serve; likewise.
-        fit: how this machine differs from the plan's; likewise. None where it does not.
     """
 
     host: str = "127.0.0.1"
     http_port: _Port = 8000
     grpc_port: _Port | None = None
     model: str | None = None
+    models: tuple[Served, ...] = ()
+    repository: str | None = None
     trusted: tuple[str, ...] = ()
     limits: Limits = Limits()
     api_keys: tuple[str, ...] = ()
@@ -112,12 +124,13 @@ class ServeSettings(msgspec.Struct, frozen=True):
     strict: bool = False
     fixed: bool = False
     one_of_many: bool = False
-    versions: dict[str, int] = {}
-    unloaded: bool = False
     regions: tuple[Register, ...] = ()
     identity: Identity | None = None
-    served: Served | None = None
-    fit: Fit | None = None
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether several models may compute on the same cores."""
+        return len(self.models) > 1 or self.repository is not None
 
     @property
     def administration_host(self) -> str:
@@ -185,6 +198,8 @@ class ServeSettings(msgspec.Struct, frozen=True):
         if self.admin_host is not None and self.admin_port is None:
             raise ServeError("--admin-host has no effect", "there is no --admin-port", "give one, or omit it")
         self._check_ports()
+        if self.model is not None and self.models:
+            raise ServeError("`model` has no effect", "each of `models` has its own name", "give one of both")
         for name in self.known_as:
             if not is_host(name):
                 why = "it is compared with the host that a request names, without scheme, port and path"

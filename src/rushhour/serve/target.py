@@ -317,11 +317,7 @@ def check_cascade(target: Target) -> None:
         raise refused(f"the model has no output {rule.output!r}", "name one of its outputs")
     if why := why_no_score(last.task.kind, spec.shape):
         raise refused(why, "serve a plan of one variant")
-    needed = sum(
-        _ENGINE * each.bundle.model_bytes + _batch_bytes(each.bundle, plan.policy.streams, each.config.max_batch)
-        for each in variants
-    )
-    needed, memory = plan.policy.cells * needed, describe().memory_gb * 2**30
+    needed, memory = plan.policy.cells * sum(map(_engine_bytes, variants)), describe().memory_gb * 2**30
     if memory and needed > memory / 2:
         why = f"its variants need about {needed / 2**30:.3g} GiB, and this machine has {memory / 2**30:.3g}"
         raise refused(why, "serve a plan of one variant")
@@ -378,6 +374,21 @@ def check_rungs(target: Target) -> None:
             f"processes, and this machine has {memory / 2**30:.3g}",
             "omit variants, lower `max_batch` of its points, or serve with --fixed",
         )
+
+
+def needed_bytes(target: Target) -> float:
+    """Memory that a target needs in one process, about: its engines and their batches."""
+    plan = target.plan
+    if plan.ladder:
+        with contextlib.suppress(BundleError):
+            rungs = [target.rung(point, None) for point in plan.ladder]
+            return sum(map(_engine_bytes, rungs))
+    return sum(map(_engine_bytes, [target.first] if plan.cascade is None else target.cascaded(None)))
+
+
+def _engine_bytes(variant: ServedVariant) -> float:
+    config = variant.config
+    return _ENGINE * variant.bundle.model_bytes + _batch_bytes(variant.bundle, config.streams, config.max_batch)
 
 
 def _batch_bytes(bundle: Bundle, streams: int, max_batch: int) -> int:

@@ -50,7 +50,7 @@ class Worker:
     """The servers of one worker process.
 
     Args:
-        repository: the model.
+        repository: the models.
         settings: of the server, with the ports that were bound.
         commands: of this process.
         regions: shared memory of clients; None where it is switched off.
@@ -126,9 +126,10 @@ class Worker:
         url = _url(listeners[0], context is not None)
         address = None if server is None else server.address
         admin = _url(self._admin[0], context is not None) if self._admin else None
-        log.event(logging.INFO, "ready", url=url, grpc=address, admin=admin, model=self._repository.name)
-        loaded = self._repository.loaded
-        ready(url, address, "no model: it is unloaded" if loaded is None else loaded.way)
+        services = self._repository.services.values()
+        models = ", ".join(service.name for service in services)
+        log.event(logging.INFO, "ready", url=url, grpc=address, admin=admin, model=models)
+        ready(url, address, "\n".join(service.way for service in services))
         tasks = [asyncio.ensure_future(self._sweep())]
         if self._settings.one_of_many:
             SIGNALS.on_reload(lambda: None)  # the supervisor does it, for all worker processes

@@ -41,6 +41,7 @@ from rushhour.wire.embeddings import (
     decode_embeddings,
     embeds,
     openai_error,
+    wanted_embedder,
 )
 from rushhour.wire.header import HEADER_LENGTH, InputHeader, OutputHeader, RequestHeader
 from rushhour.wire.layouts import ROW, TEXT
@@ -108,4 +109,5 @@ __all__ = [
     "openai_error",
     "row_of_json",
     "text_of",
+    "wanted_embedder",
 ]

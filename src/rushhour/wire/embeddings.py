@@ -114,6 +114,18 @@ def embeds(codec: Codec, kind: str) -> bool:
     return kind == "embedding" and codec.takes_texts and vector
 
 
+class _Wanted(msgspec.Struct):
+    model: str
+
+
+def wanted_embedder(body: Body) -> str:
+    """The model that a request for embeddings names; empty if it cannot be read."""
+    try:
+        return msgspec.json.decode(body, type=_Wanted).model if len(body) <= _MAX_BYTES else ""
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+
+
 def decode_embeddings(codec: Codec, body: Body) -> EmbeddingRequest:
     """Read a request for embeddings.
 

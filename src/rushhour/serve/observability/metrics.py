@@ -5,7 +5,7 @@ Source: prometheus.io/docs/instrumenting/exposition_formats, and writing_exporte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -45,74 +45,90 @@ class _Families(Collector):
         report = self._report
         versions = describe().versions
         yield InfoMetricFamily("rushhour_build", "The version that runs.", {"version": versions.get("rushhour", "")})
-        yield from _counted(report)
-        yield from _latencies(report.model, report.total)
+        totals = {name: model.total for name, model in report.models.items()}
+        yield from _counted(report, totals)
+        yield from _latencies(totals)
         yield from _now(report)
         yield from _processes(report.cells)
 
 
-def _counted(report: Report) -> Iterator[Metric]:
+def _by_model(name: str, what: str, values: Mapping[str, float]) -> CounterMetricFamily:
+    """A counter of each model."""
+    family = CounterMetricFamily(name, what, labels=("model",))
+    for model, value in values.items():
+        family.add_metric((model,), value)
+    return family
+
+
+def _by(label: str, name: str, what: str, counts: Mapping[str, Mapping[str, int]]) -> CounterMetricFamily:
+    """A counter of each model, and of each value of a further label."""
+    family = CounterMetricFamily(name, what, labels=("model", label))
+    for model, values in counts.items():
+        for value, count in values.items():
+            family.add_metric((model, value), count)
+    return family
+
+
+def _counted(report: Report, totals: Mapping[str, Totals]) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "rushhour_requests", "Inference requests, by how they ended.", labels=("model", "version", "outcome")
     )
-    for version, totals in report.versions.items():
-        for outcome, count in (
-            ("success", totals.answered),
-            ("failure", totals.failed),
-            ("invalid", totals.invalid),
-            ("shed", totals.shed_queue + totals.shed_deadline),
-            ("cancelled", totals.cancelled),
-        ):
-            requests.add_metric((report.model, version, outcome), count)
-    yield requests
     errors = CounterMetricFamily(
         "rushhour_errors",
         "Answers with an error. Without a model's name: to requests other than inference.",
         labels=("model", "version", "reason"),
     )
-    for version, totals in report.versions.items():
-        for reason, count in totals.errors.items():
-            errors.add_metric((report.model, version, reason), count)
+    for name, model in report.models.items():
+        for version, each in model.versions.items():
+            for outcome, count in (
+                ("success", each.answered),
+                ("failure", each.failed),
+                ("invalid", each.invalid),
+                ("shed", each.shed_queue + each.shed_deadline),
+                ("cancelled", each.cancelled),
+            ):
+                requests.add_metric((name, version, outcome), count)
+            for reason, count in each.errors.items():
+                errors.add_metric((name, version, reason), count)
+    yield requests
     for reason, count in report.errors.items():
         errors.add_metric(("", "", reason), count)
     yield errors
-    total = report.total
-    shed = CounterMetricFamily("rushhour_shed", "Requests rejected without being computed.", labels=("model", "reason"))
-    shed.add_metric((report.model, "queue"), total.shed_queue)
-    shed.add_metric((report.model, "deadline"), total.shed_deadline)
-    yield shed
-    yield from _of_ladder(report, total)
-    yield from _of_cascade(report, total)
-    cancelled = CounterMetricFamily(
-        "rushhour_cancelled", "Requests whose client disconnected before the answer.", labels=("model",)
-    )
-    cancelled.add_metric((report.model,), total.cancelled)
-    yield cancelled
-    if total.positions:
-        positions = CounterMetricFamily(
+    shed = {name: {"queue": total.shed_queue, "deadline": total.shed_deadline} for name, total in totals.items()}
+    yield _by("reason", "rushhour_shed", "Requests rejected without being computed.", shed)
+    yield from _of_ladders(report, totals)
+    yield from _of_cascades({name: total for name, total in totals.items() if total.stood})
+    cancelled = {name: total.cancelled for name, total in totals.items()}
+    yield _by_model("rushhour_cancelled", "Requests whose client disconnected before the answer.", cancelled)
+    positions = {
+        name: {"sample": total.positions, "padding": total.padding} for name, total in totals.items() if total.positions
+    }
+    for label, what, says, counts in (
+        (
+            "kind",
             "rushhour_positions",
             "Tokens or pixels that were computed, of samples of different sizes and of their padding.",
-            labels=("model", "kind"),
-        )
-        positions.add_metric((report.model, "sample"), total.positions)
-        positions.add_metric((report.model, "padding"), total.padding)
-        yield positions
-    for name, what, counts in (
-        ("rushhour_unknown_categories", "Categories in rows that the training data did not have.", total.unknown),
-        ("rushhour_imputed_values", "Missing values in rows, whose place was filled.", total.imputed),
+            positions,
+        ),
+        (
+            "column",
+            "rushhour_unknown_categories",
+            "Categories in rows that the training data did not have.",
+            {name: total.unknown for name, total in totals.items() if total.unknown},
+        ),
+        (
+            "column",
+            "rushhour_imputed_values",
+            "Missing values in rows, whose place was filled.",
+            {name: total.imputed for name, total in totals.items() if total.imputed},
+        ),
     ):
         if counts:
-            cells = CounterMetricFamily(name, what, labels=("model", "column"))
-            for column, count in counts.items():
-                cells.add_metric((report.model, column), count)
-            yield cells
-    for name, what, count in (
-        ("rushhour_cut_pictures", "Pictures that were cut into tiles.", total.cut),
-        ("rushhour_tiles", "Tiles of pictures that were cut.", total.tiles),
-    ):
-        pictures = CounterMetricFamily(name, what, labels=("model",))
-        pictures.add_metric((report.model,), count)
-        yield pictures
+            yield _by(label, what, says, counts)
+    cut = {name: total.cut for name, total in totals.items()}
+    yield _by_model("rushhour_cut_pictures", "Pictures that were cut into tiles.", cut)
+    tiles = {name: total.tiles for name, total in totals.items()}
+    yield _by_model("rushhour_tiles", "Tiles of pictures that were cut.", tiles)
     for name, what, count in (
         ("rushhour_cell_restarts", "Worker processes (cells) that died and were restarted.", report.restarts),
         ("rushhour_cell_frozen", "Worker processes (cells) that did not respond and were killed.", report.frozen),
@@ -121,73 +137,63 @@ def _counted(report: Report) -> Iterator[Metric]:
         yield CounterMetricFamily(name, what, count)
 
 
-def _of_cascade(report: Report, total: Totals) -> Iterator[Metric]:
+def _of_cascades(totals: Mapping[str, Totals]) -> Iterator[Metric]:
     """What the first variant of a cascade sent on, and how often its answer stood all the same."""
-    if not total.stood:
+    if not totals:
         return
-    escalated = CounterMetricFamily(
-        "rushhour_escalated_samples", "Samples that went on to the next variant of the cascade.", labels=("model",)
-    )
-    escalated.add_metric((report.model,), total.escalated)
-    yield escalated
-    stood = CounterMetricFamily(
-        "rushhour_first_answers",
-        "Requests with samples that should have gone on and were answered by the variant before.",
-        labels=("model", "reason"),
-    )
-    for reason, count in total.stood.items():
-        stood.add_metric((report.model, reason), count)
-    yield stood
+    escalated = {name: total.escalated for name, total in totals.items()}
+    what = "Samples that went on to the next variant of the cascade."
+    yield _by_model("rushhour_escalated_samples", what, escalated)
+    what = "Requests with samples that should have gone on and were answered by the variant before."
+    yield _by("reason", "rushhour_first_answers", what, {name: total.stood for name, total in totals.items()})
 
 
-def _of_ladder(report: Report, total: Totals) -> Iterator[Metric]:
+def _of_ladders(report: Report, totals: Mapping[str, Totals]) -> Iterator[Metric]:
     """By variant: who answered, and what it cost in accuracy."""
-    samples = CounterMetricFamily(
-        "rushhour_variant_samples", "Samples computed, by variant.", labels=("model", "variant")
-    )
-    for variant, count in total.of_variant.items():
-        samples.add_metric((report.model, variant), count)
-    yield samples
-    for name, what, value in (
-        ("rushhour_variant_switches", "Changes of the variant that answers.", float(total.switches)),
-        ("rushhour_accuracy_spent", "Sum of the expected accuracy drops of all samples.", total.spent),
-    ):
-        family = CounterMetricFamily(name, what, labels=("model",))
-        family.add_metric((report.model,), value)
-        yield family
-    drops = {number: state.drop for number, state in report.cells.items() if state.drop is not None}
-    if drops:
-        what = "Mean expected accuracy drop of the newest answers, as many as the plan's accuracy window."
-        mean = GaugeMetricFamily("rushhour_accuracy_drop_ratio", what, labels=("cell",))
-        for number, drop in drops.items():
-            mean.add_metric((str(number),), drop)
+    samples = {name: total.of_variant for name, total in totals.items()}
+    yield _by("variant", "rushhour_variant_samples", "Samples computed, by variant.", samples)
+    switches = {name: float(total.switches) for name, total in totals.items()}
+    yield _by_model("rushhour_variant_switches", "Changes of the variant that answers.", switches)
+    spent = {name: total.spent for name, total in totals.items()}
+    yield _by_model("rushhour_accuracy_spent", "Sum of the expected accuracy drops of all samples.", spent)
+    what = "Mean expected accuracy drop of the newest answers, as many as the plan's accuracy window."
+    mean = GaugeMetricFamily("rushhour_accuracy_drop_ratio", what, labels=("model", "cell"))
+    what = "1 for the variant that answers."
+    active = GaugeMetricFamily("rushhour_variant_active", what, labels=("model", "cell", "variant"))
+    what = "Variants of the ladder that could not be opened."
+    missing = GaugeMetricFamily("rushhour_variants_missing", what, labels=("model", "cell"))
+    for name in report.models:
+        for number, state in report.states(name).items():
+            if state.drop is not None:
+                mean.add_metric((name, str(number)), state.drop)
+            if state.variant:
+                active.add_metric((name, str(number), state.variant), 1.0)
+                missing.add_metric((name, str(number)), float(len(state.missing)))
+    if mean.samples:
         yield mean
-    active = GaugeMetricFamily("rushhour_variant_active", "1 for the variant that answers.", labels=("cell", "variant"))
-    missing = GaugeMetricFamily(
-        "rushhour_variants_missing", "Variants of the ladder that could not be opened.", labels=("cell",)
-    )
-    for number, state in report.cells.items():
-        if state.variant:
-            active.add_metric((str(number), state.variant), 1.0)
-            missing.add_metric((str(number),), float(len(state.missing)))
     yield active
     yield missing
 
 
-def _latencies(model: str, total: Totals) -> Iterator[Metric]:
-    for name, what, histogram in (
-        ("rushhour_queue_seconds", "From a request's arrival to its batch.", total.queue_s),
-        ("rushhour_inference_seconds", "Computation of a batch by the engine.", total.inference_s),
-        ("rushhour_request_seconds", "From a request's arrival to its answer.", total.request_s),
-    ):
-        family = HistogramMetricFamily(name, what, labels=("model",))
-        family.add_metric((model,), _buckets(BOUNDS, histogram.counts), histogram.sum)
-        yield family
+def _latencies(totals: Mapping[str, Totals]) -> Iterator[Metric]:
+    queue, inference, request = (
+        HistogramMetricFamily(name, what, labels=("model",))
+        for name, what in (
+            ("rushhour_queue_seconds", "From a request's arrival to its batch."),
+            ("rushhour_inference_seconds", "Computation of a batch by the engine."),
+            ("rushhour_request_seconds", "From a request's arrival to its answer."),
+        )
+    )
+    for model, total in totals.items():
+        for family, histogram in ((queue, total.queue_s), (inference, total.inference_s), (request, total.request_s)):
+            family.add_metric((model,), _buckets(BOUNDS, histogram.counts), histogram.sum)
+    yield from (queue, inference, request)
     sizes = HistogramMetricFamily("rushhour_batch_size", "Samples in a batch.", labels=("model",))
-    counts = [0] * (len(_BATCH_BOUNDS) + 1)
-    for rows, stages in total.of_size.items():
-        counts[sum(rows > bound for bound in _BATCH_BOUNDS)] += stages.computing.count
-    sizes.add_metric((model,), _buckets(_BATCH_BOUNDS, counts), total.samples)
+    for model, total in totals.items():
+        counts = [0] * (len(_BATCH_BOUNDS) + 1)
+        for rows, stages in total.of_size.items():
+            counts[sum(rows > bound for bound in _BATCH_BOUNDS)] += stages.computing.count
+        sizes.add_metric((model,), _buckets(_BATCH_BOUNDS, counts), total.samples)
     yield sizes
 
 
@@ -201,44 +207,62 @@ def _buckets(bounds: Iterable[float], counts: list[int]) -> list[tuple[str, floa
 
 
 def _now(report: Report) -> Iterator[Metric]:
-    states = report.cells.values()
-    for name, what, value in (
-        ("rushhour_ready", "1 if the server accepts requests.", float(any(state.ready for state in states))),
-        ("rushhour_queue_samples", "Samples in the queue.", sum(state.waiting for state in states)),
-        ("rushhour_in_flight_batches", "Batches in flight.", sum(state.batches for state in states)),
-        ("rushhour_in_flight_samples", "Samples in the batches in flight.", sum(state.running for state in states)),
-    ):
-        yield GaugeMetricFamily(name, what, value)
+    cells = report.cells.values()
+    ready = float(any(state.ready for state in cells))
+    yield GaugeMetricFamily("rushhour_ready", "1 if the server accepts requests.", ready)
+    gauges = [
+        GaugeMetricFamily(name, what, labels=("model",))
+        for name, what in (
+            ("rushhour_model_ready", "1 if requests for the model are accepted."),
+            ("rushhour_queue_samples", "Samples in the queue."),
+            ("rushhour_in_flight_batches", "Batches in flight."),
+            ("rushhour_in_flight_samples", "Samples in the batches in flight."),
+        )
+    ]
+    for name in report.models:
+        states = report.states(name).values()
+        values = (
+            float(any(cell.ready and name in cell.models for cell in cells)),
+            sum(state.waiting for state in states),
+            sum(state.batches for state in states),
+            sum(state.running for state in states),
+        )
+        for gauge, value in zip(gauges, values, strict=True):
+            gauge.add_metric((name,), value)
+    yield from gauges
     connections = GaugeMetricFamily(
         "rushhour_connections", "Open connections over HTTP, calls in flight over gRPC.", labels=("protocol",)
     )
-    connections.add_metric(("http",), sum(state.connections for state in states))
-    connections.add_metric(("grpc",), sum(state.calls for state in states))
+    connections.add_metric(("http",), sum(state.connections for state in cells))
+    connections.add_metric(("grpc",), sum(state.calls for state in cells))
     yield connections
-    cells = GaugeMetricFamily("rushhour_cells", "Worker processes (cells) behind the port.", labels=("state",))
-    cells.add_metric(("up",), len(states))
-    cells.add_metric(("down",), report.down)
-    yield cells
-    if report.plan_share is not None:
-        what = "Predicted capacity on this machine over that on the Plan's. Absent where the two do not differ."
-        yield GaugeMetricFamily("rushhour_plan_capacity_ratio", what, report.plan_share)
-    service = GaugeMetricFamily(
-        "rushhour_service_time_seconds",
-        "A batch of n samples is expected to take base + n per_sample.",
-        labels=("cell", "coefficient"),
-    )
-    for number, state in report.cells.items():
-        service.add_metric((str(number), "base"), state.base_s)
-        service.add_metric((str(number), "per_sample"), state.sample_s)
+    up = GaugeMetricFamily("rushhour_cells", "Worker processes (cells) behind the port.", labels=("state",))
+    up.add_metric(("up",), len(cells))
+    up.add_metric(("down",), report.down)
+    yield up
+    yield from _speeds(report)
+
+
+def _speeds(report: Report) -> Iterator[Metric]:
+    """How fast each model computes here."""
+    what = "Predicted capacity on this machine over that on the Plan's. Absent where the two do not differ."
+    ratio = GaugeMetricFamily("rushhour_plan_capacity_ratio", what, labels=("model",))
+    what = "A batch of n samples is expected to take base + n per_sample."
+    service = GaugeMetricFamily("rushhour_service_time_seconds", what, labels=("model", "cell", "coefficient"))
+    what = "Expected time of the last ten seconds' batches by the profile of the start, over their measured time."
+    speed = GaugeMetricFamily("rushhour_host_speed", what, labels=("model", "cell"))
+    for name in report.models:
+        share = report.plan_share(name)
+        if share is not None:
+            ratio.add_metric((name,), share)
+        for number, state in report.states(name).items():
+            service.add_metric((name, str(number), "base"), state.base_s)
+            service.add_metric((name, str(number), "per_sample"), state.sample_s)
+            if state.speed is not None:
+                speed.add_metric((name, str(number)), state.speed)
+    if ratio.samples:
+        yield ratio
     yield service
-    speed = GaugeMetricFamily(
-        "rushhour_host_speed",
-        "Expected time of the last ten seconds' batches by the profile of the start, over their measured time.",
-        labels=("cell",),
-    )
-    for number, state in report.cells.items():
-        if state.speed is not None:
-            speed.add_metric((str(number),), state.speed)
     yield speed
 
 

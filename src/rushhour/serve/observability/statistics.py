@@ -223,19 +223,15 @@ class Totals(msgspec.Struct):
         }
 
 
-class State(msgspec.Struct):
-    """The state of one worker process.
+class ModelState(msgspec.Struct):
+    """The state of one model in one worker process.
 
     Attributes:
-        ready: whether it accepts requests.
         waiting: samples in the queue.
         running: samples in the batches in flight.
         batches: in flight.
-        connections: over HTTP, open.
-        calls: over gRPC, in flight.
         base_s, sample_s: a batch of n samples is expected to take `base_s + n sample_s`.
         speed: of the host in the last ten seconds of work, 1 as at the start; None before the first batch.
-        process: Prometheus' standard metrics of a process, by name.
         plan_share: its capacity on this machine, as a share of the Plan's; None on the Plan's machine.
         variant: that computes the next batch.
         missing: variants of the ladder that could not be opened.
@@ -243,61 +239,95 @@ class State(msgspec.Struct):
             a ladder.
     """
 
-    ready: bool = False
     waiting: int = 0
     running: int = 0
     batches: int = 0
-    connections: int = 0
-    calls: int = 0
     base_s: float = 0.0
     sample_s: float = 0.0
     speed: float | None = None
-    process: dict[str, float] = {}
     plan_share: float | None = None
     variant: str = ""
     missing: tuple[str, ...] = ()
     drop: float | None = None
 
 
-class Report(msgspec.Struct):
-    """Counters and state of a server: of one worker process, or of all together.
+class State(msgspec.Struct):
+    """The state of one worker process.
 
     Attributes:
-        model: its name.
-        versions: the counters of each version, in the order in which they were loaded.
-        cells: the state of each worker process that responds, by its number.
-        down: worker processes that do not respond.
-        restarts: how often a worker process was restarted.
-        bundles: the version of each bundle that was served, by its hash.
-        frozen: how often a worker process was killed because it did not respond.
-        dropped: lines of the log that were dropped.
-        errors: answers with an error to requests other than inference, or while no model was loaded, by reason.
+        ready: whether it accepts requests.
+        connections: over HTTP, open.
+        calls: over gRPC, in flight.
+        process: Prometheus' standard metrics of a process, by name.
+        models: the state of each model that is loaded, by its name.
     """
 
-    model: str
-    versions: dict[str, Totals] = {}
-    cells: dict[int, State] = {}
-    down: int = 0
-    restarts: int = 0
-    bundles: dict[str, int] = {}
-    frozen: int = 0
-    dropped: int = 0
-    errors: dict[str, int] = {}
+    ready: bool = False
+    connections: int = 0
+    calls: int = 0
+    process: dict[str, float] = {}
+    models: dict[str, ModelState] = {}
 
-    @property
-    def plan_share(self) -> float | None:
-        """The capacity of all worker processes on this machine, as a share of the Plan's; None where it is not known,
-        and on the Plan's machine."""
-        shares = [state.plan_share for state in self.cells.values() if state.plan_share is not None]
-        return sum(shares) if shares else None
+
+class Counted(msgspec.Struct):
+    """The counters of one model.
+
+    Attributes:
+        versions: the counters of each version, in the order in which they were loaded.
+        bundles: the version of each bundle that was served, by its hash.
+    """
+
+    versions: dict[str, Totals] = {}
+    bundles: dict[str, int] = {}
 
     @property
     def total(self) -> Totals:
         """Of all versions together."""
-        total = Totals()
-        for each in self.versions.values():
-            total.add(each)
-        return total
+        return _sum(self.versions.values())
+
+
+class Report(msgspec.Struct):
+    """Counters and state of a server: of one worker process, or of all together.
+
+    Attributes:
+        models: the counters of each model, by its name.
+        cells: the state of each worker process that responds, by its number.
+        down: worker processes that do not respond.
+        restarts: how often a worker process was restarted.
+        frozen: how often a worker process was killed because it did not respond.
+        dropped: lines of the log that were dropped.
+        errors: answers with an error to requests other than inference, or for no model that is loaded, by reason.
+    """
+
+    models: dict[str, Counted]
+    cells: dict[int, State] = {}
+    down: int = 0
+    restarts: int = 0
+    frozen: int = 0
+    dropped: int = 0
+    errors: dict[str, int] = {}
+
+    def states(self, model: str) -> dict[int, ModelState]:
+        """The state of a model in each worker process where it is loaded."""
+        return {number: cell.models[model] for number, cell in self.cells.items() if model in cell.models}
+
+    def plan_share(self, model: str) -> float | None:
+        """The capacity of all worker processes on this machine, as a share of the Plan's; None where it is not known,
+        and on the Plan's machine."""
+        shares = [state.plan_share for state in self.states(model).values() if state.plan_share is not None]
+        return sum(shares) if shares else None
+
+    @property
+    def total(self) -> Totals:
+        """Of all models together."""
+        return _sum(totals for model in self.models.values() for totals in model.versions.values())
+
+
+def _sum(each: Iterable[Totals]) -> Totals:
+    total = Totals()
+    for one in each:
+        total.add(one)
+    return total
 
 
 def sum_by_version(counted: Iterable[dict[str, Totals]]) -> dict[str, Totals]:

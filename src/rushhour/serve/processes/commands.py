@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from prometheus_client import ProcessCollector
 
 from rushhour.errors import RushhourError, WireError
 from rushhour.serve.memory.shared_memory import Register, SharedMemory
 from rushhour.serve.observability import log
-from rushhour.serve.observability.statistics import Report, State
+from rushhour.serve.observability.statistics import Counted, Report, State
 from rushhour.serve.processes.messages import (
     Abandon,
     Beat,
@@ -35,7 +34,7 @@ class Commands:
     """Executes commands in this process.
 
     Args:
-        repository: the model.
+        repository: the models.
         regions: the shared memory of clients; None where it is switched off.
 
     Attributes:
@@ -55,25 +54,25 @@ class Commands:
             match command:
                 case Count():
                     return Result(report=self.report())
-                case Speed():
-                    loaded = self._repository.loaded
+                case Speed(model):
+                    loaded = self._repository.named(model).loaded
                     return Result(speeds=None if loaded is None else loaded.cell.speeds())
-                case Load():
-                    await self._repository.load()
-                case Prepare(versions, plan, folder):
-                    await self._repository.prepare(versions, plan, Path(folder))
-                case Commit():
-                    await self._repository.commit()
+                case Load(model):
+                    await self._repository.load(model)
+                case Prepare(served):
+                    await self._repository.prepare(served)
+                case Commit(model):
+                    await self._repository.named(model).commit()
                     return Result(report=self.report())
-                case Abandon():
-                    await self._repository.abandon()
+                case Abandon(model):
+                    await self._repository.abandon(model)
                 case Beat():
                     pass
                 case Renew():
                     if self.renew is not None:
                         self.renew(command)
-                case Unload():
-                    await self._repository.unload()
+                case Unload(model):
+                    await self._repository.named(model).unload()
                 case Register(name, key, offset, byte_size, access):
                     self._shared().register(name, key, offset, byte_size, access)
                 case Unregister(name):
@@ -89,22 +88,17 @@ class Commands:
 
     def report(self) -> Report:
         """Counters and state of this process. A copy."""
-        loaded = self._repository.loaded
+        services = self._repository.services
         state = State(
-            ready=loaded is not None,
+            ready=self._repository.is_ready,
             process={sample.name: sample.value for family in _PROCESS.collect() for sample in family.samples},
+            models={name: loaded.state() for name, each in services.items() if (loaded := each.loaded) is not None},
         )
-        if loaded is not None:
-            loaded.cell.describe(state)
-            state.plan_share = loaded.plan_share
-            state.missing = loaded.missing
         if self.describe is not None:
             self.describe(state)
         return Report(
-            self._repository.name,
-            self._repository.totals(),
+            {name: Counted(each.totals(), dict(each.versions)) for name, each in services.items()},
             {0: state},
-            bundles=dict(self._repository.versions),
             dropped=log.dropped(),
             errors=dict(self._repository.errors),
         )

@@ -11,37 +11,40 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from rushhour.errors import WireError
-from rushhour.plan import Plan
 from rushhour.serve.access.certificates import Identity
 from rushhour.serve.memory.shared_memory import Register
 from rushhour.serve.observability.log import LogLevel
 from rushhour.serve.observability.statistics import Report
 from rushhour.serve.scheduling.speed import Speeds
+from rushhour.serve.settings import Served
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Open what is at the target's path now, and serve it."""
+    """Open what is at the path of this model now, and serve it."""
+
+    model: str
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
-    """Open what this plan names, beside what is served; nothing else changes yet.
+    """Open what the plan of this model names, beside what is served; nothing else changes yet.
 
     Attributes:
-        versions: of the bundles that were served by any worker process, by their hashes.
-        folder: that the plan's bundles are in.
+        served: with its plan, and the versions of the bundles that were served by any worker process.
     """
 
-    versions: dict[str, int]
-    plan: Plan
-    folder: str
+    served: Served
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Serve what was prepared; the result holds a `Report`."""
+    """Serve what was prepared of this model; the result holds a `Report`."""
+
+    model: str
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
-    """Close what was prepared, if anything was."""
+    """Close what was prepared of this model, if anything was."""
+
+    model: str
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
@@ -56,7 +59,9 @@ class Renew(msgspec.Struct, frozen=True, tag="renew"):
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
-    """Accept no more requests."""
+    """Accept no more requests for this model."""
+
+    model: str
 
 
 class Count(msgspec.Struct, frozen=True, tag="count"):
@@ -64,7 +69,9 @@ class Count(msgspec.Struct, frozen=True, tag="count"):
 
 
 class Speed(msgspec.Struct, frozen=True, tag="speed"):
-    """Report the expected and the measured times of batches; the result holds `Speeds`."""
+    """Report the expected and the measured times of this model's batches; the result holds `Speeds`."""
+
+    model: str
 
 
 class Unregister(msgspec.Struct, frozen=True, tag="unregister"):
@@ -89,7 +96,7 @@ class Result(msgspec.Struct, frozen=True):
         wrong: the error; empty if there was none.
         status: the HTTP status of the error.
         report: of `Count` and `Commit`.
-        speeds: of `Speed`; None where no model is loaded.
+        speeds: of `Speed`; None where the model is not loaded.
     """
 
     wrong: str = ""

@@ -24,9 +24,17 @@ from typing import Any
 import msgspec
 
 from rushhour.errors import RushhourError
+from rushhour.serve.hosting import Folder, with_plan
 from rushhour.serve.memory.shared_memory import Register
 from rushhour.serve.observability import log
-from rushhour.serve.observability.statistics import Report, Totals, add_counts, newest_versions, sum_by_version
+from rushhour.serve.observability.statistics import (
+    Counted,
+    Report,
+    Totals,
+    add_counts,
+    newest_versions,
+    sum_by_version,
+)
 from rushhour.serve.processes.cell_process import BEAT_S, COUNT_S, CellProcess
 from rushhour.serve.processes.messages import (
     Abandon,
@@ -57,31 +65,30 @@ class Supervisor:
     """Keeps a number of cells running until a signal to stop.
 
     Args:
-        target: what the cells serve.
-        settings: of each cell, with the port they share.
+        settings: of each cell, with the port they share and the models they serve. All cells serve all models.
         cores: for each cell, the cores it may use.
-        reopen: opens what is at the target's path by then.
+        reopen: opens what is at a model's path by then.
+        folder: where models are found that the server does not have yet; None where its models are fixed.
         closing_s: how long a cell may take to stop.
     """
 
     def __init__(
         self,
-        target: Target,
         settings: ServeSettings,
         cores: Sequence[frozenset[int]],
-        reopen: Callable[[], Target],
+        reopen: Callable[[Served], Target],
+        folder: Folder | None,
         closing_s: float,
     ) -> None:
-        self._target = target.path
-        self._settings = msgspec.structs.replace(settings, served=_served(target))
+        self._settings = settings
         self._reopen = reopen
+        self._folder = folder
         self.closing_s = closing_s
         self._cells = [CellProcess(self, number, its_cores) for number, its_cores in enumerate(cores)]
         self._stopping = asyncio.Event()
-        self._past: dict[str, Totals] = {}
+        self._past: dict[str, dict[str, Totals]] = {}
         self._past_dropped = 0
         self._past_errors: dict[str, int] = {}
-        self._model = ""
         self.restarts = 0
         self.frozen = 0
         self.frozen_s = settings.frozen_s
@@ -116,9 +123,11 @@ class Supervisor:
             if not starting.done():
                 return False
             started = starting.result()
-            report = await self._report()  # which stores the version of the bundle
-            if self._settings.fit is not None:
-                log.event(logging.WARNING, self._settings.fit.line(report.plan_share), share=report.plan_share)
+            report = await self._report()  # which stores the versions of the bundles
+            for model in self._settings.models:
+                if model.fit is not None:
+                    share = report.plan_share(model.name)
+                    log.event(logging.WARNING, model.fit.line(share), model=model.name, share=share)
             ready(started[0].url, started[0].way)
             renewal = Renewal(self._settings, self.execute)
             SIGNALS.on_reload(renewal.request)
@@ -156,7 +165,7 @@ class Supervisor:
                 return Result(speeds=sum_speeds(speeds) if speeds else None)
         async with self.changing:
             if isinstance(command, Load):
-                return await self._load()
+                return await self._load(command.model)
             if isinstance(command, Log):
                 log.set_level(command.level)
             result = await self._in_all(command)
@@ -167,25 +176,36 @@ class Supervisor:
                 await self._in_all(Unregister(command.name))  # registered in all cells or in none
         return result
 
-    async def _load(self) -> Result:
-        """Have all cells serve what is at the path now, or none of them.
+    async def _load(self, name: str) -> Result:
+        """Have all cells serve what is at the path of a model now, or none of them.
 
         Raises:
             RushhourError: if it cannot be opened.
         """
-        served = _served(await asyncio.to_thread(self._reopen))
-        result = await self._in_all(Prepare(self._settings.versions, served.plan, served.folder))
+        known = next((model for model in self._settings.models if model.name == name), None)
+        if known is None:
+            assert self._folder is not None, "a cell knows the models, or finds them there"
+            known = await asyncio.to_thread(self._folder.find, name)
+        served = with_plan(known, await asyncio.to_thread(self._reopen, known))
+        result = await self._in_all(Prepare(served))
         if result.wrong:
-            await self._in_all(Abandon())
+            await self._in_all(Abandon(name))
             return result
         # A cell that fails from here on is restarted with these settings, so that all serve one version.
-        self._settings = msgspec.structs.replace(self._settings, unloaded=False, served=served)
-        committed = await asyncio.gather(*(cell.execute(Commit(), _COMMAND_S) for cell in self._cells))
+        self._replace(msgspec.structs.replace(served, unloaded=False))
+        committed = await asyncio.gather(*(cell.execute(Commit(name), _COMMAND_S) for cell in self._cells))
         for cell, outcome in zip(self._cells, committed, strict=True):
             if outcome is not None and outcome.wrong:
                 cell.kill()
         self._store_versions()  # from the cells' reports
         return Result()
+
+    def _replace(self, served: Served) -> None:
+        """Serve a model so from now on, in cells that are restarted too."""
+        others = [model for model in self._settings.models if model.name != served.name]
+        names = [model.name for model in self._settings.models]
+        at = names.index(served.name) if served.name in names else len(others)
+        self._settings = msgspec.structs.replace(self._settings, models=(*others[:at], served, *others[at:]))
 
     async def _in_all(self, command: Command) -> Result:
         """Execute a command in all running cells; returns their errors."""
@@ -198,10 +218,8 @@ class Supervisor:
         states = await asyncio.gather(*(cell.count() for cell in self._cells))
         known = [cell.last for cell in self._cells if cell.last is not None]
         self._store_versions()
-        self._model = known[0].model if known else self._model
         return Report(
-            self._model,
-            sum_by_version([self._past, *(last.versions for last in known)]),
+            self._counted(known),
             {number: state for number, state in enumerate(states) if state is not None},
             sum(state is None for state in states),
             self.restarts,
@@ -209,6 +227,19 @@ class Supervisor:
             dropped=self._past_dropped + log.dropped() + sum(last.dropped for last in known),
             errors=self._errors([last.errors for last in known]),
         )
+
+    def _counted(self, known: Sequence[Report]) -> dict[str, Counted]:
+        """The counters of each model, of all cells together."""
+        names = [model.name for model in self._settings.models]
+        names += [*self._past, *(name for last in known for name in last.models)]
+        return {
+            name: Counted(
+                sum_by_version(
+                    [self._past.get(name, {}), *(last.models[name].versions for last in known if name in last.models)]
+                )
+            )
+            for name in dict.fromkeys(names)
+        }
 
     def _errors(self, living: list[dict[str, int]]) -> dict[str, int]:
         """Errors of the running cells, and of those that have died."""
@@ -219,14 +250,18 @@ class Supervisor:
 
     def _store_versions(self) -> None:
         """Store the version of each bundle from the last reports: a restarted cell must use the same."""
-        versions = dict(self._settings.versions)
-        for cell in self._cells:
-            versions |= {} if cell.last is None else cell.last.bundles
-        self._settings = msgspec.structs.replace(self._settings, versions=newest_versions(versions))
+        for model in self._settings.models:
+            versions = dict(model.versions)
+            for cell in self._cells:
+                if cell.last is not None and model.name in cell.last.models:
+                    versions |= cell.last.models[model.name].bundles
+            if versions != model.versions:
+                self._replace(msgspec.structs.replace(model, versions=newest_versions(versions)))
 
     def keep_counts(self, last: Report) -> None:
         """Keep the counters of a cell that has died."""
-        self._past = sum_by_version([self._past, last.versions])
+        for name, model in last.models.items():
+            self._past[name] = sum_by_version([self._past.get(name, {}), model.versions])
         self._past_dropped += last.dropped
         add_counts(self._past_errors, last.errors)
 
@@ -240,7 +275,7 @@ class Supervisor:
 
     def command(self) -> list[str]:
         """The command line of a cell."""
-        return [sys.executable, "-m", "rushhour.serve", str(self._target), "-"]
+        return [sys.executable, "-m", "rushhour.serve", self._settings.models[0].path, "-"]
 
     def settings(self) -> bytes:
         """The settings of a cell, as they are now; its first line of input."""
@@ -253,15 +288,15 @@ async def _cancelled(futures: Sequence[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*futures, return_exceptions=True)
 
 
-def _served(target: Target) -> Served:
-    return Served(msgspec.structs.replace(target.plan, evidence=None), str(target.folder))
-
-
 def _settings_after(command: Command, settings: ServeSettings) -> ServeSettings:
     """The settings of a cell that is started after this command."""
     match command:
-        case Unload():
-            return msgspec.structs.replace(settings, unloaded=True)
+        case Unload(name):
+            models = tuple(
+                msgspec.structs.replace(model, unloaded=model.unloaded or model.name == name)
+                for model in settings.models
+            )
+            return msgspec.structs.replace(settings, models=models)
         case Register():
             return msgspec.structs.replace(settings, regions=(*settings.regions, command))
         case Unregister(name):

@@ -26,10 +26,11 @@ from rushhour.serve.observability.log import LogLevel
 from rushhour.serve.observability.statistics import Report, Totals
 from rushhour.serve.processes.commands import Commands
 from rushhour.serve.processes.messages import Count, Execute, Load, Log, Speed, Unload, Unregister, executed
-from rushhour.serve.repository import Loaded, Repository
+from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.tabulating import Tabulator
 from rushhour.serve.scheduling.tokenising import Tokeniser
+from rushhour.serve.service import Loaded
 from rushhour.system.machine import describe
 from rushhour.wire import datatype_of, embeds, model_metadata
 
@@ -40,7 +41,7 @@ class Control:
     """Answers about one repository.
 
     Args:
-        repository: the model.
+        repository: the models.
         draining: whether the server is about to stop.
         admin: whether clients may load and unload, and set what is logged.
         regions: the shared memory of clients; None where it is switched off.
@@ -75,12 +76,13 @@ class Control:
 
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        return not self._draining() and self._repository.loaded is not None
+        return not self._draining() and self._repository.is_ready
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether requests for this model are accepted; an empty version is the one that is served."""
-        loaded = self._repository.loaded
-        return self.ready() and loaded is not None and name == self._repository.name and version in ("", loaded.version)
+        service = self._repository.services.get(name)
+        loaded = None if service is None else service.loaded
+        return not self._draining() and loaded is not None and version in ("", loaded.version)
 
     def server(self) -> dict[str, Any]:
         """The server's name and version, and the protocol's extensions that it supports."""
@@ -175,16 +177,24 @@ class Control:
             raise WireError(
                 "the request has a version but no model", "a version belongs to a model", "add the model", status=404
             )
-        loaded = self._loaded(name, version) if name else self._repository.loaded
-        if loaded is None:
+        if name:
+            wanted = {name: self._loaded(name, version)}
+        else:
+            services = self._repository.services
+            wanted = {name: loaded for name, each in services.items() if (loaded := each.loaded) is not None}
+        if not wanted:
             return {"model_stats": []}
-        totals = (await self.report()).versions.get(loaded.version, Totals())
-        return {"model_stats": [totals.shown(self._repository.name, loaded.version)]}
+        models = (await self.report()).models
+        shown = []
+        for model, loaded in wanted.items():
+            versions = models[model].versions if model in models else {}
+            shown.append(versions.get(loaded.version, Totals()).shown(model, loaded.version))
+        return {"model_stats": shown}
 
     async def speed(self, name: str, version: str = "") -> dict[str, Any]:
         """The expected and the measured times of batches in the last minutes. Not part of the protocol."""
         loaded = self._loaded(name, version)
-        return ((await executed(self._execute, Speed())).speeds or loaded.cell.speeds()).shown()
+        return ((await executed(self._execute, Speed(name))).speeds or loaded.cell.speeds()).shown()
 
     async def report(self) -> Report:
         """Counters and state of all worker processes."""
@@ -197,12 +207,26 @@ class Control:
         return metrics.render(await self.report(), accept)
 
     def effective(self) -> dict[str, Any]:
-        """The settings in force, as the engine itself reports them. Not part of the protocol."""
-        loaded = self._loaded(self._repository.name)
+        """The settings in force, as the engines themselves report them. Not part of the protocol.
+
+        Of several models each has its own, by its name, under `models`.
+        """
+        server = {**self._settings, "log_level": logging.getLevelName(log.level()).lower()}
+        only = self._repository.only
+        if only is not None:
+            return {**self._effective(only.name), "server": server}
+        services = self._repository.services
+        loaded = [name for name, service in services.items() if service.loaded is not None]
+        models = {name: {**self._effective(name), "weight": services[name].weight} for name in loaded}
+        return {"models": models, "server": server}
+
+    def _effective(self, name: str) -> dict[str, Any]:
+        """The settings of one model."""
+        loaded = self._loaded(name)
         engine, profile, codec, decoder = loaded.engine, loaded.cell.profile, loaded.cell.codec, loaded.cell.decoder
         target_batch, wait_s = loaded.cell.waits_for
         return {
-            "model": self._repository.name,
+            "model": name,
             "version": loaded.version,
             "bundle_hash": loaded.variant.bundle.manifest.hash,
             "policy": loaded.cell.policy,
@@ -216,7 +240,6 @@ class Control:
             "waits_for_samples": target_batch,
             "waits_ms": round(1e3 * wait_s, 3),
             "service_ms": {str(n): round(1e3 * profile.seconds(n), 3) for n in (1, engine.config.max_batch)},
-            "server": {**self._settings, "log_level": logging.getLevelName(log.level()).lower()},
         }
 
     async def counters(self) -> dict[str, int]:
@@ -227,22 +250,35 @@ class Control:
         return {name: getattr(total, name) for name in counted} | {
             "rows": total.samples,
             **({"positions": total.positions, "padding": total.padding} if total.positions else {}),
-            "waiting": sum(state.waiting for state in report.cells.values()),
+            "waiting": sum(state.waiting for cell in report.cells.values() for state in cell.models.values()),
             "cells": len(report.cells),
         }
 
+    @property
+    def names(self) -> list[str]:
+        """Of all models, loaded or not."""
+        return self._repository.names()
+
+    @property
+    def said(self) -> str:
+        """The names of the models, in words."""
+        return self._repository.said
+
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
         """The models, and whether they are loaded."""
-        loaded = self._repository.loaded
-        if loaded is not None:
-            missing = ", ".join(loaded.missing)
-            reason = f"not all variants of the ladder could be opened: without {missing}" if missing else ""
-            return [{"name": self._repository.name, "version": loaded.version, "state": "READY", "reason": reason}]
-        unloaded = {"name": self._repository.name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
-        return [] if ready_only else [unloaded]
+        services, entries = self._repository.services, []
+        for name in self._repository.names():
+            loaded = services[name].loaded if name in services else None
+            if loaded is not None:
+                missing = ", ".join(loaded.missing)
+                reason = f"not all variants of the ladder could be opened: without {missing}" if missing else ""
+                entries.append({"name": name, "version": loaded.version, "state": "READY", "reason": reason})
+            elif not ready_only:
+                entries.append({"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"})
+        return entries
 
     async def change(self, change: Literal["load", "unload"], name: str, parameters: Mapping[str, Any]) -> None:
-        """Load or unload the model.
+        """Load or unload a model.
 
         Args:
             parameters: of the request; a configuration or files of the client are refused.
@@ -260,7 +296,7 @@ class Control:
                     "make another plan with `rushhour tune`",
                     status=501,
                 )
-        await executed(self._execute, Load() if change == "load" else Unload())
+        await executed(self._execute, Load(name) if change == "load" else Unload(name))
 
     async def register(
         self, name: str, key: str, offset: int, byte_size: int, access: Access | None, client: Client
@@ -328,14 +364,13 @@ class Control:
             raise WireError(f"{what} is switched off on this port", port, status=403)
 
     def _known(self, name: str) -> None:
-        if name != self._repository.name:
-            raise WireError(
-                f"there is no model {name[:100]!r}", "", f"the model is {self._repository.name}", status=404
-            )
+        if name not in self._repository.names():
+            raise WireError(f"there is no model {name[:100]!r}", "", self._repository.said, status=404)
 
     def _loaded(self, name: str, version: str = "") -> Loaded:
         self._known(name)
-        loaded = self._repository.loaded
+        service = self._repository.services.get(name)
+        loaded = None if service is None else service.loaded
         if loaded is None:
             raise WireError(f"the model {name} is not loaded", "", "load it first", status=404)
         if version not in ("", loaded.version):

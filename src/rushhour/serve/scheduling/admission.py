@@ -144,11 +144,14 @@ class Admission:
     Args:
         profile: of the engine, shared with the batcher.
         max_batch: samples in one batch, at most.
+
+    Attributes:
+        max_batch: the same; it may change.
     """
 
     def __init__(self, profile: Profile, max_batch: int) -> None:
         self._profile = profile
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._mean_batch = 0.0
         self._error = 0.0
         self._deviation = 0.0
@@ -179,7 +182,15 @@ class Admission:
         """
         return max(0.0, self._error + _CAUTION * self._deviation)
 
-    def finish(self, now: float, rows: float, waiting: float, busy_until: Sequence[float], streams: int) -> float:
+    def finish(
+        self,
+        now: float,
+        rows: float,
+        waiting: float,
+        busy_until: Sequence[float],
+        streams: int,
+        slow: float = 1.0,
+    ) -> float:
         """When the last of `rows` samples that arrive now would be answered, on the clock of `now`.
 
         Args:
@@ -188,16 +199,17 @@ class Admission:
             waiting: samples before it in the queue.
             busy_until: when each batch in flight is expected to end, in any order.
             streams: how many can run at once.
+            slow: how many times longer the batches before it take than they compute, because others compute between.
         """
-        batches = int(-(-(waiting + rows) // self._max_batch))
-        size = waiting + rows - (batches - 1) * self._max_batch
+        batches = int(-(-(waiting + rows) // self.max_batch))
+        size = waiting + rows - (batches - 1) * self.max_batch
         if batches > 1 or len(busy_until) >= streams:
             size = max(size, round(self._mean_batch))  # while it waits, others join its batch
         last = self._profile.seconds(size)
         if batches == 1:
             return (now if len(busy_until) < streams else max(now, min(busy_until))) + last
         # A long queue keeps all streams busy: all but its end is divided evenly among them.
-        full = self._profile.seconds(self._max_batch)
+        full = slow * self._profile.seconds(self.max_batch)
         free = [max(now, end) for end in busy_until] + [now] * (streams - len(busy_until))
         skipped = max(0, batches - _REPLAYED) // streams
         free = [end + skipped * full for end in free]
@@ -208,4 +220,4 @@ class Admission:
 
     def backlog_s(self, waiting: float, streams: int) -> float:
         """Seconds until `waiting` samples are answered: clients should try again after that."""
-        return -(-waiting // (self._max_batch * streams)) * self._profile.seconds(self._max_batch)
+        return -(-waiting // (self.max_batch * streams)) * self._profile.seconds(self.max_batch)

@@ -29,7 +29,8 @@ from rushhour.clock import Clock
 from rushhour.errors import WireError
 from rushhour.serve.observability import log
 from rushhour.serve.observability.explanation import Explanation, Kept
-from rushhour.serve.observability.statistics import Batch, Stages, State, Totals, add_counts
+from rushhour.serve.observability.statistics import Batch, ModelState, Stages, Totals, add_counts
+from rushhour.serve.scheduling.alarm import Alarm
 from rushhour.serve.scheduling.cell import SHARE_OF_DEADLINE, Cell
 from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, Reply, Shed, ShedError
 from rushhour.serve.scheduling.speed import Speeds, sum_speeds
@@ -92,7 +93,7 @@ class Cascade:
         self._gone_on: dict[Job, _Passage] = {}
         self._due: list[tuple[float, int, _Passage]] = []
         self._order = 0
-        self._wakes_at = math.inf
+        self._alarm = Alarm(clock, self._end_due)
         self._failing = False
         self.codec = first.codec
         self.decoder = first.decoder
@@ -171,7 +172,7 @@ class Cascade:
             add_counts(totals.stood, counts)
         return totals
 
-    def describe(self, state: State) -> None:
+    def describe(self, state: ModelState) -> None:
         """As of the first stage, with what waits and runs in the second."""
         self.first.describe(state)
         state.waiting = self.waiting
@@ -256,7 +257,7 @@ class Cascade:
         if passage.deadline < math.inf:
             self._order += 1
             heapq.heappush(self._due, (passage.deadline, self._order, passage))
-            self._wake_at(passage.deadline)
+            self._alarm.set(passage.deadline)
         return None
 
     def _unsure(self, result: Sequence[memoryview], rows: int) -> list[int]:
@@ -364,19 +365,8 @@ class Cascade:
             variant = self._rule.variants[self._step + 1]
             log.event(logging.ERROR, "the next variant of the cascade fails", variant=variant, why=str(error))
 
-    # The one timer.
-
-    def _wake_at(self, time: float) -> None:
-        """Look at the deadlines then. An earlier timer that is set already is enough."""
-        if time < self._wakes_at:
-            self._wakes_at = time
-            self._loop.call_later(max(0.0, time - self._clock.now()), self._wake, time)
-
-    def _wake(self, time: float) -> None:
+    def _end_due(self) -> None:
         """First answers stand whose deadline is reached."""
-        if time != self._wakes_at:
-            return  # of two timers the earlier one sets the next
-        self._wakes_at = math.inf
         until = self._clock.now() + _TIMELY_S
         while self._due and (self._due[0][0] <= until or self._due[0][2].job is None):
             _, _, passage = heapq.heappop(self._due)
@@ -386,7 +376,7 @@ class Cascade:
                 except Exception as wrong:  # in the reply of one request: the others are answered all the same
                     self.report(wrong)
         if self._due:
-            self._wake_at(self._due[0][0])
+            self._alarm.set(self._due[0][0])
 
     def report(self, wrong: Exception) -> None:
         """Report an internal error to the event loop."""

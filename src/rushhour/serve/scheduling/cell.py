@@ -14,8 +14,9 @@ from rushhour.clock import Clock
 from rushhour.errors import EngineError
 from rushhour.plan import Policy
 from rushhour.serve.observability.explanation import Explanation
-from rushhour.serve.observability.statistics import Counters, State, Statistics, Totals, reason_of
+from rushhour.serve.observability.statistics import Counters, ModelState, Statistics, Totals, reason_of
 from rushhour.serve.scheduling.admission import Probes
+from rushhour.serve.scheduling.alarm import Alarm
 from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
 from rushhour.serve.scheduling.buckets import batcher_of
 from rushhour.serve.scheduling.decoding import Decoder
@@ -52,12 +53,12 @@ class Cell:
         clock: for arrivals and deadlines.
         decoder: of encoded pictures, or of texts; None where the codec takes none.
         explanation: what answers say about themselves; None where they do not.
-        lanes: the cores, where other cells compute on them, too.
+        lanes: its batches and those of other cells of the model, or of other models; None where there are no others.
 
     Attributes:
         active: the variant that computes the next batch.
         batcher: the queue.
-        clock: the same.
+        clock, lanes: the same.
         ladder: chooses it; None where it stays.
     """
 
@@ -103,11 +104,12 @@ class Cell:
             each.free = [stream(slot, signature, self._loop, clock, self._finished, each) for slot in each.engine.slots]
         self._free = active.free
         self._busy: list[Stream] = []
-        self._lanes = lanes or Lanes()
-        self._lanes.join(self)
+        self.lanes = lanes or Lanes()
+        self.lanes.join(self)
         self._dispatching = False
         self._switched = -math.inf
-        self._wakes_at = math.inf
+        self._longest_s = math.inf
+        self._alarm = Alarm(clock, self.dispatch_soon)
         self._pictures = None if decoder is None else Pictures(self, decoder)
         self._probes = Probes()
         self._writing: dict[InferRequest, float] = {}  # when requests arrived whose answers are being written
@@ -168,7 +170,7 @@ class Cell:
             self.ladder.count(totals)
         return totals
 
-    def describe(self, state: State) -> None:
+    def describe(self, state: ModelState) -> None:
         """As `Stage.describe`."""
         state.waiting, state.speed = self.waiting, self.speed
         state.batches, state.running = self.running
@@ -188,6 +190,15 @@ class Cell:
         self._admission, self._free = variant.admission, variant.free
         self.batcher.switch(variant.max_batch, variant.profile, variant.cost)
         self._switched = self.clock.now()
+        self.bound_batches(self._longest_s)
+
+    def bound_batches(self, seconds: float) -> None:
+        """No batch takes longer from now on, unless a single sample does: other models wait for its end."""
+        self._longest_s, variant = seconds, self.active
+        fits = variant.max_batch if seconds == math.inf else max(1, variant.profile.rows_within(seconds))
+        bound = variant.admission.max_batch = min(variant.max_batch, fits)
+        if bound != self.batcher.max_batch:
+            self.batcher.switch(bound, variant.profile, variant.cost)
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
         """Queue a request, or shed it. `reply` is called later, never from within this call."""
@@ -242,11 +253,11 @@ class Cell:
         now = self.clock.now()
         deadline = now + SHARE_OF_DEADLINE * within
         waiting = self.batcher.waiting_before(priority, rows)
-        busy_until = [stream.until for stream in self._lanes.running]
+        busy_until, streams, slow = self.lanes.busy_until(self), self._streams, self.lanes.slow
         work = self.batcher.work(rows, wanted.sizes) if wanted.sizes else rows
-        finish = self._admission.finish(now, work, waiting, busy_until, self._streams)
+        finish = self._admission.finish(now, work, waiting, busy_until, streams, slow)
         if decoding_s:
-            finish = max(finish, self._admission.finish(now + decoding_s, work, 0, busy_until, self._streams))
+            finish = max(finish, self._admission.finish(now + decoding_s, work, 0, busy_until, streams, slow))
         if finish - now > _LONG_PREDICTION * within:  # errors of short predictions are another matter
             expected_s = finish - now
             finish += self._admission.margin_s
@@ -256,7 +267,7 @@ class Cell:
             return deadline, 0.0, True
         self._count_late(0.0)
         why = f"the answer would take {finish - now:.3f} s, and {within:g} s are allowed"
-        return Shed("deadline", why, self._admission.backlog_s(waiting, self._streams))
+        return Shed("deadline", why, slow * self._admission.backlog_s(waiting, streams))
 
     def no_room(self) -> Shed:
         """The queue is full: count it, and shed a request."""
@@ -274,7 +285,7 @@ class Cell:
         self.statistics.failed("deadline", waited_s)
 
     def _retry_after_s(self) -> float:
-        return self._admission.backlog_s(self.batcher.waiting, self._streams)
+        return self.lanes.slow * self._admission.backlog_s(self.batcher.waiting, self._streams)
 
     def refuse(self, status: int, seconds: float) -> None:
         """Count a request that was answered with an error outside the cell, `seconds` after its arrival."""
@@ -311,6 +322,7 @@ class Cell:
             self.ladder.close()
         if self.decoder is not None:
             self.decoder.close()
+        self.lanes.close()
 
     def abandon(self, error: Exception) -> None:
         """Answer all requests in the cell with `error`: the engine does not finish its batches.
@@ -337,30 +349,45 @@ class Cell:
 
     def _dispatch(self) -> None:
         self._dispatching = False
-        while self._free and len(self._lanes.running) < self._streams:
-            dispatch_at = self.batcher.dispatch_at()
-            if dispatch_at > -math.inf and dispatch_at - self.clock.now() >= _TICK_S:
-                self._wake_at(dispatch_at)
-                return
-            parts = self.batcher.take() if self.ladder is None else self.ladder.take()
-            if self.batcher.late:
-                self._shed_late()
-            if not parts:
-                return
-            stream = self._free.pop()
-            self._busy.append(stream)
-            self._lanes.running.append(stream)
-            stream.parts = parts
-            stream.until = stream.taken = self.clock.now()
-            try:
-                stream.rows = rows = stream.fill(parts)
-                self.counters.batches += 1
-                self.counters.rows += rows
-                stream.started = self.clock.now()
-                stream.until = stream.started + self.profile.seconds(stream.work)
-                stream.slot.start(rows, stream.done)
-            except Exception as error:
-                self._finished(stream, error)
+        cores = self.lanes.cores
+        if cores is not None:
+            cores.dispatch()
+            return
+        while self.is_due() and self.begin():
+            pass
+
+    def is_due(self) -> bool:
+        """Whether a stream is free and the next batch should begin now; if it should wait, it is woken later."""
+        if not (self._free and len(self.lanes.running) < self._streams):
+            return False
+        dispatch_at = self.batcher.dispatch_at()
+        if dispatch_at > -math.inf and dispatch_at - self.clock.now() >= _TICK_S:
+            self._alarm.set(dispatch_at)
+            return False
+        return True
+
+    def begin(self) -> bool:
+        """Begin the next batch; False if nothing waits."""
+        parts = self.batcher.take() if self.ladder is None else self.ladder.take()
+        if self.batcher.late:
+            self._shed_late()
+        if not parts:
+            return False
+        stream = self._free.pop()
+        self._busy.append(stream)
+        stream.parts = parts
+        stream.until = stream.taken = self.clock.now()
+        self.lanes.began(stream)
+        try:
+            stream.rows = rows = stream.fill(parts)
+            self.counters.batches += 1
+            self.counters.rows += rows
+            stream.started = self.clock.now()
+            stream.until = stream.started + self.profile.seconds(stream.work)
+            stream.slot.start(rows, stream.done)
+        except Exception as error:
+            self._finished(stream, error)
+        return True
 
     def _shed_late(self) -> None:
         """Answer requests whose deadline passed before they joined a batch: computing them would be wasted."""
@@ -371,17 +398,6 @@ class Cell:
             self._drop(ticket)
             why = f"the request waited {waited_s:.3f} s in the queue, longer than its time limit"
             self.reply_once(job, self.too_late(waited_s, why))
-
-    def _wake_at(self, time: float) -> None:
-        """Dispatch again at that time. An earlier timer that is set already is enough."""
-        if time < self._wakes_at:
-            self._wakes_at = time
-            self._loop.call_later(time - self.clock.now(), self._wake, time)
-
-    def _wake(self, time: float) -> None:
-        if time == self._wakes_at:
-            self._wakes_at = math.inf
-        self.dispatch_soon()
 
     def _finished(self, stream: Stream, error: BaseException | None) -> None:
         """A batch has ended: answer its requests. The stream is free afterwards, whatever fails."""
@@ -402,7 +418,7 @@ class Cell:
             self.answering = None
             self._busy.remove(stream)
             stream.of.free.append(stream)
-            self._lanes.ended(stream)
+            self.lanes.ended(stream)
             if self.ladder is not None:
                 self.ladder.ended(stream, parts, error)
 

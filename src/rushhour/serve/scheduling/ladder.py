@@ -16,7 +16,7 @@ import numpy as np
 from rushhour.ladder import LadderPoint
 from rushhour.plan import Plan
 from rushhour.serve.observability import log
-from rushhour.serve.observability.statistics import State, Totals
+from rushhour.serve.observability.statistics import ModelState, Totals
 from rushhour.serve.scheduling.account import Account
 from rushhour.serve.scheduling.batcher import Part
 from rushhour.serve.scheduling.controller import INTERVAL_S, Controller, Load, Rung
@@ -101,7 +101,7 @@ class Ladder:
         """Write what was counted here."""
         totals.switches, totals.spent = self._switches, self._spent
 
-    def describe(self, state: State) -> None:
+    def describe(self, state: ModelState) -> None:
         """Write the present state."""
         state.drop = self.account.mean
 
@@ -146,7 +146,9 @@ class Ladder:
         # The event loop may be late: what came is scaled to one interval.
         share = INTERVAL_S / max(INTERVAL_S / 10, now - self._last)
         self._seen, self._shed, self._last = seen, shed, now
-        return Load(now, new * share, new_shed * share, cell.waiting)
+        # Rungs carry what they carry alone: where other models compute, too, the same load weighs more.
+        share *= cell.lanes.slow
+        return Load(now, new * share, new_shed * share, round(cell.waiting * cell.lanes.slow))
 
     def _pays_for(self, variant: Variant) -> bool:
         """Whether the account allows a batch of this variant; the most accurate is always allowed."""

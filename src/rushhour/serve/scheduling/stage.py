@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rushhour.plan import Policy
-from rushhour.serve.observability.statistics import Batch, State, Totals
+from rushhour.serve.observability.statistics import Batch, ModelState, Totals
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.decoding import Decoder
 from rushhour.serve.scheduling.job import Job, Reply, Shed
@@ -95,8 +95,8 @@ class Stage(Protocol):
         """The counters up to now. Not a copy."""
         ...
 
-    def describe(self, state: State) -> None:
-        """Write what is known of this stage into the state of the process."""
+    def describe(self, state: ModelState) -> None:
+        """Write what is known of this stage into the state of its model."""
         ...
 
     def shown(self) -> Mapping[str, Any]:

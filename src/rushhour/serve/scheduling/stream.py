@@ -35,6 +35,7 @@ class Stream:
 
     Attributes:
         variant: its name.
+        charged: core seconds that its batch was charged with when it began, where models share cores.
         work: of the batch, in samples of the usual size: its rows, where all samples have one size.
         positions: of samples with open dimensions: tokens, pixels; 0 for all others.
         padding: positions that were added to them.
@@ -44,8 +45,8 @@ class Stream:
 
     __slots__ = (
         *("_clock", "_finished", "_loop", "_names_out", "_row_bytes", "_row_bytes_out", "_views"),
-        *("at", "buffers", "ended", "judged", "of", "parts", "rows", "slot", "started", "taken", "until", "variant"),
-        "work",
+        *("at", "buffers", "charged", "ended", "judged", "of", "parts", "rows", "slot", "started", "taken", "until"),
+        *("variant", "work"),
     )
     positions = padding = 0
 
@@ -70,6 +71,7 @@ class Stream:
         self.taken = 0.0
         self.started = 0.0
         self.until = 0.0
+        self.charged = 0.0
         self.ended = 0.0
         self._row_bytes = tuple(spec.row_bytes for spec in signature.inputs)
         self._row_bytes_out = tuple(spec.row_bytes for spec in signature.outputs)

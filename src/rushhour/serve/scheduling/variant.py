@@ -29,12 +29,13 @@ class Variant:
         expected_s: seconds of a batch by its work, as before the first request: the host's speed is measured by that.
         free: its streams without a batch.
         samples: that it has computed.
+        threads: of each stream: cores that one of its batches occupies.
         keeps: whether requests keep their tensors until they are answered: in a cascade others may need them.
     """
 
     __slots__ = (
         *("admission", "cost", "engine", "free", "is_sure", "keeps", "max_batch"),
-        *("expected_s", "name", "profile", "samples"),
+        *("expected_s", "name", "profile", "samples", "threads"),
     )
 
     def __init__(
@@ -49,6 +50,7 @@ class Variant:
     ) -> None:
         self.name = name
         self.engine = engine
+        self.threads = engine.config.threads
         self.is_sure = is_sure
         self.profile = profile
         self.cost = cost

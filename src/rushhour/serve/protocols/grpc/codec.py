@@ -30,8 +30,10 @@ _StreamResponse = message("inference.ModelStreamInferResponse")
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _ID_IN = _ID_OUT = 3 << 3 | _BYTES
+_MODEL_IN = 1 << 3 | _BYTES
 _RAW_IN, _RAW_OUT = 7 << 3 | _BYTES, 6 << 3 | _BYTES
 _INFER_RESPONSE = 2 << 3 | _BYTES
+_MODEL_FIRST = bytes([_MODEL_IN])
 _INPUT, _CONTENTS_IN = 5 << 3 | _BYTES, 5 << 3 | _BYTES
 """Fields of a request, and of one of its inputs."""
 
@@ -250,6 +252,23 @@ def identity_of(message: bytes) -> bytes:
         return b""
 
 
+def model_of(message: bytes) -> str:
+    """The model that a `ModelInferRequest` names. Clients write the name first, but need not.
+
+    Raises:
+        WireError: if the message cannot be read.
+    """
+    name = b""
+    if message[:1] == _MODEL_FIRST and len(message) > 1 and message[1] < 0x80:
+        name = bytes(message[2 : 2 + message[1]])
+    else:
+        for tag, _, at, end in _fields(memoryview(message), _MAX_FIELDS):
+            if tag == _MODEL_IN:
+                name = bytes(message[at:end])
+    _check_text(name, "model's name")
+    return name.decode()
+
+
 def split_message(message: bytes) -> tuple[list[Any], bytes, list[memoryview]]:
     """Split a `ModelInferRequest`: all fields except id and raw tensors; the id; the raw tensors.
 
@@ -405,11 +424,11 @@ def _tagged(tag: int, size: int) -> bytes:
     return bytes(encoded)
 
 
-def _check_text(identity: bytes) -> None:
+def _check_text(text: bytes, what: str = "id") -> None:
     try:
-        identity.decode()
+        text.decode()
     except UnicodeDecodeError as error:
-        raise _unreadable("its id is not UTF-8") from error
+        raise _unreadable(f"its {what} is not UTF-8") from error
 
 
 def _unreadable(why: str) -> WireError:

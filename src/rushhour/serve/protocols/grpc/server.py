@@ -25,14 +25,15 @@ from rushhour.serve.observability.explanation import FIELD
 from rushhour.serve.observability.requests import FollowedRequest, Observer
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.grpc.call import InferCall
-from rushhour.serve.protocols.grpc.codec import GrpcCodec, GrpcRequest, identity_of, stream_error
+from rushhour.serve.protocols.grpc.codec import GrpcCodec, GrpcRequest, identity_of, model_of, stream_error
 from rushhour.serve.protocols.grpc.control import ControlMethods
 from rushhour.serve.protocols.grpc.errors import Context, TooLarge, end, error_text, refuse, status_of, stopping
 from rushhour.serve.protocols.grpc.health import Health
-from rushhour.serve.repository import Loaded, Repository
+from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.followed import followed_cell
 from rushhour.serve.scheduling.job import ShedError
 from rushhour.serve.scheduling.stage import Stage
+from rushhour.serve.service import Loaded, Service
 from rushhour.wire import PlacedRequest
 from rushhour.wire.pieces import WHOLE_BYTES
 
@@ -52,7 +53,7 @@ class GrpcServer:
     """A gRPC server. Must be created on the running event loop.
 
     Args:
-        repository: the model, which answers inference requests.
+        repository: the models, which answer inference requests.
         control: answers all other requests.
         limits: what one client may use.
         keys: that clients must send; empty accepts every request.
@@ -75,7 +76,7 @@ class GrpcServer:
         self._repository = repository
         self._keys = keys
         self._limit = limits.body_bytes
-        self._codec: GrpcCodec | None = None
+        self._codecs: dict[str, GrpcCodec] = {}
         self._ending = asyncio.Event()
         self._stopping = False
         self._active = 0
@@ -153,9 +154,9 @@ class GrpcServer:
         self._active += 1
         followed = self._follow("ModelInfer", context)
         try:
-            with self._counting():
+            with self._counting() as named:
                 sent = await self._read_message(context, self._limit)
-                submitting = self._submit(sent, context.time_remaining(), followed)
+                submitting = self._submit(sent, named, context.time_remaining(), followed)
                 del sent
                 call = await submitting
             answer = await call.answer()
@@ -204,9 +205,9 @@ class GrpcServer:
                 await room.acquire()
                 followed = self._follow("ModelStreamInfer", context)
                 try:
-                    with self._counting():
+                    with self._counting() as named:
                         sent = await self._decompressed(sent, self._limit)
-                        begun.put_nowait(await self._submit(sent, None, followed))
+                        begun.put_nowait(await self._submit(sent, named, None, followed))
                 except Exception as error:
                     end(followed, status_of(error))
                     begun.put_nowait(stream_error(error_text(error), identity_of(sent)))
@@ -221,23 +222,32 @@ class GrpcServer:
         return self._observer.begin("grpc", method, "", fields)
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        """Count errors in an inference request before it reaches its cell."""
+    def _counting(self) -> Iterator[list[str]]:
+        """Count errors in an inference request before it reaches its cell; the name of its model goes into the list."""
         arrived = asyncio.get_running_loop().time()
+        named: list[str] = []
         try:
-            yield
+            yield named
         except ShedError:
             raise  # the cell has counted it
         except Exception as error:
-            self._repository.refuse(status_of(error), asyncio.get_running_loop().time() - arrived, infer=True)
+            took_s = asyncio.get_running_loop().time() - arrived
+            self._repository.refuse(status_of(error), took_s, infer=True, model=named[0] if named else "")
             raise
 
-    async def _submit(self, sent: bytes, within_s: float | None, followed: FollowedRequest | None) -> InferCall:
-        """Decode a request and submit it to its cell."""
+    async def _submit(
+        self, sent: bytes, named: list[str], within_s: float | None, followed: FollowedRequest | None
+    ) -> InferCall:
+        """Decode a request and submit it to its cell.
+
+        Args:
+            named: gets the name of its model.
+        """
         budget, began = self._repository.budget, asyncio.get_running_loop().time()
         grant = budget.grant(len(sent)) if len(sent) > WHOLE_BYTES else None
         while True:
-            loaded, codec = self._loaded()
+            service, loaded, codec = self._loaded(sent)
+            named[:] = [service.name]
             cell = loaded.cell if followed is None else followed_cell(loaded.cell, followed)
             if grant is None or not codec.is_large(sent):
                 request = codec.decode(sent)
@@ -245,7 +255,7 @@ class GrpcServer:
                 request = await budget.on_thread(codec.decode, sent)
             if request.request.unread_bytes:
                 await self._fetch(cell, request)
-            if loaded is self._repository.loaded:
+            if loaded is service.loaded:
                 break  # else a reload has replaced it: decode again
         if followed is not None:
             followed.id = request.id.decode() or followed.id
@@ -261,16 +271,22 @@ class GrpcServer:
             raise ShedError(shed.why, shed.retry_after_s)
         request.request = await self._repository.budget.on_thread(placed.fetch) if placed.large else placed.fetch()
 
-    def _loaded(self) -> tuple[Loaded, GrpcCodec]:
+    def _loaded(self, sent: bytes) -> tuple[Service, Loaded, GrpcCodec]:
+        """What answers a request.
+
+        Raises:
+            WireError: if it names no model that is loaded.
+        """
         if self._stopping:
             raise stopping()
-        loaded = self._repository.loaded
+        service = self._repository.only or self._repository.named(model_of(sent))
+        loaded = service.loaded
         if loaded is None:
-            raise WireError(f"the model {self._repository.name} is not loaded", "", "load it first", status=404)
-        codec = self._codec
+            raise WireError(f"the model {service.name} is not loaded", "", "load it first", status=404)
+        codec = self._codecs.get(service.name)
         if codec is None or codec.codec is not loaded.cell.codec:
-            codec = self._codec = GrpcCodec(loaded.cell.codec)
-        return loaded, codec
+            codec = self._codecs[service.name] = GrpcCodec(loaded.cell.codec)
+        return service, loaded, codec
 
     async def _read_message(self, context: Context, limit: int) -> bytes:
         """The one message of a call; decompressed it has `limit` bytes at most."""

@@ -13,7 +13,7 @@ from rushhour.serve.protocols.http.routes import Answer, Routes
 from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.settings import ServeSettings
-from rushhour.wire import EMBEDDINGS
+from rushhour.wire import EMBEDDINGS, Body
 
 _EMBEDDINGS = EMBEDDINGS.encode()
 
@@ -42,7 +42,7 @@ class HttpEndpoint:
     """What the connections of one address share.
 
     Args:
-        repository: the model.
+        repository: the models.
         control: answers all requests other than inference.
         settings: of the server.
         keys: API keys; those of the settings by default.
@@ -86,12 +86,17 @@ class HttpEndpoint:
         """The cell that answers inference requests at this exact path, if there is one."""
         return self._repository.cell_of(path) if self._infers else None
 
+    def embedder(self, body: Body, cell: Stage) -> Stage:
+        """The cell that answers a request for embeddings; `cell` where no other model is named."""
+        return self._repository.embedder(body, cell)
+
     def refused(self, path: bytes, status: int, seconds: float = 0.0) -> None:
         """Count an answer with an error that no cell has counted."""
         infer = self._infers and (
             (path.startswith(b"/v2/models/") and path.endswith((b"/infer", b"/rows"))) or path == _EMBEDDINGS
         )
-        self._repository.refuse(status, seconds, infer=infer)
+        name = path.split(b"/", 4)[3].decode("latin-1") if infer and path != _EMBEDDINGS else ""
+        self._repository.refuse(status, seconds, infer=infer, model=name)
 
     def control(
         self, method: bytes, path: bytes, body: bytes, accept: bytes, client: Client

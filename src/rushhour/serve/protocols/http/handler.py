@@ -135,9 +135,13 @@ class RequestHandler(Pipeline):
         body = message.body[0] if len(message.body) == 1 else b"".join(message.body)
         message.body.clear()
         if message.encoding in (b"", b"identity"):
-            self._submit(cell, message, body)
+            self._submit(self._named(cell, message, body), message, body)
         else:
             self._waiting = asyncio.ensure_future(self._inflate(message, body))
+
+    def _named(self, cell: Stage, message: Message, body: Body) -> Stage:
+        """The cell of the model that a request names: its path does, but for embeddings."""
+        return self._endpoint.embedder(body, cell) if message.target.startswith(_EMBEDDINGS) else cell
 
     async def _inflate(self, message: Message, body: Body) -> None:
         """Decompress on a thread: a small body may become a large one, and would block the event loop."""
@@ -254,7 +258,7 @@ class RequestHandler(Pipeline):
             return
         try:
             now = self._endpoint.cell_of(message.target.partition(b"?")[0])
-            if now is None or now.codec is not cell.codec:
+            if now is None or self._named(now, message, body).codec is not cell.codec:
                 message.body = [body]
                 self._route(message)  # again: a reload has replaced the cell
             elif request.unread_bytes:

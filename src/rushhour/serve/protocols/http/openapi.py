@@ -8,6 +8,7 @@ Sources: spec.openapis.org/oas/v3.1; kserve/open-inference-protocol, specificati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -46,25 +47,28 @@ def description(control: Control, *, infers: bool = True) -> Schema:
         control: of the server.
         infers: whether inference requests are answered at this port.
     """
-    entry = control.index()[0]
-    name = entry["name"]
-    metadata = control.metadata(name) | control.bounds(name) if entry["state"] == "READY" else None
-    version = entry["version"] or "1"
+    entries = control.index()
+    names, single = [entry["name"] for entry in entries], len(entries) == 1
+    ready = [entry["name"] for entry in entries if entry["state"] == "READY"]
+    known = [control.metadata(name) | control.bounds(name) for name in ready]
+    # Of several models each has tensors of its own, which are not described here.
+    metadata = known[0] if single and known else None
+    versions = sorted({entry["version"] or "1" for entry in entries})
     keyed = control.keyed
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": f"Rushhour: {name}",
+            "title": f"Rushhour: {', '.join(names)}",
             "version": control.server()["version"],
             "description": "Open Inference Protocol v2 over HTTP, with Rushhour's extensions.",
         },
-        "paths": _paths(infers, metadata),
+        "paths": _paths(infers, metadata, known),
         **({"security": [{"key": []}]} if keyed else {}),
         "components": {
             **({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keyed else {}),
             "parameters": {
-                "model": _path("model", {"type": "string", "enum": [name]}),
-                "version": _path("version", {"type": "string", "enum": [version]}),
+                "model": _path("model", {"type": "string", "enum": names}),
+                "version": _path("version", {"type": "string", "enum": versions}),
                 "region": _path("region", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,40}$"}),
             },
             "schemas": {
@@ -73,7 +77,7 @@ def description(control: Control, *, infers: bool = True) -> Schema:
                 "InferRequest": _request(metadata),
                 "InferResponse": _object(
                     {
-                        "model_name": {"const": name},
+                        "model_name": _one_of(names),
                         "model_version": {"type": "string"},
                         "outputs": {"type": "array", "items": _ref("OutputTensor")},
                     },
@@ -107,7 +111,15 @@ def description(control: Control, *, infers: bool = True) -> Schema:
     }
 
 
-def _paths(infers: bool, metadata: Schema | None) -> Schema:
+def _paths(infers: bool, metadata: Schema | None, models: Sequence[Schema]) -> Schema:
+    """The paths.
+
+    Args:
+        infers: as of `description`.
+        metadata: of the only model; None where there are several, and while it is not loaded.
+        models: metadata of those that are loaded.
+    """
+    of_rows, of_texts = ([model["name"] for model in models if model[what]] for what in ("rows", "embeds"))
     live = _object({"live": {"const": True}})
     tensors = {"type": "array", "items": _ref("Tensor")}
     described = _object(
@@ -171,10 +183,10 @@ def _paths(infers: bool, metadata: Schema | None) -> Schema:
         }
         if infers:
             paths[f"{base}/infer"] = {"post": _inference(metadata)} | shared
-        if infers and metadata is not None and metadata["rows"]:
-            paths[f"{base}/{ROWS}"] = _rows(metadata["name"]) | shared
-    if infers and metadata is not None and metadata["embeds"]:
-        paths |= _of_openai(metadata["name"])
+        if infers and of_rows:
+            paths[f"{base}/{ROWS}"] = _rows(of_rows) | shared
+    if infers and of_texts:
+        paths |= _of_openai(of_texts)
     return paths
 
 
@@ -225,7 +237,7 @@ def _inference(metadata: Schema | None) -> Schema:
     return operation
 
 
-def _rows(name: str) -> Schema:
+def _rows(names: list[str]) -> Schema:
     """Rows of named values; answers in words."""
     cell = {"type": ["string", "number", "boolean", "null"]}
     row = {"type": "object", "additionalProperties": cell}
@@ -233,7 +245,7 @@ def _rows(name: str) -> Schema:
     body["properties"] |= {"shared": row, "parameters": {"type": ["object", "null"]}}
     answers = {"type": "array", "items": _OBJECT}
     answer = _object(
-        {"model_name": {"const": name}, "model_version": {"type": "string"}, "answers": answers},
+        {"model_name": _one_of(names), "model_version": {"type": "string"}, "answers": answers},
         id={"type": "string"},
     )
     columns = _object({"columns": {"type": "array", "items": _OBJECT}, "rows": {"type": "array", "items": row}})
@@ -242,22 +254,22 @@ def _rows(name: str) -> Schema:
     return {"get": _operation("The columns of a row, and a few real rows.", columns, 404), "post": post}
 
 
-def _of_openai(name: str) -> Schema:
+def _of_openai(names: list[str]) -> Schema:
     model = _object(
-        {"id": {"const": name}, "object": {"const": "model"}, "created": _COUNT}, owned_by={"type": "string"}
+        {"id": _one_of(names), "object": {"const": "model"}, "created": _COUNT}, owned_by={"type": "string"}
     )
     models = _object({"object": {"const": "list"}, "data": {"type": "array", "items": model}})
     return {
-        EMBEDDINGS: {"post": _embeddings(name)},
+        EMBEDDINGS: {"post": _embeddings(names)},
         "/v1/models": {"get": _openai_operation("The models, as OpenAI's API lists them.", models, 404)},
     }
 
 
-def _embeddings(name: str) -> Schema:
+def _embeddings(names: list[str]) -> Schema:
     """OpenAI's form: other errors than elsewhere."""
     texts = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_TEXTS}
     body = _object(
-        {"model": {"const": name}, "input": {"anyOf": [{"type": "string", "minLength": 1}, texts]}},
+        {"model": _one_of(names), "input": {"anyOf": [{"type": "string", "minLength": 1}, texts]}},
         encoding_format={"enum": ["float", "base64", None]},
         dimensions={"type": ["integer", "null"]},
     )
@@ -268,7 +280,7 @@ def _embeddings(name: str) -> Schema:
         {
             "object": {"const": "list"},
             "data": {"type": "array", "items": vector},
-            "model": {"const": name},
+            "model": _one_of(names),
             "usage": usage,
         }
     )
@@ -381,6 +393,11 @@ def _refusal(status: int) -> Schema:
 def _object(required: Schema, **optional: Schema) -> Schema:
     schema: Schema = {"type": "object", "properties": required | optional}
     return schema | ({"required": list(required)} if required else {})
+
+
+def _one_of(names: list[str]) -> Schema:
+    """The name of a model."""
+    return {"const": names[0]} if len(names) == 1 else {"enum": names}
 
 
 def _path(name: str, schema: Schema) -> Schema:

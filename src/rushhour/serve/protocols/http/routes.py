@@ -67,8 +67,7 @@ class Routes:
             segments = [unquote(segment) for segment in shown.strip("/").split("/")]
             handlers = self._handlers(segments, accept.decode("latin-1"), client)
             if handlers is None:
-                name = self._control.index()[0]["name"]
-                raise WireError(f"there is no path {shown[:200]}", f"the model is {name}", "see GET /v2", status=404)
+                raise WireError(f"there is no path {shown[:200]}", self._control.said, "see GET /v2", status=404)
             if verb == "HEAD":
                 verb = "GET"  # the connection leaves the body out
             if verb not in handlers:
@@ -135,7 +134,7 @@ class Routes:
             case ["v2", "logging"]:
                 return {"GET": lambda body: control.logging({}), "POST": lambda body: control.logging(_parsed(body))}
             case ["v1", "models"]:
-                return {"GET": lambda body: {"object": "list", "data": [self._embedder("")]}}
+                return {"GET": lambda body: {"object": "list", "data": self._embedders()}}
             case ["v1", "models", name]:
                 return {"GET": lambda body: self._embedder(name)}
             case ["v1", "embeddings"]:
@@ -200,22 +199,38 @@ class Routes:
                 return {"POST": lambda body: self._control.refuse_cuda()}
         return None
 
-    def _embedder(self, name: str) -> dict[str, Any]:
-        """The model as OpenAI's clients list it, if it answers at `/v1/embeddings`; an empty name is any."""
-        served = self._control.index()[0]["name"]
-        if name not in ("", served):
-            raise WireError(f"the model {name[:100]!r} does not exist", f"this server has {served}", "", status=404)
-        if not (self._infers and self._control.ready() and self._control.bounds(served)["embeds"]):
-            self._not_embedded()
-        return {"id": served, "object": "model", "created": 0, "owned_by": "rushhour"}
+    def _embedders(self) -> list[dict[str, Any]]:
+        """The models that answer at `/v1/embeddings`, as OpenAI's clients list them.
 
-    def _not_embedded(self) -> None:
+        Raises:
+            WireError: if there is none.
+        """
+        ready = [each["name"] for each in self._control.index(ready_only=True)] if self._control.ready() else []
+        names = [name for name in ready if self._infers and self._control.bounds(name)["embeds"]]
+        if not names:
+            self._not_embedded()
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "rushhour"} for name in names]
+
+    def _embedder(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        served = self._control.names
+        if name not in served:
+            what = f"the model {name[:100]!r} does not exist"
+            raise WireError(what, f"this server has {', '.join(served)}", "", status=404)
+        found = next((each for each in self._embedders() if each["id"] == name), None)
+        if found is None:
+            self._not_embedded(name)
+        return found or {}
+
+    def _not_embedded(self, name: str = "") -> None:
         """Say why texts are not embedded at this path; where they are, requests are answered before they come here."""
-        name = self._control.index()[0]["name"]
+        names = [name] if name else self._control.names
         if self._infers and self._control.ready():
             why = "it is no text encoder with a tokenizer"
-            raise WireError(f"{name} does not embed texts", why, f"see GET v2/models/{name}", status=404)
-        self._not_inferred(name, "")
+            if len(names) > 1:
+                raise WireError("no model embeds texts", "none is a text encoder with a tokenizer", "", status=404)
+            raise WireError(f"{names[0]} does not embed texts", why, f"see GET v2/models/{names[0]}", status=404)
+        self._not_inferred(names[0], "")
 
     def _model_ready(self, name: str, version: str) -> Any:
         if not self._control.model_ready(name, version):
@@ -233,7 +248,7 @@ class Routes:
 
     def _description(self) -> bytes:
         """The description in OpenAPI, written once for each version: pipelined requests for it would block others."""
-        version = tuple(self._control.index()[0].values())
+        version = tuple(text for entry in self._control.index() for text in entry.values())
         if self._described is None or self._described[0] != version:
             described = openapi.description(self._control, infers=self._infers)
             self._described = version, msgspec.json.encode(described)
