@@ -1,7 +1,9 @@
-"""`make bench-cluster`: what a Plan costs beyond one machine. So far the container, without Docker, and its size.
+"""`make bench-cluster`: what a Plan costs beyond one machine, and beside another one.
 
 plan                    part 3: what `rushhour plan` says of one, two and four processes, against their capacity; 8
                         minutes on a quiet machine
+neighbours              part 4: two models behind one port, one of which gets ten times what it carries; 3 minutes on a
+                        quiet machine
 openvino, onnxruntime   part 5, with that engine alone: the size of what the container installs, the time from the start
                         of its command until it is ready, its memory beyond that of the engine
 
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import msgspec
 from bench.models import bundle_of
+from bench.neighbours import neighbours
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
 from bench.servers import DidNotStart, free_port
@@ -74,10 +77,13 @@ _READ = "print(next(line for line in open('/proc/self/status') if line.startswit
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """How often the server is started, and the capacities of processes are compared."""
+    """How often the server is started, and the capacities of processes are compared; how often and for how long one
+    model is flooded beside another."""
 
     starts: int = 9
     rounds: int = 3
+    floods: int = 3
+    seconds: float = 20.0
 
 
 class Container:
@@ -211,7 +217,7 @@ def container(engine: EngineName, scale: Scale) -> Part:
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="A Plan beyond one machine.")
-    parser.add_argument("--only", default="", help=f"of plan,{','.join(_SIZES)}, measured anew")
+    parser.add_argument("--only", default="", help=f"of plan,neighbours,{','.join(_SIZES)}, measured anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     scale_options(parser, Scale())
     arguments = parser.parse_args()
@@ -219,13 +225,16 @@ def main() -> int:
     return run_parts(
         {
             "plan": lambda: sizing(scale.rounds, BENCH / "cluster" / "plan", BENCH / "models"),
+            "neighbours": lambda: neighbours(
+                scale.floods, scale.seconds, BENCH / "cluster" / "neighbours", BENCH / "models"
+            ),
             "openvino": lambda: container("openvino", scale),
             "onnxruntime": lambda: container("onnxruntime", scale),
         },
         arguments.out,
         kept=True,
         only={name for name in arguments.only.split(",") if name},
-        timed={"plan", *_SIZES},
+        timed={"plan", "neighbours", *_SIZES},
         seeds={},
     )
 

@@ -1,4 +1,4 @@
-"""What is served in the benchmarks: three bundles, made once and kept in `.bench/models`."""
+"""What is served in the benchmarks: four bundles, made once and kept in `.bench/models`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rushhour.bundle import Bundle, Preprocessing, TensorSpec
 from rushhour.errors import BundleError
 from rushhour.task import Task
 
-ModelName = Literal["noop", "cnn", "article"]
+ModelName = Literal["noop", "cnn", "cnn64", "article"]
 
 SEED = 0
 _SAMPLES = 32
@@ -24,6 +24,7 @@ def bundle_of(name: ModelName, folder: Path) -> Bundle:
 
     - `noop`: a signature (32x32x3 pixels in, 10 numbers out) for an engine that computes nothing.
     - `cnn`: the article's network at 32x32x3 with 10 classes, 2.2M parameters, random weights.
+    - `cnn64`: the same at 64x64x3.
     - `article`: the article's network as it is, 224x224x3, 103M parameters, int8. Takes a minute and 5 GB to make.
     """
     path = folder / name
@@ -35,8 +36,8 @@ def bundle_of(name: ModelName, folder: Path) -> Bundle:
         from rushhour.testing.bundles import tiny_bundle
 
         return tiny_bundle(path, shape=(32, 32, 3), classes=10)
-    if name == "cnn":
-        return _exported(path, 32, 10)
+    if name in ("cnn", "cnn64"):
+        return _exported(path, 32 if name == "cnn" else 64, 10)
     exported = _exported(path.with_name("article-f32"), 224, 1000)
     try:
         return _quantized(exported, path)
