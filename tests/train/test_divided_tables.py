@@ -46,12 +46,13 @@ class Used(nn.Module):
         self.out.weight = self.tied.weight
         self.read, self.bounded = nn.Embedding(50, 4), nn.Embedding(50, 4, max_norm=1.0)
         self.frozen = nn.Embedding(50, 4).requires_grad_(False)
-        self.spare = nn.Embedding(50, 4)
+        self.spare, self.sized = nn.Embedding(50, 4), nn.Embedding(50, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        ids = x.long()
+        ids = x.long() % self.plain.num_embeddings
         found = self.plain(ids).to(self.padded.weight.dtype) + self.padded(ids) + self.tied(ids) + self.bounded(ids)
-        found = found + self.read(ids) + self.frozen(ids) + functional.embedding(ids, self.called.weight)
+        found = found + self.read(ids) + self.frozen(ids) + self.sized(ids % self.sized.weight.shape[0])
+        found = found + functional.embedding(ids, self.called.weight)
         scores: Tensor = self.out(found.sum(1)) + found.sum(1) @ self.read.weight.t()
         return scores
 
@@ -113,6 +114,7 @@ def looked_up() -> tuple[Any, ...]:
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
     part = DividedEmbedding(whole, Router(group))
+    assert (part.num_embeddings, part.embedding_dim, len(part.weight)) == (11, 3, 6 - rank)
     ids = torch.tensor([[0, 4, 7, 7], [10, 0, 4, 4]])[rank]
     if rank == 0:
         ids = ids[:3]  # the workers need not ask for as many

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Data = StrPath | Dataset | tuple[ArrayLike | Mapping[str, ArrayLike], ArrayLike] | Mapping[str, ArrayLike]
     GivenColumns = Columns | Mapping[str, Any] | str | None
 
-REFERENCES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector")
+REFERENCES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector", "tagger")
 """The networks of `rushhour.models`, by name; a folder of such a name may be a bundle."""
 _MOST_CORRUPT = 5
 """Corrupt pictures that are named, at most."""

@@ -114,11 +114,11 @@ def train(
         rushhour.train(mynet.build, (x, y), out="runs/mine", optimizer="adamw", weight_decay=0.01, patience=5)
 
     Args:
-        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular` or `deepfm` (reference networks),
-            `module:factory`, or the factory itself: a function or class in a module that returns a `torch.nn.Module`.
-            Its parameters `classes` and `input` get the number of outputs and the shape of a sample. A model from
-            elsewhere, as of `rushhour.import_model`, or a bundle that was imported from one, is trained further from
-            its own weights, at a tenth of the learning rate.
+        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, `unet`, `detector` or `tagger`
+            (reference networks), `module:factory`, or the factory itself: a function or class in a module that returns
+            a `torch.nn.Module`. Its parameters `classes` and `input` get the number of outputs and the shape of a
+            sample. A model from elsewhere, as of `rushhour.import_model`, or a bundle that was imported from one, is
+            trained further from its own weights, at a tenth of the learning rate.
         data: `fashion-mnist`, a folder with one folder of pictures per class, a `.npz` file, a `.csv` or `.parquet`
             table, `module:factory`, a `Dataset`, arrays `(x, y)`, or arrays by name as in a `.npz` file:
             `{"x_train": ..., "y_train": ..., ...}`, of several inputs `{"user": ..., "item": ..., "y": ...}`;
@@ -150,8 +150,9 @@ def train(
         tensorboard: write TensorBoard files too.
         wandb: the project in Weights & Biases to track to; offline without a key.
         task: what targets are, where that cannot be seen from them: `classification` (one label of several),
-            `multilabel` (each label holds or not), `ranking` (0 or 1, judged by AUC), `regression` (values), or a class
-            of your own, `module:Class`: see `rushhour.task.Kind`.
+            `multilabel` (each label holds or not), `ranking` (0 or 1, judged by AUC), `regression` (values),
+            `segmentation`, `detection`, `tagging` (a class for each token), or a class of your own, `module:Class`: see
+            `rushhour.task.Kind`.
         columns: what is what in a table: `{"target": "sold", "group": "customer", "time": "day"}`, see
             `rushhour.data.Columns`; or the name of the target alone.
         size: height and width that pictures of a folder are brought to: `224x224` or `(224, 224)`.

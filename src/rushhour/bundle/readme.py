@@ -34,6 +34,7 @@ def readme_of(manifest: Manifest) -> str:
         places = signature.outputs[0].places
         of_places = {
             "map": f"the class of each pixel: {shown}",
+            "tokens": f"the class of each token: {shown}",
             "boxes": f"x1, y1, x2, y2 in pixels, score and class of each box: {shown}",
         }
         means = f"one number for each class: {shown}" if isinstance(places, msgspec.UnsetType) else of_places[places]

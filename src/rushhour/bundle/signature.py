@@ -46,7 +46,8 @@ class TensorSpec(msgspec.Struct, frozen=True, dict=True):
             this. Unset where any are taken. An engine fails on others, with the whole batch.
         places: of an output about places in the picture: a `map`, `(height, width)` or `(height, width, channels)`; or
             `boxes`, `(boxes, 6)` of x1, y1, x2, y2 in pixels of the sample, score and class. The server gives both in
-            pixels of the picture as it was sent.
+            pixels of the picture as it was sent. Or of an output about the `tokens` of a sequence: a label for each,
+            `(length,)`.
     """
 
     name: str

@@ -118,7 +118,8 @@ def _of_data(*, required: bool) -> Callable[[C], C]:
             metavar="KIND",
             help="What targets in a .npz file or a table are, where that cannot be seen: classification (one label), "
             "multilabel (each label holds or not), ranking (0 or 1, judged by AUC), regression (values), "
-            "segmentation (class maps), detection (boxes), or a class of your own, module:Class.",
+            "segmentation (class maps), detection (boxes), tagging (a label for each token), or a class of your own, "
+            "module:Class.",
             section="Data",
         ),
     )

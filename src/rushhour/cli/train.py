@@ -114,12 +114,12 @@ _tracking_options = options(
 def command(model: str, data: str, json_file: Path | None, **options: Any) -> None:
     """Train MODEL and write a bundle: ONNX, safetensors and JSON, which open without Rushhour too.
 
-    MODEL is article, residual, signal, kernels, mlp, tabular, deepfm, or your own module:factory (a callable that
-    returns a torch.nn.Module); or a model from elsewhere (ONNX, Keras and others: `rushhour import --help`), or a
-    bundle that was imported from one, which is trained further from its own weights. An interrupted training continues
-    at its last checkpoint when the same command is run again, and ends with the same weights. With --workers the
-    network is shared by a parallel plan, which is shown with the predicted cost of the others; the result is that of
-    one worker, up to rounding.
+    MODEL is article, residual, signal, kernels, mlp, tabular, deepfm, unet, detector, tagger, or your own
+    module:factory (a callable that returns a torch.nn.Module); or a model from elsewhere (ONNX, Keras and others:
+    `rushhour import --help`), or a bundle that was imported from one, which is trained further from its own weights. An
+    interrupted training continues at its last checkpoint when the same command is run again, and ends with the same
+    weights. With --workers the network is shared by a parallel plan, which is shown with the predicted cost of the
+    others; the result is that of one worker, up to rounding.
 
     \b
     Examples:

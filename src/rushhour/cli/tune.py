@@ -106,7 +106,7 @@ def command(model: str, data: str, json_file: Path | None, **options: Any) -> No
     """Find how to serve MODEL so that it answers the most requests per second inside both limits.
 
     MODEL is a bundle, a model from elsewhere (ONNX, Keras and others: `rushhour import --help`), the name of a
-    reference network (article, residual, signal, kernels, mlp, tabular, deepfm, unet, detector), or your own
+    reference network (article, residual, signal, kernels, mlp, tabular, deepfm, unet, detector, tagger), or your own
     module:factory; a network is trained first. The answer is RUN/plan.json, the evidence RUN/measurements.jsonl and
     RUN/report.html. An interrupted run continues when the same command is run again. Exit code 1 if nothing meets the
     goal.

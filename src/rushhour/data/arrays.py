@@ -19,6 +19,7 @@ from rushhour.data.naming import named_arrays
 from rushhour.data.spatial_targets import check_places
 from rushhour.data.splits import PARTS, Part, divide, divide_groups, keys_of_rows
 from rushhour.data.targets import CONSTANT, LOST, Kind, read_targets, strata
+from rushhour.data.token_targets import check_tags
 from rushhour.errors import DataError
 from rushhour.system.storage import explained
 from rushhour.task import Scaling, Task
@@ -258,7 +259,7 @@ def from_splits(
         known = None if binary is not None else task
         task, targets, notes = read_targets(name, given, classes=classes, kind=kind, known=known)
         parts = [dataclasses.replace(part, targets=each) for part, each in zip(parts, targets, strict=True)]
-    inputs = [_wire_ready(name, part.inputs) for part in parts]
+    inputs = [_wire_ready(name, part.inputs, are_ids=task.places == "tokens") for part in parts]
     forms = [_form(each) for each in inputs]
     _check_rounding(name, parts[0].inputs, inputs[0])
     inputs = [_channels_last(each) if form == "NCHW" else each for each, form in zip(inputs, forms, strict=True)]
@@ -273,10 +274,13 @@ def from_splits(
     if task.places is not None and inputs[0].dtype.names:
         raise DataError(
             f"samples of {name} have {described(inputs[0])}",
-            f"the answers of {task.kind} are about places in one picture",
-            "give the pictures alone, as x",
+            f"the answers of {task.kind} are about places in one input",
+            "give it alone, as x",
         )
-    if task.places is not None:
+    if task.places == "tokens":
+        for part in parts:
+            check_tags(name, part.inputs.shape[1:], part.targets)
+    elif task.places is not None:
         for part in parts:
             check_places(name, task, part.inputs.shape[1:], part.targets)
     data = Dataset(
@@ -285,7 +289,9 @@ def from_splits(
         train=parts[0],
         validation=parts[1],
         test=parts[2],
-        preprocessing=_preprocessing(parts[0].inputs, is_picture=forms[0] is not None),
+        preprocessing=Preprocessing()
+        if task.places == "tokens"
+        else _preprocessing(parts[0].inputs, is_picture=forms[0] is not None),
         fingerprint=_fingerprint(parts, task),
         notes=tuple(notes),
     )
@@ -326,8 +332,10 @@ def _none(x: NDArray[Any]) -> NDArray[Any]:
     return np.zeros((len(x) if x.ndim else 0, 0), np.float32)
 
 
-def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
-    """Inputs in a type that the protocols carry and torch reads: floats become float32, others stay."""
+def _wire_ready(name: str, inputs: NDArray[Any], *, are_ids: bool) -> NDArray[Any]:
+    """Inputs in a type that the protocols carry and torch reads: floats become float32, ids int64, others stay."""
+    if are_ids and inputs.dtype.kind in "iu":
+        inputs = inputs.astype(np.int64, copy=False)
     if inputs.dtype.names:
         columns = {field: inputs[field] for field in inputs.dtype.names}
         if not any(column.dtype.kind == "f" and column.dtype != np.float32 for column in columns.values()):
@@ -341,7 +349,8 @@ def _wire_ready(name: str, inputs: NDArray[Any]) -> NDArray[Any]:
     if inputs.dtype.kind == "f":
         with np.errstate(over="ignore"):  # too large values become infinite, which a `Dataset` refuses
             inputs = inputs.astype(np.float32, copy=False)
-    if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or 0 in inputs.shape[1:]:
+    allowed = (np.int64, np.float32) if are_ids else (np.uint8, np.float32)
+    if inputs.dtype not in allowed or inputs.ndim < 2 or 0 in inputs.shape[1:]:
         raise DataError(
             f"samples of {name} are {inputs.dtype} of shape {inputs.shape}",
             "samples are uint8 (pictures: (n, height, width, channels)) or floats of shape (n, ...)",

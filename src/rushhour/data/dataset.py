@@ -221,7 +221,7 @@ class Dataset:
         """
         if self.task.places is None:
             return wanted
-        pixels = math.prod(self.sample_shape[:2])
+        pixels = math.prod(self.sample_shape[: 1 if self.task.places == "tokens" else 2])
         return min(wanted, max(_FEWEST, _PIXELS // pixels), max(_FEWEST, len(self.train) // _STEPS))
 
     @property

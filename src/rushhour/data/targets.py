@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.data.spatial_targets import PLACES, as_places, is_class_map, read_places
+from rushhour.data.token_targets import as_tags, read_tags
 from rushhour.errors import DataError, TaskError
 from rushhour.task import Scaling, Task, outputs_of
 
 Kind = str
 """What a user says that targets are: one of `KINDS`, or a kind of their own, `module:Class`, that is registered."""
-KINDS: Final = ("classification", "multilabel", "ranking", "regression", "segmentation", "detection")
+KINDS: Final = ("classification", "multilabel", "ranking", "regression", "segmentation", "detection", "tagging")
 
 _FEW = 20
 """Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
@@ -57,6 +58,8 @@ def read_targets(
     if kind is not None and ":" in kind:
         return _own(name, [np.asarray(part) for part in parts], kind, classes, known)
     wanted = kind or (None if known is None else known.kind)
+    if wanted == "tagging":
+        return read_tags(name, parts, classes, known)
     if wanted in PLACES or (wanted is None and all(map(is_class_map, parts))):
         return read_places(name, parts, wanted or "segmentation", classes, known)
     targets = [_squeezed(name, part) for part in parts]
@@ -140,7 +143,7 @@ def _even(
 def strata(targets: NDArray[Any], kind: Kind | None = None) -> NDArray[Any] | None:
     """The labels of targets of any form, so that a split keeps each class in training; None for values."""
     target = np.asarray(targets)
-    if kind in PLACES:
+    if kind in PLACES or kind == "tagging":
         return None
     while target.ndim > 1 and target.shape[-1] == 1:
         target = target[..., 0]
@@ -168,6 +171,8 @@ def of_task(name: str, task: Task, targets: NDArray[Any]) -> NDArray[Any]:
         return target
     if ":" in task.kind:  # a user's own: targets of any shape
         return target.astype(np.float32) if target.dtype.kind == "f" else target
+    if task.kind == "tagging":
+        return as_tags(name, target, task.classes)
     if task.kind in PLACES:
         return as_places(name, target, task.kind)
     target = _squeezed(name, target)

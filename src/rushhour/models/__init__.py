@@ -23,6 +23,7 @@ from rushhour.models.signal import signal
 from rushhour.models.source import build, forward_names, resized, source_for
 from rushhour.models.structure import Structure, code_of, structure_of
 from rushhour.models.tabular import tabular
+from rushhour.models.tagger import tagger
 from rushhour.models.text_classifier import text_classifier, text_classifier_bundle
 from rushhour.models.trust import trusted_factories
 from rushhour.models.unet import unet
@@ -59,6 +60,7 @@ __all__ = [
     "split_dense",
     "structure_of",
     "tabular",
+    "tagger",
     "tensors_of",
     "text_classifier",
     "text_classifier_bundle",

@@ -23,12 +23,12 @@ from rushhour.system.working_folder import same_working_folder
 from rushhour.task import Task
 
 _ROOM = "rushhour.models"
-_NAMES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector")
+_NAMES = ("article", "residual", "signal", "kernels", "mlp", "tabular", "deepfm", "unet", "detector", "tagger")
 _OF_TABLES = ("tabular", "deepfm")
 _BUILT_IN = ("minilm", "text_classifier", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
-_SPATIAL = {"unet": "a class for each pixel", "detector": "boxes"}
-"""What the networks give that answer for places in a picture."""
+_SPATIAL = {"unet": "a class for each pixel", "detector": "boxes", "tagger": "a class for each token"}
+"""What the networks give that answer for places."""
 _CLASSES = ("classes", "num_classes")
 _ANY = (inspect.Parameter.empty, Any, "Any")
 _NUMBER = (int, "int")
@@ -52,7 +52,7 @@ def source_for(
     embedding table, 0 for a number.
 
     Args:
-        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, `unet`, `detector`, or
+        model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, `unet`, `detector`, `tagger`, or
             `module:factory`.
         dataset_shape: of one sample on the wire, `(height, width, channels)` for pictures.
         task: decides the length of the answer.
@@ -85,6 +85,8 @@ def source_for(
     _check_task(model, task)
     if model in _OF_TABLES and len(dataset_shape) == 1:
         return Source(factory, {"sizes": sizes or (0,) * dataset_shape[0], "outputs": task.outputs})
+    if model == "tagger" and not is_picture and len(dataset_shape) in (1, 2):
+        return Source(factory, {"channels": (*dataset_shape, 0)[1], "classes": task.outputs})
     if model == "mlp" and any(sizes):
         raise ModelError(
             "the model mlp cannot take categories",
@@ -135,7 +137,7 @@ def _check_task(model: str, task: Task) -> None:
     if model != wanted and (wanted is not None or model in _SPATIAL):
         raise ModelError(
             f"the model {model} does not answer for the task {task.kind}",
-            f"it gives {_SPATIAL.get(model, 'one answer for the whole picture')}",
+            f"it gives {_SPATIAL.get(model, 'one answer for the whole sample')}",
             f"use {wanted or 'residual'}, or your own model as module:factory",
         )
 

@@ -8,10 +8,13 @@ from rushhour.task.intervals import Z, bootstrap, wilson
 from rushhour.task.kind import Head, Kind, LossName, Places, Spatial, ensure_kind, load_kind, outputs_of, register
 from rushhour.task.maps import VOID, Segmentation
 from rushhour.task.outputs import are_chances, are_probabilities
+from rushhour.task.tags import OUTSIDE, PADDING, Tagging
 from rushhour.task.task import Scaling, Task
 
 __all__ = [
     "MOST",
+    "OUTSIDE",
+    "PADDING",
     "STRIDE",
     "VOID",
     "Detection",
@@ -22,6 +25,7 @@ __all__ = [
     "Scaling",
     "Segmentation",
     "Spatial",
+    "Tagging",
     "Task",
     "Z",
     "are_chances",

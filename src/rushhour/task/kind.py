@@ -16,13 +16,19 @@ from numpy.typing import NDArray
 
 from rushhour.errors import TaskError
 
-Head = Literal["softmax", "sigmoid", "none", "class map", "boxes"]
+Head = Literal["softmax", "sigmoid", "none", "class map", "boxes", "tags"]
 """What turns a network's numbers into answers."""
 LossName = Literal[
-    "cross-entropy", "binary cross-entropy", "squared error", "cross-entropy per pixel", "focal and distance"
+    "cross-entropy",
+    "binary cross-entropy",
+    "squared error",
+    "cross-entropy per pixel",
+    "cross-entropy per token",
+    "focal and distance",
 ]
-Places = Literal["map", "boxes"]
-"""What an answer says about places in its picture: a label for each, or boxes."""
+Places = Literal["map", "boxes", "tokens"]
+"""What an answer says about places: a label for each pixel of its picture, or boxes in it; or a label for each token of
+its sequence."""
 
 
 @runtime_checkable
@@ -81,7 +87,7 @@ class Kind(Protocol):
 
 @runtime_checkable
 class Spatial(Kind, Protocol):
-    """A kind whose answers are about places in the picture: their size depends on its size.
+    """A kind whose answers are about places in the picture or the sequence: their size depends on its size.
 
     Attributes:
         places: what is said about them. Targets and answers are moved with the picture: by augmentation in training,
@@ -98,7 +104,8 @@ class Spatial(Kind, Protocol):
         """The shape of what a network gives for one sample, before the head.
 
         Args:
-            sample: shape of a picture on the wire, `(height, width, channels)`.
+            sample: shape of a picture on the wire, `(height, width, channels)`; of a sequence `(length,)` or
+                `(length, features)`.
         """
         ...
 

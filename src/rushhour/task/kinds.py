@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rushhour.task.boxes import Detection
 from rushhour.task.kind import Head, LossName, Maker
 from rushhour.task.maps import Segmentation
+from rushhour.task.tags import Tagging
 
 _EVEN: Final = 0.5
 """A label is given where its chance is at least this."""
@@ -208,4 +209,5 @@ BUILT_IN: Final[dict[str, Maker]] = {
     "embedding": Embedding,
     "segmentation": Segmentation,
     "detection": Detection,
+    "tagging": Tagging,
 }

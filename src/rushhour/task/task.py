@@ -52,10 +52,10 @@ class Task(msgspec.Struct, frozen=True):
         kind: `classification` (one label of `classes`; accuracy), `multilabel` (each of `classes` by itself; accuracy
             of one, F1 of several), `ranking` (a score; AUC), `regression` (`outputs` numbers; R²), `embedding` (a
             direction in space; cosine), `segmentation` (a class for each pixel; mean IoU), `detection` (boxes; AP50),
-            or a user's own, `module:Class`: see `Kind`.
+            `tagging` (a class for each token; accuracy or F1), or a user's own, `module:Class`: see `Kind`.
         classes: the labels' names, in the order of the output; else empty.
-        outputs: the length of one answer: the number of classes, of regressed values, or of dimensions. Of pictures
-            whose places are answered, the number of classes.
+        outputs: the length of one answer: the number of classes, of regressed values, or of dimensions. Of answers
+            about places, the number of classes.
         scaling: of a regression whose network answers in units of its own; unset where it gives values itself.
     """
 
@@ -132,13 +132,13 @@ class Task(msgspec.Struct, frozen=True):
 
     @property
     def spatial(self) -> Spatial | None:
-        """What its kind knows, if answers are about places in the picture."""
+        """What its kind knows, if answers are about places in the picture or the sequence."""
         kind = self.behaviour
         return kind if isinstance(kind, Spatial) else None
 
     @property
     def places(self) -> Places | None:
-        """What its answers say about places in the picture; None where they are about the whole of it."""
+        """What its answers say about places in the sample; None where they are about the whole of it."""
         spatial = self.spatial
         return None if spatial is None else spatial.places
 
@@ -175,12 +175,14 @@ class Task(msgspec.Struct, frozen=True):
         """
         spatial = self.spatial
         if spatial is not None:
-            if len(sample) == 3 and shape == spatial.answer_shape(sample):
+            of_what = "a sequence" if spatial.places == "tokens" else "a picture"
+            fits = len(sample) in (1, 2) if spatial.places == "tokens" else len(sample) == 3
+            if fits and shape == spatial.answer_shape(sample):
                 return
             raise TaskError(
                 f"the output of {model} does not fit the task",
                 f"{self.kind} of {self.outputs} classes in a sample of shape {sample} needs answers of shape "
-                f"{spatial.answer_shape(sample) if len(sample) == 3 else '(a picture)'}, but they have {shape}",
+                f"{spatial.answer_shape(sample) if fits else f'({of_what})'}, but they have {shape}",
                 f"use a network for {self.kind}, such as {spatial.network}, or give the data it was made for",
             )
         if shape != (self.outputs,):

@@ -14,9 +14,11 @@ from rushhour.errors import TaskError
 from rushhour.task import LossName, Scaling, Task
 from rushhour.train.spatial_loss import (
     cross_entropy_per_pixel,
+    cross_entropy_per_token,
     focal_and_distance,
     imitated_boxes,
     imitated_map,
+    imitated_tags,
 )
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +48,7 @@ def loss_for(task: Task, reduction: Reduction = "mean") -> Loss:
         "binary cross-entropy": _binary_cross_entropy,
         "squared error": partial(_squared_error, scaling),
         "cross-entropy per pixel": partial(_by_sample, cross_entropy_per_pixel),
+        "cross-entropy per token": partial(_by_sample, cross_entropy_per_token),
         "focal and distance": partial(_by_sample, focal_and_distance),
     }
     by_name = losses[loss]
@@ -59,6 +62,8 @@ def imitation_for(task: Task, heat: float) -> Loss:
         task: decides what is compared: classes, chances, values, or what is said of each place of a picture.
         heat: the temperature that logits of both are divided by. Gradients shrink with its square, which is made up.
     """
+    if task.head == "tags":
+        return lambda student, teacher: imitated_tags(student, teacher, heat).mean()
     if task.head == "class map":
         return lambda student, teacher: imitated_map(student, teacher, heat).mean()
     if task.head == "boxes":

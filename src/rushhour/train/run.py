@@ -193,7 +193,7 @@ class TrainingRun(msgspec.Struct, frozen=True):
         plan = choose_plan(
             job.source,
             sample_spec(dataset),
-            dataset.task.outputs,
+            dataset.task.outputs if dataset.task.places is None else dataset.task.raw_shape(dataset.sample_shape),
             settings=job.parallel,
             batch=size,
             trusted=job.trusted,

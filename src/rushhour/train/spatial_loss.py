@@ -1,4 +1,4 @@
-"""Losses of tasks that answer for places in a picture, and of students that learn them from a teacher's numbers.
+"""Losses of tasks that answer for places, pixels or tokens, and of students that learn them from a teacher's numbers.
 
 Each gives one number for each sample, so that parts of a batch add up however it is divided.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rushhour.task import STRIDE, VOID
+from rushhour.task import PADDING, STRIDE, VOID
 
 _SIGMA = 0.54 / 6
 """Standard deviation of the scores around a centre, as a share of the box's side (Liu et al. 2020, "TTFNet")."""
@@ -31,6 +31,18 @@ def cross_entropy_per_pixel(logits: Tensor, maps: Tensor) -> Tensor:
     of_pixels = functional.cross_entropy(logits.float(), maps.long(), ignore_index=VOID, reduction="none")
     counted = (maps != VOID).flatten(1).sum(dim=1).clamp_min(1)
     return of_pixels.flatten(1).sum(dim=1) / counted
+
+
+def cross_entropy_per_token(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the tokens of each sample that are not `PADDING`: `(n,)`; 0 where there are none.
+
+    Args:
+        logits: `(n, length, classes)`.
+        labels: `(n, length)`.
+    """
+    by_class = logits.float().transpose(1, 2)
+    of_tokens = functional.cross_entropy(by_class, labels.long(), ignore_index=PADDING, reduction="none")
+    return of_tokens.sum(dim=1) / (labels != PADDING).sum(dim=1).clamp_min(1)
 
 
 def focal_and_distance(raw: Tensor, targets: Tensor) -> Tensor:
@@ -65,6 +77,11 @@ def imitated_map(student: Tensor, teacher: Tensor, heat: float) -> Tensor:
     ours, theirs = (functional.log_softmax(each / heat, dim=1) for each in (student, teacher))
     of_pixels = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
     return of_pixels.flatten(1).mean(dim=1) * heat**2
+
+
+def imitated_tags(student: Tensor, teacher: Tensor, heat: float) -> Tensor:
+    """As `imitated_map`, over the tokens of each sample: logits `(n, length, classes)`."""
+    return imitated_map(student.transpose(1, 2), teacher.transpose(1, 2), heat)
 
 
 def imitated_boxes(student: Tensor, teacher: Tensor) -> Tensor:

@@ -148,13 +148,11 @@ class AnswerWriter:
             top = wanted.top[number] if wanted.top else 0
             place = wanted.places[number] if wanted.places else None
             described = (spec.name, "BYTES", [rows, top]) if top else self.describe(position, rows, wanted.sizes)
+            if top and spec.places == "tokens":
+                described = (spec.name, "BYTES", [rows, *self.signature.shape(spec, wanted.sizes)])
             if wanted.shapes and not top:
                 described = (*described[:2], [rows, *wanted.shapes[position]])
-            texts = (
-                (self._found if spec.places == "boxes" else self._likeliest)(spec, outputs[position], rows, top)
-                if top
-                else None
-            )
+            texts = self._named(spec, outputs[position], rows, top) if top else None
             if texts is not None and in_json and place is None and not wanted.binary[number]:
                 yield OutputTensor(*described, texts, b"")
                 continue
@@ -162,6 +160,20 @@ class AnswerWriter:
             if place is not None:
                 open_regions(self._regions).write(place, raw)
             yield OutputTensor(*described, None, raw if place is None else None)
+
+    def _named(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> Iterator[list[str]]:
+        if spec.places == "tokens":
+            return self._tags(spec, rows_of)
+        return (self._found if spec.places == "boxes" else self._likeliest)(spec, rows_of, rows, top)
+
+    def _tags(self, spec: TensorSpec, rows_of: memoryview) -> Iterator[list[str]]:
+        """`index:label` of each token of each sample, in their order; of some at a time."""
+        labels = np.frombuffer(rows_of, dtype=spec.dtype)
+        names = [f"{index}:{label}" for index, label in enumerate(self.labels)]
+        for first in range(0, len(labels), AT_ONCE):
+            if first:
+                pause()
+            yield [names[label] for label in labels[first : first + AT_ONCE].tolist()]
 
     def _likeliest(self, spec: TensorSpec, rows_of: memoryview, rows: int, top: int) -> Iterator[list[str]]:
         """`value:index:label` of the `top` highest values of each sample, highest first; of some samples at a time."""

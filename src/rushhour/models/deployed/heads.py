@@ -1,4 +1,4 @@
-"""The heads of tasks that answer for places in a picture: class maps, and boxes after non-maximum suppression.
+"""The heads of tasks that answer for places: class maps, classes of tokens, and boxes after non-maximum suppression.
 
 They are a part of the served graph, made of operators that ONNX Runtime and OpenVINO both have, and their answers have
 a fixed size, so that samples form batches.
@@ -28,6 +28,14 @@ class ClassMap(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """See the class."""
         return logits.argmax(dim=1).to(torch.uint8)
+
+
+class Tags(nn.Module):
+    """The likeliest class of each token: logits `(n, length, classes)` to uint8 `(n, length)`."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """See the class."""
+        return logits.argmax(dim=2).to(torch.uint8)
 
 
 class Boxes(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rushhour.bundle import Preprocessing, columns_of, described
 from rushhour.errors import ModelError, RushhourError
-from rushhour.models.deployed.heads import Boxes, ClassMap
+from rushhour.models.deployed.heads import Boxes, ClassMap, Tags
 from rushhour.models.deployed.outputs import Meaning, as_logits, main_output
 from rushhour.models.failure import why_failed
 from rushhour.task import Head, Scaling, Task, are_probabilities
@@ -70,9 +70,9 @@ class Deployed(nn.Module):
 
     Args:
         network: gives logits (classification), values (regression) or an embedding, `(n, outputs)`, or of each place
-            of a picture what `Spatial.raw_shape` says; as its factory left it. Where it gives several outputs,
-            `main_output` says which one counts.
-        task: decides the head: softmax, sigmoid, class map, boxes, or none.
+            of a picture or sequence what `Spatial.raw_shape` says; as its factory left it. Where it gives several
+            outputs, `main_output` says which one counts.
+        task: decides the head: softmax, sigmoid, class map, boxes, tags, or none.
         preprocessing: applied to the samples first; a network of several inputs gets them as the wire carries them.
 
     Attributes:
@@ -94,6 +94,7 @@ class Deployed(nn.Module):
             "none": nn.Identity,
             "class map": ClassMap,
             "boxes": lambda: Boxes(task.outputs),
+            "tags": Tags,
         }
         self.head = heads[task.head]()
         self.meaning: Meaning = "logits"

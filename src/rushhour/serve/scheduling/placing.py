@@ -34,7 +34,7 @@ Sides = tuple[int, int]
 
 def places_of(signature: Signature) -> bool:
     """Whether an output of a model is about places in its picture."""
-    return any(spec.places is not msgspec.UNSET for spec in signature.outputs)
+    return any(spec.places in ("map", "boxes") for spec in signature.outputs)
 
 
 def declared_maps(signature: Signature) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,7 @@ class _Kept(msgspec.Struct, frozen=True):
 def choose_plan(
     source: Source,
     sample: tuple[TensorSpec, ...],
-    outputs: int,
+    outputs: int | tuple[int, ...],
     *,
     settings: ParallelSettings,
     batch: int,
@@ -55,7 +55,7 @@ def choose_plan(
     Args:
         source: the network.
         sample: one sample: each input.
-        outputs: length of one answer.
+        outputs: length of one answer; its shape, where it is about places.
         settings: what is asked for.
         batch: samples in a step.
         trusted: factories that may be imported besides those of `rushhour.models`.

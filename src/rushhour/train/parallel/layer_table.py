@@ -68,18 +68,21 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def layer_table(
-    source: Source, sample: tuple[TensorSpec, ...], outputs: int, trusted: tuple[str, ...] = ()
+    source: Source,
+    sample: tuple[TensorSpec, ...],
+    outputs: int | tuple[int, ...],
+    trusted: tuple[str, ...] = (),
 ) -> tuple[Layer, ...]:
     """The layer table of the network that `source` names.
 
     Args:
         source: the network.
         sample: one sample: each input.
-        outputs: length of one answer.
+        outputs: length of one answer; its shape, where it is about places.
         trusted: factories that may be imported besides those of `rushhour.models`.
 
     Raises:
-        ModelError: if it cannot be built, cannot take such samples, or does not answer with `outputs` numbers.
+        ModelError: if it cannot be built, cannot take such samples, or answers with other numbers.
     """
     try:
         with torch.device("meta"):
@@ -99,7 +102,10 @@ def layer_table(
 
 
 def table_of(
-    network: nn.Module, shape: tuple[int, ...], outputs: int | None = None, dtype: torch.dtype = torch.float32
+    network: nn.Module,
+    shape: tuple[int, ...],
+    outputs: int | tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Layer, ...]:
     """The layer table of a network on the meta device, for samples of `shape` as the network takes them."""
     return _table(network, (_empty(shape, dtype),), outputs)
@@ -157,10 +163,11 @@ def _table(network: nn.Module, inputs: Inputs, outputs: int | None) -> tuple[Lay
             f"{type(error).__name__}: {error}",
             "use modules that run on torch's meta device, with samples that fit them",
         ) from error
-    if outputs is not None and tuple(x.shape[1:]) != (outputs,):
+    wanted = (outputs,) if isinstance(outputs, int) else outputs
+    if wanted is not None and tuple(x.shape[1:]) != wanted:
         raise ModelError(
             f"the network answers with shape {tuple(x.shape[1:])}",
-            f"the task has {outputs} outputs",
+            f"the task has {outputs} outputs" if isinstance(outputs, int) else f"the task needs {outputs}",
             "change one of them",
         )
     return tuple(table)

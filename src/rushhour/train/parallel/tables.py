@@ -80,8 +80,8 @@ class Router:
         return Route(positions, wanted, tuple(one.to(torch.int64) for one in given))
 
 
-class DividedEmbedding(nn.Module):
-    """This worker's part of an `nn.Embedding`; it answers with rows of the whole table.
+class DividedEmbedding(nn.Embedding):
+    """This worker's part of an `nn.Embedding`; it answers with rows of the whole table, and has its attributes.
 
     Args:
         whole: the table; its rows are copied.
@@ -89,10 +89,11 @@ class DividedEmbedding(nn.Module):
     """
 
     def __init__(self, whole: nn.Embedding, router: Router) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        for name in nn.Embedding.__constants__:  # a network may ask for its size
+            setattr(self, name, getattr(whole, name))
         workers, rank = router.group.size(), dist.get_rank(router.group)
         self._router = router
-        self._rows, self._width = whole.weight.shape
         own = own_rows(whole.weight.detach(), rank, workers).clone(memory_format=torch.contiguous_format)
         self.weight = nn.Parameter(own)
         padding = whole.padding_idx
@@ -105,9 +106,9 @@ class DividedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids of any shape to `(*shape, width)`."""
-        route = self._router.route(ids, self._rows)
+        route = self._router.route(ids, self.num_embeddings)
         rows: Tensor = _Lookup.apply(self.weight, self, route)  # type: ignore[no-untyped-call]
-        return functional.embedding(route.positions, rows).view(*ids.shape, self._width)
+        return functional.embedding(route.positions, rows).view(*ids.shape, self.embedding_dim)
 
     def fetch(self, route: Route) -> Tensor:
         """The rows that this worker wants, `(sum(wanted), width)`."""
@@ -115,7 +116,7 @@ class DividedEmbedding(nn.Module):
         return torch.cat(
             exchange(
                 [own.index_select(0, places) for places in route.given],
-                [(count, self._width) for count in route.wanted],
+                [(count, self.embedding_dim) for count in route.wanted],
                 self._router.group,
             )
         )
@@ -124,7 +125,7 @@ class DividedEmbedding(nn.Module):
         """Send the gradients of the rows that were wanted to their owners, and add those of own rows."""
         received = exchange(
             list(gradients.split(list(route.wanted))),  # type: ignore[no-untyped-call]
-            [(len(places), self._width) for places in route.given],
+            [(len(places), self.embedding_dim) for places in route.given],
             self._router.group,
         )
         if self.weight.grad is None:
