@@ -359,7 +359,7 @@ def _neither(name: str, targets: NDArray[Any]) -> DataError:
         f"targets of {name} are {targets.dtype} of shape {targets.shape}",
         "labels are whole numbers, booleans or text of shape (n,), or one-hot rows; values are numbers of shape (n,) "
         "or (n, outputs)",
-        "convert them",
+        "convert them; labels of tokens, (n, length), need --task tagging",
     )
 
 
