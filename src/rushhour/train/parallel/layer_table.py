@@ -115,7 +115,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty((_ROWS, *shape), device="meta", dtype=dtype)
 
 
-def _table(network: nn.Module, inputs: Inputs, outputs: int | None) -> tuple[Layer, ...]:
+def _table(network: nn.Module, inputs: Inputs, outputs: int | tuple[int, ...] | None) -> tuple[Layer, ...]:
     """Of several inputs, the first layer takes all: it is the whole network then."""
     rows = _ROWS
     x, *others = inputs
