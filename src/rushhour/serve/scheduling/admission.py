@@ -23,6 +23,8 @@ _NEWEST = 0.1
 _CAUTION = 3.0
 """Mean deviations added to the mean prediction error; of normal errors 1 in 120 is larger. It shortens the queue, but
 does not reduce throughput."""
+_LONG_PREDICTION = 0.5
+"""Predictions of at least this fraction of the time limit are compared with the outcome."""
 _PROBE_EVERY_S = 1.0
 """After a probe that was late, the next one is admitted after this time."""
 _HARDLY = 1.02
@@ -181,6 +183,20 @@ class Admission:
         As TCP estimates its retransmission timeout (Jacobson, Congestion Avoidance and Control, 1988).
         """
         return max(0.0, self._error + _CAUTION * self._deviation)
+
+    def cautious(self, now: float, finish: float, within: float) -> tuple[float, float]:
+        """A prediction with its margin, and the latency without it that the outcome is compared with.
+
+        Errors of short predictions are another matter: they get no margin, and are not compared, which is 0.
+
+        Args:
+            now: the time.
+            finish: as `finish` predicts it.
+            within: the time limit, in seconds.
+        """
+        if finish - now <= _LONG_PREDICTION * within:
+            return finish, 0.0
+        return finish + self.margin_s, finish - now
 
     def finish(
         self,

@@ -37,8 +37,6 @@ SHARE_OF_DEADLINE = 0.9
 """Fraction of the time limit for queue and engine; the rest is for what the cell cannot see: sockets and the client."""
 _TICK_S = 1e-3
 """The resolution of the event loop's timers: no batch waits for less."""
-_LONG_PREDICTION = 0.5
-"""Predictions of at least this fraction of the time limit are compared with the outcome."""
 
 
 class Cell:
@@ -174,9 +172,8 @@ class Cell:
         """As `Stage.describe`."""
         state.waiting, state.speed = self.waiting, self.speed
         state.batches, state.running = self.running
-        state.base_s = self.profile.seconds(0)
+        state.variant, state.base_s = self.active.name, self.profile.seconds(0)
         state.sample_s = self.profile.seconds(1) - state.base_s
-        state.variant = self.active.name
         if self.ladder is not None:
             self.ladder.describe(state)
 
@@ -188,16 +185,13 @@ class Cell:
         """Make it the active one: it computes all batches from the next on. What waits keeps its place in the queue."""
         self.active, self.profile = variant, variant.profile
         self._admission, self._free = variant.admission, variant.free
-        self.batcher.switch(variant.max_batch, variant.profile, variant.cost)
+        self.batcher.switch(variant.bound(self._longest_s), variant.profile, variant.cost)
         self._switched = self.clock.now()
-        self.bound_batches(self._longest_s)
 
     def bound_batches(self, seconds: float) -> None:
         """No batch takes longer from now on, unless a single sample does: other models wait for its end."""
         self._longest_s, variant = seconds, self.active
-        fits = variant.max_batch if seconds == math.inf else max(1, variant.profile.rows_within(seconds))
-        bound = variant.admission.max_batch = min(variant.max_batch, fits)
-        if bound != self.batcher.max_batch:
+        if (bound := variant.bound(seconds)) != self.batcher.max_batch:
             self.batcher.switch(bound, variant.profile, variant.cost)
 
     def submit(self, request: InferRequest, reply: Reply) -> Job | Shed:
@@ -205,9 +199,8 @@ class Cell:
         if request.pictures:
             assert self._pictures is not None
             return self._pictures.submit(cast(PictureRequest, request), reply)
-        wanted = request.wanted
-        priority = priority_of(wanted)
-        found = self.deadline_of(request.rows, wanted, priority)
+        priority = priority_of(request.wanted)
+        found = self.deadline_of(request.rows, request.wanted, priority)
         if isinstance(found, Shed):
             return found
         job = Job(request, reply)
@@ -228,8 +221,7 @@ class Cell:
         """
         if layout is not None:
             priority = priority_of(layout.wanted)
-            found = self.deadline_of(layout.rows, layout.wanted, priority)
-            if isinstance(found, Shed):
+            if isinstance(found := self.deadline_of(layout.rows, layout.wanted, priority), Shed):
                 return found
         return self.no_room() if self.batcher.full(1 if layout is None else layout.rows) else None
 
@@ -249,7 +241,6 @@ class Cell:
         within = self._deadline_s if wanted.timeout_s is None else min(self._deadline_s, wanted.timeout_s)
         if within == math.inf:
             return math.inf, 0.0, False
-        expected_s = 0.0
         now = self.clock.now()
         deadline = now + SHARE_OF_DEADLINE * within
         waiting = self.batcher.waiting_before(priority, rows)
@@ -258,9 +249,7 @@ class Cell:
         finish = self._admission.finish(now, work, waiting, busy_until, streams, slow)
         if decoding_s:
             finish = max(finish, self._admission.finish(now + decoding_s, work, 0, busy_until, streams, slow))
-        if finish - now > _LONG_PREDICTION * within:  # errors of short predictions are another matter
-            expected_s = finish - now
-            finish += self._admission.margin_s
+        finish, expected_s = self._admission.cautious(now, finish, within)
         if finish <= deadline:
             return deadline, expected_s, False
         if self.idle and self._probes.are_due(now):
@@ -430,8 +419,7 @@ class Cell:
         stream.read()
         if self._explanation is not None:
             self._explanation.begin(stream, self.codec.version, now)
-        begun, answered = [], []
-        at = 0
+        begun, answered, at = [], [], 0
         for part in parts:
             if part.first == 0:
                 begun.append(part.ticket.arrived)
@@ -463,18 +451,13 @@ class Cell:
         if (explanation := self._explanation) is not None:
             explanation.arrived, explanation.decoding_s = part.ticket.arrived, job.decoding_s
         status = reply(rows)
-        if status:
-            return self._unanswered(part.ticket, status)
-        self.counters.answered += 1
-        return True
-
-    def _unanswered(self, ticket: Ticket[Job], status: int) -> bool:
-        """The samples were computed, but the answer is an error, or still being written."""
-        if status == LATER:
-            self._writing[ticket.item.request] = ticket.arrived
-            return False
-        self.refuse(status, self.clock.now() - ticket.arrived)
-        return False
+        if not status:
+            self.counters.answered += 1
+        elif status == LATER:  # the answer is still being written
+            self._writing[job.request] = part.ticket.arrived
+        else:
+            self.refuse(status, self.clock.now() - part.ticket.arrived)
+        return not status
 
     def probed(self, job: Job) -> None:
         """A request has been answered: if it was a probe, learn from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rushhour.engines import Engine
@@ -60,6 +61,12 @@ class Variant:
         self.free: list[Stream] = []
         self.samples = 0
         self.keeps = False
+
+    def bound(self, seconds: float) -> int:
+        """Samples of its largest batch that takes no longer than so, one at least; admission predicts with them."""
+        fits = self.max_batch if seconds == math.inf else max(1, self.profile.rows_within(seconds))
+        self.admission.max_batch = min(self.max_batch, fits)
+        return self.admission.max_batch
 
     def ended(self, stream: Stream, parts: Sequence[Part[Job]], now: float, since: float) -> None:
         """A batch has been computed: learn from its times.
