@@ -27,8 +27,8 @@ _LONG_PREDICTION = 0.5
 """Predictions of at least this fraction of the time limit are compared with the outcome."""
 _PROBE_EVERY_S = 1.0
 """After a probe that was late, the next one is admitted after this time."""
-_HARDLY = 1.02
-"""Times of a sample in two batches that differ by less count as the same."""
+_CLEARLY = 1.05
+"""A batch is cheaper than the line says if the line gives a sample so many times its measured time."""
 _ANCHOR = 0.1
 """Weight of the times of the start, relative to the recent batches together."""
 
@@ -48,20 +48,18 @@ class Profile:
 
     Attributes:
         times: the same.
-        cheapest: the smallest batch in which a sample takes hardly longer than in the best, as measured: caches make
-            some batches cheaper than larger ones, which no line shows.
+        cheapest: the batch in which a sample was measured to take clearly less than the line says: caches make some
+            batches cheaper than smaller and larger ones. 0 where there is none.
     """
 
     def __init__(self, times: ServiceTimes, *, is_sure: bool = True) -> None:
         self.times = times
-        each = [seconds / rows for rows, seconds in zip(times.batch_sizes, times.seconds, strict=True)]
-        self.cheapest = next(
-            rows for rows, took in zip(times.batch_sizes, each, strict=True) if took <= _HARDLY * min(each)
-        )
         self._weight = _MEMORY if is_sure else _DISTRUSTED
         points = list(zip(times.batch_sizes, times.seconds, strict=True))
         self._start = [sum(column) / len(points) for column in zip(*(_moments(n, s) for n, s in points), strict=True)]
         self._start_a, self._start_b = _line(self._start)
+        least, rows = min((seconds / rows, rows) for rows, seconds in points)
+        self.cheapest = rows if _CLEARLY * least <= self._start_a / rows + self._start_b else 0
         self._recent = list(self._start)
         self._took, self._expected = 1.0, 1.0
         self._a, self._b = self._start_a, self._start_b

@@ -61,7 +61,7 @@ class Times(Protocol):
 
     @property
     def cheapest(self) -> int:
-        """The smallest batch in which a sample takes hardly longer than in the best."""
+        """The batch in which a sample takes clearly less than `seconds` says; 0 where there is none."""
         ...
 
     def seconds(self, rows: float) -> float:
@@ -398,15 +398,19 @@ class Batcher(Generic[T]):
         return 0 if self._head(large, now) is not None else room
 
     def _quantum(self) -> int:
-        """Samples of large requests in one batch: the best; where others arrive, who would wait for its end, the
-        smallest in which a sample takes hardly longer than in the largest, or fewer."""
-        if self._clock.now() - self._other_arrived >= _RECENT_S:
-            return min(self.max_batch, self._times.cheapest)
+        """Samples of large requests in one batch: the smallest in which a sample takes hardly longer than in the
+        largest, unless another was measured to be cheaper; and fewer where others arrive, who would wait for its end.
+        """
+        is_alone = self._clock.now() - self._other_arrived >= _RECENT_S
+        if is_alone and 0 < self._times.cheapest <= self.max_batch:
+            return self._times.cheapest
         one, most = self._times.seconds(1), self._times.seconds(self.max_batch)
         slope = (most - one) / max(1, self.max_batch - 1)
         base, allowed = one - slope, _HARDLY * most / self.max_batch - slope
         efficient = min(self.max_batch, max(1, math.ceil(base / allowed))) if base > 0 < allowed else 1
-        return max(1, min(efficient, self._times.rows_within(_PATIENCE * one))) if efficient > 1 else efficient
+        if efficient > 1 and not is_alone:
+            return max(1, min(efficient, self._times.rows_within(_PATIENCE * one)))
+        return efficient
 
     def _fill(
         self, queue: deque[Ticket[T]], parts: list[Part[T]], room: int, now: float, *, whole: bool = False
