@@ -192,6 +192,7 @@ class _Never(Silent):
         raise AssertionError(what)
 
 
+@pytest.mark.slow
 def test_distillation_learns_what_the_teacher_knows_without_labels(parent: Bundle, tmp_path: Path) -> None:
     data = pictures(labelled=False)
     student = Source("rushhour.models:mlp", {"inputs": 144, "outputs": 4})

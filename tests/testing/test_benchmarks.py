@@ -156,6 +156,7 @@ def test_server_is_counted_and_gone_with_all_it_started(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.slow
 def test_server_whose_main_thread_has_ended_is_gone_too(tmp_path: Path) -> None:
     # It looks like a zombie, lives on in its other thread, and has a child.
     program = (

@@ -232,6 +232,7 @@ def test_training_what_corrupted_memory(workers: int, tmp_path: Path) -> None:
     assert "start again" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_zoo() -> None:
     ended = list(outcomes(range(12), ("rushhour",), "avx2", known=True))
     assert [one.ended for one in ended] == ["well"] * 12

@@ -107,6 +107,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return learned(tmp_path_factory.mktemp("alone"), table(), MLP, SETTINGS)
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     notes, heard = Notes(), list[Epoch]()
     tracking = Tracking(tmp_path / "t", tensorboard=False)
@@ -603,7 +604,8 @@ def test_torchrun_on_two_machines(
     assert losses(tmp_path) == curve
 
 
-@pytest.mark.parametrize("batch", [pytest.param(32, marks=pytest.mark.slow), 33])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [32, 33])
 def test_what_takes_no_part_and_statistics_of_its_own_are_as_with_one_worker(batch: int, tmp_path: Path) -> None:
     settings = TrainSettings(epochs=2, batch=batch, bf16=False, optimizer="adamw", weight_decay=0.1, ema=0.99)
     source = Source("test_train_workers:uneven")
