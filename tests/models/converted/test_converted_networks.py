@@ -7,13 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rushhour.models import Preprocess, build
+from rushhour.models import Preprocess, build, tensors_of
 from rushhour.models.converted import convert, read_onnx, verify
 from rushhour.models.deployed import main_output
 from rushhour.testing.gallery import GALLERY, Specimen, data
@@ -29,27 +28,32 @@ class Main(nn.Module):
         super().__init__()
         self.network, self.outputs = network, outputs
 
-    def forward(self, x: Tensor) -> Tensor:
-        return main_output(self.network(x), self.outputs)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return main_output(self.network(*inputs), self.outputs)
 
 
-def exported(one: Specimen, file: Path) -> tuple[nn.Module, Tensor]:
-    """A network with weights that are not fresh, in an ONNX file, and a few samples."""
+def exported(one: Specimen, file: Path) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A network with weights that are not fresh, in an ONNX file, and a tensor of a few samples for each input."""
     dataset = data(one.data)
-    samples = Preprocess(dataset.preprocessing)(torch.from_numpy(np.array(dataset.train.inputs[:8]))).contiguous()
+    samples = tensors_of(dataset.train.inputs[:8])
+    if len(samples) == 1:
+        samples = (Preprocess(dataset.preprocessing)(samples[0]).contiguous(),)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build(one.source, (one.source.factory,)).train()
         with torch.no_grad():
-            network(samples)
+            network(*samples)
             for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     whole = Main(network, dataset.task.outputs).eval()
     logging.getLogger("torch.onnx").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        free: Any = ({0: torch.export.Dim("batch")},)
-        program = torch.onnx.export(whole, (samples[:2],), dynamo=True, dynamic_shapes=free, verbose=False)
+        batch = torch.export.Dim("batch")
+        free: Any = (tuple({0: batch} for _ in samples),)  # of `*inputs`
+        program = torch.onnx.export(
+            whole, tuple(each[:2] for each in samples), dynamo=True, dynamic_shapes=free, verbose=False
+        )
     assert program is not None
     onnx.save(program.model_proto, file)
     return whole, samples
@@ -63,14 +67,14 @@ def test_a_network_comes_back_with_its_answers(tmp_path: Path, one: Specimen) ->
     network, samples = exported(one, tmp_path / "net.onnx")
     model = read_onnx(tmp_path / "net.onnx")
     found = convert(model, one.name, logits=one.data != "values")
-    name = model.graph.input[0].name
-    assert verify(model, found, one.name, {name: samples.numpy()}) < 1e-4
+    given = {spec.name: each.numpy() for spec, each in zip(model.graph.input, samples, strict=True)}
+    assert verify(model, found, one.name, given) < 1e-4
     back = found.network()
     with torch.no_grad():
-        expected, answer = network(samples), back(samples)
+        expected, answer = network(*samples), back(*samples)
     answer = answer.softmax(1) if found.gives_logits else answer
     torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-4)
-    back.train()(samples).sum().backward()
+    back.train()(*samples).sum().backward()
     trained = [parameter for parameter in back.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
     kept = sum(parameter.numel() for parameter in trained)
