@@ -35,6 +35,8 @@ import numpy as np
 from bench.networks import quantised, trained
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
+from machines import BENCH, NETWORKS
+from machines import Scale as Training
 from noise_costs import BEFORE, generator_and_server
 from noise_predictions import prediction_part
 from noise_verdict import verdict_part
@@ -59,7 +61,6 @@ from rushhour.tune.space import Candidate, candidates
 from rushhour.tune.state import CandidateState
 
 RESULTS = Path(__file__).parent / "results" / "noise.json"
-BENCH = Path(__file__).resolve().parent.parent / ".bench" / "machines"
 SEED = 0
 GOAL = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%"))
 DISTURBED: dict[str, tuple[str, ...]] = {
@@ -73,9 +74,6 @@ DISTURBED: dict[str, tuple[str, ...]] = {
 _NOT_ASKED = "bursts 15%"
 """Not for the demo: the check asks for disturbances up to 8%, and for varying speed."""
 _TRUSTED = ("rushhour.models:build",)
-_NETWORKS = ("article", "residual", "mlp")
-_EPOCHS = 2
-"""Those of bench-machines, which uses the same folder."""
 _APART = 1.1
 _HERE = str(Path(__file__).resolve())
 
@@ -152,8 +150,8 @@ def times_of(bundles: dict[str, Bundle], journal: Path) -> EngineTimes:
 def make_networks() -> None:
     """The networks of parts 2, 4 and 5, where they are missing."""
     data = load("fashion-mnist")
-    for each in _NETWORKS:
-        quantised(trained(each, data, _EPOCHS, BENCH), data, BENCH)
+    for each in NETWORKS:
+        quantised(trained(each, data, Training().epochs, BENCH), data, BENCH)
 
 
 def of(network: str, folder: Path = BENCH) -> dict[str, Bundle]:
@@ -423,7 +421,7 @@ def raced(name: str, scale: Scale) -> Part:
 
 def predicted(scale: Scale) -> Part:
     """Part 5."""
-    children = (child("quiet", "predictions", network=each, plans=scale.plans) for each in _NETWORKS)
+    children = (child("quiet", "predictions", network=each, plans=scale.plans) for each in NETWORKS)
     return prediction_part(list(itertools.chain(*children)))
 
 

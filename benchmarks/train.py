@@ -32,7 +32,7 @@ from bench.clicks import Clicked, clicked
 from bench.clicks import table_for as table_of_clicks
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, judged, mean_ratio, verdict
-from bench.training import CLASSES, KILLS, NETWORKS, OWN_ROWS, Stepped, deep, one_epoch, stepped, timed
+from bench.training import CLASSES, NETWORKS, OWN_ROWS, Stepped, deep, one_epoch, stepped, timed
 
 from rushhour.bundle import Source
 from rushhour.data import Dataset, Split
@@ -41,6 +41,7 @@ from rushhour.errors import ModelError, PlanError
 from rushhour.models import article
 from rushhour.progress import Silent
 from rushhour.records.curves import read_curves
+from rushhour.testing.mortal import KILLS
 from rushhour.testing.networks import ANY, SMALL, WIDE, all_of, arranged, distance, short_training, table_for
 from rushhour.train import ParallelSettings, Tracking, TrainingJob, TrainSettings, trained_weights
 from rushhour.train.parallel import Mode, ParallelPlan, launch

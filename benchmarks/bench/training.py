@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rushhour.models import article, mlp, residual
 from rushhour.testing.meters import loopback_bytes, peak_bytes, sent_bytes
+from rushhour.testing.mortal import Mortal
 from rushhour.testing.networks import sum_of_losses, transformer
 from rushhour.train.parallel import BatchNorm, ParallelPlan, parallelise
 from rushhour.train.parallel.autotune import fastest
@@ -38,9 +37,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     ),
 }
 """Name -> a factory, the shape of a sample, samples in a step; a step takes some tenths of a second on 2 cores."""
-
-KILLS = "RUSHHOUR_BENCH_KILLS"
-"""RANK PASS FILE: this worker is killed in this forward pass, from 0, unless the file is there already."""
 
 
 class Stepped(msgspec.Struct):
@@ -279,24 +275,6 @@ def _fabric(name: str, site: str) -> Step:
         return float(loss.detach())
 
     return step
-
-
-class Mortal(nn.Module):
-    """Answers with what it is given, and ends its process when the environment wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The input."""
-        if self.training and KILLS in os.environ and dist.is_initialized():
-            rank, at, file = os.environ[KILLS].split(" ", 2)
-            if dist.get_rank() == int(rank) and self._passes == int(at) and not Path(file).exists():
-                Path(file).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            self._passes += 1
-        return x
 
 
 def mortal() -> nn.Sequential:

@@ -26,6 +26,7 @@ from torch import nn
 from rushhour.bundle import Source
 from rushhour.errors import ModelError, PlanError
 from rushhour.records.curves import Epoch, read_curves
+from rushhour.testing.mortal import KILLS, Mortal
 from rushhour.testing.networks import ANY
 from rushhour.train import Diverged, ParallelSettings, Relaxed, Tracking, TrainSettings
 from rushhour.train.parallel import GradientCompression, Mode, launch, record_layers, record_step
@@ -41,27 +42,6 @@ LONG = (pytest.mark.slow, pytest.mark.long)
 def divided(mode: Mode = "auto", **how: Any) -> ParallelSettings:
     """With constants made up, because measuring takes seconds."""
     return ParallelSettings(mode, constants=ANY, **how)
-
-
-KILLS = "RUSHHOUR_TEST_KILLS"
-"""RANK PASS FILE: this worker is killed in this forward pass, from 0, unless the file is there already."""
-
-
-class Mortal(nn.Module):
-    """Answers with what it is given, and ends its process when the environment wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._passes = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and KILLS in os.environ and dist.is_initialized():
-            rank, at, file = os.environ[KILLS].split(" ", 2)
-            if dist.get_rank() == int(rank) and self._passes == int(at) and not Path(file).exists():
-                Path(file).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            self._passes += 1
-        return x
 
 
 def with_dropout() -> nn.Module:

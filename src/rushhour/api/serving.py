@@ -188,7 +188,7 @@ def _several(
     Raises:
         ServeError: if the arguments do not fit each other; and as `serve`.
     """
-    from rushhour.serve import Folder, hosted, open_target
+    from rushhour.serve import Folder, hosted
 
     if (target is None) == (repository is None):
         raise ServeError("cannot tell what to serve", "it is either `target` or `repository`", "give one of them")
@@ -206,10 +206,7 @@ def _several(
         return Folder(read_path(repository), weights).all(read_texts(load_model))
     if not many:
         return ()
-    models = hosted([read_path(each) for each in target], read_texts(model_name or ()), weights)
-    for each in models:
-        open_target(Path(each.path))  # errors in the targets are raised here, with their own types
-    return models
+    return hosted([read_path(each) for each in target], read_texts(model_name or ()), weights)
 
 
 def _imported(target: Any, trust: str | Sequence[str], name: str | None) -> tuple[Imported, Path]:

@@ -103,7 +103,8 @@ def hosted(
         raise ServeError(
             f"there are {len(names)} names for {len(paths)} models", "each needs one", "give --model-name once for each"
         )
-    names = list(names) or [open_target(path).name for path in paths]
+    targets = [open_target(path) for path in paths]  # what is wrong with one is said now
+    names = list(names) or [target.name for target in targets]
     for name, count in Counter(names).items():
         if count > 1:
             both = " and ".join(str(path) for path, other in zip(paths, names, strict=True) if other == name)

@@ -193,3 +193,23 @@ def ensure_kind(name: str, trusted: tuple[str, ...]) -> None:
     """
     if ":" in name and name not in _OWN and name in trusted:
         load_kind(name)
+
+
+def why_labels_are_wrong(labels: NDArray[Any], classes: int, left_out: int, places: str) -> str:
+    """Why the labels of places cannot be learnt, as `Kind.why_wrong`; empty where they can.
+
+    Args:
+        labels: whole numbers of any shape.
+        classes: their number.
+        left_out: the label of places that do not count.
+        places: what they are, for the message: `pixels`.
+    """
+    known = labels[labels != left_out]
+    if not known.size:
+        return f"all {places} have the label {left_out}, which does not count"
+    if known.min() >= 0 and known.max() < classes:
+        return ""
+    return (
+        f"there are {classes} classes, so a label is 0..{classes - 1}, or {left_out} for {places} that do not count, "
+        f"but the labels run from {known.min()} to {known.max()}"
+    )

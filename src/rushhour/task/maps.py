@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.task.kind import Head, LossName, Places
+from rushhour.task.kind import Head, LossName, Places, why_labels_are_wrong
 
 VOID: Final = 255
 """The label of pixels that count neither in training nor in the metric."""
@@ -47,15 +47,7 @@ class Segmentation:
             return (
                 f"a class map is (height, width) of whole numbers, but the targets are {targets.dtype}{targets.shape}"
             )
-        known = targets[targets != VOID]
-        if not known.size:
-            return f"all pixels have the label {VOID}, which does not count"
-        if known.min() >= 0 and known.max() < self._outputs:
-            return ""
-        return (
-            f"there are {self._outputs} classes, so a label is 0..{self._outputs - 1}, or {VOID} for pixels that do "
-            f"not count, but the labels run from {known.min()} to {known.max()}"
-        )
+        return why_labels_are_wrong(targets, self._outputs, VOID, "pixels")
 
     def statistics(self, outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
         """Of each class its pixels in both, in the answer and in the target: `(n, 3 * classes)`."""

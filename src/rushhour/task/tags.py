@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.task.kind import Head, LossName, Places
+from rushhour.task.kind import Head, LossName, Places, why_labels_are_wrong
 
 PADDING: Final = -1
 """The label of tokens that count neither in training nor in the metric: behind the end of a sequence, or parts of words
@@ -52,15 +52,7 @@ class Tagging:
         """See `Kind`."""
         if targets.ndim != 2 or targets.dtype.kind not in "iu":
             return f"a sample has a whole number for each token, but the targets are {targets.dtype}{targets.shape}"
-        known = targets[targets != PADDING]
-        if not known.size:
-            return f"all tokens have the label {PADDING}, which does not count"
-        if known.min() >= 0 and known.max() < self._outputs:
-            return ""
-        return (
-            f"there are {self._outputs} classes, so a label is 0..{self._outputs - 1}, or {PADDING} for tokens that do "
-            f"not count, but the labels run from {known.min()} to {known.max()}"
-        )
+        return why_labels_are_wrong(targets, self._outputs, PADDING, "tokens")
 
     def statistics(self, outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
         """Of each sequence its right and all tokens, `(n, 2)`; or those found, wrongly given and missed, `(n, 3)`."""

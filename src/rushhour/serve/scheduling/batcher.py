@@ -59,10 +59,8 @@ _NEWEST, _DECAY = 0.1, 0.02
 class Times(Protocol):
     """The service times of the engine."""
 
-    @property
-    def cheapest(self) -> int:
-        """The batch in which a sample takes clearly less than `seconds` says; 0 where there is none."""
-        ...
+    cheapest: int
+    """The batch in which a sample takes clearly less than `seconds` says; 0 where there is none."""
 
     def seconds(self, rows: float) -> float:
         """Seconds that a batch of `rows` samples takes; of samples of different sizes, of so much work."""

@@ -9,10 +9,7 @@ engine's input when its batch begins. Recordings are tensors, and like those of 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -37,8 +34,6 @@ from rushhour.wire import InferRequest, PictureRequest, Wanted, content_of
 _WINDOW = 4
 """Pictures whose tiles wait or are computed take at most 1 / 4 of the bytes that requests may hold."""
 _LOOK_S = 0.005
-_NICE = 5
-"""Steps of priority that the decoding of large pictures is below all else: about a third of its weight."""
 _INLINE_BYTES = 64 * 2**10
 """Answers of tiles up to this size are merged on the event loop; larger ones on a thread."""
 
@@ -356,7 +351,7 @@ class Tiles:
         assert decoder is not None
 
         def decoded() -> list[Pixels]:
-            _step_behind()
+            decoder.step_behind()
             return [decoder.whole(content_of(picture)) for picture in pictures]
 
         def queue(pixels: list[Pixels]) -> None:
@@ -485,17 +480,6 @@ class Tiles:
             self._held -= job.held
         self._loop.call_soon(self._advance)
         return reply
-
-
-def _step_behind() -> None:
-    """Let the engine and the event loop go first on this thread's core.
-
-    Decoding a large picture takes longer than many small requests, which would wait for it. Where they leave cores
-    idle, it is as fast as ever.
-    """
-    with contextlib.suppress(OSError):
-        usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), usual + _NICE)
 
 
 def _size(size: tuple[int, ...]) -> str:

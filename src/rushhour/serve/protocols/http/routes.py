@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import msgspec
@@ -176,7 +176,7 @@ class Routes:
                 }
         return None
 
-    def _not_inferred(self, name: str, version: str) -> None:
+    def _not_inferred(self, name: str, version: str) -> NoReturn:
         """Say why this is not the path of the served model, which is answered before it comes here."""
         self._control.metadata(name, version)
         if not self._infers:
@@ -220,9 +220,9 @@ class Routes:
         found = next((each for each in self._embedders() if each["id"] == name), None)
         if found is None:
             self._not_embedded(name)
-        return found or {}
+        return found
 
-    def _not_embedded(self, name: str = "") -> None:
+    def _not_embedded(self, name: str = "") -> NoReturn:
         """Say why texts are not embedded at this path; where they are, requests are answered before they come here."""
         names = [name] if name else self._control.names
         if self._infers and self._control.ready():
