@@ -50,6 +50,10 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
+.venv/.examples: .venv/.ready
+	$(BIN)/pip install --quiet --editable '.[examples]'
+	@touch $@
+
 demo: setup
 	$(BIN)/rushhour demo
 
@@ -150,12 +154,11 @@ bench-adapt: .venv/.dev
 	$(BIN)/python benchmarks/adapt.py
 	$(BIN)/python benchmarks/render.py
 
-bench-fields: .venv/.dev
-	$(BIN)/pip install --quiet --editable '.[text]'
+bench-fields: .venv/.examples
 	$(BIN)/python benchmarks/fields.py
 	$(BIN)/python benchmarks/render.py
 
-example-%: setup
+example-%: .venv/.examples
 	$(BIN)/python examples/run.py $*
 
 picture: setup
