@@ -161,8 +161,8 @@ def _connect(ray: Any, address: str) -> None:
     ray_constants.NUM_REDIS_GET_RETRIES = _TRIES
     if address.startswith((_LOOPBACK, "localhost")):
         ray_constants.ENABLE_RAY_CLUSTER = False  # as `_ON_LOOPBACK` does, in a process that has imported it
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).addFilter(_is_error)  # Ray Serve sets its level anew
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
     except Exception as error:  # of many kinds
@@ -170,6 +170,10 @@ def _connect(ray: Any, address: str) -> None:
         raise ServeError(
             f"cannot connect to the Ray at {address}", lines[0], "run this on a machine of the cluster"
         ) from error
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _start() -> Local:

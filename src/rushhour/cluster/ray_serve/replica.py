@@ -23,6 +23,7 @@ from rushhour.cluster.ray_serve.registry import Registry, Replicated
 from rushhour.cluster.ray_serve.scaling import ANSWERED, OFFERED, SHED, WAIT
 from rushhour.errors import RushhourError, ServeError
 from rushhour.serve import Limits, ServeSettings
+from rushhour.serve.access.exposure import is_loopback
 from rushhour.serve.child import ChildServer
 
 DRAIN_S: Final = 30.0
@@ -31,6 +32,9 @@ CLOSING_S: Final = 10.0
 """From the end of that to the end of the process, at most."""
 FAILED: Final = "rushhour: "
 """What the error of a replica begins with that cannot start."""
+
+ADDRESSES: Final = "/replicas"
+"""The path behind Ray's proxy at which clients find the addresses of all replicas."""
 
 _LOOK_S: Final = 0.05
 _HEALTH_S: Final = 3.0
@@ -99,6 +103,8 @@ class Replica:
         )
         child = self._serve(folder)
         host = ray.util.get_node_ip_address()
+        if is_loopback(host):
+            _keep_to_loopback()
         self._entry = msgspec.structs.replace(
             self._entry, http=_public(child.url, host), grpc=_public(child.grpc, host), server_pid=child.pid
         )
@@ -165,8 +171,18 @@ class Replica:
         return self._rates.since_last(await self._forwarder.text("/metrics", _HEALTH_S), time.monotonic())
 
     async def __call__(self, request: Any) -> Any:
-        """A request that came through Ray's proxy."""
+        """A request that came through Ray's proxy: to the server, but for the list of addresses."""
+        if request.scope["path"].endswith(ADDRESSES) and request.scope["method"] == "GET":
+            return await self._addresses()
         return await self._forwarder.request(request)
+
+    async def _addresses(self) -> Any:
+        """Where the replicas answer, for clients that reach them directly."""
+        from starlette.responses import Response
+
+        found = await asyncio.to_thread(self._registry.replicas, self._order.name)
+        shown = [{"http": each.http, "grpc": each.grpc, "state": each.state, "plan": each.plan} for each in found]
+        return Response(msgspec.json.encode({"replicas": shown}), media_type="application/json")
 
     def __del__(self) -> None:
         """Called by Ray Serve when the replica is to end: its server drains, and ends."""
@@ -257,6 +273,15 @@ def _totals(text: str, limit_s: float) -> dict[str, float]:
     in_time = [bound for bound in within if bound <= limit_s * (1 + 1e-9)]
     found["in_time"] = within[max(in_time)] if in_time else 0.0
     return found
+
+
+def _keep_to_loopback() -> None:
+    """Have this replica's port for Ray's own calls listen on loopback: Ray opens it on all addresses, and unpickles
+    what it receives there."""
+    from ray.serve._private import replica
+
+    listen = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, at: listen(server, at.replace("[::]", "127.0.0.1"))
 
 
 @contextlib.contextmanager
