@@ -1,5 +1,8 @@
 """`make bench-cluster`: what a Plan costs beyond one machine, and beside another one.
 
+replicas                part 1: two replicas on Ray against one; what each way to a replica costs; Ray Serve's own
+                        @serve.batch
+failures                part 2: a server, a replica, a node is killed, an update, more and fewer replicas: requests lost
 plan                    part 3: what `rushhour plan` says of one, two and four processes, against their capacity; 8
                         minutes on a quiet machine
 neighbours              part 4: two models behind one port, one of which gets ten times what it carries; 3 minutes on a
@@ -31,6 +34,7 @@ import msgspec
 from bench.models import bundle_of
 from bench.neighbours import neighbours
 from bench.parts import Part, run_parts, say, scale_of, scale_options
+from bench.replicas import failures, replicas
 from bench.record import Table, verdict
 from bench.servers import DidNotStart, free_port
 from bench.sizing import sizing
@@ -78,12 +82,14 @@ _READ = "print(next(line for line in open('/proc/self/status') if line.startswit
 
 class Scale(msgspec.Struct, frozen=True):
     """How often the server is started, and the capacities of processes are compared; how often and for how long one
-    model is flooded beside another."""
+    model is flooded beside another; how often one replica and two are loaded, and for how long each."""
 
     starts: int = 9
     rounds: int = 3
     floods: int = 3
     seconds: float = 20.0
+    pairs: int = 5
+    load_s: float = 8.0
 
 
 class Container:
@@ -217,13 +223,17 @@ def container(engine: EngineName, scale: Scale) -> Part:
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="A Plan beyond one machine.")
-    parser.add_argument("--only", default="", help=f"of plan,neighbours,{','.join(_SIZES)}, measured anew")
+    parser.add_argument("--only", default="", help=f"of replicas,failures,plan,neighbours,{','.join(_SIZES)}, measured anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     scale_options(parser, Scale())
     arguments = parser.parse_args()
     scale = scale_of(arguments, Scale)
     return run_parts(
         {
+            "replicas": lambda: replicas(
+                scale.pairs, scale.load_s, BENCH / "cluster" / "replicas", BENCH / "models"
+            ),
+            "failures": lambda: failures(BENCH / "cluster" / "failures", BENCH / "models"),
             "plan": lambda: sizing(scale.rounds, BENCH / "cluster" / "plan", BENCH / "models"),
             "neighbours": lambda: neighbours(
                 scale.floods, scale.seconds, BENCH / "cluster" / "neighbours", BENCH / "models"
@@ -234,7 +244,7 @@ def main() -> int:
         arguments.out,
         kept=True,
         only={name for name in arguments.only.split(",") if name},
-        timed={"plan", "neighbours", *_SIZES},
+        timed={"replicas", "failures", "plan", "neighbours", *_SIZES},
         seeds={},
     )
 
