@@ -6,6 +6,7 @@ report     HTML reports and charts
 keras      models of Keras become bundles; includes train
 hf         folders of Hugging Face transformers become models; includes train
 tabular    tables are data; estimators of scikit-learn, LightGBM and XGBoost become models; includes train
+cluster    runs are deployed on Ray Serve
 video      frames of videos are data
 all        train, compress and report
 """
@@ -24,6 +25,7 @@ EXTRAS: Final = {
     "report": ("jinja2", "matplotlib"),
     "keras": ("keras", "h5py"),
     "hf": ("transformers",),
+    "cluster": ("ray", "starlette", "aiohttp"),
     "video": ("av",),
     "tabular": ("sklearn", "joblib", "skl2onnx", "onnxmltools", "pyarrow"),
 }

@@ -12,7 +12,7 @@ from typing import Final
 
 ADDRESSES: Final = ("10.213.77.1", "10.213.77.2")
 """Of the two machines, on the cable between them."""
-_NEEDED: Final = ("ip", "unshare", "hostname")
+_NEEDED: Final = ("ip", "unshare", "hostname", "taskset")
 
 
 class Machines:
@@ -26,11 +26,15 @@ class Machines:
         self._names = names
 
     def command(self, machine: int, *words: str) -> list[str]:
-        """A command as one of the machines, 0 or 1, runs it. Its host name resolves to nothing on either."""
+        """A command as one of the machines, 0 or 1, runs it: on half of the cores. Host names resolve to nothing."""
+        allowed = sorted(os.sched_getaffinity(0))
+        half = max(1, len(allowed) // 2)
+        own = allowed[half * machine :][:half] or allowed[:half]
+        pinned = ["taskset", "-c", ",".join(map(str, own))]
         # its own process ids too: workers that see each other's processes would share memory
         apart = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         named = ["sh", "-c", f'hostname {self._names[machine]} && exec "$@"', "sh"]
-        return ["ip", "netns", "exec", self._names[machine], *apart, *named, *words]
+        return [*pinned, "ip", "netns", "exec", self._names[machine], *apart, *named, *words]
 
 
 @contextlib.contextmanager

@@ -330,7 +330,7 @@ def _group(backend: Backend, threads: int, **where: Any) -> Iterator[None]:
         raise ModelError(
             f"worker {where['rank']} of {where['world_size']} cannot connect to the others over {backend}",
             str(error).strip().splitlines()[0],
-            f"let the machines reach each other at all ports, or set {VARIABLE} to the interface between them (ip addr)",
+            f"let the machines reach each other at all ports, or set {VARIABLE} to the interface between them",
         ) from error
     try:
         yield
