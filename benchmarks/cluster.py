@@ -7,6 +7,8 @@ plan                    part 3: what `rushhour plan` says of one, two and four p
                         minutes on a quiet machine
 neighbours              part 4: two models behind one port, one of which gets ten times what it carries; 3 minutes on a
                         quiet machine
+torchrun                part 6: a training on two network namespaces against one machine with two workers; as root
+trials                  part 6: recipes and a tuning run on a Ray cluster of two nodes, one of which is killed
 openvino, onnxruntime   part 5, with that engine alone: the size of what the container installs, the time from the start
                         of its command until it is ready, its memory beyond that of the engine
 
@@ -31,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from bench.machines_apart import machines_apart
 from bench.models import bundle_of
 from bench.neighbours import neighbours
 from bench.parts import Part, run_parts, say, scale_of, scale_options
@@ -38,6 +41,7 @@ from bench.replicas import failures, replicas
 from bench.record import Table, verdict
 from bench.servers import DidNotStart, free_port
 from bench.sizing import sizing
+from bench.trial_cluster import trial_cluster
 
 import rushhour
 from rushhour.bundle import Bundle
@@ -82,7 +86,8 @@ _READ = "print(next(line for line in open('/proc/self/status') if line.startswit
 
 class Scale(msgspec.Struct, frozen=True):
     """How often the server is started, and the capacities of processes are compared; how often and for how long one
-    model is flooded beside another; how often one replica and two are loaded, and for how long each."""
+    model is flooded beside another; how often one replica and two are loaded, and for how long each; epochs and
+    pictures of a training on two machines; the time of a tuning run on a cluster."""
 
     starts: int = 9
     rounds: int = 3
@@ -90,6 +95,9 @@ class Scale(msgspec.Struct, frozen=True):
     seconds: float = 20.0
     pairs: int = 5
     load_s: float = 8.0
+    epochs: int = 3
+    pictures: int = 12000
+    budget: str = "12m"
 
 
 class Container:
@@ -223,7 +231,8 @@ def container(engine: EngineName, scale: Scale) -> Part:
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="A Plan beyond one machine.")
-    parser.add_argument("--only", default="", help=f"of replicas,failures,plan,neighbours,{','.join(_SIZES)}, measured anew")
+    names = ",".join(("replicas", "failures", "plan", "neighbours", "torchrun", "trials", *_SIZES))
+    parser.add_argument("--only", default="", help=f"of {names}, measured anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     scale_options(parser, Scale())
     arguments = parser.parse_args()
@@ -238,13 +247,15 @@ def main() -> int:
             "neighbours": lambda: neighbours(
                 scale.floods, scale.seconds, BENCH / "cluster" / "neighbours", BENCH / "models"
             ),
+            "torchrun": lambda: machines_apart(scale.epochs, scale.pictures, BENCH / "cluster" / "torchrun"),
+            "trials": lambda: trial_cluster(scale.pictures, scale.budget, BENCH / "cluster" / "trials"),
             "openvino": lambda: container("openvino", scale),
             "onnxruntime": lambda: container("onnxruntime", scale),
         },
         arguments.out,
         kept=True,
         only={name for name in arguments.only.split(",") if name},
-        timed={"replicas", "failures", "plan", "neighbours", *_SIZES},
+        timed={"replicas", "failures", "plan", "neighbours", "trials", *_SIZES},
         seeds={},
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rushhour.bundle import Bundle, Source, Step
 from rushhour.clock import VirtualClock
-from rushhour.compress import Distil, LowRank, Prune, Recipe, Store
+from rushhour.compress import Builder, Distil, LowRank, Prune, Recipe, Store, Work
 from rushhour.data import load
 from rushhour.engines import Engine
 from rushhour.errors import ModelError
@@ -158,6 +158,7 @@ def found(
     spent_s: float = 0.0,
     epoch_s: float = 1.0,
     least_s: float = 0.0,
+    builder: Builder | None = None,
 ) -> tuple[list[str], dict[str, tuple[str, str]]]:
     """The names of the bundles that join the search, and how all other shapes ended."""
     with monkeypatch.context() as patch:
@@ -172,6 +173,7 @@ def found(
             settings=TuneSettings(budget_s=budget_s),
             budget=budget,
             progress=Silent(),
+            builder=builder,
         )
     assert [bundle.manifest.name.partition(":")[0] for bundle in bundles.values()] == list(bundles)
     return [bundle.manifest.name for bundle in bundles.values()], {
@@ -271,6 +273,46 @@ def test_killed_anywhere_it_makes_nothing_twice_and_finds_the_same(
         assert len(keys) == len(set(keys)), "nothing is measured twice"
         finished = Maker(kill_at=0)
         assert found(run, finished, monkeypatch, wrong) == expected, "what was found is read again, not made"
+
+
+class Elsewhere:
+    """Builds with a maker of its own, and keeps what was asked of it; at some point it builds nothing any more.
+
+    Args:
+        maker: that makes the bundles.
+        waves: that it builds.
+    """
+
+    def __init__(self, maker: Maker, waves: int) -> None:
+        self.asked: list[list[str]] = []
+        self._maker = maker
+        self._waves = waves
+
+    @property
+    def width(self) -> int:
+        return 2 if len(self.asked) < self._waves else 0
+
+    def build(self, recipes: Sequence[Recipe], work: Work, _: object) -> None:
+        self.asked.append([str(recipe) for recipe in recipes])
+        for recipe in recipes:
+            list(self._maker.apply(recipe, work.bundle, work.dataset, work.store))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("waves", [1, 2, 9])
+def test_what_is_built_elsewhere_is_found_and_the_rest_is_made_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waves: int
+) -> None:
+    wrong = {"prune-0.7:1": 9, "prune-0.7:2": 4, "prune-0.7:3": 0, "prune-0.25:1": 4, "prune-0.25:2": 3}
+    alone = Maker()
+    expected = found(tmp_path / "alone", alone, monkeypatch, wrong)
+    here, there = Maker(), Maker()
+    elsewhere = Elsewhere(there, waves)
+    assert found(tmp_path / "both", here, monkeypatch, wrong, builder=elsewhere) == expected
+    assert sorted([*here.made, *there.made]) == sorted(alone.made)
+    assert there.made, "all shapes at once, then a rung of all that are trained further"
+    assert bool(here.made) == (waves < 4)
 
 
 def test_without_time_nothing_is_begun_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

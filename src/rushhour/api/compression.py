@@ -11,6 +11,7 @@ import msgspec
 
 from rushhour.api.importing import Known, brought_of, imported_for
 from rushhour.api.inputs import load_data, read_logs
+from rushhour.api.trials import built_by
 from rushhour.api.values import StrPath, check_choice, check_name, read_accuracy_budget, read_path, read_texts
 from rushhour.bundle import Bundle, check_folder
 from rushhour.errors import GoalError, StorageError
@@ -83,6 +84,7 @@ def compress(
     skip_corrupt: bool = False,
     trust: str | Sequence[str] = (),
     name: str | None = None,
+    cluster: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> CompressResult:
@@ -116,6 +118,8 @@ def compress(
         trust: factories (`module:factory`) that may be imported to build the bundle's network; or the path of a model
             from elsewhere, where reading it runs its code.
         name: the new model's name; the bundle's by default.
+        cluster: `HOST:PORT` of a Ray cluster whose nodes make the bundles, or `auto` for the one that runs on this
+            machine; by default all are made here. What is timed and judged is timed and judged here.
         force: replace another bundle at `out`.
         progress: gets the progress, and notes on what was left out.
 
@@ -149,6 +153,7 @@ def compress(
         )
     check_folder(path)  # before data is loaded
     check_claim(folder)
+    reading: dict[str, Any] | None = None
     if parent is None:
         assert brought is not None
         known = Known(trust, name)
@@ -159,26 +164,27 @@ def compress(
             )  # fmt: skip
         parent = imported.bundle
     else:
-        dataset = load_data(
-            data, progress, parent, size=size, skip_corrupt=skip_corrupt, task=task, columns=columns, trusted=trusted
-        )
+        reading = {"size": size, "skip_corrupt": skip_corrupt, "task": task, "columns": columns, "trusted": trusted}
+        dataset = load_data(data, progress, parent, **reading)
     chosen: Sequence[Recipe] = recipes or default_recipes(parent, epochs=epochs, trusted=trusted)
     if target is not None:
         chosen = tuple(each.for_machines(target) for each in chosen)
-    record = compress_bundle(
-        parent,
-        dataset,
-        chosen,
-        budget=budget,
-        out=path,
-        steps=folder,
-        seed=seed,
-        engine=engine,
-        progress=progress,
-        trusted=trusted,
-        name=name,
-        force=force,
-    )
+    with built_by(cluster, dataset, progress, given=data, model=parent, reading=reading) as builder:
+        record = compress_bundle(
+            parent,
+            dataset,
+            chosen,
+            budget=budget,
+            out=path,
+            steps=folder,
+            seed=seed,
+            engine=engine,
+            progress=progress,
+            trusted=trusted,
+            name=name,
+            force=force,
+            builder=builder,
+        )
     return CompressResult(Bundle.open(path), record, write_compression_report(folder))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rushhour.api.importing import Known, brought_of, imported_for
 from rushhour.api.inputs import load_data, read_model, source_of
 from rushhour.api.settings import fitted, settings_of
+from rushhour.api.trials import built_by
 from rushhour.api.values import (
     StrPath,
     check_name,
@@ -93,6 +94,7 @@ def tune(
     name: str | None = None,
     cold: bool = False,
     ladder: bool = False,
+    cluster: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> TuneResult:
@@ -140,6 +142,8 @@ def tune(
             time of a training step). It is only a start: a run's own measurements weigh more.
         ladder: give the plan a ladder of the candidates that were measured, from the most accurate to the fastest: its
             server moves along it as the load changes, and spends the accuracy budget on average (docs/ladder.md).
+        cluster: `HOST:PORT` of a Ray cluster whose nodes make the smaller networks, or `auto` for the one that runs on
+            this machine; by default all are made here. What is timed, judged and loaded, is so on this machine.
         force: replace the plan of a run at `out` that had other arguments; measurements that still hold are used.
         progress: gets the progress, and notes on what was left out or chosen.
 
@@ -165,6 +169,7 @@ def tune(
     check_claim(run)
     settings_of(training)  # errors in them are raised before data is loaded
     read: str | Bundle | Source
+    reading: dict[str, Any] | None = None
     if (brought := brought_of(model)) is not None:
         known = Known(trust, name)
         with claimed(run):
@@ -175,33 +180,28 @@ def tune(
         read = imported.bundle
     else:
         read = read_model(model)
-        dataset = load_data(
-            data,
-            progress,
-            read,
-            size=size,
-            skip_corrupt=skip_corrupt,
-            task=task,
-            columns=columns,
-            trusted=read_texts(trust),
-        )
+        reading = {"size": size, "skip_corrupt": skip_corrupt, "task": task, "columns": columns}
+        reading["trusted"] = read_texts(trust)
+        dataset = load_data(data, progress, read, **reading)
     source, trusted = source_of(read, dataset)
     if isinstance(source, Source):
         training = fitted(training, len(dataset.train), progress, largest=dataset.fitting_batch(sys.maxsize))
-    plan = tune_run(
-        source,
-        dataset,
-        goal,
-        run=run,
-        training=settings_of(training),
-        settings=settings,
-        progress=progress,
-        trusted=(*trusted, *read_texts(trust)),
-        fit_epochs=epochs is None,
-        name=name,
-        force=force,
-        cold=cold,
-    )
+    with built_by(cluster, dataset, progress, given=data, model=read, reading=reading) as builder:
+        plan = tune_run(
+            source,
+            dataset,
+            goal,
+            run=run,
+            training=settings_of(training),
+            settings=settings,
+            progress=progress,
+            trusted=(*trusted, *read_texts(trust)),
+            fit_epochs=epochs is None,
+            name=name,
+            force=force,
+            cold=cold,
+            builder=builder,
+        )
     progress.start("Writing the report")
     report = write_report(run)
     progress.done(str(report))

@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rushhour.cli.command import Command, option
-from rushhour.cli.options import accuracy_option, data_options, force_option, name_option, trust_option, with_columns
+from rushhour.cli.options import (
+    accuracy_option,
+    cluster_option,
+    data_options,
+    force_option,
+    name_option,
+    trust_option,
+    with_columns,
+)
 from rushhour.cli.places import Named, Place
 from rushhour.cli.quantities import size_text
 from rushhour.cli.results import json_option, write_json
@@ -73,6 +81,7 @@ from rushhour.system.storage import try_building, try_folder
     type=click.Choice(["openvino", "onnxruntime"]),
     help="Compiles what is judged.",
 )
+@cluster_option
 @name_option
 @force_option
 @trust_option
@@ -91,6 +100,7 @@ def command(bundle: Path, data: str, out: Path, json_file: Path | None, **option
     Examples:
       rushhour compress runs/photos --data photos/ --max-accuracy-drop 1% --out runs/small
       rushhour compress runs/photos --data photos/ --recipe prune:0.5,lowrank:0.1,distil:10,int8 --out runs/small
+      rushhour compress runs/photos --data /shared/photos --out runs/small --cluster 10.0.0.5:6379
       rushhour compress runs/photos --data photos/ --recipe prune:0.3:ignored=0+2:epochs=3,int8 --out runs/small
     """
     from rushhour.api import compress

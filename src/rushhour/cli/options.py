@@ -33,6 +33,15 @@ cold_option = option(
     help="Ignore what earlier runs on this machine measured: they are a start, which a run's own measurements replace.",
 )
 
+cluster_option = option(
+    "--cluster",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[HOST:PORT]",
+    help="Have the nodes of this Ray cluster make the bundles, one recipe each at a time; without an address, of the "
+    "Ray that runs on this machine. All else is measured here (extra: cluster).",
+)
+
 force_option = option(
     "--force",
     is_flag=True,

@@ -11,6 +11,7 @@ import click
 from rushhour.cli.command import Command, option
 from rushhour.cli.options import (
     accuracy_option,
+    cluster_option,
     cold_option,
     data_options,
     force_option,
@@ -95,6 +96,7 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     help="After the search, pairs of its candidates are tried as a cascade: the small one answers what it is sure of, "
     "the rest goes on to the larger one. The plan is one where it carries more within the same limits.",
 )
+@cluster_option
 @cold_option
 @name_option
 @force_option

@@ -1,5 +1,6 @@
 """Compression: recipes that turn a bundle into a smaller one, judged on the compiled bundle."""
 
+from rushhour.compress.builder import Builder, Work, first_missing
 from rushhour.compress.compress import compress
 from rushhour.compress.distil import Distil, distil
 from rushhour.compress.judge import judge, outputs_of, too_few, why_outside
@@ -9,12 +10,14 @@ from rushhour.compress.quantize import Quantize, Target, is_plain, quantize, qua
 from rushhour.compress.recipe import Recipe, default_recipes
 from rushhour.compress.run import apply
 from rushhour.compress.speed import Ratio, Speed, bench_artefacts, compare_speed
-from rushhour.compress.store import Store
+from rushhour.compress.store import Maker, Store, maker
 from rushhour.compress.weights import ReducedPrecision, compress_weights, halve_weights
 
 __all__ = [
+    "Builder",
     "Distil",
     "LowRank",
+    "Maker",
     "Prune",
     "Quantize",
     "Ratio",
@@ -23,6 +26,7 @@ __all__ = [
     "Speed",
     "Store",
     "Target",
+    "Work",
     "apply",
     "bench_artefacts",
     "compare_speed",
@@ -30,9 +34,11 @@ __all__ = [
     "compress_weights",
     "default_recipes",
     "distil",
+    "first_missing",
     "halve_weights",
     "is_plain",
     "judge",
+    "maker",
     "outputs_of",
     "quantize",
     "quantize_for_all",

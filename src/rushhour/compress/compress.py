@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from rushhour.bundle import Bundle, check_place
+from rushhour.compress.builder import Builder, Work
 from rushhour.compress.evaluation import Evaluation
 from rushhour.compress.judge import too_few, why_outside
 from rushhour.compress.recipe import TRAINS, Recipe, step_text
@@ -45,6 +46,7 @@ def compress(
     trusted: tuple[str, ...] = (),
     name: str | None = None,
     force: bool = False,
+    builder: Builder | None = None,
 ) -> Compression:
     """Apply the recipes, judge the compiled bundle of every step, and leave the best at `out`.
 
@@ -75,6 +77,8 @@ def compress(
         trusted: as for `apply`.
         name: of the answer; the reference's by default.
         force: whether a bundle that other work left at `out`, or beside it, may be replaced.
+        builder: makes bundles elsewhere, so many recipes at once as it can; None to make all of them here. What they
+            measure is measured here in either case.
 
     Raises:
         DataError: if the data does not fit the bundle, or holds NaN; before any work.
@@ -103,17 +107,8 @@ def compress(
             progress.start("samples to judge with")
             progress.done(short, good=False)
         evaluation = Evaluation(reference, dataset, engine, bench or _bench, progress, budget)
-        attempts = _attempts(
-            reference,
-            dataset,
-            recipes,
-            evaluation,
-            Store(steps),
-            budget=budget,
-            seed=seed,
-            progress=progress,
-            trusted=trusted,
-        )
+        work = Work(reference, dataset, Store(steps), seed, budget.max_drop, trusted)
+        attempts = _attempts(work, recipes, evaluation, budget=budget, progress=progress, builder=builder)
         found = Compression(
             model=reference.manifest.name,
             engine=engine,
@@ -146,37 +141,38 @@ def _too_few(dataset: Dataset, budget: AccuracyBudget) -> str:
 
 
 def _attempts(
-    reference: Bundle,
-    dataset: Dataset,
+    work: Work,
     recipes: Sequence[Recipe],
     evaluation: Evaluation,
-    store: Store,
     *,
     budget: AccuracyBudget,
-    seed: int,
     progress: Progress,
-    trusted: tuple[str, ...],
+    builder: Builder | None,
 ) -> list[Attempt]:
     """Every recipe that was applied, and how each of its steps was judged."""
     attempts: list[Attempt] = []
-    queue = list(recipes)
+    queue, built = list(recipes), list[Recipe]()
     while queue:
+        if builder is not None and builder.width and queue[0] not in built:
+            ahead = [each for each in queue if each not in built][: builder.width]
+            builder.build(ahead, work, progress)
+            built += ahead
         recipe = queue.pop(0)
         stages: list[Stage] = []
-        why, before = "", reference
+        why, before = "", work.bundle
         if len(recipes) > 1:
             progress.start(f"recipe {len(attempts) + 1} of {len(attempts) + 1 + len(queue)}")
             progress.done(str(recipe))
         try:
             bundles = apply(
                 recipe,
-                reference,
-                dataset,
-                store,
-                seed=seed,
-                max_drop=budget.max_drop,
+                work.bundle,
+                work.dataset,
+                work.store,
+                seed=work.seed,
+                max_drop=work.max_drop,
                 progress=progress,
-                trusted=trusted,
+                trusted=work.trusted,
             )
             for step, bundle in zip(recipe.steps, bundles, strict=True):
                 stages.append(evaluation.stage(step_text(step), bundle, before))

@@ -7,6 +7,8 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from rushhour.bundle import Bundle, Source
 from rushhour.compress.distil import Distil
 from rushhour.compress.quantize import Quantize
@@ -50,6 +52,24 @@ class Store:
         return Checkpoint(self.folder / ".checkpoints", hashlib.sha256(f"{key}/{part}".encode()).hexdigest())
 
 
+class Maker(msgspec.Struct, frozen=True):
+    """What of a machine and its software decides what it makes.
+
+    Attributes:
+        versions: package -> version.
+        features: vector extensions of the processor: they decide how channels are rounded, and whether training
+            computes in bf16.
+    """
+
+    versions: dict[str, str]
+    features: tuple[str, ...]
+
+
+def maker() -> Maker:
+    """This machine, as one that makes bundles."""
+    return Maker({name: importlib.metadata.version(name) for name in _VERSIONS}, machine.describe().features)
+
+
 def key_of(
     step: AnyStep,
     before: Bundle,
@@ -71,6 +91,7 @@ def key_of(
         trusted: factories whose code may be hashed.
     """
     trains, takes_data = isinstance(step, TRAINS), isinstance(step, (*TRAINS, Quantize))
+    made_by = maker()
     sources = [each.manifest.source for each in (before, first)] + ([step.student] if isinstance(step, Distil) else [])
     return identity.key(
         before=_content(before),
@@ -79,10 +100,9 @@ def key_of(
         data=dataset if takes_data else None,
         seed=seed if takes_data else None,
         max_drop=max_drop if isinstance(step, Quantize) else None,
-        versions={name: importlib.metadata.version(name) for name in _VERSIONS},
+        versions=made_by.versions,
         code=[_code(source, trusted) for source in sources if source is not None] if trains else None,
-        # the processor decides how channels are rounded, and whether training computes in bf16
-        features=machine.describe().features if takes_data else None,
+        features=made_by.features if takes_data else None,
     )
 
 

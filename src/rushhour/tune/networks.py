@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from rushhour.bundle import Bundle
-from rushhour.compress import Store, apply, why_outside
+from rushhour.compress import Builder, Store, Work, apply, why_outside
 from rushhour.data import Dataset
 from rushhour.errors import EngineError
 from rushhour.goal import Goal
@@ -34,6 +34,7 @@ from rushhour.records.journal import JOURNAL, Journal
 from rushhour.system.machine import cores, describe
 from rushhour.train import TrainingJob, TrainSettings
 from rushhour.tune.accuracy import AccuracyJudge
+from rushhour.tune.ahead import Ahead
 from rushhour.tune.answer import NO_NETWORKS, trial_of, unmeasured
 from rushhour.tune.contestant import FASTER, Contestant, fastest_gentler
 from rushhour.tune.decisions import Decisions
@@ -87,6 +88,7 @@ def smaller_networks(
     trusted: tuple[str, ...] = (),
     decisions: Decisions | None = None,
     experience: Experience | None = None,
+    builder: Builder | None = None,
 ) -> tuple[dict[str, Bundle], tuple[Trial, ...]]:
     """Networks smaller than the reference that are faster and inside the accuracy budget on the validation part.
 
@@ -103,6 +105,7 @@ def smaller_networks(
         trusted: factories that may be imported.
         decisions: those that are made here are added.
         experience: of earlier runs on this machine; only times of training are of use here.
+        builder: makes bundles elsewhere; None to make all of them here. All is timed and judged here in either case.
 
     Returns:
         Role -> trained bundle, in the store, the fastest first; and the trials of all other shapes. Where cascades are
@@ -127,6 +130,7 @@ def smaller_networks(
         search = _Search(
             *(reference, dataset, goal, run, store, record, settings, budget, progress, trusted, decisions),
             experience=experience or Experience(),
+            builder=builder,
         )
         with contextlib.closing(search):
             bundles, trials = search.found()
@@ -153,6 +157,7 @@ class _Search:
         decisions: Decisions,
         *,
         experience: Experience,
+        builder: Builder | None,
     ) -> None:
         self._reference = reference
         self._dataset = dataset
@@ -166,6 +171,8 @@ class _Search:
         self._decisions = decisions
         self._journal = Journal(run / JOURNAL, decisions.clock, decisions.spend)
         self._experience = experience
+        work = Work(reference, dataset, store, settings.seed, trusted=trusted)
+        self._ahead = Ahead(builder, work, progress, decisions)
         self._bundles = {"reference": reference}
         self._times = EngineTimes(self._journal, self._bundles, goal.slo, settings.time_s, trusted)
         self._predictor = Predictor(self._times)
@@ -279,6 +286,7 @@ class _Search:
         """
         made: list[Contestant] = []
         shapes = shapes_of(self._reference, self._trusted)
+        self._ahead.shapes(shapes[: 1 if self._record else None])
         for shape in shapes:
             if self._is_short and any(one.predicted > FASTER * whole for one in made):
                 self._end_unmeasured(shape, "skipped", "no time left to compare shapes: a more promising one is tried")
@@ -410,8 +418,10 @@ class _Search:
         """The fastest that are inside the accuracy budget after some rung, the fastest first."""
         ready: list[Contestant] = []
         for rung in range(len(RUNGS)):
+            in_time = [one for one in contestants if self._cost([one], RUNGS[rung]) <= self._seconds]
+            built = self._ahead.rung(in_time, RUNGS[rung], self._lr)
             for one in contestants:
-                if self._cost([one], RUNGS[rung]) > self._seconds:
+                if one not in built and self._cost([one], RUNGS[rung]) > self._seconds:
                     self._end_outside(one, "no time left to train it further")
                 else:
                     self._teach(one, RUNGS[rung])

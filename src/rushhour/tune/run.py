@@ -21,7 +21,7 @@ import msgspec
 
 from rushhour.bundle import Bundle, Source, name_of
 from rushhour.clock import Clock, WallClock
-from rushhour.compress import is_plain, quantize_for_all
+from rushhour.compress import Builder, is_plain, quantize_for_all
 from rushhour.data import Dataset
 from rushhour.errors import StorageError
 from rushhour.goal import Goal
@@ -68,6 +68,7 @@ def tune_run(
     name: str | None = None,
     force: bool = False,
     cold: bool = False,
+    builder: Builder | None = None,
 ) -> Plan:
     """Do everything from a model to a Plan in the folder `run`, and resume an earlier call that was killed.
 
@@ -85,6 +86,7 @@ def tune_run(
         name: of the model, under which it is served; by default the bundle's own name, or that of the folder `run`.
         force: whether the result of other settings in `run` may be replaced; valid measurements are used.
         cold: whether what earlier runs on this machine measured is ignored. What this one measures is kept either way.
+        builder: makes smaller networks elsewhere; None to make all of them here.
 
     Raises:
         RushhourError: of the part that failed; finished parts stay.
@@ -133,7 +135,10 @@ def tune_run(
                 trusted=trusted,
                 decisions=decisions,
                 experience=experience,
+                builder=builder,
             )
+            if builder is not None:
+                builder.close()
             for role, network in networks.items():
                 bundles[role] = _copied(network, run / "bundles" / role)
                 bundles |= making.of(bundles[role], run / "bundles" / f"{role}-int8")

@@ -27,6 +27,7 @@ from rushhour.errors import ModelError, RushhourError
 from rushhour.models.failure import why_failed
 from rushhour.system import machine
 from rushhour.system.faults import report_unexpected, user_code_line
+from rushhour.train.parallel.interface import VARIABLE, choose_interface
 from rushhour.train.parallel.position import Position, position_file, record_in, reset_positions
 from rushhour.train.parallel.settings import Backend
 
@@ -84,6 +85,7 @@ def launch(
                 f"use --workers {size}",
             )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        choose_interface(backend, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         with _group(backend, threads or _threads(here), **_rendezvous()):
             return [fn(*args)]
     # this process holds the store, so its port is free; each attempt has a prefix of its own
@@ -307,7 +309,7 @@ def _worker(
     record_in(Position(file, rank, layers=attempt > 0))  # layers only after a death: they take time
     outcome: tuple[bool, Any]  # and its result, an error for the user, or any other error in words
     try:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault(VARIABLE, "lo")
         store = dist.PrefixStore(str(attempt), dist.TCPStore("127.0.0.1", port, None, False))  # type: ignore[attr-defined]
         with _group(backend, threads, store=store, rank=rank, world_size=workers):
             outcome = True, fn(*args)
@@ -322,7 +324,14 @@ def _worker(
 @contextlib.contextmanager
 def _group(backend: Backend, threads: int, **where: Any) -> Iterator[None]:
     torch.set_num_threads(threads)
-    dist.init_process_group(backend, **where)
+    try:
+        dist.init_process_group(backend, **where)
+    except RuntimeError as error:
+        raise ModelError(
+            f"worker {where['rank']} of {where['world_size']} cannot connect to the others over {backend}",
+            str(error).strip().splitlines()[0],
+            f"let the machines reach each other at all ports, or set {VARIABLE} to the interface between them",
+        ) from error
     try:
         yield
     finally:
