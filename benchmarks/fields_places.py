@@ -89,7 +89,14 @@ def places_part(work: Path, scale: Scale) -> Part:
     say("training unet and detector")
     segmenter, finder = (
         rushhour.train(
-            network, (pictures, targets), out=work / network, task=task, epochs=epochs, batch=16, lr=5e-3, augment="flip"
+            network,
+            (pictures, targets),
+            out=work / network,
+            task=task,
+            epochs=epochs,
+            batch=16,
+            lr=5e-3,
+            augment="flip",
         ).bundle
         for network, task, targets, epochs in (
             ("unet", "segmentation", maps, scale.map_epochs),
@@ -143,7 +150,7 @@ def suppression(bundle: Bundle, given: dict[str, NDArray[Any]]) -> Check:
     twice = sum(pairs(answer) for engine in ENGINES for answer in given[engine])
     operators = {node.op_type for node in onnx.load(bundle.model).graph.node}
     inside = {"MaxPool", "TopK"} <= operators
-    what = f"detection: pairs of boxes of one class that overlap by more than {SAME:g}, answered by the graph on either engine"
+    what = f"detection: pairs of boxes of one class that overlap by more than {SAME:g}, of either engine"
     check = verdict("3.suppression", what, "<= 0", twice, None, len(given["torch"]), unit="pairs")
     return check if inside else msgspec.structs.replace(check, holds=False, why="the graph does not suppress them")
 
@@ -188,4 +195,3 @@ def asked(server: Any, picture: NDArray[np.uint8], most: int) -> NDArray[np.floa
     found = np.array(output["data"], np.float32).reshape(-1, 6)
     assert len(found) == most
     return found
-

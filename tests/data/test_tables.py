@@ -176,9 +176,9 @@ def test_a_table_for_a_bundle_has_its_columns_and_strange_categories_are_counted
     assert any("categories that training does not have" in note and "job in " in note for note in data.notes)
     job = [column.name for column in bundle.manifest.table.columns].index("job")  # type: ignore[union-attr]
     assert {0.0} < set(np.unique(data.train.inputs[:, job]).tolist()), "0 is the code of what is unknown"
-    with pytest.raises(DataError, match="a.csv has no column 'zip': the model was trained with it"):
+    with pytest.raises(DataError, match=r"a.csv has no column 'zip': the model was trained with it"):
         loaded(zip=None)
-    with pytest.raises(DataError, match="the column 'age' of a.csv is a category: the model takes a number"):
+    with pytest.raises(DataError, match=r"the column 'age' of a.csv is a category: the model takes a number"):
         loaded(age=["old", "young"] * 30)
 
 
@@ -188,7 +188,7 @@ def test_equal_times_stay_in_one_part_and_all_equal_ones_cannot_be_split(tmp_pat
     data = load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", time="joined"))
     assert [len(part) for part in (data.train, data.validation, data.test)] == [160, 20, 20]
     table["joined"] = ["2020-01-01"] * 200
-    with pytest.raises(DataError, match="a.csv cannot be split in time: too many samples have the same time"):
+    with pytest.raises(DataError, match=r"a.csv cannot be split in time: too many samples have the same time"):
         load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", time="joined"))
 
 

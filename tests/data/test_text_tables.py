@@ -69,7 +69,7 @@ def test_a_group_that_is_missing_or_in_two_parts_is_refused(tmp_path: Path, rows
     bundle = text_bundle(tmp_path / "bundle")
     missing: list[dict[str, object]] = [{**row} for row in rows]
     missing[3]["writer"] = None
-    with pytest.raises(DataError, match="1 rows of a.jsonl have no group: row 4 has no 'writer'"):
+    with pytest.raises(DataError, match=r"1 rows of a.jsonl have no group: row 4 has no 'writer'"):
         load_text_table(lines(tmp_path / "a.jsonl", missing), columns=Columns(group="writer"), bundle=bundle)
     pytest.importorskip("pyarrow", reason="extra tabular")
     for part, own in (("train", rows[:40]), ("test", rows[40:])):
@@ -87,7 +87,10 @@ def test_later_texts_are_held_out(tmp_path: Path, rows: list[dict[str, str]]) ->
     data = load_text_table(lines(tmp_path / "a.jsonl", dated), columns=given, bundle=bundle)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [40, 10, 10], "equal times stay together"
     assert any("tested on the rest" in note and "2020-06" in note for note in data.notes)
-    for value, said in (("yesterday", "row 1 of a.jsonl has no time in 'at'"), ("2020-01-01", "cannot be split in time")):
+    for value, said in (
+        ("yesterday", "row 1 of a.jsonl has no time in 'at'"),
+        ("2020-01-01", "cannot be split in time"),
+    ):
         same = [{**row, "at": value} for row in rows]
         with pytest.raises(DataError, match=said):
             load_text_table(lines(tmp_path / "a.jsonl", same), columns=given, bundle=bundle)

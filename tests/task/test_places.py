@@ -490,7 +490,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "yolo infinite": (
         lambda at: (yolo_in(at), (at / "labels" / "p001.txt").write_text("inf .5 .5 .1 .1")), "is no box",
     ),
-    "yolo nan": (lambda at: (yolo_in(at), (at / "labels" / "p001.txt").write_text("0 nan .5 .1 .1")), "not in its pict"),
+    "yolo nan": (lambda at: (yolo_in(at), (at / "labels" / "p001.txt").write_text("0 nan .5 .1 .1")), "not in its"),
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_scenes_have_the_boxes_of_their_maps() -> None:
 
 @pytest.mark.slow
 def test_engines_are_compared_with_torch_and_little_training_is_said(tmp_path: Path) -> None:
-    part = places_part(tmp_path / "places", Scale(train=60, test=12, map_epochs=1, box_epochs=1, sent=2))
+    part = places_part(tmp_path / "places", Scale(train=32, test=8, map_epochs=1, box_epochs=1, sent=2))
     checks = {check.id: check for check in part.checks}
     assert set(checks) == {"3.segmentation", "3.detection", "3.suppression", "3.pixels"}
     assert checks["3.suppression"].holds

@@ -166,9 +166,7 @@ def read_yolo(folder: Path) -> Annotations:
     return Annotations(parts, classes, (*_left_out(left_out, folder / "labels"), *_empty(parts)))
 
 
-def _of_text(
-    file: Path, picture: Path, classes: tuple[str, ...], left_out: Counter[str]
-) -> NDArray[np.float64]:
+def _of_text(file: Path, picture: Path, classes: tuple[str, ...], left_out: Counter[str]) -> NDArray[np.float64]:
     with explained(f"read {shown(file)}"):
         lines = file.read_text("utf-8-sig", errors="replace").splitlines()
     rows = []

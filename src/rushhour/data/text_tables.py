@@ -192,7 +192,9 @@ def _times(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
             found.append(float(time))
         except (TypeError, ValueError, OverflowError):
             raise DataError(
-                f"row {row} of {source} has no time in {column!r}", f"it holds {value!r:.60}", "give numbers or ISO dates"
+                f"row {row} of {source} has no time in {column!r}",
+                f"it holds {value!r:.60}",
+                "give numbers or ISO dates",
             ) from None
     times = np.array(found)
     return times.astype("datetime64[s]") if dated else times
