@@ -17,6 +17,7 @@ from rushhour.data import Columns, Dataset, load
 from rushhour.data.table_files import read_tables
 from rushhour.errors import DataError
 from rushhour.progress import Silent
+from rushhour.testing.bundles import tiny_table_bundle
 
 JOBS = ("clerk", "doctor", "writer")
 
@@ -156,6 +157,39 @@ def test_parts_of_the_users_own(tmp_path: Path) -> None:
     write_csv(tmp_path / "more.csv", people(100))
     with pytest.raises(DataError, match=r"cannot tell the part of more.csv"):
         load(str(tmp_path), columns=Columns(target="liked"))
+
+
+def test_a_table_for_a_bundle_has_its_columns_and_strange_categories_are_counted(tmp_path: Path) -> None:
+    bundle = tiny_table_bundle(tmp_path / "bundle")
+    table: dict[str, list[Any]] = {
+        "age": [20 + at % 40 for at in range(60)],
+        "joined": [f"2020-01-{1 + at % 28:02}" for at in range(60)],
+        "job": ["doctor", "astronaut"] * 30,
+        "zip": ["8010", "1010"] * 30,
+    }
+
+    def loaded(**changes: list[Any] | None) -> Dataset:
+        columns = {name: values for name, values in (table | changes).items() if values is not None}
+        return load(str(write_csv(tmp_path / "a.csv", columns)), bundle=bundle)
+
+    data = loaded()
+    assert any("categories that training does not have" in note and "job in " in note for note in data.notes)
+    job = [column.name for column in bundle.manifest.table.columns].index("job")  # type: ignore[union-attr]
+    assert {0.0} < set(np.unique(data.train.inputs[:, job]).tolist()), "0 is the code of what is unknown"
+    with pytest.raises(DataError, match=r"a.csv has no column 'zip': the model was trained with it"):
+        loaded(zip=None)
+    with pytest.raises(DataError, match=r"the column 'age' of a.csv is a category: the model takes a number"):
+        loaded(age=["old", "young"] * 30)
+
+
+def test_equal_times_stay_in_one_part_and_all_equal_ones_cannot_be_split(tmp_path: Path) -> None:
+    table = people(200)
+    table["joined"] = [f"2020-{1 + at // 20:02}-01" for at in range(200)]
+    data = load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", time="joined"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [160, 20, 20]
+    table["joined"] = ["2020-01-01"] * 200
+    with pytest.raises(DataError, match=r"a.csv cannot be split in time: too many samples have the same time"):
+        load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", time="joined"))
 
 
 def test_several_targets_are_values_or_labels(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
-from rushhour.data.arrays import FEWEST, from_splits, leaks
+from rushhour.data.arrays import FEWEST, from_splits, in_time, leaks
 from rushhour.data.columns import USUAL_TARGETS, Columns
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import PARTS, Part, divide, divide_groups, keys_of
@@ -42,7 +43,7 @@ def load_text_table(
     Args:
         path: the file or folder.
         seed: of the split, about 80 / 10 / 10, by the text: equal texts are in one part.
-        columns: what the user says of the columns: target, and group where texts belong together.
+        columns: what the user says of the columns: target, group where texts belong together, and time.
         kind: what targets are; see `rushhour.data.arrays.from_splits`.
         bundle: that the data is for: its tokenizer, its task. Without one the tokens are MiniLM's.
 
@@ -65,10 +66,14 @@ def load_text_table(
     at = 0
     for part, table in parts.items():
         rows = np.arange(at, at + len(texts[part]))
-        groups = np.array([str(each) for each in table[given.group]]) if given.group else None
+        groups = _groups(table[given.group], given.group, path.name) if given.group else None
         splits[part] = Split(samples[rows], _labels(table[target], target, path.name), groups)
         at += len(rows)
-    divided, notes = _divided(splits, texts, seed, kind, path.name)
+    if given.time and WHOLE in splits:
+        in_order, note = in_time(splits[WHOLE], _times(parts[WHOLE][given.time], given.time, path.name), name=path.name)
+        divided, notes = dict(zip(PARTS, in_order, strict=True)), [note]
+    else:
+        divided, notes = _divided(splits, texts, seed, kind, path.name)
     task = None if bundle is None else bundle.manifest.task
     data = from_splits(path.stem, divided["train"], divided["validation"], divided["test"], task=task, kind=kind)
     note = f"texts are in the column {column!r}, of up to {samples.dtype[0].shape[0]} tokens; to predict: {target}"
@@ -162,6 +167,37 @@ def _texts(values: Sequence[Any], column: str, source: str) -> list[str]:
             "remove those rows",
         )
     return list(values)
+
+
+def _groups(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
+    missing = [row for row, each in enumerate(values, 1) if each is None or not str(each).strip()]
+    if missing:
+        raise DataError(
+            f"{len(missing):,} rows of {source} have no group", f"row {missing[0]} has no {column!r}", "fill it in"
+        )
+    return np.array([str(each) for each in values])
+
+
+def _times(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
+    """Numbers, or dates in UTC."""
+    found: list[float] = []
+    dated = False
+    for row, value in enumerate(values, 1):
+        try:
+            time = datetime.fromisoformat(value) if isinstance(value, str) else value
+            if isinstance(time, date):
+                dated = True
+                whole = time if isinstance(time, datetime) else datetime(time.year, time.month, time.day)
+                time = (whole if whole.tzinfo else whole.replace(tzinfo=UTC)).timestamp()
+            found.append(float(time))
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(
+                f"row {row} of {source} has no time in {column!r}",
+                f"it holds {value!r:.60}",
+                "give numbers or ISO dates",
+            ) from None
+    times = np.array(found)
+    return times.astype("datetime64[s]") if dated else times
 
 
 def _labels(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
