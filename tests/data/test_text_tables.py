@@ -103,6 +103,8 @@ def test_later_texts_are_held_out(tmp_path: Path, rows: list[dict[str, str]]) ->
         ({"text": " \t\u00a0"}, "1 rows of a.jsonl have no text"),
         ({"label": None}, "row 1 is the first, and a target is never guessed"),
         ({"text": 3}, "columns of text are none"),
+        ({"text": "half \ud800"}, "row 1 of a.jsonl has a text that cannot be written in UTF-8"),
+        ({"label": ["a", "b"]}, "row 1 of a.jsonl has a list in 'label'"),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -112,6 +114,23 @@ def test_what_cannot_be_used_is_named(
     bad[0] |= change  # type: ignore[arg-type]
     with pytest.raises(DataError, match=said):
         load_text_table(lines(tmp_path / "a.jsonl", bad), bundle=text_bundle(tmp_path / "bundle"))
+
+
+def test_columns_that_cannot_be_meant_are_named(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    bundle = text_bundle(tmp_path / "bundle")
+    file = lines(tmp_path / "a.jsonl", [*rows, {"text": "the cat", "label": "a"}])
+    with pytest.raises(DataError, match=r"1 rows of a.jsonl have no group: row 61"):
+        load_text_table(file, columns=Columns(group="writer"), bundle=bundle)
+    with pytest.raises(DataError, match=r"cannot split the texts of a.jsonl in time"):
+        load_text_table(file, columns=Columns(time="writer"), bundle=bundle)
+    with pytest.raises(DataError, match=r"1 rows of b.jsonl have no value in 'label': row 1"):
+        load_text_table(lines(tmp_path / "b.jsonl", [{"text": "a cat"}, *rows]), bundle=bundle)
+    with pytest.raises(DataError, match=r"this one has none"):
+        load(str(file))
+    pytest.importorskip("pyarrow", reason="extra tabular")
+    (tmp_path / "a.csv").write_text("text,text,label\n" + "the cat,the dog,a\n" * 20)
+    with pytest.raises(DataError, match=r"a.csv has two columns 'text'"):
+        load_text_table(tmp_path / "a.csv", bundle=bundle)
 
 
 def test_files_that_are_no_lines_of_objects(tmp_path: Path) -> None:

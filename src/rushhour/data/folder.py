@@ -22,6 +22,7 @@ from rushhour.data.dataset import Dataset, Files
 from rushhour.data.decoded import Listing, OnCorrupt, OnDecoded, Tally, read, shown
 from rushhour.data.probing import SUFFIXES, decoding_of, probed, shape_of
 from rushhour.data.splits import PART_OF, Part
+from rushhour.data.table_files import is_table_file
 from rushhour.errors import DataError, TaskError
 from rushhour.system.storage import MARK, explained
 from rushhour.task import Task
@@ -238,10 +239,12 @@ class _Tree:
                 above = frozenset(map(_identity, (self._folder.stat(), folder.stat(), path.stat())))
                 found[name] = self._pictures(path, above)
         if not found:
+            tables = [path for path in sorted(folder.iterdir()) if is_table_file(path)]
+            put = f"put the pictures of each class into {shown(folder)}/CLASS/"
             raise DataError(
                 f"{shown(folder)} has no classes",
                 "it holds no folders",
-                f"put the pictures of each class into {shown(folder)}/CLASS/",
+                f"for the table in it name {shown(tables[0])}" if tables else put,
             )
         for name, pictures in found.items():
             if not pictures and not may_be_empty:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,16 @@ def load_text_table(
         ModelError: if MiniLM is needed, and not installed.
         TaskError: if there is only one class, or the model does not know a label.
     """
-    parts = {WHOLE: _lines(path)} if path.suffix.lower() in LINES else _columns_of(read_tables(path))
+    parts = {WHOLE: _lines(path)} if path.suffix.lower() in LINES else _columns_of(read_tables(path), path.name)
     given = columns or Columns()
     first = next(iter(parts.values()))
     given.check(list(first), path.name)
+    if given.time:
+        raise DataError(
+            f"cannot split the texts of {path.name} in time",
+            "they are split by their content",
+            "give files train, validation and test in a folder, or --leave-out that column",
+        )
     target = _target(list(first), given, path.name)
     column = _text_column(first, {target, given.group, given.time, *given.leave_out}, path.name)
     texts = {part: _texts(table[column], column, path.name) for part, table in parts.items()}
@@ -103,7 +110,11 @@ def _divided(
     return {part: splits[part] for part in PARTS}, notes
 
 
-def _columns_of(tables: Mapping[str, pyarrow.Table]) -> dict[str, Table]:
+def _columns_of(tables: Mapping[str, pyarrow.Table], source: str) -> dict[str, Table]:
+    for table in tables.values():
+        names = table.column_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{source} has two columns {twice[0]!r}", "only one can be meant", "rename or remove one")
     return {part: {str(name): table[name].to_pylist() for name in table.column_names} for part, table in tables.items()}
 
 
@@ -126,7 +137,8 @@ def _lines(file: Path) -> Table:
         rows.append(row)
     if not rows:
         raise DataError(f"{file} is empty", "it has no line", "write one object a line")
-    return {name: [row.get(name) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _target(names: list[str], given: Columns, source: str) -> str:
@@ -166,6 +178,15 @@ def _texts(values: Sequence[Any], column: str, source: str) -> list[str]:
             f"row {missing[0]} is the first",
             "remove those rows",
         )
+    for row, text in enumerate(values, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"row {row} of {source} has a text that cannot be written in UTF-8",
+                f"{error.object[error.start]!r} in {column!r} is half of a character",
+                "correct it",
+            ) from error
     return list(values)
 
 
@@ -173,7 +194,9 @@ def _groups(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
     missing = [row for row, each in enumerate(values, 1) if each is None or not str(each).strip()]
     if missing:
         raise DataError(
-            f"{len(missing):,} rows of {source} have no group", f"row {missing[0]} has no {column!r}", "fill it in"
+            f"{len(missing):,} rows of {source} have no group",
+            f"row {missing[0]} has no {column!r}",
+            "fill it in, or remove them",
         )
     return np.array([str(each) for each in values])
 
@@ -184,11 +207,11 @@ def _times(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
     dated = False
     for row, value in enumerate(values, 1):
         try:
-            time = datetime.fromisoformat(value) if isinstance(value, str) else value
-            if isinstance(time, date):
+            time = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
+            if isinstance(time, datetime.date):
                 dated = True
-                whole = time if isinstance(time, datetime) else datetime(time.year, time.month, time.day)
-                time = (whole if whole.tzinfo else whole.replace(tzinfo=UTC)).timestamp()
+                whole = time if isinstance(time, datetime.datetime) else datetime.datetime(time.year, time.month, time.day)
+                time = (whole if whole.tzinfo else whole.replace(tzinfo=datetime.UTC)).timestamp()
             found.append(float(time))
         except (TypeError, ValueError, OverflowError):
             raise DataError(
@@ -208,4 +231,13 @@ def _labels(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
             f"row {missing[0]} is the first, and a target is never guessed",
             "remove those rows, or fill them in",
         )
-    return np.array([str(each) for each in values] if any(isinstance(each, str) for each in values) else values)
+    for row, each in enumerate(values, 1):
+        if not isinstance(each, str | bool | int | float | Decimal | datetime.date):
+            raise DataError(
+                f"row {row} of {source} has a {type(each).__name__} in {column!r}",
+                "a label is a text or a number",
+                "give one label for each text",
+            )
+    if any(isinstance(each, str | datetime.date) or (type(each) is int and abs(each) >= 2**63) for each in values):
+        return np.array([str(each) for each in values])
+    return np.array([float(each) if isinstance(each, Decimal) else each for each in values])
