@@ -121,8 +121,6 @@ def test_columns_that_cannot_be_meant_are_named(tmp_path: Path, rows: list[dict[
     file = lines(tmp_path / "a.jsonl", [*rows, {"text": "the cat", "label": "a"}])
     with pytest.raises(DataError, match=r"1 rows of a.jsonl have no group: row 61"):
         load_text_table(file, columns=Columns(group="writer"), bundle=bundle)
-    with pytest.raises(DataError, match=r"cannot split the texts of a.jsonl in time"):
-        load_text_table(file, columns=Columns(time="writer"), bundle=bundle)
     with pytest.raises(DataError, match=r"1 rows of b.jsonl have no value in 'label': row 1"):
         load_text_table(lines(tmp_path / "b.jsonl", [{"text": "a cat"}, *rows]), bundle=bundle)
     with pytest.raises(DataError, match=r"this one has none"):

@@ -58,12 +58,6 @@ def load_text_table(
     given = columns or Columns()
     first = next(iter(parts.values()))
     given.check(list(first), path.name)
-    if given.time:
-        raise DataError(
-            f"cannot split the texts of {path.name} in time",
-            "they are split by their content",
-            "give files train, validation and test in a folder, or --leave-out that column",
-        )
     target = _target(list(first), given, path.name)
     column = _text_column(first, {target, given.group, given.time, *given.leave_out}, path.name)
     texts = {part: _texts(table[column], column, path.name) for part, table in parts.items()}
