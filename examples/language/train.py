@@ -51,7 +51,7 @@ class Part:
                     self.states[row] = own[: self.lengths[row]].half()
 
     def alike(self, size: int, chance: np.random.Generator | None = None) -> list[torch.Tensor]:
-        """The rows in batches of like length, without more padding than that needs; by chance, or from short to long."""
+        """The rows in batches of like length, so that there is little padding; by chance, or from short to long."""
         if chance is None:
             order = np.argsort(self.lengths.numpy(), kind="stable")
             return [torch.from_numpy(rows) for rows in np.array_split(order, -(-len(order) // size))]
