@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
     parser.add_argument("--rating", default="", help="column of numbers: how sure a label is; see the README")
-    parser.add_argument("--epochs", type=int, default=2, help="of the last layers; 0: the encoder stays as it is")
+    parser.add_argument("--epochs", type=int, default=1, help="of the last layers; 0: the encoder stays as it is")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     data = load_text_table(arguments.data, seed=arguments.seed)
