@@ -25,7 +25,7 @@ KINDS = {
 
 
 def read(kind: str) -> list[tuple[str, str, float]]:
-    """Texts, `positive` or `negative`, and the mean of the raters, whose sign it is; those at exactly 0 are left out."""
+    """Texts, `positive` or `negative`, and the mean of the raters, whose sign it is; those at 0 are left out."""
     packed = io.BytesIO(Package("vaderSentiment").read("additional_resources/hutto_ICWSM_2014.tar.gz"))
     with tarfile.open(fileobj=packed) as archive:
         name = next(each for each in archive.getnames() if each.endswith(KINDS[kind]))

@@ -51,7 +51,7 @@ class Part:
                     self.states[row] = own[: self.lengths[row]].half()
 
     def alike(self, size: int, chance: np.random.Generator | None = None) -> list[torch.Tensor]:
-        """The rows in batches of like length, without more padding than that needs; by chance, or from short to long."""
+        """The rows in batches of like length, so that there is little padding; by chance, or from short to long."""
         if chance is None:
             order = np.argsort(self.lengths.numpy(), kind="stable")
             return [torch.from_numpy(rows) for rows in np.array_split(order, -(-len(order) // size))]
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
     parser.add_argument("--rating", default="", help="column of numbers: how sure a label is; see the README")
-    parser.add_argument("--epochs", type=int, default=2, help="of the last layers; 0: the encoder stays as it is")
+    parser.add_argument("--epochs", type=int, default=1, help="of the last layers; 0: the encoder stays as it is")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     data = load_text_table(arguments.data, seed=arguments.seed)

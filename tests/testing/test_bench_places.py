@@ -17,6 +17,9 @@ from bench.record import Record  # noqa: E402
 from fields_places import Scale, pairs, places_part, scenes  # noqa: E402
 from runs import make_run  # noqa: E402
 
+from rushhour.data.annotations import inside  # noqa: E402
+from rushhour.data.boxes import read_boxes  # noqa: E402
+
 
 def test_boxes_of_one_class_at_one_place_are_a_pair() -> None:
     box = np.float32([0, 0, 10, 10, 0.9, 0])
@@ -32,6 +35,15 @@ def test_scenes_have_the_boxes_of_their_maps() -> None:
         assert drawn[picture_.max(axis=2) >= 140].all()
         for x1, y1, x2, y2, kind in found[found[:, 4] >= 0].astype(int):
             assert kind + 1 in drawn[y1:y2, x1:x2] or len(found[found[:, 4] >= 0]) > 1
+
+
+def test_annotated_frames_are_of_the_test_part_and_their_boxes_in_the_picture() -> None:
+    found = read_boxes(ROOT / "examples" / "driving" / "by_hand.json")
+    assert len(found.images) == 30
+    assert {image.split for image in found.images} == {"test"}
+    assert min(image.frame or 0 for image in found.images) >= 600
+    for image, boxes in zip(found.images, found.boxes, strict=True):
+        assert len(inside(boxes, (image.height, image.width), "it")) == len(boxes) >= 5
 
 
 @pytest.mark.slow
