@@ -224,7 +224,13 @@ class _Tree:
                 elif path.is_dir():
                     # the same name, however the operating system encodes accents
                     name = unicodedata.normalize("NFC", shown(path.name))
-                    found[name if name not in found else shown(path.name)] = path
+                    if name in found:
+                        raise DataError(
+                            f"{shown(folder)} has two folders {name!r}",
+                            "they differ only in how the operating system encodes accents",
+                            "merge them, or rename one",
+                        )
+                    found[name] = path
                 elif path.exists():
                     self.left_out["outside class folders"] += 1
                 else:
@@ -325,4 +331,12 @@ def _changes(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked:
         notes.append(f"{tally.greyed:,} pictures are converted to grey")
     if tally.framed:
         notes.append(f"{tally.framed:,} pictures have several frames: the first is read")
+    for part, count in tally.repeated.items():
+        notes.append(f"{count:,} pictures of the part {part} are in train too: they show nothing new")
+    if tally.contradicting:
+        one, other = tally.contradiction
+        notes.append(
+            f"{tally.contradicting:,} pictures are in several classes, such as {one} and {other}: a picture has one "
+            "label"
+        )
     return notes
