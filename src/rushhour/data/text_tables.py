@@ -204,7 +204,8 @@ def _times(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
             time = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
             if isinstance(time, datetime.date):
                 dated = True
-                whole = time if isinstance(time, datetime.datetime) else datetime.datetime(time.year, time.month, time.day)
+                midnight = datetime.datetime.min.time()
+                whole = time if isinstance(time, datetime.datetime) else datetime.datetime.combine(time, midnight)
                 time = (whole if whole.tzinfo else whole.replace(tzinfo=datetime.UTC)).timestamp()
             found.append(float(time))
         except (TypeError, ValueError, OverflowError):
