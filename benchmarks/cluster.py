@@ -34,8 +34,8 @@ import msgspec
 from bench.models import bundle_of
 from bench.neighbours import neighbours
 from bench.parts import Part, run_parts, say, scale_of, scale_options
-from bench.replicas import failures, replicas
 from bench.record import Table, verdict
+from bench.replicas import failures, replicas
 from bench.servers import DidNotStart, free_port
 from bench.sizing import sizing
 
@@ -223,16 +223,16 @@ def container(engine: EngineName, scale: Scale) -> Part:
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="A Plan beyond one machine.")
-    parser.add_argument("--only", default="", help=f"of replicas,failures,plan,neighbours,{','.join(_SIZES)}, measured anew")
+    parser.add_argument(
+        "--only", default="", help=f"of replicas,failures,plan,neighbours,{','.join(_SIZES)}, measured anew"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     scale_options(parser, Scale())
     arguments = parser.parse_args()
     scale = scale_of(arguments, Scale)
     return run_parts(
         {
-            "replicas": lambda: replicas(
-                scale.pairs, scale.load_s, BENCH / "cluster" / "replicas", BENCH / "models"
-            ),
+            "replicas": lambda: replicas(scale.pairs, scale.load_s, BENCH / "cluster" / "replicas", BENCH / "models"),
             "failures": lambda: failures(BENCH / "cluster" / "failures", BENCH / "models"),
             "plan": lambda: sizing(scale.rounds, BENCH / "cluster" / "plan", BENCH / "models"),
             "neighbours": lambda: neighbours(
