@@ -37,8 +37,8 @@ from bench.machines_apart import machines_apart
 from bench.models import bundle_of
 from bench.neighbours import neighbours
 from bench.parts import Part, run_parts, say, scale_of, scale_options
-from bench.replicas import failures, replicas
 from bench.record import Table, verdict
+from bench.replicas import failures, replicas
 from bench.servers import DidNotStart, free_port
 from bench.sizing import sizing
 from bench.trial_cluster import trial_cluster
@@ -239,9 +239,7 @@ def main() -> int:
     scale = scale_of(arguments, Scale)
     return run_parts(
         {
-            "replicas": lambda: replicas(
-                scale.pairs, scale.load_s, BENCH / "cluster" / "replicas", BENCH / "models"
-            ),
+            "replicas": lambda: replicas(scale.pairs, scale.load_s, BENCH / "cluster" / "replicas", BENCH / "models"),
             "failures": lambda: failures(BENCH / "cluster" / "failures", BENCH / "models"),
             "plan": lambda: sizing(scale.rounds, BENCH / "cluster" / "plan", BENCH / "models"),
             "neighbours": lambda: neighbours(

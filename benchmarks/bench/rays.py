@@ -137,9 +137,7 @@ class Ray:
 
 
 @contextlib.contextmanager
-def ray_on(
-    cores: frozenset[int], cpus: int, *, nodes: int = 1, env: Mapping[str, str] | None = None
-) -> Iterator[Ray]:
+def ray_on(cores: frozenset[int], cpus: int, *, nodes: int = 1, env: Mapping[str, str] | None = None) -> Iterator[Ray]:
     """A Ray, as a context.
 
     Args:

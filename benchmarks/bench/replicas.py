@@ -134,7 +134,7 @@ def failures(work: Path, models: Path) -> Part:
     second = _run_of(work / "second", "cnn", models, max_batch=4)
     events = [*_on_one_node(first, second), _node_lost(first), *_scaling(work, models)]
     for event in events:
-        say(f"2  {event.what}: {event.lost} of {event.sent} lost, {event.lost_twice} twice, back in {event.back_s:.1f} s")
+        say(f"2  {event.what}: {event.lost} of {event.sent} lost, {event.lost_twice} twice, {event.back_s:.1f} s")
     checks = []
     for event in events:
         killed = event.what.startswith("kill")

@@ -104,7 +104,7 @@ def cluster(folder: Path, cpus: int) -> Iterator[Cluster]:
     finally:
         head.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(45)
+            head.wait(5)
         for pid in of_session(head.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -146,7 +146,7 @@ class Client(threading.Thread):
     def __init__(self, find: Callable[[], list[str]], model: str, image: np.ndarray[Any, Any]) -> None:
         super().__init__(daemon=True)
         self._find, self._model, self._image = find, model, image
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.answered: dict[str, int] = {}
         self.lost: list[str] = []
         self.start()
@@ -154,7 +154,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         urls, asked = self._find(), time.monotonic()
         number = 0
-        while not self._stop.is_set():
+        while not self._ended.is_set():
             if time.monotonic() > asked + 0.5:
                 with contextlib.suppress(OSError):
                     urls = self._find() or urls
@@ -166,8 +166,8 @@ class Client(threading.Thread):
                 self.answered[url] = self.answered.get(url, 0) + 1
             except (OSError, ValueError) as error:
                 self.lost.append(f"{url}: {error}")
-            self._stop.wait(0.01)
+            self._ended.wait(0.01)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join()

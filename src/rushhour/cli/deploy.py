@@ -69,7 +69,7 @@ _later_options = options(
 @_reached_options
 @_later_options
 @click.pass_context
-def command(context: click.Context, run: Path | None, json_file: Path | None, **options: Any) -> None:
+def command(context: click.Context, /, run: Path | None, json_file: Path | None, **options: Any) -> None:
     """Deploy the Plan of RUN on Ray Serve, or update what is deployed under this name.
 
     Each replica owns a whole `rushhour serve` process on its node, with the CPUs that the Plan needs. Clients reach it

@@ -55,10 +55,12 @@ class Record(msgspec.Struct, frozen=True):
     Attributes:
         current: what is deployed.
         previous: what was deployed before; None where this is the first.
+        coming: what it is being updated to; also after a command that was killed meanwhile.
     """
 
     current: Order
     previous: Order | None = None
+    coming: Order | None = None
 
 
 class Local(msgspec.Struct, frozen=True):
@@ -98,7 +100,9 @@ class Registry:
 
     def drop_packages(self) -> None:
         """Drop the packages that no deployment has or had just before."""
-        used = {order.run for record in self.records() for order in (record.current, record.previous) if order}
+        used = set()
+        for record in self.records():
+            used |= {order.run for order in (record.current, record.previous, record.coming) if order is not None}
         for key in self._keys("run/"):
             if key.split("/")[1] not in used:
                 self._delete(key)

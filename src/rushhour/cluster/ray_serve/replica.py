@@ -22,7 +22,7 @@ from rushhour.cluster.ray_serve.packing import unpack
 from rushhour.cluster.ray_serve.registry import Registry, Replicated
 from rushhour.cluster.ray_serve.scaling import ANSWERED, OFFERED, SHED, WAIT
 from rushhour.errors import RushhourError, ServeError
-from rushhour.serve import Limits, ServeSettings
+from rushhour.serve import ServeSettings
 from rushhour.serve.access.exposure import is_loopback
 from rushhour.serve.child import ChildServer
 
@@ -51,7 +51,7 @@ class Replica:
         RuntimeError: if its server does not start: `FAILED` and the reason, in one line.
     """
 
-    async def __init__(self, text: str) -> None:
+    def __init__(self, text: str) -> None:
         self._closed = threading.Event()
         self._order = msgspec.json.decode(text, type=Order)
         self._registry = Registry()
@@ -59,7 +59,7 @@ class Replica:
         self._claims: Claims | None = None
         self._child: ChildServer | None = None
         try:
-            self._child = await asyncio.to_thread(self._start)
+            self._child = self._start()
         except RushhourError as error:
             self._free()
             raise RuntimeError(f"{FAILED}{error}") from None
@@ -136,7 +136,6 @@ class Replica:
                 drain_delay_s=order.drain_delay_s,
                 drain_timeout_s=DRAIN_S,
                 log_format="json",
-                limits=Limits(),
             )
             try:
                 with _pinned(self._cores):

@@ -84,17 +84,16 @@ def deploy(
         ServeError: if there are too few CPUs, the route is taken, or the replicas do not get ready.
     """
     record = registry.record(order.name)
-    _check_route(registry, order)
-    surge = _check_room(order, None if record is None else record.current)
-    registry.put_package(order.run, package)
-    _start_serve(order, proxy_port, proxy_grpc_port)
     before = None if record is None else record.current
+    _check_route(registry, order)
     if before == order and status(registry, order.name).state == "ready":
         say(f"{order.name} is deployed already, from this plan and with these options")
         return status(registry, order.name)
-    _roll(registry, order, before, surge=surge, timeout_s=timeout_s, say=say)
-    registry.keep(Record(order, before))
-    registry.drop_packages()
+    surge = _check_room(order, before)
+    registry.keep(Record(order) if record is None else msgspec.structs.replace(record, coming=order))
+    registry.put_package(order.run, package)
+    _start_serve(order, proxy_port, proxy_grpc_port)
+    _roll(registry, order, record, surge=surge, timeout_s=timeout_s, say=say)
     return status(registry, order.name)
 
 
@@ -108,8 +107,8 @@ def undo(registry: Registry, name: str, *, timeout_s: float, say: Say) -> State:
     if record.previous is None:
         raise ServeError(f"cannot undo {name}", "nothing was deployed under this name before", "deploy another run")
     surge = _check_room(record.previous, record.current)
-    _roll(registry, record.previous, record.current, surge=surge, timeout_s=timeout_s, say=say)
-    registry.keep(Record(record.previous, record.current))
+    registry.keep(msgspec.structs.replace(record, coming=record.previous))
+    _roll(registry, record.previous, record, surge=surge, timeout_s=timeout_s, say=say)
     return status(registry, name)
 
 
@@ -148,7 +147,7 @@ def status(registry: Registry, name: str) -> State:
     state, message = "unhealthy", "Ray Serve has no such application" if application is None else ""
     if application is not None:
         if len(ready) >= order.replicas[0]:
-            changing = len(ready) != len(replicas) or application.status != "RUNNING"
+            changing = len(ready) != len(replicas) or application.status != "RUNNING" or record.coming is not None
             state = "changing" if changing else "ready"
         message = _reason(application) if application.status in ("DEPLOY_FAILED", "UNHEALTHY") else ""
     http, grpc = _proxies(order) if application is not None else (None, None)
@@ -236,26 +235,34 @@ def _start_serve(order: Order, port: int, grpc_port: int | None) -> None:
         raise ServeError("Ray Serve does not start", _first_line(error), "see Ray's logs") from error
 
 
-def _roll(registry: Registry, order: Order, before: Order | None, *, surge: bool, timeout_s: float, say: Say) -> None:
-    """Bring the replicas to an order; to the one before where that fails.
+def _roll(
+    registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say
+) -> None:
+    """Bring the replicas to an order; back to what the record has, where that fails.
 
     Raises:
         ServeError: with the reason of the replica.
     """
+    before = None if record is None else record.current
     try:
         if before is not None:
             say(f"updating {order.name}" + ("" if surge else ", one replica at a time: no CPUs are free for another"))
         _run(order, surge)
         _await(registry, order, timeout_s, say)
     except ServeError as error:
-        with contextlib.suppress(ServeError):
-            if before is None:
-                _delete_failed(registry, order.name)
-            else:
-                _run(before, surge)
-                _await(registry, before, timeout_s, say)
-        kept = "nothing is deployed" if before is None else "what was deployed before still serves"
+        kept = "nothing is deployed"
+        if record is None:
+            _delete_failed(registry, order.name)
+        else:
+            kept = "what was deployed before still serves"
+            with contextlib.suppress(ServeError):
+                _run(record.current, surge)
+                _await(registry, record.current, timeout_s, say)
+            registry.keep(msgspec.structs.replace(record, coming=None))
+        registry.drop_packages()
         raise ServeError(error.what, error.why, error.fix or kept) from error
+    registry.keep(Record(order, before))
+    registry.drop_packages()
 
 
 def _delete_failed(registry: Registry, name: str) -> None:
