@@ -304,9 +304,7 @@ def test_neither_waits_for_more_samples_of_the_other_than_of_its_own(large: list
     rows=st.sampled_from([1, 2, 8, 9, 50, 200]),
     times=st.sampled_from([TIMES, LINEAR]),
 )
-def test_admission_predicts_the_shared_order(
-    streams: int, large: int, waiting: int, rows: int, times: Profile
-) -> None:
+def test_admission_predicts_the_shared_order(streams: int, large: int, waiting: int, rows: int, times: Profile) -> None:
     """Replayed: with nothing else arriving, the prediction is the time of the answer."""
     batcher: Batcher[str] = Batcher(BATCH, 10_000, times, VirtualClock(), streams=streams)
     if large > BATCH:

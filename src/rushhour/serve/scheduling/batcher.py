@@ -191,7 +191,9 @@ class Batcher(Generic[T]):
 
     def batch(self, rows: int) -> int:
         """Samples in the batches that a request of `rows` samples waits for, at most."""
-        return hardly_slower(self.max_batch, self._times) if self._large_waiting or rows >= self._large_from else self.max_batch
+        if not self._large_waiting and rows < self._large_from:
+            return self.max_batch
+        return hardly_slower(self.max_batch, self._times)
 
     def work(self, rows: int, sizes: Sizes) -> float:
         """Of samples of these sizes, in samples of the usual size."""
