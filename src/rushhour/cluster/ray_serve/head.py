@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -15,26 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from rushhour.cluster.ray_client import LOOPBACK, PATIENCE, address_of, connect, imported
 from rushhour.cluster.ray_serve.registry import Local, Registry
 from rushhour.errors import ServeError
-from rushhour.system.extras import require
 from rushhour.system.machine import cores
 
 _START_S: Final = 120.0
 _STOP_S: Final = 60.0
-_CONNECT_S: Final = 5.0
 _LOOK_S: Final = 0.1
 _STORE_BYTES: Final = 100_000_000
 """Of Ray's object store, which holds none of our objects."""
-_LOOPBACK: Final = "127.0.0.1"
-_QUIET: Final = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-_PATIENCE: Final = {"RAY_py_gcs_connect_timeout_s": "10", "RAY_gcs_server_request_timeout_seconds": "10"}
-"""Of this process, with an address at which something else than Ray may answer."""
-_TRIES: Final = 2
 _ON_LOOPBACK: Final = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray takes 127.0.0.1 for the machine's address in its network, but where it expects no other machine."""
 
@@ -54,21 +43,18 @@ def connected(
 
     Raises:
         InstallError: if Ray is not installed.
-        ServeError: if there is none, or it does not answer.
+        GoalError: if it does not answer.
+        ServeError: if there is none, or it does not start.
     """
-    require("cluster")
-    chosen = {**_QUIET, **_PATIENCE}
-    os.environ.update({name: value for name, value in chosen.items() if name not in os.environ})
+    ray = imported()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-
+        warnings.simplefilter("ignore")  # those of Ray Serve about its own future
         if ray.is_initialized():
             yield Registry()
             return
-        address = _checked(address) if address is not None else _running()
+        found = address_of(address)
         started: Local | None = None
-        if address is None:
+        if found is None:
             if not start:
                 raise ServeError(
                     "no Ray runs on this machine", "", "start one with `ray start --head`, or give --ray ADDRESS"
@@ -76,9 +62,9 @@ def connected(
             if say is not None:
                 say("no Ray runs on this machine: one is started on loopback")
             started = _start()
-            address = started.address
+            found = started.address
         try:
-            _connect(ray, address)
+            connect(ray, found)
             registry = Registry()
             if started is not None:
                 registry.keep_local(started)
@@ -119,63 +105,6 @@ def free_places(cpus: int) -> tuple[int, int, int]:
     return whole, now, largest
 
 
-def _checked(address: str) -> str:
-    """The address, if something listens there.
-
-    Raises:
-        ServeError: if not.
-    """
-    host, _, port = address.rpartition(":")
-    if address.startswith("ray://") or not host or not port.isdigit():
-        raise ServeError(
-            f"cannot use the Ray address {address!r}",
-            "it is HOST:PORT of the head's key-value store, as `ray start --head` shows it",
-            "write for example 10.0.0.5:6379, on a machine of the cluster",
-        )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ServeError(f"no Ray answers at {address}", why, "give the address of one that runs") from error
-    return address
-
-
-def _running() -> str | None:
-    """The address of the Ray that runs on this machine, if one does."""
-    from ray._private.utils import read_ray_address
-
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    if not address:
-        return None
-    try:
-        return _checked(address)
-    except ServeError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise
-        return None  # it has ended
-
-
-def _connect(ray: Any, address: str) -> None:
-    from ray._private import ray_constants
-
-    ray_constants.NUM_REDIS_GET_RETRIES = _TRIES
-    if address.startswith((_LOOPBACK, "localhost")):
-        ray_constants.ENABLE_RAY_CLUSTER = False  # as `_ON_LOOPBACK` does, in a process that has imported it
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).addFilter(_is_error)  # Ray Serve sets its level anew
-    try:
-        ray.init(address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
-    except Exception as error:  # of many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ServeError(
-            f"cannot connect to the Ray at {address}", lines[0], "run this on a machine of the cluster"
-        ) from error
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
 def _start() -> Local:
     """Start a Ray on loopback, in a process of its own, which outlives this one.
 
@@ -189,7 +118,7 @@ def _start() -> Local:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "rushhour-head.log"
     switches = {
-        "node-ip-address": _LOOPBACK,
+        "node-ip-address": LOOPBACK,
         "port": port,
         "num-cpus": cores(),
         "include-dashboard": "false",
@@ -202,7 +131,7 @@ def _start() -> Local:
     with log.open("wb") as said:
         process = subprocess.Popen(
             [*command, "--no-monitor", *(f"--{name}={value}" for name, value in switches.items())],
-            env={name: value for name, value in os.environ.items() if name not in _PATIENCE} | _ON_LOOPBACK,
+            env={name: value for name, value in os.environ.items() if name not in PATIENCE} | _ON_LOOPBACK,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
@@ -218,7 +147,7 @@ def _start() -> Local:
     except BaseException:
         _end(process.pid)
         raise
-    return Local(process.pid, f"{_LOOPBACK}:{port}")
+    return Local(process.pid, f"{LOOPBACK}:{port}")
 
 
 def _end(pid: int) -> None:
@@ -249,6 +178,6 @@ def _session(leader: int) -> list[int]:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
