@@ -18,7 +18,7 @@ from rushhour.system.extras import require
 
 LOOPBACK: Final = "127.0.0.1"
 PATIENCE: Final = {"RAY_py_gcs_connect_timeout_s": "10", "RAY_gcs_server_request_timeout_seconds": "10"}
-"""Of this process, with an address at which something else than Ray may answer. A Ray that is started here gets none."""
+"""Of this process, with an address at which something else than Ray may answer. A Ray that it starts has none of it."""
 _QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",

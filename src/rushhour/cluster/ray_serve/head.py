@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rushhour.cluster.ray_client import LOOPBACK, PATIENCE, address_of, connect, imported
 from rushhour.cluster.ray_serve.registry import Local, Registry

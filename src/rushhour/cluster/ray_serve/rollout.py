@@ -235,9 +235,7 @@ def _start_serve(order: Order, port: int, grpc_port: int | None) -> None:
         raise ServeError("Ray Serve does not start", _first_line(error), "see Ray's logs") from error
 
 
-def _roll(
-    registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say
-) -> None:
+def _roll(registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say) -> None:
     """Bring the replicas to an order; back to what the record has, where that fails.
 
     Raises:
