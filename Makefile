@@ -20,7 +20,7 @@
 # make bench-machines  accuracy and speed of int8, with and without VNNI, 20 minutes
 # make bench-zoo    500 random networks under a checked heap, and a gallery of networks in every step, 25 minutes
 # make bench-doors  one model of each kind that people bring: import, equality, int8, pruning, serving; 15 minutes; the article's Keras service against its Plan, imports against torch; 40 more on a quiet machine; resumes
-# make bench-cluster  size, start and memory of an exported container, `rushhour plan` against capacities, a model beside a flooded one, a training on two network namespaces, a tuning run on a Ray cluster that loses a node; 45 minutes on a quiet machine
+# make bench-cluster  replicas on Ray: what they carry and what failures lose; size, start and memory of an exported container, `rushhour plan` against capacities, a model beside a flooded one, a training on two network namespaces, a tuning run on a Ray cluster that loses a node; an hour on a quiet machine
 # make bench-adapt  ladders, cascades, texts in buckets, tiles: each against the best without it; two hours on a quiet machine; parts by `--only`
 # make bench-fields  every example from its data to its report: minutes, accuracy, capacity; parts by `--only`; resumes
 # make example-NAME  one of them, into runs/NAME (examples/README.md lists them)
@@ -48,6 +48,10 @@ setup: .venv/.ready
 
 .venv/.dev: .venv/.ready
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/.examples: .venv/.ready
+	$(BIN)/pip install --quiet --editable '.[examples]'
 	@touch $@
 
 demo: setup
@@ -150,12 +154,11 @@ bench-adapt: .venv/.dev
 	$(BIN)/python benchmarks/adapt.py
 	$(BIN)/python benchmarks/render.py
 
-bench-fields: .venv/.dev
-	$(BIN)/pip install --quiet --editable '.[text]'
+bench-fields: .venv/.examples
 	$(BIN)/python benchmarks/fields.py
 	$(BIN)/python benchmarks/render.py
 
-example-%: setup
+example-%: .venv/.examples
 	$(BIN)/python examples/run.py $*
 
 picture: setup

@@ -41,7 +41,7 @@ class Scale(msgspec.Struct, frozen=True):
 
     Attributes:
         networks: of the day, separated by commas; `day_epochs` of their training.
-        searches: seconds of each search for a capacity.
+        overloads: of each variant, that tell what it carries.
         days: of each contestant.
         network: of part 2, trained for `epochs` on `data`, which is named as on the command line.
         budget: of each tuning run of part 2, in seconds.
@@ -61,7 +61,7 @@ class Scale(msgspec.Struct, frozen=True):
 
     networks: str = "residual,article,article-int8,mlp"
     day_epochs: int = 6
-    searches: float = 60.0
+    overloads: int = 3
     days: int = 4
     network: str = "article"
     data: str = "fashion-mnist"
@@ -95,7 +95,7 @@ def main(given: list[str] | None = None) -> int:
     scale, work = scale_of(arguments, Scale), arguments.work
     parts: dict[str, Callable[[], Part]] = {
         "1": lambda: day_part(
-            *(scale.networks, scale.day_epochs, scale.searches, scale.days, work),
+            *(scale.networks, scale.day_epochs, scale.overloads, scale.days, work),
         ),
         "2": lambda: fashion_part(
             *(scale.network, scale.data, scale.epochs, scale.budget, scale.rounds, scale.resamples, work),

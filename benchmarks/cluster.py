@@ -1,5 +1,8 @@
 """`make bench-cluster`: what a Plan costs beyond one machine, and beside another one.
 
+replicas                part 1: two replicas on Ray against one; what each way to a replica costs; Ray Serve's own
+                        @serve.batch
+failures                part 2: a server, a replica, a node is killed, an update, more and fewer replicas: requests lost
 plan                    part 3: what `rushhour plan` says of one, two and four processes, against their capacity; 8
                         minutes on a quiet machine
 neighbours              part 4: two models behind one port, one of which gets ten times what it carries; 3 minutes on a
@@ -35,6 +38,7 @@ from bench.models import bundle_of
 from bench.neighbours import neighbours
 from bench.parts import Part, run_parts, say, scale_of, scale_options
 from bench.record import Table, verdict
+from bench.replicas import failures, replicas
 from bench.servers import DidNotStart, free_port
 from bench.sizing import sizing
 from bench.trial_cluster import trial_cluster
@@ -82,13 +86,15 @@ _READ = "print(next(line for line in open('/proc/self/status') if line.startswit
 
 class Scale(msgspec.Struct, frozen=True):
     """How often the server is started, and the capacities of processes are compared; how often and for how long one
-    model is flooded beside another; epochs and pictures of a training on two machines; the
-    time of a tuning run on a cluster."""
+    model is flooded beside another; how often one replica and two are loaded, and for how long each; epochs and
+    pictures of a training on two machines; the time of a tuning run on a cluster."""
 
     starts: int = 9
     rounds: int = 3
     floods: int = 3
     seconds: float = 20.0
+    pairs: int = 5
+    load_s: float = 8.0
     epochs: int = 3
     pictures: int = 12000
     budget: str = "12m"
@@ -225,7 +231,7 @@ def container(engine: EngineName, scale: Scale) -> Part:
 def main() -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description="A Plan beyond one machine.")
-    names = ",".join(("plan", "neighbours", "torchrun", "trials", *_SIZES))
+    names = ",".join(("replicas", "failures", "plan", "neighbours", "torchrun", "trials", *_SIZES))
     parser.add_argument("--only", default="", help=f"of {names}, measured anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     scale_options(parser, Scale())
@@ -233,6 +239,8 @@ def main() -> int:
     scale = scale_of(arguments, Scale)
     return run_parts(
         {
+            "replicas": lambda: replicas(scale.pairs, scale.load_s, BENCH / "cluster" / "replicas", BENCH / "models"),
+            "failures": lambda: failures(BENCH / "cluster" / "failures", BENCH / "models"),
             "plan": lambda: sizing(scale.rounds, BENCH / "cluster" / "plan", BENCH / "models"),
             "neighbours": lambda: neighbours(
                 scale.floods, scale.seconds, BENCH / "cluster" / "neighbours", BENCH / "models"
@@ -245,7 +253,7 @@ def main() -> int:
         arguments.out,
         kept=True,
         only={name for name in arguments.only.split(",") if name},
-        timed={"plan", "neighbours", "trials", *_SIZES},
+        timed={"replicas", "failures", "plan", "neighbours", "trials", *_SIZES},
         seeds={},
     )
 

@@ -2,7 +2,8 @@
 
 A part for each file `examples/FIELD/NAME.toml`: its minutes, its accuracy with the interval against its target and a
 plain baseline, its capacity against its own network in torch as it is, and what else the example has measured itself
-(`figures.json`). `--only NAME` measures one anew. Downloads are no part of the minutes.
+(`figures.json`). `--only NAME` measures one anew. Downloads are no part of the minutes. Part 3 compares compiled
+networks for places in a picture with torch (fields_places.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import msgspec
 from bench.parts import Part, run_parts, say
 from bench.record import Check, Table, verdict
+from fields_places import Scale, places_part
+from picture import GALLERY, draw_example
 
 from rushhour.errors import RushhourError
 from rushhour.plan import Plan
@@ -32,6 +35,8 @@ from packages import described  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "fields.json"
 BENCH = ROOT / ".bench" / "fields"
 MINUTES, GAIN = "<= 10", ">= 5"
+PLACES = "3"
+"""The part that is no example."""
 _COLUMNS = (
     "example", "field", "metric", "network", "Plan", "baseline", "torch, requests/s", "Plan, requests/s", "minutes",
 )  # fmt: skip
@@ -41,13 +46,14 @@ class ExampleError(RushhourError):
     """An example that did not end in a Plan."""
 
 
-def example_part(name: str, work: Path, *, resumes: bool) -> Part:
-    """Run an example and judge what it wrote.
+def example_part(name: str, work: Path, *, resumes: bool, pictures: Path | None = None) -> Part:
+    """Run an example, judge what it wrote, and draw it for the gallery.
 
     Args:
         name: of the example.
         work: where its folder is made.
         resumes: whether a folder that is there is continued; else it is removed first.
+        pictures: the folder of the gallery's pictures.
 
     Raises:
         ExampleError: if a step fails.
@@ -60,6 +66,8 @@ def example_part(name: str, work: Path, *, resumes: bool) -> Part:
     except SystemExit as error:
         raise ExampleError(f"the example {name} ended early", str(error), "") from error
     plan = Plan.load(out / "run" / "plan.json")
+    if pictures is not None:
+        draw_example(out / "run", pictures / f"{name}.svg")
     part = judged_example(name, examples.example(name), plan, sum(took.values()) / 60, figures(out))
     folder = examples.FILES[name].parent.relative_to(ROOT)
     measured = {
@@ -153,19 +161,20 @@ def reached(
 def main(given: list[str] | None = None) -> int:
     """Run what is missing, and write the record after each example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="examples, measured anew")
+    parser.add_argument("--only", default="", help=f"examples, or {PLACES}, measured anew")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     parser.add_argument("--work", type=Path, default=BENCH, help="where the examples' folders are made")
     parser.add_argument("--resume", action="store_true", help="continue folders that are there")
     arguments = parser.parse_args(given)
     only = {name for name in arguments.only.split(",") if name}
-    if strange := only - set(examples.FILES):
+    if strange := only - {*examples.FILES, PLACES}:
         parser.error(f"there is no example {', '.join(strange)}: they are {', '.join(examples.FILES)}")
-    parts = {
-        name: partial(example_part, name, arguments.work.resolve(), resumes=arguments.resume) for name in examples.FILES
-    }
+    work, pictures = arguments.work.resolve(), GALLERY if arguments.out == RESULTS else None
+    own = partial(example_part, work=work, resumes=arguments.resume, pictures=pictures)
+    parts = {name: partial(own, name) for name in examples.FILES}
+    parts[PLACES] = partial(places_part, work / "places", Scale())
     say(json.dumps({name: examples.example(name)["title"] for name in examples.FILES}))
-    return run_parts(parts, arguments.out, kept=True, only=only, timed=set(parts), seeds={"first": 0})
+    return run_parts(parts, arguments.out, kept=True, only=only, timed=set(examples.FILES), seeds={"first": 0})
 
 
 if __name__ == "__main__":

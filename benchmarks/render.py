@@ -37,7 +37,7 @@ def render_gallery(record: Record | None, pictures: Path | None = None) -> str:
         pictures: a folder with a picture NAME.svg or NAME.png of some of them.
     """
     parts = {} if record is None else record.data["parts"]
-    examples = [_shown(name, part, pictures) for name, part in parts.items()]
+    examples = [_shown(name, part, pictures) for name, part in parts.items() if "title" in part["measured"]]
     return _environment().get_template("gallery.md.j2").render(examples=examples)
 
 

@@ -50,6 +50,12 @@ def test_an_error_is_one_line_with_its_reason_and_remedy() -> None:
     assert str(DataError("only this")) == "only this"
 
 
+def test_names_in_a_users_file_cannot_write_on_the_terminal() -> None:
+    hostile = DataError("no column '\x1b]0;mine\x07a\nb'", "half \ud800", "turned \u202eback")
+    assert str(hostile) == r"no column '\x1b]0;mine\x07a b': half \ud800; turned \u202eback"
+    assert errors_module.one_line("שלום 👩\u200d👩\u200d👧 é") == "שלום 👩\u200d👩\u200d👧 é"
+
+
 def test_every_error_is_in_the_tree() -> None:
     drawn = errors_module.__doc__ or ""
     for name, kind in vars(errors_module).items():

@@ -1,4 +1,4 @@
-"""How a Plan, or a bundle, agrees with boxes that were drawn by hand: AP50, mAP, and who is found.
+"""How a Plan, or a bundle, agrees with boxes that were drawn one by one: AP50, mAP, and who is found.
 
 python examples/driving/hand_labels.py runs/pedestrians/run runs/pedestrians/street/street.avi
 """
@@ -53,13 +53,13 @@ def main() -> None:
     persons = int((wanted[..., 4] >= 0).sum())
     who, right = (f"{each[-1] if each is not None and len(each) else 0:.0%}" for each in (recall, precision))
     print(
-        f"{len(numbers)} frames, {persons} persons drawn by hand: AP50 {value:.3f} ({interval[0]:.3f} to "
+        f"{len(numbers)} frames, {persons} persons drawn one by one: AP50 {value:.3f} ({interval[0]:.3f} to "
         f"{interval[1]:.3f}), mAP {kind.mean_average_precision(found):.3f}; above {SHOWN:g} it finds {who} of them, "
         f"and {right} of its boxes are right"
     )
     if arguments.out is not None:
         check = {
-            "id": "hand", "what": f"AP50 against {persons} persons drawn by hand in {len(numbers)} test frames",
+            "id": "hand", "what": f"AP50 against {persons} persons drawn one by one in {len(numbers)} test frames",
             "unit": "", "target": ">= 0", "value": round(value, 4), "interval": [round(each, 4) for each in interval],
             "n": len(numbers), "holds": True,
         }  # fmt: skip

@@ -99,7 +99,7 @@ def main() -> None:
     try:
         import cv2
     except ImportError:
-        raise SystemExit("the teacher needs OpenCV: pip install 'opencv-python-headless<5'") from None
+        raise SystemExit("the teacher needs OpenCV: pip install 'rushhour[examples]'") from None
     out.mkdir(parents=True, exist_ok=True)
     video = out / "street.avi"
     video.write_bytes(Package("opencv-doc").read("examples/data/vtest.avi"))

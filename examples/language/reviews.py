@@ -1,4 +1,4 @@
-"""Write short film reviews with the verdict of 20 human raters each, as a table of texts and labels.
+"""Write short film reviews with the verdict of 20 human raters each, as a table of texts, labels and mean ratings.
 
 python examples/language/reviews.py reviews.csv
 """
@@ -24,14 +24,15 @@ KINDS = {
 }
 
 
-def read(kind: str) -> list[tuple[str, str]]:
-    """Texts and `positive` or `negative`: the sign of the mean of the raters; those at exactly 0 are left out."""
+def read(kind: str) -> list[tuple[str, str, float]]:
+    """Texts, `positive` or `negative`, and the mean of the raters, whose sign it is; those at 0 are left out."""
     packed = io.BytesIO(Package("vaderSentiment").read("additional_resources/hutto_ICWSM_2014.tar.gz"))
     with tarfile.open(fileobj=packed) as archive:
         name = next(each for each in archive.getnames() if each.endswith(KINDS[kind]))
         content = archive.extractfile(name).read().decode("latin-1")
     rows = (line.split("\t", 2) for line in content.splitlines() if line.strip())
-    return [(text.strip(), "positive" if float(score) > 0 else "negative") for _, score, text in rows if float(score)]
+    rated = [(text.strip(), float(score)) for _, score, text in rows if float(score)]
+    return [(text, "positive" if score > 0 else "negative", score) for text, score in rated]
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     rows = read(arguments.kind)
     with arguments.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerows([("text", "label"), *rows])
+        writer.writerows([("text", "label", "rating"), *rows])
     print(f"{len(rows):,} texts in {arguments.out}")
 
 

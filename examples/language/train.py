@@ -1,14 +1,17 @@
-"""Train a classifier of texts on MiniLM in minutes: the encoder stays as it is, two linear models on it are trained.
+"""Train a classifier of texts on MiniLM in minutes: two linear models, then the encoder's last layers with them.
 
-python examples/language/train.py reviews.csv reviews-bundle
+python examples/language/train.py reviews.csv reviews-bundle --rating rating
 
-The table needs a column of texts and a column `label`; yours will do. Every text is encoded once. Then the weights of
-the embedding and of the words are found by L-BFGS, with the penalty of which most of the validation part is right.
+The table needs a column of texts and a column `label`; yours will do. Every text goes once through the layers that stay
+as they are. The weights of the embedding and of the words are found by L-BFGS; from there the last layers are trained
+too. What is kept is that of which most of the validation part is right.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -17,91 +20,202 @@ from torch import nn
 
 from rushhour.bundle import Step
 from rushhour.data.dataset import Split
+from rushhour.data.text import tokens
 from rushhour.data.text_tables import load_text_table
 from rushhour.models import text_classifier_bundle
 from rushhour.models.minilm import INPUTS, pretrained_encoder
 
-PENALTIES = (0.3, 1.0, 3.0, 10.0)
+PENALTIES = (1.0, 3.0)
 SCALE = 3.0
 """Of the embedding, beside words that count 1: the penalty weighs on it so much less."""
+TRAINED = 2
+"""Layers of the encoder, the last ones, that are trained."""
+BATCH, RATE, HEAD_RATE, DECAY, WARM_UP = 32, 1e-4, 1e-3, 0.01, 0.1
 AT_ONCE = 64
 
 
-def encoded(encoder: nn.Module, part: Split) -> torch.Tensor:
-    """The embedding of each text `(n, 384)`; texts of like length are encoded together, without more padding."""
-    lengths = part.inputs[INPUTS[1]].sum(axis=1)
-    order = np.argsort(lengths, kind="stable")
-    found = torch.empty(len(part), 384)
-    with torch.inference_mode():
-        for rows in np.array_split(order, max(1, len(order) // AT_ONCE)):
-            longest = lengths[rows].max()
-            found[rows] = encoder(*(torch.from_numpy(part.inputs[name][rows, :longest].copy()) for name in INPUTS))
-    return found
+class Part:
+    """A part of the data after the layers that stay: their states, without padding, and what is to be answered."""
+
+    def __init__(self, encoder: nn.Module, part: Split, wanted: torch.Tensor) -> None:
+        self.ids, mask = (torch.from_numpy(part.inputs[name].copy()) for name in INPUTS[:2])
+        self.lengths, self.wanted = mask.sum(dim=1), wanted
+        self.labels = torch.from_numpy(np.array(part.targets))
+        self.states: list[torch.Tensor] = [torch.empty(0)] * len(part)
+        with torch.inference_mode():
+            for rows in self.alike(AT_ONCE):
+                ids, mask = self.tokens(rows)
+                states = encoder.words(ids) + encoder.segments.weight[0] + encoder.positions.weight[: ids.shape[1]]
+                states = through(encoder.layers[:-TRAINED], encoder.norm(states), mask)
+                for row, own in zip(rows.tolist(), states, strict=True):
+                    self.states[row] = own[: self.lengths[row]].half()
+
+    def alike(self, size: int, chance: np.random.Generator | None = None) -> list[torch.Tensor]:
+        """The rows in batches of like length, so that there is little padding; by chance, or from short to long."""
+        if chance is None:
+            order = np.argsort(self.lengths.numpy(), kind="stable")
+            return [torch.from_numpy(rows) for rows in np.array_split(order, -(-len(order) // size))]
+        mixed = np.array_split(chance.permutation(len(self.lengths)), -(-len(self.lengths) // (16 * size)))
+        batches = [
+            torch.from_numpy(rows)
+            for some in mixed
+            for rows in np.array_split(some[np.argsort(self.lengths.numpy()[some])], -(-len(some) // size))
+        ]
+        return [batches[at] for at in chance.permutation(len(batches))]
+
+    def tokens(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their ids, and a mask of the tokens that are there."""
+        longest = int(self.lengths[rows].max())
+        return self.ids[rows, :longest], (torch.arange(longest) < self.lengths[rows][:, None]).float()
 
 
-def fitted(
-    meaning: torch.Tensor,
-    tokens: torch.Tensor,
-    counted: torch.Tensor,
-    labels: torch.Tensor,
-    classes: int,
-    penalty: float,
-) -> tuple[nn.Linear, nn.Embedding]:
+class Head(nn.Module):
+    """The last layers, and the two linear models: of the embedding, and of the words."""
+
+    def __init__(self, layers: nn.ModuleList, classes: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.meaning = nn.Linear(layers[0].norm.normalized_shape[0], classes)
+        self.words = nn.Embedding(30_522, classes)
+        for weight in (self.meaning.weight, self.meaning.bias, self.words.weight):
+            nn.init.zeros_(weight)
+
+    def embedding(self, part: Part, rows: torch.Tensor) -> torch.Tensor:
+        _, mask = part.tokens(rows)
+        states = nn.utils.rnn.pad_sequence([part.states[row].float() for row in rows.tolist()], batch_first=True)
+        states, counted = through(self.layers, states, mask), mask[:, :, None]
+        return nn.functional.normalize((states * counted).sum(dim=1) / counted.sum(dim=1), dim=1)
+
+    def logits(self, meaning: torch.Tensor, part: Part, rows: torch.Tensor) -> torch.Tensor:
+        ids, mask = part.tokens(rows)
+        return self.meaning(SCALE * meaning) + (self.words(ids) * mask[:, :, None]).sum(dim=1)
+
+    def accuracy(self, part: Part) -> float:
+        """The share of a part that it is right about."""
+        with torch.inference_mode():
+            right = sum(
+                int((self.logits(self.embedding(part, rows), part, rows).argmax(dim=1) == part.labels[rows]).sum())
+                for rows in part.alike(AT_ONCE)
+            )
+        return right / len(part.labels)
+
+
+def through(layers: nn.ModuleList, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """States after some layers of the encoder; as its own `forward`."""
+    bias = ((1.0 - mask) * -1e4)[:, None, None, :]
+    for layer in layers:
+        states = layer(states, bias)
+    return states
+
+
+def fit_linear(head: Head, part: Part, meaning: torch.Tensor, penalty: float) -> None:
     """The two linear models, by maximum likelihood with an L2 penalty (which is added to the sum of the losses)."""
-    linear, words = nn.Linear(meaning.shape[1], classes), nn.Embedding(30_522, classes)
-    for weight in (linear.weight, linear.bias, words.weight):
-        nn.init.zeros_(weight)
-    parameters = [linear.weight, linear.bias, words.weight]
+    every = torch.arange(len(part.labels))
+    parameters = [head.meaning.weight, head.meaning.bias, head.words.weight]
     optimizer = torch.optim.LBFGS(parameters, max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = linear(SCALE * meaning) + (words(tokens) * counted).sum(dim=1)
-        weights = linear.weight.square().sum() + words.weight.square().sum()
-        total = nn.functional.cross_entropy(logits, labels) + penalty / 2 * weights / len(labels)
+        weights = head.meaning.weight.square().sum() + head.words.weight.square().sum()
+        found = nn.functional.cross_entropy(head.logits(meaning, part, every), part.wanted)
+        total = found + penalty / 2 * weights / len(every)
         total.backward()
         return total
 
     optimizer.step(loss)
-    return linear, words
+
+
+def fine_tune(head: Head, part: Part, epochs: int, seed: int):
+    """Train all of the head; after each epoch its number."""
+    linear = [*head.meaning.parameters(), *head.words.parameters()]
+    groups = [{"params": head.layers.parameters(), "lr": RATE}, {"params": linear, "lr": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=DECAY)
+    steps = epochs * len(part.alike(BATCH, np.random.default_rng(seed)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (WARM_UP * steps), max(0.0, (steps - step) / ((1 - WARM_UP) * steps)))
+    )
+    for epoch in range(epochs):
+        for rows in part.alike(BATCH, np.random.default_rng([seed, epoch])):
+            optimizer.zero_grad()
+            logits = head.logits(head.embedding(part, rows), part, rows)
+            nn.functional.cross_entropy(logits, part.wanted[rows]).backward()
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        yield epoch + 1
+
+
+def wanted_of(part: Split, classes: int, ratings: dict[bytes, float]) -> torch.Tensor:
+    """The probabilities that are asked for, `(n, classes)`: 1 for the label, or what its rating says of two classes."""
+    wanted = nn.functional.one_hot(torch.from_numpy(np.array(part.targets)), classes).float()
+    if not ratings:
+        return wanted
+    strength = torch.tensor([ratings[row.tobytes()] for row in part.inputs[INPUTS[0]]])
+    if classes != 2 or not torch.equal(strength > 0, wanted[:, 1] > 0):
+        raise SystemExit("a rating is above 0 for the second of two classes in alphabetical order, below for the first")
+    second = torch.sigmoid(strength)
+    return torch.stack([1 - second, second], dim=1)
+
+
+def ratings_in(file: Path, column: str) -> dict[bytes, float]:
+    """Tokens of a text -> its rating."""
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    found = tokens([row["text"] for row in rows])[INPUTS[0]]
+    return {ids.tobytes(): float(row[column]) for ids, row in zip(found, rows, strict=True)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
+    parser.add_argument("--rating", default="", help="column of numbers: how sure a label is; see the README")
+    parser.add_argument("--epochs", type=int, default=1, help="of the last layers; 0: the encoder stays as it is")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     data = load_text_table(arguments.data, seed=arguments.seed)
     for note in data.notes:
         print(note)
-    encoder = pretrained_encoder()
-    meanings = {name: encoded(encoder, getattr(data, name)) for name in ("train", "validation")}
-    tensors = {}
-    for name, part in (("train", data.train), ("validation", data.validation)):
-        mask = torch.from_numpy(part.inputs[INPUTS[1]]).float()[:, :, None]
-        tensors[name] = (meanings[name], torch.from_numpy(part.inputs[INPUTS[0]]), mask, torch.from_numpy(part.targets))
-    best, chosen = -1.0, None
-    for penalty in PENALTIES:
-        linear, words = fitted(*tensors["train"], data.task.outputs, penalty)
-        meaning, tokens, counted, labels = tensors["validation"]
-        with torch.inference_mode():
-            logits = linear(SCALE * meaning) + (words(tokens) * counted).sum(dim=1)
-        accuracy = float((logits.argmax(dim=1) == labels).float().mean())
-        print(f"penalty {penalty:g}: {accuracy:.4f} of the validation part are right")
+    ratings = ratings_in(arguments.data, arguments.rating) if arguments.rating else {}
+    encoder, classes = pretrained_encoder(), data.task.outputs
+    train, validation = (
+        Part(encoder, part, wanted_of(part, classes, ratings)) for part in (data.train, data.validation)
+    )
+    last = encoder.layers[-TRAINED:]
+    head = Head(last, classes)
+    meaning = torch.empty(len(train.labels), encoder.words.embedding_dim)
+    with torch.inference_mode():
+        for rows in train.alike(AT_ONCE):
+            meaning[rows] = head.embedding(train, rows)
+    best, chosen, how = -1.0, head, {}
+
+    def judge(candidate: Head, settings: dict[str, float]) -> None:
+        nonlocal best, chosen, how
+        accuracy = candidate.accuracy(validation)
+        print(f"{settings}: {accuracy:.4f} of the validation part are right", flush=True)
         if accuracy > best:
-            best, chosen = accuracy, (penalty, linear, words)
-    penalty, linear, words = chosen
+            best, chosen, how = accuracy, copy.deepcopy(candidate), settings
+
+    for penalty in PENALTIES:
+        linear = Head(last, classes)
+        fit_linear(linear, train, meaning.clone(), penalty)
+        judge(linear, {"penalty": penalty})
+    tuned, begun = copy.deepcopy(chosen), how
+    for epoch in fine_tune(tuned, train, arguments.epochs, arguments.seed):
+        judge(tuned, {**begun, "layers": TRAINED, "epochs": epoch})
+    for place, layer in enumerate(chosen.layers, len(encoder.layers) - TRAINED):
+        encoder.layers[place] = layer
     text_classifier_bundle(
         arguments.out,
         data.train.inputs[:16],
         data.task,
-        meaning=SCALE * linear.weight.detach().numpy(),
-        words=words.weight.detach().numpy(),
-        bias=linear.bias.detach().numpy(),
+        meaning=SCALE * chosen.meaning.weight.detach().numpy(),
+        words=chosen.words.weight.detach().numpy(),
+        bias=chosen.meaning.bias.detach().numpy(),
         name=arguments.data.stem,
-        lineage=(Step("linear models trained", {"penalty": penalty, "texts": len(data.train), "accuracy": best}),),
+        encoder=encoder,
+        lineage=(Step("classifier trained", {**how, "texts": len(data.train), "accuracy": best}),),
     )
     print(f"{arguments.out}: a bundle that takes texts")
 

@@ -6,10 +6,11 @@
     with rushhour.serve(tuned, http_port=0) as server:
         print(rushhour.load(server, slo="p99<50ms").headline)
 
-The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report`, `export`, `size` and `import_model`;
-`help(rushhour.tune)` explains one. All but `compare`, `export`, `size` and `import_model` are packages as well:
-`from rushhour.train import TrainSettings` works beside `rushhour.train(...)`. `load_module` gives a bundle's torch
-module. The vocabulary (`SLO`, `Plan`, `Bundle`, ...) is importable from here.
+The verbs are `train`, `compress`, `tune`, `serve`, `load`, `compare`, `report`, `export`, `deploy`, `size` and
+`import_model`; `help(rushhour.tune)` explains one. All but `compare`, `export`, `deploy`, `size` and `import_model` are
+packages as well: `from rushhour.train import TrainSettings` works beside `rushhour.train(...)`. `deployed` finds a
+deployment by its name. `load_module` gives a bundle's torch module. The vocabulary (`SLO`, `Plan`, `Bundle`, ...) is
+importable from here.
 
 Everything named here is imported when it is first used: `import rushhour` is cheap.
 """
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rushhour.api import (
         compare,
         compress,
+        deploy,
+        deployed,
         export,
         import_model,
         load,
@@ -59,6 +62,8 @@ __all__ = [
     "Workload",
     "compare",
     "compress",
+    "deploy",
+    "deployed",
     "export",
     "import_model",
     "load",
@@ -87,6 +92,8 @@ _HOMES = {
     "WallClock": "clock",
     "Workload": "goal",
     "compare": "api",
+    "deploy": "api",
+    "deployed": "api",
     "export": "api",
     "import_model": "api",
     "load_module": "api",

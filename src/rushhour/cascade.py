@@ -8,6 +8,7 @@ Source of the scores: Guo et al., On Calibration of Modern Neural Networks, ICML
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
@@ -23,6 +24,11 @@ most likely ones, which is the logistic function of the margin of their logits. 
 classes over its maximum."""
 SCORES: Final[tuple[Score, ...]] = ("top", "margin", "entropy")
 
+_HOTTEST: Final = math.log(100.0)
+_STEPS: Final = 60
+_GOLDEN: Final = (math.sqrt(5) - 1) / 2
+_FITTED: Final = 20_000
+"""Samples that a temperature is fitted to, at most: it is one number."""
 _LEAST_PROBABILITY = 1e-30
 """Below it the logarithm of a float32 is not reliable; 0 has none."""
 
@@ -157,6 +163,32 @@ def confidence(
         entropy = np.log(total) - (powers * np.where(powers > 0, scaled, 0.0)).sum(axis=1) / total
         found = 1 - entropy / np.log(outputs.shape[1])
         return np.clip(found, 0.0, 1.0)
+
+
+def fit_temperature(outputs: NDArray[Any], labels: NDArray[Any], *, logits: bool = False) -> float:
+    """The temperature under which the labels are most likely, from 0.01 to 100.
+
+    The likelihood has one maximum, because it is concave in 1 / temperature: a golden-section search finds it.
+
+    Args:
+        outputs: shape `(n, classes)`.
+        labels: shape `(n,)`.
+        logits: whether the outputs are logits; else probabilities.
+    """
+    values = relative_logits(outputs[:_FITTED], logits=logits)
+    of_label = values[np.arange(len(values)), labels[:_FITTED]]
+
+    def loss(log_temperature: float) -> float:
+        scale = math.exp(-log_temperature)
+        return float((np.log(np.exp(scale * values).sum(axis=1)) - scale * of_label).mean())
+
+    low, high = -_HOTTEST, _HOTTEST
+    for _ in range(_STEPS):
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
+        if high - low < 1e-3:
+            break
+    return float(f"{math.exp((low + high) / 2):.4g}")
 
 
 def relative_logits(outputs: NDArray[Any], *, logits: bool = False) -> NDArray[np.float64]:

@@ -17,6 +17,16 @@ RushhourError
 
 from __future__ import annotations
 
+import re
+
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, those that turn the direction of a line, and halves of characters."""
+
+
+def one_line(text: str) -> str:
+    """A text as one line of a terminal: names in a user's files may hold line breaks and escape sequences."""
+    return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
+
 
 class RushhourError(Exception):
     """An error with its reason and its remedy; the command line prints it as one line and exits with 2.
@@ -39,7 +49,7 @@ class RushhourError(Exception):
             line += f": {self.why}"
         if self.fix:
             line += f"; {self.fix}"
-        return " ".join(line.split())
+        return one_line(line)
 
 
 class GoalError(RushhourError):

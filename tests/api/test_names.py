@@ -16,8 +16,8 @@ import rushhour
 from rushhour import api
 from rushhour.cli import cli
 
-VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export", "size", "import_model")
-PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export", "size", "import_model"))
+VERBS = ("train", "compress", "tune", "serve", "load", "compare", "report", "export", "deploy", "size", "import_model")
+PACKAGES = tuple(verb for verb in VERBS if verb not in ("compare", "export", "deploy", "size", "import_model"))
 COMMANDS = {verb: verb for verb in VERBS} | {"import_model": "import", "size": "plan"}
 """`rushhour.plan` is the module of the Plan."""
 CLI_ONLY = {"demo", "machine"}

@@ -836,6 +836,14 @@ def test_a_url_is_no_path(url: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dash_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of that name was written, which few commands can remove."""
+    monkeypatch.chdir(tmp_path)
+    refused(answer_to("machine", "--json", "-"), "'-' is no path: write /dev/stdout for standard output")
+    refused(answer_to("serve", "-"), "standard input is not read")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_url_says_the_path() -> None:
     refused(answer_to("serve", "file:///data/run"), "write /data/run")
 

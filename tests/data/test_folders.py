@@ -187,6 +187,27 @@ def test_names_that_are_no_text_become_classes_that_can_be_written(tmp_path: Pat
     assert ",".join(data.task.classes).encode()
 
 
+def test_two_folders_that_look_alike_are_not_one(tmp_path: Path) -> None:
+    """The pictures of the first were lost, and not counted."""
+    folder = classes(tmp_path / "d", "caf\u00e9", "cafe\u0301", "dog")
+    with pytest.raises(DataError, match="two folders 'caf\u00e9': they differ only in how"):
+        load(str(folder))
+
+
+def test_pictures_in_two_classes_or_in_two_parts_are_said(tmp_path: Path) -> None:
+    folder = classes(tmp_path / "d", "x", "y")
+    for index in range(3):
+        (folder / "y" / f"again-{index}.png").write_bytes((folder / "x" / f"{index}.png").read_bytes())
+    said = "3 pictures are in several classes, such as x/0.png and y/again-0.png: a picture has one label"
+    assert said in load(str(folder)).notes
+    parts = tmp_path / "parts"
+    for part in ("train", "val"):
+        classes(parts / part, "x", "y")
+    (parts / "val" / "x" / "again.png").write_bytes((parts / "train" / "x" / "0.png").read_bytes())
+    notes = " ".join(load(str(parts)).notes)
+    assert "pictures of the part validation are in train too: they show nothing new" in notes
+
+
 # Values
 
 

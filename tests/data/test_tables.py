@@ -17,6 +17,7 @@ from rushhour.data import Columns, Dataset, load
 from rushhour.data.table_files import read_tables
 from rushhour.errors import DataError
 from rushhour.progress import Silent
+from rushhour.testing.bundles import tiny_table_bundle
 
 JOBS = ("clerk", "doctor", "writer")
 
@@ -158,6 +159,39 @@ def test_parts_of_the_users_own(tmp_path: Path) -> None:
         load(str(tmp_path), columns=Columns(target="liked"))
 
 
+def test_a_table_for_a_bundle_has_its_columns_and_strange_categories_are_counted(tmp_path: Path) -> None:
+    bundle = tiny_table_bundle(tmp_path / "bundle")
+    table: dict[str, list[Any]] = {
+        "age": [20 + at % 40 for at in range(60)],
+        "joined": [f"2020-01-{1 + at % 28:02}" for at in range(60)],
+        "job": ["doctor", "astronaut"] * 30,
+        "zip": ["8010", "1010"] * 30,
+    }
+
+    def loaded(**changes: list[Any] | None) -> Dataset:
+        columns = {name: values for name, values in (table | changes).items() if values is not None}
+        return load(str(write_csv(tmp_path / "a.csv", columns)), bundle=bundle)
+
+    data = loaded()
+    assert any("categories that training does not have" in note and "job in " in note for note in data.notes)
+    job = [column.name for column in bundle.manifest.table.columns].index("job")  # type: ignore[union-attr]
+    assert {0.0} < set(np.unique(data.train.inputs[:, job]).tolist()), "0 is the code of what is unknown"
+    with pytest.raises(DataError, match=r"a.csv has no column 'zip': the model was trained with it"):
+        loaded(zip=None)
+    with pytest.raises(DataError, match=r"the column 'age' of a.csv is a category: the model takes a number"):
+        loaded(age=["old", "young"] * 30)
+
+
+def test_equal_times_stay_in_one_part_and_all_equal_ones_cannot_be_split(tmp_path: Path) -> None:
+    table = people(200)
+    table["joined"] = [f"2020-{1 + at // 20:02}-01" for at in range(200)]
+    data = load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", time="joined"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [160, 20, 20]
+    table["joined"] = ["2020-01-01"] * 200
+    with pytest.raises(DataError, match=r"a.csv cannot be split in time: too many samples have the same time"):
+        load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked", time="joined"))
+
+
 def test_several_targets_are_values_or_labels(tmp_path: Path) -> None:
     table = people()
     file = str(write_csv(tmp_path / "a.csv", table))
@@ -184,6 +218,8 @@ def test_several_targets_are_values_or_labels(tmp_path: Path) -> None:
         ({}, {"target": "liked", "time": "job"}, "no time"),
         ({}, {"target": "liked", "group": "job"}, "5 rows of a.csv have no group: row 10"),
         ({}, {"target": "liked", "categories": ("liked",)}, "cannot be a target and something else"),
+        ({}, {"target": "liked", "group": "liked"}, "cannot be a target and something else"),
+        ({}, {"target": ("liked", "liked")}, "repeat a column"),
         ({}, {"target": "liked", "leave_out": tuple(name for name in people(1) if name != "liked")}, "no column that"),
     ],
 )
@@ -207,6 +243,10 @@ def test_what_cannot_be_used_is_said(
         ("a.csv", b"PK\x03\x04\0\0", "no text in UTF-8"),
         ("a.csv", b"a,a,liked\n" + b"1,2,0\n" * 20, "two columns 'a'"),
         ("a.csv", b"a,liked\n1,0\n2,1\n", "2 rows"),
+        ("a.csv", b"a,liked\n", "a.csv has no rows"),
+        ("a.csv", b"1,2,1,0\n" * 20, "two columns '1'.*its first line seems to be a row"),
+        ("a.csv", b"a,liked\n" + b"1,0\n" * 9 + b"1,0,3\n", "Row #11"),
+        ("a.csv", b"a,liked\n" + b"1,x\n" * 9 + b'1,"y\n' + b"1,x\n" * 9, "a quote is opened in its row 10"),
         ("a.parquet", b"PAR1 no", "cannot read"),
         ("a.arrow", b"\x80\x04pickle", "cannot read"),
     ],
@@ -241,6 +281,26 @@ def test_another_encoding_than_utf8_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.csv").write_bytes(text.encode("cp1252"))
     with pytest.raises(DataError, match="no text in UTF-8; convert it: iconv"):
         read_tables(tmp_path / "t.csv")
+
+
+def test_a_typing_error_in_a_column_of_numbers_is_named(tmp_path: Path) -> None:
+    table = people()
+    table["height"] = ["n.a.", *table["height"][1:]]
+    table["seen"] = [f"{1 + row % 28:02d}/{1 + row % 12:02d}/2026" for row in range(len(table["height"]))]
+    notes = " ".join(load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="liked")).notes)
+    assert "height holds numbers but for 1 values, such as 'n.a.' in row 1" in notes
+    assert "seen holds dates such as '01/01/2026': dates are read as 2026-12-31" in notes
+
+
+def test_keys_of_a_database_stay_apart(tmp_path: Path) -> None:
+    rows = 60
+    table = {"x": list(range(0, 2 * rows, 2)), "key": [2**60 + row % 2 for row in range(rows)]}
+    table["kind"] = [2**60 + row % 3 for row in range(rows)]
+    data = load(str(write_csv(tmp_path / "a.csv", table)), columns=Columns(target="kind"))
+    assert data.task.classes == tuple(str(2**60 + kind) for kind in range(3))
+    assert data.preprocessing.table is not None
+    (key,) = [column for column in data.preprocessing.table.columns if column.name == "key"]
+    assert key.categories == (str(2**60), str(2**60 + 1))
 
 
 def test_columns_are_for_tables_alone(tmp_path: Path) -> None:

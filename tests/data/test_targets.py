@@ -122,7 +122,7 @@ def test_a_user_who_says_classification_gets_classes_or_is_told_why_not(tmp_path
     for y in (np.linspace(0, 1, N), np.full((N, 4), 0.25)):
         with pytest.raises(DataError, match="--task regression"):
             data_of(tmp_path, y, kind="classification")
-    with pytest.raises(DataError, match="labels are whole numbers"):
+    with pytest.raises(DataError, match="the task needs numbers"):
         data_of(tmp_path, ABC, kind="regression")
 
 

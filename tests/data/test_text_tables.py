@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def rows() -> list[dict[str, str]]:
     return [{"text": text, "label": "abc"[len(text) % 3], "writer": str(at % 7)} for at, text in enumerate(texts)]
 
 
-def lines(path: Path, rows: list[dict[str, str]]) -> Path:
+def lines(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -64,12 +65,46 @@ def test_a_group_is_in_one_part(tmp_path: Path, rows: list[dict[str, str]]) -> N
     assert sum(map(len, seen)) == 7
 
 
+def test_a_group_that_is_missing_or_in_two_parts_is_refused(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    bundle = text_bundle(tmp_path / "bundle")
+    missing: list[dict[str, object]] = [{**row} for row in rows]
+    missing[3]["writer"] = None
+    with pytest.raises(DataError, match=r"1 rows of a.jsonl have no group: row 4 has no 'writer'"):
+        load_text_table(lines(tmp_path / "a.jsonl", missing), columns=Columns(group="writer"), bundle=bundle)
+    pytest.importorskip("pyarrow", reason="extra tabular")
+    for part, own in (("train", rows[:40]), ("test", rows[40:])):
+        text = "".join(f'"{row["text"]}",{row["label"]},{row["writer"]}\n' for row in own)
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / f"{part}.csv").write_text(f"text,label,writer\n{text}")
+    with pytest.raises(DataError, match="7 groups of parts are in train and in test"):
+        load_text_table(tmp_path / "parts", columns=Columns(group="writer"), bundle=bundle)
+
+
+def test_later_texts_are_held_out(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    bundle, given = text_bundle(tmp_path / "bundle"), Columns(time="at", leave_out="writer")
+    dated = [{**row, "at": f"2020-{1 + at // 10:02d}-01T00:00:00Z"} for at, row in enumerate(rows)]
+    dated.reverse()
+    data = load_text_table(lines(tmp_path / "a.jsonl", dated), columns=given, bundle=bundle)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [40, 10, 10], "equal times stay together"
+    assert any("tested on the rest" in note and "2020-06" in note for note in data.notes)
+    for value, said in (
+        ("yesterday", "row 1 of a.jsonl has no time in 'at'"),
+        ("2020-01-01", "cannot be split in time"),
+    ):
+        same = [{**row, "at": value} for row in rows]
+        with pytest.raises(DataError, match=said):
+            load_text_table(lines(tmp_path / "a.jsonl", same), columns=given, bundle=bundle)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"text": ""}, "1 rows of a.jsonl have no text"),
+        ({"text": " \t\u00a0"}, "1 rows of a.jsonl have no text"),
         ({"label": None}, "row 1 is the first, and a target is never guessed"),
         ({"text": 3}, "columns of text are none"),
+        ({"text": "half \ud800"}, "row 1 of a.jsonl has a text that cannot be written in UTF-8"),
+        ({"label": ["a", "b"]}, "row 1 of a.jsonl has a list in 'label'"),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -79,6 +114,21 @@ def test_what_cannot_be_used_is_named(
     bad[0] |= change  # type: ignore[arg-type]
     with pytest.raises(DataError, match=said):
         load_text_table(lines(tmp_path / "a.jsonl", bad), bundle=text_bundle(tmp_path / "bundle"))
+
+
+def test_columns_that_cannot_be_meant_are_named(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    bundle = text_bundle(tmp_path / "bundle")
+    file = lines(tmp_path / "a.jsonl", [*rows, {"text": "the cat", "label": "a"}])
+    with pytest.raises(DataError, match=r"1 rows of a.jsonl have no group: row 61"):
+        load_text_table(file, columns=Columns(group="writer"), bundle=bundle)
+    with pytest.raises(DataError, match=r"1 rows of b.jsonl have no value in 'label': row 1"):
+        load_text_table(lines(tmp_path / "b.jsonl", [{"text": "a cat"}, *rows]), bundle=bundle)
+    with pytest.raises(DataError, match=r"this one has none"):
+        load(str(file))
+    pytest.importorskip("pyarrow", reason="extra tabular")
+    (tmp_path / "a.csv").write_text("text,text,label\n" + "the cat,the dog,a\n" * 20)
+    with pytest.raises(DataError, match=r"a.csv has two columns 'text'"):
+        load_text_table(tmp_path / "a.csv", bundle=bundle)
 
 
 def test_files_that_are_no_lines_of_objects(tmp_path: Path) -> None:

@@ -625,6 +625,18 @@ def test_a_small_budget_does_not_end_where_the_generator_falls_behind(outcome: O
     assert len(search.runs) <= 6
 
 
+def test_a_budget_of_two_windows_is_enough_for_a_server_that_is_much_slower_than_the_start() -> None:
+    """Two windows at the start took all of the time, and the answer was that the server holds at no rate."""
+
+    class Short(Simulated):
+        def __call__(self, rate_rps: float, seed: int) -> Measurement:
+            return msgspec.structs.replace(super().__call__(rate_rps, seed), duration_s=1.5)
+
+    search = find_capacity(Short(200), start_rps=898.4, slo=P99, prove=False, budget_s=3.0)
+    assert 100 < search.capacity_rps <= 200
+    assert len(search.runs) <= 6
+
+
 def test_a_server_that_never_holds_has_no_capacity() -> None:
     search = find_capacity(Simulated(0.0), start_rps=100, slo=P99)
     assert search.capacity_rps == 0

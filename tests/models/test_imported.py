@@ -15,7 +15,7 @@ from rushhour.compress import compress_weights, halve_weights, judge, outputs_of
 from rushhour.data import Split, load
 from rushhour.engines import EngineConfig
 from rushhour.errors import DataError, ModelError, RushhourError, TaskError
-from rushhour.models import from_onnx
+from rushhour.models import from_onnx, import_onnx
 from rushhour.progress import Silent
 from rushhour.task import Task
 
@@ -75,6 +75,35 @@ def test_weights_beside_the_file_come_into_the_bundle(tmp_path: Path) -> None:
     ones = Split(np.ones((2, 64), np.float32), np.zeros((2, 0), np.float32))
     answers = [outputs_of(bundle, EngineConfig("onnxruntime"), ones) for bundle in (inside, outside)]
     np.testing.assert_array_equal(*answers)
+
+
+def changed(file: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
+    model = onnx.load(onnx_file(file))
+    change(model)
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
+def without_numbers(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tensor.dims, np.nan, np.float32), tensor.name))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: setattr(model.opset_import[0], "version", 999), "its opset is 999, and up to .* is known"),
+        (lambda model: setattr(model, "ir_version", 999), r"its format \(IR\) is of version 999"),
+        (lambda model: model.graph.ClearField("output"), "it has no output"),
+        (without_numbers, "all its answers are NaN or infinite"),
+    ],
+    ids=["opset", "format", "no output", "NaN"],
+)
+def test_what_cannot_be_imported_says_why(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], object], words: str
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        import_onnx(changed(tmp_path / "net.onnx", change), tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(

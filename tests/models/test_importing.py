@@ -245,6 +245,23 @@ def test_the_task_is_read_off_the_graph(file: Path, tmp_path: Path) -> None:
     assert bundle.manifest.signature.outputs[0].name == "probabilities"
 
 
+def test_answers_that_are_no_vectors_are_of_a_known_task_or_refused(tmp_path: Path) -> None:
+    """A detector or a network of class maps ended in an unexpected error."""
+    nodes = [node("Reshape", ["x", "s"], ["y"])]
+    onnx.save(typed(graph_of(nodes, {"s": np.array([0, 2, 2])}), 2, 2), tmp_path / "maps.onnx")
+    with pytest.raises(
+        TaskError, match=r"cannot tell what maps is for: an answer of its output y has the shape \(2, 2\)"
+    ):
+        import_onnx(tmp_path / "maps.onnx", tmp_path / "bundle")
+    nodes = [node("ArgMax", ["x"], ["i"], axis=3, keepdims=0), node("Cast", ["i"], ["y"], to=TensorProto.UINT8)]
+    model = graph_of(nodes, shape=("n", 4, 4, 3))
+    model.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.UINT8, ["n", 4, 4]))
+    onnx.save(model, tmp_path / "segments.onnx")
+    task = Task("segmentation", ("a", "b", "c"), 3)
+    bundle, found = import_onnx(tmp_path / "segments.onnx", tmp_path / "bundle", task=task)
+    assert (found.task, found.task_from, bundle.manifest.task) == (task, "given", task)
+
+
 def test_data_or_a_task_that_does_not_fit_is_refused(file: Path, tmp_path: Path) -> None:
     given = Given(np.zeros((20, 9, 9, 3), np.uint8), np.zeros(20, np.int64), Preprocessing())
     with pytest.raises(DataError, match="does not take these samples"):

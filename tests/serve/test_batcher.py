@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rushhour.clock import VirtualClock
 from rushhour.measurement import BatchCost, ServiceTimes
 from rushhour.serve.scheduling.admission import Admission, Profile
-from rushhour.serve.scheduling.batcher import Batcher, Part, efficient_batch
+from rushhour.serve.scheduling.batcher import Batcher, Part
+from rushhour.serve.scheduling.sizing import efficient_batch
 
 
 def line(a: float, b: float, largest: int = 64) -> Profile:

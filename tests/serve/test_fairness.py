@@ -17,7 +17,7 @@ from test_cell import Held, cell_of, put, turns, unique
 
 from rushhour.clock import VirtualClock
 from rushhour.engines import EngineConfig
-from rushhour.serve.scheduling.admission import Admission
+from rushhour.serve.scheduling.admission import Admission, Profile
 from rushhour.serve.scheduling.batcher import Batcher, Part
 from rushhour.testing.fakes import FakeEngine, fake_answers
 
@@ -97,6 +97,50 @@ def test_batches_of_a_large_request_are_as_small_as_is_efficient() -> None:
         assert taken(batcher) == [("small", 0, 1), *([("large", rows, beside - 1)] if beside > 1 else [])]
         parts = [part for _ in range(6) for part in batcher.take()]
         assert sum(part.rows for part in parts) == 6 * beside
+
+
+LINEAR = line(0.0, 0.01)
+"""Of an engine whose batches save nothing: tiles of a photograph, for example."""
+
+
+def test_where_larger_batches_save_nothing_others_are_spread_over_the_streams() -> None:
+    """In one batch of all, each would wait for all; and for as many samples of the large one, which it is owed."""
+    batcher: Batcher[str] = Batcher(16, 1000, LINEAR, VirtualClock(), streams=2)
+    batcher.offer("large", 300)
+    for number in range(12):
+        batcher.offer(f"small {number}", 1)
+    order = [taken(batcher) for _ in range(24)]
+    assert [parts[0][0][:5] for parts in order] == ["small", "large"] * 12
+    assert all(len(parts) == 1 for parts in order)
+
+
+def test_others_are_batched_as_far_as_that_saves_time() -> None:
+    batcher: Batcher[str] = Batcher(16, 1000, line(0.001, 0.001), VirtualClock(), streams=2)
+    batcher.offer("large", 300)
+    for number in range(8):
+        batcher.offer(f"small {number}", 1)
+    assert [(name[:5], rows) for name, _, rows in taken(batcher)] == [("small", 1)] * 4, "half of them on each stream"
+    for number in range(40):
+        batcher.offer(f"more {number}", 1)
+    assert [sum(part.rows for part in batcher.take()) for _ in range(4)] == [9] * 4, "as large as is efficient"
+
+
+def test_a_burst_of_others_comes_before_the_large_request_that_had_the_streams_until_then() -> None:
+    batcher: Batcher[str] = Batcher(16, 1000, LINEAR, VirtualClock(), streams=2)
+    batcher.offer("large", 900)
+    for _ in range(100):
+        assert taken(batcher)[0][0] == "large"
+    for number in range(70):
+        batcher.offer(f"small {number}", 1)
+    assert batcher.waiting_before(0, 1) == 70 + 20
+    order = [taken(batcher)[0][0][:5] for _ in range(80)]
+    assert order[:50] == ["small"] * 50, "a quarter of a second on two streams"
+    assert order[50:] == ["small", "large"] * 15
+    for _ in range(10):
+        batcher.take()
+    batcher.offer("one more", 1)
+    assert batcher.waiting_before(0, 1) == 1
+    assert taken(batcher)[0][0] == "one more"
 
 
 def test_higher_priorities_come_before_any_large_request_and_large_ones_of_a_higher_before_all_others() -> None:
@@ -194,6 +238,47 @@ def test_any_mixture_is_computed_once_in_the_order_of_its_queue(
             assert numbers == sorted(numbers), "nobody overtakes its like"
 
 
+@given(
+    streams=st.integers(1, 4),
+    load=st.floats(0.1, 0.45),
+    seed=st.integers(0, 100),
+    times=st.sampled_from([LINEAR, line(0.002, 0.008), line(0.008, 0.002)]),
+)
+def test_beside_large_requests_others_below_half_of_capacity_hardly_wait(
+    streams: int, load: float, seed: int, times: Profile
+) -> None:
+    """Poisson arrivals beside large requests without end, replayed: each waits for the end of a batch of large ones,
+    and for the others that came before. Without large ones it would wait for those, too."""
+    clock = VirtualClock()
+    batcher: Batcher[float] = Batcher(16, 100_000, times, clock, streams=streams)
+    batcher.offer(-1.0, 50_000)
+    capacity = streams / times.seconds(1)
+    arrivals = np.random.default_rng(seed).exponential(1 / (load * capacity), 300).cumsum().tolist()
+    alone_s = _latencies(Batcher(16, 100_000, times, VirtualClock(), streams=streams), times, arrivals, streams)
+    beside_s = _latencies(batcher, times, arrivals, streams)
+    assert np.percentile(beside_s, 99) <= 2 * np.percentile(alone_s, 99) + 1.5 * times.seconds(1)
+    assert np.mean(beside_s) <= np.mean(alone_s) + 1.5 * times.seconds(1)
+
+
+def _latencies(batcher: Batcher[float], times: Profile, arrivals: list[float], streams: int) -> list[float]:
+    """Seconds from the arrival of each single sample to the end of its batch."""
+    clock = batcher._clock
+    assert isinstance(clock, VirtualClock)
+    waiting, free, found = arrivals.copy(), [0.0] * streams, []
+    while len(found) < len(arrivals):
+        now = heapq.heappop(free)
+        while waiting and waiting[0] <= now:
+            clock.advance(waiting[0] - clock.now())
+            batcher.offer(waiting[0], 1)
+            del waiting[0]
+        clock.advance(now - clock.now())
+        parts = batcher.take()
+        end = now + times.seconds(sum(part.rows for part in parts)) if parts else waiting[0]
+        found += [end - part.ticket.item for part in parts if not part.ticket.large]
+        heapq.heappush(free, end)
+    return found
+
+
 @given(large=st.lists(st.integers(9, 400), max_size=4), others=st.lists(st.integers(1, 8), max_size=60))
 def test_neither_waits_for_more_samples_of_the_other_than_of_its_own(large: list[int], others: list[int]) -> None:
     """Up to three batches: what one of them took last, and what the other is owed."""
@@ -217,26 +302,27 @@ def test_neither_waits_for_more_samples_of_the_other_than_of_its_own(large: list
     large=st.integers(0, 300),
     waiting=st.integers(0, 100),
     rows=st.sampled_from([1, 2, 8, 9, 50, 200]),
+    times=st.sampled_from([TIMES, LINEAR]),
 )
-def test_admission_predicts_the_shared_order(streams: int, large: int, waiting: int, rows: int) -> None:
+def test_admission_predicts_the_shared_order(streams: int, large: int, waiting: int, rows: int, times: Profile) -> None:
     """Replayed: with nothing else arriving, the prediction is the time of the answer."""
-    batcher = make()
+    batcher: Batcher[str] = Batcher(BATCH, 10_000, times, VirtualClock(), streams=streams)
     if large > BATCH:
         batcher.offer("large", large)
     for _ in range(waiting):
         batcher.offer("before", 1)
     before = batcher.waiting_before(0, rows)
-    predicted = Admission(TIMES, BATCH).finish(0.0, rows, before, [], streams)
+    predicted = Admission(times, BATCH).finish(0.0, rows, before, [], streams, batch=batcher.batch(rows))
     batcher.offer("asked", rows)
     free = [0.0] * streams
     finish = 0.0
     while parts := batcher.take():
-        end = heapq.heappop(free) + TIMES.seconds(sum(part.rows for part in parts))
+        end = heapq.heappop(free) + times.seconds(sum(part.rows for part in parts))
         heapq.heappush(free, end)
         if any(part.ticket.item == "asked" for part in parts):
             finish = max(finish, end)
     # Where the others leave it half, its batches are larger than predicted.
-    assert abs(predicted - finish) <= 2 * TIMES.seconds(BATCH) + 0.1 * finish, (predicted, finish)
+    assert abs(predicted - finish) <= 2 * times.seconds(BATCH) + 0.1 * finish, (predicted, finish)
 
 
 def test_single_samples_are_answered_while_a_large_request_is_computed() -> None:

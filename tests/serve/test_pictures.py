@@ -36,7 +36,7 @@ from rushhour.data import load
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, DataError, WireError
 from rushhour.measurement import ServiceTimes
-from rushhour.picture import decode, inspect_picture
+from rushhour.picture import decode, decode_whole, inspect_picture
 from rushhour.plan import Policy
 from rushhour.serve import Limits, ServeSettings
 from rushhour.serve.scheduling.admission import Profile
@@ -600,6 +600,23 @@ def test_a_client_that_hangs_up_stops_the_decoding(server: Server) -> None:
 
 
 # The one place.
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_pixels_of_a_large_picture_are_those_of_pillow(
+    channels: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def memfd_create(name: str) -> int:
+        raise PermissionError(1, "not permitted", name)
+
+    if refused:
+        monkeypatch.setattr("os.memfd_create", memfd_create)
+    picture = scene(1100, 1301).convert("L" if channels == 1 else "RGB")
+    pixels, seen = decode_whole(io.BytesIO(encoded(picture, "PNG")), channels, max_pixels=2_000_000)
+    assert pixels.shape == (1100, 1301, channels)
+    assert (seen.height, seen.width, seen.colour) == (1100, 1301, channels == 3)
+    np.testing.assert_array_equal(pixels, np.asarray(picture).reshape(pixels.shape))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -174,8 +174,8 @@ def test_half_of_a_surrogate_pair_is_refused() -> None:
         text_of("\ud800", 1)
 
 
-def test_an_empty_text_is_answered(server: Server) -> None:
-    assert post(server, [""])[0] == 200
+def test_a_text_without_words_is_answered(server: Server) -> None:
+    assert [post(server, [text])[0] for text in ("", " \t\u00a0\n")] == [200, 200]
 
 
 def test_tokens_are_still_taken_and_the_settings_are_shown(server: Server) -> None:

@@ -472,6 +472,25 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda at: (masks_in(at), Image.new("L", (64, 48)).save(at / "images" / "p002.jpg")), "are named p002",
     ),
     "group unknown": (lambda at: (masks_in(at), (at / "groups.csv").write_text("p000,a\n")), "13 of 14 pictures"),
+    "two groups": (
+        lambda at: (masks_in(at), (at / "groups.csv").write_text("p000,a\np001,b\np000,c\n")), "two groups for p000",
+    ),
+    "group in two parts": (
+        lambda at: (masks_in(at / "train"), masks_in(at / "val"),
+                    (at / "groups.csv").write_text("".join(f"p{row:03d},drive\n" for row in range(14)))),
+        "1 groups of .* are in train and in validation",
+    ),
+    "class beyond": (
+        lambda at: (masks_in(at), (at / "classes.txt").write_text("ground\ndisc\n")), "there are 2 classes|0..1",
+    ),
+    "class twice": (
+        lambda at: (masks_in(at), (at / "classes.txt").write_text("ground\ndisc\ndisc\n")), "'disc' is there 2 times",
+    ),
+    "corners": (lambda at: changed(at, lambda c: _first(c, bbox=[30, 20, 60, 40])), "is not in its picture"),
+    "yolo infinite": (
+        lambda at: (yolo_in(at), (at / "labels" / "p001.txt").write_text("inf .5 .5 .1 .1")), "is no box",
+    ),
+    "yolo nan": (lambda at: (yolo_in(at), (at / "labels" / "p001.txt").write_text("0 nan .5 .1 .1")), "not in its"),
 }  # fmt: skip
 
 
@@ -484,16 +503,29 @@ def test_careless_annotations_are_refused_in_one_line(tmp_path: Path, case: str)
     assert "\n" not in str(caught.value)
 
 
+def test_boxes_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
+    changed(tmp_path / "coco", lambda content: _first(content, bbox=[30, 20, -10, 10]))
+    yolo_in(tmp_path / "yolo")
+    (tmp_path / "yolo" / "labels" / "p000.txt").write_text("0 .5 .5 -.1 .1\n1 .5 .5 .1 0\n1 .5 .5 .1 .1\n")
+    for name, count in (("coco", 1), ("yolo", 2)):
+        data = load(str(tmp_path / name))
+        assert any(f"without area {count}" in note for note in data.notes), data.notes
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     x, maps, boxes = scenes(20)
     outside = boxes.copy()
     outside[0, 0, 2] = 200
+    nameless, endless = boxes.copy(), boxes.copy()
+    nameless[0, 0, 4], endless[0, 0, 0] = np.nan, -np.inf
     for y, kind, message in (
         (maps[:, :20], "segmentation", "20x64 pixels"),
         (maps.astype(np.int64) * 200, "segmentation", "labels from 0 to 400"),
         (maps[:, 0, 0], "segmentation", "class maps of n are"),
         (boxes[..., :4], "detection", "x1, y1, x2, y2"),
         (outside, "detection", "not in their pictures"),
+        (nameless, "detection", "its class is NaN"),
+        (endless, "detection", "NaN or infinity"),
         (np.full_like(boxes, -1), "detection", "no picture has a box"),
         (boxes[:, :, [2, 3, 0, 1, 4]], "detection", "x1 < x2"),
     ):

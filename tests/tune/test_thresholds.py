@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from rushhour.cascade import SCORES, CascadeRule, Score
+from rushhour.cascade import SCORES, CascadeRule, Score, fit_temperature
 from rushhour.load.significance import upper_share
-from rushhour.tune.thresholds import choose_threshold, fit_temperature
+from rushhour.tune.thresholds import choose_threshold
 
 BUDGET = 0.01
 

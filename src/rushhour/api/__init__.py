@@ -9,6 +9,7 @@
     compare    two or more servers on the same arrivals -> ratios with confidence intervals
     report     a run, training or compression -> an HTML file
     export     a run -> a container context, a compose file, manifests for KServe
+    deploy     a run -> replicas on a Ray cluster, updated without a lost request
     size       a run and a rate -> how many machines, processes, cores and watts it takes (`rushhour plan`)
 
 `load_module` is the way back: a bundle -> its torch module.
@@ -19,6 +20,7 @@ No function installs signal handlers; each may run in a thread or beside a runni
 
 from rushhour.api.comparison import CompareResult, compare
 from rushhour.api.compression import CompressResult, compress
+from rushhour.api.deploying import Deployed, deploy, deployed
 from rushhour.api.exporting import ExportResult, export
 from rushhour.api.importing import ImportResult, import_model
 from rushhour.api.loading import ClosedLoopResult, LoadResult, load
@@ -34,6 +36,7 @@ __all__ = [
     "ClosedLoopResult",
     "CompareResult",
     "CompressResult",
+    "Deployed",
     "ExportResult",
     "ImportResult",
     "LoadResult",
@@ -44,6 +47,8 @@ __all__ = [
     "TuneResult",
     "compare",
     "compress",
+    "deploy",
+    "deployed",
     "export",
     "import_model",
     "load",

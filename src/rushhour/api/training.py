@@ -88,6 +88,7 @@ def train(
     patience: int | None = None,
     augment: str | Augmentation | None = None,
     bf16: bool | None = None,
+    calibrate: bool = False,
     channels_last: bool = True,
     workers: int = 1,
     parallel: Literal["auto", "data", "model", "pipeline", "hybrid", "sharded", "tables"] | ParallelSettings = "auto",
@@ -140,6 +141,8 @@ def train(
         patience: epochs without a better validation metric after which training ends; the best epoch is kept.
         augment: random changes of pictures: `flip,crop,rotate=10,scale=0.1,colour=0.2`.
         bf16: compute in bfloat16; by default where the CPU has instructions for it.
+        calibrate: divide a classifier's logits by the temperature that fits the validation part, in the served graph,
+            so that its probabilities agree with shares of right answers.
         channels_last: pictures may lie channels-last in memory, where that is safe and faster.
         workers: processes that share every batch. Any number continues a training that another number began.
         parallel: how the workers share the network: `auto` takes the fastest plan for this machine.
@@ -200,6 +203,10 @@ def train(
             "--compress-gradients, --batch-norm local, --local-sgd and --diloco are for several workers",
             "set --workers, or leave them out",
         )
+    if calibrate and search is not None:
+        raise GoalError(
+            "cannot calibrate a search", "it compares networks, and a temperature is of one", "leave out --calibrate"
+        )
     settings_of(settings)  # errors in them are raised before data is loaded
     name = check_name(name)
     check_folder(path)  # before pictures are decoded for minutes
@@ -239,6 +246,7 @@ def train(
             workers=workers,
             parallel=shared,
             initial=None if begin is None else begin.path,
+            calibrate=calibrate,
         )
         bundle = train_network(dataset, job, out=path, progress=progress, name=name, force=force)
         shutil.rmtree(_place(path), ignore_errors=True)

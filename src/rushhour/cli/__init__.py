@@ -32,6 +32,7 @@ _VERBS = (
     "report",
     "plan",
     "export",
+    "deploy",
     "machine",
 )
 

@@ -41,6 +41,11 @@ class Place(_Path):
             return value
         if not value:
             self.fail("a path is not empty", param, ctx)
+        if value == "-":
+            streams = (
+                "write /dev/stdout for standard output" if self.tried is not None else "standard input is not read"
+            )
+            self.fail(f"'-' is no path: {streams}, ./- for a file of that name", param, ctx)
         path = Path(_expanded(self, value, param, ctx))
         return Path(os.path.abspath(path)) if self.tried is not None and path.name in ("", "..") else path
 

@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rushhour.clock import Clock, WallClock
+from rushhour.errors import one_line
 from rushhour.goal import SLO
 from rushhour.measurement import Measurement, Outcome
 from rushhour.system.faults import note_activity
@@ -141,7 +142,7 @@ class LoadView(_Display):
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._line(text)
+        self._line(one_line(text))
 
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -254,7 +255,7 @@ class TerminalProgress(_Display):
         if self._is_line_open:
             self._is_line_open = False
             self._print("")
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
     def fail(self) -> None:
         """Stop drawing after an error."""

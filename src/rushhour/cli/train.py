@@ -52,6 +52,9 @@ _method_options = options(
            help="Stop after N epochs without a better validation metric, and keep the best epoch."),
     option("--augment", metavar="LIST", section=_METHOD,
            help="Change pictures at random: flip,crop,rotate=10,scale=0.1,colour=0.2."),
+    option("--calibrate", is_flag=True, section=_METHOD,
+           help="Divide the logits by the temperature that fits the validation part, so that probabilities agree with "
+                "shares of right answers (classification)."),
     option("--bf16/--no-bf16", default=None, section=_METHOD,
            help="Compute in bfloat16. By default where the CPU has instructions for it."),
 )  # fmt: skip

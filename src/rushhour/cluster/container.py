@@ -11,7 +11,6 @@ export.json         what was exported: names, ports, cores, memory, and every fi
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any, Final
 
 import msgspec
 
-from rushhour.bundle import Bundle, Text
-from rushhour.cluster.deployment import Deployment
+from rushhour.bundle import Text
+from rushhour.cluster.deployment import Deployment, write_run
 from rushhour.cluster.requirements import requirements_of
 from rushhour.cluster.wheel import write_wheel
 from rushhour.errors import StorageError
@@ -127,7 +126,7 @@ def write_context(folder: Path, deployment: Deployment, *, force: bool = False) 
     with building(folder, _NAMES, _is_context) as building_in, explained(f"write {folder}"):
         (building_in / _WHEELS).mkdir()
         write_wheel(building_in / _WHEELS)
-        _write_run(building_in / _RUN, deployment)
+        write_run(building_in / _RUN, deployment)
         (building_in / _REQUIREMENTS).write_text("".join(f"{line}\n" for line in pinned))
         (building_in / _INSTALL).write_text(_install(pinned))
         (building_in / _DOCKERFILE).write_text(_dockerfile(deployment))
@@ -150,21 +149,6 @@ def _is_context(folder: Path) -> bool:
     except (OSError, msgspec.DecodeError, RecursionError, KeyError, TypeError):
         return False
     return bool(listed) and there <= listed
-
-
-def _write_run(folder: Path, deployment: Deployment) -> None:
-    deployment.plan.save(folder / PLAN)
-    for variant, bundle in deployment.bundles:
-        place = folder / variant.bundle
-        if not place.exists():
-            _copy(bundle, place)
-
-
-def _copy(bundle: Bundle, place: Path) -> None:
-    """The files of a bundle as they are: the Plan names it by their hash."""
-    place.mkdir(parents=True)
-    for name in ("bundle.json", *bundle.manifest.files):
-        shutil.copyfile(bundle.path / name, place / name)
 
 
 def serve_command(deployment: Deployment) -> list[str]:

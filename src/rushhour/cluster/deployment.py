@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +13,7 @@ import msgspec
 
 from rushhour.bundle import Bundle
 from rushhour.errors import GoalError, PlanError, ServeError
-from rushhour.plan import Plan, Variant
+from rushhour.plan import PLAN, Plan, Variant
 from rushhour.serve import Limits, ServeSettings, Target
 from rushhour.serve.child import ChildServer
 from rushhour.system.storage import explained
@@ -217,6 +218,31 @@ def _peak_bytes(pid: int) -> int:
     with explained("read /proc"):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def write_run(folder: Path, deployment: Deployment) -> None:
+    """Write the plan of a deployment, and the bundles that it serves, as a run.
+
+    Args:
+        folder: new.
+        deployment: what is served.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    deployment.plan.save(folder / PLAN)
+    for variant, bundle in deployment.bundles:
+        place = folder / variant.bundle
+        if not place.exists():
+            _copy(bundle, place)
+
+
+def _copy(bundle: Bundle, place: Path) -> None:
+    """The files of a bundle as they are: the Plan names it by their hash."""
+    with explained(f"copy {bundle.path}"):
+        place.mkdir(parents=True)
+        for name in ("bundle.json", *bundle.manifest.files):
+            shutil.copyfile(bundle.path / name, place / name)
 
 
 def _compiled(target: Target) -> tuple[Plan, tuple[tuple[Variant, Bundle], ...]]:

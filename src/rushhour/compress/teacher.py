@@ -94,7 +94,7 @@ def kept_answers(
             write_whole(file, content.getvalue())
     answers = np.full((n, outputs), np.nan, np.float32)
     answers[order[: len(known)]] = known
-    return _inverse(dataset.task, known[:_PROBED])(torch.from_numpy(answers))
+    return _inverse(teacher.manifest.task, known[:_PROBED])(torch.from_numpy(answers))
 
 
 def _key(teacher: Bundle, dataset: Dataset) -> str:
@@ -169,7 +169,9 @@ def _inverse(task: Task, outputs: NDArray[Any]) -> Callable[[Tensor], Tensor]:
         outputs: some of the answers.
     """
     if task.head == "softmax" and are_probabilities(outputs, _COARSE):
-        return lambda answers: answers.clamp_min(_TINY).log()
+        # a calibrated teacher's logits were divided by its temperature, and those of its student will be
+        scale = task.temperature if isinstance(task.temperature, float) else 1.0
+        return lambda answers: answers.clamp_min(_TINY).log() * scale
     if task.head == "sigmoid" and are_chances(outputs, _COARSE):
         return lambda answers: torch.logit(answers, eps=_EXTREME)
     return lambda answers: answers
@@ -213,7 +215,7 @@ def teaching(
             return np.asarray(runner.infer(given)[output], dtype=np.float32)
 
         first = columns_of(np.ascontiguousarray(dataset.train.inputs[: min(_PROBED, batch)]))
-        inverse = _inverse(dataset.task, infer(first))
+        inverse = _inverse(bundle.manifest.task, infer(first))
 
         def of_graph(*inputs: Tensor) -> Tensor:
             return inverse(torch.from_numpy(infer(each.numpy() for each in inputs)))

@@ -94,7 +94,7 @@ def load(
     is_folder = bool(spec) and path.is_dir() and not is_table
     if kind not in (None, "classification") and (spec in ("fashion-mnist", "elpv") or is_folder):
         raise DataError(f"the data {spec} has classes", "each of its samples has one of them", "leave out --task")
-    if size is not None and (spec == "fashion-mnist" or is_table or path.suffix in (".npz", ".txt")):
+    if size is not None and (spec == "fashion-mnist" or is_table or path.suffix.lower() in (".npz", ".txt")):
         raise DataError(
             f"cannot resize {spec} to {size[0]}x{size[1]}",
             "only pictures in files can be resized",
@@ -120,11 +120,11 @@ def load(
         return load_video(
             path, size=size, seed=seed, bundle=bundle, before_reading=before_reading, on_decoded=on_decoded
         )
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         from rushhour.data.arrays import load_npz
 
         return load_npz(path, seed=seed, task=task, kind=kind)
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         from rushhour.data.text import load_text
 
         return load_text(path, seed=seed)
@@ -146,6 +146,12 @@ def load(
     module, _, factory = spec.partition(":")
     if module.replace(".", "").isidentifier() and factory.isidentifier():
         return _from_factory(module, factory)
+    if path.is_file() and path.suffix.lower() in LINES:
+        raise DataError(
+            f"cannot read the texts {spec}",
+            "texts become tokens of a model's own tokenizer, and this one has none",
+            "give them to a model with a tokenizer (docs/data.md, Texts with labels)",
+        )
     if path.is_file():
         raise DataError(
             f"cannot read the data {spec}",

@@ -241,8 +241,18 @@ def _groups(folder: Path, every: list[Annotated]) -> NDArray[Any] | None:
     file = folder / _GROUPS
     if not file.is_file():
         return None
+    named: dict[str, str] = {}
     with explained(f"read {shown(file)}"), file.open(encoding="utf-8-sig", newline="") as stream:
-        named = {row[0].strip(): row[1].strip() for row in csv.reader(stream) if len(row) >= 2}
+        for row in csv.reader(stream):
+            if len(row) < 2:
+                continue
+            picture, group = row[0].strip(), row[1].strip()
+            if named.setdefault(picture, group) != group:
+                raise DataError(
+                    f"{shown(file)} has two groups for {shown(picture)}",
+                    f"they are {shown(named[picture])} and {shown(group)}, and a picture is in one part only",
+                    "keep one line for each picture",
+                )
     found = [named.get(one.picture.name, named.get(one.picture.stem, "")) for one in every]
     if "" in found:
         missing = every[found.index("")].picture.name

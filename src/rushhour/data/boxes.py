@@ -157,15 +157,16 @@ def read_yolo(folder: Path) -> Annotations:
     """
     classes = names_in(folder) or names_in(folder / "labels") or _names_of_yaml(folder)
     parts: dict[str, list[Annotated]] = {}
+    left_out: Counter[str] = Counter()
     for part, pairs in paired(folder, "labels").items():
         parts[part] = [
-            Annotated(picture, np.zeros((0, 5)) if file is None else _of_text(file, picture, classes))
+            Annotated(picture, np.zeros((0, 5)) if file is None else _of_text(file, picture, classes, left_out))
             for picture, file in pairs
         ]
-    return Annotations(parts, classes, tuple(_empty(parts)))
+    return Annotations(parts, classes, (*_left_out(left_out, folder / "labels"), *_empty(parts)))
 
 
-def _of_text(file: Path, picture: Path, classes: tuple[str, ...]) -> NDArray[np.float64]:
+def _of_text(file: Path, picture: Path, classes: tuple[str, ...], left_out: Counter[str]) -> NDArray[np.float64]:
     with explained(f"read {shown(file)}"):
         lines = file.read_text("utf-8-sig", errors="replace").splitlines()
     rows = []
@@ -177,7 +178,7 @@ def _of_text(file: Path, picture: Path, classes: tuple[str, ...]) -> NDArray[np.
             label, *shares = (float(field) for field in fields)
             if len(shares) != 4 or label != int(label):
                 raise ValueError
-        except ValueError:
+        except (ValueError, OverflowError):
             raise DataError(
                 f"line {number} of {shown(file)} is no box",
                 f"it is {line[:60]!r}",
@@ -190,6 +191,9 @@ def _of_text(file: Path, picture: Path, classes: tuple[str, ...]) -> NDArray[np.
                 f"there are {len(classes)}: {', '.join(classes[:5])}",
                 "correct it, or add its name",
             )
+        if width <= 0 or height <= 0:
+            left_out["without area"] += 1
+            continue
         if not (x - width / 2 >= -0.01 and x + width / 2 <= 1.01 and -0.01 <= y - height / 2 <= y + height / 2 <= 1.01):
             raise DataError(
                 f"the box in line {number} of {shown(file)} is not in its picture",

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 _DAY_US = 86_400e6
 _ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?")
 _LOOKED_AT = 100
+_FEWEST_NAMES = 5
+"""Of a column of text, before it is compared with numbers and dates."""
+_NUMBER = re.compile(r"\s*[+-]?(\d+|\d{1,3}([.,]\d{3})+)?([.,]\d+)?([eE][+-]?\d+)?\s*")
+_DATE = re.compile(r"\s*(\d{4}([./-])\d{1,2}\2\d{1,2}|\d{1,2}([./-])\d{1,2}\3\d{4})([T ].*)?")
+_EXACT = 2.0**53
+"""Up to here float64 keeps whole numbers apart; larger ones are names of something, such as keys of a database."""
 _ID = re.compile(r"(?i:id|.*[_ .-]id)|.*[a-z]I[dD]")
 """Names of columns whose whole numbers are names: `id`, `user_id`, `userId`."""
 
@@ -102,8 +108,36 @@ def cells_of(name: str, column: pyarrow.ChunkedArray, *, category: bool = False)
 
 
 def is_identifier(name: str, cells: Cells) -> bool:
-    """Whether a column's name says that its whole numbers are names."""
-    return cells.kind == "number" and cells.whole and _ID.fullmatch(name) is not None
+    """Whether whole numbers are names: the column's name says so, or they are too large for amounts."""
+    if cells.kind != "number" or not cells.whole:
+        return False
+    return _ID.fullmatch(name) is not None or bool((np.abs(cells.values) >= _EXACT).any())
+
+
+def strays(cells: Cells) -> str:
+    """What keeps a column of text from being numbers or dates, as most of its values are; empty of any other.
+
+    One typing error makes text of a column, and text of many different values is left out.
+    """
+    if cells.kind != "category" or len(cells.names) < _FEWEST_NAMES:
+        return ""
+    for what, pattern, fix in (
+        ("numbers", _NUMBER, "leave empty what is missing"),
+        ("dates", _DATE, "dates are read as 2026-12-31"),
+    ):
+        some = cells.names[:: 1 + len(cells.names) // _LOOKED_AT]
+        if 2 * sum(pattern.fullmatch(name) is None for name in some) >= len(some):
+            continue
+        stray = np.array([pattern.fullmatch(name) is None for name in cells.names])
+        if what == "numbers" and not stray.any():  # the user says that they are names
+            return ""
+        if not stray.any():
+            return f"{what} such as {cells.names[0]!r}: {fix}"
+        rows = stray[np.maximum(cells.values, 0).astype(np.intp)] & ~cells.missing
+        first = int(rows.argmax())
+        value = cells.names[int(cells.values[first])]
+        return f"{what} but for {int(rows.sum()):,} values, such as {value[:30]!r} in row {first + 1}: {fix}"
+    return ""
 
 
 def keys_of_cells(columns: dict[str, Cells], *, seed: int) -> NDArray[np.uint64]:

@@ -41,12 +41,17 @@ class Columns:
             object.__setattr__(self, name, tuple(each for each in names if each))
         for name in ("group", "time"):
             object.__setattr__(self, name, getattr(self, name) or "")
-        twice = set(self.target) & {self.time, *self.categories, *self.leave_out} - {""}
+        others = (self.group, self.time, *self.categories, *self.leave_out)
+        twice = [name for name in self.target if name in others]
         if twice:
             raise DataError(
-                f"the column {min(twice)!r} cannot be a target and something else",
-                "what is predicted is no input",
+                f"the column {twice[0]!r} cannot be a target and something else",
+                "what is predicted is no input, and says nothing about how rows belong together",
                 "name it once",
+            )
+        if len(set(self.target)) < len(self.target):
+            raise DataError(
+                f"the targets {', '.join(self.target)} repeat a column", "each is predicted once", "name each once"
             )
 
     @classmethod

@@ -34,7 +34,7 @@ MAX_PIXELS = 64_000_000
 _INDEX = "index.json"
 _FILES = (_INDEX, "decoded.npy", *(f"{part}-{what}.npy" for part in PARTS for what in ("inputs", "targets")))
 
-_DECODED_AS = 2
+_DECODED_AS = 3
 """To be increased when the decoder changes, so that caches that were written before are not used."""
 _AT_ONCE = 256
 _TOLD_EVERY = 16
@@ -96,6 +96,8 @@ class Tally(msgspec.Struct, frozen=True):
         stretched: pictures with another aspect ratio.
         greyed: colour pictures, where samples are grey.
         framed: pictures with several frames, of which the first was read.
+        repeated: part of the user's own -> its files with the content of one in `train`.
+        contradicting: contents that are in several classes; two files with one of them.
     """
 
     decoding: Decoding
@@ -106,6 +108,9 @@ class Tally(msgspec.Struct, frozen=True):
     stretched: int = 0
     greyed: int = 0
     framed: int = 0
+    repeated: dict[str, int] = {}
+    contradicting: int = 0
+    contradiction: tuple[str, str] = ("", "")
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -350,7 +355,27 @@ def _tally(listing: Listing, read_: Sequence[_One], decoding: Decoding) -> Tally
         stretched=sum(abs(seen.width / seen.height / ratio - 1) > _STRETCH for seen in found),
         greyed=sum(seen.colour and channels == 1 for seen in found),
         framed=sum(seen.frames for seen in found),
+        **_equal(listing, read_),
     )
+
+
+def _equal(listing: Listing, read_: Sequence[_One]) -> dict[str, Any]:
+    """Files of equal content that should not be: in two parts, or in two classes."""
+    seen: dict[int, dict[str, Path]] = {}
+    parts: dict[str, list[int]] = {}
+    ones = iter(read_)
+    for part, by_class in listing.files.items():
+        for name, files in by_class.items():
+            for file in files:
+                one = next(ones)
+                if one.seen is not None:
+                    seen.setdefault(one.key, {}).setdefault(name, file)
+                    parts.setdefault(part, []).append(one.key)
+    own = set(parts.pop("train", ()))
+    repeated = {part: count for part, keys in parts.items() if (count := sum(key in own for key in keys))}
+    doubtful = [tuple(by_class.values()) for by_class in seen.values() if len(by_class) > 1]
+    first = [shown(file.relative_to(listing.folder)) for file in doubtful[0][:2]] if doubtful else ["", ""]
+    return {"repeated": repeated, "contradicting": len(doubtful), "contradiction": tuple(first)}
 
 
 def _tell(listing: Listing, corrupt: dict[int, str], on_corrupt: OnCorrupt | None) -> None:

@@ -22,6 +22,7 @@ from rushhour.data.dataset import Dataset, Files
 from rushhour.data.decoded import Listing, OnCorrupt, OnDecoded, Tally, read, shown
 from rushhour.data.probing import SUFFIXES, decoding_of, probed, shape_of
 from rushhour.data.splits import PART_OF, Part
+from rushhour.data.table_files import is_table_file
 from rushhour.errors import DataError, TaskError
 from rushhour.system.storage import MARK, explained
 from rushhour.task import Task
@@ -223,7 +224,13 @@ class _Tree:
                 elif path.is_dir():
                     # the same name, however the operating system encodes accents
                     name = unicodedata.normalize("NFC", shown(path.name))
-                    found[name if name not in found else shown(path.name)] = path
+                    if name in found:
+                        raise DataError(
+                            f"{shown(folder)} has two folders {name!r}",
+                            "they differ only in how the operating system encodes accents",
+                            "merge them, or rename one",
+                        )
+                    found[name] = path
                 elif path.exists():
                     self.left_out["outside class folders"] += 1
                 else:
@@ -238,10 +245,12 @@ class _Tree:
                 above = frozenset(map(_identity, (self._folder.stat(), folder.stat(), path.stat())))
                 found[name] = self._pictures(path, above)
         if not found:
+            tables = [path for path in sorted(folder.iterdir()) if is_table_file(path)]
+            put = f"put the pictures of each class into {shown(folder)}/CLASS/"
             raise DataError(
                 f"{shown(folder)} has no classes",
                 "it holds no folders",
-                f"put the pictures of each class into {shown(folder)}/CLASS/",
+                f"for the table in it name {shown(tables[0])}" if tables else put,
             )
         for name, pictures in found.items():
             if not pictures and not may_be_empty:
@@ -322,4 +331,12 @@ def _changes(tally: Tally, read_: int, shape: tuple[int, int, int], *, is_asked:
         notes.append(f"{tally.greyed:,} pictures are converted to grey")
     if tally.framed:
         notes.append(f"{tally.framed:,} pictures have several frames: the first is read")
+    for part, count in tally.repeated.items():
+        notes.append(f"{count:,} pictures of the part {part} are in train too: they show nothing new")
+    if tally.contradicting:
+        one, other = tally.contradiction
+        notes.append(
+            f"{tally.contradicting:,} pictures are in several classes, such as {one} and {other}: a picture has one "
+            "label"
+        )
     return notes

@@ -66,6 +66,10 @@ def as_places(name: str, targets: NDArray[Any], kind: str) -> NDArray[Any]:
                 "each picture has rows of x1, y1, x2, y2 in pixels and class, -1 for no box: (n, boxes, 5)",
                 "convert them",
             )
+        if target.dtype.kind == "f" and not np.isfinite(target[..., 4]).all():
+            raise DataError(
+                f"a box of {name} has no class", "its class is NaN or infinite", "give the class, or -1 for no box"
+            )
         return target.astype(np.float32)
     if target.ndim == 4 and target.shape[-1] == 1:
         target = target[..., 0]

@@ -161,7 +161,7 @@ def _read(file: Path) -> pyarrow.Table:
     except UnicodeDecodeError as error:
         raise _not_utf8(file) from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if "UTF8" in str(error):
+        if "UTF8" in str(error) or "utf-8" in str(error):
             raise _not_utf8(file) from error
         raise DataError(
             f"cannot read {file}", " ".join(str(error).split())[:300], "check that it is a whole file of that kind"
@@ -174,6 +174,7 @@ def _not_utf8(file: Path) -> DataError:
 
 
 def _read_text(file: Path) -> pyarrow.Table:
+    import pyarrow
     from pyarrow import csv, types
 
     with file.open("rb") as opened:
@@ -184,13 +185,17 @@ def _read_text(file: Path) -> pyarrow.Table:
         raise DataError(f"cannot read {file}", "it is no text in UTF-8: it holds zero bytes", "save it as CSV in UTF-8")
     line = head.lstrip(b"\xef\xbb\xbf").splitlines()[0].decode("utf-8", "replace")
     delimiter = "\t" if file.suffix.lower() == ".tsv" else max(_DELIMITERS, key=line.count)
-    table = csv.read_csv(
-        file,
-        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(
+    forms = {
+        "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        "convert_options": csv.ConvertOptions(
             null_values=_MISSING, strings_can_be_null=True, quoted_strings_can_be_null=True
         ),
-    )
+    }
+    try:
+        table = csv.read_csv(file, **forms)
+    except pyarrow.ArrowInvalid:  # one thread knows the number of the row at fault
+        table = csv.read_csv(file, read_options=csv.ReadOptions(use_threads=False), **forms)
+    _check_quotes(file, table)
     for place, field in enumerate(table.schema):
         if types.is_binary(field.type):
             raise _not_utf8(file)
@@ -198,6 +203,25 @@ def _read_text(file: Path) -> pyarrow.Table:
         if numbers is not None:
             table = table.set_column(place, field.name, numbers)
     return table.rename_columns([name.strip() for name in table.column_names])
+
+
+def _check_quotes(file: Path, table: pyarrow.Table) -> None:
+    """Raise where a quote is opened and never closed: all rows after it are then one value of the last row.
+
+    Raises:
+        DataError: if so.
+    """
+    last = table.column(table.num_columns - 1)[-1].as_py() if table.num_rows else None
+    if not isinstance(last, str) or "\n" not in last:
+        return
+    with file.open("rb") as opened:
+        quotes = sum(block.count(b'"') for block in iter(lambda: opened.read(_HEAD_BYTES), b""))
+    if quotes % 2:
+        raise DataError(
+            f"cannot read {file}",
+            f"a quote is opened in its row {table.num_rows} and not closed",
+            'close it, or write a quote within a value as ""',
+        )
 
 
 def _localised(column: pyarrow.ChunkedArray, *, comma_splits: bool) -> pyarrow.ChunkedArray | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle, Column, Preprocessing, Table
 from rushhour.data.arrays import FEWEST, from_splits, in_time, leaks
-from rushhour.data.cells import Cells, cells_of, is_identifier, keys_of_cells
+from rushhour.data.cells import Cells, cells_of, is_identifier, keys_of_cells, strays
 from rushhour.data.columns import USUAL_TARGETS, Columns
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import PARTS, Part, divide, divide_groups
@@ -73,7 +73,11 @@ def from_tables(
     names = [str(each) for each in whole.column_names]
     twice = [each for each in dict.fromkeys(names) if names.count(each) > 1]
     if twice:
-        raise DataError(f"{source} has two columns {twice[0]!r}", "only one can be meant", "rename or remove one")
+        is_row = all(name.replace(".", "").isdecimal() for name in names)
+        fix = "its first line seems to be a row: write the columns' names above" if is_row else "rename or remove one"
+        raise DataError(f"{source} has two columns {twice[0]!r}", "only one can be meant", fix)
+    if not len(whole):
+        raise DataError(f"{source} has no rows", "it has only names of columns", "check that it is the whole file")
     known = None if bundle is None else bundle.manifest.table
     given = _completed(columns or Columns(), names, known, source)
     targets = _targets(whole, given.target, source) if given.target else np.zeros((len(whole), 0), np.float32)
@@ -165,7 +169,8 @@ def _targets(whole: pyarrow.Table, names: tuple[str, ...], source: str) -> NDArr
             is_truth = cells.names and set(cells.names) <= {"false", "true"} and str(whole[name].type) == "bool"
             found.append(cells.texts() == "true" if is_truth else cells.texts())
         else:
-            found.append(cells.values.astype(np.int64) if cells.whole else cells.values)
+            # whole numbers as they are: float64 would make one of large ones, such as keys of a database
+            found.append(whole[name].to_numpy() if cells.whole else cells.values)
     if len(found) == 1:
         return found[0]
     if any(each.dtype.kind == "U" for each in found):
@@ -266,7 +271,10 @@ def _recognised(
     dropped: list[str] = [f"{len(nameless)} without a name"] if nameless else []
     left_out: list[str] = []
     by_name: list[str] = []
+    odd: list[str] = []
     for name, column in cells.items():
+        if name not in given.categories and (said := strays(column)):
+            odd.append(f"{name} holds {said}")
         own = _taken(column, train)
         there = own.values[~own.missing]
         why = column.why or _useless(name, own, there, given)
@@ -288,15 +296,17 @@ def _recognised(
             f"{source} has no column that a model could use", "; ".join(dropped) or "it has only a target", "add some"
         )
     dates = [column.name for column in numbers if column.kind == "date"]
-    said = [
+    kinds = [
         f"numbers: {_listed([column.name for column in numbers if column.kind == 'number'])}",
         f"dates, as days since 1970: {_listed(dates)}",
         f"categories: {_listed([column.name for column in categories])}",
         f"to predict: {_listed(given.target)}",
     ]
-    notes = [f"columns of {source}: {'; '.join(each for each in said if not each.endswith(': '))}"]
+    notes = [f"columns of {source}: {'; '.join(each for each in kinds if not each.endswith(': '))}"]
     if by_name:
         notes.append(f"numbers that are names: {_listed(by_name)}; --leave-out what the model should not see")
+    if odd:
+        notes.append(f"columns taken as text: {_listed(odd)}")
     if dropped:
         notes.append(f"columns left out: {_listed(dropped)}")
     table = Table(

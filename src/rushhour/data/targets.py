@@ -20,6 +20,8 @@ KINDS: Final = ("classification", "multilabel", "ranking", "regression", "segmen
 _FEW = 20
 """Up to so many different whole numbers are labels in any case; more are if they count from 0 or 1."""
 _NAMED = 5
+_LETTERS = 40
+"""Of a label that is shown."""
 LOST = 0.01
 """Rounding to float32 of more than this share of the standard deviation is an error."""
 CONSTANT = 1e-12
@@ -355,6 +357,12 @@ def _is_one_hot(target: NDArray[Any]) -> bool:
 
 
 def _neither(name: str, targets: NDArray[Any]) -> DataError:
+    if targets.dtype.kind == "U" and targets.ndim == 1:
+        return DataError(
+            f"targets of {name} are text, such as {_some(tuple(targets[:1].tolist()))!r}",
+            "the task needs numbers",
+            "convert them, or use --task classification",
+        )
     return DataError(
         f"targets of {name} are {targets.dtype} of shape {targets.shape}",
         "labels are whole numbers, booleans or text of shape (n,), or one-hot rows; values are numbers of shape (n,) "
@@ -368,5 +376,6 @@ def _width(width: tuple[int, ...]) -> str:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    listed = ", ".join(names[:_NAMED])
-    return listed if len(names) <= _NAMED else f"{listed}, ... {names[-1]}"
+    short = [name if len(name) <= _LETTERS else f"{name[:_LETTERS]}..." for name in (*names[:_NAMED], *names[-1:])]
+    listed = ", ".join(short[: min(_NAMED, len(names))])
+    return listed if len(names) <= _NAMED else f"{listed}, ... {short[-1]}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
-from rushhour.data.arrays import FEWEST, from_splits, leaks
+from rushhour.data.arrays import FEWEST, from_splits, in_time, leaks
 from rushhour.data.columns import USUAL_TARGETS, Columns
 from rushhour.data.dataset import Dataset, Split
 from rushhour.data.splits import PARTS, Part, divide, divide_groups, keys_of
@@ -42,7 +44,7 @@ def load_text_table(
     Args:
         path: the file or folder.
         seed: of the split, about 80 / 10 / 10, by the text: equal texts are in one part.
-        columns: what the user says of the columns: target, and group where texts belong together.
+        columns: what the user says of the columns: target, group where texts belong together, and time.
         kind: what targets are; see `rushhour.data.arrays.from_splits`.
         bundle: that the data is for: its tokenizer, its task. Without one the tokens are MiniLM's.
 
@@ -52,7 +54,7 @@ def load_text_table(
         ModelError: if MiniLM is needed, and not installed.
         TaskError: if there is only one class, or the model does not know a label.
     """
-    parts = {WHOLE: _lines(path)} if path.suffix.lower() in LINES else _columns_of(read_tables(path))
+    parts = {WHOLE: _lines(path)} if path.suffix.lower() in LINES else _columns_of(read_tables(path), path.name)
     given = columns or Columns()
     first = next(iter(parts.values()))
     given.check(list(first), path.name)
@@ -65,10 +67,14 @@ def load_text_table(
     at = 0
     for part, table in parts.items():
         rows = np.arange(at, at + len(texts[part]))
-        groups = np.array([str(each) for each in table[given.group]]) if given.group else None
+        groups = _groups(table[given.group], given.group, path.name) if given.group else None
         splits[part] = Split(samples[rows], _labels(table[target], target, path.name), groups)
         at += len(rows)
-    divided, notes = _divided(splits, texts, seed, kind, path.name)
+    if given.time and WHOLE in splits:
+        in_order, note = in_time(splits[WHOLE], _times(parts[WHOLE][given.time], given.time, path.name), name=path.name)
+        divided, notes = dict(zip(PARTS, in_order, strict=True)), [note]
+    else:
+        divided, notes = _divided(splits, texts, seed, kind, path.name)
     task = None if bundle is None else bundle.manifest.task
     data = from_splits(path.stem, divided["train"], divided["validation"], divided["test"], task=task, kind=kind)
     note = f"texts are in the column {column!r}, of up to {samples.dtype[0].shape[0]} tokens; to predict: {target}"
@@ -98,7 +104,11 @@ def _divided(
     return {part: splits[part] for part in PARTS}, notes
 
 
-def _columns_of(tables: Mapping[str, pyarrow.Table]) -> dict[str, Table]:
+def _columns_of(tables: Mapping[str, pyarrow.Table], source: str) -> dict[str, Table]:
+    for table in tables.values():
+        names = table.column_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{source} has two columns {twice[0]!r}", "only one can be meant", "rename or remove one")
     return {part: {str(name): table[name].to_pylist() for name in table.column_names} for part, table in tables.items()}
 
 
@@ -121,7 +131,8 @@ def _lines(file: Path) -> Table:
         rows.append(row)
     if not rows:
         raise DataError(f"{file} is empty", "it has no line", "write one object a line")
-    return {name: [row.get(name) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _target(names: list[str], given: Columns, source: str) -> str:
@@ -161,7 +172,50 @@ def _texts(values: Sequence[Any], column: str, source: str) -> list[str]:
             f"row {missing[0]} is the first",
             "remove those rows",
         )
+    for row, text in enumerate(values, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"row {row} of {source} has a text that cannot be written in UTF-8",
+                f"{error.object[error.start]!r} in {column!r} is half of a character",
+                "correct it",
+            ) from error
     return list(values)
+
+
+def _groups(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
+    missing = [row for row, each in enumerate(values, 1) if each is None or not str(each).strip()]
+    if missing:
+        raise DataError(
+            f"{len(missing):,} rows of {source} have no group",
+            f"row {missing[0]} has no {column!r}",
+            "fill it in, or remove them",
+        )
+    return np.array([str(each) for each in values])
+
+
+def _times(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
+    """Numbers, or dates in UTC."""
+    found: list[float] = []
+    dated = False
+    for row, value in enumerate(values, 1):
+        try:
+            time = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
+            if isinstance(time, datetime.date):
+                dated = True
+                midnight = datetime.datetime.min.time()
+                whole = time if isinstance(time, datetime.datetime) else datetime.datetime.combine(time, midnight)
+                time = (whole if whole.tzinfo else whole.replace(tzinfo=datetime.UTC)).timestamp()
+            found.append(float(time))
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(
+                f"row {row} of {source} has no time in {column!r}",
+                f"it holds {value!r:.60}",
+                "give numbers or ISO dates",
+            ) from None
+    times = np.array(found)
+    return times.astype("datetime64[s]") if dated else times
 
 
 def _labels(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
@@ -172,4 +226,13 @@ def _labels(values: Sequence[Any], column: str, source: str) -> NDArray[Any]:
             f"row {missing[0]} is the first, and a target is never guessed",
             "remove those rows, or fill them in",
         )
-    return np.array([str(each) for each in values] if any(isinstance(each, str) for each in values) else values)
+    for row, each in enumerate(values, 1):
+        if not isinstance(each, str | bool | int | float | Decimal | datetime.date):
+            raise DataError(
+                f"row {row} of {source} has a {type(each).__name__} in {column!r}",
+                "a label is a text or a number",
+                "give one label for each text",
+            )
+    if any(isinstance(each, str | datetime.date) or (type(each) is int and abs(each) >= 2**63) for each in values):
+        return np.array([str(each) for each in values])
+    return np.array([float(each) if isinstance(each, Decimal) else each for each in values])

@@ -31,6 +31,9 @@ _FIRST_DROP, _DROP = 0.95, 0.97
 _PATIENCE = 2.0
 """Windows that must still fit into the budget for another attempt. Also the share of a budget, in multiples of it, that
 may be spent until some window holds."""
+_LEAST_RATES = 4
+"""Rates that are tried until one holds, however short the budget: of a server that carries 400/s it is wrong to say
+that it holds at no rate because two windows at 900/s took all of the time."""
 _LAST_DROPS = (0.95, 0.93, 0.90, 0.85, 0.75, 0.6)
 _STEP_S, _SEARCH_S = 0.5, 2.5
 
@@ -279,14 +282,15 @@ class _Windows:
             retries += 1
             self._retries += 1
 
-    def short(self, probe: Probe, rate_rps: float) -> Measurement:
+    def short(self, probe: Probe, rate_rps: float, budget_s: float = math.inf) -> Measurement:
         """A window of the bracket or the bisection; one that misses is repeated once, unless it misses by far.
 
-        A short window misses after a single pause of the machine, and would bound the search for good.
+        A short window misses after a single pause of the machine, and would bound the search for good. With the budget
+        spent it is not repeated: a lower rate tells more.
         """
         window = self.measure(probe, rate_rps, proof=False)
         undecided = window.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE) and not _is_good(window)
-        if undecided and window.late <= _BY_FAR * window.n:
+        if undecided and self.cost_s <= budget_s and window.late <= _BY_FAR * window.n:
             window = self.measure(probe, rate_rps, proof=False)
         return window
 
@@ -314,8 +318,8 @@ def _bracket(
     """A good window and a bad one at a higher rate; None for what was not found."""
     low = high = None
     rate = rounded(start_rps)
-    for _ in range(_STEPS_UP):
-        window = windows.short(probe, rate)
+    for tried in range(1, _STEPS_UP + 1):
+        window = windows.short(probe, rate, budget_s)
         if _is_good(window):
             low = window
             if high is not None:
@@ -328,7 +332,9 @@ def _bracket(
             rate = rounded(rate / 2)
             if rate < start_rps * _SHARE_DOWN:
                 break
-        if windows.cost_s > (budget_s if low is not None else _PATIENCE * budget_s):
+        if low is not None and windows.cost_s > budget_s:
+            break
+        if low is None and windows.cost_s > _PATIENCE * budget_s and tried >= _LEAST_RATES:
             break
     return low, high
 

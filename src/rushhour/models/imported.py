@@ -122,6 +122,9 @@ def signature_of(
     """
     held = {tensor.name for tensor in graph.graph.initializer}
     inputs = [value for value in graph.graph.input if value.name not in held]
+    if not inputs or not graph.graph.output:
+        what = "output" if inputs else "input"
+        raise ModelError(f"cannot serve {file}", f"it has no {what}", "check how it was exported")
     for value in (*inputs, *graph.graph.output):
         _check_batch(value, file)
     if dimensions is None:
@@ -152,10 +155,17 @@ def name_for(file: Path) -> str:
 
 def _check_batch(value: onnx.ValueInfoProto, file: Path | str) -> None:
     """Raise unless the first dimension is free."""
-    first = next(iter(value.type.tensor_type.shape.dim), None)
-    if first is None or first.dim_value:
-        fixed = 1 if first is None else first.dim_value
-        raise ModelError(f"cannot serve {file}", f"the first dimension of {value.name} is fixed to {fixed}", _DYNAMIC)
+    if not value.type.HasField("tensor_type"):
+        kind = value.type.WhichOneof("value")
+        why = f"a {kind.removesuffix('_type')}, and no tensor" if kind else "of no known type and shape"
+        raise ModelError(f"cannot serve {file}", f"{value.name} is {why}", "export it with tensors of known shapes")
+    if not value.type.tensor_type.shape.dim:
+        raise ModelError(f"cannot serve {file}", f"{value.name} has no dimension, so no batch", _DYNAMIC)
+    first = value.type.tensor_type.shape.dim[0]
+    if first.dim_value:
+        raise ModelError(
+            f"cannot serve {file}", f"the first dimension of {value.name} is fixed to {first.dim_value}", _DYNAMIC
+        )
 
 
 def _spec(value: onnx.ValueInfoProto, file: Path | str, dimensions: tuple[OpenDimension, ...]) -> TensorSpec:

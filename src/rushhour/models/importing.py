@@ -194,11 +194,14 @@ def import_arrival(
         preprocessing = arrival.preprocessing
     from_original = verify_arrival(arrival, name, _as_given(given, signature), signature)
     converted, why, difference = _converted(model, signature, name)
-    wanted, task_from = _task(model, signature) if arrival.task is None else (arrival.task, arrival.task_from)
+    if arrival.task is None:
+        wanted, task_from = _task(model, signature, name, known=task)
+    else:
+        wanted, task_from = arrival.task, arrival.task_from
     if task is not None:
         binary = wanted.is_binary and task.kind == "classification" and task.outputs == 2
         wanted, task_from = (Task.multilabel(task.classes[1:]) if binary else task.unscaled), "given"
-    wanted.check_output(_flat(signature.outputs[0].shape), name)
+    wanted.check_output(_flat(signature.outputs[0].shape), name, signature.inputs[0].shape)
     if converted is not None and converted.gives_logits and wanted.head != "softmax":
         converted = convert(model, name)
     scaled, scaled_from = preprocessing or Preprocessing(), "given" if preprocessing is not None else "none"
@@ -288,10 +291,24 @@ def _converted(model: onnx.ModelProto, signature: Signature, name: str) -> tuple
         return None, error.why, 0.0
 
 
-def _task(model: onnx.ModelProto, signature: Signature) -> tuple[Task, str]:
-    """What a model is for, read off its graph."""
+def _task(model: onnx.ModelProto, signature: Signature, name: str, *, known: Task | None) -> tuple[Task, str]:
+    """What a model is for, read off its graph; as is known, where its answers are no vectors.
+
+    Raises:
+        TaskError: if it is not known.
+    """
     outputs = signature.outputs[0]
-    (width,) = _flat(outputs.shape) or (1,)
+    if len(shape := _flat(outputs.shape)) > 1:
+        if known is not None:
+            return known, "given"
+        raise TaskError(
+            f"cannot tell what {name} is for",
+            f"an answer of its output {outputs.name} has the shape {shape}, and that of a classification, of values or "
+            "of an embedding is a vector",
+            "give --data with class maps, boxes or tags that it answers with, or export it with a vector as its first "
+            "output",
+        )
+    (width,) = shape
     producers = {name: node for node in model.graph.node for name in node.output}
     last = producers.get(model.graph.output[0].name)
     while last is not None and last.op_type in ("Identity", "Flatten", "Reshape", "Squeeze"):

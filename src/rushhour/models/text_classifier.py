@@ -62,10 +62,11 @@ def text_classifier_bundle(
     words: NDArray[Any],
     bias: NDArray[Any],
     name: str = "text-classifier",
+    encoder: nn.Module | None = None,
     longest: int = LENGTH,
     lineage: tuple[Step, ...] = (),
 ) -> Bundle:
-    """The pretrained encoder with two linear models, as a bundle that takes texts.
+    """MiniLM with two linear models, as a bundle that takes texts.
 
     Args:
         path: the bundle's folder; an older one is replaced.
@@ -75,6 +76,7 @@ def text_classifier_bundle(
         words: weights of the tokens, `(30522, outputs)`.
         bias: `(outputs,)`.
         name: of the bundle.
+        encoder: the pretrained one, trained further; as it is published by default.
         longest: tokens of a text; longer ones are cut.
         lineage: how the weights were found.
 
@@ -84,7 +86,7 @@ def text_classifier_bundle(
     """
     network = text_classifier(task.outputs)
     assert isinstance(network, _Classifier)
-    network.encoder = pretrained_encoder()
+    network.encoder = pretrained_encoder() if encoder is None else encoder
     with torch.no_grad():
         for parameter, values in (
             (network.meaning.weight, meaning),

@@ -82,6 +82,20 @@ class Classified(msgspec.Struct, frozen=True):
         return sorted(found, key=lambda each: -each[2])
 
 
+class Calibration(msgspec.Struct, frozen=True):
+    """What dividing a classifier's logits by a temperature changes.
+
+    Attributes:
+        temperature: of the served graph, fitted to the whole validation part.
+        before: what the network answers on the validation part.
+        after: the same, each half of the part with the temperature that fits the other half.
+    """
+
+    temperature: Number
+    before: Classified
+    after: Classified
+
+
 def _temperature(probabilities: NDArray[Any], labels: NDArray[Any]) -> float:
     """The temperature of the least negative log-likelihood, of 121 between 0.05 and 20."""
     logits = np.log(np.maximum(probabilities.astype(np.float64), _LEAST))

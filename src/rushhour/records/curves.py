@@ -10,7 +10,8 @@ import msgspec
 
 from rushhour.errors import DataError
 from rushhour.measurement import Number
-from rushhour.records.classified import Classified
+from rushhour.records.classified import Calibration, Classified
+from rushhour.records.judged import Found, Residuals
 from rushhour.system.storage import explained, write_whole
 
 CURVES = "curves.jsonl"
@@ -59,6 +60,9 @@ class TrainingRecord(msgspec.Struct, frozen=True):
         planned: earlier planned numbers of epochs, each with the step until which it held.
         classified: what the sealed epoch's network answers on the validation part; None where it is no classifier of
             one label, or was resumed after that epoch.
+        found: precision and recall of a ranking or a detection; see `Judged`.
+        residuals: of a regression.
+        calibration: of the bundle, where it was asked for.
     """
 
     model: str
@@ -70,6 +74,9 @@ class TrainingRecord(msgspec.Struct, frozen=True):
     resumed: tuple[_Count, ...] = ()
     planned: tuple[tuple[_Count, _Count], ...] = ()
     classified: Classified | None = None
+    found: tuple[Found, ...] = ()
+    residuals: tuple[Residuals, ...] = ()
+    calibration: Calibration | None = None
 
 
 def best_of(epochs: Sequence[Epoch]) -> Epoch:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from markupsafe import Markup
+
 from rushhour.records.curves import Epoch, best_of, read_curves, read_record
+from rushhour.records.judged import Residuals
 from rushhour.report.page import is_page, render
 from rushhour.system.storage import write_own
 
@@ -17,6 +20,9 @@ _SMALL: Final = 12
 """Classes whose whole matrix is shown."""
 _CONFUSED: Final = 10
 """Confusions that are named."""
+_CURVES: Final = 20
+_VALUES: Final = 6
+"""Classes whose precision is drawn, and values whose residuals are."""
 
 
 def write_training_report(folder: Path, file: Path | None = None) -> Path:
@@ -44,6 +50,9 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
         return ", ".join(word for word, applies in words if applies)
 
     classified = None if record is None else record.classified
+    found = () if record is None else record.found[:_CURVES]
+    residuals = () if record is None else record.residuals[:_VALUES]
+    calibration = None if record is None else record.calibration
     path = file or folder / "report.html"
     page = render(
         "training.html",
@@ -60,12 +69,28 @@ def write_training_report(folder: Path, file: Path | None = None) -> Path:
         reliability=None
         if classified is None
         else charts.wide_and_narrow(lambda narrow: charts.reliability(classified.bins, narrow)),
+        found=found,
+        curve=charts.wide_and_narrow(lambda narrow: charts.precision_recall(found, narrow)) if found else None,
+        residuals=[_residuals(each, f"residuals-{at}") for at, each in enumerate(residuals)],
+        calibration=calibration,
+        calibrated=None
+        if calibration is None
+        else [
+            charts.wide_and_narrow(lambda narrow: charts.reliability(calibration.before.bins, narrow, "before")),
+            charts.wide_and_narrow(lambda narrow: charts.reliability(calibration.after.bins, narrow, "after")),
+        ],
         marks=marks,
         loss=charts.wide_and_narrow(lambda narrow: charts.training_loss(epochs, narrow)),
         metric=charts.wide_and_narrow(lambda narrow: charts.training_metric(epochs, narrow)),
     )
     write_own(path, page, is_page)
     return path
+
+
+def _residuals(of: Residuals, name: str) -> Markup | None:
+    from rushhour.report import charts
+
+    return charts.wide_and_narrow(lambda narrow: charts.residuals(of, narrow, name))
 
 
 def _shown(epochs: Sequence[Epoch], always: Sequence[Epoch]) -> list[Epoch]:

@@ -61,7 +61,7 @@ class Detection:
                 "the boxes of a picture are rows of x1, y1, x2, y2 and class, but the targets are "
                 f"{targets.dtype}{targets.shape}"
             )
-        boxes = targets[targets[..., 4] >= 0]
+        boxes = targets[~(targets[..., 4] < 0)]  # a class of NaN is neither a class nor -1
         if not len(boxes):
             return "no picture has a box"
         if not np.isfinite(boxes).all():

@@ -57,18 +57,23 @@ class Task(msgspec.Struct, frozen=True):
         outputs: the length of one answer: the number of classes, of regressed values, or of dimensions. Of answers
             about places, the number of classes.
         scaling: of a regression whose network answers in units of its own; unset where it gives values itself.
+        temperature: of a classification that was calibrated: the served graph divides the logits by it before the
+            softmax, so that probabilities agree with shares of right answers (Guo et al., 2017); unset where not.
     """
 
     kind: str
     classes: tuple[str, ...] = ()
     outputs: int = 1
     scaling: Scaling | msgspec.UnsetType = msgspec.UNSET
+    temperature: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.kind not in BUILT_IN and not _OWN.fullmatch(self.kind):
             raise ValueError(f"`kind` {self.kind[:80]!r} is none of {', '.join(BUILT_IN)}, nor a module:Class")
         if isinstance(self.scaling, Scaling) and {len(self.scaling.mean), len(self.scaling.std)} != {self.outputs}:
             raise ValueError(f"`scaling` needs one mean and one std for each of {self.outputs} outputs")
+        if self.temperature is not msgspec.UNSET and self.kind != "classification":
+            raise ValueError(f"`temperature` is of a classification, not of {self.kind[:80]}")
 
     @classmethod
     def classification(cls, classes: tuple[str, ...]) -> Task:
@@ -156,6 +161,11 @@ class Task(msgspec.Struct, frozen=True):
     def unscaled(self) -> Task:
         """The same task, for a network that gives values itself."""
         return msgspec.structs.replace(self, scaling=msgspec.UNSET)
+
+    @property
+    def uncalibrated(self) -> Task:
+        """The same task, with probabilities as the network gives them."""
+        return msgspec.structs.replace(self, temperature=msgspec.UNSET)
 
     @property
     def is_binary(self) -> bool:

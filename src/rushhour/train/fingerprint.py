@@ -15,7 +15,8 @@ from rushhour.records import identity
 from rushhour.task import Task
 from rushhour.train.job import TrainingJob
 
-_RESUMABLE: Final = {"epochs", "weights"}
+_CALIBRATE: Final = "calibrate"
+_RESUMABLE: Final = {"epochs", "weights", _CALIBRATE}
 """A checkpoint may be resumed where these differ; weights are compared apart, because they may be unknown."""
 
 _DIGITS: Final = 16
@@ -97,6 +98,7 @@ def fingerprint_of(dataset: Dataset, job: TrainingJob) -> Fingerprint:
             **{name: value for name, value in chosen.items() if value is not None},
             **shared,
             **begun,
+            **({_CALIBRATE: True} if job.calibrate else {}),
             **_named(structure),
             "dataset": dataset.name,
             "samples": len(dataset.train),
@@ -122,6 +124,6 @@ def _facts(step: Step, source: Source, task: Task, preprocessing: Preprocessing)
         "weights": step.settings.get("weights", ""),
         "factory": source.factory,
         "arguments": source.arguments,
-        "task": msgspec.to_builtins(task),
+        "task": msgspec.to_builtins(task.uncalibrated),
         "preprocessing": msgspec.to_builtins(preprocessing),
     }

@@ -29,6 +29,8 @@ class TrainingJob(msgspec.Struct, frozen=True):
             is another training, which can be resumed with the same number of workers only.
         initial: the bundle of this network whose weights the training begins with, and whose input and lineage its
             result has; None for fresh weights.
+        calibrate: whether the bundle's probabilities are calibrated on the validation part; see
+            `rushhour.train.temperature`. It changes no weight.
     """
 
     source: Source
@@ -40,6 +42,7 @@ class TrainingJob(msgspec.Struct, frozen=True):
     workers: int = 1
     parallel: ParallelSettings = ParallelSettings()
     initial: Path | None = None
+    calibrate: bool = False
 
     @property
     def model(self) -> str:

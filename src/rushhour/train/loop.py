@@ -23,8 +23,8 @@ from rushhour.data.dataset import Dataset
 from rushhour.errors import ModelError, StorageError
 from rushhour.models import tensors_of
 from rushhour.progress import Progress
-from rushhour.records.classified import Classified
 from rushhour.records.curves import Epoch, TrainingRecord, best_of
+from rushhour.records.judged import Judged
 from rushhour.train.checkpoint import Checkpoint, shapes
 from rushhour.train.feed import Batch, Feed
 from rushhour.train.loss import loss_for
@@ -103,8 +103,8 @@ class TrainingLoop:
         self._epoch_loss = 0.0
         self._planned: list[tuple[int, int]] = []
         self._resumed: list[int] = []
-        self._newest: Classified | None = None
-        self._classified: Classified | None = None
+        self._newest = Judged()
+        self._judged = Judged()
         self._saved = time.monotonic()
         self._saving_s = 0.0
 
@@ -206,7 +206,7 @@ class TrainingLoop:
             self._history.append(judged)
             is_best = best_of(self._history) is judged
             if self._kept() is judged:
-                self._classified = self._newest
+                self._judged = self._newest
             if self._settings.patience is not None and is_best:
                 self._best = self._stepper.weights()
         if self._on_epoch is not None:
@@ -227,8 +227,9 @@ class TrainingLoop:
             return 0.0, 0.0
         outputs, task = np.concatenate(answers), self._dataset.task
         value, _ = task.evaluate(outputs, split.targets)
-        if task.kind == "classification" and split.labelled and np.isfinite(outputs).all():
-            self._newest = Classified.of(outputs, split.targets, task.classes)
+        if split.labelled and np.isfinite(outputs).all():
+            table = self._dataset.preprocessing.table
+            self._newest = Judged.of(task, outputs, split.targets, table.targets if table else ())
         return total / len(split), value
 
     def _kept(self) -> Epoch:
@@ -311,7 +312,9 @@ class TrainingLoop:
             keeps_best=settings.patience is not None,
             resumed=tuple(self._resumed),
             planned=tuple(self._planned),
-            classified=self._classified,
+            classified=self._judged.classified,
+            found=self._judged.found,
+            residuals=self._judged.residuals,
         )
 
     def _diverged(self, why: str, batch: Batch, epoch: int, at: int) -> Diverged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -12,17 +13,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rushhour.bundle import Bundle, Step, check_place, name_of
 from rushhour.data.dataset import Dataset
 from rushhour.errors import BundleError, StorageError
-from rushhour.models import build, export
+from rushhour.models import Deployed, build, export
 from rushhour.progress import Progress, Silent
 from rushhour.records import identity
-from rushhour.records.curves import Epoch
+from rushhour.records.curves import Epoch, read_curves, read_record, write_curves
 from rushhour.system import machine
 from rushhour.system.storage import alone_at, claimed, explained
+from rushhour.task import Task
 from rushhour.train.checkpoint import Checkpoint, Unfinished
 from rushhour.train.fingerprint import Fingerprint, fingerprint_of
 from rushhour.train.job import TrainingJob
@@ -31,6 +33,7 @@ from rushhour.train.parallel import run_on_workers, under_torchrun
 from rushhour.train.run import TrainingRun
 from rushhour.train.samples import in_order, sample_spec
 from rushhour.train.settings import TrainSettings
+from rushhour.train.temperature import calibration_of, check_calibration
 
 _SAMPLES = 16
 """Real inputs that a bundle carries."""
@@ -128,6 +131,8 @@ def _run_of(dataset: Dataset, job: TrainingJob) -> tuple[TrainingRun, Dataset]:
     workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else job.workers
     job = msgspec.structs.replace(job, workers=workers)
     dataset = in_order(dataset, job)
+    if dataset.task.uncalibrated != dataset.task:  # of another model, whose temperature is not this one's
+        dataset = dataclasses.replace(dataset, task=dataset.task.uncalibrated)
     sample_spec(dataset)
     return TrainingRun(job, fingerprint_of(dataset, job)), dataset
 
@@ -167,6 +172,8 @@ def _sealed(
     if older is not None and not why:
         return older
     check_place(out, force=force, why=why)
+    if job.calibrate:
+        check_calibration(dataset)
     run = run.inspected(dataset, progress)  # before anything is removed
     checkpoint = run.checkpoint()
     _check_others(run, checkpoint, dataset, out, force=force)
@@ -175,11 +182,12 @@ def _sealed(
     with torch.random.fork_rng(devices=[]):
         network = build(job.source, job.trusted)
         network.load_state_dict(weights)
+        task = _calibrated(network, dataset, job, progress) if job.calibrate else dataset.task
         progress.start(f"export {job.model} and check it against torch")
         bundle = export(
             network,
             name=name or name_of(out),
-            task=dataset.task,
+            task=task,
             sample_spec=run.sample(dataset),
             preprocessing=dataset.preprocessing,
             source=job.source,
@@ -191,6 +199,20 @@ def _sealed(
     checkpoint.remove()
     shutil.rmtree(run.folder(), ignore_errors=True)
     return bundle
+
+
+def _calibrated(network: nn.Module, dataset: Dataset, job: TrainingJob, progress: Progress) -> Task:
+    """The task with the temperature of this network; its report is told."""
+    progress.start("calibrate the probabilities")
+    deployed = Deployed(network, dataset.task, dataset.preprocessing)
+    deployed.settle(np.array(dataset.validation.inputs[:2]), job.model)
+    found = calibration_of(deployed, dataset, job.settings.batch)
+    before, after = found.before.calibration_error, found.after.calibration_error
+    progress.done(f"temperature {found.temperature:g}: calibration error {before:.3f} before, {after:.3f} after")
+    if job.tracking is not None and (record := read_record(job.tracking.folder)) is not None:
+        kept = msgspec.structs.replace(record, calibration=found)
+        write_curves(job.tracking.folder, read_curves(job.tracking.folder), kept)
+    return msgspec.structs.replace(dataset.task, temperature=found.temperature)
 
 
 def _check_others(run: TrainingRun, checkpoint: Checkpoint, dataset: Dataset, out: Path, *, force: bool) -> None:

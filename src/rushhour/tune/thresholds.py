@@ -19,22 +19,16 @@ and the scores are chosen on the same samples; another part of the data confirms
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rushhour.cascade import SCORES, CascadeStep, Score, confidence, relative_logits
+from rushhour.cascade import SCORES, CascadeStep, Score, confidence, fit_temperature
 from rushhour.load.significance import ERROR, upper_share
 
 _GRID: Final = 1 / (1 + np.exp(-np.arange(14.0, -6.05, -0.1)))
 """Thresholds, the highest first: steps of 0.1 in log odds."""
-_HOTTEST: Final = math.log(100.0)
-_STEPS: Final = 60
-_GOLDEN: Final = (math.sqrt(5) - 1) / 2
-_FITTED: Final = 20_000
-"""Samples that a temperature is fitted to, at most: it is one number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,32 +90,6 @@ def choose_threshold(
             step = CascadeStep(variant, score, temperature, threshold)
             found.append(Threshold(step, escalated, drop, highest, len(labels)))
     return min(found, key=lambda each: each.escalated, default=None)
-
-
-def fit_temperature(outputs: NDArray[Any], labels: NDArray[Any], *, logits: bool = False) -> float:
-    """The temperature under which the labels are most likely, from 0.01 to 100.
-
-    The likelihood has one maximum, because it is concave in 1 / temperature: a golden-section search finds it.
-
-    Args:
-        outputs: shape `(n, classes)`.
-        labels: shape `(n,)`.
-        logits: whether the outputs are logits; else probabilities.
-    """
-    values = relative_logits(outputs[:_FITTED], logits=logits)
-    of_label = values[np.arange(len(values)), labels[:_FITTED]]
-
-    def loss(log_temperature: float) -> float:
-        scale = math.exp(-log_temperature)
-        return float((np.log(np.exp(scale * values).sum(axis=1)) - scale * of_label).mean())
-
-    low, high = -_HOTTEST, _HOTTEST
-    for _ in range(_STEPS):
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-        if high - low < 1e-3:
-            break
-    return float(f"{math.exp((low + high) / 2):.4g}")
 
 
 def _lowest(

@@ -3,8 +3,7 @@
 Importing it needs the extra `cluster` for nothing; using it does.
 """
 
-from rushhour.cluster.trials.building import RayBuilder, trial_builder
+from rushhour.cluster.trials.building import AUTO, RayBuilder, trial_builder
 from rushhour.cluster.trials.packing import Loader
-from rushhour.cluster.trials.ray_cluster import AUTO
 
 __all__ = ["AUTO", "Loader", "RayBuilder", "trial_builder"]

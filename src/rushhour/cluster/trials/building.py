@@ -14,15 +14,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from rushhour.bundle import Bundle
+from rushhour.cluster.ray_client import address_of, connect, imported
 from rushhour.cluster.trials.node import TrialNode
 from rushhour.cluster.trials.packing import Arrays, Facts, Loader, Made, Order, PackedBundle, pack, unpack
-from rushhour.cluster.trials.ray_cluster import connected
 from rushhour.compress import Maker, Recipe, Work, first_missing, maker
 from rushhour.data import Dataset
 from rushhour.errors import BundleError, DataError, GoalError
 from rushhour.models import trusted_factories
 from rushhour.progress import Progress
 
+AUTO: Final = "auto"
+"""The address of the Ray that runs on this machine."""
 _START_S: Final = 60.0
 """In which a worker has to start: all CPUs of its node have to be free."""
 _LOSSES: Final = 2
@@ -49,7 +51,7 @@ def trial_builder(
         GoalError: if no Ray answers, or none of its nodes can build.
         DataError: if no node has the data.
     """
-    with connected(address) as ray, contextlib.ExitStack() as stack:
+    with _connected(address) as ray, contextlib.ExitStack() as stack:
         given: Arrays | Loader = Arrays.of(dataset) if load is None else load
         progress.start(f"Nodes of the Ray cluster at {address}")
         nodes = [TrialNode(ray, each) for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU")]
@@ -73,6 +75,27 @@ def trial_builder(
                 raise DataError(f"no node of the cluster at {address} can use the data {dataset.name}", why, fix)
             raise GoalError(f"no node of the cluster at {address} can build", why, "leave out --cluster to build here")
         yield RayBuilder(ray, ready, dataset)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected. A connection that was there before is used, and stays."""
+    ray = imported()
+    if ray.is_initialized():
+        yield ray
+        return
+    found = address_of(None if address == AUTO else address)
+    if found is None:
+        raise GoalError(
+            "no Ray runs on this machine",
+            "--cluster has no address",
+            "write --cluster HOST:PORT, or `ray start --head`",
+        )
+    connect(ray, found)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _able(ray: Any, nodes: Sequence[TrialNode], refused: dict[str, str]) -> list[TrialNode]:

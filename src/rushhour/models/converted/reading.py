@@ -47,9 +47,9 @@ def read_onnx(file: Path) -> onnx.ModelProto:
     except DecodeError as error:
         raise _unreadable(file, "it is no ONNX file, or was cut short") from error
     except _Refused as error:
-        raise _unreadable(file, str(error)) from error
+        raise _unreadable(file, str(error), error.fix) from error
     except OSError as error:
-        raise _unreadable(file, error.strerror or str(error)) from error
+        raise _unreadable(file, error.strerror or str(error), "check the path, and that it may be read") from error
 
 
 def checked_onnx(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -73,7 +73,7 @@ def checked_onnx(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
         copied.CopyFrom(model)
         return _checked(copied, None, size)
     except _Refused as error:
-        raise _unreadable(name, str(error)) from error
+        raise _unreadable(name, str(error), error.fix) from error
 
 
 def _checked(model: onnx.ModelProto, folder: Path | None, size: int) -> onnx.ModelProto:
@@ -81,6 +81,7 @@ def _checked(model: onnx.ModelProto, folder: Path | None, size: int) -> onnx.Mod
     try:
         if not model.HasField("graph"):
             raise _Refused("it has no graph")
+        _check_versions(model)
         _check_count(model)
         _load_tensors(model, folder, size)
         onnx.checker.check_model(model)
@@ -93,11 +94,28 @@ def _checked(model: onnx.ModelProto, folder: Path | None, size: int) -> onnx.Mod
 
 
 class _Refused(Exception):
-    """Why a file is refused."""
+    """Why a file is refused, and what to do."""
+
+    def __init__(self, why: str, fix: str = "check that it is a whole ONNX model") -> None:
+        super().__init__(why)
+        self.fix = fix
 
 
-def _unreadable(model: Path | str, why: str) -> ModelError:
-    return ModelError(f"cannot read the model {model}", why, "check that it is a whole ONNX model")
+def _unreadable(model: Path | str, why: str, fix: str = "check that it is a whole ONNX model") -> ModelError:
+    return ModelError(f"cannot read the model {model}", why, fix)
+
+
+def _check_versions(model: onnx.ModelProto) -> None:
+    """Raise if it is newer than the library that reads it."""
+    opset = max((each.version for each in model.opset_import if not each.domain), default=0)
+    known = onnx.defs.onnx_opset_version()
+    if opset > known:
+        raise _Refused(f"its opset is {opset}, and up to {known} is known", f"export it with an opset up to {known}")
+    if model.ir_version > onnx.IR_VERSION:
+        raise _Refused(
+            f"its format (IR) is of version {model.ir_version}, and up to {onnx.IR_VERSION} is known",
+            "update the package onnx, or export it with an older one",
+        )
 
 
 def _check_count(model: onnx.ModelProto) -> None:

@@ -79,6 +79,8 @@ class Deployed(nn.Module):
         meaning: of the network's outputs; logits until `settle` finds it.
         outputs: length of one answer; None where answers are about places in a picture.
         scaling: of the network's numbers, which become values.
+        temperature: that logits are divided by before the head; None where they are not. `logits` gives them as the
+            network does: a loss is of these.
 
     Raises:
         ModelError: if the preprocessing cannot be computed.
@@ -100,6 +102,7 @@ class Deployed(nn.Module):
         self.meaning: Meaning = "logits"
         self.outputs = None if task.spatial is not None else task.outputs
         self.scaling = task.scaling if isinstance(task.scaling, Scaling) else None
+        self.temperature = task.temperature if isinstance(task.temperature, float) else None
         self._in_evaluation = [module for module in network.modules() if not module.training]
 
     def train(self, mode: bool = True) -> Deployed:
@@ -120,9 +123,11 @@ class Deployed(nn.Module):
     def forward(self, *samples: Tensor) -> Tensor:
         """Answers `(n, outputs)` to samples `(n, *shape)` as the wire carries them, a tensor for each input."""
         raw = self._raw(*samples)
-        if self.meaning == "probabilities" or (self.meaning == "chances" and isinstance(self.head, nn.Sigmoid)):
+        ready = self.meaning == "probabilities" or (self.meaning == "chances" and isinstance(self.head, nn.Sigmoid))
+        if ready and self.temperature is None:
             return main_output(raw, self.outputs)
-        out: Tensor = self.head(self.as_logits(raw))
+        logits = self.as_logits(raw)
+        out: Tensor = self.head(logits if self.temperature is None else logits / self.temperature)
         return out
 
     def settle(self, samples: NDArray[Any], model: str) -> None:

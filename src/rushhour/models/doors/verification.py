@@ -37,8 +37,8 @@ def verify_arrival(
         None where the graph is the original.
 
     Raises:
-        ModelError: if they differ by more than rounding, or if the answer to a sample depends on the others of its
-            batch: a server puts requests of several users into one.
+        ModelError: if they differ by more than rounding, if none is a finite number, or if the answer to a sample
+            depends on the others of its batch: a server puts requests of several users into one.
     """
     graph = GraphAnswers(arrival.graph, name)
     worst = None
@@ -50,9 +50,20 @@ def verify_arrival(
         )
     shapes = _shapes(signature, _SIZES[-1])
     drawn = [columns for _, columns in graph.drawn(_BATCHES[-1], arrival.limits, samples, shapes)]
+    _check_numbers(graph, drawn, name)
     tolerance = max(arrival.tolerance, tolerance_of(arrival.graph))
     _check_independence(graph, drawn[0] if samples is None else drawn[-1], tolerance, name)
     return worst
+
+
+def _check_numbers(graph: GraphAnswers, drawn: Sequence[Columns], name: str) -> None:
+    """Raise if no answer to any kind of sample is a finite number: a weight is not."""
+    if not any(np.isfinite(answer).any() for columns in drawn for answer in graph(columns)[:1]):
+        raise ModelError(
+            f"cannot import {name}",
+            "all its answers are NaN or infinite, whatever the samples",
+            "check its weights for NaN, and how it was exported",
+        )
 
 
 def _shapes(signature: Signature | None, size: int) -> dict[str, tuple[int, ...]] | None:

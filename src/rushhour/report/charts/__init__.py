@@ -10,7 +10,7 @@ from rushhour.report.charts.latency import Series, latency_against_rate, latency
 from rushhour.report.charts.percentiles import latency_distribution
 from rushhour.report.charts.steps import capacity_by_step
 from rushhour.report.charts.svg import standalone, wide_and_narrow
-from rushhour.report.charts.training import reliability, training_loss, training_metric
+from rushhour.report.charts.training import precision_recall, reliability, residuals, training_loss, training_metric
 
 __all__ = [
     "Series",
@@ -22,7 +22,9 @@ __all__ = [
     "latency_against_rate_png",
     "latency_distribution",
     "plans_left",
+    "precision_recall",
     "reliability",
+    "residuals",
     "standalone",
     "training_loss",
     "training_metric",

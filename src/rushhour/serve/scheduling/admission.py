@@ -204,6 +204,7 @@ class Admission:
         busy_until: Sequence[float],
         streams: int,
         slow: float = 1.0,
+        batch: int = 0,
     ) -> float:
         """When the last of `rows` samples that arrive now would be answered, on the clock of `now`.
 
@@ -214,16 +215,18 @@ class Admission:
             busy_until: when each batch in flight is expected to end, in any order.
             streams: how many can run at once.
             slow: how many times longer the batches before it take than they compute, because others compute between.
+            batch: samples in the batches that it waits for, at most; 0 is `max_batch`.
         """
-        batches = int(-(-(waiting + rows) // self.max_batch))
-        size = waiting + rows - (batches - 1) * self.max_batch
+        batch = batch or self.max_batch
+        batches = int(-(-(waiting + rows) // batch))
+        size = waiting + rows - (batches - 1) * batch
         if batches > 1 or len(busy_until) >= streams:
             size = max(size, round(self._mean_batch))  # while it waits, others join its batch
         last = self._profile.seconds(size)
         if batches == 1:
             return (now if len(busy_until) < streams else max(now, min(busy_until))) + last
         # A long queue keeps all streams busy: all but its end is divided evenly among them.
-        full = slow * self._profile.seconds(self.max_batch)
+        full = slow * self._profile.seconds(batch)
         free = [max(now, end) for end in busy_until] + [now] * (streams - len(busy_until))
         skipped = max(0, batches - _REPLAYED) // streams
         free = [end + skipped * full for end in free]

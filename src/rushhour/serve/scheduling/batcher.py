@@ -6,9 +6,11 @@ a batch that would make the head late is cut to what meets its deadline, if the 
 request larger than a batch is split over several; its rows stay in order and the caller joins them.
 
 Large requests, of more samples than a batch, have a queue of their own. While both wait, either gets half of the
-samples that are computed, by deficit round robin: the others go first, and what the large ones miss they are owed.
-Batches of large requests are no larger than is efficient, because whoever arrives next waits for one of them. So a
-request of a thousand samples delays a single one by a short batch, not by a thousand samples (docs/decisions/0051).
+samples that are computed, by deficit round robin: the others go first, and what the large ones miss they are owed. What
+large ones compute while no other waits is a credit of the others for a burst. While large requests wait, no batch is
+larger than is efficient, because whoever arrives next waits for one of them, and the others are spread over the
+streams. So a request of a thousand samples delays a single one by a short batch, not by a thousand samples
+(docs/decisions/0051).
 
 Under light load a batch of one wastes CPU. There, `dispatch_at` lets a batch wait for more samples: only where a larger
 batch saves much, only requests that have a deadline, only for a small part of it, and only while more are expected
@@ -23,19 +25,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from rushhour.bundle import Sizes
 from rushhour.clock import Clock
 from rushhour.measurement import BatchCost
+from rushhour.serve.scheduling.sizing import Times, efficient_batch, hardly_slower
 
 T = TypeVar("T")
 
-_NEAR_BEST = 1.25
-"""A batch is efficient if a sample costs at most so many times what it costs in the largest batch."""
-_REQUEST_S, _BATCH_S = 1e-4, 5e-5
-"""CPU seconds that a request and a batch cost beside the engine: sockets, parsing, the event loop's wake-ups. If a
-batch of one costs no more than its request, no batch waits."""
 _SHARE = 0.2
 """Fraction of the time that a request has left, beyond two batches at their upper bound, that a batch may wait."""
 _BATCHES = 8.0
@@ -46,33 +44,14 @@ _BUSY = 0.5
 _RATIO = 1.0
 """Samples of large requests for each one of the others, while both wait: neither takes more than twice as long for the
 other."""
-_HARDLY = 1.05
-"""A batch of large requests is large enough if a sample takes at most so many times what it takes in the largest."""
+_BURST_S = 0.25
+"""What large requests compute while no other waits lets others go first later: so many seconds of computing at most."""
 _PATIENCE, _RECENT_S = 1.5, 10.0
 """If others arrived in the last 10 s, it takes no longer than 1.5 single samples: who arrives next waits for it."""
 FINISHED = 4
 """Batches of a request that an engine still computes after another was chosen, at most."""
 _NEWEST, _DECAY = 0.1, 0.02
 """Weight of the newest gap between two arrivals, and of the newest count of requests in flight."""
-
-
-class Times(Protocol):
-    """The service times of the engine."""
-
-    cheapest: int
-    """The batch in which a sample takes clearly less than `seconds` says; 0 where there is none."""
-
-    def seconds(self, rows: float) -> float:
-        """Seconds that a batch of `rows` samples takes; of samples of different sizes, of so much work."""
-        ...
-
-    def upper_seconds(self, rows: float) -> float:
-        """Upper bound of the seconds that a batch of `rows` samples takes."""
-        ...
-
-    def rows_within(self, seconds: float) -> int:
-        """The largest batch that takes no longer than `seconds`; 0 if none does."""
-        ...
 
 
 class Ticket(Generic[T]):
@@ -200,13 +179,21 @@ class Batcher(Generic[T]):
         large -= first
         quantum = self._quantum()
         if rows >= self._large_from:
-            # Smaller batches take longer: in samples of the largest batch.
-            longer = self._times.seconds(quantum) / quantum * self.max_batch / self._times.seconds(self.max_batch)
+            # Smaller batches take longer: in samples of efficient ones.
+            batch = hardly_slower(self.max_batch, self._times)
+            longer = self._times.seconds(quantum) / quantum * batch / self._times.seconds(batch)
             return first + min(others, large + rows) + longer * (large + rows) - rows
-        needed = others + rows
-        turns = (needed - 1) // self.max_batch  # of large ones, before the last batch of the others
-        between = turns * self.max_batch + (int(self._owed) if self._owed >= quantum else 0)
-        return first + others + min(large, between + max(0, quantum - (needed - turns * self.max_batch)))
+        needed, batch = others + rows, hardly_slower(self.max_batch, self._times)
+        turns = (needed - 1) // batch  # of large ones, before the last batch of the others
+        owed = self._owed if self._owed < 0 or self._owed >= quantum else 0
+        between = max(0, turns * batch + int(owed))
+        return first + others + min(large, between + max(0, quantum - (needed - turns * batch)))
+
+    def batch(self, rows: int) -> int:
+        """Samples in the batches that a request of `rows` samples waits for, at most."""
+        if not self._large_waiting and rows < self._large_from:
+            return self.max_batch
+        return hardly_slower(self.max_batch, self._times)
 
     def work(self, rows: int, sizes: Sizes) -> float:
         """Of samples of these sizes, in samples of the usual size."""
@@ -374,20 +361,24 @@ class Batcher(Generic[T]):
         first, larger = self._head(others, now), self._head(large, now)
         if first is None and larger is None:
             return room
+        quantum = self._quantum()
         if not parts:
             room = self._room(large if first is None else others)
-        quantum = min(self._quantum(), room)
+            if first is not None and larger is not None:
+                room = min(room, max(quantum, self._beside_large(first)))
+        quantum = min(quantum, room)
         if first is None:
-            self._owed = 0.0
-            return self._left(large, room - self._fill(large, parts, quantum, now), now)
+            filled = self._fill(large, parts, quantum, now)
+            self._owed = max(-self._burst(), min(0.0, self._owed) - filled)
+            return self._left(large, room - filled, now)
         if larger is None:
-            self._owed = 0.0
+            self._owed = min(0.0, self._owed)
             return room - self._fill(others, parts, room, now)
         kept = min(int(self._owed), room) if self._owed >= quantum else 0
         filled = self._fill(others, parts, room - kept, now, whole=kept > 0 or _rest(first) <= room)
         room -= filled
         taken = self._fill(large, parts, min(room, max(kept, quantum - filled)), now)
-        self._owed = max(0.0, self._owed + _RATIO * filled - taken)
+        self._owed = max(-self._burst(), self._owed + _RATIO * filled - taken)
         room = self._left(large, room - taken, now)
         return room - self._fill(others, parts, room, now)
 
@@ -395,19 +386,26 @@ class Batcher(Generic[T]):
         """The room of a batch that is left for others: none while large requests of the same priority wait."""
         return 0 if self._head(large, now) is not None else room
 
+    def _beside_large(self, first: Ticket[T]) -> int:
+        """Samples in a batch while large requests and others wait: of the others what each stream gets of them, and no
+        more than is efficient. The first of them is not split for that."""
+        each = -(-(self.waiting - self._large_waiting) // self._streams)
+        return max(_rest(first), min(each, hardly_slower(self.max_batch, self._times)))
+
+    def _burst(self) -> float:
+        """Samples of others that may be computed before those of large requests that have waited longer."""
+        return _BURST_S * self._streams * self.max_batch / self._times.seconds(self.max_batch)
+
     def _quantum(self) -> int:
-        """Samples of large requests in one batch: the smallest in which a sample takes hardly longer than in the
-        largest, unless another was measured to be cheaper; and fewer where others arrive, who would wait for its end.
+        """Samples of large requests in one batch: as many as are efficient, unless another batch was measured to be
+        cheaper; and fewer where others arrive, who would wait for its end.
         """
         is_alone = self._clock.now() - self._other_arrived >= _RECENT_S
         if is_alone and 0 < self._times.cheapest <= self.max_batch:
             return self._times.cheapest
-        one, most = self._times.seconds(1), self._times.seconds(self.max_batch)
-        slope = (most - one) / max(1, self.max_batch - 1)
-        base, allowed = one - slope, _HARDLY * most / self.max_batch - slope
-        efficient = min(self.max_batch, max(1, math.ceil(base / allowed))) if base > 0 < allowed else 1
+        efficient = hardly_slower(self.max_batch, self._times)
         if efficient > 1 and not is_alone:
-            return max(1, min(efficient, self._times.rows_within(_PATIENCE * one)))
+            return max(1, min(efficient, self._times.rows_within(_PATIENCE * self._times.seconds(1))))
         return efficient
 
     def _fill(
@@ -491,14 +489,3 @@ class Batcher(Generic[T]):
 def _rest(ticket: Ticket[T]) -> int:
     """Samples of a request that wait."""
     return 0 if ticket.cancelled else ticket.rows - ticket.taken
-
-
-def efficient_batch(max_batch: int, cost: BatchCost) -> int:
-    """The smallest batch in which a sample costs at most 1.25 times its CPU time in the largest batch.
-
-    A sample of n costs `a / n + b`, including what request and batch cost beside the engine; 1 where that is little.
-    """
-    if cost.batch_s + cost.sample_s <= _REQUEST_S:
-        return 1
-    a, b = cost.batch_s + _BATCH_S, cost.sample_s + _REQUEST_S
-    return math.ceil(a / (_NEAR_BEST * (a / max_batch + b) - b))

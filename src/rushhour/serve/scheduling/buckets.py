@@ -123,6 +123,10 @@ class SizedBatcher(Batcher[Job]):
         before = (queue for level, queues in self._levels.items() if level <= priority for queue in queues.values())
         return sum(self._work_of(ticket) for ticket in chain.from_iterable(before) if not ticket.cancelled)
 
+    def batch(self, rows: int) -> int:
+        """As of a `Batcher`; large requests do not make batches smaller."""
+        return self.max_batch
+
     def offer(self, item: Job, rows: int, *, deadline: float = math.inf, priority: int = 0) -> Ticket[Job] | None:
         """As of a `Batcher`."""
         if self.full(rows):

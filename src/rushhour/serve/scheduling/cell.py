@@ -246,7 +246,7 @@ class Cell:
         waiting = self.batcher.waiting_before(priority, rows)
         busy_until, streams, slow = self.lanes.busy_until(self), self._streams, self.lanes.slow
         work = self.batcher.work(rows, wanted.sizes) if wanted.sizes else rows
-        finish = self._admission.finish(now, work, waiting, busy_until, streams, slow)
+        finish = self._admission.finish(now, work, waiting, busy_until, streams, slow, self.batcher.batch(rows))
         if decoding_s:
             finish = max(finish, self._admission.finish(now + decoding_s, work, 0, busy_until, streams, slow))
         finish, expected_s = self._admission.cautious(now, finish, within)

@@ -6,12 +6,9 @@ model of pictures.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import math
-import os
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -32,8 +29,6 @@ _COUNTED_BYTES = 2**20
 """Searched for scans in one go."""
 _MAX_SCANS = 64
 """Of a progressive JPEG; encoders write about ten. Each costs a pass over all pixels, and next to no bytes."""
-_NICE = 5
-"""Steps of priority that the decoding of large pictures is below all else: about a third of its weight."""
 
 
 class PictureSettings(msgspec.Struct, frozen=True):
@@ -103,17 +98,6 @@ class Decoder(Preparer):
     def on_thread(self, function: Callable[[], None]) -> None:
         """Call a function on the next thread that is free."""
         self._pool.submit(function)
-
-    @staticmethod
-    def step_behind() -> None:
-        """Let the engine and the event loop go first on the core of this thread, from now on.
-
-        Decoding a large picture takes longer than many small requests, which would wait for it. Where they leave cores
-        idle, it is as fast as ever.
-        """
-        with contextlib.suppress(OSError):
-            usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), usual + _NICE)
 
     @staticmethod
     def _check_scans(content: bytes) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rushhour.errors import WireError
 from rushhour.serve.scheduling.batcher import Part, Ticket
@@ -73,6 +74,32 @@ class PictureJob(Job):
 
     __slots__ = ("decoding",)
     decoding: Preparation | None
+
+
+class TiledJob(Job):
+    """A request whose pictures or recordings are cut into tiles.
+
+    Attributes:
+        arrived: when, in seconds of the clock.
+        inner: the job of its tiles, once they are queued.
+        pixels: of its pictures, where they were sent as a tensor; empty once they are queued.
+        held: bytes of its pixels, and of its tiles' answers.
+        tiles: of its pictures.
+        has_room: whether the bytes are counted in the window.
+        has_place: whether room for the tiles is reserved in the cell's queue.
+    """
+
+    __slots__ = ("arrived", "has_place", "has_room", "held", "inner", "pixels", "tiles")
+
+    def __init__(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        super().__init__(request, reply)
+        self.arrived = arrived
+        self.inner: Job | None = None
+        self.pixels: list[NDArray[Any]] = []
+        self.has_room = False
+        self.has_place = False
+        self.held = 0
+        self.tiles = 0
 
 
 class Shed:

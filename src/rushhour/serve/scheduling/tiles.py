@@ -27,7 +27,7 @@ from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.statistics import Totals
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import FORMATS, Decoder
-from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, Reply, Shed, ShedError, owned
+from rushhour.serve.scheduling.job import LATER, Job, OwnedViews, Reply, Shed, ShedError, TiledJob, owned
 from rushhour.serve.scheduling.merging import Grid
 from rushhour.wire import InferRequest, PictureRequest, Wanted, content_of
 
@@ -50,15 +50,23 @@ class TileRequest(InferRequest):
         grids: of each picture.
         fill: the value of what is beyond a picture.
         wanted: of the request.
+        written: called with the pictures after the last tile; it empties the list.
     """
 
-    __slots__ = ("_fill", "_left", "_pictures", "_spec", "grids")
+    __slots__ = ("_fill", "_left", "_pictures", "_spec", "_written", "grids")
     lazy = True
 
     def __init__(
-        self, pictures: Sequence[Pixels], spec: TensorSpec, grids: Sequence[Grid], fill: int, wanted: Wanted
+        self,
+        pictures: Sequence[Pixels],
+        spec: TensorSpec,
+        grids: Sequence[Grid],
+        fill: int,
+        wanted: Wanted,
+        written: Callable[[list[Pixels]], None],
     ) -> None:
         super().__init__(sum(grid.count for grid in grids), (), wanted)
+        self._written = written
         self.grids = grids
         self._fill = fill
         self._spec = spec
@@ -66,45 +74,21 @@ class TileRequest(InferRequest):
         self._left = self.rows
 
     def write(self, buffers: Sequence[memoryview], at: int, first: int, rows: int) -> None:
-        """As `InferRequest.write`. After the last tile the pictures are not kept."""
+        """As `InferRequest.write`."""
         batch = np.frombuffer(buffers[0], self._spec.dtype).reshape(-1, *self._spec.shape)
         begins = 0
-        for grid, picture in zip(self.grids, self._pictures, strict=True):
+        for picture, grid in enumerate(self.grids):
             for number in range(max(first, begins), min(first + rows, begins + grid.count)):
-                cut, tile = picture[grid.window(number - begins)], batch[at + number - first]
-                if cut.shape != tile.shape:
-                    tile[...] = self._fill
-                tile[tuple(map(slice, cut.shape))] = cut
+                self._put(self._pictures[picture][grid.window(number - begins)], batch[at + number - first])
             begins += grid.count
         self._left -= rows
         if not self._left:
-            self._pictures.clear()
+            self._written(self._pictures)
 
-
-class TiledJob(Job):
-    """A request whose pictures or recordings are cut into tiles.
-
-    Attributes:
-        arrived: when, in seconds of the clock.
-        inner: the job of its tiles, once they are queued.
-        pixels: of its pictures, where they were sent as a tensor; empty once they are queued.
-        held: bytes of its pixels, and of its tiles' answers.
-        tiles: of its pictures.
-        has_room: whether the bytes are counted in the window.
-        has_place: whether room for the tiles is reserved in the cell's queue.
-    """
-
-    __slots__ = ("arrived", "has_place", "has_room", "held", "inner", "pixels", "tiles")
-
-    def __init__(self, request: InferRequest, reply: Reply, arrived: float) -> None:
-        super().__init__(request, reply)
-        self.arrived = arrived
-        self.inner: Job | None = None
-        self.pixels: list[Pixels] = []
-        self.has_room = False
-        self.has_place = False
-        self.held = 0
-        self.tiles = 0
+    def _put(self, cut: Pixels, tile: Pixels) -> None:
+        if cut.shape != tile.shape:
+            tile[...] = self._fill
+        tile[tuple(map(slice, cut.shape))] = cut
 
 
 class Tiles:
@@ -351,7 +335,6 @@ class Tiles:
         assert decoder is not None
 
         def decoded() -> list[Pixels]:
-            decoder.step_behind()
             return [decoder.whole(content_of(picture)) for picture in pictures]
 
         def queue(pixels: list[Pixels]) -> None:
@@ -387,7 +370,7 @@ class Tiles:
         wanted = msgspec.structs.replace(wanted, sizes=(), timeout_s=left_s if left_s < math.inf else None)
         sizes = [tuple(picture.shape[axis] for axis in self._axes) for picture in pixels]
         grids = [Grid(self._tiling, self._signature, size) for size in sizes]
-        request = TileRequest(pixels, self._spec, grids, self._tiling.fill, wanted)
+        request = TileRequest(pixels, self._spec, grids, self._tiling.fill, wanted, self._free)
         self.cut += len(pixels)
         self.tiles += request.rows
 
@@ -405,6 +388,13 @@ class Tiles:
         submitted.decoding_s = 0.0 if job.request.wanted.sizes else now - job.arrived
         assert submitted.ticket is not None  # batches begin at the end of this turn of the event loop
         submitted.ticket.arrived = job.arrived
+
+    def _free(self, pictures: list[Pixels]) -> None:
+        """Give decoded pixels back to the system: of 12 megapixels that takes milliseconds, so on a thread."""
+        if self._decoder is None:
+            pictures.clear()
+        else:
+            self._decoder.on_thread(pictures.clear)
 
     def _computed(self, job: TiledJob, request: TileRequest, result: Sequence[memoryview] | Exception) -> int | None:
         """All tiles are computed: merge and answer, now or from a thread."""

@@ -1,0 +1,117 @@
+"""This process as a client of a Ray cluster: its address, the connection, and Ray's manners.
+
+Importing it needs the extra `cluster` for nothing; using it does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import warnings
+from typing import Any, Final
+
+from rushhour.errors import GoalError
+from rushhour.system.extras import require
+
+LOOPBACK: Final = "127.0.0.1"
+PATIENCE: Final = {"RAY_py_gcs_connect_timeout_s": "10", "RAY_gcs_server_request_timeout_seconds": "10"}
+"""Of this process, with an address at which something else than Ray may answer. A Ray that is started here gets none."""
+_QUIET: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_TRIES: Final = 2
+_CONNECT_S: Final = 5.0
+
+
+def imported() -> Any:
+    """The module `ray`, imported without its warnings; it sends no usage statistics.
+
+    Raises:
+        InstallError: if Ray is not installed.
+    """
+    require("cluster")
+    os.environ.update({name: value for name, value in {**_QUIET, **PATIENCE}.items() if name not in os.environ})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+    return ray
+
+
+def address_of(address: str | None) -> str | None:
+    """The address, if something listens there; of None that of the Ray that runs on this machine, None if none does.
+
+    Raises:
+        GoalError: if it is no address, or nothing listens there.
+    """
+    if address is not None:
+        return _checked(address)
+    from ray._private.utils import read_ray_address
+
+    if chosen := os.environ.get("RAY_ADDRESS"):
+        return _checked(chosen)
+    address = read_ray_address()
+    try:
+        return _checked(address) if address else None
+    except GoalError:
+        return None  # it has ended
+
+
+def connect(ray: Any, address: str) -> None:
+    """Make this process a client, until `ray.shutdown()`. It keeps its own handler of SIGTERM.
+
+    Args:
+        ray: the module.
+        address: from `address_of`.
+
+    Raises:
+        GoalError: if Ray does not answer.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.NUM_REDIS_GET_RETRIES = _TRIES
+    if address.startswith((LOOPBACK, "localhost")):
+        # Ray takes loopback for the machine's address in its network, but where it expects no other machine. Here it
+        # has been imported, and does not read RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER any more.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).addFilter(_is_error)  # Ray Serve sets its level anew
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
+    except Exception as error:  # of many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise GoalError(
+            f"cannot connect to the Ray at {address}",
+            lines[0],
+            "run this on a machine of the cluster, with the cluster's versions of Ray and Python",
+        ) from error
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process at once
+
+
+def _checked(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        raise GoalError(
+            f"cannot use the Ray address {address!r}",
+            "it is HOST:PORT of the head's key-value store, as `ray start --head` shows it",
+            "write for example 10.0.0.5:6379, on a machine of the cluster",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise GoalError(f"no Ray answers at {address}", why, "give the address of one that runs") from error
+    return address
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
