@@ -30,10 +30,10 @@ from rushhour.records.compression import Compression
 from rushhour.testing.bundles import tiny_bundle
 from rushhour.testing.ray_nodes import ray_nodes
 
-RECIPES = [Recipe.parse(text) for text in ("int8", "prune:0.25:epochs=2,distil:6,int8", "prune:0.5:epochs=2,distil:6")]
-SPEEDS = {"int8": 2.0, "pruned-distil-int8": 3.0, "pruned-distil": 1.5}
+RECIPES = [Recipe.parse(text) for text in ("f16", "prune:0.25:epochs=0,distil:3", "prune:0.5:epochs=0,distil:3")]
+SPEEDS = {"f16": 1.5, "pruned-distil": 3.0}
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 
 # Without Ray.
 
@@ -54,7 +54,7 @@ def test_arrays_that_are_sent_are_the_same_data(tmp_path: Path) -> None:
     dataset = pictures()
     again = Arrays.of(dataset).written(tmp_path)
     assert again.content_key == dataset.content_key
-    assert all(np.array_equal(again.train.inputs, dataset.train.inputs) for _ in range(1))
+    assert np.array_equal(again.train.inputs, dataset.train.inputs)
     assert again.train.inputs.flags.writeable
 
 
@@ -175,11 +175,9 @@ def test_workers_and_the_head_are_killed_and_nothing_finished_is_built_again(par
         assert finished == RECIPES[:1]
         watching = Watching(lambda: None)
         with trial_builder(cluster.address, pictures(), watching) as builder:
-            (worker,) = cluster.workers("TrialWorker")
-            watching.start("build the next")
-            os.kill(worker, signal.SIGKILL)
+            os.kill(ray.get(builder._nodes[0].facts()).process, signal.SIGKILL)
             compressed(parent, tmp_path, builder, watching)
-    assert watching.waves[1:] == [1, 1], "one recipe was finished before"
+    assert watching.waves == [1, 1], "one recipe was finished before"
     assert any(line.startswith("the worker on node") and "is built again" in line for line in watching.lines)
 
 

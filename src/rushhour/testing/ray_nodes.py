@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 _STORE_BYTES: Final = 80 * 2**20
@@ -30,16 +29,6 @@ class Nodes:
         for processes in self._nodes[number].all_processes.values():
             for each in processes:
                 each.process.kill()
-
-    @staticmethod
-    def workers(name: str) -> list[int]:
-        """Processes of the actors of this class on this machine."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if folder.name.isdigit() and f"ray::{name}".encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-        return found
 
 
 @contextlib.contextmanager

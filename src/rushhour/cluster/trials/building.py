@@ -9,6 +9,7 @@ goes to another node; what no node made is made here, by `apply`.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -28,8 +29,11 @@ AUTO: Final = "auto"
 _START_S: Final = 60.0
 """In which a worker has to start: all CPUs of its node have to be free."""
 _LOSSES: Final = 2
-"""Of a node's workers, one after another, after which it is not used any more; and of one recipe's, after which it is
-built here."""
+"""Of a node's workers, one after another, after which it is not used any more."""
+_TRIES: Final = 3
+"""Of one recipe, after which it is built here: it may be what kills its process."""
+_SETTLE_S: Final = 2.0
+"""After which Ray knows whether a worker was lost, or its node."""
 _LOOK_S: Final = 1.0
 
 
@@ -277,17 +281,19 @@ class _Wave:
 
     def _lost(self, node: TrialNode, recipe: Recipe, why: str) -> None:
         lost = self._losses[str(recipe)] = self._losses.get(str(recipe), 0) + 1
+        time.sleep(_SETTLE_S)
+        self._nodes.remove(node)
         alive = any(each["NodeID"] == node.id and each["Alive"] for each in self._ray.nodes())
         if alive and node.losses + 1 < _LOSSES:
             node.lost()
+            self._nodes.append(node)  # last: another one is tried first
             what = f"the worker on node {node.name} was lost"
         else:
-            self._nodes.remove(node)
             what = f"node {node.name} was lost"
-        if lost < _LOSSES and self._nodes:
+        is_again = lost < _TRIES and bool(self._nodes)
+        if is_again:
             self._queue.appendleft(recipe)
-            what += f": {recipe} is built again"
-        self._progress.note(f"{what} ({why})")
+        self._progress.note(f"{what}: {recipe} is {'built again' if is_again else 'left to this machine'} ({why})")
 
 
 def _line(error: BaseException) -> str:

@@ -102,7 +102,7 @@ class Arrays(msgspec.Struct, frozen=True):
         Raises:
             DataError: if an array holds objects: they would have to be pickled.
         """
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for part in _PARTS:
             split: Split = getattr(dataset, part)
             arrays |= {f"{part}-inputs": split.inputs, f"{part}-targets": split.targets}
@@ -125,10 +125,9 @@ class Arrays(msgspec.Struct, frozen=True):
             folder.mkdir(parents=True, exist_ok=True)
             for name, array in self.arrays.items():
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        parts = (
+        train, validation, test = (
             Split(self._mapped(folder, f"{part}-inputs"), self._mapped(folder, f"{part}-targets")) for part in _PARTS
         )
-        train, validation, test = parts
         return Dataset(self.name, self.task, train, validation, test, self.preprocessing, self.fingerprint)
 
     @staticmethod
