@@ -40,8 +40,8 @@ class Folder:
             return []
         return sorted(found)
 
-    def find(self, name: str) -> Served:
-        """A model, as it is there now.
+    def find(self, name: str) -> tuple[Served, Target]:
+        """A model, as it is there now, and what is read of it.
 
         Raises:
             ServeError: if it is not there.
@@ -50,8 +50,8 @@ class Folder:
         if name not in self.names():
             raise ServeError(f"there is no model {name[:100]!r} in {self._path}", "", "see the index of the repository")
         path = self._path / name
-        open_target(path)  # what is wrong with it is said now
-        return Served(str(path), name, self._weights.get(name, 1.0))
+        target = open_target(path)
+        return Served(str(path), name, self._weights.get(name, 1.0)), target
 
     def all(self, loaded: Sequence[str] = ()) -> tuple[Served, ...]:
         """All models that are there.

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rushhour.errors import WireError
-from rushhour.serve.hosting import Folder
+from rushhour.serve.hosting import Folder, open_served
 from rushhour.serve.observability.statistics import add_counts, reason_of
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.service import Service, Shared
 from rushhour.serve.settings import Served
+from rushhour.serve.target import Target
 from rushhour.wire import EMBEDDINGS, Body, embeds, wanted_embedder
 
 _EMBEDDINGS = EMBEDDINGS.encode()
@@ -25,7 +26,7 @@ class Repository:
         services: of the models.
         shared: what they share.
         folder: where models are found that the server does not have yet; None where its models are fixed.
-        join: makes the service of such a model.
+        join: makes the service of such a model, of what was read of it.
 
     Attributes:
         services: by their names.
@@ -39,7 +40,7 @@ class Repository:
         services: Iterable[Service],
         shared: Shared,
         folder: Folder | None = None,
-        join: Callable[[Served], Service] | None = None,
+        join: Callable[[Served, Target], Service] | None = None,
     ) -> None:
         self.services = {service.name: service for service in services}
         self.errors: dict[str, int] = {}
@@ -110,9 +111,7 @@ class Repository:
         """
         if name not in self.services and self._folder is not None and name in self._folder.names():
             loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._shared.opening, self._folder.find, name)
-            if name not in self.services:  # another client may have loaded it meanwhile
-                self._add(found)
+            self._add(*await loop.run_in_executor(self._shared.opening, self._folder.find, name))
         service = self.named(name)
         try:
             await service.load()
@@ -126,7 +125,8 @@ class Repository:
             RushhourError: if it cannot be opened, or is not what the plan was made for.
         """
         if served.name not in self.services and self._folder is not None:
-            self._add(served)
+            loop = asyncio.get_running_loop()
+            self._add(served, await loop.run_in_executor(self._shared.opening, open_served, served))
         assert served.plan is not None
         await self.named(served.name).prepare(served.versions, served.plan, Path(served.folder))
 
@@ -137,10 +137,12 @@ class Repository:
             await service.abandon()
             self._forget(service)
 
-    def _add(self, served: Served) -> None:
+    def _add(self, served: Served, target: Target) -> None:
+        """Have a model of the folder, unless another client has loaded it while it was read."""
         assert self._join is not None
-        service = self.services[served.name] = self._join(served)
-        service.changed = self._sort
+        if served.name not in self.services:
+            service = self.services[served.name] = self._join(served, target)
+            service.changed = self._sort
 
     def _forget(self, service: Service) -> None:
         """A new model that could not be loaded is none of this server's."""

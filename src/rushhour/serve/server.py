@@ -359,8 +359,8 @@ def _repository(
             weight=served.weight,
         )
 
-    def joining(served: Served) -> Service:
-        return service(served, _with_layout(open_served(served), settings, 1, served.fit))
+    def joining(served: Served, target: Target) -> Service:
+        return service(served, _with_layout(target, settings, 1, served.fit))
 
     services = [service(model.served, model.target) for model in models]
     return Repository(services, shared, _folder(settings), joining)
