@@ -37,6 +37,7 @@ from rushhour.goal import SLO, Goal
 from rushhour.plan import Plan, Policy, Variant
 from rushhour.serve import Limits, Served, ServeSettings, open_target
 from rushhour.serve.access.certificates import read_identity
+from rushhour.serve.access.exposure import check_exposure
 from rushhour.serve.hosting import with_plan
 from rushhour.serve.observability import log
 from rushhour.serve.processes.messages import Beat, Renew, Result
@@ -1047,6 +1048,12 @@ def test_options_that_make_no_sense_are_refused(tiny: Bundle, option: str, why: 
     assert done.returncode == 2
     assert why in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "unix:/run/rushhour", "http://127.0.0.1", "[::1]", ""])
+def test_what_is_no_host_is_not_advised_to_be_exposed(host: str) -> None:
+    with pytest.raises(ServeError, match=r"it is no address and no host name: .*a port is --http-port"):
+        check_exposure(host, (), exposed=False)
 
 
 def run_of(tiny: Bundle, folder: Path, **policy: Any) -> Path:

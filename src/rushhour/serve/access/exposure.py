@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 from rushhour.errors import ServeError
 
@@ -11,14 +12,37 @@ def check_exposure(host: str, keys: tuple[str, ...], *, exposed: bool) -> None:
     """Refuse to listen where other machines can reach the server, unless there are keys or the user confirms it.
 
     Raises:
-        ServeError: if neither holds.
+        ServeError: if neither holds, or the host is none.
     """
+    _check_host(host)
     if not (is_loopback(host) or keys or exposed):
         raise ServeError(
             f"cannot listen on {host} without API keys",
             "anyone who can connect could use and reload the model",
             "give --api-key-file, or --expose if a proxy in front of the server controls access",
         )
+
+
+def _check_host(host: str) -> None:
+    """Raise unless it is an address or a name: otherwise the advice would be to expose the server."""
+    try:
+        if not host or not set(host).isdisjoint("/@ []") or (":" in host and not _is_address(host)):
+            raise OSError("a name has none of : / @ [ ]" if host else "it is empty")
+        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ServeError(
+            f"cannot listen on {host!r}",
+            f"it is no address and no host name: {getattr(error, 'strerror', None) or error}",
+            "give one alone, such as 127.0.0.1: a port is --http-port, and Unix sockets are not served",
+        ) from error
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
