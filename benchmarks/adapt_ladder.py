@@ -356,8 +356,8 @@ def _against_simulation(
         slope, base = np.polyfit(times.batch_sizes, times.seconds, 1)
         alone = cores() * most / (base + slope * _MAX_BATCH)
         factor = max(1.0, 0.95 * alone / one.capacity)
-        times = max(1e-6, float(base)) * factor, max(1e-9, float(_ROWS * slope)) * factor
-        steps.append(Step(*times, _SURE * one.capacity, max(0.0, one.accuracy.drop_interval[1]), most))
+        took = max(1e-6, float(base)) * factor, max(1e-9, float(_ROWS * slope)) * factor
+        steps.append(Step(*took, _SURE * one.capacity, max(0.0, one.accuracy.drop_interval[1]), most))
     found = rush(schedule, steps, limit_s=SLO_.limit_s, budget=budget, window=window // _ROWS, streams=cores())
     ratios = [day.good / max(1, found.good) for day in days]
     return judged("5.goodput", "goodput of the day over that of its simulation", ">= 0.9", ratios)
