@@ -185,7 +185,7 @@ class Supervisor:
         known = next((model for model in self._settings.models if model.name == name), None)
         if known is None:
             assert self._folder is not None, "a cell knows the models, or finds them there"
-            known, _ = await asyncio.to_thread(self._folder.find, name)
+            known = (await asyncio.to_thread(self._folder.find, name))[0]
         served = with_plan(known, await asyncio.to_thread(self._reopen, known))
         result = await self._in_all(Prepare(served))
         if result.wrong:
