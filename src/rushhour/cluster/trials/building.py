@@ -26,8 +26,8 @@ from rushhour.progress import Progress
 
 AUTO: Final = "auto"
 """The address of the Ray that runs on this machine."""
-_START_S: Final = 60.0
-"""In which a worker has to start: all CPUs of its node have to be free."""
+_START_S: Final = 180.0
+"""In which a worker has to start and to import: all CPUs of its node have to be free."""
 _LOSSES: Final = 2
 """Of a node's workers, one after another, after which it is not used any more."""
 _TRIES: Final = 3
