@@ -90,9 +90,9 @@ def deploy(
         say(f"{order.name} is deployed already, from this plan and with these options")
         return status(registry, order.name)
     surge = _check_room(order, before)
+    _start_serve(order, proxy_port, proxy_grpc_port)
     registry.keep(Record(order) if record is None else msgspec.structs.replace(record, coming=order))
     registry.put_package(order.run, package)
-    _start_serve(order, proxy_port, proxy_grpc_port)
     _roll(registry, order, record, surge=surge, timeout_s=timeout_s, say=say)
     return status(registry, order.name)
 
@@ -235,9 +235,7 @@ def _start_serve(order: Order, port: int, grpc_port: int | None) -> None:
         raise ServeError("Ray Serve does not start", _first_line(error), "see Ray's logs") from error
 
 
-def _roll(
-    registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say
-) -> None:
+def _roll(registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say) -> None:
     """Bring the replicas to an order; back to what the record has, where that fails.
 
     Raises:
