@@ -90,9 +90,9 @@ def deploy(
         say(f"{order.name} is deployed already, from this plan and with these options")
         return status(registry, order.name)
     surge = _check_room(order, before)
+    _start_serve(order, proxy_port, proxy_grpc_port)
     registry.keep(Record(order) if record is None else msgspec.structs.replace(record, coming=order))
     registry.put_package(order.run, package)
-    _start_serve(order, proxy_port, proxy_grpc_port)
     _roll(registry, order, record, surge=surge, timeout_s=timeout_s, say=say)
     return status(registry, order.name)
 
