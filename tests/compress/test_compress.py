@@ -88,6 +88,19 @@ def test_the_int8_bundle_is_smaller_and_says_how_it_came_to_be(parent: Bundle, s
     assert str(Path.home()).encode() + b"/" not in small.model.read_bytes()
 
 
+def test_a_graph_with_large_tensors_is_calibrated_on_fewer_samples(
+    parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 samples of MiniLM took 167 s of a tuning run's four minutes."""
+    monkeypatch.setattr("rushhour.compress.quantize._LEAST_CALIBRATION", 4)
+    monkeypatch.setattr("rushhour.compress.quantize._VALUES", 300_000)
+    used = quantize(parent, pictures(), tmp_path / "few", calibration=50, progress=Silent()).manifest.lineage[-1]
+    assert 4 < used.settings["calibration"] < 50
+    monkeypatch.setattr("rushhour.compress.quantize._VALUES", 1)
+    used = quantize(parent, pictures(), tmp_path / "least", calibration=50, progress=Silent()).manifest.lineage[-1]
+    assert used.settings["calibration"] == 4
+
+
 def test_int8_answers_stay_near_on_both_engines_at_any_batch(parent: Bundle, small: Bundle) -> None:
     split = pictures().test
     before = outputs_of(parent, EngineConfig("onnxruntime", max_batch=16), split)

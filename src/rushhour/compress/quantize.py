@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -36,6 +37,11 @@ _JUDGED = 2_000
 """Samples, at most, that decide whether plain quantisation is inside the accuracy budget."""
 _RANKED = 500
 """Samples, at most, that accuracy control measures every attempt on."""
+_VALUES: Final = 3e8
+"""Values of tensors that calibration looks at, at most: NNCF takes about ten seconds for them on one core. With 300
+samples it would take minutes of a graph for large pictures or long texts."""
+_LEAST_CALIBRATION: Final = 64
+"""Samples that a graph is calibrated on however large it is, where the data has as many."""
 _ATTENTION = {"Attention", "MultiHeadAttention"}
 _WIDE: Final = ("vnni", "amx")
 _MULTIPLYING: Final = frozenset(
@@ -98,7 +104,8 @@ def quantize(
         bundle: an f32 bundle; its graph is enough.
         dataset: calibration samples come from its training part.
         out: the new bundle's folder; any other bundle there is replaced.
-        calibration: samples that the ranges of activations are found on; fewer where the data has fewer.
+        calibration: samples that the ranges of activations are found on, at most: fewer where the data has fewer, and
+            of graphs with so large tensors that it would take minutes.
         seed: of their choice.
         max_drop: of the task's metric, or of fidelity where there are no labels; as in `AccuracyBudget`. None takes
             the plain result as it is.
@@ -120,7 +127,7 @@ def quantize(
         )
     check_plain(bundle)
     inputs = named_inputs(bundle, dataset.train.inputs)
-    calibration = min(calibration, len(dataset.train))
+    calibration = _affordable(bundle, inputs, min(calibration, len(dataset.train)))
     step = Step(
         "quantize",
         {
@@ -247,6 +254,29 @@ def _check_operators(model: onnx.ModelProto, name: str) -> None:
             f"int8 speeds up convolutions and matrix products, and it has none: its operators are {', '.join(found)}",
             "serve it in f32",
         )
+
+
+def _affordable(bundle: Bundle, samples: Mapping[str, NDArray[Any]], wanted: int) -> int:
+    """How many of the wanted samples a graph is calibrated on: it follows from the graph alone, so that the same step
+    gives the same bundle on every machine."""
+    if wanted <= _LEAST_CALIBRATION:
+        return wanted
+    model = onnx.load(bundle.model)
+    for each in model.graph.input:
+        if each.name in samples:
+            shape = each.type.tensor_type.shape
+            del shape.dim[:]
+            for size in (1, *samples[each.name].shape[1:]):
+                shape.dim.add().dim_value = size
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError):  # of operators that ONNX does not know, or above 2 GB
+        return wanted
+    values = sum(
+        math.prod(max(0, dimension.dim_value) for dimension in each.type.tensor_type.shape.dim)
+        for each in inferred.graph.value_info
+    )
+    return max(_LEAST_CALIBRATION, min(wanted, int(_VALUES // max(1, values))))
 
 
 def _plain(bundle: Bundle, samples: Mapping[str, NDArray[Any]], progress: Progress, wide: bool) -> onnx.ModelProto:
