@@ -30,6 +30,10 @@ class Nodes:
             for each in processes:
                 each.process.kill()
 
+    def kill_one_but(self, line: str) -> None:
+        """SIGKILL to a node whose id, shortened to six digits, is not in this line."""
+        self.kill(next(number for number, node in enumerate(self._nodes) if f"({node._node_id[:6]})" not in line))
+
 
 @contextlib.contextmanager
 def ray_nodes(count: int) -> Iterator[Nodes]:
