@@ -46,7 +46,7 @@ def ray_nodes(count: int) -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    cluster = Cluster(initialize_head=True, head_node_args=head)  # ends with this process, however that ends
     try:
         yield Nodes(cluster, count)
     finally:
