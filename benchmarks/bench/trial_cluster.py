@@ -48,7 +48,7 @@ class _Killing(Silent):
     def advance(self, by: float = 1.0, note: str = "") -> None:
         """A recipe, or anything else, is further."""
         if self._doing.startswith("build ") and not self.killed:
-            self._nodes.kill(_NODES - 1)
+            self._nodes.kill_one_but(note)  # the other one is building
             self.killed = True
 
     def note(self, text: str) -> None:

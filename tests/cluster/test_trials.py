@@ -85,12 +85,12 @@ class Watching(Notes):
     """Calls something when the first recipe has been built.
 
     Args:
-        then: what.
+        then: what; it gets the note, which names the node.
     """
 
-    def __init__(self, then: Callable[[], None]) -> None:
+    def __init__(self, then: Callable[[str], object]) -> None:
         super().__init__()
-        self._then: Callable[[], None] | None = then
+        self._then: Callable[[str], object] | None = then
         self._is_building = False
         self.lines: list[str] = []
         self.waves: list[float | None] = []
@@ -105,7 +105,7 @@ class Watching(Notes):
             self.lines.append(note)
             then, self._then = self._then, None
             if then is not None:
-                then()
+                then(note)
 
     def note(self, text: str) -> None:
         self.lines.append(text)
@@ -137,7 +137,7 @@ def figures(found: Compression) -> list[tuple[str, str, float, float]]:
 def test_a_search_of_two_nodes_loses_one_and_finds_what_one_machine_does(parent: Bundle, tmp_path: Path) -> None:
     expected = compressed(parent, tmp_path / "here", None, Silent())
     with ray_nodes(2) as cluster:
-        watching = Watching(lambda: cluster.kill(1))
+        watching = Watching(cluster.kill_one_but)  # the other one is building
         with trial_builder(cluster.address, pictures(), watching) as builder:
             found = compressed(parent, tmp_path / "there", builder, watching)
             assert builder.width == 1
@@ -157,7 +157,7 @@ from pathlib import Path
 import test_trials as t
 
 address, folder, parent = sys.argv[1:]
-watching = t.Watching(lambda: os.kill(os.getpid(), signal.SIGKILL))
+watching = t.Watching(lambda _: os.kill(os.getpid(), signal.SIGKILL))
 with t.trial_builder(address, t.pictures(), watching) as builder:
     t.compressed(t.Bundle.open(Path(parent)), Path(folder), builder, watching)
 """
@@ -173,7 +173,7 @@ def test_workers_and_the_head_are_killed_and_nothing_finished_is_built_again(par
         work = Work(parent, pictures(), Store(tmp_path / "steps"), max_drop=0.3)
         finished = [recipe for recipe in RECIPES if first_missing(recipe, work)[1] is None]
         assert finished == RECIPES[:1]
-        watching = Watching(lambda: None)
+        watching = Watching(str)
         with trial_builder(cluster.address, pictures(), watching) as builder:
             os.kill(ray.get(builder._nodes[0].facts()).process, signal.SIGKILL)
             compressed(parent, tmp_path, builder, watching)
@@ -191,7 +191,7 @@ def test_data_is_read_on_the_nodes_by_its_name_or_sent(parent: Bundle, tmp_path:
     with ray_nodes(1) as cluster:
         how = {"recipe": "f16", "cluster": cluster.address, "max_accuracy_drop": "30%"}
         for number, data in enumerate((tmp_path / "quarters.npz", arrays)):
-            notes = Watching(lambda: None)
+            notes = Watching(str)
             rushhour.compress(parent, data, out=tmp_path / f"out{number}", progress=notes, **how)
             assert [line.startswith("f16: ") for line in notes.lines if "on node" in line] == [True]
 

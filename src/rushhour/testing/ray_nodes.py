@@ -30,6 +30,10 @@ class Nodes:
             for each in processes:
                 each.process.kill()
 
+    def kill_one_but(self, line: str) -> None:
+        """SIGKILL to a node whose id, shortened to six digits, is not in this line."""
+        self.kill(next(number for number, node in enumerate(self._nodes) if f"({node._node_id[:6]})" not in line))
+
 
 @contextlib.contextmanager
 def ray_nodes(count: int) -> Iterator[Nodes]:
@@ -42,7 +46,7 @@ def ray_nodes(count: int) -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    cluster = Cluster(initialize_head=True, head_node_args=head)  # ends with this process, however that ends
     try:
         yield Nodes(cluster, count)
     finally:
