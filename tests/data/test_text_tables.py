@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from test_texts import WORDS, ids, text_bundle, tokenizers
 
 from rushhour.bundle import Source
+from rushhour.compress.judge import outputs_of
 from rushhour.data import Columns, Dataset, load
 from rushhour.data.text_tables import load_text_table
+from rushhour.engines import EngineConfig, Runner
 from rushhour.errors import DataError
 from rushhour.models import build
+from rushhour.plan import EngineName
+from rushhour.testing.bundles import tiny_text_answers
 
 assert tokenizers
 
@@ -78,6 +84,29 @@ def test_a_group_that_is_missing_or_in_two_parts_is_refused(tmp_path: Path, rows
         (tmp_path / "parts" / f"{part}.csv").write_text(f"text,label,writer\n{text}")
     with pytest.raises(DataError, match="7 groups of parts are in train and in test"):
         load_text_table(tmp_path / "parts", columns=Columns(group="writer"), bundle=bundle)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_texts_are_judged_in_order_and_with_little_padding(
+    tmp_path: Path, rows: list[dict[str, str]], engine: EngineName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [{**rows[0], "text": " ".join(WORDS * 3)}, *rows]
+    bundle = text_bundle(tmp_path / "bundle")
+    given = lines(tmp_path / "a.jsonl", long)
+    part = load_text_table(given, columns=Columns(leave_out="writer"), bundle=bundle).train
+    lengths: list[int] = []
+    submit = Runner.submit
+
+    def counted(runner: Runner, inputs: Mapping[str, NDArray[Any]]) -> Any:
+        lengths.append(inputs["tokens"].shape[1])
+        return submit(runner, inputs)
+
+    monkeypatch.setattr(Runner, "submit", counted)
+    found = outputs_of(bundle, EngineConfig(engine, "f32", max_batch=4), part)
+    own = [row["tokens"][: int(row["mask"].sum())] for row in part.inputs]
+    wanted = np.concatenate([tiny_text_answers(tokens[None])["scores"] for tokens in own])
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.median(lengths) <= 16 < part.inputs["tokens"].shape[1]
 
 
 def test_later_texts_are_held_out(tmp_path: Path, rows: list[dict[str, str]]) -> None:

@@ -136,7 +136,8 @@ def test_a_table_of_texts_becomes_a_bundle_that_takes_texts(tmp_path: Path) -> N
     table = tmp_path / "opinions.csv"
     table.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     script = ROOT / "examples" / "language" / "train.py"
-    subprocess.run([sys.executable, str(script), str(table), str(tmp_path / "out")], cwd=tmp_path, check=True)
+    command = [sys.executable, str(script), str(table), str(tmp_path / "out"), "--epochs", "20"]
+    subprocess.run(command, cwd=tmp_path, check=True)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.manifest.task.classes == ("no", "yes")
     lines = tmp_path / "lines.txt"
