@@ -121,6 +121,7 @@ SHOWN_ONLY = {"json_file", "plot"}
 COLUMNS = {"targets", "group", "time", "categories", "leave_out"}
 """Options that Python takes as `columns`."""
 IN_OBJECTS = {
+    "deploy": {"status", "undo", "delete"},
     "train": {"backend", "memory", "compress_gradients", "batch_norm", "shared_memory", "local_sgd", "diloco"},
     "serve": {
         "no_grpc", "admin_port", "admin_host", "api_key_file", "tls_cert", "tls_key", "expose", "known_as", "admin",
@@ -129,7 +130,7 @@ IN_OBJECTS = {
         "log_format", "log_level", "log_requests", "server_timing", "otel", "otel_sample", "strict",
     },
 }  # fmt: skip
-"""Options that Python takes in one object: a `ParallelSettings`, `ServeSettings`."""
+"""Options that Python takes in one object: a `ParallelSettings`, `ServeSettings`; methods of a `Deployed`."""
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -42,7 +42,8 @@ _reached_options = options(
            help="Listen beyond loopback, because a proxy or firewall controls access."),
     option("--ports", metavar="FIRST-LAST", section=_REACHED,
            help="Ports of replicas on each node. Any free ones by default."),
-    option("--no-grpc", is_flag=True, section=_REACHED, help="Serve over HTTP only."),
+    option("--grpc/--no-grpc", default=True, show_default=True, section=_REACHED,
+           help="Whether replicas serve over gRPC too."),
     option("--drain-delay", default="5s", show_default=True, type=DELAY, metavar="TIME", section=_REACHED,
            help="A replica that is to end still takes requests for this time, while clients learn that it ends."),
     option("--route", default="/", show_default=True, metavar="PATH", section=_REACHED,
@@ -98,7 +99,6 @@ def command(context: click.Context, /, run: Path | None, json_file: Path | None,
     from rushhour.api import deploy
 
     assert run is not None
-    options["grpc"] = not options.pop("no_grpc")
     with TerminalProgress() as progress:
         found = deploy(run, ray=address, progress=progress, **options)
     _show(found, json_file)
