@@ -59,8 +59,8 @@ def outputs_of(bundle: Bundle, config: EngineConfig, split: Split, trusted: tupl
 def _answers(runner: Runner, signature: Signature, inputs: Mapping[str, NDArray[Any]], most: int) -> NDArray[Any]:
     """The answers in order; samples of like length share batches, without the padding behind the longest of them.
 
-    Padding changes no answer (`rushhour.engines.agreement` checks it), but it costs: texts are padded to the longest one
-    of the data set, of which most are a third.
+    Padding changes no answer (`rushhour.engines.agreement` checks it), but it costs: texts are padded to the longest
+    one of the data set, of which most are a third.
     """
     output = signature.outputs[0].name
     if signature.padded is None or signature.open_axes.get(output):
