@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shutil
 import subprocess
 import sys
@@ -92,11 +93,12 @@ def test_a_graph_with_large_tensors_is_calibrated_on_fewer_samples(
     parent: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """300 samples of MiniLM took 167 s of a tuning run's four minutes."""
-    monkeypatch.setattr("rushhour.compress.quantize._LEAST_CALIBRATION", 4)
-    monkeypatch.setattr("rushhour.compress.quantize._VALUES", 300_000)
+    module = importlib.import_module("rushhour.compress.quantize")  # the package has a function of this name
+    monkeypatch.setattr(module, "_LEAST_CALIBRATION", 4)
+    monkeypatch.setattr(module, "_VALUES", 300_000)
     used = quantize(parent, pictures(), tmp_path / "few", calibration=50, progress=Silent()).manifest.lineage[-1]
     assert 4 < used.settings["calibration"] < 50
-    monkeypatch.setattr("rushhour.compress.quantize._VALUES", 1)
+    monkeypatch.setattr(module, "_VALUES", 1)
     used = quantize(parent, pictures(), tmp_path / "least", calibration=50, progress=Silent()).manifest.lineage[-1]
     assert used.settings["calibration"] == 4
 
