@@ -50,6 +50,11 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
+# Apart: installing Ray takes two minutes, and only tests of half a minute and more use it.
+.venv/.cluster: .venv/.dev
+	$(BIN)/pip install --quiet --editable '.[dev,cluster]'
+	@touch $@
+
 .venv/.examples: .venv/.ready
 	$(BIN)/pip install --quiet --editable '.[examples]'
 	@touch $@
@@ -65,7 +70,7 @@ test-slow: .venv/.dev
 
 # Half a minute each and more: every environment, every place of a kill, whole rows of the matrix.
 # A tuning run measures rates under load, so no other tests run beside it.
-test-long: .venv/.dev
+test-long: .venv/.cluster
 	$(BIN)/pytest -m "long and not alone"
 	$(BIN)/pytest -n 0 -m alone
 
@@ -146,7 +151,7 @@ bench-doors: .venv/.dev
 	$(BIN)/python benchmarks/doors.py
 	$(BIN)/python benchmarks/render.py
 
-bench-cluster: setup
+bench-cluster: .venv/.cluster
 	$(BIN)/python benchmarks/cluster.py
 	$(BIN)/python benchmarks/render.py
 

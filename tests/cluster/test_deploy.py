@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import socket
@@ -27,6 +28,8 @@ from rushhour.errors import BundleError, GoalError, InstallError, PlanError, Ser
 from rushhour.plan import PLAN, Plan
 from rushhour.serve import open_target
 from rushhour.system.extras import EXTRAS
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="extra cluster")
 
 
 @pytest.fixture
@@ -226,8 +229,10 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         (("RUN", "--ray", "--route", "photos"), "cannot use route"),
         (("RUN", "--ray", "--name", "No_Label"), "DNS label"),
         (("RUN", "--ray", "--host", "0.0.0.0"), "give --expose"),
-        (("RUN", "--ray", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1: Connection refused"),
-        (("RUN", "--ray", "somewhere"), "it is HOST:PORT"),
+        pytest.param(
+            ("RUN", "--ray", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1: Connection refused", marks=needs_ray
+        ),
+        pytest.param(("RUN", "--ray", "somewhere"), "it is HOST:PORT", marks=needs_ray),
         (("nowhere", "--ray"), "there is nothing to serve at nowhere"),
     ],
 )
@@ -242,6 +247,7 @@ def test_what_cannot_be_deployed_is_refused_in_one_line(
     assert expected in line
 
 
+@needs_ray
 def test_no_ray_on_this_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
