@@ -105,7 +105,7 @@ def deploy(
     *,
     ray: str | None = None,
     name: str | None = None,
-    replicas: int | str = 1,
+    replicas: int | str = "1",
     host: str = "127.0.0.1",
     expose: bool = False,
     ports: str | None = None,
@@ -113,8 +113,8 @@ def deploy(
     route: str = "/",
     proxy_port: int = 8000,
     proxy_grpc_port: int | None = None,
-    drain_delay: float = 5.0,
-    scale_down_after: float = 60.0,
+    drain_delay: str | float = "5s",
+    scale_down_after: str | float = "60s",
     timeout: str | float = "3m",
     progress: Progress | None = None,
 ) -> Deployed:
@@ -140,8 +140,8 @@ def deploy(
         route: the path of this deployment behind Ray's proxy.
         proxy_port: of Ray's HTTP proxy, where Ray Serve is not running yet.
         proxy_grpc_port: likewise of its gRPC proxy; None for none.
-        drain_delay: seconds in which a replica that is to end still takes requests, while its address is withdrawn.
-        scale_down_after: seconds of a low load before a replica is ended.
+        drain_delay: time, `5s` or seconds, in which a replica that is to end still takes requests, while its address is withdrawn.
+        scale_down_after: time, likewise, of a low load before a replica is ended.
         timeout: in which the replicas are to be ready; else what was deployed before stays.
         progress: is told what happens.
 
@@ -166,8 +166,8 @@ def deploy(
         ports=ports,
         grpc=grpc,
         route=route,
-        drain_delay_s=drain_delay,
-        scale_down_s=scale_down_after,
+        drain_delay_s=0.0 if drain_delay in (0, "0", "0s") else read_seconds(drain_delay),
+        scale_down_s=read_seconds(scale_down_after),
     )
     told = progress or Silent()
     with connected(ray, start=True, say=told.note) as registry:
