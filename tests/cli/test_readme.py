@@ -35,7 +35,7 @@ GUIDES.remove(RENDERED)
 DECISIONS = sorted(f"docs/decisions/{file.name}" for file in (ROOT / "docs" / "decisions").glob("*.md"))
 
 FOREIGN_OPTIONS = {  # of torchrun, pytest, curl and the benchmarks
-    *("--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"),
+    *("--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf", "--local-addr"),
     *("--dist", "--pdb", "--data-binary", "--only", "--seeds", "--out"),
 }
 FILES_OF_USERS = {  # of runs, bundles and examples
