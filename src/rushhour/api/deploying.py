@@ -140,7 +140,8 @@ def deploy(
         route: the path of this deployment behind Ray's proxy.
         proxy_port: of Ray's HTTP proxy, where Ray Serve is not running yet.
         proxy_grpc_port: likewise of its gRPC proxy; None for none.
-        drain_delay: time, `5s` or seconds, in which a replica that is to end still takes requests, while its address is withdrawn.
+        drain_delay: time, `5s` or seconds, in which a replica that is to end still takes requests, while its address
+            is withdrawn.
         scale_down_after: time, likewise, of a low load before a replica is ended.
         timeout: in which the replicas are to be ready; else what was deployed before stays.
         progress: is told what happens.
