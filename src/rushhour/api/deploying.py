@@ -223,7 +223,7 @@ def _ordered(
     from rushhour.cluster import Deployment, default_name
     from rushhour.cluster.ray_serve import Order, digest, pack, plan_of, read_ports, read_replicas
     from rushhour.serve import open_target
-    from rushhour.serve.access.exposure import is_loopback
+    from rushhour.serve.access.exposure import check_host, is_loopback
 
     least, most = read_replicas(replicas)
     given = None if ports is None else read_ports(ports, each=2 if grpc else 1)
@@ -231,6 +231,7 @@ def _ordered(
         raise GoalError(f"cannot use route={route!r}", "it is a path as / or /photos", "write for example /photos")
     if not 0 <= drain_delay_s <= _LONGEST_DRAIN_S:
         raise GoalError(f"cannot use drain_delay={drain_delay_s!r}", "it is from 0 to 3600 s", "write for example 5")
+    check_host(host)
     if not (expose or is_loopback(host)):
         raise ServeError(
             f"cannot listen on {host}",

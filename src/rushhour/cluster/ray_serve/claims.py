@@ -11,31 +11,15 @@ import fcntl
 import os
 import shutil
 import socket
-import stat
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from rushhour.errors import ServeError, StorageError
+from rushhour.cluster.node_folder import locked
+from rushhour.errors import ServeError
 from rushhour.system.storage import explained
 
 _RUNS: Final = "runs"
-
-
-def own_folder() -> Path:
-    """The folder of this user's claims on this machine.
-
-    Raises:
-        StorageError: if it cannot be made, or belongs to someone else.
-    """
-    folder = Path(tempfile.gettempdir()) / f"rushhour-replicas-{os.getuid()}"
-    with explained(f"make the folder {folder}"):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise StorageError(f"will not use {folder}", "others can write there", "remove it")
-    return folder
 
 
 class Claims:
@@ -110,13 +94,7 @@ class Claims:
     def _locked(self, name: str) -> int | None:
         """The handle of a locked file; None where another process holds it."""
         with explained(f"lock {self._folder / name}"):
-            handle = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        return handle
+            return locked(self._folder / name)
 
 
 def _is_free(host: str, port: int) -> bool:

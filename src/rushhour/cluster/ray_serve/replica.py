@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import msgspec
 
-from rushhour.cluster.ray_serve.claims import Claims, own_folder
+from rushhour.cluster.node_folder import own_folder
+from rushhour.cluster.ray_serve.claims import Claims
 from rushhour.cluster.ray_serve.forwarding import METHODS, Forwarder, Message
 from rushhour.cluster.ray_serve.order import Order
 from rushhour.cluster.ray_serve.packing import unpack
@@ -83,7 +84,7 @@ class Replica:
                 f"the deployment was made with {order.version}",
                 "install the same version on all nodes",
             )
-        self._claims = Claims(own_folder())
+        self._claims = Claims(own_folder("replicas"))
         runs = self._claims.runs(order.run)
         there = (runs / order.run / ".complete").is_file()
         folder = unpack(b"" if there else self._registry.package(order.run), order.run, runs)

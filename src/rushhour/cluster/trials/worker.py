@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
-import stat
 import tempfile
 import time
 from pathlib import Path
 from typing import Final
 
 from rushhour.bundle import Bundle
+from rushhour.cluster.node_folder import locked, own_folder
 from rushhour.cluster.trials.packing import Arrays, Facts, Loader, Made, Order, PackedBundle, pack, unpack
 from rushhour.compress import Store, apply, maker
 from rushhour.data import Dataset
-from rushhour.errors import RushhourError, StorageError
+from rushhour.errors import RushhourError
 from rushhour.progress import Silent
 from rushhour.system.faults import summary_of
 from rushhour.system.machine import cores
@@ -30,7 +29,7 @@ class TrialWorker:
     """A process on a node, an actor of Ray. Its store lives as long as it."""
 
     def __init__(self) -> None:
-        self._folder, self._lock = _own_folder()
+        self._folder, self._lock = _new_folder()
         self._store = Store(self._folder / "store")
         self._dataset: Dataset | None = None
 
@@ -111,41 +110,31 @@ class TrialWorker:
         return unpack(packed, path)
 
 
-def _own_folder() -> tuple[Path, int]:
+def _new_folder() -> tuple[Path, int]:
     """A new folder of this process, and the handle that locks it. Those of processes that were killed are removed.
 
     Raises:
         StorageError: if it cannot be made, or another user can write there.
     """
-    above = Path(tempfile.gettempdir()) / f"rushhour-trials-{os.getuid()}"
-    with explained(f"make the folder {above}"):
-        above.mkdir(mode=0o700, exist_ok=True)
-        found = above.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise StorageError(f"will not use {above}", "others can write there", "remove it")
+    above = own_folder("trials")
+    with explained(f"make a folder in {above}"):
         for other in above.iterdir():
-            if (handle := _locked(other)) is not None:
+            if (handle := _left(other)) is not None:
                 shutil.rmtree(other, ignore_errors=True)
                 os.close(handle)
         folder = Path(tempfile.mkdtemp(dir=above, prefix="."))
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle = locked(folder / _LOCK)
+        assert handle is not None, "nobody else knows of it"
         visible = folder.with_name(folder.name.removeprefix("."))
         folder.rename(visible)  # locked by now: nobody removes it
     return visible, handle
 
 
-def _locked(folder: Path) -> int | None:
+def _left(folder: Path) -> int | None:
     """The handle of the lock of a folder that a dead process left; None where it lives, or is just being made."""
     if folder.name.startswith("."):
         return None
     try:
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        return locked(folder / _LOCK, create=False)
     except OSError:
         return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle

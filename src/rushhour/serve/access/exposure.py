@@ -14,7 +14,7 @@ def check_exposure(host: str, keys: tuple[str, ...], *, exposed: bool) -> None:
     Raises:
         ServeError: if neither holds, or the host is none.
     """
-    _check_host(host)
+    check_host(host)
     if not (is_loopback(host) or keys or exposed):
         raise ServeError(
             f"cannot listen on {host} without API keys",
@@ -23,8 +23,12 @@ def check_exposure(host: str, keys: tuple[str, ...], *, exposed: bool) -> None:
         )
 
 
-def _check_host(host: str) -> None:
-    """Raise unless it is an address or a name: otherwise the advice would be to expose the server."""
+def check_host(host: str) -> None:
+    """Refuse what is no address and no name: otherwise the advice would be to expose the server.
+
+    Raises:
+        ServeError: if it is neither.
+    """
     try:
         if not host or not set(host).isdisjoint("/@ []") or (":" in host and not _is_address(host)):
             raise OSError("a name has none of : / @ [ ]" if host else "it is empty")
