@@ -10,7 +10,6 @@ import msgspec
 from rushhour.api.values import StrPath, read_path, read_seconds
 from rushhour.errors import GoalError, PlanError, ServeError
 from rushhour.progress import Progress, Silent
-from rushhour.system.extras import require
 
 if TYPE_CHECKING:
     from rushhour.cluster.ray_serve import Order, Replicated, State
@@ -153,7 +152,6 @@ def deploy(
         GoalError: if a name or number cannot be used.
         ServeError: if the cluster does not answer, has too few CPUs, or the replicas do not get ready.
     """
-    require("cluster")
     from rushhour.cluster.ray_serve import connected
     from rushhour.cluster.ray_serve import deploy as deploy_on
 
@@ -195,7 +193,6 @@ def deployed(name: str, *, ray: str | None = None) -> Deployed:
         InstallError: if Ray is not installed (extra `cluster`).
         ServeError: if no Ray answers, or there is no such deployment.
     """
-    require("cluster")
     from rushhour.cluster.ray_serve import connected, status
 
     with connected(ray) as registry:
