@@ -229,7 +229,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         (("RUN", "--ray", "--route", "photos"), "cannot use route"),
         (("RUN", "--ray", "--name", "No_Label"), "DNS label"),
         (("RUN", "--ray", "--host", "0.0.0.0"), "give --expose"),
-        (("RUN", "--ray", "--host", "127.0.0.1:8000"), "no address and no host name"),
+        (("RUN", "--ray", "--host", "127.0.0.1:8000"), "a port is --ports"),
         pytest.param(
             ("RUN", "--ray", "127.0.0.1:1"), "no Ray answers at 127.0.0.1:1: Connection refused", marks=needs_ray
         ),

@@ -228,7 +228,7 @@ def _ordered(
         raise GoalError(f"cannot use route={route!r}", "it is a path as / or /photos", "write for example /photos")
     if not 0 <= drain_delay_s <= _LONGEST_DRAIN_S:
         raise GoalError(f"cannot use drain_delay={drain_delay_s!r}", "it is from 0 to 3600 s", "write for example 5")
-    check_host(host)
+    check_host(host, "--ports")
     if not (expose or is_loopback(host)):
         raise ServeError(
             f"cannot listen on {host}",

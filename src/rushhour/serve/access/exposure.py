@@ -23,8 +23,12 @@ def check_exposure(host: str, keys: tuple[str, ...], *, exposed: bool) -> None:
         )
 
 
-def check_host(host: str) -> None:
+def check_host(host: str, port_option: str = "--http-port") -> None:
     """Refuse what is no address and no name: otherwise the advice would be to expose the server.
+
+    Args:
+        host: to listen on.
+        port_option: what sets the port, which many write behind the host.
 
     Raises:
         ServeError: if it is neither.
@@ -37,7 +41,7 @@ def check_host(host: str) -> None:
         raise ServeError(
             f"cannot listen on {host!r}",
             f"it is no address and no host name: {getattr(error, 'strerror', None) or error}",
-            "give one alone, such as 127.0.0.1: a port is --http-port, and Unix sockets are not served",
+            f"give one alone, such as 127.0.0.1: a port is {port_option}, and Unix sockets are not served",
         ) from error
 
 
