@@ -431,15 +431,40 @@ def test_a_load_that_cannot_be_is_an_error(how: dict[str, Any], kind: type[Rushh
 
 def test_a_load_is_stopped_from_another_thread(served: Server) -> None:
     stop = Stop()
-    timer = threading.Timer(3.0, stop.request)
-    timer.start()
-    result = rushhour.load(served, rate=100, duration="10m", slo="p50<50ms", stop=stop)
-    timer.join()
+    answered = threading.Event()
+
+    def wait() -> None:
+        answered.wait()
+        stop.request()
+
+    other = threading.Thread(target=wait)
+    other.start()
+
+    def see(tick: Tick) -> None:
+        if tick.sent > 300:  # of which up to 200 warm up
+            answered.set()
+
+    result = rushhour.load(served, rate=100, duration="10m", slo="p50<50ms", stop=stop, on_tick=see)
+    other.join()
     assert result.stopped == "stopped by the caller"
     assert not result.holds
     assert "partial" in result.headline
     assert len(result.windows) == 1
     assert not stop.request(), "nothing is in flight"
+
+
+def test_a_load_that_is_stopped_before_it_measured_anything_is_an_error(served: Server) -> None:
+    """It was a KeyboardInterrupt, which ends the program of the caller."""
+    stop = Stop()
+    stop.request()
+    for begin in (
+        lambda: rushhour.load(served, rate=100, stop=stop),
+        lambda: rushhour.load(served, stop=stop),
+        lambda: rushhour.load(served, closed_loop=2, duration=1, stop=stop),
+        lambda: rushhour.compare([served.url, f"{served.url}/"], rate=50, stop=stop),
+    ):
+        with pytest.raises(LoadError, match="stopped by the caller: nothing was measured until then"):
+            begin()
 
 
 @pytest.mark.slow

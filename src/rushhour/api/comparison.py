@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rushhour.api.loading import note_longer
-from rushhour.api.stop import Stop, Stopped
+from rushhour.api.stop import Stop, Stopped, stopped_early
 from rushhour.api.traffic import read_rates, read_traffic
 from rushhour.api.values import StrPath, read_seconds, read_slo
 from rushhour.errors import LoadError
@@ -115,8 +115,8 @@ def compare(
         stop: as of `rushhour.load`.
 
     Raises:
-        LoadError: if there is nothing to compare, or a server cannot be reached or loaded; after the first window it
-            is in the result instead.
+        LoadError: if there is nothing to compare, a server cannot be reached or loaded, or `stop` ends it before
+            anything was measured; after the first window it is in the result instead.
         GoalError: if the SLO, a rate or the duration cannot be used.
     """
     limit = read_slo(slo)
@@ -170,15 +170,17 @@ def compare(
         try:
             found = compare_servers(ask, servers, limit, rates=rates, blocks=blocks, seed=traffic.seed, on_window=keep)
         except Stopped:
+            if not windows:
+                raise stopped_early(ending) from None
             stopped = ending.reason
         except KeyboardInterrupt:
+            if not windows:
+                raise
             stopped = f"stopped by {INTERRUPTION.name}"
         except LoadError as error:
             if not windows:
                 raise
             stopped, failure = str(error), error
-    if stopped and not windows:
-        raise KeyboardInterrupt
     if stopped:
         found = summarize(limit, tuple(servers), tuple(rates), windows)
     return CompareResult(found, traffic.arrivals_name, traffic.seed, stopped, failure)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack, overload
 
 import msgspec
 
-from rushhour.api.stop import Stop, Stopped
+from rushhour.api.stop import Stop, Stopped, stopped_early
 from rushhour.api.traffic import Traffic, TrafficOptions, read_rates, read_traffic
 from rushhour.api.values import StrPath, read_seconds, read_slo
 from rushhour.errors import GoalError, LoadError
@@ -278,7 +278,8 @@ def load(
         stop: ends the load early, from another thread.
 
     Raises:
-        LoadError: if the server cannot be reached or loaded; after the first window it is in the result instead.
+        LoadError: if the server cannot be reached or loaded, or `stop` ends the load before anything was measured;
+            after the first window it is in the result instead.
         GoalError: if the SLO, a rate or the duration cannot be used.
     """
     limit = read_slo(slo)
@@ -383,7 +384,7 @@ class _Load:
                         on_tick=self.on_tick,
                     )
             except Stopped:
-                raise KeyboardInterrupt from None  # before anything was measured
+                raise stopped_early(self.stop) from None
         return ClosedLoopResult(self.url, result, self.stop.reason if self.stop.is_requested else "")
 
     @contextlib.contextmanager
@@ -391,20 +392,23 @@ class _Load:
         """What is measured until an early end is kept.
 
         Raises:
-            KeyboardInterrupt: if nothing was measured until then.
+            LoadError: if nothing was measured until the end that `stop` asked for.
+            KeyboardInterrupt: if nothing was measured until Ctrl-C.
         """
         try:
             yield
         except Stopped:
+            if not self._windows:
+                raise stopped_early(self.stop) from None
             self._stopped = self.stop.reason
         except KeyboardInterrupt:
+            if not self._windows:
+                raise
             self._stopped = f"stopped by {INTERRUPTION.name}"
         except LoadError as error:
             if not self._windows:
                 raise
             self._stopped, self._error = str(error), error
-        if self._stopped and not self._windows:
-            raise KeyboardInterrupt
 
     def _take(
         self, generator: Generator, target: Endpoint, requests: Sequence[Payload], slo: SLO, **how: Any

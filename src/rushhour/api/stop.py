@@ -70,3 +70,8 @@ class Stop:
         """
         if self._is_requested:
             raise Stopped
+
+
+def stopped_early(stop: Stop) -> LoadError:
+    """The error of a load that its caller ended before anything was measured."""
+    return LoadError(stop.reason, "nothing was measured until then", "let a window begin before the end is asked for")

@@ -12,6 +12,7 @@ import click
 
 from rushhour.cli.command import option, options
 from rushhour.cli.places import Named, Place
+from rushhour.errors import LoadError
 
 if TYPE_CHECKING:
     from rushhour.api import Stop
@@ -53,7 +54,11 @@ def how_to_continue(_: dict[str, Any]) -> str:
 
 @contextmanager
 def stopping_early(stop: Stop) -> Iterator[None]:
-    """Ctrl-C ends the window in flight early, and it is kept; between windows and the second time it is as usual."""
+    """Ctrl-C ends the window in flight early, and it is kept; between windows and the second time it is as usual.
+
+    Raises:
+        KeyboardInterrupt: if nothing was measured until then.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.request():
@@ -65,5 +70,9 @@ def stopping_early(stop: Stop) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
+    except LoadError:
+        if stop.is_requested:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
