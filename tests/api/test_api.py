@@ -34,6 +34,7 @@ from rushhour.errors import (
     ServeError,
     StorageError,
 )
+from rushhour.load import Tick
 from rushhour.measurement import Measurement
 from rushhour.progress import Silent
 from rushhour.serve import ServeSettings
