@@ -42,6 +42,9 @@ def both(classes, input=(1, 2, 3)):
 def usual(num_classes: int = 1000):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 
+def values(input: int, outputs: int):
+    return nn.Linear(input, outputs)
+
 def features(input: int, classes: int):
     return nn.Linear(input, classes)
 
@@ -110,6 +113,7 @@ def test_classes_and_input_are_offered_where_the_factory_takes_them(trained: tup
     [
         ("both", (5,), {"classes": 3, "input": (5,)}),
         ("usual", (8, 8, 3), {"num_classes": 3}),
+        ("values", (5,), {"input": 5, "outputs": 3}),
         ("features", (5,), {"input": 5, "classes": 3}),
         ("features", (8, 8, 3), {"classes": 3}),
         ("other", (8, 8, 3), {}),

@@ -19,6 +19,7 @@ from plans import MODEL, run_of
 import rushhour
 from rushhour.cli import main
 from rushhour.cluster import Deployment
+from rushhour.cluster.ray_client import reason
 from rushhour.cluster.ray_serve import Order, digest, pack, plan_of, read_ports, read_replicas
 from rushhour.cluster.ray_serve.claims import Claims
 from rushhour.cluster.ray_serve.packing import unpack
@@ -40,6 +41,14 @@ def run(tmp_path: Path) -> Path:
 def packed(run: Path) -> bytes:
     how: dict[str, Any] = {"name": MODEL, "image": None, "port": 1, "grpc_port": None, "replicas": 1, "memory_mib": 0}
     return pack(Deployment.of(open_target(run), **how))
+
+
+def test_the_reason_of_an_actors_failure_is_not_the_trace_around_it() -> None:
+    trace = RuntimeError("\x1b[36mray::HAProxyManager.ready()\x1b[39m (pid=1)\n  File ...\nRuntimeError: no room")
+    trace.cause = RuntimeError("no room")  # type: ignore[attr-defined]
+    assert reason(trace) == "no room"
+    assert reason(ConnectionError("\n nobody answers \n or so")) == "nobody answers"
+    assert reason(TimeoutError()) == "TimeoutError"
 
 
 # -- what reaches the nodes

@@ -86,15 +86,22 @@ def connect(ray: Any, address: str) -> None:
             warnings.simplefilter("ignore")
             ray.init(address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
     except Exception as error:  # of many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise GoalError(
             f"cannot connect to the Ray at {address}",
-            lines[0],
+            reason(error),
             "run this on a machine of the cluster, with the cluster's versions of Ray and Python",
         ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process at once
+
+
+def reason(error: BaseException) -> str:
+    """Why Ray failed, in a line. What an actor raised is a trace of Ray's in the text, and an error behind `cause`."""
+    cause = getattr(error, "cause", None)
+    raised = cause if isinstance(cause, BaseException) else error
+    lines = [line.strip() for line in str(raised).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(raised).__name__
 
 
 def _checked(address: str) -> str:

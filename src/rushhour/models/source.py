@@ -29,7 +29,7 @@ _BUILT_IN = ("minilm", "text_classifier", "converted")
 """Networks of this package that nobody trains from scratch: a pretrained one, and what an ONNX graph became."""
 _SPATIAL = {"unet": "a class for each pixel", "detector": "boxes", "tagger": "a class for each token"}
 """What the networks give that answer for places."""
-_CLASSES = ("classes", "num_classes")
+_CLASSES = ("classes", "num_classes", "outputs")
 _ANY = (inspect.Parameter.empty, Any, "Any")
 _NUMBER = (int, "int")
 _NO_SHAPE = (str, "str", bool, "bool", float, "float")
@@ -46,10 +46,10 @@ def source_for(
 ) -> Source:
     """The source of a model that a user named, with arguments that fit the data.
 
-    A factory of the user's own gets these arguments, if it has parameters for them: `classes` (or `num_classes`), the
-    length of the answer; `input`, the shape of one sample as the network gets it, `(channels, height, width)` for
-    pictures; of several inputs the shape of each by its name; and of a table `sizes`, of each column the rows of an
-    embedding table, 0 for a number.
+    A factory of the user's own gets these arguments, if it has parameters for them: `classes`, `num_classes` or
+    `outputs`, the length of the answer; `input`, the shape of one sample as the network gets it, `(channels, height,
+    width)` for pictures; of several inputs the shape of each by its name; and of a table `sizes`, of each column the
+    rows of an embedding table, 0 for a number.
 
     Args:
         model: `article`, `residual`, `signal`, `kernels`, `mlp`, `tabular`, `deepfm`, `unet`, `detector`, `tagger`, or

@@ -232,7 +232,7 @@ def _start_serve(order: Order, port: int, grpc_port: int | None) -> None:
             logging_config={"enable_access_log": False},
         )
     except Exception as error:  # of many kinds
-        raise ServeError("Ray Serve does not start", _first_line(error), "see Ray's logs") from error
+        raise ServeError("Ray Serve does not start", reason(error), "see Ray's logs") from error
 
 
 def _roll(registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say) -> None:
@@ -315,7 +315,7 @@ def _run(order: Order, surge: bool) -> None:
             wait_for_applications_running=False,
         )
     except Exception as error:  # of many kinds
-        raise ServeError(f"Ray Serve does not take {order.name}", _first_line(error)) from error
+        raise ServeError(f"Ray Serve does not take {order.name}", reason(error)) from error
 
 
 def _await(registry: Registry, order: Order, timeout_s: float, say: Say) -> None:
@@ -349,19 +349,6 @@ def _applications() -> dict[str, Any]:
 
     found: dict[str, Any] = serve.status().applications
     return found
-
-
-def _reason(application: Any) -> str:
-    """Why an application is not well, in one line: what a replica of ours says, else the last line of Ray's."""
-    text = "\n".join([application.message, *(each.message for each in application.deployments.values())])
-    ours = re.findall(rf"{FAILED}(.+)", text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ours[-1] if ours else lines[-1][:300] if lines else ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _proxies(order: Order) -> tuple[str | None, str | None]:
