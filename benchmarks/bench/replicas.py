@@ -39,6 +39,8 @@ _WARMUP_S = 2.0
 _PEERS = {"rayserve": "proxy", "rayserve.direct": "direct", "rayserve.haproxy": "haproxy"}
 _CALM_S, _BACK_S, _LOOK_S = 3.0, 120.0, 0.2
 _THREADS, _PAUSE_S = 4, 0.03
+_MOST = 4
+"""Replicas that a flood makes of one."""
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -148,6 +150,17 @@ def failures(work: Path, models: Path) -> Part:
                 event.sent,
                 unit="requests",
                 why=f"{event.lost} at the first try; as before after {event.back_s:.1f} s",
+            )
+        )
+        checks.append(
+            verdict(
+                f"2.{event.what.replace(' ', '.')}.back",
+                f"seconds until the replicas are as many as they should be: {event.what}",
+                f"< {_BACK_S:g}",
+                event.back_s,
+                None,
+                1,
+                unit="s",
             )
         )
     rows = tuple((e.what, float(e.sent), float(e.lost), float(e.lost_twice), e.back_s) for e in events)
@@ -330,14 +343,14 @@ def _event(proxy: str, request: Request, what: str, happen: Callable[[Crowd], fl
 
 
 def _until(holds: Callable[[], bool]) -> float:
-    """Seconds until it is true."""
+    """Seconds until it is true; the longest that is waited where it does not become so."""
     began = time.monotonic()
     while time.monotonic() < began + _BACK_S:
         with contextlib.suppress(OSError, ValueError):
             if holds():
-                break
+                return time.monotonic() - began
         time.sleep(_LOOK_S)
-    return time.monotonic() - began
+    return _BACK_S
 
 
 def _on_one_node(first: Path, second: Path) -> Iterator[Event]:
@@ -383,21 +396,27 @@ def _node_lost(first: Path) -> Event:
 
 
 def _scaling(work: Path, models: Path) -> Iterator[Event]:
+    """One replica is flooded until there are `_MOST`, then nobody floods it until there is one again."""
     path = _run_of(work / "scaled", "cnn64", models, max_batch=8)
     bundle = Bundle.open(path / "bundles" / "served")
     request = _request(bundle)
-    with ray_on(frozenset(os.sched_getaffinity(0)), 2) as ray:
-        words = ("--name", _NAME, "--replicas", "1..2", "--no-grpc", "--scale-down-after", "5s")
+    with ray_on(frozenset(os.sched_getaffinity(0)), _MOST) as ray:
+        words = ("--name", _NAME, "--replicas", f"1..{_MOST}", "--no-grpc", "--scale-down-after", "5s")
         state = ray.deploy(str(path), *words, "--proxy-port", str(free_port()))
         port = urlsplit(state["replicas"][0]["http"]).port
         assert port is not None
+        enough = threading.Event()
+
+        def flood() -> None:
+            while not enough.is_set():
+                run(port, request, Load(4 * _USERS, frozenset(os.sched_getaffinity(0))), 5.0, work)
 
         def rush(crowd: Crowd) -> float:
             with ThreadPoolExecutor(1) as pool:
-                load = Load(4 * _USERS, frozenset(os.sched_getaffinity(0)))
-                flood = pool.submit(run, port, request, load, 30.0, work)
-                took = _until(lambda: len(crowd.addresses()) == 2)
-                flood.result()
+                flooded = pool.submit(flood)
+                took = _until(lambda: len(crowd.addresses()) == _MOST)
+                enough.set()
+                flooded.result()
             return took
 
         yield _event(state["proxy"], request, "scale up", rush)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 PATIENCE_S = 90.0
+TOKEN = "auth_token"
 
 
 def free_port() -> int:
@@ -68,8 +69,10 @@ class Cluster:
 
 
 def environment(folder: Path) -> dict[str, str]:
+    """Of Ray and of commands; with a token if the folder has one, as `ray.init()` makes it in the home folder."""
     given = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return given | {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    given |= {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    return given | {"RAY_AUTH_TOKEN_PATH": str(folder / TOKEN)} if (folder / TOKEN).exists() else given
 
 
 @contextlib.contextmanager

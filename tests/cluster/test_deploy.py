@@ -19,7 +19,7 @@ from plans import MODEL, run_of
 import rushhour
 from rushhour.cli import main
 from rushhour.cluster import Deployment
-from rushhour.cluster.ray_client import reason
+from rushhour.cluster.ray_client import why_of
 from rushhour.cluster.ray_serve import Order, digest, pack, plan_of, read_ports, read_replicas
 from rushhour.cluster.ray_serve.claims import Claims
 from rushhour.cluster.ray_serve.packing import unpack
@@ -46,9 +46,9 @@ def packed(run: Path) -> bytes:
 def test_the_reason_of_an_actors_failure_is_not_the_trace_around_it() -> None:
     trace = RuntimeError("\x1b[36mray::HAProxyManager.ready()\x1b[39m (pid=1)\n  File ...\nRuntimeError: no room")
     trace.cause = RuntimeError("no room")  # type: ignore[attr-defined]
-    assert reason(trace) == "no room"
-    assert reason(ConnectionError("\n nobody answers \n or so")) == "nobody answers"
-    assert reason(TimeoutError()) == "TimeoutError"
+    assert why_of(trace) == "no room"
+    assert why_of(ConnectionError("\n nobody answers \n or so")) == "nobody answers"
+    assert why_of(TimeoutError()) == "TimeoutError"
 
 
 # -- what reaches the nodes

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from plans import MODEL, run_of
-from rays import Client, Cluster, addresses, cluster, free_port, infer, of_session, until
+from rays import TOKEN, Client, Cluster, addresses, cluster, free_port, infer, of_session, until
 
 from rushhour.bundle import Bundle
 from rushhour.plan import PLAN, Plan, Policy
@@ -29,7 +29,8 @@ NAME = "parts"
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as name:  # a socket's path
-        yield Path(name)  # has 107 characters at most
+        (Path(name) / TOKEN).write_text("0" * 64)  # has 107 characters at most
+        yield Path(name)
 
 
 @pytest.fixture(scope="module")

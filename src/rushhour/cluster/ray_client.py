@@ -5,6 +5,7 @@ Importing it needs the extra `cluster` for nothing; using it does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -81,6 +82,8 @@ def connect(ray: Any, address: str) -> None:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).addFilter(_is_error)  # Ray Serve sets its level anew
     handler = signal.getsignal(signal.SIGTERM)
+    if _is_here(address):
+        _take_token()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,20 +91,44 @@ def connect(ray: Any, address: str) -> None:
     except Exception as error:  # of many kinds
         raise GoalError(
             f"cannot connect to the Ray at {address}",
-            reason(error),
-            "run this on a machine of the cluster, with the cluster's versions of Ray and Python",
+            why_of(error),
+            "run this on a machine of the cluster, with its versions of Ray and Python, and its token if it has one "
+            "(RAY_AUTH_MODE=token)",
         ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process at once
 
 
-def reason(error: BaseException) -> str:
+def why_of(error: BaseException) -> str:
     """Why Ray failed, in a line. What an actor raised is a trace of Ray's in the text, and an error behind `cause`."""
     cause = getattr(error, "cause", None)
     raised = cause if isinstance(cause, BaseException) else error
     lines = [line.strip() for line in str(raised).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(raised).__name__
+
+
+def _is_here(address: str) -> bool:
+    """Whether a Ray at the address runs on this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(OSError):
+        family, kind, protocol, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(place)
+            return True
+    return False
+
+
+def _take_token() -> None:
+    """Send the user's token, if there is one and nothing else was chosen.
+
+    `ray.init()` makes one in the home folder, and any Ray that is started on that machine later asks for it; but a
+    client that is given an address does not send it by itself. Another machine's Ray is not sent it.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    logging.getLogger(setup.__name__).addFilter(_is_error)
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _checked(address: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from rushhour.cluster.ray_client import why_of
 from rushhour.cluster.ray_serve.head import free_places
 from rushhour.cluster.ray_serve.order import Order
 from rushhour.cluster.ray_serve.registry import Record, Registry, Replicated
@@ -232,7 +233,7 @@ def _start_serve(order: Order, port: int, grpc_port: int | None) -> None:
             logging_config={"enable_access_log": False},
         )
     except Exception as error:  # of many kinds
-        raise ServeError("Ray Serve does not start", reason(error), "see Ray's logs") from error
+        raise ServeError("Ray Serve does not start", why_of(error), "see Ray's logs") from error
 
 
 def _roll(registry: Registry, order: Order, record: Record | None, *, surge: bool, timeout_s: float, say: Say) -> None:
@@ -315,7 +316,7 @@ def _run(order: Order, surge: bool) -> None:
             wait_for_applications_running=False,
         )
     except Exception as error:  # of many kinds
-        raise ServeError(f"Ray Serve does not take {order.name}", reason(error)) from error
+        raise ServeError(f"Ray Serve does not take {order.name}", why_of(error)) from error
 
 
 def _await(registry: Registry, order: Order, timeout_s: float, say: Say) -> None:
@@ -349,6 +350,14 @@ def _applications() -> dict[str, Any]:
 
     found: dict[str, Any] = serve.status().applications
     return found
+
+
+def _reason(application: Any) -> str:
+    """Why an application is not well, in one line: what a replica of ours says, else the last line of Ray's."""
+    text = "\n".join([application.message, *(each.message for each in application.deployments.values())])
+    ours = re.findall(rf"{FAILED}(.+)", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ours[-1] if ours else lines[-1][:300] if lines else ""
 
 
 def _proxies(order: Order) -> tuple[str | None, str | None]:
