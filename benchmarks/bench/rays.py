@@ -37,6 +37,7 @@ class Ray:
             "RAY_TMPDIR": str(folder),
             "TMPDIR": str(folder),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",
             **env,
         }
         self.address = ""
@@ -137,17 +138,17 @@ class Ray:
 
 
 @contextlib.contextmanager
-def ray_on(cores: frozenset[int], cpus: int, *, nodes: int = 1, env: Mapping[str, str] | None = None) -> Iterator[Ray]:
+def ray_on(cores: frozenset[int], cpus: int, *, nodes: int = 1, haproxy: bool = False) -> Iterator[Ray]:
     """A Ray, as a context.
 
     Args:
         cores: all of its processes run on these.
         cpus: that each node is said to have.
         nodes: on this machine.
-        env: further variables, which Ray reads when it is imported.
+        haproxy: Ray Serve sends requests through its HAProxy.
     """
     with tempfile.TemporaryDirectory(prefix="b", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets' paths
-        running = Ray(Path(name), cores, env or {})  # have 107 characters at most
+        running = Ray(Path(name), cores, _haproxy(Path(name)) if haproxy else {})  # have 97 characters at most
         try:
             for _ in range(nodes):
                 running.add_node(cpus, alone=nodes == 1)
@@ -156,7 +157,7 @@ def ray_on(cores: frozenset[int], cpus: int, *, nodes: int = 1, env: Mapping[str
             running.stop()
 
 
-def haproxy(folder: Path) -> dict[str, str]:
+def _haproxy(folder: Path) -> dict[str, str]:
     """What has Ray Serve send requests through its HAProxy, with a folder for its files."""
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -23,7 +23,7 @@ from bench.closed_loop import Answered, Load, run
 from bench.contestants import Setup, request_for, start_peer
 from bench.models import ModelName, bundle_of, pictures
 from bench.parts import Part, say
-from bench.rays import Ray, haproxy, ray_on
+from bench.rays import Ray, ray_on
 from bench.record import Check, Table, verdict
 from bench.servers import free_port, running
 from bench.wire import Request, protocol_request
@@ -217,9 +217,7 @@ def _ways(seconds: float, work: Path, models: Path) -> list[Way]:
     path = _run_of(work / "ways", "cnn", models, max_batch=32)
     found = []
     for through in ("proxy", "haproxy"):
-        files = work / "haproxy"
-        files.mkdir(parents=True, exist_ok=True)
-        with ray_on(server, 1, env=haproxy(files) if through == "haproxy" else {}) as ray:
+        with ray_on(server, 1, haproxy=through == "haproxy") as ray:
             state = ray.deploy(str(path), "--name", _NAME, "--no-grpc", "--proxy-port", str(free_port()))
             addresses = {"direct": state["replicas"][0]["http"], through: state["proxy"]}
             for way, url in addresses.items():

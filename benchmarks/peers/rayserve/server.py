@@ -49,6 +49,7 @@ if __name__ == "__main__":
     # Ray's own switch for requests per second; time to start on a core that is shared, or Ray kills its proxy; the way.
     os.environ |= {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_AUTH_MODE": "disabled",  # else it leaves a token in the home folder, for which other Rays ask
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         **switches(),
     }

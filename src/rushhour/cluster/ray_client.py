@@ -105,6 +105,8 @@ def why_of(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     raised = cause if isinstance(cause, BaseException) else error
     lines = [line.strip() for line in str(raised).splitlines() if line.strip()]
+    if raised is cause:
+        return "; ".join(lines)[:300] or type(raised).__name__
     return lines[0][:300] if lines else type(raised).__name__
 
 
