@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import io
 import os
@@ -23,7 +24,7 @@ from rushhour.cluster.ray_client import why_of
 from rushhour.cluster.ray_serve import Order, digest, pack, plan_of, read_ports, read_replicas
 from rushhour.cluster.ray_serve.claims import Claims
 from rushhour.cluster.ray_serve.packing import unpack
-from rushhour.cluster.ray_serve.replica import Rates
+from rushhour.cluster.ray_serve.replica import Rates, accepts
 from rushhour.cluster.ray_serve.scaling import ANSWERED, OFFERED, SHED, WAIT, needed
 from rushhour.errors import BundleError, GoalError, InstallError, PlanError, ServeError
 from rushhour.plan import PLAN, Plan
@@ -49,6 +50,15 @@ def test_the_reason_of_an_actors_failure_is_not_the_trace_around_it() -> None:
     assert why_of(trace) == "no room"
     assert why_of(ConnectionError("\n nobody answers \n or so")) == "nobody answers"
     assert why_of(TimeoutError()) == "TimeoutError"
+
+
+def test_a_server_that_accepts_no_connection_is_not_reachable() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        url = "http://{}:{}".format(*listening.getsockname())
+        assert not asyncio.run(accepts(url))
+        listening.listen()
+        assert asyncio.run(accepts(url))
 
 
 # -- what reaches the nodes

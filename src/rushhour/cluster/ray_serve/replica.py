@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -39,6 +40,7 @@ ADDRESSES: Final = "/replicas"
 
 _LOOK_S: Final = 0.05
 _HEALTH_S: Final = 3.0
+_ACCEPT_S: Final = 0.5
 _STARTS: Final = 3
 
 
@@ -181,7 +183,11 @@ class Replica:
         from starlette.responses import Response
 
         found = await asyncio.to_thread(self._registry.replicas, self._order.name)
-        shown = [{"http": each.http, "grpc": each.grpc, "state": each.state, "plan": each.plan} for each in found]
+        accept = await asyncio.gather(*(accepts(each.http) for each in found))
+        shown = [
+            {"http": each.http, "grpc": each.grpc, "state": each.state if there else "unreachable", "plan": each.plan}
+            for each, there in zip(found, accept, strict=True)
+        ]
         return Response(msgspec.json.encode({"replicas": shown}), media_type="application/json")
 
     def __del__(self) -> None:
@@ -312,3 +318,20 @@ def _reachable(address: str) -> str:
 def _public(address: str, host: str) -> str:
     """The address of a server, from other machines, where it listens on all of this one's."""
     return address.replace("0.0.0.0", host).replace("[::]", host)
+
+
+async def accepts(url: str) -> bool:
+    """Whether a server accepts connections within half a second.
+
+    A node is taken for dead by Ray only after some seconds; nobody shall be sent there until then.
+
+    Args:
+        url: `http://HOST:PORT`.
+    """
+    parts = urlsplit(url)
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, parts.port), _ACCEPT_S)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
