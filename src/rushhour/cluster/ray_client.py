@@ -18,8 +18,13 @@ from rushhour.errors import GoalError
 from rushhour.system.extras import require
 
 LOOPBACK: Final = "127.0.0.1"
-PATIENCE: Final = {"RAY_py_gcs_connect_timeout_s": "10", "RAY_gcs_server_request_timeout_seconds": "10"}
-"""Of this process, with an address at which something else than Ray may answer. A Ray that it starts has none of it."""
+ALONE: Final = {
+    "RAY_py_gcs_connect_timeout_s": "10",
+    "RAY_gcs_server_request_timeout_seconds": "10",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+"""Of this process alone, not of a Ray that it starts: how long it waits at an address at which something else than Ray
+may answer, and that Ray's native part does not write to the terminal (twenty lines when a node dies)."""
 _QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -36,7 +41,7 @@ def imported() -> Any:
         InstallError: if Ray is not installed.
     """
     require("cluster")
-    os.environ.update({name: value for name, value in {**_QUIET, **PATIENCE}.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in {**_QUIET, **ALONE}.items() if name not in os.environ})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray

@@ -8,15 +8,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rushhour.cascade import fit_temperature
 from rushhour.measurement import Number
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 _MOST_CLASSES: Final = 100
 """A matrix of more would fill the file, and no page shows it."""
 _BINS: Final = 10
-_LEAST: Final = 1e-7
-"""Of a probability: float32 has no smaller steps below 1."""
-_TEMPERATURES: Final = np.geomspace(0.05, 20, 121)
 
 
 class Bin(msgspec.Struct, frozen=True):
@@ -69,7 +67,7 @@ class Classified(msgspec.Struct, frozen=True):
             confusion = np.zeros((len(classes), len(classes)), np.int64)
             np.add.at(confusion, (labels, given), 1)
         rows = tuple(tuple(row) for row in confusion.tolist())
-        return cls(classes, rows, bins, error, _temperature(probabilities, labels))
+        return cls(classes, rows, bins, error, fit_temperature(probabilities, labels))
 
     def confusions(self) -> list[tuple[str, str, int, int]]:
         """True class, given class, how often, and of how many of the true class; the most frequent first."""
@@ -94,16 +92,3 @@ class Calibration(msgspec.Struct, frozen=True):
     temperature: Number
     before: Classified
     after: Classified
-
-
-def _temperature(probabilities: NDArray[Any], labels: NDArray[Any]) -> float:
-    """The temperature of the least negative log-likelihood, of 121 between 0.05 and 20."""
-    logits = np.log(np.maximum(probabilities.astype(np.float64), _LEAST))
-    of_label = logits[np.arange(len(labels)), labels]
-    losses = []
-    for temperature in _TEMPERATURES:
-        scaled = logits / temperature
-        most = scaled.max(axis=1)
-        total = most + np.log(np.exp(scaled - most[:, None]).sum(axis=1))
-        losses.append(float((total - of_label / temperature).mean()))
-    return float(_TEMPERATURES[int(np.argmin(losses))])

@@ -92,8 +92,9 @@ class HeaderReader:
             elif stated is None:
                 layout.inline[position] = self._from_values(entry, position)
             elif not is_size(stated) or size not in (None, stated):
+                has = f"{stated} bytes" if is_size(stated) else f"binary_data_size {shown(stated)}"
                 raise WireError(
-                    f"the input {entry.name!r} has binary_data_size {shown(stated)}",
+                    f"the input {entry.name!r} has {has}",
                     f"shape {entry.shape} of {entry.datatype} is {size or 'any number of'} bytes",
                     "send the tensor's exact size",
                 )
