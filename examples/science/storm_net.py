@@ -1,7 +1,7 @@
 """A network of your own: `rushhour train storm_net:network --data storms ...`.
 
-How a storm moved until now says most of where it goes, and a straight line says most of that. So a linear model answers,
-which begins at zero, and two dense layers say what it leaves.
+How a storm moved until now says most of where it goes, and a straight line says most of that. So a linear model
+answers, which begins at zero, and two dense layers say what it leaves.
 """
 
 from __future__ import annotations

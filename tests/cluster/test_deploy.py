@@ -9,10 +9,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
+import grpc
 import msgspec
 import pytest
 from plans import MODEL, run_of
@@ -265,6 +269,36 @@ def test_what_cannot_be_deployed_is_refused_in_one_line(
 ) -> None:
     line = said(capsys, monkeypatch, *(str(run) if word == "RUN" else word for word in words))
     assert expected in line
+
+
+@needs_ray
+def test_what_is_no_ray_is_not_waited_for(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself waits for half a minute."""
+    with ThreadingTCPServer(("127.0.0.1", 0), BaseRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        line = said(capsys, monkeypatch, str(run), "--ray", f"127.0.0.1:{other.server_address[1]}")
+        other.shutdown()
+    assert "what listens there is no Ray" in line
+
+
+@needs_ray
+def test_a_ray_that_asks_for_a_token(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+    handlers = {"GetClusterId": grpc.unary_unary_rpc_method_handler(refuse)}
+    guarded = grpc.server(ThreadPoolExecutor(1))
+    guarded.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", handlers),))
+    port = guarded.add_insecure_port("127.0.0.1:0")
+    guarded.start()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    line = said(capsys, monkeypatch, str(run), "--ray", f"127.0.0.1:{port}")
+    guarded.stop(None)
+    assert "it asks for a token; set RAY_AUTH_MODE=token" in line
 
 
 @needs_ray

@@ -417,7 +417,12 @@ def test_statistics_say_what_happened(tiny: Bundle) -> None:
         (before,) = opened.get_inference_statistics("tiny").model_stats
         assert (before.inference_count, before.execution_count, before.last_inference) == (0, 0, 0)
         began = time.time()
-        sizes = (1, 5, 16, 40)  # the last one takes three batches of 16
+        sizes = (
+            1,
+            5,
+            16,
+            40,
+        )  # the last one takes three batches, or more where smaller ones were measured to be cheaper
         for rows in sizes:
             ask(opened, unique(rows, rows))
         took = time.time() - began
@@ -425,7 +430,11 @@ def test_statistics_say_what_happened(tiny: Bundle) -> None:
             opened.infer("tiny", [tensor(np.zeros((1, 3), np.uint8))])
         (after,) = over_http(fresh, "GET", "/v2/models/tiny/stats")[1]["model_stats"]
     assert after["inference_count"] == sum(sizes)
-    assert after["execution_count"] == 6
+    batches = {entry["batch_size"]: entry["compute_infer"]["count"] for entry in after["batch_stats"]}
+    assert after["execution_count"] == sum(batches.values()) >= 6
+    assert sum(size * count for size, count in batches.items()) == sum(sizes)
+    assert {1, 5, 16} <= batches.keys()
+    assert max(batches) == 16
     assert began * 1e3 - 1 <= after["last_inference"] <= (began + took) * 1e3 + 1
     stages = after["inference_stats"]
     parts = ("queue", "compute_input", "compute_infer", "compute_output")
@@ -433,8 +442,6 @@ def test_statistics_say_what_happened(tiny: Bundle) -> None:
         assert stages[name]["count"] == 4
         assert 0 < stages[name]["ns"] < took * 1e9 * (3 if name in parts else 1)
     assert stages["fail"]["count"] == 1
-    assert [entry["batch_size"] for entry in after["batch_stats"]] == [1, 5, 8, 16]
-    assert [entry["compute_infer"]["count"] for entry in after["batch_stats"]] == [1, 1, 1, 3]
     for name in parts[1:]:
         assert sum(entry[name]["ns"] for entry in after["batch_stats"]) == pytest.approx(stages[name]["ns"], abs=10)
 

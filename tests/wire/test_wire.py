@@ -151,7 +151,7 @@ def test_only_the_outputs_asked_for_in_the_order_asked_for() -> None:
         (header(data=None), None, "no data"),
         (b'{"inputs":[{"name":"image","shape":[1,2,2,1],"datatype":"UINT8","data":[1,2,3,NaN]}]}', None, "not UINT8"),
         (header(parameters={"binary_data_size": 4}), None, "data twice"),
-        (header(data=None, parameters={"binary_data_size": 5}), None, "binary_data_size 5"),
+        (header(data=None, parameters={"binary_data_size": 5}), None, "has 5 bytes"),
         (header(data=None, parameters={"binary_data_size": True}), None, "binary_data_size True"),
         (header(data=None, parameters={"binary_data_size": 4}), None, "0 bytes follow"),
         (header(data=None, parameters={"binary_data_size": 4}) + b"12345", 99999, "body has"),

@@ -18,13 +18,8 @@ from rushhour.errors import GoalError
 from rushhour.system.extras import require
 
 LOOPBACK: Final = "127.0.0.1"
-ALONE: Final = {
-    "RAY_py_gcs_connect_timeout_s": "10",
-    "RAY_gcs_server_request_timeout_seconds": "10",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
-"""Of this process alone, not of a Ray that it starts: how long it waits at an address at which something else than Ray
-may answer, and that Ray's native part does not write to the terminal (twenty lines when a node dies)."""
+PATIENCE: Final = {"RAY_py_gcs_connect_timeout_s": "10", "RAY_gcs_server_request_timeout_seconds": "10"}
+"""Of this process, with an address at which something else than Ray may answer. A Ray that it starts has none of it."""
 _QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -41,7 +36,7 @@ def imported() -> Any:
         InstallError: if Ray is not installed.
     """
     require("cluster")
-    os.environ.update({name: value for name, value in {**_QUIET, **ALONE}.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in {**_QUIET, **PATIENCE}.items() if name not in os.environ})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -87,8 +82,7 @@ def connect(ray: Any, address: str) -> None:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).addFilter(_is_error)  # Ray Serve sets its level anew
     handler = signal.getsignal(signal.SIGTERM)
-    if _is_here(address):
-        _take_token()
+    _check_token(address)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,8 +91,7 @@ def connect(ray: Any, address: str) -> None:
         raise GoalError(
             f"cannot connect to the Ray at {address}",
             why_of(error),
-            "run this on a machine of the cluster, with its versions of Ray and Python, and its token if it has one "
-            "(RAY_AUTH_MODE=token)",
+            "run this on a machine of the cluster, with the cluster's versions of Ray and Python",
         ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
@@ -115,8 +108,49 @@ def why_of(error: BaseException) -> str:
     return lines[0][:300] if lines else type(raised).__name__
 
 
+def _check_token(address: str) -> None:
+    """Raise unless a Ray answers there, and a token is sent to it if it asks for one.
+
+    What answers no call over gRPC is not waited for: Ray does so for half a minute. Source: Ray's `GetClusterId`, which
+    its clients call first.
+
+    Raises:
+        GoalError: if there is none, or there is no token for it.
+    """
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=_CONNECT_S)
+            return
+        except grpc.RpcError as error:
+            code = error.code()
+    what = f"cannot connect to the Ray at {address}"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        raise GoalError(what, "what listens there is no Ray", "give the address that `ray start --head` shows")
+    if code is grpc.StatusCode.UNAUTHENTICATED and not _has_token(address):
+        fix = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        raise GoalError(what, "it asks for a token", fix)
+
+
+def _has_token(address: str) -> bool:
+    """Whether a token is sent to this address: the user's, where nothing else was chosen, to this machine alone.
+
+    `ray.init()` makes one in the home folder, and any Ray that is started on that machine later asks for it; but a
+    client that is given an address does not send it by itself.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    logging.getLogger(setup.__name__).addFilter(_is_error)
+    if setup.AUTH_MODE_ENV_VAR not in os.environ and not _is_here(address):
+        return False
+    return bool(setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False))
+
+
 def _is_here(address: str) -> bool:
-    """Whether a Ray at the address runs on this machine."""
+    """Whether an address is of this machine."""
     host = address.rpartition(":")[0].strip("[]")
     with contextlib.suppress(OSError):
         family, kind, protocol, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -124,18 +158,6 @@ def _is_here(address: str) -> bool:
             probe.bind(place)
             return True
     return False
-
-
-def _take_token() -> None:
-    """Send the user's token, if there is one and nothing else was chosen.
-
-    `ray.init()` makes one in the home folder, and any Ray that is started on that machine later asks for it; but a
-    client that is given an address does not send it by itself. Another machine's Ray is not sent it.
-    """
-    from ray._private.authentication import authentication_token_setup as setup
-
-    logging.getLogger(setup.__name__).addFilter(_is_error)
-    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _checked(address: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from rushhour.cluster.ray_client import ALONE, LOOPBACK, address_of, connect, imported
+from rushhour.cluster.ray_client import LOOPBACK, PATIENCE, address_of, connect, imported
 from rushhour.cluster.ray_serve.registry import Local, Registry
 from rushhour.errors import ServeError
 from rushhour.system.machine import cores
@@ -131,7 +131,7 @@ def _start() -> Local:
     with log.open("wb") as said:
         process = subprocess.Popen(
             [*command, "--no-monitor", *(f"--{name}={value}" for name, value in switches.items())],
-            env={name: value for name, value in os.environ.items() if name not in ALONE} | _ON_LOOPBACK,
+            env={name: value for name, value in os.environ.items() if name not in PATIENCE} | _ON_LOOPBACK,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
