@@ -654,7 +654,8 @@ def test_a_signal_while_the_model_is_loaded_ends_the_first_process_of_a_containe
         pytest.skip("no process may be made the first of its namespace here")
     command = ["-m", "rushhour", "serve", str(tiny.path), "--http-port=0", "--grpc-port=0", f"--cells={cells}"]
     with starting(tmp_path, "openvino", command, as_first=first, ignoring=not first) as (process, begun):
-        wait_until(lambda: begun() == cells)
+        wait_until(lambda: begun() == cells or process.poll() is not None)
+        assert process.poll() is None, process.stderr and process.stderr.read()
         told = process.pid
         if first:
             told = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
