@@ -183,7 +183,7 @@ def test_four_workers_then_two_then_one(alone: dict[str, torch.Tensor], tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["model", "pipeline"])
+@pytest.mark.parametrize("mode", ["model", pytest.param("pipeline", marks=LONG)])
 def test_plans_compute_in_bfloat16_too(mode: Mode, tmp_path: Path) -> None:
     settings = TrainSettings(epochs=2, batch=33, bf16=True)
     one = learned(tmp_path / "1", table(), MLP, settings)
@@ -195,7 +195,7 @@ NORMS = Source("rushhour.models:residual", {"input_size": 16, "channels": 1, "cl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sharded", "pipeline"])
+@pytest.mark.parametrize("mode", [pytest.param("sharded", marks=LONG), "pipeline"])
 def test_batch_normalisation_sees_the_whole_batch(mode: Mode, tmp_path: Path) -> None:
     settings = TrainSettings(epochs=2, batch=60, ema=0.9, patience=1, lr=1e-3, bf16=False)
     one = learned(tmp_path / "1", pictures(), NORMS, settings)
@@ -240,7 +240,7 @@ def undisturbed(
 @pytest.mark.parametrize(
     ("sharing", "rank", "at"),
     [
-        pytest.param("data", 0, 4, marks=pytest.mark.slow),
+        pytest.param("data", 0, 4, marks=LONG),
         pytest.param("model", 1, 5, marks=LONG),
         pytest.param("pipeline", 0, 12, marks=LONG),
         pytest.param("diloco", 1, 10, marks=LONG),
