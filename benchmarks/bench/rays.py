@@ -148,7 +148,8 @@ def ray_on(cores: frozenset[int], cpus: int, *, nodes: int = 1, haproxy: bool = 
         haproxy: Ray Serve sends requests through its HAProxy.
     """
     with tempfile.TemporaryDirectory(prefix="b", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets' paths
-        running = Ray(Path(name), cores, _haproxy(Path(name)) if haproxy else {})  # have 97 characters at most
+        folder = Path(name)  # have 97 characters at most
+        running = Ray(folder, cores, _haproxy(folder) if haproxy else {})
         try:
             for _ in range(nodes):
                 running.add_node(cpus, alone=nodes == 1)

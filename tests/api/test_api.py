@@ -432,21 +432,12 @@ def test_a_load_that_cannot_be_is_an_error(how: dict[str, Any], kind: type[Rushh
 
 def test_a_load_is_stopped_from_another_thread(served: Server) -> None:
     stop = Stop()
-    answered = threading.Event()
-
-    def wait() -> None:
-        answered.wait()
-        stop.request()
-
-    other = threading.Thread(target=wait)
-    other.start()
 
     def see(tick: Tick) -> None:
         if tick.sent > 300:  # of which up to 200 warm up
-            answered.set()
+            threading.Thread(target=stop.request).start()
 
     result = rushhour.load(served, rate=100, duration="10m", slo="p50<50ms", stop=stop, on_tick=see)
-    other.join()
     assert result.stopped == "stopped by the caller"
     assert not result.holds
     assert "partial" in result.headline

@@ -29,8 +29,9 @@ NAME = "parts"
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as name:  # a socket's path
-        (Path(name) / TOKEN).write_text("0" * 64)  # has 107 characters at most
-        yield Path(name)
+        path = Path(name)  # has 107 characters at most
+        (path / TOKEN).write_text("0" * 64)
+        yield path
 
 
 @pytest.fixture(scope="module")

@@ -417,12 +417,8 @@ def test_statistics_say_what_happened(tiny: Bundle) -> None:
         (before,) = opened.get_inference_statistics("tiny").model_stats
         assert (before.inference_count, before.execution_count, before.last_inference) == (0, 0, 0)
         began = time.time()
-        sizes = (
-            1,
-            5,
-            16,
-            40,
-        )  # the last one takes three batches, or more where smaller ones were measured to be cheaper
+        # The last one takes three batches, or more where smaller ones were measured to be cheaper.
+        sizes = (1, 5, 16, 40)
         for rows in sizes:
             ask(opened, unique(rows, rows))
         took = time.time() - began

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rushhour.api.loading import note_longer
-from rushhour.api.stop import Stop, Stopped, stopped_early
+from rushhour.api.stop import Stop, how_it_ended
 from rushhour.api.traffic import read_rates, read_traffic
 from rushhour.api.values import StrPath, read_seconds, read_slo
 from rushhour.errors import LoadError
@@ -18,7 +18,6 @@ from rushhour.load import Arrivals, Comparison, Generator, Shape, Tick, Window, 
 from rushhour.load import compare as compare_servers
 from rushhour.measurement import Measurement
 from rushhour.progress import Progress, Silent
-from rushhour.system.interruption import INTERRUPTION
 
 if TYPE_CHECKING:
     from rushhour.api.serving import Server
@@ -169,18 +168,10 @@ def compare(
 
         try:
             found = compare_servers(ask, servers, limit, rates=rates, blocks=blocks, seed=traffic.seed, on_window=keep)
-        except Stopped:
-            if not windows:
-                raise stopped_early(ending) from None
-            stopped = ending.reason
-        except KeyboardInterrupt:
+        except (LoadError, KeyboardInterrupt) as error:
             if not windows:
                 raise
-            stopped = f"stopped by {INTERRUPTION.name}"
-        except LoadError as error:
-            if not windows:
-                raise
-            stopped, failure = str(error), error
+            stopped, failure = how_it_ended(error)
     if stopped:
         found = summarize(limit, tuple(servers), tuple(rates), windows)
     return CompareResult(found, traffic.arrivals_name, traffic.seed, stopped, failure)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack, overload
 
 import msgspec
 
-from rushhour.api.stop import Stop, Stopped, stopped_early
+from rushhour.api.stop import Stop, how_it_ended
 from rushhour.api.traffic import Traffic, TrafficOptions, read_rates, read_traffic
 from rushhour.api.values import StrPath, read_seconds, read_slo
 from rushhour.errors import GoalError, LoadError
@@ -34,7 +34,6 @@ from rushhour.load import (
 )
 from rushhour.measurement import Measurement, Outcome
 from rushhour.progress import Progress, Silent
-from rushhour.system.interruption import INTERRUPTION
 
 if TYPE_CHECKING:
     from rushhour.api.serving import Server
@@ -372,43 +371,27 @@ class _Load:
         target, requests = self.traffic.aim(self.url)
         with Generator() as generator:
             self.progress.start(f"{concurrency} users in a closed loop", duration_s)
-            try:
-                with self.stop.window(generator):
-                    result = run_closed_loop(
-                        generator,
-                        target,
-                        requests,
-                        concurrency=concurrency,
-                        duration_s=duration_s,
-                        check=self.traffic.check,
-                        on_tick=self.on_tick,
-                    )
-            except Stopped:
-                raise stopped_early(self.stop) from None
+            with self.stop.window(generator):
+                result = run_closed_loop(
+                    generator,
+                    target,
+                    requests,
+                    concurrency=concurrency,
+                    duration_s=duration_s,
+                    check=self.traffic.check,
+                    on_tick=self.on_tick,
+                )
         return ClosedLoopResult(self.url, result, self.stop.reason if self.stop.is_requested else "")
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
-        """What is measured until an early end is kept.
-
-        Raises:
-            LoadError: if nothing was measured until the end that `stop` asked for.
-            KeyboardInterrupt: if nothing was measured until Ctrl-C.
-        """
+        """What is measured until an early end is kept; an end before that is raised on."""
         try:
             yield
-        except Stopped:
-            if not self._windows:
-                raise stopped_early(self.stop) from None
-            self._stopped = self.stop.reason
-        except KeyboardInterrupt:
+        except (LoadError, KeyboardInterrupt) as error:
             if not self._windows:
                 raise
-            self._stopped = f"stopped by {INTERRUPTION.name}"
-        except LoadError as error:
-            if not self._windows:
-                raise
-            self._stopped, self._error = str(error), error
+            self._stopped, self._error = how_it_ended(error)
 
     def _take(
         self, generator: Generator, target: Endpoint, requests: Sequence[Payload], slo: SLO, **how: Any

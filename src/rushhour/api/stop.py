@@ -7,10 +7,25 @@ from collections.abc import Iterator
 
 from rushhour.errors import LoadError
 from rushhour.load import Generator
+from rushhour.system.interruption import INTERRUPTION
 
 
-class Stopped(Exception):
-    """A load ends early because its `Stop` was requested."""
+class Stopped(LoadError):
+    """A load ends early because its `Stop` was requested; an error for the caller if nothing was measured by then.
+
+    Args:
+        reason: of the `Stop`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "nothing was measured until then", "let a window begin before the end is asked for")
+
+
+def how_it_ended(error: LoadError | KeyboardInterrupt) -> tuple[str, LoadError | None]:
+    """Why a load ended early after something was measured; and the error, which neither Ctrl-C nor a `Stop` is."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {INTERRUPTION.name}", None
+    return (error.what, None) if isinstance(error, Stopped) else (str(error), error)
 
 
 class Stop:
@@ -57,7 +72,7 @@ class Stop:
             yield
         except LoadError:
             if self._is_requested:
-                raise Stopped from None
+                raise Stopped(self.reason) from None
             raise
         finally:
             self._generator = None
@@ -69,9 +84,4 @@ class Stop:
             Stopped: if so.
         """
         if self._is_requested:
-            raise Stopped
-
-
-def stopped_early(stop: Stop) -> LoadError:
-    """The error of a load that its caller ended before anything was measured."""
-    return LoadError(stop.reason, "nothing was measured until then", "let a window begin before the end is asked for")
+            raise Stopped(self.reason)

@@ -82,7 +82,7 @@ def connect(ray: Any, address: str) -> None:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).addFilter(_is_error)  # Ray Serve sets its level anew
     handler = signal.getsignal(signal.SIGTERM)
-    _check_token(address)
+    _check_ray(address)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -108,7 +108,7 @@ def why_of(error: BaseException) -> str:
     return lines[0][:300] if lines else type(raised).__name__
 
 
-def _check_token(address: str) -> None:
+def _check_ray(address: str) -> None:
     """Raise unless a Ray answers there, and a token is sent to it if it asks for one.
 
     What answers no call over gRPC is not waited for: Ray does so for half a minute. Source: Ray's `GetClusterId`, which
