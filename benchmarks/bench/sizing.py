@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -11,21 +13,25 @@ import rushhour
 from bench.models import bundle_of
 from bench.parts import Part, say
 from bench.record import Check, Table, judged, verdict
-from rushhour.api.loading import LoadResult
 from rushhour.bundle import Bundle
 from rushhour.cluster import Node, size
 from rushhour.engines import EngineConfig, open_engine, time_service
 from rushhour.goal import SLO, Goal
+from rushhour.load import Generator, closed_loop, discover, estimate, measure, payloads
+from rushhour.measurement import Measurement
 from rushhour.plan import PLAN, Evidence, Plan, Policy, Variant
 from rushhour.system.machine import cores, describe
 
 PROCESSES = 1, 2, 4
 _BATCH = 8
 _SLO = "p99<50ms"
+_BEGIN, _USERS = 0.9, 64
+"""The first rate, as a share of what so many users get who wait for their answers."""
+_STEPS, _STEP, _WINDOW_S = 16, 1.05, 3.0
 
 
 def sizing(rounds: int, work: Path, models: Path) -> Part:
-    """Part 3: in each round the capacity of the same Plan as one, two and four processes, one after another.
+    """Part 3: in each round the capacity of the same Plan as one, two and four processes, which take turns.
 
     The Plan's own capacity is that of one process in the same round, so that the host's speed does not count.
 
@@ -38,7 +44,7 @@ def sizing(rounds: int, work: Path, models: Path) -> Part:
     plan.save(work / PLAN)
     measured: list[dict[int, float]] = []
     for number in range(rounds):
-        found = {processes: _capacity(work, processes, seed=number) for processes in PROCESSES}
+        found = _capacities(work, seed=number)
         say(f"3  round {number + 1}: " + ", ".join(f"{rate:.0f}/s with {each}" for each, rate in found.items()))
         measured.append(found)
     ratios: dict[int, list[float]] = {processes: [] for processes in PROCESSES}
@@ -86,10 +92,31 @@ def _plan(work: Path, models: Path) -> Plan:
     return Plan(Goal(SLO.parse(_SLO)), (variant,), policy, evidence=evidence, model="cnn")
 
 
-def _capacity(run: Path, processes: int, seed: int) -> float:
-    """Requests per second that a server of so many processes carries within the SLO."""
-    with rushhour.serve(run, http_port=0, grpc_port=None, cells=processes) as server:
-        found = rushhour.load(server, slo=_SLO, seed=seed)
-    assert isinstance(found, LoadResult)
-    search = found.search
-    return 0.0 if search is None else search.capacity_rps
+def _capacities(run: Path, seed: int) -> dict[int, float]:
+    """Requests per second that servers of so many processes carry within the SLO, by an estimate from their windows.
+
+    The host's speed comes in waves, and a search takes two minutes: so they take turns, a short window each. A server's
+    rate is raised after a window in which it kept the SLO, and lowered after another.
+    """
+    slo = SLO.parse(_SLO)
+    with contextlib.ExitStack() as stack:
+        generator = stack.enter_context(Generator())
+        targets = {}
+        for processes in PROCESSES:
+            server = stack.enter_context(rushhour.serve(run, http_port=0, grpc_port=None, cells=processes))
+            targets[processes] = discover(server.url)
+        requests = payloads(targets[1], seed=seed)
+        users = partial(closed_loop, generator, requests=requests, concurrency=_USERS, duration_s=2.0)
+        rates = {each: _BEGIN * users(target=target).throughput_rps for each, target in targets.items()}
+        windows: dict[int, list[Measurement]] = {processes: [] for processes in PROCESSES}
+        for step in range(_STEPS):
+            for processes in PROCESSES if step % 2 else reversed(PROCESSES):
+                rate = rates[processes]
+                window = measure(
+                    generator, targets[processes], requests, slo,
+                    rate_rps=rate, seed=1000 * seed + step, n=round(rate * _WINDOW_S), warmup_s=1.0,
+                )  # fmt: skip
+                windows[processes].append(window)
+                rates[processes] = rate * _STEP if window.keeps_slo else rate / _STEP
+    found = {processes: estimate(each, slo) for processes, each in windows.items()}
+    return {processes: 0.0 if each is None else each.rate_rps for processes, each in found.items()}

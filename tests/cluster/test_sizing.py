@@ -24,6 +24,7 @@ from rushhour.testing.bundles import tiny_bundle
 
 TIMES = ServiceTimes((1, 2, 4, 8), (0.001, 0.0014, 0.0022, 0.0038), (2000.0, 2857.0, 3636.0, 4210.0))
 RATE = 3000.0
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def plan_of(folder: Path, **changes: Any) -> Plan:
@@ -69,11 +70,33 @@ def test_other_machines_are_predicted(plan: Plan) -> None:
 
     assert carries(cores=4) == pytest.approx(2, rel=0.03)
     assert carries(cores=16) == pytest.approx(8, rel=0.03)
-    # One core does without the other's queue, and without what a second core takes of the serving.
-    assert 0.4 < carries(cores=1) <= 0.55
+    # One core does without the other's queue, and its only stream has the event loop to itself.
+    assert 0.4 < carries(cores=1) <= 0.6
     assert 0.4 < carries(cores=2, speed=0.5) <= 0.5
-    # Two processes on two cores do not share a queue; four there take turns.
-    assert 0.8 < carries(cores=2, processes=4) <= carries(cores=2, processes=2) * 1.02 <= 1.05
+    # Two processes on two cores share neither a queue nor an event loop; four there take turns.
+    assert 0.95 < carries(cores=2, processes=4) == carries(cores=2, processes=2) <= 1.25
+
+
+def test_two_processes_are_predicted_from_one_as_they_were_measured(plan: Plan) -> None:
+    """Plans of which both were put under load, on a machine with two cores. The error was 21% in the median."""
+    space = json.loads((RESULTS / "tune_space.json").read_text())
+    measured = {(one["bundle"], one["engine"], one["precision"], one["max_batch"], *one["layout"]): one["capacity_rps"]
+                for one in space["plans"]}  # fmt: skip
+    errors = []
+    for (*what, max_batch, cells, streams, threads), capacity_rps in measured.items():
+        other = (*what, max_batch, streams, cells, threads)
+        if (cells, streams, threads) != (1, 2, 1) or other not in measured:
+            continue
+        times = msgspec.convert({**space["service"]["/".join(what) + "/c1s2t1"], "kind": "service_times"}, ServiceTimes)
+        assert plan.evidence is not None
+        one = msgspec.structs.replace(
+            plan,
+            policy=msgspec.structs.replace(plan.policy, streams=2, max_batch=max_batch),
+            evidence=msgspec.structs.replace(plan.evidence, capacity_rps=capacity_rps, service_times=times),
+        )
+        errors.append(abs(size(one, capacity_rps, Node(2, processes=2)).machine_rps / measured[other] - 1))
+    assert len(errors) == 30
+    assert sorted(errors)[15] < 0.15
 
 
 @given(rate=st.floats(1, 1e7), other=st.floats(1, 1e7), failures=st.integers(0, 9))

@@ -18,6 +18,7 @@ import pytest
 from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.serve import ServeSettings
+from rushhour.serve.child import ChildServer
 from rushhour.serve.processes.supervisor import cores_of_each
 from rushhour.serve.protocols.listener import bind_reserved, refuse_connections
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
@@ -255,10 +256,27 @@ def test_cores_are_shared_out() -> None:
     assert cores_of_each(2, [0, 1]) == [{0}, {1}]
     assert cores_of_each(2, [0, 1, 2, 5, 7]) == [{0, 1, 2}, {5, 7}]
     assert cores_of_each(3, [4]) == [{4}] * 3
+    assert cores_of_each(4, [0, 2]) == [{0}, {2}, {0}, {2}], "none waits behind more than another"
+    assert cores_of_each(3, [0, 2]) == [{0, 2}] * 3
     for cells in range(1, 9):
         shared = cores_of_each(cells, range(8))
         assert set().union(*shared) == set(range(8))
         assert sum(map(len, shared)) == 8
+
+
+def test_more_cells_than_cores_start_one_stream_each(tiny: Bundle) -> None:
+    """Each had a stream for every core: eight on two cores, which waited for each other for 20 ms."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("with one core each has one stream in any case")
+    os.sched_setaffinity(0, sorted(allowed)[:2])  # of this thread, and of what it starts
+    try:
+        server = ChildServer(tiny.path, ServeSettings(http_port=0, cells=4))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    server.close()
+    assert server.way.startswith("4 cells, each ")
+    assert ": 1 streams of 1 threads" in server.way
 
 
 def test_a_port_of_another_program_is_not_joined() -> None:

@@ -153,7 +153,7 @@ def _with_layout(target: Target, settings: ServeSettings, cells: int, fit: Fit |
     Raises:
         ServeError: if the settings need more cores than there are.
     """
-    room = min(map(len, cores_of_each(cells, sorted(os.sched_getaffinity(0))))) if cells > 1 else cores()
+    room = max(1, len(os.sched_getaffinity(0)) // cells) if cells > 1 else cores()
     given = bool(settings.streams or settings.threads)
     target = target.with_layout(settings.streams, settings.threads, room)
     if not given and fit is not None and not settings.one_of_many:

@@ -16,6 +16,7 @@ from rushhour.serve.limits import Limits
 from rushhour.serve.memory.shared_memory import Register
 from rushhour.serve.node import Fit
 from rushhour.serve.observability.log import LogFormat, LogLevel
+from rushhour.serve.seats import Seat
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 _EVERY_ADDRESS = frozenset(("", "0.0.0.0", "::"))
@@ -86,6 +87,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
         strict: refuse to serve on a machine that differs from the plan's.
         fixed: serve the plan's first variant whatever the load, though the plan has a ladder.
         one_of_many: this server is a worker process: it shares the port, and changes are made in all.
+        seat: what it shares with the others beside the port; None shares nothing.
         regions: of shared memory that clients have registered; a restarted worker process continues with them.
         identity: the certificate and key in use; likewise.
     """
@@ -124,6 +126,7 @@ class ServeSettings(msgspec.Struct, frozen=True):
     strict: bool = False
     fixed: bool = False
     one_of_many: bool = False
+    seat: Seat | None = None
     regions: tuple[Register, ...] = ()
     identity: Identity | None = None
 

@@ -27,6 +27,7 @@ from rushhour.serve.protocols.http.endpoint import HttpEndpoint, OpenConnection
 from rushhour.serve.protocols.http.observed import ObservedConnection
 from rushhour.serve.protocols.listener import explained, host_and_port, refuse_connections
 from rushhour.serve.repository import Repository
+from rushhour.serve.seats import Balance
 from rushhour.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ class Worker:
         self._control = control(admin=settings.admin and not admin)
         self._endpoint = HttpEndpoint(repository, self._control, settings, self._keys)
         self._endpoints = [self._endpoint]
+        self._balance = None if settings.seat is None or settings.identity is not None else Balance(settings.seat)
+        if self._balance is not None:
+            self._endpoint.on_lost = self._balance.closed
         if admin:
             self._endpoints.append(HttpEndpoint(repository, control(admin=True), settings, self._keys, infers=False))
 
@@ -131,6 +135,8 @@ class Worker:
         log.event(logging.INFO, "ready", url=url, grpc=address, admin=admin, model=models)
         ready(url, address, "\n".join(service.way for service in services))
         tasks = [asyncio.ensure_future(self._sweep())]
+        if self._balance is not None:
+            tasks.append(asyncio.ensure_future(self._balance.run(self._connection(self._endpoint))))
         if self._settings.one_of_many:
             SIGNALS.on_reload(lambda: None)  # the supervisor does it, for all worker processes
         else:
@@ -140,6 +146,8 @@ class Worker:
         await stop.wait()
         SIGNALS.limit_lifetime(closing_s(self._settings))
         self._draining = True
+        if self._balance is not None:
+            self._balance.leave()
         if self._settings.drain_delay_s:
             log.event(logging.INFO, "readiness ends", drain_in_s=self._settings.drain_delay_s)
             await asyncio.sleep(self._settings.drain_delay_s)
@@ -147,6 +155,8 @@ class Worker:
         for task in tasks:
             task.cancel()
         await self._drain(listeners, servers, server)
+        if self._balance is not None:
+            self._balance.close()
 
     async def _drain(
         self,
@@ -193,15 +203,22 @@ class Worker:
         if new.identity is not None and self._certificates is not None:
             self._certificates.renew(new.identity)
 
+    def _connection(self, endpoint: HttpEndpoint) -> Callable[[], asyncio.Protocol]:
+        """What makes the protocol of a new connection."""
+        observer = self._observer
+        if observer is None:
+            return lambda: HttpConnection(endpoint)
+        return lambda: ObservedConnection(endpoint, observer)
+
     async def _listen(
         self, endpoint: HttpEndpoint, name: str, listener: socket.socket, context: ssl.SSLContext | None
     ) -> tuple[asyncio.Server, Callable[[], Awaitable[None]]]:
         """Accept connections; returns the server, and what to await once it is closed: it accepts what is queued."""
-        loop, observer = asyncio.get_running_loop(), self._observer
+        loop = asyncio.get_running_loop()
         queued = listener.dup()
-
-        def connection() -> HttpConnection:
-            return HttpConnection(endpoint) if observer is None else ObservedConnection(endpoint, observer)
+        connection = self._connection(endpoint)
+        if self._balance is not None and endpoint is self._endpoint:
+            connection = self._balance.accepting(connection)
 
         async def accept_queued() -> None:
             # The kernel has completed handshakes of connections that are not accepted yet; closing would reset them.

@@ -16,6 +16,7 @@ from rushhour.errors import ServeError
 from rushhour.serve.observability import log
 from rushhour.serve.observability.statistics import Report, State
 from rushhour.serve.processes.messages import Beat, Command, Count, FromSupervisor, FromWorker, Prepare, Result
+from rushhour.serve.seats import Seat
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 10.0
 _STEADY_S = 30.0
@@ -50,8 +51,8 @@ class Supervision(Protocol):
         """The command line of a cell."""
         ...
 
-    def settings(self) -> bytes:
-        """The settings of a cell, as they are now."""
+    def settings(self, seat: Seat) -> bytes:
+        """The settings of the cell with this seat, as they are now."""
         ...
 
     async def execute(self, command: Command) -> Result:
@@ -70,15 +71,17 @@ class CellProcess:
         supervisor: of all worker processes.
         number: of this one.
         cores: that it may use.
+        seat: what it inherits.
 
     Attributes:
         last: its last report.
     """
 
-    def __init__(self, supervisor: Supervision, number: int, cores: frozenset[int]) -> None:
+    def __init__(self, supervisor: Supervision, number: int, cores: frozenset[int], seat: Seat) -> None:
         self._supervisor = supervisor
         self._number = number
         self._cores = cores
+        self._seat = seat
         self._process: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[None]] = set()
@@ -99,6 +102,7 @@ class CellProcess:
             *self._supervisor.command(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            pass_fds=self._seat.files,
             limit=_LINE_BYTES,
             start_new_session=True,  # the terminal's Ctrl-C reaches only the supervisor, which drains the cells
         )
@@ -109,7 +113,7 @@ class CellProcess:
             log.event(
                 logging.WARNING, "cell not pinned", cell=self._number, cores=sorted(self._cores), error=str(error)
             )
-        self._send(self._supervisor.settings())
+        self._send(self._supervisor.settings(self._seat))
         first: FromWorker | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_START_S):

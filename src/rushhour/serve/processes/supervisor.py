@@ -1,6 +1,7 @@
 """`Supervisor`: several worker processes (cells) behind one port, each pinned to its own cores.
 
-The kernel spreads connections over the cells (SO_REUSEPORT). A cell that dies is restarted, at once the first time and
+The kernel spreads connections over the cells (SO_REUSEPORT), and a cell that has more than others hands new ones over
+(`seats.py`). A cell that dies is restarted, at once the first time and
 with growing pauses after that. One that does not respond for some seconds, because its event loop is blocked or its
 process is stopped, is killed and restarted. Only requests in flight on it fail. What must be the same in all cells (a
 reload, a region of shared memory) is sent to the supervisor by the cell that got the request, and executed in each.
@@ -53,6 +54,7 @@ from rushhour.serve.processes.messages import (
 from rushhour.serve.processes.renewal import Renewal
 from rushhour.serve.processes.signals import SIGNALS
 from rushhour.serve.scheduling.speed import sum_speeds
+from rushhour.serve.seats import Seat, Seats
 from rushhour.serve.settings import Served, ServeSettings
 from rushhour.serve.target import Target
 
@@ -84,7 +86,10 @@ class Supervisor:
         self._reopen = reopen
         self._folder = folder
         self.closing_s = closing_s
-        self._cells = [CellProcess(self, number, its_cores) for number, its_cores in enumerate(cores)]
+        self._seats = Seats(len(cores))
+        self._cells = [
+            CellProcess(self, number, its_cores, self._seats.seat(number)) for number, its_cores in enumerate(cores)
+        ]
         self._stopping = asyncio.Event()
         self._past: dict[str, dict[str, Totals]] = {}
         self._past_dropped = 0
@@ -141,6 +146,7 @@ class Supervisor:
             await asyncio.gather(*(cell.stop() for cell in self._cells))
             await _cancelled(watching)
             SIGNALS.before_exit = before
+            self._seats.close()
 
     async def execute(self, command: Command) -> Result:
         """Execute a command in every running cell. A cell that is down does so when it starts.
@@ -277,9 +283,9 @@ class Supervisor:
         """The command line of a cell."""
         return [sys.executable, "-m", "rushhour.serve", self._settings.models[0].path, "-"]
 
-    def settings(self) -> bytes:
-        """The settings of a cell, as they are now; its first line of input."""
-        return msgspec.json.encode(self._settings)
+    def settings(self, seat: Seat) -> bytes:
+        """The settings of the cell with this seat, as they are now; its first line of input."""
+        return msgspec.json.encode(msgspec.structs.replace(self._settings, seat=seat))
 
 
 async def _cancelled(futures: Sequence[asyncio.Future[Any]]) -> None:
@@ -314,9 +320,12 @@ def _settings_after(command: Command, settings: ServeSettings) -> ServeSettings:
 
 
 def cores_of_each(cells: int, cores: Sequence[int]) -> list[frozenset[int]]:
-    """The cores that each cell may use: divided evenly in order; all of them if there are more cells than cores."""
+    """The cores that each cell may use: divided evenly in order.
+
+    More cells than cores take turns, as many on each core; where that does not come out even, each may use all of them.
+    """
     if cells > len(cores):
-        return [frozenset(cores)] * cells
+        return [frozenset(cores) if cells % len(cores) else frozenset({cores[n % len(cores)]}) for n in range(cells)]
     share, extra = divmod(len(cores), cells)
     ends = [0]
     for number in range(cells):

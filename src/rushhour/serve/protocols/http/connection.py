@@ -54,7 +54,7 @@ class HttpConnection(MessageReader):
         self._outgoing.clear()
         if self._lingering is not None:
             self._lingering.cancel()
-        self._endpoint.connections.discard(self)
+        self._endpoint.lost(self)
         if self._job is not None and self._cell is not None:
             self._cell.cancel(self._job)
         self._cell = self._request = self._job = self._upload = self._sending = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import Protocol
 
@@ -50,6 +50,7 @@ class HttpEndpoint:
 
     Attributes:
         connections: that are open.
+        on_lost: called when one has ended.
         draining: whether each answer is the last of its connection.
         budget: of large requests.
         explanation: what the answer that is being written says about itself; None where answers do not.
@@ -66,6 +67,7 @@ class HttpEndpoint:
         infers: bool = True,
     ) -> None:
         self.connections: set[OpenConnection] = set()
+        self.on_lost: Callable[[], None] | None = None
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys) if keys is None else keys
@@ -77,6 +79,12 @@ class HttpEndpoint:
         self._routes = Routes(control, infers=infers, refused=self.refused)
         self._origins = OriginCheck(settings.host if infers else settings.administration_host, settings.known_as)
         self.update_date()
+
+    def lost(self, connection: OpenConnection) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        if self.on_lost is not None:
+            self.on_lost()
 
     def update_date(self) -> None:
         """Call once a second."""
