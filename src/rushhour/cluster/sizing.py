@@ -24,10 +24,11 @@ from rushhour.system.machine import Machine
 _BIN_ARRIVALS: Final = 50
 """Of a trace in one step of time, on average: below it, chance would look like bursts."""
 _MOST_MACHINES: Final = 10_000_000
-_SHARED_LOOP_S: Final = 400e-6
-"""How long a batch waits for the event loop that several streams of one process share, where they use all cores. Fitted
-on the 30 pairs of plans in benchmarks/results/tune_space.json that differ in nothing but one process or two: with this
-time the capacity of two is predicted from that of one with an error of 12% in the median, without it of 21%."""
+_SHARED_LOOP_S, _SHARED_CORES = 300e-6, 1.1
+"""Where several streams of one process use all cores, a batch waits for the event loop that they share, and takes
+longer by this factor, because its thread may be moved to a core where another runs. Fitted on the 30 pairs of plans in
+benchmarks/results/tune_space.json that differ in nothing but one process or two: so the capacity of two is predicted
+from that of one with an error of 11% in the median, without it of 21%."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -292,8 +293,9 @@ def _scenario(plan: Plan, evidence: Evidence, cores: int, processes: int, speed:
         throughput=tuple(rate / longer for rate in times.throughput),
     )
     profile, spare = ServiceProfile(stretched), max(0, room - streams * threads)
-    shared_s = _SHARED_LOOP_S / speed if streams > 1 and not spare else 0.0
-    overhead = Overhead(request_s * longer, spare, batch_s=shared_s)
+    overhead = Overhead(request_s * longer, spare)
+    if streams > 1 and not spare:
+        overhead = Overhead(request_s * longer, spare, slowdown=_SHARED_CORES, batch_s=_SHARED_LOOP_S / speed)
     return Scenario(profile, streams, min(policy.max_batch, profile.largest), overhead)
 
 
