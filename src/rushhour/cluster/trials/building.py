@@ -161,6 +161,7 @@ class RayBuilder:
     def __init__(self, ray: Any, nodes: Sequence[TrialNode], dataset: Dataset) -> None:
         self._ray = ray
         self._nodes = list(nodes)
+        self._returning: dict[Any, TrialNode] = {}
         self._content_key = dataset.content_key
         self._sent: dict[str, Any] = {}
 
@@ -177,7 +178,7 @@ class RayBuilder:
             return
         count = len(queue)
         progress.start(f"build {count} recipe{'s' * (count > 1)} on {len(self._nodes)} nodes", count)
-        wave = _Wave(self._ray, self._nodes, self._sent, queue, work, progress)
+        wave = _Wave(self._ray, self._nodes, self._returning, self._sent, queue, work, progress)
         try:
             wave.run()
         except BaseException:
@@ -190,17 +191,31 @@ class RayBuilder:
 
     def close(self) -> None:
         """See `Builder`."""
-        while self._nodes:
-            self._nodes.pop().end(clean=True)
+        for node in (*self._nodes, *self._returning.values()):
+            node.end(clean=True)
+        self._nodes.clear()
+        self._returning.clear()
 
 
 class _Wave:
-    """Recipes that are built together."""
+    """Recipes that are built together.
+
+    Args:
+        ray: the module, connected.
+        nodes: that build; those that are lost are taken out.
+        returning: a reference -> a node whose worker was lost, and which has another: it gets a recipe once that has
+            answered, because Ray may take a while to notice that the node itself is gone.
+        sent: what the nodes have of bundles.
+        queue: the recipes.
+        work: what they are applied to.
+        progress: receives each step.
+    """
 
     def __init__(
         self,
         ray: Any,
         nodes: list[TrialNode],
+        returning: dict[Any, TrialNode],
         sent: dict[str, Any],
         queue: deque[Recipe],
         work: Work,
@@ -208,6 +223,7 @@ class _Wave:
     ) -> None:
         self._ray = ray
         self._nodes = nodes
+        self._returning = returning
         self._sent = sent
         self._queue = queue
         self._work = work
@@ -224,15 +240,21 @@ class _Wave:
 
     def run(self) -> None:
         """Until all are built, or no node is left."""
+        idle_since = time.monotonic()
         while True:
             for node in self._nodes:
                 if self._queue and node not in self.busy:
                     self._begin(node, self._queue.popleft())
-            if not self._flying:
+            if self._flying:
+                idle_since = time.monotonic()
+            elif not (self._queue and self._returning) or time.monotonic() - idle_since > _START_S:
                 return
-            done, _ = self._ray.wait(list(self._flying), timeout=_LOOK_S)
+            done, _ = self._ray.wait([*self._flying, *self._returning], timeout=_LOOK_S)
             for ref in done:
-                self._end(ref)
+                if ref in self._returning:
+                    self._returned(ref)
+                else:
+                    self._end(ref)
 
     def _begin(self, node: TrialNode, recipe: Recipe) -> None:
         known, _ = first_missing(recipe, self._work)
@@ -279,18 +301,30 @@ class _Wave:
                 return str(error)
         return ""
 
+    def _returned(self, ref: Any) -> None:
+        """Another worker of a node can build, or its node is gone, too."""
+        node = self._returning.pop(ref)
+        try:
+            why = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            why = _line(error)
+        if isinstance(why, str) and why:
+            node.end(clean=False)
+            self._progress.note(f"node {node.name} builds nothing any more: {why}")
+        else:
+            self._nodes.append(node)
+
     def _lost(self, node: TrialNode, recipe: Recipe, why: str) -> None:
         lost = self._losses[str(recipe)] = self._losses.get(str(recipe), 0) + 1
         time.sleep(_SETTLE_S)
         self._nodes.remove(node)
         alive = any(each["NodeID"] == node.id and each["Alive"] for each in self._ray.nodes())
         if alive and node.losses + 1 < _LOSSES:
-            node.lost()
-            self._nodes.append(node)  # last: another one is tried first
+            self._returning[node.lost()] = node
             what = f"the worker on node {node.name} was lost"
         else:
             what = f"node {node.name} was lost"
-        is_again = lost < _TRIES and bool(self._nodes)
+        is_again = lost < _TRIES and bool(self._nodes or self._returning)
         if is_again:
             self._queue.appendleft(recipe)
         self._progress.note(f"{what}: {recipe} is {'built again' if is_again else 'left to this machine'} ({why})")

@@ -59,13 +59,12 @@ class TrialNode:
         """
         return self._worker.build.remote(order, reference, *known)
 
-    def lost(self) -> None:
-        """Start a worker in place of the one that was lost."""
+    def lost(self) -> Any:
+        """Start a worker in place of the one that was lost; a reference to what it answers once it can build."""
         self.losses += 1
         self.end(clean=False)
         self._worker = self._started()
-        if self._taken is not None:
-            self._worker.take.remote(*self._taken)
+        return self.facts() if self._taken is None else self.take(*self._taken)
 
     def end(self, *, clean: bool) -> None:
         """End its worker, if it has one.
