@@ -77,6 +77,7 @@ def test_other_machines_are_predicted(plan: Plan) -> None:
     assert 0.95 < carries(cores=2, processes=4) == carries(cores=2, processes=2) <= 1.25
 
 
+@pytest.mark.slow
 def test_two_processes_are_predicted_from_one_as_they_were_measured(plan: Plan) -> None:
     """Plans of which both were put under load, on a machine with two cores. The error was 21% in the median."""
     space = json.loads((RESULTS / "tune_space.json").read_text())

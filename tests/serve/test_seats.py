@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvloop
+from test_lifecycle import metric
 from test_supervisor import IMAGES, cells_of, wait_until
 
 from conftest import Server, serving
@@ -73,7 +74,7 @@ def test_connections_are_shared_out_evenly_after_a_death_too(tiny: Bundle) -> No
         assert is_even(server, tiny)
         killed = cells_of(server)[0]
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: len(cells_of(server)) == 4 and killed not in cells_of(server))
+        wait_until(lambda: killed not in cells_of(server) and metric(server.address, 'rushhour_cells{state="up"}') == 4)
         assert is_even(server, tiny)
 
 
@@ -92,7 +93,7 @@ class Says(asyncio.Protocol):
 
 
 @contextlib.contextmanager
-def seats(cells: int) -> Iterator[list[Balance]]:
+def seats(cells: int) -> Iterator[tuple[Seats, list[Balance]]]:
     kept = Seats(cells)
 
     def duplicate(seat: Seat) -> Seat:  # as the processes inherit them
@@ -100,7 +101,7 @@ def seats(cells: int) -> Iterator[list[Balance]]:
 
     balances = [Balance(duplicate(kept.seat(number))) for number in range(cells)]
     try:
-        yield balances
+        yield kept, balances
     finally:
         for balance in balances:
             balance.close()
@@ -144,7 +145,7 @@ def test_who_is_not_there_gets_nothing(loops: object) -> None:
                 assert await greetings(port, 6) == b"111111", "it is about to end"
             assert await greetings(port, 6) == b"111111"
 
-    with seats(2) as (first, second), asyncio.Runner(loop_factory=loops) as runner:  # type: ignore[arg-type]
+    with seats(2) as (_, (first, second)), asyncio.Runner(loop_factory=loops) as runner:  # type: ignore[arg-type]
         runner.run(main(first, second))
 
 
@@ -156,5 +157,25 @@ def test_where_it_cannot_be_handed_over_it_stays() -> None:
             first._outboxes[1].shutdown(socket.SHUT_WR)
             assert await greetings(server.sockets[0].getsockname()[1], 6) == b"111111"
 
-    with seats(2) as (first, second), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with seats(2) as (_, (first, second)), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main(first, second))
+
+
+def test_what_was_handed_to_a_cell_that_died_goes_to_another() -> None:
+    """A cell that was killed and could not start again kept its clients waiting."""
+
+    async def main(kept: Seats, first: Balance, second: Balance, third: Balance) -> None:
+        accepting = first.accepting(lambda: Says(b"1", first))
+        server = await asyncio.get_running_loop().create_server(accepting, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, there(first, b"1"), there(third, b"3"):
+            second._own[0] = np.inf  # it was there a moment ago
+            clients = [asyncio.ensure_future(greetings(port, 1)) for _ in range(6)]
+            await asyncio.sleep(0.2)
+            assert not all(client.done() for client in clients), "some were handed to it"
+            kept.vacate(1)
+            assert set(b"".join(await asyncio.gather(*clients))) <= set(b"13")
+            assert set(await greetings(port, 6)) <= set(b"13"), "nothing is handed to it any more"
+
+    with seats(3) as (kept, balances), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(kept, *balances))

@@ -5,7 +5,8 @@ or more on most days, and is full when the others are not; of eight, one may hav
 the cell with the fewest hands the new connection to that one, over a Unix socket (SCM_RIGHTS), before it reads from it.
 
 How many each has lies in memory that all of them map. Each number is written by one process only, so that there is
-nothing to lock. A cell that is stopped, blocked or about to end gets none: it does not say that it is there.
+nothing to lock. A cell that is stopped, blocked or about to end gets none: it does not say that it is there. What had
+been handed to one that died, and it had not taken yet, the supervisor hands to another.
 
 TLS connections stay where the kernel puts them: they are known only after their handshake. So do gRPC's, which grpcio
 accepts by itself.
@@ -68,9 +69,9 @@ class Seats:
 
     def __init__(self, cells: int) -> None:
         self._opened = contextlib.ExitStack()
-        self._table = _shared_memory()
-        self._opened.callback(os.close, self._table)
-        os.truncate(self._table, cells * (_SENT + cells) * 8)
+        self._file = _shared_memory()
+        self._opened.callback(os.close, self._file)
+        self._table = _mapped(self._file, cells)
         pairs = [socket.socketpair() for _ in range(cells)]
         self._boxes = [tuple(self._opened.enter_context(end) for end in pair) for pair in pairs]
         for pair in self._boxes:
@@ -80,7 +81,26 @@ class Seats:
     def seat(self, number: int) -> Seat:
         """Of one cell."""
         outboxes = tuple(outbox.fileno() for _, outbox in self._boxes)
-        return Seat(number, self._table, self._boxes[number][0].fileno(), outboxes)
+        return Seat(number, self._file, self._boxes[number][0].fileno(), outboxes)
+
+    def vacate(self, number: int) -> None:
+        """A cell has died, or still does not start: nothing is handed to it until it is there again."""
+        self._table[number, _BEAT] = 0.0
+        inbox = self._boxes[number][0]
+        while True:
+            try:
+                _, files, _, _ = socket.recv_fds(inbox, 1, 1)
+            except OSError:
+                return
+            self._table[number, _RECEIVED] += 1
+            for file in files:
+                loads = _loads(self._table)
+                other = int(loads.argmin())
+                with contextlib.suppress(OSError):
+                    if loads[other] < np.inf:
+                        socket.send_fds(self._boxes[other][1], [b"."], [file])
+                        self._table[-1, _SENT + other] += 1
+                os.close(file)
 
     def close(self) -> None:
         """Close all of it."""
@@ -95,6 +115,20 @@ def _shared_memory() -> int:
     return file
 
 
+def _mapped(file: int, cells: int) -> NDArray[np.float64]:
+    """The table: a row for each cell, and one for what the supervisor hands over."""
+    size = (cells + 1) * (_SENT + cells) * 8
+    os.truncate(file, size)
+    return np.frombuffer(mmap.mmap(file, size), np.float64).reshape(cells + 1, _SENT + cells)
+
+
+def _loads(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The connections of each cell, with those that are on their way; infinite for a cell that is not there."""
+    loads = table[:-1, _OPEN] - table[:-1, _RECEIVED] + table[:, _SENT:].sum(axis=0)
+    loads[time.monotonic() - table[:-1, _BEAT] > _GONE_S] = np.inf
+    return cast(NDArray[np.float64], loads)
+
+
 class Balance:
     """One cell's view: how many connections each has, and who gets the next.
 
@@ -103,10 +137,8 @@ class Balance:
     """
 
     def __init__(self, seat: Seat) -> None:
-        cells = len(seat.outboxes)
         self._me = seat.number
-        self._map = mmap.mmap(seat.table, cells * (_SENT + cells) * 8)
-        self._table: NDArray[np.float64] = np.frombuffer(self._map, np.float64).reshape(cells, _SENT + cells)
+        self._table = _mapped(seat.table, len(seat.outboxes))
         self._own = self._table[self._me]
         self._inbox = socket.socket(fileno=seat.inbox)
         self._outboxes = [socket.socket(fileno=outbox) for outbox in seat.outboxes]
@@ -165,11 +197,11 @@ class Balance:
 
     def _lighter(self) -> int | None:
         """The cell that should have the next connection of this one."""
-        loads = self._table[:, _OPEN] - self._table[:, _RECEIVED] + self._table[:, _SENT:].sum(axis=0)
-        own = loads[self._me]
-        loads[time.monotonic() - self._table[:, _BEAT] > _GONE_S] = np.inf
-        loads[self._me] = own
+        loads = _loads(self._table)
         other = int(loads.argmin())
+        if loads[other] == np.inf or other == self._me:
+            return None
+        own = self._own[_OPEN] - self._own[_RECEIVED] + self._table[:, _SENT + self._me].sum()
         return other if own > loads[other] + loads[other] // _LEEWAY else None
 
     def _send(self, other: int, connection: int) -> bool:

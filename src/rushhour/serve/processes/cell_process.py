@@ -63,6 +63,10 @@ class Supervision(Protocol):
         """Keep the counters of a cell that has died."""
         ...
 
+    def vacate(self, number: int) -> None:
+        """Have other cells take the connections that were handed to a cell that is down."""
+        ...
+
 
 class CellProcess:
     """One worker process.
@@ -135,12 +139,14 @@ class CellProcess:
             assert self._process is not None
             code = await self._process.wait()
             self._forget()
+            self._supervisor.vacate(self._number)
             self._supervisor.restarts += 1
             log.event(logging.ERROR, "cell died", cell=self._number, code=code)
             pause = _FIRST_PAUSE_S if loop.time() - began > _STEADY_S else pause
             while True:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
+                self._supervisor.vacate(self._number)
                 try:
                     async with self._supervisor.changing:
                         await self.start()

@@ -271,6 +271,10 @@ class Supervisor:
         self._past_dropped += last.dropped
         add_counts(self._past_errors, last.errors)
 
+    def vacate(self, number: int) -> None:
+        """Have other cells take the connections that were handed to a cell that is down."""
+        self._seats.vacate(number)
+
     async def _count(self) -> None:
         while True:
             await asyncio.sleep(_COUNT_EVERY_S)
