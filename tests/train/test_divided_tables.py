@@ -206,6 +206,7 @@ def test_one_worker_and_two_train_and_resume_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_worker_that_is_killed_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = trained(tmp_path / "undisturbed", 2, epochs=2)

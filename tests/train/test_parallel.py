@@ -165,7 +165,9 @@ def test_batch_normalisation_of_each_workers_rows_alone_is_that_of_replicas() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG if name == "article" else ()) for name in SMALL])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LONG if name in ("article", "residual") else ()) for name in SMALL]
+)
 def test_shared_state_is_a_kth_on_each_worker(name: str) -> None:
     kept = [one.state_bytes for one in launched(4)[f"{name} sharded"]]
     tensors = sum(1 for _ in SMALL[name][0]().parameters())

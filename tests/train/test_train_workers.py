@@ -264,7 +264,7 @@ def test_the_death_of_any_worker_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", ["model", "pipeline"])
+@pytest.mark.parametrize("sharing", [pytest.param("model", marks=LONG), "pipeline"])
 def test_every_plan_trains_alike(
     sharing: str, undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]]
 ) -> None:
@@ -343,6 +343,7 @@ def tied() -> nn.Module:
     return nn.Sequential(Mortal(), Tied())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_weight_that_two_layers_share_is_in_the_checkpoint_of_two_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -386,6 +387,7 @@ def in_torchrun(folder: str) -> None:
     save_file(weights, Path(folder) / "weights.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_on_two_machines(
     undisturbed: Callable[[str], tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]],
