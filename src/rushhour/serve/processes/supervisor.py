@@ -1,10 +1,10 @@
 """`Supervisor`: several worker processes (cells) behind one port, each pinned to its own cores.
 
 The kernel spreads connections over the cells (SO_REUSEPORT), and a cell that has more than others hands new ones over
-(`seats.py`). A cell that dies is restarted, at once the first time and
-with growing pauses after that. One that does not respond for some seconds, because its event loop is blocked or its
-process is stopped, is killed and restarted. Only requests in flight on it fail. What must be the same in all cells (a
-reload, a region of shared memory) is sent to the supervisor by the cell that got the request, and executed in each.
+(`seats.py`). A cell that dies is restarted, at once the first time and with growing pauses after that. One that does
+not respond for some seconds, because its event loop is blocked or its process is stopped, is killed and restarted. Only
+requests in flight on it fail. What must be the same in all cells (a reload, a region of shared memory) is sent to the
+supervisor by the cell that got the request, and executed in each.
 What is asked of all together (statistics, metrics) is added up here, with the counters of dead cells.
 
 A reload has two phases: all cells open the new version, and only when all have, all serve it. A restarted cell opens
