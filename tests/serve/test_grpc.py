@@ -1162,6 +1162,13 @@ def test_an_empty_name_or_version_in_a_path_is_none(server: Server, path: str) -
     assert over_http(server, "GET", path)[0] == 404
 
 
+@pytest.mark.parametrize("rest", ["", "/ready", "/config", "/stats", "/speed", "/trace/setting"])
+def test_a_version_that_is_not_served_is_none(server: Server, rest: str) -> None:
+    """The settings of tracing were shown of any version."""
+    assert over_http(server, "GET", f"/v2/models/tiny/versions/1{rest}")[0] == 200
+    assert over_http(server, "GET", f"/v2/models/tiny/versions/0{rest}")[0] == 404
+
+
 @pytest.mark.parametrize(
     "path",
     [

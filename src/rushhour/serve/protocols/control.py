@@ -342,9 +342,11 @@ class Control:
             "this server does not support CUDA memory", "it runs on the CPU", "send the tensors", status=501
         )
 
-    def tracing(self, changes: Mapping[str, Any], model: str = "") -> dict[str, Any]:
+    def tracing(self, changes: Mapping[str, Any], model: str = "", version: str = "") -> dict[str, Any]:
         """The settings of tracing, which are fixed at the start; any other value in `changes` is an error."""
-        if model:
+        if version:
+            self._loaded(model, version)
+        elif model:
             self._known(model)
         if changes:
             self._permit("setting what is traced")

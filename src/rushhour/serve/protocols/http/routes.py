@@ -164,8 +164,8 @@ class Routes:
                 return {"GET": lambda body: control.speed(name, version)}
             case ["trace", "setting"]:
                 return {
-                    "GET": lambda body: control.tracing({}, name),
-                    "POST": lambda body: control.tracing(_parsed(body), name),
+                    "GET": lambda body: control.tracing({}, name, version),
+                    "POST": lambda body: control.tracing(_parsed(body), name, version),
                 }
             case ["infer"]:
                 return {"POST": lambda body: self._not_inferred(name, version)}
