@@ -147,8 +147,8 @@ def ray_on(cores: frozenset[int], cpus: int, *, nodes: int = 1, haproxy: bool = 
         nodes: on this machine.
         haproxy: Ray Serve sends requests through its HAProxy.
     """
-    with tempfile.TemporaryDirectory(prefix="b", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets' paths
-        folder = Path(name)  # have 97 characters at most
+    with tempfile.TemporaryDirectory(prefix="b", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder = Path(name)  # short: the paths of Ray's sockets have 97 characters at most
         running = Ray(folder, cores, _haproxy(folder) if haproxy else {})
         try:
             for _ in range(nodes):

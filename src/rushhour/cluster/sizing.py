@@ -258,7 +258,13 @@ def _share(plan: Plan, evidence: Evidence, node: Node) -> tuple[float, tuple[str
         ],
         plan.goal.slo,
     ).tolist()
-    return there * min(processes, node.cores) / (here * min(own[1], own[0])), tuple(notes)
+    return there * _queues(processes, node.cores) / (here * _queues(own[1], own[0])), tuple(notes)
+
+
+def _queues(processes: int, cores: int) -> int:
+    """As how many processes so many count: of more than cores, those of one core take turns batch by batch, as one with
+    all their requests does."""
+    return min(processes, cores)
 
 
 def _request_s(plan: Plan, evidence: Evidence) -> float:
@@ -268,7 +274,7 @@ def _request_s(plan: Plan, evidence: Evidence) -> float:
         lambda each: _scenario(plan, evidence, cores, cells, 1.0, each),
         evidence.capacity_rps,
         plan.goal.slo,
-        processes=min(cells, cores),
+        processes=_queues(cells, cores),
     )
     return request_s
 
@@ -277,11 +283,10 @@ def _scenario(plan: Plan, evidence: Evidence, cores: int, processes: int, speed:
     """One of the processes of a machine.
 
     Each is a queue of its own. It has its part of the cores, and the engine the share of them that it has in the Plan.
-    Of more processes than cores those of one core take turns batch by batch, as one with all their requests does.
     """
     policy, times = plan.policy, evidence.service_times
     assert times is not None
-    processes = min(processes, cores)
+    processes = _queues(processes, cores)
     room = max(1, cores // processes)
     measured = max(1, evidence.machine.cores // policy.cells)
     lanes = max(1, room * policy.streams * policy.threads // measured)
@@ -293,9 +298,8 @@ def _scenario(plan: Plan, evidence: Evidence, cores: int, processes: int, speed:
         throughput=tuple(rate / longer for rate in times.throughput),
     )
     profile, spare = ServiceProfile(stretched), max(0, room - streams * threads)
-    overhead = Overhead(request_s * longer, spare)
-    if streams > 1 and not spare:
-        overhead = Overhead(request_s * longer, spare, slowdown=_SHARED_CORES, batch_s=_SHARED_LOOP_S / speed)
+    slowdown, batch_s = (_SHARED_CORES, _SHARED_LOOP_S / speed) if streams > 1 and not spare else (1.0, 0.0)
+    overhead = Overhead(request_s * longer, spare, slowdown, batch_s)
     return Scenario(profile, streams, min(policy.max_batch, profile.largest), overhead)
 
 

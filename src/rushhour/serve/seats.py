@@ -94,10 +94,9 @@ class Seats:
                 return
             self._table[number, _RECEIVED] += 1
             for file in files:
-                loads = _loads(self._table)
-                other = int(loads.argmin())
+                other = _fewest(self._table, _counts(self._table))
                 with contextlib.suppress(OSError):
-                    if loads[other] < np.inf:
+                    if other is not None:
                         socket.send_fds(self._boxes[other][1], [b"."], [file])
                         self._table[-1, _SENT + other] += 1
                 os.close(file)
@@ -122,11 +121,15 @@ def _mapped(file: int, cells: int) -> NDArray[np.float64]:
     return np.frombuffer(mmap.mmap(file, size), np.float64).reshape(cells + 1, _SENT + cells)
 
 
-def _loads(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The connections of each cell, with those that are on their way; infinite for a cell that is not there."""
-    loads = table[:-1, _OPEN] - table[:-1, _RECEIVED] + table[:, _SENT:].sum(axis=0)
-    loads[time.monotonic() - table[:-1, _BEAT] > _GONE_S] = np.inf
-    return cast(NDArray[np.float64], loads)
+def _counts(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The connections of each cell, with those that are on their way."""
+    return cast(NDArray[np.float64], table[:-1, _OPEN] - table[:-1, _RECEIVED] + table[:, _SENT:].sum(axis=0))
+
+
+def _fewest(table: NDArray[np.float64], counts: NDArray[np.float64]) -> int | None:
+    """Of the cells that are there the one with the fewest; None where none is there."""
+    there = time.monotonic() - table[:-1, _BEAT] <= _GONE_S
+    return int(np.where(there, counts, np.inf).argmin()) if there.any() else None
 
 
 class Balance:
@@ -197,12 +200,11 @@ class Balance:
 
     def _lighter(self) -> int | None:
         """The cell that should have the next connection of this one."""
-        loads = _loads(self._table)
-        other = int(loads.argmin())
-        if loads[other] == np.inf or other == self._me:
+        counts = _counts(self._table)
+        other = _fewest(self._table, counts)
+        if other is None or other == self._me:
             return None
-        own = self._own[_OPEN] - self._own[_RECEIVED] + self._table[:, _SENT + self._me].sum()
-        return other if own > loads[other] + loads[other] // _LEEWAY else None
+        return other if counts[self._me] > counts[other] + counts[other] // _LEEWAY else None
 
     def _send(self, other: int, connection: int) -> bool:
         try:

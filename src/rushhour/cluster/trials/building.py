@@ -127,15 +127,20 @@ def _with_data(ray: Any, nodes: Sequence[TrialNode], data: tuple[Any, ...], refu
     """The nodes that have the data."""
     ready = []
     for node, ref in [(node, node.take(*data)) for node in nodes]:
-        try:
-            why = ray.get(ref)
-        except ray.exceptions.RayError as error:
-            why = _line(error)
-        if why:
+        if why := _why_not(ray, ref):
             refused[node.name] = why
         else:
             ready.append(node)
     return ready
+
+
+def _why_not(ray: Any, ref: Any) -> str:
+    """Why a node that was given the data builds nothing; empty where it can."""
+    try:
+        why: str = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return _line(error)
+    return why
 
 
 def _differs(there: Maker, here: Maker) -> str:
@@ -304,11 +309,7 @@ class _Wave:
     def _returned(self, ref: Any) -> None:
         """Another worker of a node can build, or its node is gone, too."""
         node = self._returning.pop(ref)
-        try:
-            why = self._ray.get(ref)
-        except self._ray.exceptions.RayError as error:
-            why = _line(error)
-        if isinstance(why, str) and why:
+        if why := _why_not(self._ray, ref):
             node.end(clean=False)
             self._progress.note(f"node {node.name} builds nothing any more: {why}")
         else:

@@ -64,7 +64,8 @@ class TrialNode:
         self.losses += 1
         self.end(clean=False)
         self._worker = self._started()
-        return self.facts() if self._taken is None else self.take(*self._taken)
+        assert self._taken is not None, "without the data it was given nothing to build"
+        return self.take(*self._taken)
 
     def end(self, *, clean: bool) -> None:
         """End its worker, if it has one.
