@@ -46,19 +46,24 @@ for all true ones, 0 for all others."""
 def restricted(base: dict[str, str] | None = None) -> dict[str, str]:
     """Environment variables under which a command and its child processes see no instruction set above AVX2.
 
+    On a processor that has AVX2 and nothing newer they are those of `base`.
+
     Args:
         base: the environment to extend; by default that of this process.
 
     Raises:
         EngineError: if that is not possible: it needs x86-64 Linux, a C compiler and the package capstone, and a
-            processor with more than AVX2.
+            processor with AVX2.
     """
-    if not set(describe().features) - {"avx2"}:
+    environment = dict(os.environ if base is None else base)
+    features = set(describe().features)
+    if features == {"avx2"}:
+        return environment
+    if not features:
         raise EngineError(
-            "there is no instruction set to hide", "this processor has no more than AVX2", "run the command directly"
+            "there is no instruction set to hide", "this processor has less than AVX2", "run the command directly"
         )
     auditor, sites = _auditor(), _sites()
-    environment = dict(os.environ if base is None else base)
     return {**environment, **VARIABLES, "LD_AUDIT": str(auditor), "RUSHHOUR_CPUID_SITES": str(sites)}
 
 
