@@ -1,6 +1,6 @@
 """The Protocol of engines, which run compiled graphs.
 
-An engine has a fixed number of streams; each stream is a `Slot` with its own input buffers. The caller writes a batch
+An engine has a fixed number of streams, and for each a `Slot` with its own input buffers. The caller writes a batch
 once, in place, and starts the slot; the slot calls back when the answers are ready. Nothing is concatenated, and no
 thread waits for a future.
 """
@@ -43,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class Slot(Protocol):
-    """One stream of an engine, and the buffers of its batch. Used by one caller at a time."""
+    """The buffers of a batch, which an engine runs on one of its streams. Used by one caller at a time."""
 
     @property
     def inputs(self) -> Mapping[str, NDArray[Any]]:
@@ -98,6 +98,14 @@ class Engine(Protocol):
     @property
     def slots(self) -> Sequence[Slot]:
         """One per stream."""
+        ...
+
+    def spare(self) -> Sequence[Slot]:
+        """Further slots, one per stream: with them, more batches can be started than there are streams.
+
+        Those wait in the engine, and begin as soon as a stream is free, first come first served. Made by the first
+        call; empty where the engine would run them at once.
+        """
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rushhour.bundle import Bundle, Signature, Sizes, TensorSpec
 from rushhour.engines.agreement import saturates_here
 from rushhour.engines.engine import EngineConfig, Slot
-from rushhour.engines.stream import INSTALL, BySizes, Stream, check_precision, warm_up
+from rushhour.engines.stream import INSTALL, BySizes, Line, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
 from rushhour.system.telemetry import disable_telemetry
 
@@ -55,11 +55,14 @@ class OnnxRuntimeEngine:
             ) from error
         _check_tensors(sessions[0], self._signature, bundle)
         self._slots: list[_Run] = []
+        self._spare: list[_Run] = []
+        names = [f"onnxruntime-{index}" for index in range(config.streams)]
+        self._shared = (sessions[0], Line(*names)) if shared else None
         atexit.register(self.close)
         try:
-            for index in range(config.streams):
-                session = sessions[index % len(sessions)]
-                self._slots.append(_Run(session, self._signature, config.max_batch, f"onnxruntime-{index}"))
+            for index, name in enumerate(names):
+                session, line = self._shared or (sessions[index], Line(name))
+                self._slots.append(_Run(session, line, self._signature, config.max_batch))
             warm_up(bundle, self._slots, (1, config.max_batch))
         except BaseException:
             self.close()
@@ -98,18 +101,26 @@ class OnnxRuntimeEngine:
         """One per stream."""
         return self._slots
 
+    def spare(self) -> Sequence[Slot]:
+        """As `Engine.spare`: what is started waits for one of the threads where all streams share a session."""
+        if not self._spare and self._shared is not None:
+            signature, most = self._signature, self._config.max_batch
+            self._spare = [_Run(*self._shared, signature, most) for _ in self._slots]
+        return self._spare
+
     def close(self) -> None:
         """Finish the running batches, call their `done`, end the threads. May be called again."""
-        for slot in self._slots:
+        for slot in (*self._slots, *self._spare):
             slot.close()
+        self._shared = None
         atexit.unregister(self.close)
 
 
 class _Run(Stream):
-    """Runs on the stream's thread, bound to the stream's own buffers: nothing is copied."""
+    """Runs on a thread of the line, bound to the stream's own buffers: nothing is copied."""
 
-    def __init__(self, session: Any, signature: Signature, max_batch: int, name: str) -> None:
-        super().__init__(signature, max_batch, name)
+    def __init__(self, session: Any, line: Line, signature: Signature, max_batch: int) -> None:
+        super().__init__(signature, max_batch, line)
         self._session = session
         self._bindings: dict[int, Any] = {}
         self._sized: BySizes[dict[int, Any]] = BySizes(dict)

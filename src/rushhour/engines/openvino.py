@@ -14,7 +14,7 @@ import numpy as np
 from rushhour.bundle import Bundle, Signature, Sizes, TensorSpec
 from rushhour.engines.agreement import check_range
 from rushhour.engines.engine import EngineConfig, Slot
-from rushhour.engines.stream import INSTALL, BySizes, Stream, check_precision, warm_up
+from rushhour.engines.stream import INSTALL, BySizes, Line, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
 from rushhour.system.signal_stack import restored_signal_stack
 from rushhour.system.telemetry import disable_telemetry
@@ -73,12 +73,12 @@ class OpenVINOEngine:
             )
         routes = {rows: rows if rows in sizes else 0 for rows in range(1, config.max_batch + 1)}
         self._slots: list[_Requests] = []
+        self._spare: list[_Requests] = []
+        self._graphs, self._routes = graphs, routes
         atexit.register(self.close)
         try:
             for index in range(config.streams):
-                self._slots.append(
-                    _Requests(ov, graphs, routes, self._signature, config.max_batch, f"openvino-{index}")
-                )
+                self._slots.append(self._slot(f"openvino-{index}"))
             warm = warm_up(bundle, self._slots, sizes) if sizes else 0
             if sizes and between:
                 _route_padded(self._slots[0], routes, sizes, between)
@@ -126,11 +126,21 @@ class OpenVINOEngine:
         """One per stream."""
         return self._slots
 
+    def spare(self) -> Sequence[Slot]:
+        """As `Engine.spare`: OpenVINO queues what is started while all streams compute."""
+        if not self._spare:
+            self._spare = [self._slot(f"openvino-spare-{index}") for index in range(len(self._slots))]
+        return self._spare
+
     def close(self) -> None:
         """Finish the running batches, call their `done`, end the threads. May be called again."""
-        for slot in self._slots:
+        for slot in (*self._slots, *self._spare):
             slot.close()
+        self._graphs = {}
         atexit.unregister(self.close)
+
+    def _slot(self, name: str) -> _Requests:
+        return _Requests(_openvino(), self._graphs, self._routes, self._signature, self._config.max_batch, Line(name))
 
 
 class _Requests(Stream):
@@ -143,9 +153,9 @@ class _Requests(Stream):
     """
 
     def __init__(
-        self, ov: Any, graphs: dict[int, Any], routes: dict[int, int], signature: Signature, max_batch: int, name: str
+        self, ov: Any, graphs: dict[int, Any], routes: dict[int, int], signature: Signature, max_batch: int, line: Line
     ) -> None:
-        super().__init__(signature, max_batch, name)
+        super().__init__(signature, max_batch, line)
         self._ov = ov
         self._routes = routes
         self._requests = {size: graph.create_infer_request() for size, graph in graphs.items()}

@@ -1,4 +1,4 @@
-"""What the engines share: a stream with its buffers and its thread, precision checks and warm-up."""
+"""What the engines share: a stream with its buffers, the threads of its batches, precision checks and warm-up."""
 
 from __future__ import annotations
 
@@ -54,19 +54,80 @@ class BySizes(dict[Sizes, T]):
         return found
 
 
-class Stream(abc.ABC):
-    """A `Slot` with buffers of its own, and a thread that calls `done`.
+class Line:
+    """Batches of one or several streams, computed or awaited by threads that call `done`, first come first served.
 
     A thread calls it, not a callback of the engine: OpenVINO's bindings do not call back when a batch fails, and its
     thread could not compute while it waits for Python's lock.
 
     Args:
-        signature: of the model; decides the buffers.
-        max_batch: samples in one batch, at most.
-        name: of the thread.
+        names: of the threads.
+        enter: called once on each, before its first batch.
     """
 
-    def __init__(self, signature: Signature, max_batch: int, name: str) -> None:
+    def __init__(self, *names: str, enter: Callable[[], None] = lambda: None) -> None:
+        self._enter = enter
+        self._closed = False
+        self._closing = threading.Lock()  # a batch is either queued before the end of the threads, or refused
+        self._started: SimpleQueue[tuple[Stream, int, Done] | None] = SimpleQueue()
+        # daemons, so that an engine that is not closed does not keep the program running
+        self._threads = [threading.Thread(target=self._serve, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, stream: Stream, rows: int, done: Done) -> None:
+        """Launch a batch, and queue it.
+
+        Raises:
+            EngineError: if the line is closed, or the batch cannot be launched.
+        """
+        with self._closing:
+            if self._closed:
+                raise EngineError("cannot run a batch", "the engine is closed", "open it again")
+            try:
+                stream._launch(rows)
+            except Exception as error:
+                raise _explain(error) from error
+            self._started.put((stream, rows, done))
+
+    def close(self) -> None:
+        """Finish the batches, call their `done`, end the threads. May be called again."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                for _ in self._threads:
+                    self._started.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _serve(self) -> None:
+        """A thread: one batch after another, until the end."""
+        self._enter()
+        while (batch := self._started.get()) is not None:
+            stream, rows, done = batch
+            failure: EngineError | None = None
+            try:
+                stream._finish(rows)
+                stream._rows = rows
+            except Exception as error:
+                failure = _explain(error)
+            # an error of the caller's `done` must not end the thread
+            with contextlib.suppress(Exception):
+                done(failure)
+            del batch, stream, done, failure  # a waiting thread keeps no request in memory
+
+
+class Stream(abc.ABC):
+    """A `Slot` with buffers of its own.
+
+    Args:
+        signature: of the model; decides the buffers.
+        max_batch: samples in one batch, at most.
+        line: of its batches; closed with it.
+    """
+
+    def __init__(self, signature: Signature, max_batch: int, line: Line) -> None:
         self._max_batch = max_batch
         self._signature = signature
         self._buffers = {
@@ -77,12 +138,7 @@ class Stream(abc.ABC):
         self._inputs, self._answers = self._at(self._sizes)
         self._views = _Views(self._answers)
         self._rows = 0
-        self._closed = False
-        self._closing = threading.Lock()  # a batch is either queued before the end of the thread, or refused
-        self._started: SimpleQueue[tuple[int, Done] | None] = SimpleQueue()
-        # a daemon, so that an engine that is not closed does not keep the program running
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
+        self._line = line
 
     @property
     def inputs(self) -> Mapping[str, NDArray[Any]]:
@@ -142,52 +198,21 @@ class Stream(abc.ABC):
                 f"this engine was compiled for 1 to {self._max_batch}",
                 "split the batch, or raise max_batch",
             )
-        with self._closing:
-            if self._closed:
-                raise EngineError("cannot run a batch", "the engine is closed", "open it again")
-            try:
-                self._launch(rows)
-            except Exception as error:
-                raise _explain(error) from error
-            self._started.put((rows, done))
+        self._line.put(self, rows, done)
 
     def close(self) -> None:
-        """Finish the batch that runs, call its `done`, end the thread. May be called again."""
-        with self._closing:
-            if not self._closed:
-                self._closed = True
-                self._started.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _serve(self) -> None:
-        """The thread: one batch after another, until the end."""
-        self._enter()
-        while (batch := self._started.get()) is not None:
-            rows, done = batch
-            failure: EngineError | None = None
-            try:
-                self._finish(rows)
-                self._rows = rows
-            except Exception as error:
-                failure = _explain(error)
-            # an error of the caller's `done` must not end the thread
-            with contextlib.suppress(Exception):
-                done(failure)
-            del batch, done, failure  # a waiting thread keeps no request in memory
-
-    def _enter(self) -> None:  # noqa: B027 - most engines have nothing to prepare
-        """Prepare the thread; called once, on it."""
+        """Finish the batches of its line, call their `done`, end its threads. May be called again."""
+        self._line.close()
 
     def _resized(self, sizes: Sizes) -> None:  # noqa: B027 - most models have no open dimensions
         """The buffers `_inputs` and `_answers` are others from now on; called by `resize`."""
 
     def _launch(self, rows: int) -> None:  # noqa: B027 - most engines compute on the thread
-        """Start to compute the first `rows` samples; called by `start`, and must return at once."""
+        """Start to compute the first `rows` samples; called by the line, and must return at once."""
 
     @abc.abstractmethod
     def _finish(self, rows: int) -> None:
-        """Return when the answers to the first `rows` samples are in `_answers`; called on the thread."""
+        """Return when the answers to the first `rows` samples are in `_answers`; called on a thread of the line."""
 
 
 def check_precision(bundle: Bundle, config: EngineConfig) -> None:

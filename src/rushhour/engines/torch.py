@@ -10,7 +10,7 @@ from typing import Any
 
 from rushhour.bundle import Bundle, Signature, Sizes
 from rushhour.engines.engine import EngineConfig, Slot
-from rushhour.engines.stream import INSTALL, Stream, check_precision, warm_up
+from rushhour.engines.stream import INSTALL, Line, Stream, check_precision, warm_up
 from rushhour.errors import EngineError
 from rushhour.system.machine import describe
 
@@ -89,6 +89,10 @@ class TorchEngine:
         """One per stream."""
         return self._slots
 
+    def spare(self) -> Sequence[Slot]:
+        """As `Engine.spare`: none, each stream has a thread of its own."""
+        return ()
+
     def close(self) -> None:
         """Finish the running batches, call their `done`, end the threads. May be called again."""
         for slot in self._slots:
@@ -133,7 +137,7 @@ class _Eager(Stream):
         self._torch = torch
         self._module = module
         self._config = config
-        super().__init__(signature, config.max_batch, name)
+        super().__init__(signature, config.max_batch, Line(name, enter=self._enter))
         self._resized(())
 
     def _resized(self, sizes: Sizes) -> None:

@@ -237,7 +237,9 @@ def stage_of(
     """
     if target.plan.cascade is not None and len(opened) > 1:
         return _cascade_of(target.plan.cascade, opened, codec, policy, clock, decoder, explanation, lanes)
-    cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation, lanes)
+    # What waits in an engine would compute beside the batches of another one.
+    spare = opened[0].engine.spare() if len(opened) == 1 and lanes.cores is None else ()
+    cell = Cell([each.served for each in opened], codec, policy, clock, decoder, explanation, lanes, spare)
     if target.plan.ladder:
         old = before.cell if isinstance(before, Tiles | Placing) else before
         cell.ladder = Ladder(cell, target.plan, old.ladder if isinstance(old, Cell) else None)

@@ -392,10 +392,10 @@ def _engine_bytes(variant: ServedVariant) -> float:
 
 
 def _batch_bytes(bundle: Bundle, streams: int, max_batch: int) -> int:
-    """Memory of the buffers of an engine."""
+    """Memory of the buffers of an engine: of the batches that it computes, and of as many that wait in it."""
     signature = bundle.manifest.signature
     row = sum(spec.row_bytes for spec in (*signature.inputs, *signature.outputs))
-    return min(streams, cores()) * max_batch * row
+    return 2 * min(streams, cores()) * max_batch * row
 
 
 def _check_room(file: Path, policy: Policy, bundle: Bundle) -> None:

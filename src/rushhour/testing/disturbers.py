@@ -159,6 +159,10 @@ class SlowedEngine:
         """As `Engine.slots`."""
         return self._slots
 
+    def spare(self) -> Sequence[Slot]:
+        """As `Engine.spare`: none, the engine does not know of the extra time."""
+        return ()
+
     def close(self) -> None:
         """As `Engine.close`."""
         self._engine.close()

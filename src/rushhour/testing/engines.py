@@ -171,6 +171,32 @@ class EngineConformance:
             engine.close()
             assert len(calls) == len(engine.slots)
 
+    def test_what_waits_in_the_engine_is_answered(
+        self, open_engine: Callable[[EngineConfig], Engine], reference: Callable[[NDArray[Any]], NDArray[Any]]
+    ) -> None:
+        """More batches than streams, where the engine has spare slots: each has its own answers, also after `close`."""
+        for closes in (False, True):
+            engine = open_engine(self.config)
+            slots = [*engine.slots, *engine.spare()]
+            assert list(engine.spare()) == slots[len(engine.slots) :]
+            filled = [self.samples(engine, self.config.max_batch, seed) for seed in range(len(slots))]
+            finished: SimpleQueue[BaseException | None] = SimpleQueue()
+            for slot, samples in zip(slots, filled, strict=True):
+                slot.inputs[engine.signature.inputs[0].name][:] = samples
+            for slot in slots:
+                slot.start(self.config.max_batch, finished.put)
+            if closes:
+                engine.close()
+                assert finished.qsize() == len(slots)
+            assert [finished.get(timeout=_WAIT_S) for _ in slots] == [None] * len(slots)
+            if not closes:
+                for slot, samples in zip(slots, filled, strict=True):
+                    self.assert_close(slot.outputs[engine.signature.outputs[0].name], reference(samples))
+                engine.close()
+            for slot in slots:
+                with pytest.raises(EngineError):
+                    slot.start(1, finished.put)
+
     def test_a_closed_engine_refuses(self, open_engine: Callable[[EngineConfig], Engine]) -> None:
         """And may be closed again."""
         engine = open_engine(self.config)

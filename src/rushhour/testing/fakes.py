@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,12 @@ class FakeEngine:
         self.answers = answers
         self._config = config or EngineConfig(engine="openvino", max_batch=16)
         self._signature = signature
-        self._slots = [_FakeSlot(self, service_s, schedule) for _ in range(self._config.streams)]
+        self._slots, self._spare = (
+            [_FakeSlot(self, service_s, schedule) for _ in range(self._config.streams)] for _ in range(2)
+        )
+        self._queue: deque[Callable[[], None]] = deque()
+        self._running = 0
+        self._counting = threading.Lock()
         self._failures: list[EngineError] = []
         self.closed = False
         self.batches: list[int] = []
@@ -106,6 +112,28 @@ class FakeEngine:
         """As `Engine.slots`: one per stream."""
         return self._slots
 
+    def spare(self) -> Sequence[Slot]:
+        """As `Engine.spare`."""
+        return self._spare
+
+    def run(self, batch: Callable[[], None]) -> None:
+        """Begin a batch, or have it wait until another has ended."""
+        with self._counting:
+            if self._running == self._config.streams:
+                self._queue.append(batch)
+                return
+            self._running += 1
+        batch()
+
+    def ended(self) -> None:
+        """A batch has ended: the first that waits begins."""
+        with self._counting:
+            if not self._queue:
+                self._running -= 1
+                return
+            batch = self._queue.popleft()
+        batch()
+
     def fail_next(self, error: EngineError) -> None:
         """Make the next batch that ends fail with `error`. It may be called several times, for several batches."""
         self._failures.append(error)
@@ -117,7 +145,7 @@ class FakeEngine:
     def close(self) -> None:
         """End the running batches at once, with their `done`. It may be called again."""
         self.closed = True
-        for slot in self._slots:
+        for slot in (*self._slots, *self._spare):
             slot.finish()
 
 
@@ -158,7 +186,7 @@ class _FakeSlot:
         self._engine.batches.append(rows)
         batch = (rows, done)
         self._running.append(batch)
-        self._schedule(self._service_s(rows), lambda: self.finish(batch))
+        self._engine.run(lambda: self._schedule(self._service_s(rows), lambda: self.finish(batch)))
 
     def finish(self, batch: tuple[int, Done] | None = None) -> None:
         """End the running batch once: when its time is over, or at `close`."""
@@ -176,3 +204,4 @@ class _FakeSlot:
             # As in any engine, an error in the caller's `done` is the caller's: its event loop may be closed by now.
             with contextlib.suppress(Exception):
                 done(self._engine.take_failure())
+        self._engine.ended()

@@ -119,6 +119,11 @@ def _line(sums: Sequence[float]) -> tuple[float, float]:
     return (base, slope) if base >= 0 else (0.0, max(xy / xx, 1e-12))
 
 
+def free_at(busy_until: Sequence[float], streams: int) -> Sequence[float]:
+    """When each busy stream is free; of more batches than streams, the earliest are followed by others."""
+    return busy_until if len(busy_until) <= streams else sorted(busy_until)[-streams:]
+
+
 class Probes:
     """When a request is admitted although it is predicted to be late: only a batch can correct a wrong profile."""
 
@@ -212,12 +217,14 @@ class Admission:
             now: the time.
             rows: of the request.
             waiting: samples before it in the queue.
-            busy_until: when each batch in flight is expected to end, in any order.
+            busy_until: when each batch in flight is expected to end, in any order. Of more than `streams` the earliest
+                are followed by others that wait in the engine.
             streams: how many can run at once.
             slow: how many times longer the batches before it take than they compute, because others compute between.
             batch: samples in the batches that it waits for, at most; 0 is `max_batch`.
         """
         batch = batch or self.max_batch
+        busy_until = free_at(busy_until, streams)
         batches = int(-(-(waiting + rows) // batch))
         size = waiting + rows - (batches - 1) * batch
         if batches > 1 or len(busy_until) >= streams:

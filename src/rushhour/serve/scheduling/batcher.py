@@ -137,6 +137,8 @@ class Batcher(Generic[T]):
         self._other_arrived = -math.inf
         self.queue_bound = queue_bound
         self.waiting = 0
+        self._reserved = 0
+        self._begins = 0.0
         self.late: list[Ticket[T]] = []
         self._clock = clock
         self._queues: dict[int, deque[Ticket[T]]] = {}
@@ -282,6 +284,7 @@ class Batcher(Generic[T]):
         if self.full(rows):
             return False
         self.waiting += rows
+        self._reserved += rows
         if rows >= self._large_from:
             self._large_waiting += rows
         return True
@@ -289,6 +292,7 @@ class Batcher(Generic[T]):
     def release(self, rows: int) -> None:
         """Release reserved room: the samples are decoded, and offered next, or not needed any more."""
         self.waiting -= rows
+        self._reserved -= rows
         if rows >= self._large_from:
             self._large_waiting -= rows
 
@@ -301,14 +305,25 @@ class Batcher(Generic[T]):
                 self._large_waiting -= ticket.rows - ticket.taken
             self.in_flight -= ticket.taken < ticket.rows
 
-    def take(self) -> list[Part[T]]:
+    def has_full_batch(self) -> bool:
+        """Whether the next batch is complete: whoever arrives later would not be in it, and large requests that waited
+        for its end would be alone."""
+        if self._large_waiting:
+            return self._is_alone and any(self._large.values())
+        return self.waiting - self._reserved >= self.max_batch
+
+    def take(self, begins: float | None = None) -> list[Part[T]]:
         """The next batch, in order of arrival, up to the batch bound and the head's deadline; empty if nothing waits.
 
         A request whose deadline has passed is not computed: it is moved to `late`. Only the last part of a batch may
         leave samples of its request in the queue.
+
+        Args:
+            begins: when the engine is expected to begin with it; None for now.
         """
         parts: list[Part[T]] = []
         room, now = 0, self._clock.now()
+        self._begins = now if begins is None else begins
         for level in self._order:
             queue = self._queues[level]
             if self._large_waiting:
@@ -396,11 +411,16 @@ class Batcher(Generic[T]):
         """Samples of others that may be computed before those of large requests that have waited longer."""
         return _BURST_S * self._streams * self.max_batch / self._times.seconds(self.max_batch)
 
+    @property
+    def _is_alone(self) -> bool:
+        """Whether large requests are alone: no other has arrived of late."""
+        return self._clock.now() - self._other_arrived >= _RECENT_S
+
     def _quantum(self) -> int:
         """Samples of large requests in one batch: as many as are efficient, unless another batch was measured to be
         cheaper; and fewer where others arrive, who would wait for its end.
         """
-        is_alone = self._clock.now() - self._other_arrived >= _RECENT_S
+        is_alone = self._is_alone
         if is_alone and 0 < self._times.cheapest <= self.max_batch:
             return self._times.cheapest
         efficient = hardly_slower(self.max_batch, self._times)
@@ -471,7 +491,7 @@ class Batcher(Generic[T]):
         head = queue[0]
         if head.deadline == math.inf:
             return self.max_batch
-        now = self._clock.now()
+        now = self._begins
         fits = self._times.rows_within(head.deadline - now)
         if fits >= min(self.max_batch, self.waiting) or fits < min(self.max_batch, head.rows - head.taken):
             return self.max_batch

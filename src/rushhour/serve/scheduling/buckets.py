@@ -176,11 +176,18 @@ class SizedBatcher(Batcher[Job]):
         self._levels.clear()
         return left
 
-    def take(self) -> list[Part[Job]]:
+    def has_full_batch(self) -> bool:
+        """As of a `Batcher`: not known here, the sizes of those that arrive decide which batch is next."""
+        return False
+
+    def take(self, begins: float | None = None) -> list[Part[Job]]:
         """The next batch: of the bucket of the request that has waited longest among those of the highest priority,
         and of shorter ones where that saves time. Empty if nothing waits.
 
         A request whose deadline has passed is not computed: it is moved to `late`.
+
+        Args:
+            begins: as of a `Batcher`; now, because no batch of theirs waits in the engine.
         """
         now = self._clock.now()
         parts: list[Part[Job]] = []

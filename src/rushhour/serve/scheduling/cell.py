@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from rushhour.clock import Clock
+from rushhour.engines import Slot
 from rushhour.errors import EngineError
 from rushhour.plan import Policy
 from rushhour.serve.observability.explanation import Explanation
 from rushhour.serve.observability.statistics import Counters, ModelState, Statistics, Totals, reason_of
-from rushhour.serve.scheduling.admission import Probes
+from rushhour.serve.scheduling.admission import Probes, free_at
 from rushhour.serve.scheduling.alarm import Alarm
 from rushhour.serve.scheduling.batcher import Batcher, Part, Ticket
 from rushhour.serve.scheduling.buckets import batcher_of
@@ -52,6 +54,7 @@ class Cell:
         decoder: of encoded pictures, or of texts; None where the codec takes none.
         explanation: what answers say about themselves; None where they do not.
         lanes: its batches and those of other cells of the model, or of other models; None where there are no others.
+        spare: slots of the one variant's engine for batches that wait in it, where nothing else computes on its cores.
 
     Attributes:
         active: the variant that computes the next batch.
@@ -69,6 +72,7 @@ class Cell:
         decoder: Decoder | Tabulator | Tokeniser | None = None,
         explanation: Explanation | None = None,
         lanes: Lanes | None = None,
+        spare: Sequence[Slot] = (),
     ) -> None:
         self.variants = tuple(variants)
         self.active = active = self.variants[0]
@@ -97,9 +101,12 @@ class Cell:
             grace=1 / SHARE_OF_DEADLINE - 1,
         )
         stream = stream_of(self.batcher)
+        self._most = self._streams + len(spare)
+        self._ahead: deque[Stream] = deque()
         for each in self.variants:
-            assert len(each.engine.slots) == self._streams
-            each.free = [stream(slot, signature, self._loop, clock, self._finished, each) for slot in each.engine.slots]
+            slots = each.engine.slots
+            assert len(slots) == self._streams
+            each.free = [stream(slot, signature, self._loop, clock, self._finished, each) for slot in (*spare, *slots)]
         self._free = active.free
         self._busy: list[Stream] = []
         self.lanes = lanes or Lanes()
@@ -332,7 +339,7 @@ class Cell:
 
     def dispatch_soon(self) -> None:
         """At the end of this turn of the event loop: the other requests that it reads join the batch."""
-        if self._free and not self._dispatching:
+        if not self._dispatching and self._has_place:
             self._dispatching = True
             self._loop.call_soon(self._dispatch)
 
@@ -345,9 +352,16 @@ class Cell:
         while self.is_due() and self.begin():
             pass
 
+    @property
+    def _has_place(self) -> bool:
+        """Whether a stream is free, or the next batch is complete and may wait for one in the engine: it begins there
+        as soon as another ends, without a turn of the event loop."""
+        running = len(self.lanes.running)
+        return running < self._streams or (running < self._most and self.batcher.has_full_batch())
+
     def is_due(self) -> bool:
-        """Whether a stream is free and the next batch should begin now; if it should wait, it is woken later."""
-        if not (self._free and len(self.lanes.running) < self._streams):
+        """Whether there is a place for the next batch and it should begin now; if it should wait, it is woken later."""
+        if not (self._free and self._has_place):
             return False
         dispatch_at = self.batcher.dispatch_at()
         if dispatch_at > -math.inf and dispatch_at - self.clock.now() >= _TICK_S:
@@ -357,7 +371,10 @@ class Cell:
 
     def begin(self) -> bool:
         """Begin the next batch; False if nothing waits."""
-        parts = self.batcher.take() if self.ladder is None else self.ladder.take()
+        waits, begins = len(self._busy) >= self._streams, self.clock.now()
+        if waits:
+            begins = max(begins, free_at([stream.until for stream in self._busy], self._streams)[0])
+        parts = self.batcher.take(begins) if self.ladder is None else self.ladder.take()
         if self.batcher.late:
             self._shed_late()
         if not parts:
@@ -372,7 +389,9 @@ class Cell:
             self.counters.batches += 1
             self.counters.rows += rows
             stream.started = self.clock.now()
-            stream.until = stream.started + self.profile.seconds(stream.work)
+            stream.until = max(begins, stream.started) + self.profile.seconds(stream.work)
+            if waits:
+                self._ahead.append(stream)
             stream.slot.start(rows, stream.done)
         except Exception as error:
             self._finished(stream, error)
@@ -391,6 +410,8 @@ class Cell:
     def _finished(self, stream: Stream, error: BaseException | None) -> None:
         """A batch has ended: answer its requests. The stream is free afterwards, whatever fails."""
         parts, stream.parts = stream.parts, []
+        if self._ahead:
+            self._move_up(stream)
         if not parts:
             return  # abandoned
         self.answering = stream
@@ -410,6 +431,15 @@ class Cell:
             self.lanes.ended(stream)
             if self.ladder is not None:
                 self.ladder.ended(stream, parts, error)
+
+    def _move_up(self, ended: Stream) -> None:
+        """A batch has ended: the first of those that wait in the engine has begun, unless it was one of them."""
+        if ended in self._ahead:
+            self._ahead.remove(ended)
+            return
+        first = self._ahead.popleft()
+        first.started = max(first.started, ended.ended)
+        first.until = first.started + self.profile.seconds(first.work)
 
     def _hand_out(self, stream: Stream, parts: list[Part[Job]]) -> None:
         """Update the profile from a batch, and give each of its requests its rows."""
