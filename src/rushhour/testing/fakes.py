@@ -78,7 +78,7 @@ class FakeEngine:
         self._slots, self._spare = (
             [_FakeSlot(self, service_s, schedule) for _ in range(self._config.streams)] for _ in range(2)
         )
-        self._queue: deque[Callable[[], None]] = deque()
+        self._queue: deque[Callable[[], object]] = deque()
         self._running = 0
         self._counting = threading.Lock()
         self._failures: list[EngineError] = []
@@ -116,7 +116,7 @@ class FakeEngine:
         """As `Engine.spare`."""
         return self._spare
 
-    def run(self, batch: Callable[[], None]) -> None:
+    def run(self, batch: Callable[[], object]) -> None:
         """Begin a batch, or have it wait until another has ended."""
         with self._counting:
             if self._running == self._config.streams:
