@@ -58,9 +58,10 @@ def test_a_full_batch_is_started_while_the_stream_computes_and_no_other() -> Non
 
 def test_its_time_begins_when_the_engine_begins_with_it() -> None:
     async def scenario() -> None:
-        held, clock, learnt = Held(), VirtualClock(), []
+        held, clock, learnt, waited = Held(), VirtualClock(), [], []
         cell = cell_of(held_engine(held), clock)
         cell.profile.update = lambda rows, seconds: learnt.append((rows, round(seconds, 6)))  # type: ignore[method-assign]
+        cell.statistics.count = lambda batch, *_: waited.append((batch.taken, batch.started))  # type: ignore[method-assign]
         put(cell, unique(2, 0))
         await turns()
         put(cell, unique(2, 1))
@@ -70,6 +71,7 @@ def test_its_time_begins_when_the_engine_begins_with_it() -> None:
         clock.advance(0.25)
         await held.release()
         assert learnt == [(2, 0.5), (2, 0.25)]
+        assert waited == [(0.0, 0.0), (0.5, 0.5)], "as if it had waited in the queue"
 
     asyncio.run(scenario())
 

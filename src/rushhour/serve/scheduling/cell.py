@@ -437,12 +437,17 @@ class Cell:
                 self.ladder.ended(stream, parts, error)
 
     def _move_up(self, ended: Stream) -> None:
-        """A batch has ended: the first of those that wait in the engine has begun, unless it was one of them."""
+        """A batch has ended: the first of those that wait in the engine has begun, unless it was one of them.
+
+        What it has waited there counts as waiting in the queue.
+        """
         if ended in self._ahead:
             self._ahead.remove(ended)
             return
         first = self._ahead.popleft()
-        first.started = max(first.started, ended.ended)
+        waited_s = max(0.0, ended.ended - first.started)
+        first.taken += waited_s
+        first.started += waited_s
         first.until = first.started + self.profile.seconds(first.work)
 
     def _hand_out(self, stream: Stream, parts: list[Part[Job]]) -> None:
