@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rushhour.bundle import Bundle, Manifest, Signature, TensorSpec
 from rushhour.engines import Engine, EngineConfig, Runner, batch_cost, open_engine, time_service
-from rushhour.engines.stream import Stream, warm_up
+from rushhour.engines.stream import Line, Stream, warm_up
 from rushhour.errors import EngineError, ModelError
 from rushhour.system.machine import cores, describe
 from rushhour.task import Task
@@ -494,7 +494,7 @@ def test_a_stream_without_hooks_needs_only_its_last_step() -> None:
             self._answers["y"][:rows] = self._inputs["x"][:rows] * 2
 
     signature = Signature((TensorSpec("x", "float32", ()),), (TensorSpec("y", "float32", ()),))
-    stream = Doubling(signature, 2, "doubling")
+    stream = Doubling(signature, 2, Line("doubling"))
     stream.inputs["x"][:] = [1, 2]
     finished: SimpleQueue[BaseException | None] = SimpleQueue()
     stream.start(2, finished.put)
