@@ -193,6 +193,50 @@ def test_training_fits_the_budget_and_is_as_long_when_the_run_goes_on(
     assert epochs("short", 60, step_s=0.9) == 4, "how long a step took is on file"
 
 
+@pytest.mark.parametrize(
+    ("trained_s", "stretch_s", "search_s"),
+    [(60.0, 150.0, 240.0), (215.0, 150.0, 210.0), (215.0, 0.0, 120.0), (215.0, 60.0, 145.0), (340.0, 150.0, 120.0)],
+    ids=["in its share", "slow", "not asked for", "at most so much", "very slow"],
+)
+def test_a_budget_grows_by_what_training_took_beyond_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_s: float, stretch_s: float, search_s: float
+) -> None:
+    class Searched(Exception):
+        pass
+
+    clock, module, said = VirtualClock(), sys.modules["rushhour.tune.run"], []
+
+    class Told(Silent):
+        def limit(self, seconds: float) -> None:
+            said.append(round(seconds))
+
+    def train(*_: object, **__: object) -> Bundle:
+        clock.advance(trained_s)
+        return tiny_bundle(tmp_path / "run" / "bundles" / "reference")
+
+    def tune(*_: object, settings: TuneSettings, **__: object) -> Plan:
+        raise Searched(settings.budget_s)
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "tune", tune)
+    monkeypatch.setattr(module, "is_plain", lambda _: False)
+    monkeypatch.setattr(module, "smaller_networks", lambda *_, **__: ({}, ()))
+    with pytest.raises(Searched) as found:
+        tune_run(
+            Source("rushhour.models:mlp", {"inputs": 16, "outputs": 4, "hidden": 4, "depth": 1}),
+            own_answers(),
+            Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%")),
+            run=tmp_path / "run",
+            training=TrainSettings(epochs=2, batch=2),
+            settings=TuneSettings(budget_s=300, stretch_s=stretch_s),
+            progress=Told(),
+            clock=clock,
+        )
+    assert found.value.args == (pytest.approx(search_s),)
+    grown_s = min(stretch_s, max(0.0, trained_s - 0.3 * 300))
+    assert said == [300, *([round(300 + grown_s - trained_s)] if grown_s else [])], "and so is the time that is shown"
+
+
 # The search alone: real engines give the answers, but times and load are numbers.
 
 CAPACITY = {"reference/openvino": 1000.0, "reference/onnxruntime": 800.0, "int8/openvino": 3000.0,

@@ -49,6 +49,7 @@ _RECORD = "run.json"
 _DIGITS = 16
 _FILES: Final = 640
 """That a process of a load test may have to open: 512 connections, and its own."""
+_OF_TIME: Final = ("budget_s", "stretch_s")
 _LEAST_SHARE: Final[dict[Recipes, float]] = {"none": 0.6, "auto": FOR_SEARCH}
 """Share of the budget for the search, at least, even where training took more than its share."""
 
@@ -106,12 +107,13 @@ def tune_run(
         if isinstance(model, Bundle):
             reference = _copied(model, run / "bundles" / "reference")
         else:
-            out = run / "bundles" / "reference"
+            out, began = run / "bundles" / "reference", clock.now()
             if fit_epochs and settings.budget_s is not None:
                 share_s = _TRAINING_SHARE[settings.recipes] * settings.budget_s
                 training = _fitted(training, model, dataset, run, journal, share_s, progress, trusted, experience)
             job = TrainingJob(model, training, run / ".checkpoints", trusted, tracking=Tracking(run / "training"))
             reference = train(dataset, job, out=out, progress=progress, name=name or name_of(run), force=force)
+            _grow(budget, settings, clock.now() - began, progress)
         bundles: dict[str, Bundle] = {"reference": reference}
         left_out: dict[str, str] = {}
         making = _Int8(dataset, goal, progress, left_out, budget)
@@ -144,8 +146,8 @@ def tune_run(
                 bundles |= making.of(bundles[role], run / "bundles" / f"{role}-int8")
         searching = settings
         if settings.budget_s is not None:
-            share = max(_LEAST_SHARE[settings.recipes], budget.left)
-            searching = msgspec.structs.replace(settings, budget_s=share * settings.budget_s)
+            least_s = _LEAST_SHARE[settings.recipes] * settings.budget_s
+            searching = msgspec.structs.replace(settings, budget_s=max(least_s, budget.seconds_left))
         so_far = run / SO_FAR
 
         def named(plan: Plan) -> Plan:
@@ -187,6 +189,17 @@ def _check_files() -> None:
             f"this process may open only {files} files",
             f"load tests need {_FILES}: one for each connection, in the server and in the load generator",
             "raise the limit: ulimit -n 4096",
+        )
+
+
+def _grow(budget: Budget, settings: TuneSettings, trained_s: float, progress: Progress) -> None:
+    """Let the budget grow by what training took beyond its share: else a slow machine has no time left to search."""
+    more_s = min(settings.stretch_s, trained_s - _TRAINING_SHARE[settings.recipes] * budget.seconds)
+    if settings.budget_s is not None and more_s > 0:
+        budget.grow(more_s)
+        progress.limit(budget.seconds_left)
+        progress.note(
+            f"Training took longer than its share of the time: all will take {budget.seconds / 60:.1f} minutes"
         )
 
 
@@ -280,7 +293,7 @@ class _Record(msgspec.Struct, frozen=True):
 def _but_budget(settings: TuneSettings) -> dict[str, Any]:
     """All settings but the budget. One that is off by default, and is off, is left out: earlier runs do not name it."""
     named = msgspec.structs.asdict(settings)
-    return {name: value for name, value in named.items() if name != "budget_s" and value is not False}
+    return {name: value for name, value in named.items() if name not in _OF_TIME and value is not False}
 
 
 def _check_same(run: Path, record: _Record, *, force: bool) -> None:

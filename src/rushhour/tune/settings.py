@@ -29,6 +29,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
             a short window proves little.
         budget_s: seconds that all of it may take, about; the steps with the least effect on the answer are skipped, and
             reported as skipped. None: no limit. A resumed search has the whole budget again.
+        stretch_s: seconds that the budget grows by, at most, where training takes more than its share of it.
         recipes: whether smaller networks are searched too (`auto`), or the network stays as it is (`none`).
         prefer: what decides among candidates within the goal: the most requests per second (`capacity`); the same among
             those that are not measurably less accurate than the most accurate one (`accuracy`); or the smallest served
@@ -45,6 +46,7 @@ class TuneSettings(msgspec.Struct, frozen=True):
     window_s: float = 3.0
     proof_s: float = 20.0
     budget_s: float | None = None
+    stretch_s: float = 0.0
     recipes: Recipes = "auto"
     prefer: Preference = "capacity"
     ladder: bool = False
@@ -101,6 +103,10 @@ class Budget:
     def seconds_left(self) -> float:
         """The same in seconds; infinite where there is no limit."""
         return self.left * self.seconds
+
+    def grow(self, seconds: float) -> None:
+        """It is so much longer from now on."""
+        self.seconds += seconds
 
     def allow(self, share: float) -> Allowance:
         """This share of the whole budget for one step, from now on."""
