@@ -25,8 +25,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from test_cell import WANTED, turns
-from test_cell import Held as Batches
 from test_pictures import bomb, counters, encoded, eventually, post, scene, turned
 from tritonclient.utils import InferenceServerException
 
@@ -43,14 +41,14 @@ from rushhour.serve.memory.budget import Budget
 from rushhour.serve.scheduling.admission import Profile
 from rushhour.serve.scheduling.cell import Cell
 from rushhour.serve.scheduling.decoding import Decoder
-from rushhour.serve.scheduling.job import Job, Shed
+from rushhour.serve.scheduling.job import Shed
 from rushhour.serve.scheduling.merging import Grid
 from rushhour.serve.scheduling.tiles import Tiles
 from rushhour.serve.scheduling.variant import Variant
 from rushhour.task import Task
 from rushhour.testing.bundles import tiny_answers, tiny_bundle
-from rushhour.testing.fakes import FakeEngine, Schedule, fake_answers, on_a_timer
-from rushhour.wire import Codec, InferRequest, PictureRequest, Wanted, decode_answer
+from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
+from rushhour.wire import Codec, PictureRequest, Wanted, decode_answer
 
 TILE, CLASSES = 32, 3
 LIMITS = Limits(picture_pixels=4_000_000, body_bytes=8 * 2**20)
@@ -647,16 +645,9 @@ class Held(Decoder):
 
 
 def stage_of(
-    decoder: Decoder,
-    *,
-    held_bytes: int = 2**20,
-    deadline_ms: float | None = None,
-    queue_bound: int = 1000,
-    streams: int = 1,
-    schedule: Schedule = on_a_timer,
+    decoder: Decoder, *, held_bytes: int = 2**20, deadline_ms: float | None = None, queue_bound: int = 1000
 ) -> Tiles:
-    config = EngineConfig("openvino", streams=streams, max_batch=4)
-    engine = FakeEngine(config, signature=PICTURE, schedule=schedule)
+    engine = FakeEngine(EngineConfig("openvino", max_batch=4), signature=PICTURE, schedule=on_a_timer)
     profile = Profile(ServiceTimes((1, 2, 4), (0.001, 0.0011, 0.0012), (90.0, 166.0, 285.0)))
     policy = Policy(max_batch=4, queue_bound=queue_bound, deadline_ms=deadline_ms)
     variant = Variant(engine, profile)
@@ -713,29 +704,6 @@ def test_no_more_pictures_are_decoded_at_once_than_there_is_room_for() -> None:
         decoder.close()
 
     asyncio.run(scenario())
-
-
-@pytest.mark.parametrize(("threads", "begun"), [(2, 1), (3, 2)], ids=["both cores compute", "a core is idle"])
-def test_while_a_picture_is_decoded_a_core_is_left_to_it(threads: int, begun: int) -> None:
-    async def scenario() -> None:
-        decoder, batches = held(threads), Batches()
-        stage = stage_of(decoder, streams=2, schedule=batches.schedule)
-        picture, _ = submit(stage, photo(8, 8)[0])
-        await eventually(lambda: decoder.begun == 1)
-        image = np.zeros((4, 8, 8, 3), np.uint8)
-        for _ in range(2):
-            request = InferRequest(4, (memoryview(image.tobytes()),), WANTED)
-            assert isinstance(stage.submit(request, lambda result: None), Job)
-        await turns()
-        assert (stage.cell.running[0], stage.cell.waiting) == (begun, 8 - 4 * begun + 1)
-        decoder.gate.set()
-        await eventually(lambda: stage.cell.running[0] == 2)
-        while not picture.done():
-            batches.waiting.pop(0)()
-            await turns()
-        decoder.close()
-
-    asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def test_pictures_that_are_too_large_together_are_refused_before_one_is_decoded() -> None:

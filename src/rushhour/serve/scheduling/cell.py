@@ -61,7 +61,6 @@ class Cell:
         batcher: the queue.
         clock, lanes: the same.
         ladder: chooses it; None where it stays.
-        lent: streams that begin no batch at the moment, as their cores do something else; one is left in any case.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class Cell:
         self.variants = tuple(variants)
         self.active = active = self.variants[0]
         self.ladder: Ladder | None = None
-        self.lent = 0
         self.codec = codec
         self._explanation = explanation
         self.decoder = decoder
@@ -359,9 +357,7 @@ class Cell:
         """Whether a stream is free, or the next batch is complete and may wait for one in the engine: it begins there
         as soon as another ends, without a turn of the event loop."""
         running = len(self.lanes.running)
-        if self.lent or running < self._streams:
-            return running < max(1, self._streams - self.lent)
-        return running < self._most and self.batcher.has_full_batch()
+        return running < self._streams or (running < self._most and self.batcher.has_full_batch())
 
     def is_due(self) -> bool:
         """Whether there is a place for the next batch and it should begin now; if it should wait, it is woken later."""

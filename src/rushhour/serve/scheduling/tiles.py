@@ -127,10 +127,6 @@ class Tiles:
         # The engine needs the cores, too.
         self._at_once = 1 if self._decoder is None else max(1, self._decoder.settings.threads // 2)
         self._decoding = 0
-        engine = cell.active.engine.config
-        self._threads = engine.threads
-        cores = 0 if self._decoder is None else self._decoder.settings.threads
-        self._idle_cores = max(0, cores - engine.streams * engine.threads)
         self._looking = False
         self._waiting: deque[TiledJob] = deque()
         self._jobs: set[TiledJob] = set()
@@ -346,21 +342,14 @@ class Tiles:
             self._queue(job, pixels)
 
         def ended() -> None:
-            self._decode_on(-1)
+            self._decoding -= 1
             self._loop.call_soon(self._advance)
 
         if self._left_s(job) > 0:
-            self._decode_on(1)
+            self._decoding += 1
             self._on_thread(job, decoded, queue, ended)
         else:
             self._fail(job, self._late(job))
-
-    def _decode_on(self, more: int) -> None:
-        """So many more threads decode: streams whose cores they need begin no batch meanwhile. Three that take turns on
-        two cores would take longer for everybody, and a single sample would wait for all of them."""
-        self._decoding += more
-        self.cell.lent = max(0, self._decoding - self._idle_cores) // self._threads
-        self.cell.dispatch_soon()
 
     def _left_s(self, job: TiledJob) -> float:
         """Seconds to the deadline of a request; infinite where it has none."""
