@@ -10,6 +10,7 @@
 6       a worker is killed at a switch, the model is reloaded in a spike, a variant cannot be opened
 7       CPU per request with one variant, against a commit before there were ladders
 7b      CPU that Server-Timing adds to an answer
+9       full batches wait in the engine: answers per second, against a commit before (adapt_ahead.py)
 
 Each part stays in the record with the commit that it was measured at; `--only 1` measures it anew.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from adapt_ahead import ahead_part
 from adapt_cascade import fashion_part, plain_part, text_part
 from adapt_ladder import cost_part, day_part, traces_part, trouble_part
 from adapt_lengths import lengths_part
@@ -34,6 +36,8 @@ BENCH = Path(__file__).resolve().parent.parent / ".bench"
 SEED = 0
 BEFORE = "2786661"
 """The last commit before a cell had several variants."""
+NOT_AHEAD = "bdcaef3"
+"""The last commit before full batches waited in the engine."""
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -57,6 +61,7 @@ class Scale(msgspec.Struct, frozen=True):
         troubles: of each kind.
         blocks: rounds of the comparison of CPU per request.
         answers: timed in each round of part 7b.
+        windows: of each server in part 9.
     """
 
     networks: str = "residual,article,article-int8,mlp"
@@ -81,6 +86,7 @@ class Scale(msgspec.Struct, frozen=True):
     troubles: int = 5
     blocks: int = 24
     answers: int = 80_000
+    windows: int = 10
 
 
 def main(given: list[str] | None = None) -> int:
@@ -112,6 +118,7 @@ def main(given: list[str] | None = None) -> int:
         "6": lambda: trouble_part(scale.troubles, work),
         "7": lambda: cost_part(arguments.before, scale.blocks),
         "7b": lambda: timing_part(scale.blocks, scale.answers),
+        "9": lambda: ahead_part(NOT_AHEAD, scale.windows, work),
     }
     only = {name for name in arguments.only.split(",") if name}
     timed = set(parts) - {"5"}
