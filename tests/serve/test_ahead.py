@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 from test_batcher import line
-from test_cell import Held, put, right, times, turns, unique
+from test_cell import WANTED, Held, put, right, times, turns, unique
 
 from rushhour.clock import VirtualClock
 from rushhour.engines import EngineConfig
@@ -16,9 +16,10 @@ from rushhour.plan import Policy
 from rushhour.serve.scheduling.admission import Admission, Profile, free_at
 from rushhour.serve.scheduling.batcher import Batcher
 from rushhour.serve.scheduling.cell import Cell
+from rushhour.serve.scheduling.job import Job
 from rushhour.serve.scheduling.variant import Variant
 from rushhour.testing.fakes import FakeEngine, fake_answers, on_a_timer
-from rushhour.wire import Codec
+from rushhour.wire import Codec, InferRequest
 
 
 def cell_of(engine: FakeEngine, clock: VirtualClock | None = None, deadline_ms: float | None = None) -> Cell:
@@ -72,6 +73,27 @@ def test_its_time_begins_when_the_engine_begins_with_it() -> None:
         await held.release()
         assert learnt == [(2, 0.5), (2, 0.25)]
         assert waited == [(0.0, 0.0), (0.5, 0.5)], "as if it had waited in the queue"
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_cannot_be_filled_takes_the_place_of_no_other_in_the_engine() -> None:
+    async def scenario() -> None:
+        held, clock, learnt = Held(), VirtualClock(), []
+        cell = cell_of(held_engine(held, streams=2), clock)
+        cell.profile.update = lambda rows, seconds: learnt.append(round(seconds, 6))  # type: ignore[method-assign]
+        for seed in range(3):
+            put(cell, unique(2, seed))
+            await turns()
+        answers: list[object] = []
+        assert isinstance(cell.submit(InferRequest(2, (memoryview(bytes(3)),), WANTED), answers.append), Job)
+        await turns()
+        assert [type(answer) for answer in answers] == [ValueError]
+        for _ in range(3):
+            clock.advance(0.5)
+            await held.release()
+        assert learnt == [0.5, 1.0, 1.0], "two from the beginning, one from the end of the first"
+        assert cell.running == (0, 0)
 
     asyncio.run(scenario())
 

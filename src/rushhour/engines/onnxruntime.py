@@ -112,7 +112,9 @@ class OnnxRuntimeEngine:
         """Finish the running batches, call their `done`, end the threads. May be called again."""
         for slot in (*self._slots, *self._spare):
             slot.close()
-        self._shared = None
+        if self._shared is not None:
+            self._shared[1].close()
+            self._shared = None
         atexit.unregister(self.close)
 
 

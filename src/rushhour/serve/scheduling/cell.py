@@ -381,6 +381,8 @@ class Cell:
             return False
         stream = self._free.pop()
         self._busy.append(stream)
+        if waits:
+            self._ahead.append(stream)
         stream.parts = parts
         stream.until = stream.taken = self.clock.now()
         self.lanes.began(stream)
@@ -390,8 +392,6 @@ class Cell:
             self.counters.rows += rows
             stream.started = self.clock.now()
             stream.until = max(begins, stream.started) + self.profile.seconds(stream.work)
-            if waits:
-                self._ahead.append(stream)
             stream.slot.start(rows, stream.done)
         except Exception as error:
             self._finished(stream, error)
