@@ -19,7 +19,7 @@ from rushhour.cli import main
 from rushhour.cluster import Node, Sizing, read_node, size
 from rushhour.errors import GoalError, LoadError, PlanError, RushhourError
 from rushhour.measurement import ServiceTimes
-from rushhour.plan import Evidence, Plan
+from rushhour.plan import EngineName, Evidence, Plan
 from rushhour.testing.bundles import tiny_bundle
 
 TIMES = ServiceTimes((1, 2, 4, 8), (0.001, 0.0014, 0.0022, 0.0038), (2000.0, 2857.0, 3636.0, 4210.0))
@@ -73,13 +73,28 @@ def test_other_machines_are_predicted(plan: Plan) -> None:
     # One core does without the other's queue, and its only stream has the event loop to itself.
     assert 0.4 < carries(cores=1) <= 0.6
     assert 0.4 < carries(cores=2, speed=0.5) <= 0.5
-    # Two processes on two cores share neither a queue nor an event loop; four there take turns.
-    assert 0.95 < carries(cores=2, processes=4) == carries(cores=2, processes=2) <= 1.25
+    # Two processes on two cores share neither a queue nor an event loop; four there take turns, with smaller batches.
+    assert 0.95 < carries(cores=2, processes=2) <= 1.15
+    assert carries(cores=2, processes=4) == pytest.approx(0.9 * carries(cores=2, processes=2))
+
+
+def test_a_batch_waits_for_the_event_loop_where_it_cannot_wait_in_the_engine(plan: Plan) -> None:
+    def carry_two(engine: EngineName) -> float:
+        assert plan.evidence is not None
+        variant = msgspec.structs.replace(plan.variants[0], engine=engine)
+        other = msgspec.structs.replace(plan, variants=(variant,))
+        return size(other, 1e5, Node(2, processes=2)).machine_rps / RATE
+
+    assert carry_two("openvino") == carry_two("onnxruntime") < carry_two("torch"), "it gains an event loop of its own"
 
 
 @pytest.mark.slow
-def test_two_processes_are_predicted_from_one_as_they_were_measured(plan: Plan) -> None:
-    """Plans of which both were put under load, on a machine with two cores. The error was 21% in the median."""
+def test_two_processes_are_predicted_from_one_as_they_were_measured(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans of which both were put under load, on a machine with two cores, before full batches waited in the engine.
+    The error was 21% in the median."""
+    monkeypatch.setattr("rushhour.cluster.sizing._goes_ahead", lambda _: False)
     space = json.loads((RESULTS / "tune_space.json").read_text())
     measured = {(one["bundle"], one["engine"], one["precision"], one["max_batch"], *one["layout"]): one["capacity_rps"]
                 for one in space["plans"]}  # fmt: skip

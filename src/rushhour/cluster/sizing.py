@@ -28,7 +28,11 @@ _SHARED_LOOP_S, _SHARED_CORES = 300e-6, 1.1
 """Where several streams of one process use all cores, a batch waits for the event loop that they share, and takes
 longer by this factor, because its thread may be moved to a core where another runs. Fitted on the 30 pairs of plans in
 benchmarks/results/tune_space.json that differ in nothing but one process or two: so the capacity of two is predicted
-from that of one with an error of 11% in the median, without it of 21%."""
+from that of one with an error of 11% in the median, without it of 21%. Full batches that wait in the engine wait for no
+loop (docs/decisions/0063); those pairs were measured before there were any."""
+_ON_ONE_CORE: Final = 0.9
+"""What several processes carry on one core, of what one carries there: each has fewer requests for a batch. Four on two
+cores carried 0.90 of two on one kind of machine, and 0.76 to 0.93 on another."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -258,13 +262,27 @@ def _share(plan: Plan, evidence: Evidence, node: Node) -> tuple[float, tuple[str
         ],
         plan.goal.slo,
     ).tolist()
-    return there * _queues(processes, node.cores) / (here * _queues(own[1], own[0])), tuple(notes)
+    share = there * _queues(processes, node.cores) / (here * _queues(own[1], own[0]))
+    return share * _crowded(processes, node.cores) / _crowded(own[1], own[0]), tuple(notes)
 
 
 def _queues(processes: int, cores: int) -> int:
-    """As how many processes so many count: of more than cores, those of one core take turns batch by batch, as one with
-    all their requests does."""
+    """As how many processes so many count: of more than cores, those of one core take turns batch by batch, nearly as
+    one with all their requests does."""
     return min(processes, cores)
+
+
+def _crowded(processes: int, cores: int) -> float:
+    """What more processes than cores carry, of what as many as cores do."""
+    return _ON_ONE_CORE if processes > cores else 1.0
+
+
+def _goes_ahead(plan: Plan) -> bool:
+    """Whether full batches wait in the engine."""
+    engine, policy = plan.variants[0].engine, plan.policy
+    queues = engine == "openvino" or (engine == "onnxruntime" and policy.threads == 1)
+    alone = not plan.ladder and plan.cascade is None
+    return queues and alone and isinstance(policy.buckets, msgspec.UnsetType)
 
 
 def _request_s(plan: Plan, evidence: Evidence) -> float:
@@ -298,7 +316,9 @@ def _scenario(plan: Plan, evidence: Evidence, cores: int, processes: int, speed:
         throughput=tuple(rate / longer for rate in times.throughput),
     )
     profile, spare = ServiceProfile(stretched), max(0, room - streams * threads)
-    slowdown, batch_s = (_SHARED_CORES, _SHARED_LOOP_S / speed) if streams > 1 and not spare else (1.0, 0.0)
+    shared = streams > 1 and not spare
+    slowdown = _SHARED_CORES if shared else 1.0
+    batch_s = _SHARED_LOOP_S / speed if shared and not _goes_ahead(plan) else 0.0
     overhead = Overhead(request_s * longer, spare, slowdown, batch_s)
     return Scenario(profile, streams, min(policy.max_batch, profile.largest), overhead)
 
