@@ -79,7 +79,7 @@ def tune(
     slo: str | SLO = "p99<50ms",
     max_accuracy_drop: str | AccuracyBudget = "1%",
     budget: str | float | None = None,
-    stretch: str | float = 0.0,
+    stretch: str | float | None = None,
     recipes: Literal["auto", "none"] = "auto",
     prefer: Preference = "capacity",
     cascade: bool = False,
@@ -120,7 +120,8 @@ def tune(
         max_accuracy_drop: the accuracy budget in percentage points: with `1%`, 90% may become 89%.
         budget: time that all of it may take, about: `8m`, or seconds. The least decisive measurements are left out,
             and training takes fewer than the default epochs on a slow machine. Without it there is no limit.
-        stretch: time that the budget grows by, at most, where training takes more than its share of it.
+        stretch: time that the budget grows by, at most, where training takes more than its share of it: `3m`, or
+            seconds. Not at all by default.
         recipes: `auto` makes smaller networks too, where the network can be trained and the time allows it; `none`
             leaves it as it is, and only quantises.
         prefer: what decides within the limits: the most requests per second (`capacity`); the same, among candidates
@@ -159,7 +160,7 @@ def tune(
 
     goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
     seconds = None if budget is None else read_budget(budget)
-    longer = read_seconds(stretch) if stretch else 0.0
+    longer = 0.0 if stretch is None else read_seconds(stretch)
     settings = TuneSettings(
         budget_s=seconds, stretch_s=longer, recipes=recipes, prefer=prefer, ladder=ladder, cascade=cascade
     )

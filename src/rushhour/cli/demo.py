@@ -57,7 +57,7 @@ def command(
             slo=slo,
             max_accuracy_drop=max_accuracy_drop,
             budget=budget or _BUDGET,
-            stretch=0.0 if budget else _STRETCH_S,
+            stretch=None if budget else _STRETCH_S,
             name=_NAME,
             cold=cold,
             force=force,

@@ -68,6 +68,11 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     "takes fewer than the default epochs on a slow machine. No limit by default.",
 )
 @option(
+    "--stretch",
+    metavar="TIME",
+    help="With --budget: how much longer all may take where training takes more than its share, such as 3m.",
+)
+@option(
     "--recipes",
     type=click.Choice(["auto", "none"]),
     default="auto",
