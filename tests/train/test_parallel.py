@@ -26,6 +26,9 @@ from rushhour.train.parallel import Mode, ParallelPlan, launch
 from rushhour.train.parallel.cost import Layout, Mesh
 from rushhour.train.parallel.planner import plan_layers
 
+pytestmark = pytest.mark.timeout(600)
+"""Four workers on two slow cores, beside another test, train all that these tests look at in more than three minutes."""
+
 BATCH = 11
 
 
