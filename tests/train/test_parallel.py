@@ -27,7 +27,7 @@ from rushhour.train.parallel.cost import Layout, Mesh
 from rushhour.train.parallel.planner import plan_layers
 
 pytestmark = pytest.mark.timeout(600)
-"""Four workers on two slow cores, beside another test, train all that these tests look at in more than three minutes."""
+"""Four workers on two slow cores, beside another test, need more than three minutes for all that is looked at here."""
 
 BATCH = 11
 
