@@ -44,10 +44,10 @@ def test_everything_exported_is_there() -> None:
 
 def test_import_is_cheap() -> None:
     code = (
-        "import sys, time; began = time.perf_counter(); import rushhour; took = time.perf_counter() - began;"
-        "print(took < 0.3, *[n for n in ('torch', 'numpy', 'openvino', 'click', 'rushhour.api') if n in sys.modules])"
+        "import sys, rushhour;"
+        "print([n for n in ('torch', 'numpy', 'openvino', 'click', 'rushhour.api') if n in sys.modules])"
     )
-    assert python(code) == "True"
+    assert python(code) == "[]"
 
 
 def test_the_api_loads_no_torch() -> None:
