@@ -262,8 +262,7 @@ def _share(plan: Plan, evidence: Evidence, node: Node) -> tuple[float, tuple[str
         ],
         plan.goal.slo,
     ).tolist()
-    share = there * _queues(processes, node.cores) / (here * _queues(own[1], own[0]))
-    return share * _crowded(processes, node.cores) / _crowded(own[1], own[0]), tuple(notes)
+    return there * _worth(processes, node.cores) / (here * _worth(own[1], own[0])), tuple(notes)
 
 
 def _queues(processes: int, cores: int) -> int:
@@ -272,9 +271,9 @@ def _queues(processes: int, cores: int) -> int:
     return min(processes, cores)
 
 
-def _crowded(processes: int, cores: int) -> float:
-    """What more processes than cores carry, of what as many as cores do."""
-    return _ON_ONE_CORE if processes > cores else 1.0
+def _worth(processes: int, cores: int) -> float:
+    """As how many queues so many processes carry."""
+    return _queues(processes, cores) * (_ON_ONE_CORE if processes > cores else 1.0)
 
 
 def _goes_ahead(plan: Plan) -> bool:
