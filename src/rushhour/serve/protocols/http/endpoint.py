@@ -10,6 +10,7 @@ from rushhour.serve.access.keys import Keys
 from rushhour.serve.access.origin import Client, OriginCheck
 from rushhour.serve.protocols.control import Control
 from rushhour.serve.protocols.http.routes import Answer, Routes
+from rushhour.serve.protocols.http.turns import Turns
 from rushhour.serve.repository import Repository
 from rushhour.serve.scheduling.stage import Stage
 from rushhour.serve.settings import ServeSettings
@@ -53,6 +54,7 @@ class HttpEndpoint:
         on_lost: called when one has ended.
         draining: whether each answer is the last of its connection.
         budget: of large requests.
+        turns: in which their bodies are read.
         explanation: what the answer that is being written says about itself; None where answers do not.
         date: the header field `date` of answers, with its line end.
     """
@@ -72,6 +74,7 @@ class HttpEndpoint:
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys) if keys is None else keys
         self.budget = repository.budget
+        self.turns = Turns()
         self.explanation = repository.explanation
         self.date = b""
         self._repository = repository

@@ -58,6 +58,7 @@ class Pipeline(asyncio.Protocol):
         self._final_error: tuple[WireError, bytes] | None = None
         self._unparsed = b""
         self._paused = False
+        self._waits_turn = False
         self._writing_paused = False
         self._sending: Grant | None = None
         self._outgoing: deque[Body] = deque()
@@ -91,10 +92,21 @@ class Pipeline(asyncio.Protocol):
 
     def _resume(self) -> None:
         """Read on, unless reading has to pause."""
-        if self._paused or self._writing_paused or self._unparsed:
+        if self._paused or self._waits_turn or self._writing_paused or self._unparsed:
             return
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+
+    def _read_large(self, size: int) -> None:
+        """More of a large body has been read, and it is not complete: others may have their turn now."""
+        if not self._waits_turn and self._endpoint.turns.has_to_wait(self, size) and self._transport is not None:
+            self._waits_turn = True
+            self._transport.pause_reading()
+
+    def go_on(self) -> None:
+        """Read on: it is this connection's turn."""
+        self._waits_turn = False
+        self._resume()
 
     def pause_writing(self) -> None:
         """The client does not read its answers: read no further requests until it does."""

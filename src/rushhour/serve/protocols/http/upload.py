@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rushhour.serve.protocols.http.turns import TURN_BYTES
+
 _SCRATCH_BYTES = 64 * 2**10
 
 
@@ -21,6 +23,7 @@ class Upload(asyncio.BufferedProtocol):
         usual: its protocol, which is restored, and notified if the connection ends.
         first: what was read already.
         size: of the request, in bytes; more than `first`.
+        read: called with the size of each part that does not complete it.
         done: called once, with the request.
     """
 
@@ -30,6 +33,7 @@ class Upload(asyncio.BufferedProtocol):
         usual: asyncio.Protocol,
         first: bytes,
         size: int,
+        read: Callable[[int], None],
         done: Callable[[memoryview], None],
     ) -> None:
         self._transport = transport
@@ -37,6 +41,7 @@ class Upload(asyncio.BufferedProtocol):
         self._whole = np.empty(size, np.uint8).data
         self._unparsed = size - len(first)
         self._whole[: len(first)] = first
+        self._read = read
         self._done = done
         self._dropping = False
         transport.set_protocol(self)
@@ -48,7 +53,8 @@ class Upload(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """The buffer for the next bytes, up to the end of this request: the next request stays in the socket."""
-        return self._whole[: self._unparsed] if self._dropping else self._whole[-self._unparsed :]
+        begin = 0 if self._dropping else len(self._whole) - self._unparsed
+        return self._whole[begin : begin + min(self._unparsed, TURN_BYTES)]
 
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` were received."""
@@ -56,6 +62,8 @@ class Upload(asyncio.BufferedProtocol):
         if not self._unparsed:
             self._transport.set_protocol(self._usual)
             self._done(self._whole[:0] if self._dropping else self._whole)
+        else:
+            self._read(nbytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has disconnected."""
