@@ -3,7 +3,7 @@
 1       a day in a minute: a ladder against the best single variant, and against its own simulation (adapt_ladder.py)
 2       cascades: capacity over that of the best single plan, on Fashion-MNIST (adapt_cascade.py)
 2.plain the same of the network as it is, with a linear classifier as the small one
-2.text  why there is none of texts
+2.text  the same of film reviews, with a linear classifier of words as the small one
 3       a photograph of 12 megapixels through a 224x224 model, alone and many beside single samples (adapt_tiles.py)
 4       sentences of mixed lengths in buckets, against padding to the largest length (adapt_lengths.py)
 5       random loads in virtual time: the account holds, nothing oscillates
@@ -109,7 +109,7 @@ def main(given: list[str] | None = None) -> int:
         "2.plain": lambda: plain_part(
             *(scale.network, scale.data, scale.epochs, scale.budget, scale.rounds, scale.resamples, work),
         ),
-        "2.text": text_part,
+        "2.text": lambda: text_part(scale.budget, scale.rounds, scale.resamples, work),
         "3": lambda: tiles_part(*map(int, scale.photo.split("x")), scale.photo_rounds, scale.photos, scale.small, work),
         "4": lambda: lengths_part(
             *(scale.sentences, scale.text_limit_ms, scale.text_rounds, scale.text_window, work, SEED),

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.environments import python_of
 from bench.parts import say
 from bench.servers import free_port, running
 from bench.wire import answers, bare_request
+from numpy.typing import NDArray
+
 from rushhour.bundle import Bundle
 from rushhour.goal import SLO
 from rushhour.load import (
@@ -53,12 +55,13 @@ Start = Callable[[], contextlib.AbstractContextManager[Aim]]
 
 
 @contextlib.contextmanager
-def served_plan(run: Path, name: str = PLAN) -> Iterator[Aim]:
+def served_plan(run: Path, name: str = PLAN, sent: Mapping[str, NDArray[Any]] | None = None) -> Iterator[Aim]:
     """The server of a run's plan, as a context, on all cores, as a user would start it.
 
     Args:
         run: the run's folder.
         name: of the plan's file in it.
+        sent: samples, each in a request of its own; the bundle's own, in 32 requests, by default.
 
     Raises:
         ServeError: if it does not start.
@@ -67,8 +70,10 @@ def served_plan(run: Path, name: str = PLAN) -> Iterator[Aim]:
     bundle = Bundle.open(run / plan.variants[0].bundle)
     server = ChildServer(run / name, ServeSettings(http_port=0, trusted=("rushhour.models:build",)))
     try:
-        target = discover(server.url)
-        yield Aim(target, payloads(target, bundle.samples()))
+        target, signature = discover(server.url), bundle.manifest.signature
+        samples = bundle.samples() if sent is None else sent
+        distinct = 32 if sent is None else len(next(iter(sent.values())))
+        yield Aim(target, payloads(target, samples, signature=signature, distinct=distinct))
     finally:
         server.close()
 

@@ -1114,6 +1114,9 @@ def test_payloads_are_whole_distinct_requests(tiny: Bundle) -> None:
     assert made != payloads(target, tiny.samples(), rows=3, seed=2)
     assert len(made) == 32
     assert len(set(payloads(target))) == 32
+    many = {"image": np.arange(200 * 16, dtype=np.uint32).astype(np.uint8).reshape(200, 4, 4, 1)}
+    many["image"][:, 0, 0, 0] = np.arange(200)
+    assert len(set(payloads(target, many, distinct=200))) == 200
     codec = Codec("a model", tiny.manifest.signature)
     for request in made:
         head, body = request.split(b"\r\n\r\n", 1)

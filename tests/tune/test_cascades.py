@@ -29,7 +29,7 @@ from rushhour.tune.decisions import Decisions
 from rushhour.tune.server import plan_of
 from rushhour.tune.settings import Budget
 from rushhour.tune.space import Candidate, CascadeCandidate
-from rushhour.tune.state import CandidateState
+from rushhour.tune.state import CandidateState, Sent
 
 GOAL = Goal(SLO.parse("p99<50ms"), AccuracyBudget.parse("1%"))
 
@@ -85,6 +85,7 @@ class Run:
         part = world(12_000, 3, small=skill)
         names = tuple(f"class {at}" for at in range(part.small.shape[1]))
         inputs = np.zeros((len(part.labels), 4, 4, 1), np.uint8)
+        inputs[:, 0, :2, 0] = np.arange(len(inputs)).astype("<u2").view(np.uint8).reshape(-1, 2)  # they differ
         halves = [slice(0, 6000), slice(6000, None)]
         splits = [Split(inputs[half], part.labels[half]) for half in halves]
         self.data: Dataset = from_splits("simulated", splits[0], splits[0], splits[1], names)
@@ -131,6 +132,25 @@ def test_a_small_network_outside_the_budget_makes_a_faster_plan_inside_it(tmp_pa
     assert pair.predicted == pytest.approx(1 / (0.1 + share), rel=0.15)
     assert run.winner.fate is None, "the search goes on to report it"
     assert [step.decided for step in run.decisions.made] == ["1 are put under load", "the plan is this cascade"]
+
+
+def test_under_load_as_many_samples_go_on_as_of_the_data(tmp_path: Path) -> None:
+    """It was sent 32 requests of the bundle's own samples, of the training part: what it carried was chance."""
+    run = Run(tmp_path)
+    pair, _ = run.found()
+    (images,) = pair.state.sent.samples.values()
+    rows = images[:, 0, :2, 0].copy().view("<u2").ravel()
+    assert len(rows) == len(set(rows.tolist())) == 256
+    assert (run.data.validation.inputs[rows] == images).all()
+    on = pair.state.candidate.rule.goes_on(0, run.cascades._outputs[run.states[1].candidate.artefact, "validation"])
+    assert on[rows].mean() == pytest.approx(pair.threshold.escalated, abs=1 / 256)
+    assert run.winner.sent is None
+
+
+def test_other_samples_are_another_measurement() -> None:
+    ones, twos = (Sent({"image": np.full((2, 3), value)}) for value in (1, 2))
+    assert ones.content_key == Sent({"image": np.full((2, 3), 1)}).content_key
+    assert len({ones.content_key, twos.content_key, Sent({"picture": np.full((2, 3), 1)}).content_key}) == 3
 
 
 def test_its_plan_can_be_saved_and_names_both_bundles(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from rushhour.compress.builder import Builder, Work, first_missing
 from rushhour.compress.compress import compress
 from rushhour.compress.distil import Distil, distil
-from rushhour.compress.judge import judge, outputs_of, too_few, why_outside
+from rushhour.compress.judge import judge, named_inputs, outputs_of, too_few, why_outside
 from rushhour.compress.lowrank import LowRank
 from rushhour.compress.prune import Prune
 from rushhour.compress.quantize import Quantize, Target, is_plain, quantize, quantize_for_all
@@ -39,6 +39,7 @@ __all__ = [
     "is_plain",
     "judge",
     "maker",
+    "named_inputs",
     "outputs_of",
     "quantize",
     "quantize_for_all",

@@ -62,8 +62,9 @@ def payloads(
     seed: int = 0,
     encoding: Encoding = "binary",
     signature: Signature | None = None,
+    distinct: int = _DISTINCT,
 ) -> list[Payload]:
-    """Whole requests for a model, 32 distinct ones, to be sent in rotation; fewer where they are large.
+    """Whole requests for a model, distinct ones, to be sent in rotation; fewer where random values are large.
 
     Args:
         target: the model.
@@ -74,6 +75,7 @@ def payloads(
         encoding: tensors as raw bytes or as JSON; gRPC has raw bytes only.
         signature: of a model with open dimensions, in which the samples are padded: each request has the size of its
             longest sample.
+        distinct: requests made of `samples`.
 
     Raises:
         LoadError: if the samples do not fit the model, or its server does not declare its inputs.
@@ -104,11 +106,11 @@ def payloads(
         )
     count = counts.pop()
     # Whole permutations one after the other: each sample is sent once before any is sent twice.
-    rounds = -(-_DISTINCT * rows // count)
-    chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: _DISTINCT * rows]
+    rounds = -(-distinct * rows // count)
+    chosen = np.concatenate([random.permutation(count) for _ in range(rounds)])[: distinct * rows]
     return [
         _infer_request(target, _cut([(declared, array[part]) for declared, array in pool], signature), encoding)
-        for part in chosen.reshape(_DISTINCT, rows)
+        for part in chosen.reshape(distinct, rows)
     ]
 
 

@@ -38,6 +38,7 @@ from rushhour.records.journal import Journal
 from rushhour.tune.measuring import LoadedServer, MeasurementSource
 from rushhour.tune.server import cpu_seconds, served
 from rushhour.tune.space import Candidate, torch_code
+from rushhour.tune.state import Sent
 
 
 class Bench:
@@ -66,10 +67,18 @@ class Bench:
         self._trusted = trusted
 
     @contextlib.contextmanager
-    def serve(self, candidate: Candidate, bundle: Bundle, phase: str) -> Iterator[ServedCandidate]:
+    def serve(
+        self, candidate: Candidate, bundle: Bundle, phase: str, sent: Sent | None = None
+    ) -> Iterator[ServedCandidate]:
         """`candidate` on a server, as a context.
 
         The server starts with the first window that is not in the journal, and ends with the context.
+
+        Args:
+            candidate: that is served.
+            bundle: of it.
+            phase: of the search.
+            sent: samples, each in a request; the bundle's own by default.
         """
         with contextlib.ExitStack() as stack:
 
@@ -79,11 +88,15 @@ class Bench:
                 url, pid = stack.enter_context(served(candidate, bundle, self._goal, self._run, self._trusted))
                 target = discover(url)
                 rows, signature = self._goal.workload.rows, bundle.manifest.signature
-                requests = payloads(target, bundle.samples(), rows=rows, signature=signature)
+                if sent is None:
+                    requests = payloads(target, bundle.samples(), rows=rows, signature=signature)
+                else:
+                    count = len(next(iter(sent.samples.values())))
+                    requests = payloads(target, sent.samples, rows=rows, signature=signature, distinct=count)
                 return _Server(_Metered(self._load, pid), target, requests)
 
             yield ServedCandidate(
-                self._journal, self._goal, candidate, bundle, phase, functools.cache(start), self._trusted
+                self._journal, self._goal, candidate, bundle, phase, functools.cache(start), self._trusted, sent
             )
 
 
@@ -99,6 +112,7 @@ class ServedCandidate:
         phase: str,
         start: Callable[[], LoadedServer],
         trusted: tuple[str, ...],
+        sent: Sent | None,
     ) -> None:
         self._journal = journal
         self._goal = goal
@@ -112,6 +126,7 @@ class ServedCandidate:
             "code": torch_code(candidate, bundle, trusted),
             "slo": goal.slo,
             "workload": goal.workload,
+            **({} if sent is None else {"sent": sent}),
         }
 
     def proof_windows(self, window_s: float, error: float) -> Probe:

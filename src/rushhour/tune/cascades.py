@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
 from rushhour.bundle import Bundle
 from rushhour.capacity import Scenario, ServiceProfile, capacities, cascade_times, smallest_bound
 from rushhour.cascade import CascadeRule, why_no_score
-from rushhour.compress import judge, outputs_of, why_outside
+from rushhour.compress import judge, named_inputs, outputs_of, why_outside
 from rushhour.data import Dataset, Split
 from rushhour.goal import Goal
 from rushhour.measurement import Accuracy, Measurement, ServiceTimes
@@ -39,7 +40,7 @@ from rushhour.tune.prediction import Predictor
 from rushhour.tune.server import plan_of, variant_name
 from rushhour.tune.settings import Budget
 from rushhour.tune.space import Candidate, CascadeCandidate
-from rushhour.tune.state import CandidateState, failure_reason
+from rushhour.tune.state import CandidateState, Sent, failure_reason
 from rushhour.tune.thresholds import Threshold, choose_threshold
 
 _SMALL, _LARGE = 4, 2
@@ -50,6 +51,8 @@ _GAIN = 1.05
 """A pair is tried under load where its predicted capacity is that of the winner times this, at least."""
 _RACED = 2
 """Pairs that race the winner, at most."""
+_SENT = 256
+"""Samples that are sent to a pair under load."""
 _STEP: Final = "cascade"
 
 
@@ -251,8 +254,21 @@ class Cascades:
         candidate = CascadeCandidate(
             **msgspec.structs.asdict(large), small=small, small_hash=bundle.manifest.hash, rule=rule
         )
-        pair.state = CandidateState(candidate, accuracy=self._judged(rule, pair, "validation"))
+        accuracy, sent = self._judged(rule, pair, "validation"), self._sent(rule, pair)
+        pair.state = CandidateState(candidate, accuracy=accuracy, sent=sent)
         return True
+
+    def _sent(self, rule: CascadeRule, pair: Pair) -> Sent:
+        """Samples for its load tests, of which as large a share goes on as of the whole validation part.
+
+        What a cascade carries depends on what it is sent. A bundle's own samples are few, and of the training part, of
+        which a network is surer than of what its users will send.
+        """
+        on = rule.goes_on(0, self.outputs(pair.small.candidate, "validation"))
+        order = np.argsort(on, kind="stable")
+        chosen = order[np.linspace(0, len(order) - 1, min(_SENT, len(order))).round().astype(np.intp)]
+        bundle = self._bundles[pair.large.candidate.bundle]
+        return Sent(named_inputs(bundle, self._dataset.validation.inputs[chosen]))
 
     def _judged(self, rule: CascadeRule, pair: Pair, part: Part) -> Accuracy:
         split: Split = getattr(self._dataset, part)

@@ -100,7 +100,7 @@ class LoadTests:
 
     def serve(self, state: CandidateState, phase: str) -> contextlib.AbstractContextManager[ServedCandidate]:
         """A candidate on its server, as a context."""
-        return self._bench.serve(state.candidate, self._bundles[state.candidate.bundle], phase)
+        return self._bench.serve(state.candidate, self._bundles[state.candidate.bundle], phase, state.sent)
 
     def measure_throughput(self, state: CandidateState, *, in_open_loop: bool = False) -> bool:
         """Measure the throughput of answers in time; false if the candidate does not run, and has failed.

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
 
 from rushhour.errors import RushhourError, StorageError
 from rushhour.measurement import Accuracy, Measurement
 from rushhour.plan import Fate
 from rushhour.tune.space import Candidate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sent:
+    """What is sent to a candidate under load.
+
+    Attributes:
+        samples: input name -> array of shape `(n, *shape)`.
+    """
+
+    samples: Mapping[str, NDArray[Any]]
+
+    @property
+    def content_key(self) -> str:
+        """Equal for equal samples only."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.samples.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass
@@ -26,6 +51,7 @@ class CandidateState:
         windows: of open-loop load, in the order measured in this process, also those answered from the journal.
         fate: None while it is in the search.
         why: in words.
+        sent: under load; the bundle's own samples where it is None.
         is_judged: whether its accuracy was judged on both parts, unless it ended before.
         rule: why it is loaded although its prediction does not ask for it; empty where it does.
     """
@@ -42,6 +68,7 @@ class CandidateState:
     fate: Fate | None = None
     why: str = ""
     rule: str = ""
+    sent: Sent | None = None
     is_judged: bool = True
 
     def ahead_of(self, measured: CandidateState) -> float:

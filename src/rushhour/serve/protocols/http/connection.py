@@ -151,7 +151,7 @@ class HttpConnection(MessageReader):
         except WireError as error:
             refused = error
         done = partial(self._received, known, end)
-        self._upload = Upload(self._transport, self, data, end + known.body_bytes, self._read_large, done)
+        self._upload = Upload(self._transport, self, data, end + known.body_bytes, self._read_more, done)
         if refused is None:
             self._check_early(message)
         else:

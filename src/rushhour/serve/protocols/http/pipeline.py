@@ -16,6 +16,7 @@ from rushhour.serve.protocols.http.endpoint import HttpEndpoint
 from rushhour.serve.protocols.http.message import Message
 from rushhour.serve.protocols.http.repeats import PreparedAnswer
 from rushhour.serve.protocols.http.routes import JSON
+from rushhour.serve.protocols.http.turns import TURN_BYTES
 from rushhour.wire import Body, Parts
 
 MAX_PIPELINED = 32
@@ -97,9 +98,16 @@ class Pipeline(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def _read_large(self, size: int) -> None:
-        """More of a large body has been read, and it is not complete: others may have their turn now."""
-        if not self._waits_turn and self._endpoint.turns.has_to_wait(self, size) and self._transport is not None:
+    def _read_more(self, received: int, size: int) -> None:
+        """More of a body has been read, and it is not complete: if it is large, others may have their turn now.
+
+        Args:
+            received: bytes of it so far.
+            size: of what was read.
+        """
+        if received <= TURN_BYTES or self._waits_turn or self._transport is None:
+            return
+        if self._endpoint.turns.has_to_wait(self, size):
             self._waits_turn = True
             self._transport.pause_reading()
 

@@ -111,8 +111,7 @@ class MessageReader(RequestHandler):
                     self._check_early(self._message)
                 elif self._chunked and self._overhead > self._limits.header_bytes + _BETWEEN_CHUNKS:
                     self._refuse(self._too_long())
-                if self._body_bytes > HELD_BYTES:
-                    self._read_large(fed)
+                self._read_more(self._body_bytes, fed)
             elif self._reading:
                 begins = self._line_begins(data, fed)
                 if begins or not self._line_bytes:

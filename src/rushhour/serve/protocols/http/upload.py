@@ -23,7 +23,7 @@ class Upload(asyncio.BufferedProtocol):
         usual: its protocol, which is restored, and notified if the connection ends.
         first: what was read already.
         size: of the request, in bytes; more than `first`.
-        read: called with the size of each part that does not complete it.
+        read: called with what has come so far, and the size of its last part, while it is not complete.
         done: called once, with the request.
     """
 
@@ -33,12 +33,13 @@ class Upload(asyncio.BufferedProtocol):
         usual: asyncio.Protocol,
         first: bytes,
         size: int,
-        read: Callable[[int], None],
+        read: Callable[[int, int], None],
         done: Callable[[memoryview], None],
     ) -> None:
         self._transport = transport
         self._usual = usual
         self._whole = np.empty(size, np.uint8).data
+        self._size = size
         self._unparsed = size - len(first)
         self._whole[: len(first)] = first
         self._read = read
@@ -63,7 +64,7 @@ class Upload(asyncio.BufferedProtocol):
             self._transport.set_protocol(self._usual)
             self._done(self._whole[:0] if self._dropping else self._whole)
         else:
-            self._read(nbytes)
+            self._read(self._size - self._unparsed, nbytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has disconnected."""
