@@ -108,6 +108,44 @@ def test_accuracy_that_was_spent_comes_back_with_accurate_answers_only() -> None
     assert account.allows(10, 0.1)
 
 
+@given(
+    st.lists(BATCH, max_size=60),
+    st.sampled_from([0.003, 0.01, 0.3]),
+    st.sampled_from([10, 100, 1500]),
+    st.tuples(st.integers(0, 400), st.sampled_from([0.01, 0.02, 0.5, 1.0])),
+    st.tuples(st.integers(0, 2000), st.sampled_from([0.0, 0.004, 0.01])),
+)
+def test_what_is_paid_for_in_advance_can_be_given_to_the_end(
+    batches: list[tuple[int, float, float, int]],
+    budget: float,
+    window: int,
+    now: tuple[int, float],
+    later: tuple[int, float],
+) -> None:
+    account = Account(budget, window)
+    for rows, most, share, _ in batches:
+        charge = most if account.allows(rows, most) else 0.0
+        account.begin(rows, charge)
+        account.end(rows, charge, rows * charge * share)
+    if not account.allows(*now, *later):
+        return
+    for answers, drop in (now, later):
+        for _ in range(min(answers, window)):
+            assert account.allows(1, drop)
+            account.begin(1, drop)
+            account.end(1, drop, drop)
+
+
+def test_what_comes_later_is_paid_for_by_what_leaves_meanwhile() -> None:
+    account = Account(0.01, 1000)
+    for cost in (0.02,) * 40 + (0.0,) * 55:
+        account.begin(10, cost)
+        account.end(10, cost, 10 * cost)
+    assert account.allows(100, 0.02)
+    assert account.allows(100, 0.02, 850, 0.009), "the first answers that cost anything are leaving by then"
+    assert not account.allows(100, 0.02, 850, 0.0095), "they are too many themselves"
+
+
 def test_a_long_life_keeps_few_pieces() -> None:
     account = Account(0.01, 5000)
     for number in range(50_000):
@@ -122,7 +160,7 @@ def test_a_long_life_keeps_few_pieces() -> None:
 
 def controller(spent: float = 0.0) -> Controller:
     rungs = [Rung(step.rate, step.drop) for step in STEPS]
-    return Controller(rungs, LIMIT_S, lambda answers, drop: True, lambda: spent)
+    return Controller(rungs, LIMIT_S, lambda *_: True, lambda: spent, budget=1.0, window=1000)
 
 
 def driven(one: Controller, loads: Sequence[float], begin: float = 0.0) -> list[int]:
@@ -136,7 +174,8 @@ def test_a_jump_is_answered_within_half_a_second_by_a_variant_that_carries_it() 
 
 
 def test_a_ramp_is_followed_before_much_waits() -> None:
-    one = Controller([Rung(10 * step.rate, step.drop) for step in STEPS], LIMIT_S, lambda *_: True, lambda: 0.0)
+    rungs = [Rung(10 * step.rate, step.drop) for step in STEPS]
+    one = Controller(rungs, LIMIT_S, lambda *_: True, lambda: 0.0, budget=1.0, window=1000)
     ramp = [1000.0 + 150.0 * n for n in range(40)]
     at = driven(one, [1000.0] * 50 + ramp)[50:]
     assert ramp[at.index(1)] < 1.2 * 10 * STEPS[0].rate
@@ -166,7 +205,9 @@ def test_a_load_that_was_not_carried_is_not_tried_again_for_a_minute() -> None:
 def test_an_empty_account_means_the_accurate_variant_however_many_wait() -> None:
     left = [True]
     one = Controller(
-        [Rung(150.0, 0.0), Rung(600.0, 0.03)], LIMIT_S, lambda answers, drop: left[0] or not drop, lambda: 1.0
+        *([Rung(150.0, 0.0), Rung(600.0, 0.03)], LIMIT_S, lambda answers, drop, *_: left[0] or not drop, lambda: 1.0),
+        budget=BUDGET,
+        window=20_000,
     )
     assert driven(one, [500.0] * 10)[-1] == 1
     left[0] = False
@@ -208,6 +249,20 @@ def test_a_day_is_carried_better_than_by_any_single_variant_within_the_budget() 
     assert moved.good > 1.5 * accurate.good
     assert moved.good > 1.1 * middle.good, "which keeps the budget too"
     assert len(moved.switches) <= 4
+
+
+def test_a_rush_that_spends_the_account_ends_on_the_next_variant_and_not_on_the_most_accurate() -> None:
+    """Which carries least: a twentieth of the account, kept back in time, carries twice as much to the end."""
+    steps = (Step(0.010, 0.004, 150.0, 0.0), Step(0.006, 0.002, 300.0, 0.001), Step(0.001, 0.0001, 4000.0, 0.03))
+    day = [(60.0, 60.0), (1.0, 3000.0), (40.0, 3000.0), (5.0, 60.0), (60.0, 60.0)]
+    found = rush(arrivals(day, 0), steps, limit_s=LIMIT_S, budget=BUDGET, window=100_000)
+    assert found.highest_mean([step.drop for step in steps], 100_000) <= BUDGET
+    last = [rung for _, rung in found.switches]
+    assert last[-3:] == [2, 1, 0]
+    spent = next(time for time, rung in found.switches if rung == 1 and time > 62.0)
+    assert spent < 85.0, "in the middle of the rush"
+    assert found.share(1, spent + 0.5, 100.0) == 1.0
+    assert len(found.switches) <= 5
 
 
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 40))])

@@ -53,21 +53,25 @@ class Account:
         """The share of the window's budget that is spent or in flight, from 0 to 1."""
         return (self._cost + self._flying_cost) / self._most if self._most else 1.0
 
-    def allows(self, answers: int, drop: float) -> bool:
-        """Whether so many answers may be given next, each at this cost at most.
+    def allows(self, answers: int, drop: float, later: int = 0, its_drop: float = 0.0) -> bool:
+        """Whether so many answers may be given next, each at this cost at most, and others after them.
 
         Args:
             answers: beside those in flight.
             drop: of each.
+            later: answers after them, at a lower cost.
+            its_drop: of each of these.
         """
-        answers = min(answers, self.window)  # of more than that, the first have left when the last come
-        cost = answers * drop
-        if self._cost + self._flying_cost + cost <= self._most:
+        # Of more than a window, the first have left when the last come.
+        answers = min(answers, self.window)
+        later = min(later, max(0, self.window - self._flying - answers))
+        cost, later_cost = answers * drop, later * its_drop
+        if self._cost + self._flying_cost + cost + later_cost <= self._most:
             return True
-        # Old answers leave the window while these come. Both are lines with one bend each: the sum is highest at a bend
-        # or where a piece begins or ends to leave.
-        coming, new_cost = self._flying + answers, self._flying_cost + cost
-        most = max(drop, self._flying_most)
+        # Old answers leave the window while these come. All are lines with bends: the sum is highest at a bend or where
+        # a piece begins or ends to leave.
+        first, new_cost = self._flying + answers, self._flying_cost + cost
+        coming, most = first + later, max(drop, self._flying_most)
         filled = new_cost / most if most else 0.0
         kept, left, begins = self._kept, self._cost, 0.0
         for rows, its_cost, its_most in self._pieces:
@@ -75,14 +79,15 @@ class Account:
             left -= its_cost
             ends = min(float(coming), max(0.0, self.window - kept))  # new answers after which the piece is outside
             bend = self.window - kept - (its_cost / its_most if its_most else 0.0)
-            for at in (begins, min(max(bend, begins), ends), min(max(filled, begins), ends), ends):
+            for at in (begins, *(min(max(each, begins), ends) for each in (bend, filled, first)), ends):
                 inside = min(its_cost, max(0.0, self.window - kept - at) * its_most)
-                if left + inside + min(new_cost, at * most) > self._most:
+                new = min(new_cost, at * most) + min(later, max(0.0, at - first)) * its_drop
+                if left + inside + new > self._most:
                     return False
             if ends >= coming:
                 return True
             begins = ends
-        return left + new_cost <= self._most
+        return left + new_cost + later_cost <= self._most
 
     def begin(self, answers: int, drop: float) -> None:
         """So many are in flight from now on, each at this cost at most."""

@@ -50,8 +50,16 @@ _SPELL_S = 60.0
 """Once the account was empty, accuracy is not spent again for so long, and only if it lasts for so long then."""
 _FIRST_SPELL_S = 10.0
 """Before that, it has to last for so long: who spends the rest of it in moments has to go back further."""
-_REFILLED = 0.1
-"""Share of the account that is spent at most where it could not last so long even if it were full."""
+_KEPT_BACK = 0.2
+"""Share of a full account that is kept for a minute on the rung to fall back to, at most: of a rush whose end is not
+known, more would cost more than it brings."""
+_EMPTIED_S = 50.0
+"""A rung is fallen back to if it lasts for so long, a little less than what was kept back for it."""
+_SOON = 2.0
+"""Intervals that are paid for before there is another decision: more may arrive in one than in the last ones."""
+_REFILLED, _LEAST_S = 0.1, 1.0
+"""Share of the account that is spent at most where it could not last so long even if it were full; and how long it has
+to last then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +98,8 @@ class Controller:
     Args:
         rungs: from the most accurate to the fastest.
         limit_s: of the latency.
-        affords: whether the account allows so many answers of this drop.
+        affords: whether the account allows so many answers of a drop, and so many of a lower one after them.
+        budget: the mean drop that is allowed, of so many answers in a row as `window`.
         spent: the share of the account that is spent.
         at: the rung to begin with.
 
@@ -103,9 +112,11 @@ class Controller:
         self,
         rungs: Sequence[Rung],
         limit_s: float,
-        affords: Callable[[int, float], bool],
+        affords: Callable[[int, float, int, float], bool],
         spent: Callable[[], float],
         *,
+        budget: float,
+        window: int,
         at: int = 0,
     ) -> None:
         self.rungs = tuple(rungs)
@@ -113,6 +124,8 @@ class Controller:
         self.why = ""
         self._limit_s = limit_s
         self._affords = affords
+        self._budget = budget
+        self._window = window
         self._spent = spent
         self._arrived: deque[float] = deque(maxlen=_KEPT)
         self._pressed = 0
@@ -137,7 +150,7 @@ class Controller:
         is_shedding = load.shed > _SHED * load.arrived and mean > _BUSY * rung.rate
         is_pressed = wait_s > _LONG_WAIT * self._limit_s or is_shedding
         self._pressed = self._pressed + 1 if is_pressed else 0
-        if rung.drop > self.rungs[0].drop and not self._affords(math.ceil(mean * INTERVAL_S), rung.drop):
+        if rung.drop > self.rungs[0].drop and not self._pays(self.at, _SOON * INTERVAL_S, mean):
             self.empty(load.now)
         elif low > _FULL * rung.rate:
             self._descend(load, max(low, mean), max(mean, rung.rate))
@@ -154,9 +167,23 @@ class Controller:
             now: in seconds of the clock of `Load.now`.
         """
         self._emptied_s = now
-        answers = math.ceil(self._rate(_FAST) * _SPELL_S)
-        less = [each for each in range(self.at) if self._affords(answers, self.rungs[each].drop)]
+        demand = self._rate(_FAST)
+        less = [each for each in range(self.at) if self._pays(each, _EMPTIED_S, demand)]
         self._move(max(less, default=0), now, "the accuracy budget of the window is spent")
+
+    def _pays(self, rung: int, seconds: float, demand: float) -> bool:
+        """Whether the account pays for so long for a rung at this load, and then for the one to fall back to.
+
+        That is the fastest before it of which a minute costs little. Who spends all has only the most accurate one left
+        in the middle of the rush, which carries least.
+        """
+        present = self.rungs[rung]
+        answers = math.ceil(min(demand, present.rate) * seconds)
+        for back in reversed(self.rungs[1:rung]):
+            later = min(math.ceil(min(demand, back.rate) * _SPELL_S), self._window)
+            if back.drop < present.drop and later * back.drop <= _KEPT_BACK * self._budget * self._window:
+                return self._affords(answers, present.drop, later, back.drop)
+        return self._affords(answers, present.drop, 0, 0.0)
 
     def _descend(self, load: Load, demand: float, left_at: float) -> None:
         """To the most accurate rung that carries the load, as far as the account allows.
@@ -179,14 +206,12 @@ class Controller:
         """Whether the account pays for this rung for long enough at this load.
 
         Once it was empty, not before a minute has passed; and if it would not last even if it were full, it has to be
-        nearly full.
+        nearly full, and to pay for a second.
         """
-        answers, drop = min(demand, self.rungs[rung].rate), self.rungs[rung].drop
-        if self._emptied_s is None:
-            return self._affords(math.ceil(answers * _FIRST_SPELL_S), drop) or self._spent() <= _REFILLED
-        if now - self._emptied_s < _SPELL_S:
+        if self._emptied_s is not None and now - self._emptied_s < _SPELL_S:
             return False
-        return self._affords(math.ceil(answers * _SPELL_S), drop) or self._spent() <= _REFILLED
+        spell_s = _FIRST_SPELL_S if self._emptied_s is None else _SPELL_S
+        return self._pays(rung, spell_s, demand) or (self._spent() <= _REFILLED and self._pays(rung, _LEAST_S, demand))
 
     def _climb(self, load: Load) -> None:
         """To the most accurate rung that has room for the load of the last seconds."""

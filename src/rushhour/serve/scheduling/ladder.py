@@ -63,7 +63,12 @@ class Ladder:
         self._costs = [np.array(point.charges or (point.upper_drop,)) for point in self._points]
         self._most = {variant: float(costs.max()) for variant, costs in zip(cell.variants, self._costs, strict=True)}
         self._output = cell.codec.signature.outputs[0].name
-        self._controller = Controller(rungs, plan.goal.slo.limit_s, self.account.allows, self._spent_share, at=at)
+        self._controller = Controller(
+            *(rungs, plan.goal.slo.limit_s, self.account.allows, self._spent_share),
+            budget=self.account.budget,
+            window=self.account.window,
+            at=at,
+        )
         self._cell.use(cell.variants[at])
         self._switches = 0
         self._spent = 0.0
