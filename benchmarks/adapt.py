@@ -64,7 +64,7 @@ class Scale(msgspec.Struct, frozen=True):
         windows: of each server in part 9.
     """
 
-    networks: str = "residual,article,article-int8,mlp"
+    networks: str = "residual,article-int8,mlp"
     day_epochs: int = 6
     overloads: int = 3
     days: int = 4

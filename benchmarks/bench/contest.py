@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+
 from bench.environments import python_of
 from bench.parts import say
 from bench.servers import free_port, running
 from bench.wire import answers, bare_request
-from numpy.typing import NDArray
-
 from rushhour.bundle import Bundle
 from rushhour.goal import SLO
 from rushhour.load import (

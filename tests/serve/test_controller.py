@@ -127,10 +127,11 @@ def test_what_is_paid_for_in_advance_can_be_given_to_the_end(
         charge = most if account.allows(rows, most) else 0.0
         account.begin(rows, charge)
         account.end(rows, charge, rows * charge * share)
-    if not account.allows(*now, *later):
+    if not account.affords(now, later):
         return
-    for answers, drop in (now, later):
-        for _ in range(min(answers, window)):
+    given_ = min(now[0], window)
+    for answers, drop in ((given_, now[1]), (min(later[0], window - given_), later[1])):
+        for _ in range(answers):
             assert account.allows(1, drop)
             account.begin(1, drop)
             account.end(1, drop, drop)
@@ -142,8 +143,19 @@ def test_what_comes_later_is_paid_for_by_what_leaves_meanwhile() -> None:
         account.begin(10, cost)
         account.end(10, cost, 10 * cost)
     assert account.allows(100, 0.02)
-    assert account.allows(100, 0.02, 850, 0.009), "the first answers that cost anything are leaving by then"
-    assert not account.allows(100, 0.02, 850, 0.0095), "they are too many themselves"
+    assert account.affords((100, 0.02), (850, 0.009)), "the first answers that cost anything are leaving by then"
+    assert not account.affords((100, 0.02), (850, 0.0095)), "they are too many themselves"
+
+
+def test_one_costly_answer_in_flight_does_not_make_all_that_come_later_as_early_as_costly() -> None:
+    """A class of a variant costs more than the mean: with that in flight, the variant to fall back to was refused."""
+    account = Account(0.01, 1000)
+    for cost in (0.0,) * 10 + (0.01,) * 89:
+        account.begin(10, cost)
+        account.end(10, cost, 10 * cost)
+    account.begin(1, 0.5)
+    assert account.affords((900, 0.004))
+    assert not account.allows(900, 0.004), "in any order with it"
 
 
 def test_a_long_life_keeps_few_pieces() -> None:
@@ -205,7 +217,12 @@ def test_a_load_that_was_not_carried_is_not_tried_again_for_a_minute() -> None:
 def test_an_empty_account_means_the_accurate_variant_however_many_wait() -> None:
     left = [True]
     one = Controller(
-        *([Rung(150.0, 0.0), Rung(600.0, 0.03)], LIMIT_S, lambda answers, drop, *_: left[0] or not drop, lambda: 1.0),
+        *(
+            [Rung(150.0, 0.0), Rung(600.0, 0.03)],
+            LIMIT_S,
+            lambda *spells: left[0] or not any(drop for _, drop in spells),
+            lambda: 1.0,
+        ),
         budget=BUDGET,
         window=20_000,
     )

@@ -53,41 +53,55 @@ class Account:
         """The share of the window's budget that is spent or in flight, from 0 to 1."""
         return (self._cost + self._flying_cost) / self._most if self._most else 1.0
 
-    def allows(self, answers: int, drop: float, later: int = 0, its_drop: float = 0.0) -> bool:
+    def allows(self, answers: int, drop: float, *later: tuple[int, float]) -> bool:
         """Whether so many answers may be given next, each at this cost at most, and others after them.
 
         Args:
-            answers: beside those in flight.
+            answers: beside those in flight, in any order with them.
             drop: of each.
-            later: answers after them, at a lower cost.
-            its_drop: of each of these.
+            later: answers after all of these, and the cost of each; then others after them.
         """
         # Of more than a window, the first have left when the last come.
         answers = min(answers, self.window)
-        later = min(later, max(0, self.window - self._flying - answers))
-        cost, later_cost = answers * drop, later * its_drop
-        if self._cost + self._flying_cost + cost + later_cost <= self._most:
+        cost, begin = answers * drop, self._flying + answers
+        spells: list[tuple[int, int, float]] = []
+        for rows, its_drop in later:
+            spells.append((begin, max(0, min(rows, self.window - begin)), its_drop))
+            begin += spells[-1][1]
+        if self._cost + self._flying_cost + cost + sum(rows * its_drop for _, rows, its_drop in spells) <= self._most:
             return True
         # Old answers leave the window while these come. All are lines with bends: the sum is highest at a bend or where
         # a piece begins or ends to leave.
-        first, new_cost = self._flying + answers, self._flying_cost + cost
-        coming, most = first + later, max(drop, self._flying_most)
+        coming, new_cost, most = begin, self._flying_cost + cost, max(drop, self._flying_most)
         filled = new_cost / most if most else 0.0
         kept, left, begins = self._kept, self._cost, 0.0
+
+        def new(at: float) -> float:
+            after = (min(rows, max(0.0, at - begin)) * its_drop for begin, rows, its_drop in spells)
+            return min(new_cost, at * most) + sum(after)
+
         for rows, its_cost, its_most in self._pieces:
             kept -= int(rows)
             left -= its_cost
             ends = min(float(coming), max(0.0, self.window - kept))  # new answers after which the piece is outside
             bend = self.window - kept - (its_cost / its_most if its_most else 0.0)
-            for at in (begins, *(min(max(each, begins), ends) for each in (bend, filled, first)), ends):
+            bends = (bend, filled, *(float(begin) for begin, _, _ in spells))
+            for at in (begins, *(min(max(each, begins), ends) for each in bends), ends):
                 inside = min(its_cost, max(0.0, self.window - kept - at) * its_most)
-                new = min(new_cost, at * most) + min(later, max(0.0, at - first)) * its_drop
-                if left + inside + new > self._most:
+                if left + inside + new(at) > self._most:
                     return False
             if ends >= coming:
                 return True
             begins = ends
-        return left + new_cost + later_cost <= self._most
+        return left + new(coming) <= self._most
+
+    def affords(self, *spells: tuple[int, float]) -> bool:
+        """Whether all of these may be given one after another, after what is in flight.
+
+        Args:
+            spells: answers, and the cost of each at most.
+        """
+        return self.allows(0, 0.0, *spells)
 
     def begin(self, answers: int, drop: float) -> None:
         """So many are in flight from now on, each at this cost at most."""

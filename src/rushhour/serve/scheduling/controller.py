@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 INTERVAL_S = 0.1
 """Between two decisions."""
@@ -92,13 +93,21 @@ class Load:
     waiting: int
 
 
+class Affords(Protocol):
+    """Whether the account pays for spells one after another: answers, and the drop of each."""
+
+    def __call__(self, *spells: tuple[int, float]) -> bool:
+        """As of `Account.affords`."""
+        ...
+
+
 class Controller:
     """Chooses a rung of a ladder.
 
     Args:
         rungs: from the most accurate to the fastest.
         limit_s: of the latency.
-        affords: whether the account allows so many answers of a drop, and so many of a lower one after them.
+        affords: whether the account pays for spells one after another: answers, and the drop of each.
         budget: the mean drop that is allowed, of so many answers in a row as `window`.
         spent: the share of the account that is spent.
         at: the rung to begin with.
@@ -112,7 +121,7 @@ class Controller:
         self,
         rungs: Sequence[Rung],
         limit_s: float,
-        affords: Callable[[int, float, int, float], bool],
+        affords: Affords,
         spent: Callable[[], float],
         *,
         budget: float,
@@ -182,8 +191,8 @@ class Controller:
         for back in reversed(self.rungs[1:rung]):
             later = min(math.ceil(min(demand, back.rate) * _SPELL_S), self._window)
             if back.drop < present.drop and later * back.drop <= _KEPT_BACK * self._budget * self._window:
-                return self._affords(answers, present.drop, later, back.drop)
-        return self._affords(answers, present.drop, 0, 0.0)
+                return self._affords((answers, present.drop), (later, back.drop))
+        return self._affords((answers, present.drop))
 
     def _descend(self, load: Load, demand: float, left_at: float) -> None:
         """To the most accurate rung that carries the load, as far as the account allows.

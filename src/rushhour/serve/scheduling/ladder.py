@@ -64,7 +64,7 @@ class Ladder:
         self._most = {variant: float(costs.max()) for variant, costs in zip(cell.variants, self._costs, strict=True)}
         self._output = cell.codec.signature.outputs[0].name
         self._controller = Controller(
-            *(rungs, plan.goal.slo.limit_s, self.account.allows, self._spent_share),
+            *(rungs, plan.goal.slo.limit_s, self.account.affords, self._spent_share),
             budget=self.account.budget,
             window=self.account.window,
             at=at,

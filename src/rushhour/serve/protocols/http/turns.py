@@ -8,8 +8,8 @@ from typing import Protocol
 
 TURN_BYTES = 256 * 1024
 """Of large bodies, read in one turn of the event loop: about 0.2 ms. uvloop reads as many at a time, and goes on with
-one connection for up to 32 times of that before it looks at another. A body of no more bytes is not a large one: it does
-not wait behind those that are."""
+one connection for up to 32 times of that before it looks at another. A body of no more bytes is not a large one, and
+does not wait behind those that are."""
 
 
 class Reader(Protocol):
