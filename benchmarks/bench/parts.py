@@ -114,7 +114,7 @@ def scale_options(parser: argparse.ArgumentParser, whole: msgspec.Struct) -> Non
     """An option for each field of a benchmark's scale; without any it is `whole`."""
     for name in whole.__struct_fields__:
         value: Any = getattr(whole, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
 
 
 def scale_of(arguments: argparse.Namespace, kind: type[S]) -> S:

@@ -64,7 +64,7 @@ def test_the_articles_service_is_loaded_beside_its_plan(tmp_path: Path) -> None:
     out = tmp_path / "doors.json"
     command = [sys.executable, str(BENCHMARKS / "doors.py"), "--out", str(out), "--only", "article,own-size,speed"]
     command += ["--images", "300", "--tests", "60", "--budget", "60s", "--rounds", "1", "--seconds", "0.3"]
-    command += ["--own_side", "32", "--speed_side", "32", "--work", str(tmp_path / "work")]
+    command += ["--own-side", "32", "--speed-side", "32", "--work", str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     checks = {check.id: check for check in Record.load(out).checks}
