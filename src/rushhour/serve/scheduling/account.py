@@ -65,10 +65,10 @@ class Account:
         answers = min(answers, self.window)
         cost, begin = answers * drop, self._flying + answers
         spells: list[tuple[int, int, float]] = []
-        for rows, its_drop in later:
-            spells.append((begin, max(0, min(rows, self.window - begin)), its_drop))
+        for more, its_drop in later:
+            spells.append((begin, max(0, min(more, self.window - begin)), its_drop))
             begin += spells[-1][1]
-        if self._cost + self._flying_cost + cost + sum(rows * its_drop for _, rows, its_drop in spells) <= self._most:
+        if self._cost + self._flying_cost + cost + sum(more * its_drop for _, more, its_drop in spells) <= self._most:
             return True
         # Old answers leave the window while these come. All are lines with bends: the sum is highest at a bend or where
         # a piece begins or ends to leave.
@@ -77,7 +77,7 @@ class Account:
         kept, left, begins = self._kept, self._cost, 0.0
 
         def new(at: float) -> float:
-            after = (min(rows, max(0.0, at - begin)) * its_drop for begin, rows, its_drop in spells)
+            after = (min(more, max(0.0, at - begin)) * its_drop for begin, more, its_drop in spells)
             return min(new_cost, at * most) + sum(after)
 
         for rows, its_cost, its_most in self._pieces:
