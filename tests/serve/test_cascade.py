@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from geventhttpclient.response import HTTPParseError
 from test_cell import Held, turns
 from test_supervisor import cells_of
 
+import rushhour
 from conftest import Server, serving
 from rushhour.bundle import Bundle
 from rushhour.cascade import CascadeRule, CascadeStep
@@ -30,8 +32,10 @@ from rushhour.clock import WallClock
 from rushhour.engines import EngineConfig
 from rushhour.errors import BundleError, EngineError, PlanError, ServeError
 from rushhour.goal import SLO, Goal
+from rushhour.load import discover, is_cascade
 from rushhour.measurement import ServiceTimes
 from rushhour.plan import Plan, Policy, Variant
+from rushhour.progress import Silent
 from rushhour.serve import ServeSettings, open_target
 from rushhour.serve.child import ChildServer
 from rushhour.serve.scheduling.admission import Profile
@@ -621,6 +625,26 @@ def test_every_row_is_answered_as_predicted_offline(cascaded: tuple[Server, Casc
         sum(after[f'rushhour_first_answers_total{{model="tiny",reason="{r}"}}'] for r in ("shed", "late", "failed"))
         == 0
     )
+
+
+def test_load_says_that_what_is_sent_decides(cascaded: tuple[Server, CascadeRule], tiny: Bundle) -> None:
+    """Random values are measured as if they were what users send."""
+    server, _ = cascaded
+
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    progress = Notes()
+    rushhour.load(server.url, slo="p99<5s", closed_loop=1, duration=0.2, progress=progress)
+    assert [note for note in progress.notes if "is a cascade" in note and "--payloads" in note]
+    progress = Notes()
+    rushhour.load(server.url, slo="p99<5s", closed_loop=1, duration=0.2, payloads=tiny.path, progress=progress)
+    assert progress.notes == []
+    assert not is_cascade(dataclasses.replace(discover(server.url), tells_speed=False)), "a server of another make"
 
 
 def test_grpc_and_many_clients_at_once(cascaded: tuple[Server, CascadeRule]) -> None:

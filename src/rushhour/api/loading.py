@@ -25,6 +25,7 @@ from rushhour.load import (
     Target,
     Tick,
     Trace,
+    is_cascade,
     measure,
     search_capacity,
     why_longer,
@@ -340,7 +341,7 @@ class _Load:
 
     def at(self, rates: Sequence[float], window_s: float, n: int | None) -> LoadResult:
         """A window at each rate: of `window_s`, or of exactly `n` requests."""
-        target, requests = self.traffic.aim(self.url)
+        target, requests = self._aim()
         with Generator() as generator, self._kept():
             if n is None:
                 note_longer(self.progress, self.slo, rates, window_s)
@@ -355,9 +356,19 @@ class _Load:
                 )
         return self._result(target)
 
+    def _aim(self) -> tuple[Endpoint, list[Payload]]:
+        """As `Traffic.aim`, with a note where what is sent decides what is measured."""
+        target, requests = self.traffic.aim(self.url)
+        if self.traffic.is_random and isinstance(target, Target) and is_cascade(target):
+            self.progress.note(
+                f"{target.model} is a cascade: how many samples go on to its larger model depends on what is sent, and "
+                "these are random values; for its capacity send real ones with --payloads"
+            )
+        return target, requests
+
     def search(self) -> LoadResult:
         """The capacity."""
-        target, requests = self.traffic.aim(self.url)
+        target, requests = self._aim()
         found = None
         with Generator() as generator, self._kept():
             seed = self.traffic.seed
@@ -368,7 +379,7 @@ class _Load:
 
     def closed(self, concurrency: int, duration_s: float) -> ClosedLoopResult:
         """Users that wait for their answers."""
-        target, requests = self.traffic.aim(self.url)
+        target, requests = self._aim()
         with Generator() as generator:
             self.progress.start(f"{concurrency} users in a closed loop", duration_s)
             with self.stop.window(generator):

@@ -73,6 +73,11 @@ class Traffic:
         return bool(self.body or self.method or self.path or self.headers)
 
     @property
+    def is_random(self) -> bool:
+        """Whether random values are sent."""
+        return self.payloads is None and not (self.named_rows or self.is_plain_http)
+
+    @property
     def arrivals_name(self) -> str:
         """The arrival process as a user writes it."""
         return getattr(self.arrivals, "__name__", str(self.arrivals))

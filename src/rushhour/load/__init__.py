@@ -27,7 +27,7 @@ from rushhour.load.payload import Payload, body_payloads, folder_payloads, paylo
 from rushhour.load.race import Race, race
 from rushhour.load.search import Search, find_capacity, rounded, search_capacity
 from rushhour.load.significance import needed_n, percentile_ranks, t_quantile
-from rushhour.load.target import Endpoint, Interface, Shape, Target, discover, endpoint, read_shapes
+from rushhour.load.target import Endpoint, Interface, Shape, Target, discover, endpoint, is_cascade, read_shapes
 from rushhour.load.verdict import InterimAnalysis, decide, judge, variance_inflation
 from rushhour.load.window import Probe, measure
 from rushhour.load.window_size import interim_sizes, search_window_n, why_longer, window_n
@@ -71,6 +71,7 @@ __all__ = [
     "find_capacity",
     "folder_payloads",
     "interim_sizes",
+    "is_cascade",
     "judge",
     "measure",
     "needed_n",

@@ -5,9 +5,19 @@ discover, Target      a model on an Open Inference Protocol server, over HTTP or
 Interface             its inputs and outputs; `Shape` and `read_shapes` for what the server leaves open
 """
 
-from rushhour.load.target.discovery import discover
+from rushhour.load.target.discovery import discover, is_cascade
 from rushhour.load.target.endpoint import Endpoint, endpoint
 from rushhour.load.target.interface import DeclaredInput, Interface, Shape, read_shapes
 from rushhour.load.target.model import Target
 
-__all__ = ["DeclaredInput", "Endpoint", "Interface", "Shape", "Target", "discover", "endpoint", "read_shapes"]
+__all__ = [
+    "DeclaredInput",
+    "Endpoint",
+    "Interface",
+    "Shape",
+    "Target",
+    "discover",
+    "endpoint",
+    "is_cascade",
+    "read_shapes",
+]

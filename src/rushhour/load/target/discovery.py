@@ -61,6 +61,32 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
     return Target(server.at.url, server.at.host, server.at.port, server.at.prefix, name, interface, tells_speed)
 
 
+class _Configured(msgspec.Struct):
+    cascade: object = None
+    models: dict[str, object] = {}
+
+
+def is_cascade(target: Target, timeout_s: float = 5.0) -> bool:
+    """Whether a model is a cascade: how much it computes for a sample depends on the sample. Only Rushhour says so.
+
+    Args:
+        target: from `discover`.
+        timeout_s: how long to wait for the answer.
+    """
+    if target.protocol == "grpc" or not target.tells_speed:
+        return False
+    try:
+        status, body = query(target, "GET", "/config", timeout_s=timeout_s)
+        if status != 200:
+            return False
+        found = msgspec.json.decode(body, type=_Configured)
+        if found.models:
+            found = msgspec.convert(found.models.get(target.model, {}), _Configured)
+    except (LoadError, msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    return found.cascade is not None
+
+
 class _ModelServer:
     """The control endpoints of a model server over HTTP."""
 
