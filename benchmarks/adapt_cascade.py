@@ -133,7 +133,6 @@ def _linear(data: Dataset, path: Path) -> Bundle:
     """Multinomial logistic regression of the pixels."""
     import torch
     from torch import nn
-    from torch.nn import functional
 
     from rushhour.models import export
 
@@ -141,13 +140,7 @@ def _linear(data: Dataset, path: Path) -> Bundle:
     pixels = int(np.prod(data.sample_shape))
     network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, len(data.task.classes)))
     inputs = torch.from_numpy(data.train.inputs.reshape(len(data.train), -1)).float() / 255
-    labels = torch.from_numpy(data.train.targets)
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for _ in range(_EPOCHS):
-        for rows in torch.randperm(len(labels)).split(_BATCH):
-            optimizer.zero_grad()
-            functional.cross_entropy(network(inputs[rows]), labels[rows]).backward()
-            optimizer.step()
+    _fit(network, [inputs], data.train.targets, torch.optim.Adam(network.parameters(), 2e-3))
     return export(
         network.eval(),
         name="linear",
@@ -159,6 +152,19 @@ def _linear(data: Dataset, path: Path) -> Bundle:
         samples=data.train.inputs[:16],
         path=path,
     )
+
+
+def _fit(network: Any, inputs: list[Any], targets: NDArray[np.int64], optimizer: Any) -> None:
+    """Train a small torch network on all samples at once in memory."""
+    import torch
+    from torch.nn import functional
+
+    labels = torch.from_numpy(np.array(targets))
+    for _ in range(_EPOCHS):
+        for rows in torch.randperm(len(labels)).split(_BATCH):
+            optimizer.zero_grad()
+            functional.cross_entropy(network(*(each[rows] for each in inputs)), labels[rows]).backward()
+            optimizer.step()
 
 
 def text_part(budget_s: float, rounds: int, resamples: int, work: Path) -> Part:
@@ -189,7 +195,6 @@ def _words(data: Dataset, reference: Bundle, path: Path) -> Bundle:
     """Multinomial logistic regression of how often each token occurs, up to a text's length."""
     import torch
     from torch import Tensor, nn
-    from torch.nn import functional
 
     from rushhour.models import export
     from rushhour.models.minilm import INPUTS, open_length, token_specs
@@ -208,13 +213,8 @@ def _words(data: Dataset, reference: Bundle, path: Path) -> Bundle:
     torch.manual_seed(SEED)
     network = Words(len(data.task.classes))
     inputs = [torch.from_numpy(data.train.inputs[name].copy()) for name in INPUTS]
-    labels = torch.from_numpy(np.array(data.train.targets))
     optimizer = torch.optim.AdamW(network.parameters(), 1e-2, weight_decay=_WORD_DECAY)
-    for _ in range(_EPOCHS):
-        for rows in torch.randperm(len(labels)).split(_BATCH):
-            optimizer.zero_grad()
-            functional.cross_entropy(network(*(each[rows] for each in inputs)), labels[rows]).backward()
-            optimizer.step()
+    _fit(network, inputs, data.train.targets, optimizer)
     (longest,) = {dimension.largest for dimension in reference.manifest.signature.dimensions}
     dimensions, text = open_length(longest)
     return export(

@@ -63,7 +63,7 @@ def discover(url: str, model: str | None = None, timeout_s: float = 5.0) -> Targ
 
 class _Configured(msgspec.Struct):
     cascade: object = None
-    models: dict[str, object] = {}
+    models: dict[str, _Configured] = {}
 
 
 def is_cascade(target: Target, timeout_s: float = 5.0) -> bool:
@@ -75,16 +75,8 @@ def is_cascade(target: Target, timeout_s: float = 5.0) -> bool:
     """
     if target.protocol == "grpc" or not target.tells_speed:
         return False
-    try:
-        status, body = query(target, "GET", "/config", timeout_s=timeout_s)
-        if status != 200:
-            return False
-        found = msgspec.json.decode(body, type=_Configured)
-        if found.models:
-            found = msgspec.convert(found.models.get(target.model, {}), _Configured)
-    except (LoadError, msgspec.MsgspecError, ValueError, RecursionError):
-        return False
-    return found.cascade is not None
+    settings = _ModelServer(target, timeout_s).settings()
+    return settings is not None and settings.models.get(target.model, settings).cascade is not None
 
 
 class _ModelServer:
@@ -114,6 +106,13 @@ class _ModelServer:
         except LoadError:
             return []
         return metadata.extensions or [] if metadata is not None else []
+
+    def settings(self) -> _Configured | None:
+        """The settings in force, as Rushhour's servers show them; None where they do not."""
+        try:
+            return self._optional("GET", "/config", None, _Configured)
+        except LoadError:
+            return None
 
     def _optional(self, method: str, path: str, body: bytes | None, kind: type[T]) -> T | None:
         """The answer of an endpoint that a server need not have; None where it has none.
