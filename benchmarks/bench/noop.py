@@ -18,7 +18,7 @@ import msgspec
 
 from rushhour.bundle import Bundle, Signature
 from rushhour.engines import EngineConfig, Slot
-from rushhour.engines.stream import Stream
+from rushhour.engines.stream import Line, Stream
 from rushhour.serve import ServeSettings, open_target, serve
 
 
@@ -28,7 +28,7 @@ class NoopEngine:
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         self._signature = bundle.manifest.signature
         self._config = config
-        self._slots = [_NoopSlot(self._signature, config.max_batch, f"noop-{at}") for at in range(config.streams)]
+        self._slots = [_NoopSlot(self._signature, config.max_batch, Line(f"noop-{at}")) for at in range(config.streams)]
 
     @property
     def signature(self) -> Signature:
@@ -49,6 +49,10 @@ class NoopEngine:
     def slots(self) -> Sequence[Slot]:
         """One per stream."""
         return self._slots
+
+    def spare(self) -> Sequence[Slot]:
+        """None: each stream has a thread of its own."""
+        return ()
 
     def close(self) -> None:
         """End the threads."""
