@@ -86,6 +86,7 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py benchmarks/bench/*.py
 	$(BIN)/lint-imports
 
 bench-serve: setup

@@ -89,6 +89,11 @@ class Scale(msgspec.Struct, frozen=True):
     windows: int = 10
 
 
+def _sides(photo: str) -> tuple[int, int]:
+    width, height = photo.split("x")
+    return int(width), int(height)
+
+
 def main(given: list[str] | None = None) -> int:
     """Measure what is missing, and write the record after each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,7 +115,7 @@ def main(given: list[str] | None = None) -> int:
             *(scale.network, scale.data, scale.epochs, scale.budget, scale.rounds, scale.resamples, work),
         ),
         "2.text": lambda: text_part(scale.budget, scale.rounds, scale.resamples, work),
-        "3": lambda: tiles_part(*map(int, scale.photo.split("x")), scale.photo_rounds, scale.photos, scale.small, work),
+        "3": lambda: tiles_part(_sides(scale.photo), scale.photo_rounds, scale.photos, scale.small, work),
         "4": lambda: lengths_part(
             *(scale.sentences, scale.text_limit_ms, scale.text_rounds, scale.text_window, work, SEED),
         ),

@@ -161,9 +161,10 @@ def _fit(network: Any, inputs: list[Any], targets: NDArray[np.int64], optimizer:
 
     labels = torch.from_numpy(np.array(targets))
     for _ in range(_EPOCHS):
-        for rows in torch.randperm(len(labels)).split(_BATCH):
+        for rows in torch.split(torch.randperm(len(labels)), _BATCH):
             optimizer.zero_grad()
-            functional.cross_entropy(network(*(each[rows] for each in inputs)), labels[rows]).backward()
+            loss = functional.cross_entropy(network(*(each[rows] for each in inputs)), labels[rows])
+            torch.autograd.backward(loss)
             optimizer.step()
 
 
@@ -208,7 +209,8 @@ def _words(data: Dataset, reference: Bundle, path: Path) -> Bundle:
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
             counted = (attention_mask * (1 - token_type_ids)).to(torch.float32)[:, :, None]  # one segment: all zero
-            return (self.words(input_ids) * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1).sqrt() + self.bias
+            words: Tensor = (self.words(input_ids) * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1).sqrt()
+            return words + self.bias
 
     torch.manual_seed(SEED)
     network = Words(len(data.task.classes))
@@ -291,8 +293,8 @@ def _part(id: str, what: str, run: Path, data: Dataset, rounds: int, resamples: 
         verdict(f"{id}.holds", f"{what}: resamples whose threshold keeps the budget on the half that chose nothing",
                 ">= 0.95", held, None, resamples, unit=""),
     )  # fmt: skip
-    rows = tuple((name, statistics.median(each), min(each), max(each)) for name, each in found.items())
-    measured = Table(f"{what}: capacities", ("plan", "median, /s", "lowest", "highest"), rows)
+    capacities = tuple((name, statistics.median(each), min(each), max(each)) for name, each in found.items())
+    measured = Table(f"{what}: capacities", ("plan", "median, /s", "lowest", "highest"), capacities)
     return Part(checks, (table, measured), {"capacities": found, "drops on other halves": drops})
 
 

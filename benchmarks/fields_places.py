@@ -110,7 +110,7 @@ def places_part(work: Path, scale: Scale) -> Part:
         suppression(finder, found),
         original_pixels(finder, found["torch"], held, held_boxes, scale.sent),
     )
-    rows = tuple(
+    rows: tuple[tuple[str | float | None, ...], ...] = tuple(
         (bundle.manifest.task.kind, name, bundle.manifest.task.metric,
          *(bundle.manifest.task.evaluate(given[engine], targets)[0] for engine in ("torch", *ENGINES)), len(held))
         for bundle, name, given, targets in (
@@ -167,7 +167,7 @@ def original_pixels(
 ) -> Check:
     """What AP50 loses where larger pictures are sent as PNG, and answers are compared in their pixels."""
     across, down = LARGER
-    grown = boxes[:sent] * np.float32([across, down, across, down, 1])
+    grown = boxes[:sent] * np.array([across, down, across, down, 1], np.float32)
     most = expected.shape[1]
     with rushhour.serve(bundle.path, http_port=0, grpc_port=None) as server:
         served = np.stack([asked(server, picture, most) for picture in pictures[:sent]])

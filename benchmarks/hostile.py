@@ -147,8 +147,8 @@ def _nested(rows: int) -> bytes:
 
 def _binary(rows: int, outputs: str, times: int = 1) -> bytes:
     body = bytes(rows * 784)
-    entry = {"name": "image", "datatype": "UINT8", "shape": [rows, *_SHAPE]}
-    entry["parameters"] = {"binary_data_size": len(body)}
+    size = {"binary_data_size": len(body)}
+    entry = {"name": "image", "datatype": "UINT8", "shape": [rows, *_SHAPE], "parameters": size}
     header = (json.dumps({"inputs": [entry]})[:-1] + outputs + "}").encode()
     return _post(header + body, f"inference-header-content-length: {len(header)}") * times
 

@@ -372,8 +372,15 @@ def spread_checks(id: str, found: Sequence[Search], seconds: Sequence[float]) ->
         )
         if math.isfinite(apart)
         else Check(
-            *(f"{id}.spread", f"{n} searches on one server: farthest from their median", "x", "<= 0.05"),
-            *(None, None, n, False, why),
+            f"{id}.spread",
+            f"{n} searches on one server: farthest from their median",
+            "x",
+            "<= 0.05",
+            None,
+            None,
+            n,
+            False,
+            why,
         ),
         verdict(f"{id}.seconds", "the longest of them", "<= 90", max(seconds), None, n, unit="s"),
     ]

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -70,8 +71,8 @@ def seen() -> dict[str, str]:
     }
     # A bundle that saturates without VNNI, opened without any of our checks: what comes shows which kernels run.
     careless = msgspec.structs.replace(describe(), features=("avx512_vnni",))
-    engines.agreement.describe = lambda: careless
-    engines.check_answers = lambda bundle, engine: None
+    mock.patch.object(engines.agreement, "describe", return_value=careless).start()
+    mock.patch.object(engines, "check_answers", return_value=None).start()
     bundle = Bundle.open(BENCH / "saturating")
     for engine in ENGINES:
         opened = engines.open_engine(bundle, engines.EngineConfig(engine, "int8", max_batch=8))  # type: ignore[arg-type]

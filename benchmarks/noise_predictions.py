@@ -21,8 +21,7 @@ def prediction_part(found: Sequence[dict[str, Any]]) -> Part:
         [abs(each[key] / each["measured"] - 1) for each in found] for key in ("predicted", "corrected")
     )
     predictions, measured = (np.array([each[key] for each in found]) for key in ("predicted", "measured"))
-    ranks = [values.argsort().argsort() for values in (predictions, measured)]
-    correlation = float(np.corrcoef(*ranks)[0, 1])
+    correlation = float(np.corrcoef(predictions.argsort().argsort(), measured.argsort().argsort())[0, 1])
     n = len(found)
     checks = [
         verdict("5.plans", "plans whose capacity was predicted and measured", ">= 20", float(n), None, n, unit=""),

@@ -221,7 +221,8 @@ class Bench:
 
 def installed(peers: Collection[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """The Pythons of those that can be installed, and why the others cannot; each folder is tried once for all ways."""
-    pythons, missing = {}, {}
+    pythons: dict[str, Path] = {}
+    missing: dict[str, str] = {}
     for folder in sorted({peer_of(peer)[0] for peer in peers}):
         ways = [peer for peer in peers if peer_of(peer)[0] == folder]
         try:

@@ -462,7 +462,7 @@ def deaths(scale: Scale) -> Part:
                     mock.patch.dict(os.environ, {KILLS: f"1 {pass_} {folder}-{workers}.killed"}),
                     contextlib.suppress(ModelError),
                 ):
-                    trained(folder, workers, mode)  # type: ignore[arg-type]
+                    trained(folder, workers, mode)
         # on one worker dropout's masks are torch's own, so two end it
         fewer = trained(folder, 2, "data")
     differ = float(np.max(np.abs(fewer / reference - 1)))
@@ -480,8 +480,10 @@ def _table_data() -> Dataset:
     random = np.random.default_rng(SEED)
     inputs = random.standard_normal((600, 20), dtype=np.float32)
     targets = np.argmax(inputs[:, :4], 1)
-    parts = [Split(inputs[rows], targets[rows]) for rows in (slice(400), slice(400, 500), slice(500, 600))]
-    return from_splits("random", *parts)
+    train, validation, test = (
+        Split(inputs[rows], targets[rows]) for rows in (slice(400), slice(400, 500), slice(500, 600))
+    )
+    return from_splits("random", train, validation, test)
 
 
 # 7

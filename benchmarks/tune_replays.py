@@ -195,7 +195,9 @@ def by_tpe(plans: Sequence[MeasuredPlan], measured: Callable[[str], float], n: i
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    by_choice = {(p.bundle, f"{p.engine}/{p.precision}", str(p.layout), p.max_batch): p.name for p in plans}
+    by_choice: dict[tuple[Any, ...], str] = {
+        (p.bundle, f"{p.engine}/{p.precision}", str(p.layout), p.max_batch): p.name for p in plans
+    }
     axes = [sorted({choice[axis] for choice in by_choice}, key=str) for axis in range(4)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,7 +209,7 @@ def by_tpe(plans: Sequence[MeasuredPlan], measured: Callable[[str], float], n: i
             break
         trial = study.ask()
         choice = tuple(trial.suggest_categorical(f"axis {axis}", axes[axis]) for axis in range(4))
-        name = by_choice.get(choice)  # type: ignore[call-overload]
+        name = by_choice.get(choice)
         if name is not None:
             tested.append(name)
         study.tell(trial, 0.0 if name is None else measured(name))
@@ -476,5 +478,5 @@ def _capacity(space: MeasuredSpace, candidate: Candidate) -> float:
 
 def _rank_correlation(one: Any, other: Any) -> float:
     """Spearman's."""
-    ranks = [np.asarray(values).argsort().argsort() for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.asarray(values).argsort().argsort() for values in (one, other))
+    return float(np.corrcoef(first, second)[0, 1])

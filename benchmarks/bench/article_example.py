@@ -101,9 +101,9 @@ def _trained(python: Path, scale: ExampleScale, photos: Path, model: Path) -> st
         return log.read_text()
     data = fashion_mnist()
     seen = _first(data.train, scale.images)
-    write_pictures(photos / "train", seen.inputs, seen.targets, data.task.classes)
+    write_pictures(photos / "train", seen.inputs, seen.targets.tolist(), data.task.classes)
     unseen = _first(data.test, scale.tests)
-    write_pictures(photos / "test", unseen.inputs, unseen.targets, data.task.classes)
+    write_pictures(photos / "test", unseen.inputs, unseen.targets.tolist(), data.task.classes)
     say(f"{scale.images} pictures; training by the article's script")
     said = run_script(python, photos / "train", model, side=scale.side, epochs=scale.script_epochs)
     log.write_text(said)
@@ -128,13 +128,14 @@ def own_size(scale: ExampleScale, work: Path, bench: Path) -> Part:
     write_pictures(photos, pictures, labels.tolist(), ["a", "b", "c", "d"])
     said = run_script(python, photos, model, side=side, epochs=1, batch=16)
     predicted = {int(batch): float(rate) for batch, rate in _SPEED.findall(said)}
-    bundles = {"imported, f32": rushhour.import_model(model, data=(pictures, labels), out=work / "own", force=True)}
+    imported = rushhour.import_model(model, data=(pictures, labels), out=work / "own", force=True).bundle
+    bundles = {"imported, f32": imported}
     for recipe in ("int8", "prune:0.75,lowrank:0.1,int8"):
         bundles[recipe] = rushhour.compress(
-            bundles["imported, f32"].bundle, (pictures, labels), out=work / f"own-{len(bundles)}", recipe=recipe,
+            imported, (pictures, labels), out=work / f"own-{len(bundles)}", recipe=recipe,
             max_accuracy_drop="100%", force=True,
-        )  # fmt: skip
-    speeds = {name: _images_per_s(found.bundle, scale.seconds) for name, found in bundles.items()}
+        ).bundle  # fmt: skip
+    speeds = {name: _images_per_s(bundle, scale.seconds) for name, bundle in bundles.items()}
     rows = [(f"model.predict, batch {batch}", rate) for batch, rate in predicted.items()]
     rows += [(f"{name}, OpenVINO, all cores", rate) for name, rate in speeds.items()]
     ratio = max(speeds.values()) / predicted[1]

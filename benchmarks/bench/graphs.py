@@ -116,7 +116,8 @@ def manual() -> list[str]:
 def shapes(at: Path, scale: Scale) -> tuple[list[Check], list[Measured]]:
     """The article's network and what becomes of it, on random weights."""
     side = scale.side
-    data = from_splits("random", *(_random(side, seed) for seed in range(3)), classes=_classes(1000))
+    train, validation, test = (_random(side, seed) for seed in range(3))
+    data = from_splits("random", train, validation, test, _classes(1000))
 
     def half() -> nn.Sequential:
         return article(input_size=side, width=0.5, dense=256)

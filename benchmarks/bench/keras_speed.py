@@ -118,7 +118,8 @@ def _in_turn(bundles: Sequence[Bundle], batch: NDArray[Any], rounds: int, second
 
 
 def _median(request: Any, batch: NDArray[Any], seconds: float) -> float:
-    times, until = [], time.perf_counter() + seconds
+    times: list[float] = []
+    until = time.perf_counter() + seconds
     while not times or time.perf_counter() < until:
         began = time.perf_counter()
         request.infer([batch])

@@ -138,14 +138,16 @@ def verdict(
     id: str,
     what: str,
     target: str,
-    value: float,
+    value: float | None,
     interval: tuple[float, float] | None,
     n: int,
     *,
     unit: str = "x",
     why: str = "",
 ) -> Check:
-    """A check of a value that is known; the reason is added where it does not hold."""
+    """A check of a value, None where it could not be measured; the reason is added where it does not hold."""
+    if value is None:
+        return Check(id, what, unit, target, None, None, n, False, why or "it could not be measured")
     low, high = interval or (value, value)
     holds = meets(low, target) and meets(high, target)
     if not holds:

@@ -167,7 +167,9 @@ def failures(work: Path, models: Path) -> Part:
                 unit="s",
             )
         )
-    rows = tuple((e.what, *map(float, (e.sent, e.lost, e.lost_elsewhere, e.lost_twice)), e.back_s) for e in events)
+    rows = tuple(
+        (e.what, float(e.sent), float(e.lost), float(e.lost_elsewhere), float(e.lost_twice), e.back_s) for e in events
+    )
     columns = ("what", "requests", "lost", "lost elsewhere", "lost twice", "s until as before")
     return Part(tuple(checks), (Table("Failures and updates of replicas", columns, rows),), {"events": events})
 
@@ -179,7 +181,9 @@ def _scaled(rounds: int, seconds: float, work: Path, models: Path) -> tuple[list
     """Answers per second of one replica and of two, and the generator's cores beside two."""
     path = _run_of(work / "scaled", "cnn64", models, max_batch=8)
     bundle = Bundle.open(path / "bundles" / "served")
-    ones, twos, used = [], [], 0.0
+    ones: list[float] = []
+    twos: list[float] = []
+    used = 0.0
     everywhere = frozenset(os.sched_getaffinity(0))
     with ray_on(everywhere, max(2, cores())) as ray:
         found = ray.deploy(str(path), "--name", _NAME, "--replicas", "2", "--no-grpc", "--proxy-port", str(free_port()))
