@@ -280,10 +280,13 @@ def _part(id: str, what: str, run: Path, data: Dataset, rounds: int, resamples: 
     found = capacities_in_turn(starts, goal.slo, rounds, seed=SEED)
     ratios = [ours / theirs for ours, theirs in zip(found["cascade"], found["single"], strict=True)]
     chosen = "the cascade" if tuned.plan.cascade is not None else "one variant"
-    why = (
-        f"{_share(pair):.1%} go on and a sample costs {pair.cost:.1%} on the small one of what it costs on the large "
-        f"one, so {_ideal(pair):.2f}x is the most; the tuner chose {chosen}"
+    share = _share(pair)
+    limit = (
+        f"a sample costs {pair.cost:.1%} on the small one of what it costs on the large one, so {_ideal(pair):.2f}x is "
+        f"the most, without what a request costs outside the networks"
     )
+    most = limit if share else "so the small one alone keeps the budget, and a cascade can only add to its cost"
+    why = f"{share:.1%} go on, {most}; the tuner chose {chosen}"
     held, drops = _resampled(tuned, pair, data, resamples, goal.budget.max_drop)
     checks = (
         judged(f"{id}.capacity", title, _TARGET, ratios, why=why),
