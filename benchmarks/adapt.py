@@ -75,7 +75,7 @@ class Scale(msgspec.Struct, frozen=True):
     rounds: int = 6
     resamples: int = 20
     photo: str = "4000x3000"
-    photo_rounds: int = 6
+    photo_rounds: int = 12
     photos: int = 20
     small: int = 1000
     sentences: int = 2000
@@ -84,7 +84,7 @@ class Scale(msgspec.Struct, frozen=True):
     text_window: float = 5.0
     traces: int = 1000
     troubles: int = 5
-    blocks: int = 24
+    blocks: int = 64
     answers: int = 80_000
     windows: int = 10
 

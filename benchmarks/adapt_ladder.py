@@ -70,6 +70,8 @@ _QUIET = ((0.0, 12.0), (48.0, 60.0))
 """Quiet times of it: the last begins three seconds after the fall."""
 _CONSTANT = (_QUIET[0], (22.0, 26.0), (30.0, 40.0), _QUIET[1])
 """Times of constant load, from two seconds after the rate has changed."""
+_COST_S = 0.5
+"""Of a window of part 7: two that are compared follow each other, because the host's speed comes in waves of seconds."""
 _STEPS = (Step(0.010, 0.004, 150.0, 0.0), Step(0.006, 0.002, 300.0, 0.008), Step(0.003, 0.001, 600.0, 0.03))
 """The ladder of random traces: one stream, batches of 8."""
 _TRACE_BUDGET, _TRACE_WINDOW = 0.01, 2000
@@ -497,7 +499,7 @@ def _reload_in_spike(server: ChildServer) -> None:
 
 def cost_part(before: str, rounds: int) -> Part:
     """Part 7: CPU per request with one variant, against a commit before there were ladders."""
-    part = compared(before, CostScale(rounds=rounds))
+    part = compared(before, CostScale(rounds=rounds, seconds=_COST_S))
     checks = tuple(
         verdict(check.id.replace("25.3", "7"), check.what, "<= 1.03", check.value, check.interval, check.n)
         for check in part.checks

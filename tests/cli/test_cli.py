@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -11,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import answer_to
 
 from conftest import Server
 from rushhour.bundle import Bundle
-from rushhour.cli import main
 from rushhour.goal import SLO, Goal
 from rushhour.load import why_longer
 from rushhour.plan import Plan, Policy, Variant
@@ -24,20 +22,6 @@ def rushhour(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
     return subprocess.run(
         [sys.executable, "-m", "rushhour", *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=cwd
     )
-
-
-def answer_to(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The same from this process, which has torch already: a new one takes seconds to import it."""
-    out, errors, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rushhour", *map(str, arguments)])
-        patch.setattr(sys, "path", [*sys.path])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            try:
-                main()
-            except SystemExit as end:
-                code = int(end.code or 0)
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
 
 
 def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
@@ -60,7 +44,7 @@ def test_an_slo_that_cannot_be_read(command: list[str], slo: str, tmp_path: Path
 
 
 def test_a_budget_without_its_percent_sign(tmp_path: Path) -> None:
-    refused(rushhour("demo", "--max-accuracy-drop", "1", "--out", tmp_path / "run"), "1%")
+    refused(answer_to("demo", "--max-accuracy-drop", "1", "--out", tmp_path / "run"), "1%")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +54,12 @@ def test_a_budget_without_its_percent_sign(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [["demo"], ["tune", "article", "--data", "fashion-mnist"]])
 def test_a_time_that_is_too_short_for_any_answer(command: list[str], budget: str, says: str, tmp_path: Path) -> None:
     refused(answer_to(*command, f"--budget={budget}", "--out", tmp_path / "run"), says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_that_is_none_cannot_grow(tmp_path: Path) -> None:
+    command = ["tune", "article", "--data", "fashion-mnist", "--stretch", "3m", "--out", tmp_path / "run"]
+    refused(answer_to(*command), "the stretch of the budget has no effect", "give a budget too")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +108,7 @@ def test_a_changed_byte_in_a_bundle(tiny: Bundle, tmp_path: Path) -> None:
     content = bytearray(copy.model.read_bytes())
     content[len(content) // 2] ^= 1
     copy.model.write_bytes(content)
-    refused(rushhour("serve", copy.path), "model.onnx does not match its hash")
+    refused(answer_to("serve", copy.path), "model.onnx does not match its hash")
 
 
 def test_a_plan_of_a_newer_schema(tmp_path: Path) -> None:
@@ -126,8 +116,8 @@ def test_a_plan_of_a_newer_schema(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     document = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps(document | {"schema": 99}))
-    refused(rushhour("serve", tmp_path), "schema 99", "upgrade")
-    refused(rushhour("report", tmp_path), "schema 99", "upgrade")
+    refused(answer_to("serve", tmp_path), "schema 99", "upgrade")
+    refused(answer_to("report", tmp_path), "schema 99", "upgrade")
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
@@ -150,8 +140,8 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 def test_an_unknown_option_and_a_missing_argument() -> None:
-    refused(rushhour("serve"), "see rushhour serve --help")
-    refused(rushhour("demo", "--slow"), "--slow")
+    refused(answer_to("serve"), "see rushhour serve --help")
+    refused(answer_to("demo", "--slow"), "--slow")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +152,7 @@ def test_a_url_that_leads_nowhere(url: str) -> None:
 
 
 def test_a_model_name_that_the_server_does_not_have(server: Server) -> None:
-    refused(rushhour("load", server.url, "--model", "other", "--rate", "10"), "other")
+    refused(answer_to("load", server.url, "--model", "other", "--rate", "10"), "other")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from in_process import answer_to
 from PIL import Image
 from rich.console import Console
 
@@ -624,7 +625,7 @@ def test_bad_options_are_one_line_each(server: Server, tmp_path: Path) -> None:
         (["--rate", "10", "--closed-loop", "2"], "closed loop"),
     ]
     for arguments, says in cases:
-        done = rushhour("load", server.url, *arguments)
+        done = answer_to("load", server.url, *arguments)
         assert done.returncode == 2, (arguments, done.stderr)
         line = done.stderr.strip().splitlines()[-1]
         assert line.startswith("rushhour: ")

@@ -23,6 +23,7 @@ from rushhour.api.values import (
     read_texts,
 )
 from rushhour.bundle import Bundle, Source
+from rushhour.errors import GoalError
 from rushhour.goal import SLO, AccuracyBudget, Goal
 from rushhour.plan import Plan, Preference
 from rushhour.progress import Progress, Silent
@@ -161,6 +162,9 @@ def tune(
     goal = Goal(slo=read_slo(slo), budget=read_accuracy_budget(max_accuracy_drop))
     seconds = None if budget is None else read_budget(budget)
     longer = 0.0 if stretch is None else read_seconds(stretch)
+    if longer and seconds is None:
+        why = "without a budget there is no limit that could grow"
+        raise GoalError("the stretch of the budget has no effect", why, "give a budget too, or leave it out")
     settings = TuneSettings(
         budget_s=seconds, stretch_s=longer, recipes=recipes, prefer=prefer, ladder=ladder, cascade=cascade
     )
