@@ -71,7 +71,7 @@ _QUIET = ((0.0, 12.0), (48.0, 60.0))
 _CONSTANT = (_QUIET[0], (22.0, 26.0), (30.0, 40.0), _QUIET[1])
 """Times of constant load, from two seconds after the rate has changed."""
 _COST_S = 0.5
-"""Of a window of part 7: two that are compared follow each other, because the host's speed comes in waves of seconds."""
+"""Of a window of part 7: two that are compared follow each other closely, as the host's speed comes in waves."""
 _STEPS = (Step(0.010, 0.004, 150.0, 0.0), Step(0.006, 0.002, 300.0, 0.008), Step(0.003, 0.001, 600.0, 0.03))
 """The ladder of random traces: one stream, batches of 8."""
 _TRACE_BUDGET, _TRACE_WINDOW = 0.01, 2000

@@ -287,7 +287,7 @@ class Stack:
         settings = ServeSettings(limits=LIMITS, api_keys=keys, admin=False, shared_memory=False)
         server = HttpEndpoint(repository, Control(repository, lambda: False, admin=settings.admin), settings)
         if self._full:
-            cell = server.cell_of(b"/v2/models/tiny/infer")
+            cell = server.stages.get(b"/v2/models/tiny/infer")
             assert cell is not None
             cell.batcher.queue_bound = 1
             cell._free.clear()
@@ -336,7 +336,7 @@ class Stack:
     async def _quiet(self, transport: _Transport) -> None:
         """Let the event loop run until nothing happens any more."""
         still, before = 0, -1
-        cell = self._server.cell_of(b"/v2/models/tiny/infer")
+        cell = self._server.stages.get(b"/v2/models/tiny/infer")
         for _ in range(_MOST_TURNS):
             if still >= _QUIET_TURNS and not transport.paused and (self._full or cell is None or cell.idle):
                 return

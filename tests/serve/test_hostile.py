@@ -136,7 +136,7 @@ async def in_process(
     server = Worker(repository, ServeSettings(limits=limits or Limits()), commands, None, commands.execute, None, None)
     desk = server._endpoint
     listener = await asyncio.get_running_loop().create_server(lambda: HttpConnection(desk), "127.0.0.1", 0)
-    cell = desk.cell_of(PATH.encode())
+    cell = desk.stages.get(PATH.encode())
     assert cell is not None
     try:
         yield listener.sockets[0].getsockname(), cell

@@ -632,10 +632,7 @@ class DeskOf:
         self.limits = Limits()
         self.keys = Keys(())
         self.date = b""
-        self._cell = cell
-
-    def cell_of(self, path: bytes) -> Cell | None:
-        return self._cell
+        self.stages = {b"/v2/models/tiny/infer": cell}
 
     def control(self, method: bytes, path: bytes, body: bytes, accept: bytes, asker: Any) -> Any:
         raise AssertionError

@@ -270,9 +270,9 @@ def test_each_request_goes_to_the_model_that_it_names(tmp_path: Path) -> None:
         assert asked.get("/v2/health/ready") == (503, {"ready": False})
         for service in services:
             await service.load()
-        stages = {name: repository.cell_of(f"/v2/models/{name}/versions/1/infer".encode()) for name in ("one", "two")}
-        assert all(stage is not None and stage.codec.model == name for name, stage in stages.items())
-        assert repository.cell_of(b"/v2/models/three/infer") is None
+        stages = {name: repository.stages[f"/v2/models/{name}/versions/1/infer".encode()] for name in ("one", "two")}
+        assert all(stage.codec.model == name for name, stage in stages.items())
+        assert b"/v2/models/three/infer" not in repository.stages
         assert asked.get("/v2/models/two")[1]["name"] == "two"
         assert asked.get("/v2/models/three") == (404, {"error": "there is no model 'three'; the models are one, two"})
         message = ModelInferRequest(id="7", model_name="two")
@@ -283,8 +283,8 @@ def test_each_request_goes_to_the_model_that_it_names(tmp_path: Path) -> None:
         assert [service.totals()["1"].invalid for service in services] == [0, 1]
         assert repository.errors == {"not_found": 1}
         await services[0].unload()
-        assert repository.cell_of(b"/v2/models/one/infer") is None
-        assert repository.cell_of(b"/v2/models/two/infer") is stages["two"]
+        assert b"/v2/models/one/infer" not in repository.stages
+        assert repository.stages.get(b"/v2/models/two/infer") is stages["two"]
         assert asked.get("/v2/health/ready") == (200, {"ready": True})
         assert asked.get("/v2/models/one/infer", "POST")[1]["error"].startswith("the model one is not loaded")
         assert asked.get("/v2/repository/index", "POST")[1] == [

@@ -30,6 +30,7 @@ class Repository:
 
     Attributes:
         services: by their names.
+        stages: what answers inference requests at each exact path.
         errors: answers with an error that belong to no version of a model, by reason.
         budget: of all large requests in this process.
         explanation: what answers say about themselves; None where they do not.
@@ -49,7 +50,7 @@ class Repository:
         self._shared = shared
         self._folder = folder
         self._join = join
-        self._stages: dict[bytes, Stage] = {}
+        self.stages: dict[bytes, Stage] = {}
         self._embedders: dict[str, Stage] = {}
         for service in self.services.values():
             service.changed = self._sort
@@ -69,10 +70,6 @@ class Repository:
         """Of the models, loaded or not, also of those in the folder that were never loaded."""
         found = [] if self._folder is None else self._folder.names()
         return [*self.services, *(name for name in found if name not in self.services)]
-
-    def cell_of(self, path: bytes) -> Stage | None:
-        """The cell that answers inference requests at this exact path."""
-        return self._stages.get(path)
 
     def embedder(self, body: Body, cell: Stage) -> Stage:
         """The cell that answers a request for embeddings: several models have one path.
@@ -170,11 +167,12 @@ class Repository:
     def _sort(self) -> None:
         """A model answers from now on, or not any more."""
         loaded = {name: service.loaded for name, service in self.services.items() if service.loaded is not None}
-        self._stages = {path: each.cell for name, each in loaded.items() for path in self.services[name].paths()}
+        self.stages.clear()
+        self.stages.update((path, each.cell) for name, each in loaded.items() for path in self.services[name].paths())
         self._embedders = {
             name: each.cell
             for name, each in loaded.items()
             if embeds(each.cell.codec, each.variant.bundle.manifest.task.kind)
         }
         if self._embedders:
-            self._stages[_EMBEDDINGS] = next(iter(self._embedders.values()))
+            self.stages[_EMBEDDINGS] = next(iter(self._embedders.values()))

@@ -455,12 +455,12 @@ class Cell:
         if self._explanation is not None:
             self._explanation.begin(stream, self.codec.version, now)
         begun, answered, at = [], [], 0
-        for part in parts:
+        for part, rows in zip(parts, stream.answers(parts), strict=True):
             if part.first == 0:
                 begun.append(part.ticket.arrived)
             stream.at = at
             try:
-                if self._answer(part, stream, at):
+                if self._answer(part, rows):
                     answered.append(part.ticket.arrived)
             except Exception as wrong:  # in the reply of one request: the others are answered all the same
                 self._report(wrong)
@@ -468,14 +468,13 @@ class Cell:
             at += part.rows
         self.statistics.count(stream, len(parts), begun, answered)
 
-    def _answer(self, part: Part[Job], stream: Stream, at: int) -> bool:
+    def _answer(self, part: Part[Job], rows: Sequence[memoryview]) -> bool:
         """Give a request its rows of a batch, or collect them until it has all; returns whether this answered it."""
         job = part.ticket.item
         job.missing -= part.rows
         reply = job.reply
         if reply is None:
             return False
-        rows = stream.answer(part, at)
         if part.rows != job.request.rows:
             rows = job.collect(part, rows)
             if job.missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +109,20 @@ class Stream:
         outputs = self.slot.outputs
         self._views = [outputs[name].data.cast("B") for name in self._names_out]
 
-    def answer(self, part: Part[Job], at: int) -> Sequence[memoryview]:
-        """The raw rows of each output, in the signature's order, for a part that begins at row `at` of the batch."""
-        end, views = at + part.rows, self._views
-        if len(views) == 1:
-            size = self._row_bytes_out[0]
-            return (views[0][at * size : end * size],)
-        return [view[at * size : end * size] for view, size in zip(views, self._row_bytes_out, strict=True)]
+    def answers(self, parts: Sequence[Part[Job]]) -> Iterator[Sequence[memoryview]]:
+        """For each part of the batch the raw rows of each output, in the signature's order."""
+        at, columns = 0, list(zip(self._views, self._row_bytes_out, strict=True))
+        if len(columns) == 1:
+            view, size = columns[0]
+            for part in parts:
+                end = at + part.rows
+                yield (view[at * size : end * size],)
+                at = end
+            return
+        for part in parts:
+            end = at + part.rows
+            yield [view[at * size : end * size] for view, size in columns]
+            at = end
 
     def done(self, error: BaseException | None) -> None:
         """A batch has ended. Called by the engine on a thread of its own; hands over to the event loop."""
@@ -187,16 +194,19 @@ class SizedStream(Stream):
     def read(self) -> None:
         """As of `Stream`."""
 
-    def answer(self, part: Part[Job], at: int) -> Sequence[memoryview]:
+    def answers(self, parts: Sequence[Part[Job]]) -> Iterator[Sequence[memoryview]]:
         """As of `Stream`, without the padding behind each row."""
-        own, found = part.ticket.item.request.wanted.sizes, []
-        for spec in self._signature.outputs:
-            rows: NDArray[Any] = self.slot.outputs[spec.name][at : at + part.rows]
-            shape = (part.rows, *self._signature.shape(spec, own))
-            if rows.shape != shape:
-                rows = np.ascontiguousarray(rows[tuple(slice(size) for size in shape)])
-            found.append(rows.reshape(-1).view(np.uint8).data)
-        return found
+        at = 0
+        for part in parts:
+            own, found = part.ticket.item.request.wanted.sizes, []
+            for spec in self._signature.outputs:
+                rows: NDArray[Any] = self.slot.outputs[spec.name][at : at + part.rows]
+                shape = (part.rows, *self._signature.shape(spec, own))
+                if rows.shape != shape:
+                    rows = np.ascontiguousarray(rows[tuple(slice(size) for size in shape)])
+                found.append(rows.reshape(-1).view(np.uint8).data)
+            yield found
+            at += part.rows
 
 
 def stream_of(batcher: Batcher[Job]) -> Callable[..., Stream]:

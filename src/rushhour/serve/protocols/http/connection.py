@@ -72,7 +72,7 @@ class HttpConnection(MessageReader):
             and not self._discarding
             and data.startswith(repeat.prefix)
         ):
-            cell = self._endpoint.cell_of(repeat.path)
+            cell = self._endpoint.stages.get(repeat.path)
             if cell is not None and cell.codec is repeat.codec:
                 self._since = self._clock()
                 self._current = repeat
@@ -125,7 +125,7 @@ class HttpConnection(MessageReader):
             found = repeat.again(data, whole)
             if found is None:
                 continue
-            cell = self._endpoint.cell_of(repeat.path)
+            cell = self._endpoint.stages.get(repeat.path)
             if cell is None or cell.codec is not repeat.codec:
                 del self._repeats[number]
                 return False
@@ -201,7 +201,7 @@ class HttpConnection(MessageReader):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _shed_early(self, path: bytes, message: Message) -> Shed | None:
-        cell = self._endpoint.cell_of(path)
+        cell = self._endpoint.stages.get(path)
         if cell is None or message.method != b"POST":
             return None
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
 from typing import Protocol
 
@@ -53,6 +53,7 @@ class HttpEndpoint:
         connections: that are open.
         on_lost: called when one has ended.
         draining: whether each answer is the last of its connection.
+        stages: what answers inference requests at each exact path.
         budget: of large requests.
         turns: in which their bodies are read.
         explanation: what the answer that is being written says about itself; None where answers do not.
@@ -73,6 +74,7 @@ class HttpEndpoint:
         self.draining = False
         self.limits = settings.limits
         self.keys = Keys(settings.api_keys) if keys is None else keys
+        self.stages: Mapping[bytes, Stage] = repository.stages if infers else {}
         self.budget = repository.budget
         self.turns = Turns()
         self.explanation = repository.explanation
@@ -92,10 +94,6 @@ class HttpEndpoint:
     def update_date(self) -> None:
         """Call once a second."""
         self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
-
-    def cell_of(self, path: bytes) -> Stage | None:
-        """The cell that answers inference requests at this exact path, if there is one."""
-        return self._repository.cell_of(path) if self._infers else None
 
     def embedder(self, body: Body, cell: Stage) -> Stage:
         """The cell that answers a request for embeddings; `cell` where no other model is named."""

@@ -100,7 +100,7 @@ class RequestHandler(Pipeline):
         if not self._admits(path, message):
             self._challenge()
             return
-        cell = self._endpoint.cell_of(path)
+        cell = self._endpoint.stages.get(path)
         is_question = message.method in (b"GET", b"HEAD") and path.endswith(_ROWS)
         if cell is None or message.method == b"OPTIONS" or is_question:
             if message.body and message.encoding not in (b"", b"identity"):
@@ -257,7 +257,7 @@ class RequestHandler(Pipeline):
         if self._transport is None:
             return
         try:
-            now = self._endpoint.cell_of(message.target.partition(b"?")[0])
+            now = self._endpoint.stages.get(message.target.partition(b"?")[0])
             if now is None or self._named(now, message, body).codec is not cell.codec:
                 message.body = [body]
                 self._route(message)  # again: a reload has replaced the cell
