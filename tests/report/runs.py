@@ -272,8 +272,8 @@ def compressed(best: tuple[int, int] | None) -> Compression:
     )
 
 
-def printed(plan: Plan) -> str:
-    console = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=False)
-    console.print(SummaryTable(plan))
+def printed(plan: Plan, run: Path | None = None, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(SummaryTable(plan, run))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
-from runs import CERTIFICATE, make_plan, printed
+from runs import CERTIFICATE, make_plan, make_run, printed
 
 from rushhour.errors import PlanError
 from rushhour.goal import SLO
@@ -35,6 +37,14 @@ def test_the_summary_of_a_nearest_miss_says_so() -> None:
     assert "NEAREST MISS" in text
     assert "nearest miss" in text
     assert "no rate within the SLO" in " ".join(text.split())
+
+
+def test_where_the_plan_has_no_p99_that_of_the_window_at_its_capacity_is_said(tmp_path: Path) -> None:
+    """It was called "insufficient samples", though a window had passed at this rate."""
+    plan = make_plan(baseline_p99_ms=None)
+    (row,) = [line for line in printed(plan, make_run(tmp_path, plan), width=200).splitlines() if "p99 at" in line]
+    assert "insufficient" not in row
+    assert row.count("n = ") == 2
 
 
 def test_the_summary_says_how_good_the_answer_is() -> None:

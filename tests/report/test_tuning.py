@@ -185,6 +185,9 @@ def test_an_estimate_is_called_one_everywhere(tmp_path: Path) -> None:
     assert not re.search(r"proven by a window|proved", text)
     assert "estimated, not proven (8,410 to 9,120)" in str(side_by_side(plan)[0])
     assert side_by_side(plan)[1].plan == "not measured at that rate"
+    # The terminal once said that of every estimate, where the page had the window next to it.
+    (shown,) = re.findall(r"\S+ ms at 8,\d+/s \(n = [\d,]+\)", printed(plan, tmp_path, width=200))
+    assert shown in text
 
 
 def test_an_interval_that_is_a_point_is_a_lower_bound(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def command(run: Path, out: Path | None, json_file: Path | None) -> None:
     if result.plan is not None:
         from rushhour.report import SummaryTable
 
-        result_console().print(SummaryTable(result.plan))
+        result_console().print(SummaryTable(result.plan, run if run.is_dir() else run.parent))
     click.echo(result.file)
     if not result.finished:
         click.echo(f"the run was interrupted, or is not finished yet: this is its best plan so far, {SO_FAR}", err=True)

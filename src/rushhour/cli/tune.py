@@ -47,7 +47,7 @@ def show(result: TuneResult, json_file: Path | None) -> None:
     write_json(json_file, result.plan)
     console = result_console()
     console.print()
-    console.print(SummaryTable(result.plan))
+    console.print(SummaryTable(result.plan, result.run))
     if result.plan.ladder:
         console.print(f"\nThe ladder:  {in_words(result.plan.ladder)}", highlight=False)
     console.print(f"\nServe it:    [bold]rushhour serve {result.run}[/]\nThe report:  {result.report}", highlight=False)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from rushhour.plan import Evidence, Plan
+from rushhour.records.journal import JOURNAL
 from rushhour.report import wording
-from rushhour.report.comparison import side_by_side
-from rushhour.report.findings import evidence_of
+from rushhour.report.comparison import Row, side_by_side
+from rushhour.report.findings import Findings, evidence_of
 
 _BAR = 22
 _LEAST_WIDE = 70
@@ -25,25 +29,32 @@ class SummaryTable:
 
     Args:
         plan: with evidence.
+        run: its folder, with the windows of load that tell latencies near an estimate; None where there is only a plan.
 
     Raises:
         PlanError: if the plan has no evidence.
+        StorageError: if what was measured cannot be read.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, run: Path | None = None) -> None:
         evidence_of(plan)
         self._plan = plan
+        capacities = None
+        if run is not None and (run / JOURNAL).is_file():
+            found = Findings.read(run)
+            capacities = found.baseline_capacity, found.plan_capacity
+        self._rows = side_by_side(plan, capacities)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield (_wide if options.max_width >= _LEAST_WIDE else _narrow)(self._plan)
+        yield (_wide if options.max_width >= _LEAST_WIDE else _narrow)(self._plan, self._rows)
         for line in notes(self._plan):
             yield Text(line)
 
 
-def _narrow(plan: Plan) -> Group:
+def _narrow(plan: Plan, rows: Sequence[Row]) -> Group:
     better = "this plan" if plan.feasible else "nearest miss"
     lines = [_title(plan)]
-    for row in side_by_side(plan):
+    for row in rows:
         lines.append(Text(f"{row.what}{f', {row.gain}' if row.gain else ''}", style="bold"))
         lines += [
             Text(f"  {name}: {value}") for name, value in (("baseline", row.baseline), (better, row.plan)) if value
@@ -70,7 +81,7 @@ def _title(plan: Plan) -> Text:
     return Text(title, style="bold" if plan.feasible else "bold yellow")
 
 
-def _wide(plan: Plan) -> Table:
+def _wide(plan: Plan, rows: Sequence[Row]) -> Table:
     found = evidence_of(plan)
     table = Table(
         title=_title(plan),
@@ -82,7 +93,7 @@ def _wide(plan: Plan) -> Table:
     table.add_column("baseline")
     table.add_column("this plan" if plan.feasible else "nearest miss")
     table.add_column("", justify="right", style="bold green", no_wrap=True)
-    for row in side_by_side(plan):
+    for row in rows:
         # `Text`, because names come from users, and rich reads [brackets] as markup.
         table.add_row(*(Text(cell) for cell in row), style="bold" if row.what == "capacity" else "")
         if row.what == "capacity":

@@ -120,7 +120,7 @@ def p99_of(found: Capacity) -> str:
         if found.window is None or found.window.p99_ms is None:
             return "not measured at that rate"
         return f"{milliseconds(found.window.p99_ms)} at {rate(found.window.rate_rps)} (n = {found.window.n:,})"
-    if found.proof is not None and found.proof.p99_ms == found.p99_ms:
+    if found.proof is not None and found.p99_ms in (None, found.proof.p99_ms):
         return p99(found.proof)
     return percentile(found.p99_ms, found.p99_interval_ms, None)
 
