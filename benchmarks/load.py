@@ -367,20 +367,13 @@ def spread_checks(id: str, found: Sequence[Search], seconds: Sequence[float]) ->
     why = ", ".join(f"{count} {end}" for end, count in ends.items())
     return [
         verdict(
-            *(f"{id}.spread", f"{n} searches on one server: farthest from their median", "<= 0.05", apart, None, n),
-            why=why,
-        )
-        if math.isfinite(apart)
-        else Check(
             f"{id}.spread",
             f"{n} searches on one server: farthest from their median",
-            "x",
             "<= 0.05",
-            None,
+            apart if math.isfinite(apart) else None,
             None,
             n,
-            False,
-            why,
+            why=why,
         ),
         verdict(f"{id}.seconds", "the longest of them", "<= 90", max(seconds), None, n, unit="s"),
     ]

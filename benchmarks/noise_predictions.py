@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from bench.parts import Part
-from bench.record import Table, verdict
+from bench.record import Table, rank_correlation, verdict
 
 
 def prediction_part(found: Sequence[dict[str, Any]]) -> Part:
@@ -20,8 +19,8 @@ def prediction_part(found: Sequence[dict[str, Any]]) -> Part:
     errors, corrected = (
         [abs(each[key] / each["measured"] - 1) for each in found] for key in ("predicted", "corrected")
     )
-    predictions, measured = (np.array([each[key] for each in found]) for key in ("predicted", "measured"))
-    correlation = float(np.corrcoef(predictions.argsort().argsort(), measured.argsort().argsort())[0, 1])
+    predictions, measured = ([each[key] for each in found] for key in ("predicted", "measured"))
+    correlation = rank_correlation(predictions, measured)
     n = len(found)
     checks = [
         verdict("5.plans", "plans whose capacity was predicted and measured", ">= 20", float(n), None, n, unit=""),

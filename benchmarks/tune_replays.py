@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 from bench.parts import Part, say
-from bench.record import Check, Table, verdict
+from bench.record import Check, Table, rank_correlation, verdict
 
 from load import proportion
 from rushhour.compress import why_outside
@@ -399,7 +399,7 @@ def predicted_part(file: Path, seed: int, learnt: int) -> Part:
     measured = np.array([each["measured"] for each in found])
     values = {key: np.array([each[key] for each in found]) for key in ("engine_alone", "predicted", "corrected")}
     errors = {key: float(np.median(np.abs(value / measured - 1))) for key, value in values.items()}
-    ranks = {key: _rank_correlation(value, measured) for key, value in values.items()}
+    ranks = {key: rank_correlation(value, measured) for key, value in values.items()}
     n = len(found)
     checks = (
         verdict("4.plans", "plans predicted that the predictor was not fitted on", ">= 20", float(n), None, n, unit=""),
@@ -474,9 +474,3 @@ def _has(space: MeasuredSpace, candidate: Candidate) -> bool:
 
 def _capacity(space: MeasuredSpace, candidate: Candidate) -> float:
     return space.by_name[name_of(candidate)].capacity_rps
-
-
-def _rank_correlation(one: Any, other: Any) -> float:
-    """Spearman's."""
-    first, second = (np.asarray(values).argsort().argsort() for values in (one, other))
-    return float(np.corrcoef(first, second)[0, 1])

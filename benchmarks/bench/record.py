@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rushhour.system.machine import describe
 from rushhour.system.storage import write_whole
@@ -129,7 +130,7 @@ def judged(
         why: what must be known; where it could not be measured, the reason.
     """
     if not values:
-        return Check(id, what, unit, target, None, None, 0, False, why or "it could not be measured")
+        return verdict(id, what, target, None, None, 0, unit=unit, why=why)
     value, interval = mean_ratio(values, seed)
     return verdict(id, what, target, value, interval, len(values), unit=unit, why=why)
 
@@ -164,6 +165,12 @@ def mean_ratio(values: Sequence[float], seed: int = 0) -> tuple[float, tuple[flo
     picks = np.random.default_rng(seed).integers(0, len(logs), (_RESAMPLES, len(logs)))
     low, high = np.quantile(logs[picks].mean(axis=1), [0.025, 0.975])
     return math.exp(float(logs.mean())), (math.exp(float(low)), math.exp(float(high)))
+
+
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
+    """Spearman's, of values without ties."""
+    first, second = (np.asarray(values).argsort().argsort() for values in (one, other))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def meets(value: float, target: str) -> bool:

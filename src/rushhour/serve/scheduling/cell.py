@@ -451,7 +451,6 @@ class Cell:
         now, variant = self.clock.now(), stream.of
         variant.ended(stream, parts, now, self._switched)
         self._host_speed.record(variant.expected_s(stream.work), stream.ended, stream.ended - stream.started)
-        stream.read()
         if self._explanation is not None:
             self._explanation.begin(stream, self.codec.version, now)
         begun, answered, at = [], [], 0

@@ -44,7 +44,7 @@ class Stream:
     """
 
     __slots__ = (
-        *("_clock", "_finished", "_loop", "_names_out", "_row_bytes", "_row_bytes_out", "_views"),
+        *("_clock", "_finished", "_loop", "_names_out", "_row_bytes", "_row_bytes_out"),
         *("at", "buffers", "charged", "ended", "judged", "of", "parts", "rows", "slot", "started", "taken", "until"),
         *("variant", "work"),
     )
@@ -76,7 +76,6 @@ class Stream:
         self._row_bytes = tuple(spec.row_bytes for spec in signature.inputs)
         self._row_bytes_out = tuple(spec.row_bytes for spec in signature.outputs)
         self._names_out = tuple(spec.name for spec in signature.outputs)
-        self._views: list[memoryview] = []
         self._loop = loop
         self._clock = clock
         self._finished = finished
@@ -104,14 +103,11 @@ class Stream:
         self.work = at
         return at
 
-    def read(self) -> None:
-        """The batch has ended, and its answers are read next."""
-        outputs = self.slot.outputs
-        self._views = [outputs[name].data.cast("B") for name in self._names_out]
-
     def answers(self, parts: Sequence[Part[Job]]) -> Iterator[Sequence[memoryview]]:
         """For each part of the batch the raw rows of each output, in the signature's order."""
-        at, columns = 0, list(zip(self._views, self._row_bytes_out, strict=True))
+        at, outputs = 0, self.slot.outputs
+        views = [outputs[name].data.cast("B") for name in self._names_out]
+        columns = list(zip(views, self._row_bytes_out, strict=True))
         if len(columns) == 1:
             view, size = columns[0]
             for part in parts:
@@ -190,9 +186,6 @@ class SizedStream(Stream):
         self.work = at * self._buckets.work(sizes)
         self.positions, self.padding = positions, at * math.prod(sizes) - positions
         return at
-
-    def read(self) -> None:
-        """As of `Stream`."""
 
     def answers(self, parts: Sequence[Part[Job]]) -> Iterator[Sequence[memoryview]]:
         """As of `Stream`, without the padding behind each row."""
